@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+# PYTHON=...  builds .venv on that interpreter (3.11 or newer).
+# OFFLINE=1   fetches nothing: .venv borrows torch and the rest from PYTHON. For a GPU machine without a registry.
+export PYTHON OFFLINE
+PY := .venv/bin/python
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint gpu-check report clean
+
+help:  ## list these targets
+	@sed -n 's/^\([a-z-]*\):  *## */\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+demo:  ## install what is missing, then train on real recordings and time against torch.nn
+	@.ci/venv demo
+	@$(PY) -m gpu_rnn.cli demo $(ARGS)
+
+test:  ## the tests, at most 15 minutes on 2 cores
+	@.ci/venv demo test
+	@$(PY) tests -m "not slow" $(ARGS)
+
+test-all:  ## the tests with the slow ones, at most 45 minutes on 2 cores
+	@.ci/venv demo test
+	@$(PY) tests $(ARGS)
+
+lint:  ## ruff, mypy, clang-format
+	@.ci/venv demo test dev
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+	find kernels tests \( -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h' \) -print0 \
+		| xargs -0 -r .venv/bin/clang-format --dry-run -Werror
+
+gpu-check:  ## on a machine with a GPU: its tests and a quick benchmark, under 10 minutes
+	@.ci/venv demo test
+	@$(PY) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "gpu-check: torch sees no GPU here")'
+	timeout 300 $(PY) -m pytest -m gpu
+	timeout 240 $(PY) benchmarks/run.py --quick
+
+report:  ## tables and pictures from benchmarks/results
+	@.ci/venv demo
+	$(PY) benchmarks/report.py $(ARGS)
+
+clean:  ## remove .venv and everything built
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CUDA C++ kernels, read as text and compiled at run time with NVRTC."""

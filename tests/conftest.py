@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every test shares: which process a test belongs to, and the reasons for which one is skipped."""
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it at import: one kind a process
+
+
+def marked(item: pytest.Item, *names: str) -> bool:
+    return any(item.get_closest_marker(name) for name in names)
+
+
+def pytest_report_header() -> str:
+    return f"interpreter tests {'only' if INTERPRETING else 'left out'} (TRITON_INTERPRET); make test runs both"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep the tests that can run in this kind of process."""
+    elsewhere = [item for item in items if marked(item, "interpreter") != INTERPRETING]
+    config.hook.pytest_deselected(items=elsewhere)
+    items[:] = [item for item in items if marked(item, "interpreter") == INTERPRETING]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if marked(item, "gpu") and not torch.cuda.is_available():
+        pytest.skip("no NVIDIA GPU: torch.cuda.is_available() is False")
+    if marked(item, "interpreter", "compile") and importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed (it exists for Linux only)")
