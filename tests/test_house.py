@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules of the repository that no linter checks."""
+
+import re
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = {".py", ".cu", ".cuh", ".cpp", ".h", ".toml", ".sh"}
+SOURCE_NAMES = {"Makefile", "Dockerfile", "constraints.txt", "run", "venv"}
+# A path of one person's machine works nowhere else; a registry's host is for pip's configuration to name.
+UNPORTABLE = re.compile(r"(?<![\w.])/(?:root|home|work|Users)/|(?:pypi|pythonhosted|npmjs|pytorch|debian)\.(?:org|com)/\w")
+
+
+def tracked() -> list[Path]:
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("the files of the repository are known to git only, and this is no git checkout")
+    names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    return [ROOT / name for name in names if name and (ROOT / name).is_file()]
+
+
+def test_every_source_names_its_licence() -> None:
+    sources = [path for path in tracked() if path.suffix in SOURCES or path.name in SOURCE_NAMES]
+    assert sources
+    heads = {path: path.read_text().split("\n", 2)[:2] for path in sources}
+    bare = [path.relative_to(ROOT) for path, head in heads.items()
+            if "SPDX-License-Identifier: Apache-2.0" not in head[head[0].startswith("#!")]]
+    assert not bare
+
+
+def test_no_file_names_a_machine() -> None:
+    found = []
+    for path in tracked():
+        try:
+            text = path.read_text()
+        except UnicodeDecodeError:
+            continue
+        found += [f"{path.relative_to(ROOT)}: {match[0]}" for match in UNPORTABLE.finditer(text)]
+    assert not found
+
+
+def test_make_help_lists_every_target() -> None:
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.M)
+    assert phony
+    listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert [line.split()[0] for line in listed.splitlines()] == phony[1].split()
+
+
+def test_what_is_installed_is_pinned() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    assert all("==" in requirement for requirement in extras["dev"])
+    asked = [*project["dependencies"], *extras["demo"], *extras["test"], *extras["dev"]]
+    asked += [*extras["cuda12"], *extras["cuda13"]]
+    pinned = re.findall(r"^([\w-]+)==", (ROOT / "constraints.txt").read_text(), re.M)
+    assert {re.match(r"[\w-]+", requirement)[0] for requirement in asked} <= set(pinned)

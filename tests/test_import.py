@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Importing gpu_rnn costs little and needs no optional package."""
+
+import statistics
+import subprocess
+import sys
+
+LIMIT_S = 0.2  # beside the seconds that importing torch takes
+
+SECONDS_BESIDE_TORCH = """
+import time, torch
+start = time.perf_counter()
+import gpu_rnn
+print(time.perf_counter() - start)
+"""
+
+WITHOUT_OPTIONAL_PACKAGES = """
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"triton", "cupy", "cupy_backends", "keras"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Missing())
+import torch, gpu_rnn
+layer = gpu_rnn.LSTM(3, 4, activation="relu")
+y, _ = layer(torch.randn(5, 2, 3))
+y.sum().backward()
+assert "reference" in str(gpu_rnn.explain(layer))
+print(tuple(y.shape))
+"""
+
+
+def python(program: str) -> str:
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_importing_is_quick() -> None:
+    seconds = statistics.median(float(python(SECONDS_BESIDE_TORCH)) for _ in range(5))
+    assert seconds < LIMIT_S
+
+
+def test_importing_needs_no_optional_package() -> None:
+    assert python(WITHOUT_OPTIONAL_PACKAGES) == "(5, 2, 4)"
