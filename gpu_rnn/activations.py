@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Activations by name, one row each; every one is a plain function of a tensor, differentiable twice.
+
+A layer's ``activation`` and ``recurrent_activation`` take one of these names or any plain torch function::
+
+    >>> gpu_rnn.GRU(4, 8, activation="softsign", recurrent_activation=lambda x: torch.sigmoid(2 * x))
+    GRU(4, 8, activation=softsign, recurrent_activation=<lambda>)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Activation = Callable[[Tensor], Tensor]
+
+
+def hard_sigmoid(x: Tensor) -> Tensor:
+    """clip(x/6 + 1/2, 0, 1), as in torch and Keras 3. Written out: ATen's hardsigmoid has no second derivative."""
+    return (x / 6 + 0.5).clamp(0, 1)
+
+
+def keras2_hard_sigmoid(x: Tensor) -> Tensor:
+    """clip(0.2 x + 1/2, 0, 1), as in Keras 1 and 2 and in ONNX's default."""
+    return (0.2 * x + 0.5).clamp(0, 1)
+
+
+def linear(x: Tensor) -> Tensor:
+    """The identity."""
+    return x
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "hard_sigmoid": hard_sigmoid,
+    "keras2_hard_sigmoid": keras2_hard_sigmoid,
+    "relu": F.relu,
+    "leaky_relu": F.leaky_relu,
+    "elu": F.elu,
+    "selu": F.selu,
+    "softsign": F.softsign,
+    "softplus": F.softplus,
+    "hard_tanh": F.hardtanh,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "exp": torch.exp,
+    "linear": linear,
+}
+
+
+def get(activation: str | Activation) -> Activation:
+    """The function behind a name; a function is returned as it is.
+
+    Raises:
+        ValueError: an unknown name (the known ones are listed).
+        TypeError: neither a name nor a function.
+    """
+    if isinstance(activation, str):
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"unknown activation {activation!r}; use one of {', '.join(ACTIVATIONS)}, or a function")
+        return ACTIVATIONS[activation]
+    if isinstance(activation, torch.nn.Module) or not callable(activation):
+        raise TypeError(
+            f"an activation is a name or a plain torch function such as torch.tanh, not {type(activation).__name__}"
+        )
+    return activation
+
+
+def name_of(activation: str | Activation) -> str:
+    """The name that shows an activation in a layer's repr."""
+    if isinstance(activation, str):
+        return activation
+    return getattr(activation, "__name__", type(activation).__name__)

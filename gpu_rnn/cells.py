@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recurrences of the library, a few lines each. Formulas and gate orders: docs of each function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from gpu_rnn import activations
+from gpu_rnn.activations import Activation
+from gpu_rnn.recurrence import Recurrence
+
+Name = str | Activation
+
+
+@lru_cache(maxsize=64)
+def rnn(activation: Name = "tanh") -> Recurrence:
+    """Elman RNN: h' = φ(W_ih x + b_ih + W_hh h + b_hh)."""
+    phi = activations.get(activation)
+
+    def elman(x: Any, r: Any, s: Any) -> Any:
+        return phi(x.h + r.h)
+
+    aten = f"RNN_{activation.upper()}" if isinstance(activation, str) and activation in ("tanh", "relu") else None
+    return Recurrence.lazy([(("h",), elman)], states=("h",), name="rnn", aten=aten)
+
+
+@lru_cache(maxsize=64)
+def lstm(activation: Name = "tanh", recurrent_activation: Name = "sigmoid", peephole: bool = False) -> Recurrence:
+    """LSTM, gates i, f, g, o: c' = σ(f) c + σ(i) φ(g), h' = σ(o) φ(c').
+
+    With `peephole`, i and f also see p·c and o sees p·c' (Gers & Schmidhuber, IJCNN 2000).
+    """
+    phi, sigma = activations.get(activation), activations.get(recurrent_activation)
+
+    def step(x: Any, r: Any, s: Any) -> Any:
+        i, f, g, o = sigma(x.i + r.i), sigma(x.f + r.f), phi(x.g + r.g), sigma(x.o + r.o)
+        c = f * s.c + i * g
+        return o * phi(c), c
+
+    def peephole_step(x: Any, r: Any, s: Any, p: Any) -> Any:
+        i, f = sigma(x.i + r.i + p.i * s.c), sigma(x.f + r.f + p.f * s.c)
+        c = f * s.c + i * phi(x.g + r.g)
+        return sigma(x.o + r.o + p.o * c) * phi(c), c
+
+    gates, states = ("i", "f", "g", "o"), ("h", "c")
+    if peephole:
+        return Recurrence.lazy([(gates, peephole_step)], states=states, params=("i", "f", "o"), name="peephole_lstm")
+    return Recurrence.lazy([(gates, step)], states=states, name="lstm", aten=_standard(activation, recurrent_activation, "LSTM"))
+
+
+@lru_cache(maxsize=64)
+def gru(activation: Name = "tanh", recurrent_activation: Name = "sigmoid", reset_after: bool = True) -> Recurrence:
+    """GRU, gates r, z, n: h' = (1 − z) n + z h.
+
+    The reset gate acts after the product as in torch, n = φ(x_n + r · (W_hn h + b_hn)), or with
+    ``reset_after=False`` before it, n = φ(x_n + W_hn (r·h) + b_hn) (Cho et al., arXiv:1406.1078): two dependent
+    products a step.
+    """
+    phi, sigma = activations.get(activation), activations.get(recurrent_activation)
+
+    def step(x: Any, r: Any, s: Any) -> Any:
+        reset, z = sigma(x.r + r.r), sigma(x.z + r.z)
+        n = phi(x.n + reset * r.n)
+        return (1 - z) * n + z * s.h
+
+    def first(x: Any, r: Any, s: Any) -> Any:
+        return sigma(x.r + r.r) * s.h, sigma(x.z + r.z)
+
+    def second(x: Any, r: Any, s: Any, p: Any, values: Any) -> Any:
+        (z,) = values
+        return (1 - z) * phi(x.n + r.n) + z * s.h
+
+    if not reset_after:
+        return Recurrence.lazy([(("r", "z"), first), (("n",), second)], states=("h",), name="gru_reset_before")
+    aten = _standard(activation, recurrent_activation, "GRU")
+    return Recurrence.lazy([(("r", "z", "n"), step)], states=("h",), name="gru", aten=aten)
+
+
+@lru_cache(maxsize=64)
+def coupled_lstm(activation: Name = "tanh", recurrent_activation: Name = "sigmoid") -> Recurrence:
+    """LSTM with coupled input and forget gates, gates f, g, o: c' = σ(f) c + (1 − σ(f)) φ(g) (Greff et al., arXiv:1503.04069)."""
+    phi, sigma = activations.get(activation), activations.get(recurrent_activation)
+
+    def step(x: Any, r: Any, s: Any) -> Any:
+        f = sigma(x.f + r.f)
+        c = f * s.c + (1 - f) * phi(x.g + r.g)
+        return sigma(x.o + r.o) * phi(c), c
+
+    return Recurrence.lazy([(("f", "g", "o"), step)], states=("h", "c"), name="coupled_lstm")
+
+
+@lru_cache(maxsize=1)
+def slstm() -> Recurrence:
+    """sLSTM of xLSTM with exponential input gate, gates i, f, z, o (Beck et al., arXiv:2405.04517, eqs. 8 to 17).
+
+    States: h, the cell c, the normaliser n and the stabiliser m, which starts at −∞ so that the first step takes the
+    input gate's own scale.
+    """
+
+    def step(x: Any, r: Any, s: Any) -> Any:
+        i, f = x.i + r.i, F.logsigmoid(x.f + r.f)
+        m = torch.maximum(f + s.m, i)
+        keep, write = torch.exp(f + s.m - m), torch.exp(i - m)
+        c = keep * s.c + write * torch.tanh(x.z + r.z)
+        n = keep * s.n + write
+        return torch.sigmoid(x.o + r.o) * c / n, c, n, m
+
+    return Recurrence(
+        step,
+        gates=("i", "f", "z", "o"),
+        states={"h": 0.0, "c": 0.0, "n": 0.0, "m": -float("inf")},
+        name="slstm",
+    )
+
+
+CELLS: dict[str, Callable[[], Recurrence]] = {
+    "rnn": rnn,
+    "lstm": lstm,
+    "gru": gru,
+    "gru_reset_before": lambda: gru(reset_after=False),
+    "peephole_lstm": lambda: lstm(peephole=True),
+    "coupled_lstm": coupled_lstm,
+    "slstm": slstm,
+}
+"""Every cell at its defaults, by name."""
+
+
+def _standard(activation: Name, recurrent_activation: Name, mode: str) -> str | None:
+    """ATen's name for the cell, where the activations are the ones it knows."""
+    return mode if (activation, recurrent_activation) == ("tanh", "sigmoid") else None

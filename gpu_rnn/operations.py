@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scalar operations a recurrence may use, one row each: torch function, Triton and CUDA text, derivative.
+
+A derivative rule takes the gradient ``d`` of the result, the result ``y`` and the arguments, and returns the gradient
+of each argument (None where there is none). Ties and boundaries follow torch's autograd: relu'(0) = 0, clamp passes
+its bounds, minimum and maximum halve a tie.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Rule = Callable[..., tuple[Any, ...]]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """How one operation runs in torch, is printed for the two kernel languages, and is differentiated."""
+
+    torch: Callable[..., Any]
+    triton: str
+    cuda: str
+    derivative: Rule | None = None
+    is_bool: bool = False
+
+
+def _same(text: str) -> dict[str, str]:
+    return {"triton": text, "cuda": text}
+
+
+def _bound(tie: str) -> Rule:
+    """minimum and maximum: the gradient goes to the argument that won, half to each on a tie."""
+
+    def rule(d: Any, y: Any, a: Any, b: Any) -> tuple[Any, Any]:
+        half, tied = d * 0.5, a.emit("eq", a, b)
+        wins = a.emit(tie, a, b)
+        d_a = a.emit("where", tied, half, a.emit("where", wins, d, 0.0))
+        return d_a, a.emit("where", tied, half, a.emit("where", wins, 0.0, d))
+
+    return rule
+
+
+def _clamp(d: Any, y: Any, x: Any, low: Any, high: Any) -> tuple[Any, None, None]:
+    inside = x.emit("and", x.emit("ge", x, low), x.emit("le", x, high))
+    return x.emit("where", inside, d, 0.0), None, None
+
+
+def _unary(name: str, derivative: Rule, triton: str = "", cuda: str = "") -> Operation:
+    """One that both languages call as a function; `m` is kernels/triton/math.py, CUDA's are the f-suffixed ones."""
+    return Operation(getattr(torch, name), triton or f"tl.{name}({{0}})", cuda or f"{name}f({{0}})", derivative)
+
+
+def _compare(name: str, symbol: str) -> Operation:
+    return Operation(getattr(operator, name), **_same(f"({{0}} {symbol} {{1}})"), is_bool=True)
+
+
+TWO_OVER_SQRT_PI = 1.1283791670955126
+
+OPERATIONS: dict[str, Operation] = {
+    "add": Operation(operator.add, **_same("{0} + {1}"), derivative=lambda d, y, a, b: (d, d)),
+    "sub": Operation(operator.sub, **_same("{0} - {1}"), derivative=lambda d, y, a, b: (d, -d)),
+    "mul": Operation(operator.mul, **_same("{0} * {1}"), derivative=lambda d, y, a, b: (d * b, d * a)),
+    "div": Operation(operator.truediv, **_same("{0} / {1}"), derivative=lambda d, y, a, b: (d / b, -(d / b) * y)),
+    "neg": Operation(operator.neg, **_same("-{0}"), derivative=lambda d, y, x: (-d,)),
+    "tanh": _unary("tanh", lambda d, y, x: (d * (1.0 - y * y),), "m.tanh({0})"),
+    "sigmoid": _unary("sigmoid", lambda d, y, x: (d * (y * (1.0 - y)),), "m.sigmoid({0})", "sigmoidf({0})"),
+    "exp": _unary("exp", lambda d, y, x: (d * y,)),
+    "expm1": _unary("expm1", lambda d, y, x: (d * (y + 1.0),), "m.expm1({0})"),
+    "log": _unary("log", lambda d, y, x: (d / x,)),
+    "log1p": _unary("log1p", lambda d, y, x: (d / (x + 1.0),), "m.log1p({0})"),
+    "sqrt": _unary("sqrt", lambda d, y, x: (d * 0.5 / y,), "tl.sqrt_rn({0})"),
+    "erf": _unary("erf", lambda d, y, x: (d * TWO_OVER_SQRT_PI * x.emit("exp", -(x * x)),)),
+    "sin": _unary("sin", lambda d, y, x: (d * x.emit("cos", x),)),
+    "cos": _unary("cos", lambda d, y, x: (-(d * x.emit("sin", x)),)),
+    "abs": _unary("abs", lambda d, y, x: (d * x.emit("sign", x),), cuda="fabsf({0})"),
+    "sign": _unary("sign", lambda d, y, x: (None,), "m.sign({0})", "signf({0})"),
+    "floor": _unary("floor", lambda d, y, x: (None,)),
+    "relu": _unary(
+        "relu",
+        lambda d, y, x: (x.emit("where", x.emit("gt", x, 0.0), d, 0.0),),
+        "tl.where({0} < 0, 0.0, {0})",
+        "({0} < 0.0f ? 0.0f : {0})",
+    ),
+    "clamp": Operation(torch.clamp, "m.clamp({0}, {1}, {2})", "clampf({0}, {1}, {2})", _clamp),
+    "minimum": Operation(torch.minimum, "m.minimum({0}, {1})", "minimumf({0}, {1})", _bound("lt")),
+    "maximum": Operation(torch.maximum, "m.maximum({0}, {1})", "maximumf({0}, {1})", _bound("gt")),
+    "gt": _compare("gt", ">"),
+    "ge": _compare("ge", ">="),
+    "lt": _compare("lt", "<"),
+    "le": _compare("le", "<="),
+    "eq": _compare("eq", "=="),
+    "ne": _compare("ne", "!="),
+    "and": Operation(operator.and_, **_same("({0} & {1})"), is_bool=True),
+    "or": Operation(operator.or_, **_same("({0} | {1})"), is_bool=True),
+    "not": Operation(torch.logical_not, "({0} == 0)", "(!{0})", is_bool=True),
+    "where": Operation(
+        torch.where,
+        "tl.where({0}, {1}, {2})",
+        "({0} ? {1} : {2})",
+        lambda d, y, c, a, b: (None, c.emit("where", c, d, 0.0), c.emit("where", c, 0.0, d)),
+    ),
+}

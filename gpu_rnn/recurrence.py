@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Recurrence`: a recurrent cell written once, as a function of scalars."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from gpu_rnn.program import Program
+from gpu_rnn.tracing import trace
+
+
+class Recurrence:
+    """A recurrent cell: its states, its gates, and one step as a plain function of scalars.
+
+    ``step(x, r, s)`` (or ``step(x, r, s, p)``) is written for one unit of one sample. ``x.<gate>`` is the gate's input
+    part W_ih x + b_ih, ``r.<gate>`` its recurrent product W_hh h + b_hh, ``s.<state>`` the states before the step and
+    ``p.<param>`` the unit's own parameters. It returns the new states, in order; the first is h, the layer's output.
+    Any torch arithmetic is allowed that works on each element by itself. It is traced once, so it may not branch on
+    values: use ``torch.where``.
+
+    Args:
+        step: the function, or for a cell with dependent products a sequence of ``(gates, function)`` stages: an
+            earlier stage returns the input of the next stage's product, then values handed to the next function as a
+            further argument ``step(x, r, s, p, values)``.
+        gates: names of the gates, in the order of the rows of the weights. Left out when `step` is a sequence.
+        states: names of the states; a mapping gives their initial values (0 otherwise).
+        params: names of parameters with one value per unit, such as peepholes.
+        name: how errors and generated code name the cell; the function's name by default.
+
+    Raises:
+        TraceError: (a ValueError) the step cannot be traced; the message names operation, cell and line.
+        TypeError: `step` is a Module, or does not take these arguments.
+
+    Example: a minimal gated unit (Zhou et al., arXiv:1603.09420), usable in ``gpu_rnn.Recurrent``::
+
+        >>> def mgu(x, r, s):
+        ...     f = torch.sigmoid(x.f + r.f)
+        ...     n = torch.tanh(x.n + f * r.n)
+        ...     return (1 - f) * s.h + f * n
+        >>> cell = gpu_rnn.Recurrence(mgu, gates=("f", "n"), states=("h",))
+        >>> layer = gpu_rnn.Recurrent(cell, input_size=3, hidden_size=5)
+        >>> layer(torch.randn(7, 2, 3))[0].shape
+        torch.Size([7, 2, 5])
+    """
+
+    def __init__(
+        self,
+        step: Callable[..., Any] | Sequence[tuple[Sequence[str], Callable[..., Any]]],
+        *,
+        gates: Sequence[str] | None = None,
+        states: Sequence[str] | Mapping[str, float] = ("h",),
+        params: Sequence[str] = (),
+        name: str | None = None,
+    ) -> None:
+        if isinstance(step, torch.nn.Module):
+            raise TypeError(
+                f"a recurrence is written as a function step(x, r, s) of scalars, not as a {type(step).__name__}; "
+                "a module's weights are the layer's, its arithmetic is the step"
+            )
+        if callable(step):
+            if gates is None:
+                raise TypeError("name the gates: Recurrence(step, gates=('f', 'n'), ...)")
+            stages = [(tuple(gates), step)]
+        else:
+            if gates is not None:
+                raise TypeError("with several stages each names its own gates: Recurrence([(gates, step), ...])")
+            stages = [(tuple(own), function) for own, function in step]
+        for word, given in (("states", states), ("params", params), *(("gates", own) for own, _ in stages)):
+            if isinstance(given, str):
+                raise TypeError(f"{word} is a sequence of names: ({given!r},)")
+        initial = dict(states) if isinstance(states, Mapping) else dict.fromkeys(states, 0.0)
+        self._start(
+            name or getattr(stages[-1][1], "__name__", "cell").strip("<>"),
+            tuple(own for own, _ in stages),
+            tuple((state, float(value)) for state, value in initial.items()),
+            tuple(params),
+        )
+        self._traced = trace(self.name, self._initial, self.params, stages)
+
+    def _start(
+        self,
+        name: str,
+        stage_gates: tuple[tuple[str, ...], ...],
+        initial: tuple[tuple[str, float], ...],
+        params: tuple[str, ...],
+        aten: str | None = None,
+    ) -> None:
+        self.name = name
+        self.stage_gates = stage_gates
+        self.params = params
+        self.aten = aten
+        self._initial = initial
+        self._traced: Program | None = None
+        self._stages: Any = None
+
+    @classmethod
+    def lazy(
+        cls,
+        stages: Sequence[tuple[Sequence[str], Callable[..., Any]]],
+        *,
+        states: Sequence[str],
+        params: Sequence[str] = (),
+        name: str,
+        aten: str | None = None,
+    ) -> Recurrence:
+        """One of the library's own cells: traced at first need, and known to ATen by `aten` (its mode) or not."""
+        self = cls.__new__(cls)
+        gates = tuple(tuple(own) for own, _ in stages)
+        self._start(name, gates, tuple((state, 0.0) for state in states), tuple(params), aten)
+        self._stages = stages
+        return self
+
+    @classmethod
+    def from_program(cls, text: str) -> Recurrence:
+        """The recurrence whose canonical text this is, in a process that need not have its function.
+
+        Raises:
+            ValueError: not a program's text.
+        """
+        program = Program.parse(text)
+        self = cls.__new__(cls)
+        self._start(program.name, tuple(s.gates for s in program.stages), program.states, program.params)
+        self._traced = program
+        return self
+
+    @cached_property
+    def program(self) -> Program:
+        """The traced recurrence."""
+        return self._traced or trace(self.name, self._initial, self.params, self._stages)
+
+    @property
+    def gates(self) -> tuple[str, ...]:
+        """All gates, in the order of the rows of the weights."""
+        return tuple(gate for own in self.stage_gates for gate in own)
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """The states; the first is h."""
+        return tuple(state for state, _ in self._initial)
+
+    @property
+    def initial(self) -> tuple[float, ...]:
+        """The value each state starts from."""
+        return tuple(value for _, value in self._initial)
+
+    def source(self, language: str = "triton", *, backward: bool = False) -> str:
+        """The pointwise device code generated for this cell, each line beside the line of `step` it comes from.
+
+        Args:
+            language: "triton" or "cuda".
+            backward: the derivative instead of the step.
+
+        Raises:
+            ValueError: another language.
+        """
+        from gpu_rnn import codegen
+
+        return codegen.source(self.program, language, backward=backward, comments=True)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (self.program.text, self.aten)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Recurrence) and self.program.text == other.program.text
+
+    def __hash__(self) -> int:
+        return hash(self.program.text)
+
+    def __repr__(self) -> str:
+        gates = " | ".join(" ".join(own) for own in self.stage_gates)
+        params = f", params={' '.join(self.params)}" if self.params else ""
+        return f"Recurrence({self.name}: gates={gates}, states={' '.join(self.states)}{params})"
+
+
+def _restore(text: str, aten: str | None) -> Recurrence:
+    self = Recurrence.from_program(text)
+    self.aten = aten
+    return self
