@@ -78,7 +78,7 @@ class RecurrenceHolder:
 class LayerBase(RecurrenceHolder, nn.RNNBase):
     """The whole of a layer but for its constructor's signature."""
 
-    # RNNBase keeps a second list of its weights, for cuDNN's one flat buffer. Here they are read at each call,
+    # RNNBase keeps a second list of its weights for cuDNN's one flat buffer. Here they are read at each call,
     # so that whatever stands in for one (a parametrization, functional_call, pruning) is seen.
     __setattr__ = nn.Module.__setattr__
     __getstate__ = object.__getstate__
@@ -234,7 +234,7 @@ def elman_activation(nonlinearity: str, activation: str | Activation | None) -> 
     """RNN's activation from torch.nn's argument and ours; both, or a bad nonlinearity, is a ValueError."""
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(
-            f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu', or give activation."
+            f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'. Others are given as activation."
         )
     if activation is not None and nonlinearity != "tanh":
         raise ValueError(f"give nonlinearity='{nonlinearity}' or activation, not both")

@@ -17,7 +17,7 @@ from gpu_rnn.recurrence import Recurrence
 class Recurrent(LayerBase):
     """The layer for any recurrence: stacks, both directions, packed input, dropout, all as in torch.nn.GRU.
 
-    Weights, for G gates, U per-unit parameters, H = hidden_size and I = input_size (above the first layer D*H):
+    Weights, for G gates, U per-unit parameters, H = hidden_size, I = input_size (above the first layer D*H):
     weight_ih_l{k} (G*H, I), weight_hh_l{k} (G*H, H), bias_ih_l{k} and bias_hh_l{k} (G*H), in the order of
     recurrence.gates, and weight_unit_l{k} (U, H), in the order of recurrence.params; each also with _reverse.
     Initial values are uniform in ±1/sqrt(H), as torch.nn's are.
@@ -194,7 +194,7 @@ class GRU(LayerBase):
     """Gated recurrent unit, a drop-in for torch.nn.GRU.
 
     r, z = σ(W_ih x + b_ih + W_hh h + b_hh), n = φ(W_in x + b_in + r⊙(W_hn h + b_hn)), h' = (1-z)⊙n + z⊙h,
-    with φ = activation and σ = recurrent_activation. With reset_after=False, n = φ(W_in x + b_in + W_hn (r⊙h) +
+    with φ = activation, σ = recurrent_activation. With reset_after=False, n = φ(W_in x + b_in + W_hn (r⊙h) +
     b_hn) (Cho et al., arXiv:1406.1078).
 
     Args:
