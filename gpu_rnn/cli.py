@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gpu-rnn command: doctor, explain, demo, bench. Each command imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["main"]
+
+INTERRUPTED = 130  # 128 + SIGINT, what a shell reports for Ctrl-C
+DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit status."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        parsed.command(parsed)
+    except KeyboardInterrupt:
+        print("\ngpu-rnn: stopped.", file=sys.stderr)
+        return INTERRUPTED
+    except (ModuleNotFoundError, ValueError) as error:
+        print(f"gpu-rnn: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from gpu_rnn import doctor
+
+    print(doctor.report(doctor.pick_device(options.device)))
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from gpu_rnn import doctor
+    from gpu_rnn.demo import command
+
+    command.run(
+        command.Options(
+            device=doctor.pick_device(options.device),
+            seeds=options.seeds,
+            epochs=options.epochs,
+            long=options.long,
+            quick=options.quick,
+            out=options.out,
+        )
+    )
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from gpu_rnn import doctor
+    from gpu_rnn.demo import command
+    from gpu_rnn.demo.datasets import japanese_vowels, plaid
+
+    data = plaid() if options.long else japanese_vowels()
+    command.time_layers(data.to(doctor.pick_device(options.device)), options.seconds)
+
+
+def _explain(options: argparse.Namespace) -> None:
+    import torch
+
+    import gpu_rnn
+
+    layer = _described_layer(options).to(getattr(torch, DTYPES[options.dtype]))
+    x = layer.weight_ih_l0.new_zeros(options.steps, options.batch, options.input or options.hidden)
+    print(gpu_rnn.explain(layer, x, device=options.device))
+
+
+def _described_layer(options: argparse.Namespace) -> torch.nn.Module:
+    import gpu_rnn
+
+    extra = {
+        "activation": options.activation,
+        "recurrent_activation": options.recurrent_activation,
+        "reset_after": False if options.reset_before else None,
+        "peephole": options.peephole or None,
+        "proj_size": options.proj or None,
+    }
+    return getattr(gpu_rnn, options.cell.upper())(
+        options.input or options.hidden,
+        options.hidden,
+        options.layers,
+        bidirectional=options.bidirectional,
+        **{name: value for name, value in extra.items() if value is not None},
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gpu-rnn",
+        description="LSTM, GRU and any other recurrence on the GPU, as drop-ins for torch.nn.",
+        epilog="examples:\n"
+        "  gpu-rnn demo                     train on real recordings beside torch.nn, and draw a picture\n"
+        "  gpu-rnn doctor                   what is here, and which backends can run\n"
+        "  gpu-rnn explain --hidden 512 --batch 64 --dtype bf16 --device H100",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_demo(commands)
+    doctor = commands.add_parser(
+        "doctor", help="what is here, and which backends can run and why not the others"
+    )
+    doctor.add_argument("--device", help="cpu, cuda or cuda:1 (default: the GPU if there is one)")
+    doctor.set_defaults(command=_doctor)
+    _add_explain(commands)
+    bench = commands.add_parser(
+        "bench", help="only the demo's timing: the layers beside torch.nn on this device"
+    )
+    bench.add_argument("--device", help="cpu, cuda or cuda:1 (default: the GPU if there is one)")
+    bench.add_argument(
+        "--long", action="store_true", help="on PLAID's long recordings (pip install 'gpu-rnn[long]')"
+    )
+    bench.add_argument(
+        "--seconds", type=float, default=2.0, help="for each line and direction (default: %(default)s)"
+    )
+    bench.set_defaults(command=_bench)
+    return parser
+
+
+def _add_demo(commands: argparse._SubParsersAction) -> None:
+    demo = commands.add_parser(
+        "demo",
+        help="train on real recordings beside torch.nn, time both, draw a picture",
+        description="Trains a bidirectional LSTM and a GRU on the JapaneseVowels recordings with torch.nn and with gpu_rnn "
+        "from the same seeds, trains them again with options that torch.nn does not have, times every layer "
+        "on this device, and writes one picture.",
+        epilog="examples:\n"
+        "  gpu-rnn demo\n"
+        "  gpu-rnn demo --quick --out /tmp/demo.png\n"
+        "  gpu-rnn demo --long --device cuda:1",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    demo.add_argument("--device", help="cpu, cuda or cuda:1 (default: the GPU if there is one)")
+    demo.add_argument(
+        "--seeds", type=_count, default=3, help="trainings of each layer (default: %(default)s)"
+    )
+    demo.add_argument(
+        "--epochs", type=_count, help="default: 20 on JapaneseVowels; on PLAID 30 on a GPU, 3 on a CPU"
+    )
+    demo.add_argument(
+        "--long",
+        action="store_true",
+        help="PLAID's long recordings too (pip install 'gpu-rnn[long]'); on a GPU the default",
+    )
+    demo.add_argument(
+        "--quick", action="store_true", help="one seed, three epochs, rough timing: does it run at all?"
+    )
+    demo.add_argument(
+        "--out", type=Path, default=Path("gpu-rnn-demo.png"), help="the picture (default: %(default)s)"
+    )
+    demo.set_defaults(command=_demo)
+
+
+def _add_explain(commands: argparse._SubParsersAction) -> None:
+    explain = commands.add_parser(
+        "explain",
+        help="which backend would run a layer, and why not the others",
+        description="Prints, for a layer described by its sizes, each backend's verdict, its reasons and its predicted time.",
+        epilog="examples:\n"
+        "  gpu-rnn explain --cell lstm --hidden 512 --batch 64 --steps 100 --dtype bf16 --device H100\n"
+        "  gpu-rnn explain --cell gru --hidden 100 --reset-before --recurrent-activation hard_sigmoid",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    explain.add_argument("--cell", choices=("lstm", "gru", "rnn"), default="lstm")
+    explain.add_argument("--hidden", type=_count, required=True, metavar="H", help="units")
+    explain.add_argument("--input", type=_count, metavar="I", help="input features (default: as hidden)")
+    explain.add_argument("--batch", type=_count, default=32, metavar="B", help="(default: %(default)s)")
+    explain.add_argument("--steps", type=_count, default=100, metavar="T", help="(default: %(default)s)")
+    explain.add_argument("--layers", type=_count, default=1, metavar="L", help="(default: %(default)s)")
+    explain.add_argument("--bidirectional", action="store_true")
+    explain.add_argument("--proj", type=_count, metavar="P", help="proj_size, LSTM only")
+    explain.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="(default: %(default)s)")
+    explain.add_argument("--activation", metavar="NAME", help="such as relu or softsign")
+    explain.add_argument("--recurrent-activation", metavar="NAME", help="such as hard_sigmoid")
+    explain.add_argument(
+        "--reset-before", action="store_true", help="GRU with the reset gate before the product"
+    )
+    explain.add_argument("--peephole", action="store_true", help="LSTM with peepholes")
+    explain.add_argument(
+        "--device", metavar="NAME", help="one you need not have: H100, A100, RTX 4090 (default: this one)"
+    )
+    explain.set_defaults(command=_explain)
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value

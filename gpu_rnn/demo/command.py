@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``gpu-rnn demo``: what is here, training on real recordings beside torch.nn, the ratio table, one picture."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import nn
+
+import gpu_rnn
+from gpu_rnn import doctor
+from gpu_rnn.demo.datasets import Dataset, japanese_vowels, plaid
+from gpu_rnn.demo.models import STANDARD, WITH_OPTIONS, PythonLoop, Variant
+from gpu_rnn.demo.timing import Case, Timing, measure, table
+from gpu_rnn.demo.train import Epoch, Run, repeat
+
+__all__ = ["Options", "run", "time_layers"]
+
+EPOCHS, QUICK_EPOCHS = (
+    20,
+    3,
+)  # at 20 torch.nn's accuracies have settled; at 30 they are the same within a recording or two
+LONG_EPOCHS = {"cpu": 3, "cuda": 30}  # PLAID: a CPU needs half a minute an epoch
+TIMED_RECORDINGS = 64
+MEASURE_SECONDS, QUICK_SECONDS = 2.0, 0.2  # for each line and direction of the ratio table
+
+
+@dataclass(frozen=True)
+class Options:
+    device: torch.device
+    seeds: int = 3
+    epochs: int | None = None  # None: EPOCHS on JapaneseVowels, LONG_EPOCHS on PLAID
+    long: bool = False
+    quick: bool = False
+    out: Path = Path("gpu-rnn-demo.png")
+
+
+def run(options: Options) -> None:
+    """Runs the whole demo, printing as it goes.
+
+    Raises:
+        ModuleNotFoundError: an optional package is missing; the message names the extra to install.
+    """
+    _require_extras()
+    start = time.perf_counter()
+    device = options.device
+    print(doctor.report(device))
+    seeds, epochs = (
+        (1, options.epochs or QUICK_EPOCHS) if options.quick else (options.seeds, options.epochs or EPOCHS)
+    )
+
+    vowels = japanese_vowels().to(device)
+    runs = _learn(vowels, STANDARD, WITH_OPTIONS, seeds, epochs)
+    long = _long_data(options)
+    if long is not None:
+        few = 1 if device.type == "cpu" else seeds
+        _learn(long, STANDARD[1:], (), few, options.epochs or LONG_EPOCHS[device.type])
+
+    timed = long or vowels
+    timings = time_layers(timed, QUICK_SECONDS if options.quick else MEASURE_SECONDS)
+    from gpu_rnn.demo.picture import draw
+
+    draw(
+        runs,
+        timings,
+        data=_heading(vowels, seeds),
+        timed=f"median of interleaved runs, {_batch(timed)}",
+        device=doctor.device_name(device),
+        path=options.out,
+    )
+    print(f"\nPicture: {options.out.resolve()}\nDone in {time.perf_counter() - start:.0f} s.")
+
+
+def time_layers(data: Dataset, seconds: float) -> list[Timing]:
+    """Times every layer of the demo on recordings of the data set, printing the ratio table."""
+    device = data.train.inputs.device
+    dtypes = [torch.float32] if device.type == "cpu" else [torch.float32, torch.bfloat16]
+    print(f"\nTime a call on {doctor.device_name(device)}, {_batch(data)}:", flush=True)
+    timings = [measure(case, seconds=seconds) for dtype in dtypes for case in _cases(data, dtype)]
+    print(table(timings))
+    return timings
+
+
+def _cases(data: Dataset, dtype: torch.dtype) -> list[Case]:
+    rows = torch.arange(0, len(data.train), len(data.train) // TIMED_RECORDINGS)[:TIMED_RECORDINGS]
+    packed = data.train.packed(rows).to(dtype)
+    precision = "" if dtype == torch.float32 else f", {str(dtype).removeprefix('torch.')}"
+    cases = []
+    for variant in STANDARD + WITH_OPTIONS:
+        ours = variant.layer(gpu_rnn, data.channels).to(packed.data)
+        theirs, name = _beside(variant, ours, data.channels)
+        backend = next(row.backend for row in gpu_rnn.explain(ours, packed).rows if row.chosen)
+        cases.append(Case(variant.label + precision, ours, theirs, name, packed, backend))
+    return cases
+
+
+def _beside(variant: Variant, ours: nn.Module, channels: int) -> tuple[nn.Module, str]:
+    """torch.nn's layer with the same weights or, where it has none, a Python loop over torch operations."""
+    if variant.options:
+        return PythonLoop(ours), "a Python loop"
+    theirs = variant.layer(nn, channels).to(ours.weight_hh_l0)
+    theirs.load_state_dict(ours.state_dict())
+    return theirs, f"torch.nn.{variant.cell}"
+
+
+def _learn(
+    data: Dataset, standard: Sequence[Variant], ours_only: Sequence[Variant], seeds: int, epochs: int
+) -> list[Run]:
+    """Trains the standard variants with torch.nn and with gpu_rnn, the others with gpu_rnn; prints the accuracies."""
+    print(f"\n{data}")
+    plan = [(variant, library) for variant in standard for library in (nn, gpu_rnn)]
+    plan += [(variant, gpu_rnn) for variant in ours_only]
+    runs = [_learn_one(variant, library, data, seeds, epochs) for variant, library in plan]
+    print(f"Test accuracy after {epochs} epochs, %, {_seeds(seeds)}:")
+    theirs = {run.variant.label: run for run in runs if run.library != "gpu_rnn"}
+    for found in runs:
+        if found.library != "gpu_rnn":
+            continue
+        print(_accuracy_lines(found, theirs.get(found.variant.label), len(data.test)))
+    return runs
+
+
+def _learn_one(variant: Variant, library: ModuleType, data: Dataset, seeds: int, epochs: int) -> Run:
+    from tqdm import tqdm
+
+    name = f"{variant.label} ({library.__name__})"
+    with tqdm(total=seeds * epochs, desc=name, unit="epoch", leave=False, dynamic_ncols=True) as bar:
+
+        def progress(epoch: Epoch) -> None:
+            bar.set_postfix_str(
+                f"loss {epoch.loss:.3f}, accuracy {100 * epoch.accuracy:.1f} %", refresh=False
+            )
+            bar.update()
+
+        return repeat(variant, library, data, seeds=seeds, epochs=epochs, progress=progress)
+
+
+def _accuracy_lines(ours: Run, theirs: Run | None, recordings: int) -> str:
+    def cells(run: Run) -> str:
+        return "  ".join(f"{100 * value:5.1f}" for value in run.final) + f"   mean {100 * run.mean:5.1f}"
+
+    lines = [ours.variant.label]
+    if theirs is None:
+        lines += [f"  gpu_rnn   {cells(ours)}   (torch.nn has no such layer)"]
+    else:
+        # One recording decided the other way moves an accuracy by this much, and rounding alone can do that.
+        margin = 1 / recordings
+        inside = min(theirs.final) - margin <= ours.mean <= max(theirs.final) + margin
+        verdict = "within" if inside else "OUTSIDE"
+        lines += [f"  torch.nn  {cells(theirs)}", f"  gpu_rnn   {cells(ours)}   {verdict} torch.nn's range"]
+    return "\n".join(lines)
+
+
+def _long_data(options: Options) -> Dataset | None:
+    """PLAID where it was asked for, and on a GPU where it is installed."""
+    if options.long:
+        return plaid().to(options.device)
+    if options.device.type == "cpu" or options.quick:
+        return None
+    try:
+        return plaid().to(options.device)
+    except ModuleNotFoundError as missing:
+        print(f"\nThe long recordings are left out: {missing}")
+        return None
+
+
+def _require_extras() -> None:
+    missing = [name for name in ("matplotlib", "tqdm") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ModuleNotFoundError(f"the demo needs {' and '.join(missing)}: pip install 'gpu-rnn[demo]'")
+
+
+def _seeds(count: int) -> str:
+    return "1 seed" if count == 1 else f"{count} seeds"
+
+
+def _heading(data: Dataset, seeds: int) -> str:
+    return f"{data.name}: {len(data.test)} test recordings, {data.classes} classes, {_seeds(seeds)}"
+
+
+def _batch(data: Dataset) -> str:
+    lengths = data.train.lengths
+    return f"{TIMED_RECORDINGS} packed recordings of {data.name} ({int(lengths.min())} to {int(lengths.max()):,} steps)"

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Times a layer beside what people use today: interleaved, medians, and only after both gave the same result."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+__all__ = ["Case", "Timing", "measure", "table"]
+
+ROUNDS = 15  # interleaved pairs, at most; the median of 15 is steady to a few percent on a busy desk machine
+SAMPLE_SECONDS = (
+    0.02  # calls are repeated until one sample lasts this long: a thousand times a timer's resolution
+)
+# Of the largest output. The CPU computes in full fp32; a GPU in tf32 or bf16, whose errors grow over a thousand steps,
+# and a wrong layer is off by far more than this.
+TOLERANCE = {"cpu": 1e-4, "cuda": 5e-2}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Two modules with the same weights that do the same on the same packed input."""
+
+    label: str
+    ours: nn.Module
+    theirs: nn.Module
+    theirs_label: str
+    inputs: PackedSequence
+    backend: str  # the one that runs ours
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median seconds a call."""
+
+    case: Case
+    forward: tuple[float, float]  # (ours, theirs), inference
+    training: tuple[float, float]  # (ours, theirs), forward and backward
+
+
+def measure(case: Case, *, seconds: float) -> Timing:
+    """Times both modules of a case, forward and forward with backward, each within about `seconds`.
+
+    Raises:
+        RuntimeError: the two do not agree; a wrong result is not timed.
+    """
+    modules = (case.ours, case.theirs)
+    _check(case)
+
+    def forward(module: nn.Module) -> Callable[[], object]:
+        def call() -> None:
+            with torch.inference_mode():
+                module(case.inputs)
+
+        return call
+
+    def training(module: nn.Module) -> Callable[[], object]:
+        weights = list(module.parameters())
+
+        def call() -> tuple[Tensor, ...]:
+            return torch.autograd.grad(module(case.inputs)[0].data.sum(), weights)
+
+        return call
+
+    device = case.inputs.data.device
+    return Timing(
+        case,
+        _interleave([forward(module) for module in modules], device, seconds),
+        _interleave([training(module) for module in modules], device, seconds),
+    )
+
+
+def table(timings: Sequence[Timing]) -> str:
+    """The ratio table: above 1.00x ours is the faster."""
+    head = f"{'':44}{'forward, ms':>22}{'':8}{'forward + backward, ms':>24}"
+    names = f"{'layer, compared with':44}{'ours':>10}{'theirs':>10}{'ratio':>10}{'ours':>10}{'theirs':>10}{'ratio':>10}"
+    lines = [head, names, "-" * len(names)]
+    for timing in timings:
+        cells = "".join(
+            f"{1e3 * ours:10.2f}{1e3 * theirs:10.2f}{theirs / ours:9.2f}x"
+            for ours, theirs in (timing.forward, timing.training)
+        )
+        lines += [
+            f"{timing.case.label:44}{cells}",
+            f"  beside {timing.case.theirs_label}; backend {timing.case.backend}",
+        ]
+    return "\n".join(lines)
+
+
+def _check(case: Case) -> None:
+    with torch.no_grad():
+        ours, theirs = (module(case.inputs)[0].data for module in (case.ours, case.theirs))
+    error = float((ours - theirs).abs().max() / theirs.abs().max())
+    if not error <= TOLERANCE[ours.device.type]:
+        raise RuntimeError(
+            f"{case.label} differs from {case.theirs_label} by {error:.1e} of the largest output: not timed"
+        )
+
+
+def _interleave(
+    calls: Sequence[Callable[[], object]], device: torch.device, seconds: float
+) -> tuple[float, ...]:
+    """Median seconds a call of each, measured in turns so that a change of clock or load meets all of them alike."""
+    counts = []
+    for call in calls:
+        call()  # compiles, fills caches
+        once = _sample(call, 1, device)
+        counts.append(max(1, round(SAMPLE_SECONDS / once)))
+    samples: list[list[float]] = [[] for _ in calls]
+    end = time.perf_counter() + seconds
+    while not samples[0] or (len(samples[0]) < ROUNDS and time.perf_counter() < end):
+        for call, count, found in zip(calls, counts, samples, strict=True):
+            found.append(_sample(call, count, device) / count)
+    return tuple(map(median, samples))
+
+
+def _sample(call: Callable[[], object], count: int, device: torch.device) -> float:
+    if device.type != "cuda":
+        start = time.perf_counter()
+        for _ in range(count):
+            call()
+        return time.perf_counter() - start
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    with torch.cuda.device(device):
+        before.record()
+        for _ in range(
+            count
+        ):  # queued without waiting: the device, not the host, is timed where it is the slower
+            call()
+        after.record()
+        after.synchronize()
+    return before.elapsed_time(after) / 1e3

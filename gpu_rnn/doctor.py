@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``gpu-rnn doctor`` prints: the device, the versions, and which backends can run here."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+import gpu_rnn
+
+__all__ = ["device_name", "pick_device", "report"]
+
+PACKAGES = ("torch", "triton", "cupy-cuda12x", "cupy-cuda13x", "keras", "numpy")
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The named device or, by default, the GPU if there is one.
+
+    Raises:
+        ValueError: the device is not here.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"{name!r} is no device of torch: try cpu, cuda or cuda:1") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"only cpu and cuda devices can be timed here, not {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"{name!r} is not here: torch sees {torch.cuda.device_count()} CUDA devices; leave --device out"
+        )
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    """A name a person would use, with the number of threads for a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_cpu_model()}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+
+
+def report(device: torch.device) -> str:
+    """The whole report as text."""
+    lines = [
+        f"gpu-rnn {gpu_rnn.__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}",
+        f"device   {device_name(device)}",
+        *_device_details(device),
+        *_packages(),
+        "",
+        *_backends(device),
+    ]
+    return "\n".join(lines)
+
+
+def _device_details(device: torch.device) -> list[str]:
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return [
+            f"         compute capability {properties.major}.{properties.minor}, "
+            f"{properties.multi_processor_count} SMs, {properties.total_memory / 2**30:.0f} GiB",
+            f"driver   {_driver()}, torch built for CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}",
+        ]
+    if torch.cuda.is_available():
+        return [f"         a GPU is here too: {torch.cuda.get_device_name()}"]
+    why = "no NVIDIA GPU was found" if torch.version.cuda else "this build of torch is for the CPU only"
+    return [f"         {why}"]
+
+
+def _backends(device: torch.device) -> list[str]:
+    """One line a backend: can it run a standard layer, can it run one with another activation, and if not, why."""
+    x = torch.zeros(20, 16, 12, device=device)
+    layers = {
+        "LSTM": gpu_rnn.LSTM(12, 100, device=device),
+        "LSTM, hard_sigmoid gates": gpu_rnn.LSTM(12, 100, device=device, recurrent_activation="hard_sigmoid"),
+    }
+    tables = [gpu_rnn.explain(layer, x).rows for layer in layers.values()]
+    lines = ["backend".ljust(12) + "".join(name.ljust(26) for name in layers) + "why not"]
+    for rows in zip(*tables, strict=True):
+        verdicts = ["chosen" if row.chosen else "can run" if row.runs else "no" for row in rows]
+        reasons = dict.fromkeys(reason for row in rows for reason in row.reasons)
+        lines.append(rows[0].backend.ljust(12) + "".join(v.ljust(26) for v in verdicts) + "; ".join(reasons))
+    return lines
+
+
+def _packages() -> list[str]:
+    """Versions from the packages' metadata: importing CuPy or Keras only to ask them would take seconds."""
+    versions = {name: [found.version for found in metadata.distributions(name=name)] for name in PACKAGES}
+    present = ", ".join(f"{name} {found[0]}" for name, found in versions.items() if found)
+    absent = ", ".join(name for name, found in versions.items() if not found)
+    return [f"packages {present}"] + [f"absent   {absent}"] * bool(absent)
+
+
+def _driver() -> str:
+    """The driver's version from its own tool, which need not be in a container."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return "of unknown version (no nvidia-smi)"
+    query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+    return done.stdout.splitlines()[0] if done.returncode == 0 else "of unknown version (nvidia-smi failed)"
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if sys.platform == "linux" and cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return (
+        names[0] if names else platform.processor() or f"{platform.machine()} CPU with {os.cpu_count()} cores"
+    )
