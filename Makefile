@@ -11,7 +11,7 @@ help:  ## list these targets
 
 demo:  ## install what is missing, then train on real recordings and time against torch.nn
 	@.ci/venv demo
-	@$(PY) -m gpu_rnn.cli demo $(ARGS)
+	@$(PY) -m gpu_rnn demo $(ARGS)
 
 test:  ## the tests, at most 15 minutes on 2 cores
 	@.ci/venv demo test
