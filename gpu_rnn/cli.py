@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         parsed.command(parsed)
     except KeyboardInterrupt:
-        print("\ngpu-rnn: stopped.", file=sys.stderr)
+        print("gpu-rnn: stopped.", file=sys.stderr)
         return INTERRUPTED
     except (ModuleNotFoundError, ValueError) as error:
         print(f"gpu-rnn: {error}", file=sys.stderr)

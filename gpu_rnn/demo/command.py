@@ -70,7 +70,7 @@ def run(options: Options) -> None:
         runs,
         timings,
         data=_heading(vowels, seeds),
-        timed=f"median of interleaved runs, {_batch(timed)}",
+        timed=_batch(timed),
         device=doctor.device_name(device),
         path=options.out,
     )

@@ -7,7 +7,8 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from statistics import mean
+from typing import TYPE_CHECKING, Any
 
 from gpu_rnn.demo.timing import Timing
 from gpu_rnn.demo.train import Run
@@ -20,7 +21,8 @@ __all__ = ["draw"]
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-OURS, THEIRS = "#0072B2", "#999999"
+OURS_LINE = {"lw": 1.6, "zorder": 3}  # drawn over torch.nn's, which on a CPU it coincides with
+THEIRS_LINE = {"lw": 6, "alpha": 0.3, "solid_capstyle": "round", "zorder": 2}
 
 
 def draw(
@@ -35,73 +37,65 @@ def draw(
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, and no global state of pyplot
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(15, 6), dpi=120, layout="constrained")
+    figure = Figure(figsize=(17, 3.5 + 0.75 * len(timings)), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(f"gpu-rnn on {device}", fontsize=15, weight="bold")
-    accuracy, forward, training = figure.subplots(1, 3, width_ratios=(1.25, 1, 1))
-    _draw_accuracy(accuracy, runs, data)
-    _draw_times(forward, [t.forward for t in timings], "Forward")
-    _draw_times(training, [t.training for t in timings], "Forward and backward")
-    labels = [f"{t.case.label.replace(', ', chr(10))}\nbeside {t.case.theirs_label}" for t in timings]
-    forward.set_yticks(range(len(timings)), labels, fontsize=9)
-    training.set_yticks(range(len(timings)), [""] * len(timings))
-    forward.annotate(
-        timed, (0, 0), (0, -48), "axes fraction", textcoords="offset points", fontsize=9, color="0.3"
-    )
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(1.2, 1.6), wspace=0.03)[0]
+    left.suptitle(f"Accuracy: {data}", fontsize=11)
+    right.suptitle(f"Time: {timed}", fontsize=11)
+    _draw_accuracy(left.subplots(), runs)
+    forward, training = right.subplots(1, 2, sharey=True)
+    _draw_times(forward, [timing.forward for timing in timings], "forward")
+    _draw_times(training, [timing.training for timing in timings], "forward and backward")
+    labels = [f"{t.case.label.replace(', ', chr(10), 1)}\nbeside {t.case.theirs_label}" for t in timings]
+    forward.set_yticks(range(len(timings)), labels, fontsize=10)
+    left.legend(loc="outside lower center", fontsize=8.5, frameon=False, ncols=2)
+    right.legend(*forward.get_legend_handles_labels(), loc="outside lower center", frameon=False, ncols=2)
     _save(figure, path)
 
 
-def _draw_accuracy(axes: Axes, runs: Sequence[Run], data: str) -> None:
+def _draw_accuracy(axes: Axes, runs: Sequence[Run]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     variants = list(dict.fromkeys(run.variant.label for run in runs))
     for run in runs:
-        ours = run.library == "gpu_rnn"
         colour = COLOURS[variants.index(run.variant.label) % len(COLOURS)]
-        curves = [[100 * epoch.accuracy for epoch in seed] for seed in run.seeds]
-        epochs = range(1, len(curves[0]) + 1)
-        mean = [sum(values) / len(values) for values in zip(*curves, strict=True)]
-        style = (
-            {"lw": 1.6} if ours else {"lw": 6, "alpha": 0.3, "solid_capstyle": "round"}
-        )  # ours on top of theirs
-        axes.plot(epochs, mean, color=colour, label=f"{run.variant.label} ({run.library})", **style)
-        if ours:
-            axes.fill_between(epochs, *map(_extreme(curves), (min, max)), color=colour, alpha=0.12, lw=0)
-    axes.set(title=data, xlabel="epoch", ylabel="test accuracy, %")
-    axes.title.set_fontsize(10)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+        by_epoch = [[100 * epoch.accuracy for epoch in seeds] for seeds in zip(*run.seeds, strict=True)]
+        epochs = range(1, len(by_epoch) + 1)
+        style = OURS_LINE if run.library == "gpu_rnn" else THEIRS_LINE
+        axes.plot(epochs, [mean(seeds) for seeds in by_epoch], color=colour, label=run.title, **style)
+        if run.library == "gpu_rnn":
+            lows, highs = ([pick(seeds) for seeds in by_epoch] for pick in (min, max))
+            axes.fill_between(epochs, lows, highs, color=colour, alpha=0.1)
+    lowest = 100 * min(epoch.accuracy for run in runs for seed in run.seeds for epoch in seed)
+    final = 100 * min(min(run.final) for run in runs)
+    axes.set_ylim(bottom=max(lowest, final - 15) - 1)  # the first epochs would squeeze the rest
+    axes.set(xlabel="epoch", ylabel="test accuracy, %")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), fontsize=9, frameon=False, ncols=1)
-
-
-def _extreme(curves):
-    return lambda pick: [pick(values) for values in zip(*curves, strict=True)]
 
 
 def _draw_times(axes: Axes, pairs: Sequence[tuple[float, float]], title: str) -> None:
-    """One row a case: two dots on a logarithmic axis, the ratio between them."""
-    for row, (ours, theirs) in enumerate(pairs):
-        axes.plot([1e3 * ours, 1e3 * theirs], [row, row], color="0.75", lw=3, zorder=1)
-        axes.annotate(
-            f"{theirs / ours:.2f}x",
-            (1e3 * (ours * theirs) ** 0.5, row),
-            (0, 9),
-            textcoords="offset points",
-            ha="center",
-        )
-    axes.scatter(
-        [1e3 * ours for ours, _ in pairs], range(len(pairs)), color=OURS, s=70, label="gpu_rnn", zorder=3
-    )
-    axes.scatter(
-        [1e3 * theirs for _, theirs in pairs],
-        range(len(pairs)),
-        color=THEIRS,
-        s=110,
-        label="what it is beside",
-        zorder=2,
-    )
-    axes.set(title=title, xlabel="ms a call (logarithmic)", xscale="log", ylim=(len(pairs) - 0.4, -0.6))
-    axes.margins(x=0.25)
-    axes.grid(axis="x", which="both", alpha=0.25)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), fontsize=9, frameon=False, ncols=2)
+    """One row a case: two dots on a logarithmic axis, the ratio above and the times below."""
+    from matplotlib.ticker import LogLocator
+
+    rows = range(len(pairs))
+    milliseconds = [(1e3 * ours, 1e3 * theirs) for ours, theirs in pairs]
+    for row, (ours, theirs) in zip(rows, milliseconds, strict=True):
+        axes.plot([ours, theirs], [row, row], color="0.75", lw=3, zorder=1)
+        centre = ((ours * theirs) ** 0.5, row)
+        place: dict[str, Any] = {"textcoords": "offset points", "ha": "center"}
+        axes.annotate(f"{theirs / ours:.2f}×", centre, (0, 9), weight="bold", **place)
+        axes.annotate(f"{ours:.3g} / {theirs:.3g} ms", centre, (0, -19), fontsize=9, color="0.3", **place)
+    ours, theirs = zip(*milliseconds, strict=True)
+    axes.scatter(ours, rows, color=COLOURS[0], s=70, label="gpu_rnn", zorder=3)
+    axes.scatter(theirs, rows, color="0.55", s=120, label="what it stands beside", zorder=2)
+    axes.set(title=title, xlabel="ms a call, logarithmic", xscale="log", ylim=(len(pairs) - 0.5, -0.5))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("")
+    axes.margins(x=0.3)
+    axes.grid(axis="x", alpha=0.25)
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from statistics import median
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 __all__ = ["Case", "Timing", "measure", "table"]
 
-ROUNDS = 15  # interleaved pairs, at most; the median of 15 is steady to a few percent on a busy desk machine
+FEWEST, MOST = 3, 15  # interleaved rounds; the median of 15 is steady to a few percent on a busy desk machine
 SAMPLE_SECONDS = (
     0.02  # calls are repeated until one sample lasts this long: a thousand times a timer's resolution
 )
@@ -50,7 +50,6 @@ def measure(case: Case, *, seconds: float) -> Timing:
     Raises:
         RuntimeError: the two do not agree; a wrong result is not timed.
     """
-    modules = (case.ours, case.theirs)
     _check(case)
 
     def forward(module: nn.Module) -> Callable[[], object]:
@@ -62,18 +61,12 @@ def measure(case: Case, *, seconds: float) -> Timing:
 
     def training(module: nn.Module) -> Callable[[], object]:
         weights = list(module.parameters())
+        return lambda: torch.autograd.grad(module(case.inputs)[0].data.sum(), weights)
 
-        def call() -> tuple[Tensor, ...]:
-            return torch.autograd.grad(module(case.inputs)[0].data.sum(), weights)
+    def both(kind: Callable[[nn.Module], Callable[[], object]]) -> tuple[float, float]:
+        return _interleave(kind(case.ours), kind(case.theirs), case.inputs.data.device, seconds)
 
-        return call
-
-    device = case.inputs.data.device
-    return Timing(
-        case,
-        _interleave([forward(module) for module in modules], device, seconds),
-        _interleave([training(module) for module in modules], device, seconds),
-    )
+    return Timing(case, both(forward), both(training))
 
 
 def table(timings: Sequence[Timing]) -> str:
@@ -104,20 +97,20 @@ def _check(case: Case) -> None:
 
 
 def _interleave(
-    calls: Sequence[Callable[[], object]], device: torch.device, seconds: float
-) -> tuple[float, ...]:
-    """Median seconds a call of each, measured in turns so that a change of clock or load meets all of them alike."""
+    ours: Callable[[], object], theirs: Callable[[], object], device: torch.device, seconds: float
+) -> tuple[float, float]:
+    """Median seconds a call of each, measured in turns so that a change of clock or load meets both alike."""
     counts = []
-    for call in calls:
+    for call in (ours, theirs):
         call()  # compiles, fills caches
-        once = _sample(call, 1, device)
-        counts.append(max(1, round(SAMPLE_SECONDS / once)))
-    samples: list[list[float]] = [[] for _ in calls]
+        counts.append(max(1, round(SAMPLE_SECONDS / _sample(call, 1, device))))
+    samples: list[tuple[float, float]] = []
     end = time.perf_counter() + seconds
-    while not samples[0] or (len(samples[0]) < ROUNDS and time.perf_counter() < end):
-        for call, count, found in zip(calls, counts, samples, strict=True):
-            found.append(_sample(call, count, device) / count)
-    return tuple(map(median, samples))
+    while len(samples) < FEWEST or (len(samples) < MOST and time.perf_counter() < end):
+        our, their = (_sample(call, n, device) / n for call, n in zip((ours, theirs), counts, strict=True))
+        samples.append((our, their))
+    our_times, their_times = zip(*samples, strict=True)
+    return median(our_times), median(their_times)
 
 
 def _sample(call: Callable[[], object], count: int, device: torch.device) -> float:

@@ -17,7 +17,6 @@ from gpu_rnn.demo.models import Classifier, Variant
 __all__ = ["Epoch", "Run", "repeat", "train"]
 
 BATCH = 27  # a tenth of JapaneseVowels' training set
-PEAK_RATE = 3e-3  # of 1e-3 and 3e-3 the one with the better test accuracy under torch.nn
 MAX_NORM = 1.0  # PLAID's thousand steps need it; on JapaneseVowels it changes little
 
 
@@ -34,6 +33,10 @@ class Run:
     variant: Variant
     library: str
     seeds: list[list[Epoch]]
+
+    @property
+    def title(self) -> str:
+        return f"{self.variant.label} ({self.library})"
 
     @property
     def final(self) -> list[float]:
@@ -56,8 +59,8 @@ def train(variant: Variant, library: ModuleType, data: Dataset, *, seed: int, ep
     model = Classifier(variant.layer(library, data.channels), data.classes).to(device)
     order = torch.Generator().manual_seed(seed)
     batches = -(-len(data.train) // BATCH)
-    optimizer = torch.optim.Adam(model.parameters(), lr=PEAK_RATE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_RATE, total_steps=epochs * batches)
+    optimizer = torch.optim.Adam(model.parameters(), lr=data.peak_rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, data.peak_rate, total_steps=epochs * batches)
     test = data.test.packed()
     for _ in range(epochs):
         losses = []

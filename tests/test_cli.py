@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gpu-rnn command as a user meets it: its help, its reports, its errors, Ctrl-C."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpu_rnn import cli, dispatch
+
+COMMAND = [sys.executable, "-m", "gpu_rnn"]
+ENVIRONMENT = {**os.environ, "PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": ""}
+needs_extras = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("matplotlib", "tqdm")),
+    reason="needs matplotlib and tqdm: pip install 'gpu-rnn[demo]'",
+)
+
+
+def _run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *arguments],
+        cwd=cwd,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("command", ["doctor", "explain", "demo", "bench"])
+def test_each_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leave:
+        cli.main([command, "--help"])
+    assert leave.value.code == 0
+    assert f"usage: gpu-rnn {command}" in capsys.readouterr().out
+
+
+def test_help_names_every_command_and_gives_examples(tmp_path: Path) -> None:
+    done = _run("--help", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert all(word in done.stdout for word in ("doctor", "explain", "demo", "bench", "examples:"))
+
+
+def test_the_command_line_loads_nothing_before_it_is_asked() -> None:
+    code = "import sys, gpu_rnn.cli; print({'matplotlib', 'tqdm', 'gpu_rnn.demo', 'gpu_rnn.doctor'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_doctor_reports_versions_and_every_backend(tmp_path: Path) -> None:
+    done = _run("doctor", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"torch {torch.__version__}" in done.stdout
+    rows = {line.split()[0]: line for line in done.stdout.splitlines() if line.split()[:1]}
+    for backend, reason_wanted in zip(dispatch.BACKENDS, ("CUDA", "", "", ""), strict=False):
+        assert reason_wanted in rows[backend]
+    assert "chosen" in rows["aten"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--hidden", "512", "--batch", "64", "--dtype", "bf16", "--device", "H100"],
+        [
+            "--cell",
+            "gru",
+            "--hidden",
+            "100",
+            "--input",
+            "12",
+            "--reset-before",
+            "--recurrent-activation",
+            "hard_sigmoid",
+        ],
+        ["--cell", "lstm", "--hidden", "40", "--peephole", "--bidirectional", "--layers", "2"],
+        ["--cell", "rnn", "--hidden", "40", "--activation", "relu", "--steps", "1", "--dtype", "fp64"],
+    ],
+    ids=" ".join,
+)
+def test_explain_prints_a_row_for_every_backend(
+    options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["explain", *options]) == 0
+    table = capsys.readouterr().out
+    assert all(backend in table for backend in dispatch.BACKENDS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["doctor", "--device", "abacus"], "no device of torch"),
+        (["doctor", "--device", "cuda:99"], "leave --device out"),
+        (["explain", "--hidden", "8", "--device", "Abacus 1"], "Abacus 1"),
+        (["explain", "--hidden", "8", "--activation", "wavy"], "wavy"),
+    ],
+    ids=" ".join,
+)
+def test_mistakes_get_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("gpu-rnn: ")
+
+
+def test_no_seeds_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["demo", "--seeds", "0"])
+    assert "must be at least 1" in capsys.readouterr().err
+
+
+def test_missing_extras_are_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert cli.main(["demo", "--quick"]) == 1
+    assert "matplotlib and tqdm: pip install 'gpu-rnn[demo]'" in capsys.readouterr().err
+
+
+@needs_extras
+def test_the_quick_demo_runs_to_its_picture(tmp_path: Path) -> None:
+    done = _run("demo", "--quick", "--out", "it.png", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "it.png").read_bytes().startswith(b"\x89PNG")
+    for part in (
+        "backend",
+        "within torch.nn's range",
+        "torch.nn has no such layer",
+        "ratio",
+        str(tmp_path / "it.png"),
+    ):
+        assert part in done.stdout
+    assert "OUTSIDE" not in done.stdout
+
+
+@needs_extras
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGINT as POSIX has it")
+def test_ctrl_c_ends_the_demo_with_one_line(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [*COMMAND, "demo"],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as demo:
+        assert demo.stdout is not None
+        assert any(line.startswith("JapaneseVowels") for line in demo.stdout)  # waits until training begins
+        demo.send_signal(signal.SIGINT)
+        _, errors = demo.communicate(timeout=60)
+    assert demo.returncode == 130
+    assert "Traceback" not in errors
+    assert errors.rstrip().splitlines()[-1].endswith("gpu-rnn: stopped.")
+    assert list(tmp_path.iterdir()) == []
