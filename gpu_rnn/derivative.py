@@ -68,7 +68,7 @@ def differentiate(program: Program, number: int) -> Derivative:
     outputs = stage_outputs(program, number)
     carried = carried_values(program, number)
     seeds = tuple(f"d{index}" for index in range(len(outputs)))
-    builder = Builder(prefix="g", given=stage.ops)
+    builder = Builder(prefix=f"g{number}_" if number else "g", given=stage.ops)
     adjoint: dict[str, Value] = {}
 
     def add(name: Argument, gradient: Value) -> None:

@@ -164,11 +164,16 @@ class Recurrence:
     def __reduce__(self) -> tuple[Any, ...]:
         return _restore, (self.program.text, self.aten)
 
+    @property
+    def key(self) -> str:
+        """What two equal recurrences share; ATen's own cells have it before they are traced."""
+        return self.aten or self.program.text
+
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Recurrence) and self.program.text == other.program.text
+        return isinstance(other, Recurrence) and self.key == other.key
 
     def __hash__(self) -> int:
-        return hash(self.program.text)
+        return hash(self.key)
 
     def __repr__(self) -> str:
         gates = " | ".join(" ".join(own) for own in self.stage_gates)

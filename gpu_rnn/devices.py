@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a kernel's limits and the cost models need to know of a device, for the one at hand or one described by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device by its datasheet. Rates are peak, dense, without sparsity.
+
+    Attributes:
+        name: as the maker calls it.
+        capability: CUDA compute capability; (0, 0) for a CPU.
+        sms: streaming multiprocessors, or cores.
+        clock: boost clock, GHz.
+        shared_memory: bytes that one block may use.
+        tensor_flops: fp16/bf16 tensor-core rate with fp32 sums, TFLOP/s.
+        memory_rate: device memory, GB/s.
+    """
+
+    name: str
+    capability: tuple[int, int]
+    sms: int
+    clock: float
+    shared_memory: int
+    tensor_flops: float
+    memory_rate: float
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.capability != (0, 0)
+
+
+# The makers' datasheets and architecture whitepapers (NVIDIA A100, Ampere GA102, Ada, H100, Blackwell);
+# shared memory per block from the CUDA C++ programming guide, table of compute capabilities.
+DEVICES: dict[str, Device] = {
+    "A100": Device("A100 SXM 80GB", (8, 0), 108, 1.41, 166912, 312.0, 2039.0),
+    "RTX 3090": Device("RTX 3090", (8, 6), 82, 1.70, 101376, 71.0, 936.0),
+    "RTX 4090": Device("RTX 4090", (8, 9), 128, 2.52, 101376, 165.2, 1008.0),
+    "H100": Device("H100 SXM 80GB", (9, 0), 132, 1.83, 232448, 989.4, 3350.0),
+    "H200": Device("H200 SXM 141GB", (9, 0), 132, 1.83, 232448, 989.4, 4800.0),
+    "B200": Device("B200 SXM", (10, 0), 148, 1.85, 232448, 2250.0, 8000.0),
+    "RTX 5090": Device("RTX 5090", (12, 0), 170, 2.41, 101376, 209.5, 1792.0),
+}
+
+CPU = Device("CPU", (0, 0), 1, 3.0, 0, 0.0, 0.0)
+
+
+def describe(name: str) -> Device:
+    """The described device of that name, such as "H100".
+
+    Raises:
+        ValueError: a name that is not in `DEVICES`; the known ones are listed.
+    """
+    for known, device in DEVICES.items():
+        if name.casefold() in (known.casefold(), device.name.casefold()):
+            return device
+    if name.casefold() == "cpu":
+        return CPU
+    raise ValueError(f"no description of a device {name!r}; described are {', '.join(DEVICES)} and CPU")
+
+
+@lru_cache(maxsize=16)
+def of(device: torch.device) -> Device:
+    """The device that a tensor lies on; its rates are the nearest described relative's, scaled by multiprocessors."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return CPU
+    found = torch.cuda.get_device_properties(device)
+    capability = (found.major, found.minor)
+    relatives = [d for d in DEVICES.values() if d.capability[0] == found.major] or list(DEVICES.values())
+    nearest = min(relatives, key=lambda d: (abs(d.capability[1] - found.minor), abs(d.sms - found.multi_processor_count)))
+    share = found.multi_processor_count / nearest.sms
+    return Device(
+        found.name,
+        capability,
+        found.multi_processor_count,
+        nearest.clock,
+        getattr(found, "shared_memory_per_block_optin", nearest.shared_memory),
+        nearest.tensor_flops * share,
+        nearest.memory_rate,
+    )

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ordered table of backends, and the choice among them.
+
+A backend is a module of `gpu_rnn.launch` that answers ``unsupported(problem) -> list[str]`` (empty: it can run) and
+``cost(problem) -> seconds`` (a prediction until a results file is named beside its constants).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from types import ModuleType
+
+from gpu_rnn import devices
+from gpu_rnn.launch import aten, plain, resident, step
+from gpu_rnn.problem import Problem
+
+BACKENDS: dict[str, ModuleType] = {"resident": resident, "aten": aten, "step": step, "reference": plain}
+LOOPS = ("resident", "step", "reference")
+"""The backends that run one layer's time loop; the ATen row takes whole stacks."""
+
+log = logging.getLogger("gpu_rnn")
+device_of = devices.of
+
+
+@dataclass(frozen=True)
+class Row:
+    """A backend's verdict on a problem."""
+
+    backend: str
+    runs: bool
+    chosen: bool
+    reasons: tuple[str, ...]
+    predicted_us: float | None
+    """Predicted microseconds per time step."""
+
+
+def check_name(backend: str) -> None:
+    """Raises ValueError for a backend that does not exist."""
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"backend must be 'auto' or one of {', '.join(BACKENDS)}, got {backend!r}")
+
+
+@lru_cache(maxsize=4096)
+def select(problem: Problem, backend: str = "auto", among: tuple[str, ...] = tuple(BACKENDS)) -> str:
+    """The name of the cheapest backend that can run a problem, or of the one asked for.
+
+    With "auto", the environment's GPU_RNN_BACKEND names a preference.
+
+    Raises:
+        ValueError: the backend asked for does not exist, or cannot run the problem; every reason is given.
+    """
+    check_name(backend)
+    if backend != "auto":
+        reasons = BACKENDS[backend].unsupported(problem)
+        if backend not in among:
+            reasons = [f"this call runs one of {', '.join(among)}"]
+        if reasons:
+            listed = "\n".join(f"  - {reason}" for reason in reasons)
+            raise ValueError(f"backend={backend!r} cannot run this call:\n{listed}\nUse backend='auto', or remove the cause.")
+        return backend
+    able = [name for name in among if not BACKENDS[name].unsupported(problem)]
+    preferred = os.environ.get("GPU_RNN_BACKEND", "")
+    if preferred:
+        check_name(preferred)
+        if preferred in able:
+            return preferred
+    chosen = min(able, key=lambda name: _total_cost(problem, name))
+    if chosen == "reference":
+        _say_once(problem, among)
+    return chosen
+
+
+def _total_cost(problem: Problem, name: str) -> float:
+    """Seconds for a call and, in training, for its backward pass, which may run on another loop than the forward."""
+    cost = float(BACKENDS[name].cost(problem))
+    if problem.direction != "training":
+        return cost
+    after = replace(problem, direction="backward")
+    if name not in LOOPS:
+        return cost + float(BACKENDS[name].cost(after))
+    return cost + min(float(BACKENDS[n].cost(after)) for n in LOOPS if not BACKENDS[n].unsupported(after))
+
+
+def _say_once(problem: Problem, among: tuple[str, ...]) -> None:
+    """`select` is cached, so each problem that falls back to the time loop in PyTorch is logged once."""
+    for name in among:
+        for reason in BACKENDS[name].unsupported(problem):
+            log.info("%s of %s: %s not used: %s", problem.direction, problem.recurrence.name, name, reason)
+
+
+def explain(problem: Problem, backend: str = "auto") -> list[Row]:
+    """Every backend's verdict on a problem, in the order of the table."""
+    verdicts = {name: tuple(module.unsupported(problem)) for name, module in BACKENDS.items()}
+    chosen = select(problem, backend) if backend == "auto" or not verdicts[backend] else None
+    rows = []
+    for name, reasons in verdicts.items():
+        predicted = None if reasons else BACKENDS[name].cost(problem) * 1e6 / max(problem.T, 1)
+        rows.append(Row(name, not reasons, name == chosen, reasons, predicted))
+    return rows
+
+
+def described(problem: Problem, name: str) -> Problem:
+    """The same problem on a device described by name, such as "H100"."""
+    device = devices.describe(name)
+    return replace(problem, device=device, device_type="cuda" if device.is_gpu else "cpu")

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PyTorch's own recurrent kernels (cuDNN, oneDNN) as a row of the table: whole stacks at standard options."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import _VF as VF  # noqa: N814
+
+from gpu_rnn.problem import Problem
+
+Output = tuple[Tensor, tuple[Tensor, ...]]
+
+# cudnnRNNMode_t
+CUDNN_MODES = {"RNN_RELU": 0, "RNN_TANH": 1, "LSTM": 2, "GRU": 3}
+
+# Predicted. CPU: an unfused product and pointwise pass of oneDNN a step. GPU: two launches a step outside cuDNN's
+# persistent kernels, which kernels.md's published 1.96 µs a step is inside of.
+CPU_FLOPS, CPU_CALL = 2e10, 2e-5
+GPU_STEP, GPU_PERSISTENT_STEP = 6e-6, 2e-6
+
+
+def unsupported(problem: Problem) -> list[str]:
+    """Why ATen cannot run a problem."""
+    reasons = []
+    if problem.recurrence.aten is None:
+        reasons.append(f"ATen has the standard LSTM, GRU and RNN only, not {problem.recurrence.name} with these options")
+    if problem.transforms:
+        reasons.append("ATen's recurrent kernels have no rules for torch.func transforms and forward-mode derivatives")
+    if problem.lengths and not problem.packed:
+        reasons.append("ATen takes rows of different lengths only as a PackedSequence")
+    if problem.dtype.is_complex:
+        reasons.append("ATen's recurrent kernels take real numbers only")
+    return reasons
+
+
+def _persistent(problem: Problem) -> bool:
+    """Where cuDNN keeps the weights on chip (the rules of ATen's native/cudnn/RNN.cpp, for sm_80 and later)."""
+    small = problem.H <= (128 if problem.training else 192)
+    static = (
+        problem.dtype == torch.float16
+        and problem.recurrence.aten == "LSTM"
+        and problem.layers == problem.N == 1
+        and problem.H <= 1024
+        and problem.H % 128 == problem.I % 128 == problem.B % 8 == 0
+        and problem.B <= 128
+    )
+    return not problem.packed and not problem.proj_size and (small or static)
+
+
+def cost(problem: Problem) -> float:
+    """Predicted seconds."""
+    gates, backward = problem.G, 2.0 if problem.direction == "backward" else 1.0
+    flops = 2.0 * gates * problem.H * (problem.H + problem.I) * problem.B * problem.N * problem.T * problem.layers
+    if not problem.device.is_gpu:
+        return backward * (CPU_CALL + flops / CPU_FLOPS)
+    step = GPU_PERSISTENT_STEP if _persistent(problem) else GPU_STEP * problem.N
+    return backward * (problem.T * problem.layers * step + flops / (problem.device.tensor_flops * 1e12))
+
+
+def stack(
+    mode: str,
+    x: Tensor,
+    hx: tuple[Tensor, ...],
+    weights: Sequence[Tensor],
+    bias: bool,
+    num_layers: int,
+    dropout: float,
+    training: bool,
+    bidirectional: bool,
+    batch_first: bool,
+    batch_sizes: Tensor | None,
+) -> Output:
+    """A whole stack of layers. Arguments as torch._VF's."""
+    if x.is_cuda and torch.backends.cudnn.is_acceptable(x):
+        return _Cudnn.call(mode, x, hx, weights, bias, num_layers, dropout if training else 0.0, bidirectional, batch_first, batch_sizes)
+    function = FUNCTIONS[mode]
+    states: Any = hx if mode == "LSTM" else hx[0]
+    if batch_sizes is None:
+        y, *final = function(x, states, weights, bias, num_layers, dropout, training, bidirectional, batch_first)
+    else:
+        y, *final = function(x, batch_sizes, states, weights, bias, num_layers, dropout, training, bidirectional)
+    return y, tuple(final)
+
+
+FUNCTIONS = {"LSTM": VF.lstm, "GRU": VF.gru, "RNN_TANH": VF.rnn_tanh, "RNN_RELU": VF.rnn_relu}
+CELLS = {"LSTM": VF.lstm_cell, "GRU": VF.gru_cell, "RNN_TANH": VF.rnn_tanh_cell, "RNN_RELU": VF.rnn_relu_cell}
+
+
+class _Cudnn:
+    """cuDNN called directly, with a weight buffer of our own, so that parameters stay ordinary tensors."""
+
+    buffers: dict[tuple[Any, ...], tuple[list[int], Tensor]] = {}  # noqa: RUF012
+    MOST = 64
+
+    @classmethod
+    def call(
+        cls,
+        mode: str,
+        x: Tensor,
+        hx: tuple[Tensor, ...],
+        weights: Sequence[Tensor],
+        bias: bool,
+        num_layers: int,
+        dropout: float,
+        bidirectional: bool,
+        batch_first: bool,
+        batch_sizes: Tensor | None,
+    ) -> Output:
+        per_layer = len(weights) // (num_layers * (2 if bidirectional else 1))
+        hidden = hx[-1].shape[-1]
+        proj = hx[0].shape[-1] if hx[0].shape[-1] != hidden else 0
+        layout = (CUDNN_MODES[mode], hidden, proj, num_layers, batch_first, bidirectional)
+        buffer = cls.buffer(weights, per_layer, x.shape[-1], layout)
+        needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *hx, *weights))
+        found = torch._cudnn_rnn(
+            x,
+            list(weights),
+            per_layer,
+            buffer,
+            hx[0].contiguous(),
+            hx[1].contiguous() if len(hx) > 1 else None,
+            CUDNN_MODES[mode],
+            hidden,
+            proj,
+            num_layers,
+            batch_first,
+            dropout,
+            needs_grad or dropout > 0,  # cuDNN keeps what its backward needs only in training
+            bidirectional,
+            batch_sizes.tolist() if batch_sizes is not None else [],
+            _dropout_state(dropout, x.device) if dropout else None,
+        )
+        y, h, c = found[:3]
+        return y, (h, c) if mode == "LSTM" else (h,)
+
+    @classmethod
+    def buffer(cls, weights: Sequence[Tensor], per_layer: int, width: int, layout: tuple[Any, ...]) -> Tensor:
+        """The weights in cuDNN's layout, copied again when one of them has changed."""
+        key = (tuple(w.data_ptr() for w in weights), weights[0].dtype, width, layout)
+        versions = [-1 if w.is_inference() else w._version for w in weights]
+        held = cls.buffers.get(key)
+        if held is None or held[0] != versions or -1 in versions:
+            copies = [w.detach().clone() for w in weights]  # the call below makes them views of its buffer
+            with torch.no_grad():
+                buffer = torch._cudnn_rnn_flatten_weight(
+                    copies, per_layer, width, layout[0], layout[1], layout[2], layout[3], layout[4], layout[5]
+                )
+            while len(cls.buffers) >= cls.MOST:
+                cls.buffers.pop(next(iter(cls.buffers)))
+            held = cls.buffers[key] = (versions, buffer)
+        return held[1]
+
+
+@lru_cache(maxsize=16)
+def _dropout_state(dropout: float, device: torch.device) -> Tensor:
+    """cuDNN's random state for the dropout between layers; it advances with each call."""
+    seed = int(torch.randint(2**31, (1,)).item())
+    return torch._cudnn_init_dropout_state(dropout, True, seed, dtype=torch.uint8, device=device)

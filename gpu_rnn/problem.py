@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Problem`: everything that dispatch and launchers decide by, and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from gpu_rnn.devices import CPU, Device
+from gpu_rnn.program import Program
+from gpu_rnn.recurrence import Recurrence
+
+DIRECTIONS = ("inference", "training", "backward")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call: a layer's time loop, or a stack of them.
+
+    Attributes:
+        recurrence: the cell.
+        T, B, N, I, H: steps, batch, independent recurrences (directions, members), input features, hidden units.
+        dtype: of input, weights and output.
+        device_type: "cuda", "cpu", "mps", ...
+        device: the device's rates and limits.
+        direction: "inference" (forward, nothing saved), "training" (forward, saves for the backward pass), or
+            "backward".
+        precision: of fp32 products, "ieee" or "tf32".
+        lengths: rows have lengths of their own.
+        packed: the input is packed, as PackedSequence.
+        reverse: a character for each of N, "1" where time runs backwards.
+        proj_size: width of a projected h, 0 without projection.
+        layers: number of layers in the stack.
+        transforms: the call is under a functorch transform or forward-mode differentiation.
+    """
+
+    recurrence: Recurrence
+    T: int
+    B: int
+    N: int
+    I: int  # noqa: E741
+    H: int
+    dtype: torch.dtype = torch.float32
+    device_type: str = "cpu"
+    device: Device = CPU
+    direction: str = "inference"
+    precision: str = "ieee"
+    lengths: bool = False
+    packed: bool = False
+    reverse: str = "0"
+    proj_size: int = 0
+    layers: int = 1
+    transforms: bool = False
+
+    @property
+    def program(self) -> Program:
+        return self.recurrence.program
+
+    @property
+    def G(self) -> int:
+        """Gates."""
+        return len(self.recurrence.gates)
+
+    @property
+    def training(self) -> bool:
+        return self.direction != "inference"
+
+
+def rnn_precision() -> str:
+    """What torch's setting for recurrent layers says of fp32 products: "tf32" (the default) or "ieee"."""
+    return "ieee" if torch.backends.cudnn.rnn.fp32_precision == "ieee" else "tf32"

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What surrounds the time loop: the gradients that are products over all steps, once the loop has given d_gates.
+
+Weights enter a step linearly, so their gradients need no loop: dW_hh is the product of the gradients of the recurrent
+products with the values that entered them, over all steps at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from gpu_rnn.program import Program, evaluate, lookup
+from gpu_rnn.reference import Result, Weights
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which states live and sums are taken: fp32 for 16-bit storage."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+@contextmanager
+def fp32_precision(precision: str, device: torch.device) -> Iterator[None]:
+    """Makes fp32 products on a GPU follow the recurrent layers' own setting ("ieee" or "tf32")."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = precision
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+def previous(
+    values: Tensor,  # (T, B, N, X): a state after each step, in the order of time
+    initial: Tensor,  # (B, N, X)
+    lengths: Tensor | None,  # (B,)
+    reverse: str,
+) -> Tensor:
+    """The state before each step. Reversed rows start at their own last step."""
+    before = torch.empty_like(values)
+    for n, flag in enumerate(reverse):
+        if flag == "0":
+            before[1:, :, n] = values[:-1, :, n]
+            before[0, :, n] = initial[:, n]
+            continue
+        before[:-1, :, n] = values[1:, :, n]
+        before[-1, :, n] = initial[:, n]
+        if lengths is not None:
+            rows = torch.arange(len(lengths), device=values.device)
+            before[(lengths - 1).clamp(min=0), rows, n] = initial[:, n].to(values.dtype)
+    return before
+
+
+def inputs_over_time(
+    program: Program, saved: Result, weights: Weights, states: list[Tensor], lengths: Tensor | None, reverse: str
+) -> dict[str, Tensor]:
+    """Every input of the program at all steps, by name, each (T, B, N, H) in the order of time."""
+    values = {}
+    compute = state_dtype(saved.gates.dtype)
+    for g, gate in enumerate(program.gates):
+        name = "a" if gate in program.summed else "x"
+        values[f"{name}_{gate}"] = saved.gates[..., g, :].to(compute)
+    for r, gate in enumerate(program.split):
+        values[f"r_{gate}"] = saved.recurrent[..., r, :].to(compute)
+    after = [saved.y, *saved.inner]
+    for name, value, initial in zip(program.state_names, after, states, strict=True):
+        values[f"s_{name}"] = previous(value, initial, lengths, reverse).to(compute)
+    if weights.params is not None:
+        values |= {f"p_{name}": weights.params[:, i].to(compute) for i, name in enumerate(program.params)}
+    return values
+
+
+def gradients(
+    program: Program,
+    x: Tensor,  # (T, B, I) or (T, B, N, I)
+    weights: Weights,
+    states: list[Tensor],
+    lengths: Tensor | None,
+    reverse: str,
+    saved: Result,
+    d_gates: Tensor,  # (T, B, N, G, H)
+    d_recurrent: Tensor,  # (T, B, N, number of split gates, H)
+) -> tuple[Tensor, Weights]:
+    """The gradients of x and of the weights other than `params` and `w_hr`."""
+    if x.dim() == 3:
+        d_x = torch.einsum("tbngh,nghi->tbi", d_gates, weights.w_ih)
+        d_w_ih = torch.einsum("tbngh,tbi->nghi", d_gates, x)
+    else:
+        d_x = torch.einsum("tbngh,nghi->tbni", d_gates, weights.w_ih)
+        d_w_ih = torch.einsum("tbngh,tbni->nghi", d_gates, x)
+    parts_w, parts_b = [], []
+    for entering, first, count in _entering(program, weights, states, lengths, reverse, saved):
+        for gradient in _runs(program, first, count, d_gates, d_recurrent):
+            parts_w.append(torch.einsum("tbngh,tbnp->nghp", gradient, entering.to(gradient.dtype)))
+            parts_b.append(gradient.sum((0, 1)))
+    has_bias = weights.b_ih is not None
+    return d_x, Weights(
+        d_w_ih,
+        torch.cat(parts_w, 1),
+        d_gates.sum((0, 1)) if has_bias else None,
+        torch.cat(parts_b, 1) if has_bias else None,
+    )
+
+
+def _entering(
+    program: Program, weights: Weights, states: list[Tensor], lengths: Tensor | None, reverse: str, saved: Result
+) -> Iterator[tuple[Tensor, int, int]]:
+    """For each stage: what entered its product at all steps, its first gate and the number of its gates."""
+    yield previous(saved.y, states[0], lengths, reverse), 0, len(program.stages[0].gates)
+    if len(program.stages) == 1:
+        return
+    values = inputs_over_time(program, saved, weights, states, lengths, reverse)
+    first = len(program.stages[0].gates)
+    for stage, following in zip(program.stages, program.stages[1:], strict=False):
+        evaluate(stage.ops, values)
+        entering = lookup(values, stage.outputs[0], values["s_" + program.state_names[0]])
+        yield entering, first, len(following.gates)
+        first += len(following.gates)
+
+
+def _runs(program: Program, first: int, count: int, d_gates: Tensor, d_recurrent: Tensor) -> Iterator[Tensor]:
+    """The gradients of a stage's products, in runs of neighbouring gates that lie in the same tensor."""
+    for is_sum, run in groupby(range(first, first + count), key=lambda g: program.gates[g] in program.summed):
+        gates = list(run)
+        if is_sum:
+            yield d_gates[..., gates[0] : gates[-1] + 1, :]
+        else:
+            start = program.split.index(program.gates[gates[0]])
+            yield d_recurrent[..., start : start + len(gates), :]
