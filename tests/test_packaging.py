@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-import sysconfig
 import venv
 from pathlib import Path
 
@@ -47,8 +46,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     python = environment / "bin" / "python"
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).strip())
     # A path in a .pth file is added last and its own .pth files are not read, so an editable gpu_rnn stays unseen.
-    (site / "outer.pth").write_text(f"{sysconfig.get_path('purelib')}\n{sysconfig.get_path('platlib')}\n")
-    run(python, "-m", "pip", "install", "-q", "--no-index", "--no-deps", wheel, cwd=folder)
+    (site / "outer.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))
+    run(python, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--ignore-installed", wheel, cwd=folder)
     return environment
 
 
