@@ -1,8 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recurrent layers for PyTorch that run the whole time loop on the GPU, with every option at the speed of the default."""
 
+from gpu_rnn import activations, cells
+from gpu_rnn.cell_layers import GRUCell, LSTMCell, RNNCell
+from gpu_rnn.debugging import debug
+from gpu_rnn.explanation import explain
+from gpu_rnn.layers import GRU, LSTM, RNN, Recurrent
 from gpu_rnn.recurrence import Recurrence
+from gpu_rnn.tracing import TraceError
 
 __version__ = "0.1.0"
 
-__all__ = ["Recurrence", "__version__"]
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "GRUCell",
+    "LSTMCell",
+    "RNNCell",
+    "Recurrence",
+    "Recurrent",
+    "TraceError",
+    "__version__",
+    "activations",
+    "cells",
+    "debug",
+    "explain",
+]

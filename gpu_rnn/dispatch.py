@@ -92,13 +92,17 @@ def _say_once(problem: Problem, among: tuple[str, ...]) -> None:
 
 
 def explain(problem: Problem, backend: str = "auto") -> list[Row]:
-    """Every backend's verdict on a problem, in the order of the table."""
+    """Every backend's verdict on a problem, in the order of the table; of training calls, both passes' time."""
     verdicts = {name: tuple(module.unsupported(problem)) for name, module in BACKENDS.items()}
     chosen = select(problem, backend) if backend == "auto" or not verdicts[backend] else None
     rows = []
     for name, reasons in verdicts.items():
-        predicted = None if reasons else BACKENDS[name].cost(problem) * 1e6 / max(problem.T, 1)
-        rows.append(Row(name, not reasons, name == chosen, reasons, predicted))
+        runs = not reasons
+        predicted = _total_cost(problem, name) * 1e6 / max(problem.T, 1) if runs else None
+        if runs and problem.direction == "training" and name in LOOPS:
+            against = BACKENDS[name].unsupported(replace(problem, direction="backward"))
+            reasons = tuple(f"backward on another loop: {reason}" for reason in against)
+        rows.append(Row(name, runs, name == chosen, reasons, predicted))
     return rows
 
 

@@ -204,7 +204,7 @@ class _Stack(NamedTuple):
         self, x: Tensor, states: States, lengths: Tensor | None, dropout: float, backend: str
     ) -> tuple[Tensor, States]:
         """x (T, B, I), states (D·layers, B, ·) -> y (T, B, D·P), final states."""
-        text = self.recurrence.program.text
+        text = self.recurrence.text()
         options = Options(backend, "01" if self.directions == 2 else "0")
         x, states, weights = _autocast(x, states, self.weights)
         final: list[list[Tensor]] = []

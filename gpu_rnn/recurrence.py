@@ -132,6 +132,13 @@ class Recurrence:
         """The traced recurrence."""
         return self._traced or trace(self.name, self._initial, self.params, self._stages)
 
+    def text(self) -> str:
+        """The program's canonical text: what custom ops, torch.export and pickle take for the cell."""
+        return self.program.text
+
+    # What torch.compiler.assume_constant_result sets; calling it would import Dynamo with this package.
+    text._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
     @property
     def gates(self) -> tuple[str, ...]:
         """All gates, in the order of the rows of the weights."""

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`debug`: runs a layer's backend beside the reference and names the first step, gate and unit that differ."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from gpu_rnn import dispatch, functional, ops, reference
+from gpu_rnn.ops import Options
+from gpu_rnn.reference import Result, Weights, processing_order, reorder
+
+if TYPE_CHECKING:
+    from gpu_rnn.layer_base import LayerBase
+
+# Largest difference, relative to the largest value, that rounding explains over a sequence.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What `debug` found in one layer of a stack; ``str()`` of it is a sentence."""
+
+    layer: int
+    backend: str
+    worst: float
+    where: str = ""
+
+    def __str__(self) -> str:
+        if not self.where:
+            return f"layer {self.layer}: {self.backend} agrees with the reference (largest difference {self.worst:.2e})"
+        return f"layer {self.layer}: {self.backend} first differs from the reference at {self.where}"
+
+
+def debug(layer: LayerBase, x: Tensor, *, backend: str = "auto") -> list[Difference]:
+    """Compares a layer's backend with the reference in float64, layer by layer, on x.
+
+    Args:
+        layer: a layer of this package.
+        x: its input, (T, B, input_size) or with batch_first (B, T, input_size).
+        backend: the loop to look at: "resident" or "step"; "auto": the one that dispatch chooses among the loops.
+
+    Returns:
+        One `Difference` per layer of the stack; print it. Each layer is given the reference's output of the one
+        below, so that a fault is named where it arises.
+
+    Raises:
+        ValueError: the backend cannot run this call; every reason is given.
+
+    Example::
+
+        >>> layer = gpu_rnn.GRU(4, 8, activation="softsign")
+        >>> for found in gpu_rnn.debug(layer, torch.randn(10, 2, 4), backend="step"):
+        ...     print(found)
+        layer 0: step agrees with the reference (largest difference 5.96e-08)
+    """
+    if layer.batch_first:
+        x = x.transpose(0, 1)
+    directions = 2 if layer.bidirectional else 1
+    program = layer.recurrence.program
+    options = Options(backend, "01" if directions == 2 else "0", save=True)
+    stack = functional._Stack(
+        layer.recurrence, layer.bias, layer.num_layers, directions, bool(layer.proj_size), layer._flat_weights
+    )
+    found = []
+    with torch.no_grad():
+        for number in range(layer.num_layers):
+            weights = stack._canonical(stack.weights, number)
+            initial = functional._initial(
+                x, stack.weights, layer.recurrence, x.shape[1], 1, layer.bidirectional, layer.proj_size
+            )
+            states = [state.transpose(0, 1) for state in initial]
+            problem = ops._problem(program.text, options, x, weights, None, "training")
+            name = dispatch.select(problem, backend, dispatch.LOOPS)
+            result = ops.run(program.text, options._replace(backend=name), x, weights, None, states)
+            exact = reference.forward(
+                program, x.double(), _double(weights), [s.double() for s in states], None, options.reverse, save=True
+            )
+            where, worst = _first(program, result, exact, options.reverse, TOLERANCE[x.dtype])
+            found.append(Difference(number, name, worst, where))
+            x = exact.y.flatten(2).to(x.dtype)
+    return found
+
+
+def _double(weights: Weights) -> Weights:
+    return Weights(*(None if w is None else w.double() for w in weights))  # type: ignore[arg-type]
+
+
+def _first(
+    program: ops.Program, result: Result, exact: Result, reverse: str, tolerance: float
+) -> tuple[str, float]:
+    """Where the backend first goes wrong in processing order, and the largest difference."""
+    order = processing_order(result.y.shape[0], None, reverse, result.y.device)
+    compared: list[tuple[list[str], Tensor, Tensor]] = [
+        ([f"the pre-activation of gate {gate}" for gate in program.gates], result.gates, exact.gates),
+        ([f"the product of gate {gate}" for gate in program.split], result.recurrent, exact.recurrent),
+        (["the output h"], result.y[:, :, :, None], exact.y[:, :, :, None]),
+    ]
+    compared += [
+        ([f"the state {name}"], kept[:, :, :, None], truth[:, :, :, None])
+        for name, kept, truth in zip(program.state_names[1:], result.inner, exact.inner, strict=True)
+    ]
+    first: tuple[int, str] | None = None
+    worst = 0.0
+    for names, values, truths in compared:
+        if not names:
+            continue
+        gap = reorder((values.double() - truths).abs(), order)  # (T, B, N, names, H)
+        gap = torch.where(gap.isnan() & reorder(truths, order).isfinite(), float("inf"), gap)
+        worst = max(worst, gap.max().item())
+        scale = max(truths[truths.isfinite()].abs().max().item(), 1.0)
+        bad = (gap > tolerance * scale).nonzero()
+        if len(bad) and (first is None or bad[0, 0] < first[0]):
+            t, b, n, which, unit = bad[0].tolist()
+            where = f"step {t}, sample {b}, direction {n}, unit {unit}: {names[which]} is off by {gap[t, b, n, which, unit]:.3g}"
+            first = (t, where)
+    return (first[1] if first else ""), worst

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`explain`: which backend a call runs on, why not the others, and what each is predicted to take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from gpu_rnn import dispatch, functional
+from gpu_rnn.dispatch import Row
+from gpu_rnn.problem import Problem
+
+if TYPE_CHECKING:
+    from gpu_rnn.layer_base import LayerBase
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The verdict on every backend for one call; ``str()`` of it is a table."""
+
+    problem: Problem
+    rows: tuple[Row, ...]
+
+    @property
+    def chosen(self) -> str | None:
+        """The backend that the call runs on; None where the one asked for cannot run it."""
+        return next((row.backend for row in self.rows if row.chosen), None)
+
+    def __str__(self) -> str:
+        p = self.problem
+        both = ", both directions" if p.N == 2 else ""
+        what = "forward and backward" if p.training else "inference"
+        head = (
+            f"{p.recurrence.name}: T {p.T}, B {p.B}, input {p.I}, hidden {p.H}, layers {p.layers}{both}, "
+            f"{str(p.dtype).removeprefix('torch.')}, {what}, on {p.device.name}"
+        )
+        lines = [head, f"{'backend':10} {'verdict':8} {'µs/step':>8}  why not"]
+        for row in self.rows:
+            verdict = "chosen" if row.chosen else "can run" if row.runs else "no"
+            predicted = "" if row.predicted_us is None else f"{row.predicted_us:.2f}"
+            first, *others = row.reasons or ("",)
+            lines.append(f"{row.backend:10} {verdict:8} {predicted:>8}  {first}".rstrip())
+            lines += [f"{'':30}{reason}" for reason in others]
+        return "\n".join([*lines, "µs/step: predicted by each backend's cost model, not measured"])
+
+
+def explain(layer: LayerBase, x: Tensor | None = None, *, device: str | None = None) -> Explanation:
+    """Which backend ``layer(x)`` runs on, with the reasons against the others and the predicted time of each.
+
+    Args:
+        layer: any layer of this package.
+        x: the input, or a tensor of its shape and dtype on any device ("meta" too): (T, B, input_size), with
+            batch_first (B, T, input_size). None: 100 steps of one sample.
+        device: a described device to answer for, such as "H100" (`gpu_rnn.devices.DEVICES`); None: x's own.
+
+    Raises:
+        TypeError: not a layer of this package.
+        ValueError: no description of that device.
+
+    Example::
+
+        >>> layer = gpu_rnn.LSTM(64, 64, dtype=torch.bfloat16)
+        >>> print(gpu_rnn.explain(layer, torch.empty(100, 32, 64, device="meta"), device="H100"))
+    """
+    from gpu_rnn.layer_base import LayerBase
+
+    if not isinstance(layer, LayerBase):
+        raise TypeError(f"explain takes a layer of this package, such as gpu_rnn.LSTM, not {type(layer).__name__}")
+    weights = layer._flat_weights
+    if x is None:
+        x = torch.empty(100, 1, layer.input_size, dtype=weights[0].dtype, device=weights[0].device)
+        x = x.transpose(0, 1) if layer.batch_first else x
+    if x.dim() == 2:
+        x = x.unsqueeze(0 if layer.batch_first else 1)
+    steps, batch = (x.shape[1], x.shape[0]) if layer.batch_first else (x.shape[0], x.shape[1])
+    problem = functional._problem(
+        x, None, weights, layer.recurrence, steps, batch, layer.num_layers, layer.bidirectional, None, layer.proj_size
+    )
+    problem = replace(problem, dtype=weights[0].dtype)
+    if device is not None:
+        problem = dispatch.described(problem, device)
+    return Explanation(problem, tuple(dispatch.explain(problem, layer.backend)))
