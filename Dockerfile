@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # docker build -t gpu-rnn .
-# docker run --rm --gpus all gpu-rnn                                  the demo
-# docker run --rm --gpus all gpu-rnn python tests -m "not slow"       the tests
+# docker run --rm --gpus all gpu-rnn                                                     the demo
+# docker run --rm --gpus all -v "$PWD:/out" gpu-rnn gpu-rnn demo --out /out/demo.png    its picture kept
+# docker run --rm --gpus all gpu-rnn python tests -m "not slow"                         the tests
 FROM python:3.12-slim
 
 # Triton builds a small C module for each kernel's launch. Debian serves one version at a time: a pin would only rot.
@@ -20,7 +21,7 @@ COPY constraints.txt ./
 RUN pip install --constraint constraints.txt torch
 
 COPY --chown=1000 . ./
-RUN pip install --constraint constraints.txt --editable ".[cuda12,demo,test]"
+RUN pip install --constraint constraints.txt --editable ".[cuda12,demo,long,test]"
 
 USER 1000
 CMD ["gpu-rnn", "demo"]
