@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One program runs a whole sequence: it owns a tile of the batch and keeps W_hh on chip over all time steps.
+
+Sizes: T time, B batch, N independent recurrences, G gates, R split gates (those whose recurrent product is kept beside
+the input part), S states, P per-unit parameters, H hidden units. Names: p_ pointers, b_ blocks, i_ ids, o_ offsets,
+m_ masks; gates, states and parameters are tuples of blocks. `STEP` is generated from the recurrence, so nothing in here
+knows any cell. gpu_rnn/launch/resident.py launches with the grid (tiles of the batch, N).
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_blocks(p, stride, mask, COUNT: tl.constexpr):
+    """`COUNT` blocks that lie `stride` apart, in the dtype they are stored in."""
+    blocks = ()
+    for _ in tl.static_range(COUNT):
+        blocks = blocks + (tl.load(p, mask=mask, other=0.0),)
+        p += stride
+    return blocks
+
+
+@triton.jit
+def load_each(pointers, offsets, mask):
+    """One block from each tensor, as fp32."""
+    blocks = ()
+    for i in tl.static_range(len(pointers)):
+        blocks = blocks + (tl.load(pointers[i] + offsets, mask=mask, other=0.0).to(tl.float32),)
+    return blocks
+
+
+@triton.jit
+def store_each(pointers, offsets, blocks, mask):
+    for i in tl.static_range(len(pointers)):
+        tl.store(pointers[i] + offsets, blocks[i], mask=mask)
+
+
+@triton.jit
+def as_float(blocks):
+    converted = ()
+    for i in tl.static_range(len(blocks)):
+        converted = converted + (blocks[i].to(tl.float32),)
+    return converted
+
+
+@triton.jit
+def select(condition, new, old):
+    chosen = ()
+    for i in tl.static_range(len(new)):
+        chosen = chosen + (tl.where(condition, new[i], old[i]),)
+    return chosen
+
+
+@triton.jit
+def time_of(step, b_length, reversed_):
+    """(BLOCK_B, 1): the time at which each row's step lies. A reversed row starts at its own last step."""
+    turned = (reversed_ != 0) & (step < b_length)
+    return tl.where(turned, b_length - 1 - step, step).to(tl.int64)[:, None]
+
+
+@triton.jit
+def resident_forward(
+    p_gates,  # (T, B, N, G, H) in: input projection; out, with SAVE: pre-activations
+    p_recurrent,  # (T, B, N, R, H) out, with SAVE: products of the split gates
+    p_inner,  # (S - 1, T, B, N, H) fp32, out, with SAVE: the states other than h
+    p_y,  # (T, B, N, H) out
+    p_initial,  # per state (B, N, H)
+    p_final,  # per state (B, N, H), out
+    p_w,  # (N, G, H, H)
+    p_b_hh,  # (N, G, H), of which the split gates' are read, or None
+    p_params,  # (N, P, H) or None
+    p_lengths,  # (B,) or None
+    gates_strides,  # of T, B, N, G
+    T,
+    B,
+    H,
+    reverse,  # bit i % period is set where recurrence i runs backwards in time
+    period,
+    STEP: tl.constexpr,
+    KEPT: tl.constexpr,  # per gate: its number among the split gates, or -1
+    R: tl.constexpr,
+    P: tl.constexpr,
+    SAVE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    G: tl.constexpr = len(KEPT)
+    N = tl.num_programs(1).to(tl.int64)
+    i_n = tl.program_id(1).to(tl.int64)
+    o_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    o_h = tl.arange(0, BLOCK_H)
+    m_b, m_h = o_b < B, (o_h < H)[None, :]
+    m = m_b[:, None] & m_h
+    o_row = (o_b * N + i_n)[:, None]
+    o_unit = o_row * H + o_h[None, :]
+    b_length = tl.load(p_lengths + o_b, mask=m_b, other=0) if p_lengths is not None else tl.zeros_like(o_b) + T
+    reversed_ = (reverse >> (i_n % period)) & 1
+
+    stride_t, stride_b, stride_n, stride_g = gates_strides
+    p_gates += i_n * stride_n + (o_b * stride_b)[:, None] + o_h[None, :]
+    p_w += i_n * G * H * H + o_h[None, :] * H + o_h[:, None]  # (input, output): W_hh transposed
+    b_w = load_blocks(p_w, H * H, m_h & (o_h < H)[:, None], G)
+    b_params = as_float(load_blocks(p_params + i_n * P * H + o_h[None, :], H, m_h, P)) if P else ()
+    b_bias = ()
+    for g in tl.static_range(G):
+        if KEPT[g] >= 0 and p_b_hh is not None:
+            bias = tl.load(p_b_hh + (i_n * G + g) * H + o_h[None, :], mask=m_h, other=0.0)
+            b_bias = b_bias + (bias.to(tl.float32),)
+    states = load_each(p_initial, o_unit, m)
+
+    o_t = time_of(0, b_length, reversed_)
+    x = load_blocks(p_gates + o_t * stride_t, stride_g, m, G)
+    for t in range(T):
+        # The next step's input part travels while this step computes.
+        o_next = time_of(tl.minimum(t + 1, T - 1), b_length, reversed_)
+        x_next = load_blocks(p_gates + o_next * stride_t, stride_g, m, G)
+        # A recurrence may make anything of the padded units, NaN too, which the product would spread.
+        b_h = tl.where(m_h, states[0], 0.0).to(p_w.dtype.element_ty)
+        a, r = (), ()
+        for g in tl.static_range(G):
+            product = tl.dot(b_h, b_w[g], input_precision=PRECISION)
+            if KEPT[g] < 0:
+                a = a + (x[g].to(tl.float32) + product,)
+            else:
+                a = a + (x[g].to(tl.float32),)
+                r = r + (product + b_bias[KEPT[g]] if p_b_hh is not None else product,)
+        new = STEP(a, r, states, b_params, ())
+        y = new[0]
+        if p_lengths is not None:
+            active = (t < b_length)[:, None]
+            y = tl.where(active, y, 0.0)
+            new = select(active, new, states)
+        states = new
+        o_y = (o_t * B * N + o_row) * H + o_h[None, :]
+        tl.store(p_y + o_y, y, mask=m)
+        if SAVE:
+            for g in tl.static_range(G):
+                if KEPT[g] < 0:
+                    tl.store(p_gates + o_t * stride_t + g * stride_g, a[g], mask=m)
+            p_r = p_recurrent + (o_t * B * N + o_row) * R * H + o_h[None, :]
+            for k in tl.static_range(R):
+                tl.store(p_r + k * H, r[k], mask=m)
+            for k in tl.static_range(len(states) - 1):
+                tl.store(p_inner + T * B * N * H * k + o_y, states[k + 1], mask=m)
+        o_t, x = o_next, x_next
+    store_each(p_final, o_unit, states, m)
+
+
+@triton.jit
+def resident_backward(
+    p_gates,  # (T, B, N, G, H) pre-activations
+    p_recurrent,  # (T, B, N, R, H)
+    p_inner,  # (S - 1, T, B, N, H) fp32
+    p_y,  # (T, B, N, H)
+    p_initial,  # per state (B, N, H)
+    p_w,  # (N, G, H, H)
+    p_params,  # (N, P, H) or None
+    p_lengths,  # (B,) or None
+    p_d_y,  # (T, B, N, H)
+    p_d_final,  # per state (B, N, H)
+    p_d_gates,  # (T, B, N, G, H) out
+    p_d_recurrent,  # (T, B, N, R, H) out
+    p_d_initial,  # per state (B, N, H), out
+    p_d_params,  # (tiles of the batch, N, P, H) fp32, out, or None
+    gates_strides,  # of T, B, N, G: of gates and d_gates
+    d_y_strides,  # of T, B, N
+    T,
+    B,
+    H,
+    reverse,  # bit i % period is set where recurrence i runs backwards in time
+    period,
+    STEP: tl.constexpr,
+    KEPT: tl.constexpr,  # per gate: its number among the split gates, or -1
+    R: tl.constexpr,
+    P: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    G: tl.constexpr = len(KEPT)
+    S: tl.constexpr = len(p_initial)
+    dtype: tl.constexpr = p_w.dtype.element_ty
+    N = tl.num_programs(1).to(tl.int64)
+    i_n = tl.program_id(1).to(tl.int64)
+    o_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    o_h = tl.arange(0, BLOCK_H)
+    m_b, m_h = o_b < B, (o_h < H)[None, :]
+    m = m_b[:, None] & m_h
+    o_row = (o_b * N + i_n)[:, None]
+    o_unit = o_row * H + o_h[None, :]
+    b_length = tl.load(p_lengths + o_b, mask=m_b, other=0) if p_lengths is not None else tl.zeros_like(o_b) + T
+    reversed_ = (reverse >> (i_n % period)) & 1
+
+    stride_t, stride_b, stride_n, stride_g = gates_strides
+    o_gates = i_n * stride_n + (o_b * stride_b)[:, None] + o_h[None, :]
+    p_d_y += i_n * d_y_strides[2] + (o_b * d_y_strides[1])[:, None] + o_h[None, :]
+    p_w += i_n * G * H * H + o_h[:, None] * H + o_h[None, :]  # (output, input): W_hh as it is
+    b_w = load_blocks(p_w, H * H, m_h & (o_h < H)[:, None], G)
+    b_params = as_float(load_blocks(p_params + i_n * P * H + o_h[None, :], H, m_h, P)) if P else ()
+    d_states = load_each(p_d_final, o_unit, m)
+    d_params = ()
+    for _ in tl.static_range(P):
+        d_params = d_params + (tl.zeros((BLOCK_B, BLOCK_H), tl.float32),)
+
+    for i in range(T):
+        t = T - 1 - i
+        o_t = time_of(t, b_length, reversed_)
+        o_y = (o_t * B * N + o_row) * H + o_h[None, :]
+        o_r = (o_t * B * N + o_row) * R * H + o_h[None, :]
+        a = as_float(load_blocks(p_gates + o_gates + o_t * stride_t, stride_g, m, G))
+        r = as_float(load_blocks(p_recurrent + o_r, H, m, R)) if R else ()
+        d_y = tl.load(p_d_y + o_t * d_y_strides[0], mask=m, other=0.0).to(tl.float32)
+        # The states before this step: what the previous step left, or the initial ones.
+        o_before = (time_of(t - 1, b_length, reversed_) * B * N + o_row) * H + o_h[None, :]
+        later = m & (t > 0)
+        before = (tl.load(p_y + o_before, mask=later, other=0.0).to(tl.float32),)
+        if S > 1:
+            before = before + load_blocks(p_inner + o_before, T * B * N * H, later, S - 1)
+        before = select(t > 0, before, load_each(p_initial, o_unit, m & (t == 0)))
+
+        d = (d_states[0] + d_y,) + d_states[1:]
+        d_a, d_r, d_new, d_p, _ = STEP(a, r, before, b_params, (), d)
+        active = m & (t < b_length)[:, None]
+        d_states = select((t < b_length)[:, None], d_new, d_states)
+        d_h = d_states[0]
+        for g in tl.static_range(G):
+            # Padded units and rows, and steps beyond a row's length, may hold anything: they are selected away.
+            d_gate = tl.where(active, d_a[g], 0.0).to(dtype)
+            tl.store(p_d_gates + o_gates + o_t * stride_t + g * stride_g, d_gate, mask=m)
+            d_product = d_gate
+            if KEPT[g] >= 0:
+                d_product = tl.where(active, d_r[KEPT[g]], 0.0).to(dtype)
+                tl.store(p_d_recurrent + o_r + KEPT[g] * H, d_product, mask=m)
+            d_h = tl.dot(d_product, b_w[g], acc=d_h, input_precision=PRECISION)
+        d_states = (d_h,) + d_states[1:]
+        summed = ()
+        for k in tl.static_range(P):
+            summed = summed + (d_params[k] + tl.where(active, d_p[k], 0.0),)
+        d_params = summed
+    store_each(p_d_initial, o_unit, d_states, m)
+    p_d_params_tile = (tl.program_id(0) * N + i_n) * P * H + o_h
+    for k in tl.static_range(P):
+        tl.store(p_d_params + p_d_params_tile + k * H, tl.sum(d_params[k], axis=0), mask=o_h < H)
