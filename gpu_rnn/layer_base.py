@@ -25,7 +25,7 @@ OPTION_DEFAULTS = {
 }
 
 
-class RecurrenceHolder:
+class RecurrenceHolder(nn.Module):
     """What layers and cells have in common: a recurrence, its options in repr, and the form of its states."""
 
     recurrence: Recurrence
