@@ -10,6 +10,7 @@ of a, r, s, p, v.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -89,7 +90,7 @@ def _comment(op: Op, mark: str, comments: bool) -> str:
 
 
 def _triton_constant(value: float) -> str:
-    return f'float("{value}")' if value in (float("inf"), -float("inf")) else repr(value)
+    return repr(value) if math.isfinite(value) else f'float("{value}")'
 
 
 def _triton(function: _Function, comments: bool) -> str:
@@ -110,9 +111,9 @@ def _triton(function: _Function, comments: bool) -> str:
 
 
 def _cuda_constant(value: float) -> str:
-    if value in (float("inf"), -float("inf")):
-        return "INFINITY" if value > 0 else "-INFINITY"
-    return f"{value!r}f"
+    if math.isnan(value):
+        return "NAN"
+    return f"{value!r}f" if math.isfinite(value) else "INFINITY" if value > 0 else "-INFINITY"
 
 
 def _cuda(function: _Function, comments: bool) -> str:

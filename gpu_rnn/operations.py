@@ -9,6 +9,7 @@ its bounds, minimum and maximum halve a tie.
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,11 @@ class Operation:
     cuda: str
     derivative: Rule | None = None
     is_bool: bool = False
+
+    @property
+    def arity(self) -> int:
+        """The number of arguments: every one stands in the text for Triton."""
+        return 1 + max(int(index) for index in re.findall(r"{(\d)}", self.triton))
 
 
 def _same(text: str) -> dict[str, str]:

@@ -32,6 +32,7 @@ from gpu_rnn.operations import OPERATIONS
 Argument = str | float
 VERSION = "1"
 IDENTIFIER = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,31}\Z")
+RESULT = re.compile(r"t[0-9]{1,4}\Z")
 
 
 @dataclass(frozen=True)
@@ -137,18 +138,28 @@ class _Parser:
             raise ValueError(f"{word!r} is not an identifier")
         return word
 
+    def define(self, *names: str) -> None:
+        again = self.known.intersection(names)
+        if again:
+            raise ValueError(f"{', '.join(again)} is defined already")
+        self.known.update(names)
+
     def argument(self, word: str) -> Argument:
         if word in self.known:
             return word
-        return float(word)
+        try:
+            return float(word)
+        except ValueError:
+            raise ValueError(f"{word!r} is neither a value defined above nor a number") from None
 
     def read(self, line: str) -> None:
         word, *rest = line.split()
-        handler = getattr(self, f"read_{word}", None)
-        if handler is not None:
-            handler(*rest)
-        else:
+        if RESULT.match(word):
             self.read_operation(word, *rest)
+        elif word in ("program", "state", "param", "stage", "product", "return"):
+            getattr(self, f"read_{word}")(*rest)
+        else:
+            raise ValueError(f"{word!r} is not the start of a line")
 
     def read_program(self, version: str, name: str) -> None:
         if version != VERSION:
@@ -157,11 +168,11 @@ class _Parser:
 
     def read_state(self, name: str, value: str) -> None:
         self.states.append((self.identifier(name), float(value)))
-        self.known.add(f"s_{name}")
+        self.define(f"s_{name}")
 
     def read_param(self, name: str) -> None:
         self.params.append(self.identifier(name))
-        self.known.add(f"p_{name}")
+        self.define(f"p_{name}")
 
     def read_stage(self, *gates: str) -> None:
         self.gates, self.ops = [], []
@@ -172,13 +183,15 @@ class _Parser:
                 raise ValueError(f"a gate is 'sum' or 'split', not {kind!r}")
             if kind == "sum":
                 self.summed.add(gate)
-            self.known |= {f"a_{gate}"} if kind == "sum" else {f"x_{gate}", f"r_{gate}"}
+            self.define(f"{gate}:", *([f"a_{gate}"] if kind == "sum" else [f"x_{gate}", f"r_{gate}"]))
 
     def read_operation(self, result: str, equals: str, name: str, *args: str) -> None:
         if equals != "=" or name not in OPERATIONS:
             raise ValueError(f"unknown operation {name!r}")
-        self.ops.append(Op(self.identifier(result), name, tuple(self.argument(word) for word in args)))
-        self.known.add(result)
+        if len(args) != OPERATIONS[name].arity:
+            raise ValueError(f"{name} takes {OPERATIONS[name].arity} arguments")
+        self.ops.append(Op(result, name, tuple(self.argument(word) for word in args)))
+        self.define(result)
 
     def read_product(self, *outputs: str) -> None:
         self.stages.append(Stage(tuple(self.gates), tuple(self.ops), tuple(self.argument(w) for w in outputs)))
@@ -186,8 +199,8 @@ class _Parser:
     read_return = read_product
 
     def program(self) -> Program:
-        if not self.stages or len(self.stages[-1].outputs) != len(self.states) or not self.states:
-            raise ValueError("a program has at least one state, and returns a value for each")
+        if not self.name or not self.stages or len(self.stages[-1].outputs) != len(self.states) or not self.states:
+            raise ValueError("a program has a name and at least one state, and returns a value for each")
         if any(len(stage.outputs) != 1 for stage in self.stages[:-1]):
             raise ValueError("a product has one input")
         return Program(

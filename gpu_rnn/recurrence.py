@@ -29,7 +29,7 @@ class Recurrence:
         gates: names of the gates, in the order of the rows of the weights. Left out when `step` is a sequence.
         states: names of the states; a mapping gives their initial values (0 otherwise).
         params: names of parameters with one value per unit, such as peepholes.
-        name: how errors and generated code name the cell; the function's name by default.
+        name: how errors and generated code name the cell; by default the function's name, of a lambda "cell".
 
     Raises:
         TraceError: (a ValueError) the step cannot be traced; the message names operation, cell and line.
@@ -64,17 +64,18 @@ class Recurrence:
         if callable(step):
             if gates is None:
                 raise TypeError("name the gates: Recurrence(step, gates=('f', 'n'), ...)")
-            stages = [(tuple(gates), step)]
+            stages = [(gates, step)]
         else:
             if gates is not None:
                 raise TypeError("with several stages each names its own gates: Recurrence([(gates, step), ...])")
-            stages = [(tuple(own), function) for own, function in step]
+            stages = list(step)
         for word, given in (("states", states), ("params", params), *(("gates", own) for own, _ in stages)):
             if isinstance(given, str):
                 raise TypeError(f"{word} is a sequence of names: ({given!r},)")
+        stages = [(tuple(own), function) for own, function in stages]
         initial = dict(states) if isinstance(states, Mapping) else dict.fromkeys(states, 0.0)
         self._start(
-            name or getattr(stages[-1][1], "__name__", "cell").strip("<>"),
+            name or getattr(stages[-1][1], "__name__", "cell").replace("<lambda>", "cell"),
             tuple(own for own, _ in stages),
             tuple((state, float(value)) for state, value in initial.items()),
             tuple(params),

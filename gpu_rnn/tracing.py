@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from gpu_rnn.operations import OPERATIONS
+from gpu_rnn.lowering import KEPT, LOWERING, TAKES_BOOL, Unsupported, copy
 from gpu_rnn.program import IDENTIFIER, Argument, Builder, Op, Program, Stage, Value, live
 
 Step = Callable[..., Any]
@@ -166,7 +166,7 @@ class _Stage:
         shapes = [namedtuple(f"{kind}_values", words) if words else tuple for kind, words in groups]
 
         def flat(*tensors: torch.Tensor) -> tuple[Any, ...]:
-            rest = list(tensors)
+            rest = [tensor.clone() for tensor in tensors]  # a step may work on its arguments in place
             args: list[Any] = []
             for shape, (_, words) in zip(shapes, groups, strict=True):
                 args.append(shape(*rest[: len(words)]) if words else ())
@@ -178,8 +178,7 @@ class _Stage:
             return tuple(result) if isinstance(result, (tuple, list)) else (result,)
 
         examples = [torch.tensor(0.25 + 0.01 * n, dtype=torch.float64, device="cpu") for n in range(count)]
-        # torch's own softplus decomposition has a NaN gradient where exp(x) overflows; _softplus has none.
-        table = {op: rule for op, rule in core_aten_decompositions().items() if op is not torch.ops.aten.softplus.default}
+        table = {op: rule for op, rule in core_aten_decompositions().items() if op._opname not in KEPT}
         tracer = make_fx(
             functionalize(flat),
             decomposition_table=table,
@@ -207,7 +206,7 @@ class _Stage:
             return self.builder.value(float(arg))
         if arg not in known:
             raise TraceError(f"{self.cell}: {_where(self.step)} returned {arg!r}; return tensors, one for each state")
-        return known[arg]
+        return copy(self.builder, known[arg])
 
     def _lower(self, node: Any, known: dict[Any, Value]) -> Value:
         line = node.meta.get("stack_trace") or _where(self.step)
@@ -228,11 +227,11 @@ class _Stage:
         self.builder.line = line
         lifted = [known.get(a, a) if isinstance(a, torch.fx.Node) else a for a in arguments]
         if overload._opname not in TAKES_BOOL:
-            lifted = [_copy(self.builder, a) if isinstance(a, Value) else a for a in lifted]
+            lifted = [copy(self.builder, a) if isinstance(a, Value) else a for a in lifted]
         try:
             return rule(self.builder, *lifted)
-        except _Unsupported as error:
-            raise TraceError(f"{self.cell}: {line} uses {overload}: {error}") from None
+        except (Unsupported, TypeError) as error:
+            raise TraceError(f"{self.cell}: {line} uses {overload}: {error}") from error
 
 
 def _accepts(signature: inspect.Signature, count: int) -> bool:
@@ -288,118 +287,3 @@ class _Lines(TorchFunctionMode):
             frame = frame.f_back
         torch.fx.traceback.set_stack_trace([_show(frame.f_code.co_filename, frame.f_lineno)])
         return func(*args, **(kwargs or {}))
-
-
-class _Unsupported(Exception):
-    """A form of an operation that has no meaning in a recurrence."""
-
-
-def _integer_power(b: Builder, x: Any, exponent: int) -> Any:
-    result = x
-    for _ in range(abs(exponent) - 1):
-        result = b.emit("mul", result, x)
-    return result if exponent > 0 else b.emit("div", 1.0, result)
-
-
-def _pow(b: Builder, x: Any, exponent: Any) -> Any:
-    if isinstance(exponent, Value):
-        if isinstance(x, (int, float)) and x > 0:
-            return b.emit("exp", b.emit("mul", exponent, torch.tensor(float(x), dtype=torch.float64).log().item()))
-        raise _Unsupported("a power needs a constant exponent, or a positive constant base")
-    if exponent == 0.5:
-        return b.emit("sqrt", x)
-    if float(exponent).is_integer() and 1 <= abs(exponent) <= 8:
-        return _integer_power(b, x, int(exponent))
-    raise _Unsupported(f"the exponent {exponent}; use whole numbers from -8 to 8, or 0.5")
-
-
-def _scaled(name: str) -> Callable[..., Any]:
-    """add and sub with torch's `alpha`."""
-
-    def rule(b: Builder, x: Any, y: Any, alpha: float = 1) -> Any:
-        return b.emit(name, x, y if alpha == 1 else b.emit("mul", y, alpha))
-
-    return rule
-
-
-def _elu(b: Builder, x: Any, alpha: float = 1, scale: float = 1, input_scale: float = 1) -> Any:
-    """scale · (x if x > 0 else alpha · (exp(x · input_scale) − 1)), as aten::elu."""
-    negative = b.emit("mul", b.emit("expm1", b.emit("mul", _clamp(b, x, None, 0.0), input_scale)), alpha * scale)
-    return b.emit("where", b.emit("gt", x, 0.0), b.emit("mul", x, scale), negative)
-
-
-def _gelu(b: Builder, x: Any, approximate: str = "none") -> Any:
-    """x Φ(x), or its tanh form (Hendrycks & Gimpel, arXiv:1606.08415)."""
-    if approximate == "tanh":
-        cubed = b.emit("mul", b.emit("mul", x, x), x)
-        inner = b.emit("mul", b.emit("add", x, b.emit("mul", cubed, 0.044715)), 0.7978845608028654)
-        return b.emit("mul", b.emit("mul", x, 0.5), b.emit("add", b.emit("tanh", inner), 1.0))
-    phi = b.emit("add", b.emit("erf", b.emit("mul", x, 0.7071067811865476)), 1.0)
-    return b.emit("mul", b.emit("mul", x, 0.5), phi)
-
-
-def _softplus(b: Builder, x: Any, beta: float = 1, threshold: float = 20) -> Any:
-    """log(1 + exp(beta x)) / beta, and x itself above the threshold, as aten::softplus."""
-    scaled = b.emit("mul", x, beta)
-    soft = b.emit("log1p", b.emit("exp", _clamp(b, scaled, None, threshold)))
-    return b.emit("where", b.emit("gt", scaled, threshold), x, b.emit("div", soft, beta))
-
-
-def _clamp(b: Builder, x: Any, low: Any = None, high: Any = None) -> Any:
-    return b.emit("clamp", x, -float("inf") if low is None else low, float("inf") if high is None else high)
-
-
-def _copy(b: Builder, x: Any, *_: Any) -> Any:
-    """A copy, alias or change of dtype: in a recurrence all values are real numbers of one precision."""
-    return b.emit("where", x, 1.0, 0.0) if _is_bool(b, x) else x
-
-
-def _is_bool(b: Builder, x: Any) -> bool:
-    return any(op.result == x.name and OPERATIONS[op.name].is_bool for op in b.ops)
-
-
-def _detached(b: Builder, x: Any, *_: Any) -> Any:
-    raise _Unsupported("a gradient flows through every value of a recurrence, so detach has no meaning in it")
-
-
-def _named(name: str) -> Callable[..., Any]:
-    return lambda b, *args: b.emit(name, *args)
-
-
-# Operations that take truth values as they are; for every other one they are first turned into 1.0 and 0.0.
-TAKES_BOOL = {"where", *(f"{kind}_{name}" for kind in ("logical", "bitwise") for name in ("and", "or", "not"))}
-
-# aten operation -> how it is written in the whitelist. What core_aten_decompositions leaves of torch's activations.
-LOWERING: dict[str, Callable[..., Any]] = {
-    **{name: _named(name) for name in ("mul", "neg", "tanh", "sigmoid", "exp", "expm1", "log", "log1p", "sqrt", "erf")},
-    **{name: _named(name) for name in ("sin", "cos", "abs", "sign", "floor", "relu", "minimum", "maximum", "where")},
-    **{name: _named(name) for name in ("gt", "ge", "lt", "le", "eq", "ne")},
-    **{f"logical_{name}": _named(name) for name in ("and", "or", "not")},
-    **{f"bitwise_{name}": _named(name) for name in ("and", "or", "not")},
-    **dict.fromkeys(("clone", "_to_copy", "expand", "view"), _copy),
-    **dict.fromkeys(("alias", "detach"), _detached),
-    **dict.fromkeys(("full", "full_like"), lambda b, like, value, *_: b.value(float(value))),
-    "scalar_tensor": lambda b, value, *_: b.value(float(value)),
-    "add": _scaled("add"),
-    "sub": _scaled("sub"),
-    "rsub": lambda b, x, y, alpha=1: _scaled("sub")(b, y, x, alpha),
-    "div": lambda b, x, y: b.emit("div", x, y),
-    "reciprocal": lambda b, x: b.emit("div", 1.0, x),
-    "rsqrt": lambda b, x: b.emit("div", 1.0, b.emit("sqrt", x)),
-    "square": lambda b, x: b.emit("mul", x, x),
-    "pow": _pow,
-    "elu": _elu,
-    "gelu": _gelu,
-    "softplus": _softplus,
-    "leaky_relu": lambda b, x, slope=0.01: b.emit("where", b.emit("gt", x, 0.0), x, b.emit("mul", x, slope)),
-    "hardtanh": lambda b, x, low=-1.0, high=1.0: _hardtanh(b, x, low, high),
-    "clamp": _clamp,
-    "clamp_min": lambda b, x, low: _clamp(b, x, low),
-    "clamp_max": lambda b, x, high: _clamp(b, x, None, high),
-}
-
-
-def _hardtanh(b: Builder, x: Any, low: float, high: float) -> Any:
-    """aten::hardtanh: unlike clamp, its gradient is 0 at the bounds."""
-    above = b.emit("where", b.emit("lt", x, high), x, high)
-    return b.emit("where", b.emit("gt", x, low), above, low)
