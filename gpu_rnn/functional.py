@@ -152,7 +152,7 @@ def _problem(
         x.device.type,
         dispatch.device_of(x.device),
         "training" if wants_grad else "inference",
-        rnn_precision(),
+        rnn_precision() if x.is_cuda else "ieee",
         batch_sizes is not None,
         batch_sizes is not None,
         "01" if bidirectional else "0",
@@ -175,9 +175,9 @@ def _initial(
     hidden = weights[0].shape[0] // len(recurrence.gates)
     rows = num_layers * (2 if bidirectional else 1)
     widths = [proj_size or hidden, *[hidden] * (len(recurrence.states) - 1)]
-    return tuple(
-        x.new_full((rows, batch, width), value) for width, value in zip(widths, recurrence.initial, strict=True)
-    )
+    kinds = list(zip(widths, recurrence.initial, strict=True))
+    made = {kind: x.new_full((rows, batch, kind[0]), kind[1]) for kind in dict.fromkeys(kinds)}
+    return tuple(made[kind] for kind in kinds)
 
 
 def _check_devices(x: Tensor, weights: Sequence[Tensor], states: States) -> None:
@@ -240,7 +240,7 @@ def _autocast(
 ) -> tuple[Tensor, States, Sequence[Tensor]]:
     """Under autocast a layer computes in autocast's dtype, as torch's do."""
     kind = x.device.type
-    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
         return x, states, weights
     dtype = torch.get_autocast_dtype(kind)
     return x.to(dtype), tuple(s.to(dtype) for s in states), [w.to(dtype) for w in weights]

@@ -63,6 +63,13 @@ class Problem:
         return len(self.recurrence.gates)
 
     @property
+    def flops(self) -> float:
+        """Floating-point operations of the products of one pass, projection included; backward has twice as many."""
+        width = self.proj_size or self.H
+        once = 2.0 * self.G * self.H * (self.I + width) * self.B * self.N * self.T * self.layers
+        return once * (2 if self.direction == "backward" else 1)
+
+    @property
     def training(self) -> bool:
         return self.direction != "inference"
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch import _VF as VF  # noqa: N814
 
+from gpu_rnn.devices import CPU_FLOPS
 from gpu_rnn.problem import Problem
 
 Output = tuple[Tensor, tuple[Tensor, ...]]
@@ -18,9 +19,8 @@ Output = tuple[Tensor, tuple[Tensor, ...]]
 # cudnnRNNMode_t
 CUDNN_MODES = {"RNN_RELU": 0, "RNN_TANH": 1, "LSTM": 2, "GRU": 3}
 
-# Predicted. CPU: an unfused product and pointwise pass of oneDNN a step. GPU: two launches a step outside cuDNN's
-# persistent kernels, which kernels.md's published 1.96 µs a step is inside of.
-CPU_FLOPS, CPU_CALL = 2e10, 2e-5
+# Predicted. GPU: two launches a step outside cuDNN's persistent kernels, and inside them the published 1.96 µs
+# (fp16, H 768, B 16, T 1024 on an H100, FlashRNN's table).
 GPU_STEP, GPU_PERSISTENT_STEP = 6e-6, 2e-6
 
 
@@ -53,13 +53,12 @@ def _persistent(problem: Problem) -> bool:
 
 
 def cost(problem: Problem) -> float:
-    """Predicted seconds."""
-    gates, backward = problem.G, 2.0 if problem.direction == "backward" else 1.0
-    flops = 2.0 * gates * problem.H * (problem.H + problem.I) * problem.B * problem.N * problem.T * problem.layers
+    """Predicted seconds; on a CPU the products alone, which every other row adds to."""
     if not problem.device.is_gpu:
-        return backward * (CPU_CALL + flops / CPU_FLOPS)
+        return problem.flops / CPU_FLOPS
     step = GPU_PERSISTENT_STEP if _persistent(problem) else GPU_STEP * problem.N
-    return backward * (problem.T * problem.layers * step + flops / (problem.device.tensor_flops * 1e12))
+    passes = 2.0 if problem.direction == "backward" else 1.0
+    return passes * problem.T * problem.layers * step + problem.flops / (problem.device.tensor_flops * 1e12)
 
 
 def stack(

@@ -2,7 +2,7 @@
 """One product and one pointwise pass a step: every recurrence, every size, any device.
 
 On a GPU the pointwise pass is one generated Triton kernel and chunks of steps are replayed as a CUDA graph
-(`launch/graphs.py`); on a CPU it is the program in torch, where what needs no incoming gradient is computed for all
+(`launch/pointwise.py`); on a CPU it is the program in torch, where what needs no incoming gradient is computed for all
 steps at once before the backward loop.
 """
 
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from gpu_rnn.derivative import Derivative, differentiate
+from gpu_rnn.devices import CPU_FLOPS
+from gpu_rnn.launch import pointwise
 from gpu_rnn.products import inputs_over_time, state_dtype
 from gpu_rnn.program import Program, evaluate, lookup
 from gpu_rnn.problem import Problem
@@ -26,11 +28,12 @@ def unsupported(problem: Problem) -> list[str]:
 
 
 def cost(problem: Problem) -> float:
-    """Predicted seconds: on a CPU a torch operation for each of the program's, on a GPU two launches of a graph a stage."""
-    stages, backward = problem.program.stages, 2.0 if problem.direction == "backward" else 1.0
+    """Predicted seconds: the products, and a torch operation for each of the program's, or two launches a stage."""
+    stages, passes = problem.program.stages, 2.0 if problem.direction == "backward" else 1.0
+    steps = passes * problem.T * problem.layers
     if problem.device.is_gpu:
-        return problem.T * problem.layers * len(stages) * GPU_STEP * backward
-    return problem.T * problem.layers * sum(len(stage.ops) + len(stage.gates) for stage in stages) * CPU_OPERATION * backward
+        return steps * len(stages) * GPU_STEP + problem.flops / (problem.device.tensor_flops * 1e12)
+    return steps * sum(len(stage.ops) + len(stage.gates) for stage in stages) * CPU_OPERATION + problem.flops / CPU_FLOPS
 
 
 def _stage_rows(program: Program) -> list[slice]:
@@ -57,6 +60,8 @@ def forward(
     precision: str,
 ) -> Result:
     """The forward loop; see `reference.forward`, whose results it gives."""
+    if pointwise.runs(gates, weights):
+        return pointwise.forward(program, gates, weights, states, lengths, reverse, save, precision)
     steps, batch, n, _, hidden = gates.shape
     compute = state_dtype(gates.dtype)
     order = processing_order(steps, lengths, reverse, gates.device)
@@ -134,7 +139,9 @@ def backward(
     d_final: list[Tensor],
     precision: str,
 ) -> tuple[Tensor, Tensor, list[Tensor], Tensor | None, Tensor | None]:
-    """The backward loop: d_gates, d_recurrent, d_states (before the first step), d_params, d_w_hr."""
+    """The backward loop; see `ops.LoopGradients`."""
+    if pointwise.runs(saved.gates, weights):
+        return *pointwise.backward(program, saved, weights, states, lengths, reverse, d_y, d_final, precision), None
     steps, batch, n, _, hidden = saved.gates.shape
     compute = state_dtype(saved.gates.dtype)
     order = processing_order(steps, lengths, reverse, d_y.device)
