@@ -50,7 +50,9 @@ def test_help_names_every_command_and_gives_examples(tmp_path: Path) -> None:
 
 
 def test_the_command_line_loads_nothing_before_it_is_asked() -> None:
-    code = "import sys, gpu_rnn.cli; print({'matplotlib', 'tqdm', 'gpu_rnn.demo', 'gpu_rnn.doctor'} & set(sys.modules))"
+    code = (
+        "import sys, gpu_rnn.cli; print({'matplotlib', 'gpu_rnn.demo', 'gpu_rnn.doctor'} & set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 

@@ -101,7 +101,7 @@ def test_plaid_is_that_of_its_documentation() -> None:
 @pytest.mark.parametrize("variant", STANDARD + WITH_OPTIONS, ids=lambda variant: variant.label)
 def test_two_epochs_lower_the_loss(variant: Variant, vowels: datasets.Dataset) -> None:
     first, second = train(variant, gpu_rnn, vowels, seed=0, epochs=2)
-    assert second.loss < 0.9 * first.loss
+    assert second.loss < 0.95 * first.loss
     assert second.accuracy > 2 / 9  # guessing gives at most 88 of 370
 
 

@@ -42,7 +42,7 @@ def draw(
     figure.suptitle(f"gpu-rnn on {device}", fontsize=15, weight="bold")
     left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(1.2, 1.6), wspace=0.03)[0]
     left.suptitle(f"Accuracy: {data}", fontsize=11)
-    right.suptitle(f"Time: {timed}", fontsize=11)
+    right.suptitle(f"Time: {timed}\n×: how many times faster gpu_rnn is", fontsize=11)
     _draw_accuracy(left.subplots(), runs)
     forward, training = right.subplots(1, 2, sharey=True)
     _draw_times(forward, [timing.forward for timing in timings], "forward")
@@ -69,7 +69,7 @@ def _draw_accuracy(axes: Axes, runs: Sequence[Run]) -> None:
             axes.fill_between(epochs, lows, highs, color=colour, alpha=0.1)
     lowest = 100 * min(epoch.accuracy for run in runs for seed in run.seeds for epoch in seed)
     final = 100 * min(min(run.final) for run in runs)
-    axes.set_ylim(bottom=max(lowest, final - 15) - 1)  # the first epochs would squeeze the rest
+    axes.set_ylim(max(lowest, final - 15) - 1, 100)  # the first epochs would squeeze the rest
     axes.set(xlabel="epoch", ylabel="test accuracy, %")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
