@@ -93,7 +93,7 @@ def run(
         gates = reference.project(x, weights, program).contiguous()
         with record_function(f"gpu_rnn::{name}_forward"):
             return dispatch.BACKENDS[name].forward(
-                program, gates, weights, list(states), lengths, options.reverse, options.save, problem.precision
+                program, gates, weights, list(states), lengths, options.reverse, options.save, problem
             )
 
 
@@ -121,7 +121,7 @@ def run_backward(
         with record_function(f"gpu_rnn::{name}_backward"):
             loop = LoopGradients(
                 *dispatch.BACKENDS[name].backward(
-                    program, saved, weights, list(states), lengths, options.reverse, d_y, list(d_final), problem.precision
+                    program, saved, weights, list(states), lengths, options.reverse, d_y, list(d_final), problem
                 )
             )
         d_x, d_weights = products.gradients(

@@ -17,6 +17,7 @@ from torch import Tensor
 from gpu_rnn.derivative import carried_values
 from gpu_rnn.launch.generated import triton_module
 from gpu_rnn.launch.interpreter import arithmetic
+from gpu_rnn.problem import Problem
 from gpu_rnn.products import inputs_over_time, state_dtype
 from gpu_rnn.program import Program, evaluate
 from gpu_rnn.reference import Result, Weights, processing_order, reorder
@@ -257,7 +258,7 @@ def forward(
     lengths: Tensor | None,
     reverse: str,
     save: bool,
-    precision: str,
+    problem: Problem,
 ) -> Result:
     """As `step.forward`."""
     steps, batch, n, _, hidden = gates.shape
@@ -265,7 +266,7 @@ def forward(
     gates = reorder(gates, order)
     bias = weights.b_hh is not None
     chunks = _Chunks(
-        ("forward", program.text, lengths is not None, bias, save, precision),
+        ("forward", program.text, lengths is not None, bias, save, problem.precision),
         lambda count: _Forward(program, gates, count, lengths is not None, bias, save),
         gates,
     )
@@ -302,7 +303,7 @@ def backward(
     reverse: str,
     d_y: Tensor,
     d_final: list[Tensor],
-    precision: str,
+    problem: Problem,
 ) -> tuple[Tensor, Tensor, list[Tensor], Tensor | None]:
     """As `step.backward`, without a projection."""
     steps = d_y.shape[0]
@@ -317,7 +318,7 @@ def backward(
     gates, recurrent = reorder(saved.gates, order), reorder(saved.recurrent, order)
     d_y = reorder(d_y, order)
     chunks = _Chunks(
-        ("backward", program.text, lengths is not None, precision),
+        ("backward", program.text, lengths is not None, problem.precision),
         lambda count: _Backward(program, gates, count, lengths is not None),
         gates,
     )

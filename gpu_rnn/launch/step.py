@@ -57,11 +57,11 @@ def forward(
     lengths: Tensor | None,
     reverse: str,
     save: bool,
-    precision: str,
+    problem: Problem,
 ) -> Result:
     """The forward loop; see `reference.forward`, whose results it gives."""
     if pointwise.runs(gates, weights):
-        return pointwise.forward(program, gates, weights, states, lengths, reverse, save, precision)
+        return pointwise.forward(program, gates, weights, states, lengths, reverse, save, problem)
     steps, batch, n, _, hidden = gates.shape
     compute = state_dtype(gates.dtype)
     order = processing_order(steps, lengths, reverse, gates.device)
@@ -137,11 +137,11 @@ def backward(
     reverse: str,
     d_y: Tensor,  # (T, B, N, P)
     d_final: list[Tensor],
-    precision: str,
+    problem: Problem,
 ) -> tuple[Tensor, Tensor, list[Tensor], Tensor | None, Tensor | None]:
     """The backward loop; see `ops.LoopGradients`."""
     if pointwise.runs(saved.gates, weights):
-        return *pointwise.backward(program, saved, weights, states, lengths, reverse, d_y, d_final, precision), None
+        return *pointwise.backward(program, saved, weights, states, lengths, reverse, d_y, d_final, problem), None
     steps, batch, n, _, hidden = saved.gates.shape
     compute = state_dtype(saved.gates.dtype)
     order = processing_order(steps, lengths, reverse, d_y.device)
