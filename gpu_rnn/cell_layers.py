@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn.modules.rnn import RNNCellBase
 
 from gpu_rnn import cells, functional
 from gpu_rnn.activations import Activation
-from gpu_rnn.layer_base import RecurrenceHolder, States, elman_activation
+from gpu_rnn.layer_base import Option, RecurrenceHolder, States, elman_activation
 from gpu_rnn.recurrence import Recurrence
 
 
@@ -24,13 +25,13 @@ class CellBase(RecurrenceHolder, RNNCellBase):
         input_size: int,
         hidden_size: int,
         bias: bool,
-        *,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
+        *,
         backend: str,
-        **options: str | bool | Activation,
+        options: Mapping[str, Option],
     ) -> None:
-        super().__init__(input_size, hidden_size, bias, len(recurrence.gates), device=device, dtype=dtype)
+        super().__init__(input_size, hidden_size, bias, len(recurrence.gates), device, dtype)
         self._hold(recurrence, backend, options)
         self._weight_names = ["weight_ih", "weight_hh", "bias_ih", "bias_hh"][: 4 if bias else 2]
         if recurrence.params:
@@ -131,10 +132,8 @@ class RNNCell(CellBase):
     ) -> None:
         function = elman_activation(nonlinearity, activation)
         options = {} if activation is None else {"activation": activation}
-        recurrence = cells.rnn(activation=function)
-        super().__init__(
-            recurrence, input_size, hidden_size, bias, device=device, dtype=dtype, backend=backend, **options
-        )
+        given = input_size, hidden_size, bias, device, dtype
+        super().__init__(cells.rnn(activation=function), *given, backend=backend, options=options)
         self.nonlinearity = nonlinearity
 
 
@@ -176,10 +175,8 @@ class LSTMCell(CellBase):
             "recurrent_activation": recurrent_activation,
             "peephole": peephole,
         }
-        recurrence = cells.lstm(**options)
-        super().__init__(
-            recurrence, input_size, hidden_size, bias, device=device, dtype=dtype, backend=backend, **options
-        )
+        given = input_size, hidden_size, bias, device, dtype
+        super().__init__(cells.lstm(**options), *given, backend=backend, options=options)
 
 
 class GRUCell(CellBase):
@@ -218,7 +215,5 @@ class GRUCell(CellBase):
             "recurrent_activation": recurrent_activation,
             "reset_after": reset_after,
         }
-        recurrence = cells.gru(**options)
-        super().__init__(
-            recurrence, input_size, hidden_size, bias, device=device, dtype=dtype, backend=backend, **options
-        )
+        given = input_size, hidden_size, bias, device, dtype
+        super().__init__(cells.gru(**options), *given, backend=backend, options=options)

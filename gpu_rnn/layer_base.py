@@ -3,18 +3,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from gpu_rnn import functional
+from gpu_rnn import dispatch, functional
 from gpu_rnn.activations import Activation, name_of
 from gpu_rnn.recurrence import Recurrence
 
 States = tuple[Tensor, ...]
+Option = str | bool | Activation
 
 OPTION_DEFAULTS = {
     "activation": "tanh",
@@ -31,9 +32,8 @@ class RecurrenceHolder(nn.Module):
     recurrence: Recurrence
     backend: str
 
-    def _hold(
-        self, recurrence: Recurrence, backend: str, options: dict[str, str | bool | Activation]
-    ) -> None:
+    def _hold(self, recurrence: Recurrence, backend: str, options: Mapping[str, Option]) -> None:
+        dispatch.check_name(backend)
         self.recurrence = recurrence
         self.backend = backend
         self._one_state = len(recurrence.states) == 1
@@ -80,7 +80,7 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
 
     # RNNBase keeps a second list of its weights for cuDNN's one flat buffer. Here they are read at each call,
     # so that whatever stands in for one (a parametrization, functional_call, pruning) is seen.
-    __setattr__ = nn.Module.__setattr__
+    __setattr__ = nn.Module.__setattr__  # type: ignore[assignment]
     __getstate__ = object.__getstate__
     __setstate__ = nn.Module.__setstate__
     _apply = nn.Module._apply
@@ -90,16 +90,25 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
         self,
         recurrence: Recurrence,
         mode: str,
-        *sizes_and_flags: Any,
-        unit_weight: str = "weight_unit",
+        input_size: int,
+        hidden_size: int,
+        num_layers: int,
+        bias: bool,
+        batch_first: bool,
+        dropout: float,
+        bidirectional: bool,
+        proj_size: int,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
+        *,
         backend: str,
-        **options: str | bool | Activation,
+        options: Mapping[str, Option],
+        unit_weight: str = "weight_unit",
     ) -> None:
         # RNNBase checks and keeps the arguments. Its parameters have the gates of its own modes, so they are
         # made on "meta", where they cost nothing, and replaced.
-        super().__init__("RNN_TANH", *sizes_and_flags, device="meta", dtype=dtype)
+        flags = bias, batch_first, dropout, bidirectional
+        super().__init__("RNN_TANH", input_size, hidden_size, num_layers, *flags, proj_size, "meta", dtype)
         self.mode = mode
         self._hold(recurrence, backend, options)
         self._make_parameters(unit_weight, device, dtype)
@@ -114,7 +123,7 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
         self._parameters.clear()
         self._all_weights = []
         for layer in range(self.num_layers):
-            shapes = {
+            shapes: dict[str, tuple[int, ...]] = {
                 "weight_ih": (rows, len(suffixes) * width if layer else self.input_size),
                 "weight_hh": (rows, width),
             }
@@ -233,9 +242,8 @@ def refuse_projection(proj_size: int | None) -> None:
 def elman_activation(nonlinearity: str, activation: str | Activation | None) -> str | Activation:
     """RNN's activation from torch.nn's argument and ours; both, or a bad nonlinearity, is a ValueError."""
     if nonlinearity not in ("tanh", "relu"):
-        raise ValueError(
-            f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'. Others are given as activation."
-        )
+        known = "Select from 'tanh' or 'relu'. Others are given as activation."
+        raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. {known}")
     if activation is not None and nonlinearity != "tanh":
         raise ValueError(f"give nonlinearity='{nonlinearity}' or activation, not both")
     return nonlinearity if activation is None else activation

@@ -70,10 +70,8 @@ class Recurrent(LayerBase):
                 "recurrence should be a gpu_rnn.Recurrence, such as gpu_rnn.cells.gru() or one of your own, "
                 f"got: {type(recurrence).__name__}"
             )
-        sizes_and_flags = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional
-        super().__init__(
-            recurrence, recurrence.name, *sizes_and_flags, device=device, dtype=dtype, backend=backend
-        )
+        given = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional
+        super().__init__(recurrence, recurrence.name, *given, 0, device, dtype, backend=backend, options={})
 
     def extra_repr(self) -> str:
         return f"{self.recurrence.name}, {super().extra_repr()}"
@@ -118,14 +116,10 @@ class RNN(LayerBase):
         refuse_projection(proj_size)
         function = elman_activation(nonlinearity, activation)
         options = {} if activation is None else {"activation": activation}
+        mode = f"RNN_{nonlinearity.upper()}"
+        given = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional
         super().__init__(
-            cells.rnn(activation=function),
-            f"RNN_{nonlinearity.upper()}",
-            *(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional),
-            device=device,
-            dtype=dtype,
-            backend=backend,
-            **options,
+            cells.rnn(activation=function), mode, *given, 0, device, dtype, backend=backend, options=options
         )
         self.nonlinearity = nonlinearity
 
@@ -178,15 +172,17 @@ class LSTM(LayerBase):
             "recurrent_activation": recurrent_activation,
             "peephole": peephole,
         }
+        given = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional
         super().__init__(
             cells.lstm(**options),
             "LSTM",
-            *(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size),
-            unit_weight="weight_peephole",
-            device=device,
-            dtype=dtype,
+            *given,
+            proj_size,
+            device,
+            dtype,
             backend=backend,
-            **options,
+            options=options,
+            unit_weight="weight_peephole",
         )
 
 
@@ -237,12 +233,7 @@ class GRU(LayerBase):
             "recurrent_activation": recurrent_activation,
             "reset_after": reset_after,
         }
+        given = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional
         super().__init__(
-            cells.gru(**options),
-            "GRU",
-            *(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional),
-            device=device,
-            dtype=dtype,
-            backend=backend,
-            **options,
+            cells.gru(**options), "GRU", *given, 0, device, dtype, backend=backend, options=options
         )

@@ -38,7 +38,7 @@ def label(value: object) -> str | None:
 
 @pytest.mark.parametrize("with_states", [False, True], ids=["zeros", "states"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("backend", ["auto", "step", "reference"])
 @pytest.mark.parametrize(("name", "options"), LAYER_OPTIONS, ids=label)
 def test_values_and_gradients(name: str, options: dict, backend: str, kind: str, with_states: bool) -> None:
     theirs, mine = support.pair(name, support.INPUT, support.HIDDEN, ours={"backend": backend}, **options)

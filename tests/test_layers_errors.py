@@ -197,9 +197,14 @@ def test_recurrent_says_what_belongs_there(wrong: Any) -> None:
 
 @pytest.mark.parametrize("name", [*support.LAYERS, *support.CELLS])
 def test_backend_of_an_unknown_name(name: str) -> None:
-    module = getattr(gpu_rnn, name)(3, 5, backend="no such")
-    with pytest.raises(ValueError, match="no such"):
-        module(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match=r"reference.*got 'no such'"):
+        getattr(gpu_rnn, name)(3, 5, backend="no such")
+
+
+def test_backend_that_cannot_run_the_call_says_why() -> None:
+    layer = gpu_rnn.LSTM(3, 5, peephole=True, backend="aten")
+    with pytest.raises(ValueError, match=r"(?s)'aten' cannot run.*peephole_lstm"):
+        layer(torch.zeros(2, 4, 3))
 
 
 @pytest.mark.parametrize("name", [*support.LAYERS, *support.CELLS])
