@@ -36,7 +36,8 @@ class Derivative:
     def unseeded(self) -> tuple[tuple[Op, ...], tuple[Op, ...]]:
         """The operations that need no incoming gradient, hence no time loop, and those that do."""
         tainted = set(self.seeds)
-        before, after = [], []
+        before: list[Op] = []
+        after: list[Op] = []
         for op in self.ops:
             late = not tainted.isdisjoint(op.args)
             (after if late else before).append(op)
@@ -46,10 +47,10 @@ class Derivative:
 
 
 def carried_values(program: Program, number: int) -> tuple[str, ...]:
-    """The values that stages after `number` take from it or from earlier ones, other than inputs and products."""
+    """The values that stage `number` and later ones take from earlier ones, other than what enters their products."""
     made: dict[str, int] = {}
     for index, stage in enumerate(program.stages):
-        made.update({op.result: index for op in stage.ops})
+        made.update(dict.fromkeys((*program.gate_inputs(stage), *(op.result for op in stage.ops)), index))
     read: dict[str, None] = {}
     for stage in program.stages[number:]:
         words = [arg for op in stage.ops for arg in op.args] + list(stage.outputs)

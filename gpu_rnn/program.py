@@ -85,12 +85,16 @@ class Program:
     def initial(self) -> tuple[float, ...]:
         return tuple(value for _, value in self.states)
 
+    def gate_inputs(self, stage: Stage) -> tuple[str, ...]:
+        """The inputs that belong to a stage's gates."""
+        names = []
+        for gate in stage.gates:
+            names += [f"a_{gate}"] if gate in self.summed else [f"x_{gate}", f"r_{gate}"]
+        return tuple(names)
+
     def inputs(self, stage: Stage) -> tuple[str, ...]:
         """What a stage reads: its gates, the states and the parameters, in this order."""
-        gates = []
-        for gate in stage.gates:
-            gates += [f"a_{gate}"] if gate in self.summed else [f"x_{gate}", f"r_{gate}"]
-        return (*gates, *(f"s_{name}" for name in self.state_names), *(f"p_{name}" for name in self.params))
+        return (*self.gate_inputs(stage), *(f"s_{name}" for name in self.state_names), *(f"p_{name}" for name in self.params))
 
     @cached_property
     def text(self) -> str:

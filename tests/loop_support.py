@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One layer at the level of the time loops: random tensors in canonical layout, values and all gradients."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import gpu_rnn
+from gpu_rnn import autograd, cells
+from gpu_rnn.ops import Options
+from gpu_rnn.recurrence import Recurrence
+from gpu_rnn.reference import Weights
+
+
+def minimal_gated_unit(slope: float = 1.0) -> Recurrence:
+    """A cell that is none of the library's: a closure over a number, with a parameter per unit."""
+
+    def step(x, r, s, p):  # type: ignore[no-untyped-def]
+        f = torch.sigmoid(slope * (x.f + r.f + p.peep * s.h))
+        return (1 - f) * s.h + f * torch.tanh(x.n + f * r.n)
+
+    return Recurrence(step, gates=("f", "n"), states=("h",), params=("peep",), name="minimal")
+
+
+RECURRENCES: dict[str, Recurrence] = {
+    **{name: make() for name, make in cells.CELLS.items()},
+    "minimal": minimal_gated_unit(),
+}
+
+
+class Inputs(NamedTuple):
+    """What `gpu_rnn.autograd.layer` takes, in its layout."""
+
+    x: Tensor  # (T, B, I)
+    weights: Weights
+    states: list[Tensor]  # (B, N, ·)
+    lengths: Tensor | None  # (B,)
+    reverse: str
+
+    def named(self) -> dict[str, Tensor]:
+        """Everything that has a gradient."""
+        weights = {name: w for name, w in self.weights._asdict().items() if w is not None}
+        return {"x": self.x, **weights, **{f"state {k}": s for k, s in enumerate(self.states)}}
+
+    def to(self, dtype: torch.dtype) -> Inputs:
+        """The same values in another precision, as new leaves."""
+
+        def cast(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.detach().to(dtype).requires_grad_()
+
+        weights = Weights(*map(cast, self.weights))  # type: ignore[arg-type]
+        return self._replace(x=cast(self.x), weights=weights, states=[cast(s) for s in self.states])  # type: ignore[misc]
+
+
+def draw(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(1000 * seed + sum(shape))
+    return scale * torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def make(
+    recurrence: Recurrence,
+    T: int = 5,
+    B: int = 3,
+    I: int = 2,  # noqa: E741
+    H: int = 4,
+    reverse: str = "0",
+    bias: bool = True,
+    proj: int = 0,
+    lengths: tuple[int, ...] | None = None,
+    seed: int = 0,
+    scale: float = 0.5,
+) -> Inputs:
+    """Random tensors, float64 leaves. A projection needs a second state, which keeps the units' width."""
+    n, gates, width = len(reverse), len(recurrence.gates), proj or H
+    shapes = {
+        "w_ih": (n, gates, H, I),
+        "w_hh": (n, gates, H, width),
+        "b_ih": (n, gates, H) if bias else None,
+        "b_hh": (n, gates, H) if bias else None,
+        "params": (n, len(recurrence.params), H) if recurrence.params else None,
+        "w_hr": (n, proj, H) if proj else None,
+    }
+    weights = [
+        s and draw(*s, seed=seed + k, scale=scale).requires_grad_() for k, s in enumerate(shapes.values(), 1)
+    ]
+    states = [
+        draw(B, n, width if k == 0 else H, seed=seed + 8 + k, scale=scale)
+        for k in range(len(recurrence.states))
+    ]
+    if "n" in recurrence.states:  # a normaliser is a sum of positive terms
+        states[recurrence.states.index("n")].abs_().add_(0.5)
+    return Inputs(
+        draw(T, B, I, seed=seed).requires_grad_(),
+        Weights(*weights),
+        [state.requires_grad_() for state in states],
+        None if lengths is None else torch.tensor(lengths),
+        reverse,
+    )
+
+
+def run(recurrence: Recurrence, inputs: Inputs, backend: str) -> list[Tensor]:
+    """y (T, B, N, P) and the final states (B, N, ·)."""
+    x, weights, states, lengths, reverse = inputs
+    y, final = autograd.layer(recurrence.text(), Options(backend, reverse), x, weights, lengths, states)
+    return [y, *final]
+
+
+def values_and_gradients(recurrence: Recurrence, inputs: Inputs, backend: str) -> dict[str, Tensor]:
+    """All outputs, and the gradients of a fixed random sum of them by everything that has one."""
+    outputs = run(recurrence, inputs, backend)
+    total = sum((out * draw(*out.shape, seed=90 + k).to(out.dtype)).sum() for k, out in enumerate(outputs))
+    wanted = inputs.named()
+    grads = torch.autograd.grad(total, list(wanted.values()), allow_unused=True, materialize_grads=True)
+    names = ["y", *(f"final {name}" for name in recurrence.states)]
+    found = dict(zip(names, outputs, strict=True)) | {f"d {n}": g for n, g in zip(wanted, grads, strict=True)}
+    return {name: value.detach() for name, value in found.items()}
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    """Every tensor agrees, relative to its largest value."""
+    assert actual.keys() == expected.keys()
+    for name, truth in expected.items():
+        scale = max(truth.abs().max().item(), 1.0) if truth.numel() else 1.0
+        torch.testing.assert_close(
+            actual[name], truth, rtol=0, atol=tolerance * scale, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def layer(recurrence: Recurrence, backend: str = "auto", **options: object) -> gpu_rnn.Recurrent:
+    """A small float64 layer with reproducible weights."""
+    torch.manual_seed(0)
+    return gpu_rnn.Recurrent(recurrence, 2, 3, dtype=torch.float64, backend=backend, **options)  # type: ignore[arg-type]
