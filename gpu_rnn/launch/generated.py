@@ -11,7 +11,7 @@ import hashlib
 import importlib.abc
 import importlib.util
 import sys
-from functools import lru_cache
+from functools import cache
 from types import CodeType, ModuleType
 
 from gpu_rnn import codegen
@@ -34,7 +34,7 @@ def triton_module(program: Program) -> ModuleType:
     return _triton_module(program.text)
 
 
-@lru_cache(maxsize=None)  # as many as there are cells; the kernels compiled from them stay with Triton anyway
+@cache  # as many as there are cells; the kernels compiled from them stay with Triton anyway
 def _triton_module(text: str) -> ModuleType:
     program = Program.parse(text)
     source = codegen.triton_module(program)

@@ -6,10 +6,6 @@ Any recurrence with one product a step. Programs never wait for each other, so a
 
 from __future__ import annotations
 
-import importlib.util
-import math
-import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -28,10 +24,11 @@ MOST_IN_GRID_Y = 65535  # CUDA's limit
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows of the batch that one program owns, and its warps."""
+    """Rows of the batch that one program owns, its warps, and the steps whose loads are under way together."""
 
     rows: int
     warps: int
+    stages: int
 
 
 def padded(hidden: int) -> int:
@@ -40,7 +37,7 @@ def padded(hidden: int) -> int:
 
 
 def tile(kind: str, direction: str, width: int) -> Tile:
-    return Tile(16, 8 if width >= 128 else 4)
+    return Tile(16, 8 if width >= 128 else 4, 2)
 
 
 @dataclass(frozen=True)
@@ -197,6 +194,7 @@ def _launch(
             "PRECISION": problem.precision,
             "BLOCK_B": chosen.rows,
             "BLOCK_H": padded(hidden),
+            "STAGES": chosen.stages,
             "num_warps": chosen.warps,
         },
     )

@@ -85,6 +85,7 @@ def resident_forward(
     PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    STAGES: tl.constexpr,  # steps whose loads are under way together
 ):
     G: tl.constexpr = len(KEPT)
     N = tl.num_programs(1).to(tl.int64)
@@ -110,12 +111,9 @@ def resident_forward(
             b_bias = b_bias + (bias.to(tl.float32),)
     states = load_each(p_initial, o_unit, m)
 
-    o_t = time_of(0, b_length, reversed_)
-    x = load_blocks(p_gates + o_t * stride_t, stride_g, m, G)
-    for t in range(T):
-        # The next step's input part travels while this step computes.
-        o_next = time_of(tl.minimum(t + 1, T - 1), b_length, reversed_)
-        x_next = load_blocks(p_gates + o_next * stride_t, stride_g, m, G)
+    for t in tl.range(0, T, num_stages=STAGES):
+        o_t = time_of(t, b_length, reversed_)
+        x = load_blocks(p_gates + o_t * stride_t, stride_g, m, G)
         # A recurrence may make anything of the padded units, NaN too, which the product would spread.
         b_h = tl.where(m_h, states[0], 0.0).to(p_w.dtype.element_ty)
         a, r = (), ()
@@ -144,7 +142,6 @@ def resident_forward(
                 tl.store(p_r + k * H, r[k], mask=m)
             for k in tl.static_range(len(states) - 1):
                 tl.store(p_inner + T * B * N * H * k + o_y, states[k + 1], mask=m)
-        o_t, x = o_next, x_next
     store_each(p_final, o_unit, states, m)
 
 
@@ -178,6 +175,7 @@ def resident_backward(
     PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    STAGES: tl.constexpr,  # steps whose loads are under way together
 ):
     G: tl.constexpr = len(KEPT)
     S: tl.constexpr = len(p_initial)
@@ -204,7 +202,7 @@ def resident_backward(
     for _ in tl.static_range(P):
         d_params = d_params + (tl.zeros((BLOCK_B, BLOCK_H), tl.float32),)
 
-    for i in range(T):
+    for i in tl.range(0, T, num_stages=STAGES):
         t = T - 1 - i
         o_t = time_of(t, b_length, reversed_)
         o_y = (o_t * B * N + o_row) * H + o_h[None, :]
@@ -224,7 +222,8 @@ def resident_backward(
         d_a, d_r, d_new, d_p, _ = STEP(a, r, before, b_params, (), d)
         active = m & (t < b_length)[:, None]
         d_states = select((t < b_length)[:, None], d_new, d_states)
-        d_h = d_states[0]
+        # Two sums, so that the tensor cores need not wait for each other's result.
+        even, odd = tl.zeros_like(d_states[0]), d_states[0]
         for g in tl.static_range(G):
             # Padded units and rows, and steps beyond a row's length, may hold anything: they are selected away.
             d_gate = tl.where(active, d_a[g], 0.0).to(dtype)
@@ -233,8 +232,11 @@ def resident_backward(
             if KEPT[g] >= 0:
                 d_product = tl.where(active, d_r[KEPT[g]], 0.0).to(dtype)
                 tl.store(p_d_recurrent + o_r + KEPT[g] * H, d_product, mask=m)
-            d_h = tl.dot(d_product, b_w[g], acc=d_h, input_precision=PRECISION)
-        d_states = (d_h,) + d_states[1:]
+            if g % 2:
+                odd = tl.dot(d_product, b_w[g], acc=odd, input_precision=PRECISION)
+            else:
+                even = tl.dot(d_product, b_w[g], acc=even, input_precision=PRECISION)
+        d_states = (even + odd,) + d_states[1:]
         summed = ()
         for k in tl.static_range(P):
             summed = summed + (d_params[k] + tl.where(active, d_p[k], 0.0),)
