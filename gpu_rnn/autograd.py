@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 
-from gpu_rnn import ops, reference
+from gpu_rnn import batching, ops, reference
 from gpu_rnn.ops import Options
 from gpu_rnn.program import Program
 from gpu_rnn.reference import Result, Weights
@@ -105,9 +105,7 @@ class Forward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], text: str, options: Options, *tensors: Any) -> Any:
-        from gpu_rnn import batching
-
-        return batching.forward(info.batch_size, in_dims[2:], text, options, tensors)
+        return batching.forward(Forward, info.batch_size, in_dims[2:], text, options, tensors)
 
 
 class Backward(torch.autograd.Function):
@@ -158,9 +156,7 @@ class Backward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], text: str, options: Options, *tensors: Any) -> Any:
-        from gpu_rnn import batching
-
-        return batching.backward(info.batch_size, in_dims[2:], text, options, tensors)
+        return batching.backward(Backward, info.batch_size, in_dims[2:], text, options, tensors)
 
 
 def _split(text: str, tensors: Sequence[Any]) -> tuple[Sequence[Any], Result, Any, list[Any]]:
@@ -178,6 +174,6 @@ def pushforward(
 
     torch.func.jvp would open a second level of forward-mode differentiation inside the user's, which torch refuses.
     """
-    outputs, pull = torch.func.vjp(function, *point)
-    _, push = torch.func.vjp(pull, tuple(torch.zeros_like(o) for o in outputs))
-    return push(tuple(along))[0]  # type: ignore[no-any-return]
+    outputs, pull = ops.pullback(function, *point)
+    _, push = ops.pullback(pull, tuple(torch.zeros_like(o) for o in outputs))
+    return push(tuple(along))[0]

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu_rnn import autograd
 from gpu_rnn.ops import Options
+from gpu_rnn.program import Program
 from gpu_rnn.reference import Weights
 
 FIRST_WEIGHT, LENGTHS = 1, 1 + len(Weights._fields)
@@ -18,37 +18,37 @@ Dims = Sequence[int | None]
 
 
 def forward(
-    size: int, in_dims: Dims, text: str, options: Options, tensors: Sequence[Any]
+    function: Any, size: int, in_dims: Dims, text: str, options: Options, tensors: Sequence[Any]
 ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
     """Forward over a mapped axis of length `size`; tensors (x, *weights, lengths, *states)."""
     if all(dim is None for dim in in_dims[FIRST_WEIGHT:LENGTHS]):
-        return _into_batch(size, in_dims, text, options, tensors)
+        return _into_batch(function, size, in_dims, text, options, tensors)
     if in_dims[LENGTHS] is not None:
-        return _one_by_one(autograd.Forward, size, in_dims, text, options, tensors)
+        return _one_by_one(function, size, in_dims, text, options, tensors)
     folded = _fold_inputs(size, in_dims, tensors)
-    outputs = autograd.Forward.apply(text, options._replace(reverse=options.reverse * size), *folded)
+    outputs = function.apply(text, options._replace(reverse=options.reverse * size), *folded)
     count = len(tensors) - LENGTHS - 1
     axes = [2, *[1] * count, 2, 2, 3]  # of N in y, the final states, gates, recurrent, inner
     return _unfold(outputs, axes, size)
 
 
 def backward(
-    size: int, in_dims: Dims, text: str, options: Options, tensors: Sequence[Any]
+    function: Any, size: int, in_dims: Dims, text: str, options: Options, tensors: Sequence[Any]
 ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
     """Backward over a mapped axis: always into N, since each member has weight gradients of its own."""
     if in_dims[LENGTHS] is not None:
-        return _one_by_one(autograd.Backward, size, in_dims, text, options, tensors)
-    inputs, _, _, d_final = autograd._split(text, tensors)
-    count = len(inputs)
+        return _one_by_one(function, size, in_dims, text, options, tensors)
+    states = len(Program.parse(text).states)
+    count = LENGTHS + 1 + states
+    inputs = tensors[:count]
     shared = inputs[0].dim() - (in_dims[0] is not None) == 3
     n = tensors[FIRST_WEIGHT].shape[0 if in_dims[FIRST_WEIGHT] != 0 else 1]
     folded = _fold_inputs(size, in_dims[:count], inputs)
-    axes = [2, 2, 2, 3, 2, *[1] * len(d_final)]  # of N in y, gates, recurrent, inner, d_y, d_final
+    axes = [2, 2, 2, 3, 2, *[1] * states]  # of N in y, gates, recurrent, inner, d_y, d_final
     for tensor, dim, axis in zip(tensors[count:], in_dims[count:], axes, strict=True):
         folded.append(tensor if tensor.dim() == 1 and dim is None else _fold(tensor, dim, axis, size))
-    outputs = list(autograd.Backward.apply(text, options._replace(reverse=options.reverse * size), *folded))
+    outputs = list(function.apply(text, options._replace(reverse=options.reverse * size), *folded))
     weights = sum(t is not None for t in inputs[FIRST_WEIGHT:LENGTHS])
-    states = len(outputs) - 1 - weights
     found, dims = _unfold(outputs, [2, *[0] * weights, *[1] * states], size)
     if shared:  # x served all N recurrences of a member: its gradient is their sum
         assert found[0].shape[3] == n
@@ -93,14 +93,14 @@ def _fold_inputs(size: int, in_dims: Dims, tensors: Sequence[Any]) -> list[Any]:
 
 
 def _into_batch(
-    size: int, in_dims: Dims, text: str, options: Options, tensors: Sequence[Any]
+    function: Any, size: int, in_dims: Dims, text: str, options: Options, tensors: Sequence[Any]
 ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
     x, *weights = tensors[:LENGTHS]
     lengths, *states = tensors[LENGTHS:]
     folded = [_fold(x, in_dims[0], 1, size), *weights]
     folded.append(None if lengths is None else _fold(lengths, in_dims[LENGTHS], 0, size))
     folded += [_fold(s, dim, 0, size) for s, dim in zip(states, in_dims[LENGTHS + 1 :], strict=True)]
-    outputs = autograd.Forward.apply(text, options, *folded)
+    outputs = function.apply(text, options, *folded)
     return _unfold(outputs, [1, *[0] * len(states), 1, 1, 2], size)
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -139,7 +139,7 @@ def _problem(
     proj_size: int,
 ) -> Problem:
     tensors = (x, *weights, *(hx or ()))
-    wants_grad = torch.is_grad_enabled() and any([t.requires_grad for t in tensors])
+    wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     gates = weights[0].shape[0] // len(recurrence.gates)
     return Problem(
         recurrence,
@@ -228,11 +228,11 @@ class _Stack(NamedTuple):
         ]
         stacked = [parts[0][None] if len(parts) == 1 else torch.stack(parts) for parts in zip(*own, strict=True)]
         rest = iter(stacked[2:])
-        biases = [next(rest).unflatten(1, (gates, -1)) for _ in range(2 * self.bias)] or [None, None]
+        biases: list[Any] = [next(rest).unflatten(1, (gates, -1)) for _ in range(2 * self.bias)] or [None, None]
         projection = next(rest) if self.projected else None
         params = next(rest) if self.recurrence.params else None
         w_ih, w_hh = (w.unflatten(1, (gates, -1)) for w in stacked[:2])
-        return Weights(w_ih, w_hh, *biases, params=params, w_hr=projection)
+        return Weights(w_ih, w_hh, biases[0], biases[1], params, projection)
 
 
 def _autocast(

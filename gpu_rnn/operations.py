@@ -35,8 +35,11 @@ class Operation:
         return 1 + max(int(index) for index in re.findall(r"{(\d)}", self.triton))
 
 
-def _same(text: str) -> dict[str, str]:
-    return {"triton": text, "cuda": text}
+def _infix(symbol: str, derivative: Rule) -> Operation:
+    """One that all three languages write alike."""
+    names = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+    text = f"{{0}} {symbol} {{1}}"
+    return Operation(names[symbol], text, text, derivative)
 
 
 def _bound(tie: str) -> Rule:
@@ -62,17 +65,18 @@ def _unary(name: str, derivative: Rule, triton: str = "", cuda: str = "") -> Ope
 
 
 def _compare(name: str, symbol: str) -> Operation:
-    return Operation(getattr(operator, name), **_same(f"({{0}} {symbol} {{1}})"), is_bool=True)
+    text = f"({{0}} {symbol} {{1}})"
+    return Operation(getattr(operator, name), text, text, is_bool=True)
 
 
 TWO_OVER_SQRT_PI = 1.1283791670955126
 
 OPERATIONS: dict[str, Operation] = {
-    "add": Operation(operator.add, **_same("{0} + {1}"), derivative=lambda d, y, a, b: (d, d)),
-    "sub": Operation(operator.sub, **_same("{0} - {1}"), derivative=lambda d, y, a, b: (d, -d)),
-    "mul": Operation(operator.mul, **_same("{0} * {1}"), derivative=lambda d, y, a, b: (d * b, d * a)),
-    "div": Operation(operator.truediv, **_same("{0} / {1}"), derivative=lambda d, y, a, b: (d / b, -(d / b) * y)),
-    "neg": Operation(operator.neg, **_same("-{0}"), derivative=lambda d, y, x: (-d,)),
+    "add": _infix("+", lambda d, y, a, b: (d, d)),
+    "sub": _infix("-", lambda d, y, a, b: (d, -d)),
+    "mul": _infix("*", lambda d, y, a, b: (d * b, d * a)),
+    "div": _infix("/", lambda d, y, a, b: (d / b, -(d / b) * y)),
+    "neg": Operation(operator.neg, "-{0}", "-{0}", lambda d, y, x: (-d,)),
     "tanh": _unary("tanh", lambda d, y, x: (d * (1.0 - y * y),), "m.tanh({0})"),
     "sigmoid": _unary("sigmoid", lambda d, y, x: (d * (y * (1.0 - y)),), "m.sigmoid({0})", "sigmoidf({0})"),
     "exp": _unary("exp", lambda d, y, x: (d * y,)),
@@ -101,8 +105,8 @@ OPERATIONS: dict[str, Operation] = {
     "le": _compare("le", "<="),
     "eq": _compare("eq", "=="),
     "ne": _compare("ne", "!="),
-    "and": Operation(operator.and_, **_same("({0} & {1})"), is_bool=True),
-    "or": Operation(operator.or_, **_same("({0} | {1})"), is_bool=True),
+    "and": Operation(operator.and_, "({0} & {1})", "({0} & {1})", is_bool=True),
+    "or": Operation(operator.or_, "({0} | {1})", "({0} | {1})", is_bool=True),
     "not": Operation(torch.logical_not, "({0} == 0)", "(!{0})", is_bool=True),
     "where": Operation(
         torch.where,

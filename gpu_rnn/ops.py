@@ -7,9 +7,9 @@ every order, jvp and vmap, is `gpu_rnn.autograd`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -145,12 +145,18 @@ def vjp(
     """The reference's vector-Jacobian product, itself differentiable to any order."""
     present = [index for index, primal in enumerate(primals) if primal is not None]
     function = pure(text, options, lengths, primals)
-    _, pull = torch.func.vjp(function, *(primals[index] for index in present))
+    _, pull = pullback(function, *(primals[index] for index in present))
     found = dict(zip(present, pull(tuple(d_outputs)), strict=True))
     return [found.get(index) for index in range(len(primals))]
 
 
-def pure(text: str, options: Options, lengths: Tensor | None, primals: Sequence[Tensor | None]):  # noqa: ANN201
+def pullback(function: Callable[..., Any], *point: Any) -> tuple[Any, Callable[..., tuple[Any, ...]]]:
+    """A function's value at a point and its vector-Jacobian product there, itself differentiable."""
+    value, pull, *_ = torch.func.vjp(function, *point)
+    return value, pull
+
+
+def pure(text: str, options: Options, lengths: Tensor | None, primals: Sequence[Tensor | None]) -> Callable[..., tuple[Tensor, ...]]:
     """The reference as a function of those primals that are not None, returning y and the final states."""
     present = [index for index, primal in enumerate(primals) if primal is not None]
 
@@ -180,7 +186,7 @@ def _owned(outputs: Sequence[Tensor], inputs: Sequence[Tensor | None]) -> list[T
 @torch.library.custom_op(
     "gpu_rnn::rnn", mutates_args=(), schema=f"({INPUTS}, {REST}, str program, str options) -> Tensor[]"
 )
-def rnn(x, w_ih, w_hh, b_ih, b_hh, params, w_hr, lengths, states, program, options):  # type: ignore[no-untyped-def]
+def rnn(x, w_ih, w_hh, b_ih, b_hh, params, w_hr, lengths, states, program, options):
     """One layer: y, the final states, then what the backward pass needs (empty unless saved)."""
     weights = Weights(w_ih, w_hh, b_ih, b_hh, params, w_hr)
     result = run(program, Options.decode(options), x, weights, lengths, states)
@@ -189,7 +195,7 @@ def rnn(x, w_ih, w_hh, b_ih, b_hh, params, w_hr, lengths, states, program, optio
 
 
 @rnn.register_fake
-def _(x, w_ih, w_hh, b_ih, b_hh, params, w_hr, lengths, states, program, options):  # type: ignore[no-untyped-def]
+def _(x, w_ih, w_hh, b_ih, b_hh, params, w_hr, lengths, states, program, options):
     parsed, chosen = Program.parse(program), Options.decode(options)
     steps, batch = x.shape[:2]
     n, gates, hidden, width = w_hh.shape
@@ -209,7 +215,7 @@ def _(x, w_ih, w_hh, b_ih, b_hh, params, w_hr, lengths, states, program, options
     mutates_args=(),
     schema=f"(Tensor d_y, Tensor[] d_final, {INPUTS}, {REST}, Tensor[] saved, str program, str options) -> Tensor[]",
 )
-def rnn_backward(d_y, d_final, x, w_ih, w_hh, b_ih, b_hh, params, w_hr, lengths, states, saved, program, options):  # type: ignore[no-untyped-def]
+def rnn_backward(d_y, d_final, x, w_ih, w_hh, b_ih, b_hh, params, w_hr, lengths, states, saved, program, options):
     """The gradients of x, of the weights and of the states; an empty tensor where there is no such weight."""
     weights = Weights(w_ih, w_hh, b_ih, b_hh, params, w_hr)
     y, gates, recurrent, inner = saved
@@ -220,21 +226,21 @@ def rnn_backward(d_y, d_final, x, w_ih, w_hh, b_ih, b_hh, params, w_hr, lengths,
 
 
 @rnn_backward.register_fake
-def _(d_y, d_final, x, w_ih, w_hh, b_ih, b_hh, params, w_hr, lengths, states, saved, program, options):  # type: ignore[no-untyped-def]
+def _(d_y, d_final, x, w_ih, w_hh, b_ih, b_hh, params, w_hr, lengths, states, saved, program, options):
     inputs = [x, w_ih, w_hh, b_ih, b_hh, params, w_hr, *states]
     return [
         x.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs
     ]
 
 
-def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _setup(ctx, inputs, output) -> None:
     *tensors, lengths, states, program, options = inputs
     ctx.program, ctx.options, ctx.count = program, options, len(states)
     saved = [output[0], *output[1 + len(states) :]]
     ctx.save_for_backward(*tensors, lengths, *states, *saved)
 
 
-def _backward(ctx, grads):  # type: ignore[no-untyped-def]
+def _backward(ctx, grads):
     tensors, lengths = ctx.saved_tensors[:7], ctx.saved_tensors[7]
     states, saved = ctx.saved_tensors[8 : 8 + ctx.count], ctx.saved_tensors[8 + ctx.count :]
     shapes = [saved[0], *states]
@@ -249,13 +255,13 @@ def _backward(ctx, grads):  # type: ignore[no-untyped-def]
 rnn.register_autograd(_backward, setup_context=_setup)
 
 
-def _setup_second(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _setup_second(ctx, inputs, output) -> None:
     d_y, d_final, *tensors, lengths, states, _, program, options = inputs
     ctx.program, ctx.options, ctx.count = program, options, len(states)
     ctx.save_for_backward(d_y, *d_final, *tensors, lengths, *states)
 
 
-def _second(ctx, grads):  # type: ignore[no-untyped-def]
+def _second(ctx, grads):
     count = ctx.count
     d_outputs, rest = ctx.saved_tensors[: 1 + count], ctx.saved_tensors[1 + count :]
     tensors, lengths, states = rest[:7], rest[7], rest[8:]
@@ -287,7 +293,7 @@ def second_vjp(
         found = vjp(text, options, lengths, values, given[:count])
         return tuple(found[index] for index in present)  # type: ignore[misc]
 
-    _, pull = torch.func.vjp(gradient, *d_outputs, *(primals[index] for index in present))
+    _, pull = pullback(gradient, *d_outputs, *(primals[index] for index in present))
     dd = [grads[i] if grads[i] is not None else torch.zeros_like(primals[i]) for i in present]  # type: ignore[arg-type]
     found = pull(tuple(dd))
     primal_grads = dict(zip(present, found[count:], strict=True))

@@ -76,4 +76,5 @@ class Problem:
 
 def rnn_precision() -> str:
     """What torch's setting for recurrent layers says of fp32 products: "tf32" (the default) or "ieee"."""
-    return "ieee" if torch.backends.cudnn.rnn.fp32_precision == "ieee" else "tf32"
+    setting = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
+    return "ieee" if setting == "ieee" else "tf32"

@@ -47,6 +47,8 @@ class Recurrence:
         torch.Size([7, 2, 5])
     """
 
+    _traced: Program | None
+
     def __init__(
         self,
         step: Callable[..., Any] | Sequence[tuple[Sequence[str], Callable[..., Any]]],
@@ -95,7 +97,7 @@ class Recurrence:
         self.params = params
         self.aten = aten
         self._initial = initial
-        self._traced: Program | None = None
+        self._traced = None
         self._stages: Any = None
 
     @classmethod

@@ -8,8 +8,8 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import _VF as VF
 from torch import Tensor
-from torch import _VF as VF  # noqa: N814
 
 from gpu_rnn.devices import CPU_FLOPS
 from gpu_rnn.problem import Problem
@@ -86,8 +86,8 @@ def stack(
     return y, tuple(final)
 
 
-FUNCTIONS = {"LSTM": VF.lstm, "GRU": VF.gru, "RNN_TANH": VF.rnn_tanh, "RNN_RELU": VF.rnn_relu}
-CELLS = {"LSTM": VF.lstm_cell, "GRU": VF.gru_cell, "RNN_TANH": VF.rnn_tanh_cell, "RNN_RELU": VF.rnn_relu_cell}
+FUNCTIONS: dict[str, Any] = {"LSTM": VF.lstm, "GRU": VF.gru, "RNN_TANH": VF.rnn_tanh, "RNN_RELU": VF.rnn_relu}
+CELLS: dict[str, Any] = {"LSTM": VF.lstm_cell, "GRU": VF.gru_cell, "RNN_TANH": VF.rnn_tanh_cell, "RNN_RELU": VF.rnn_relu_cell}
 
 
 class _Cudnn:

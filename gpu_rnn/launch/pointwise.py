@@ -7,8 +7,11 @@ buffers belong to one stream, one shape and one cell. While the user captures a 
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -204,6 +207,20 @@ class _Backward:
                 torch.bmm(self.products[shape.number], self.matrices[shape.number], out=self.d_seed)
 
 
+_one_call = threading.RLock()
+
+
+def _alone(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Two threads may share a stream, hence a graph and its buffers: their calls must not mix."""
+
+    @wraps(function)
+    def locked(*args: Any) -> Any:
+        with _one_call:
+            return function(*args)
+
+    return locked
+
+
 class _Chunks:
     """Runs steps in chunks: full ones as a replayed graph where there is a GPU, over buffers kept for the next call."""
 
@@ -250,6 +267,7 @@ def _capture(loop: Any, steps: int) -> torch.cuda.CUDAGraph:
     return graph
 
 
+@_alone
 def forward(
     program: Program,
     gates: Tensor,
@@ -294,6 +312,7 @@ def forward(
     return Result(y, final, reorder(gates, order), reorder(recurrent, order), inner)
 
 
+@_alone
 def backward(
     program: Program,
     saved: Result,

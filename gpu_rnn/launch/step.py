@@ -14,9 +14,9 @@ from torch import Tensor
 from gpu_rnn.derivative import Derivative, differentiate
 from gpu_rnn.devices import CPU_FLOPS
 from gpu_rnn.launch import pointwise
+from gpu_rnn.problem import Problem
 from gpu_rnn.products import inputs_over_time, state_dtype
 from gpu_rnn.program import Program, evaluate, lookup
-from gpu_rnn.problem import Problem
 from gpu_rnn.reference import Result, Weights, processing_order, reorder
 
 CPU_OPERATION, GPU_STEP = 3e-6, 5e-6  # seconds; predicted
@@ -142,7 +142,7 @@ def backward(
     """The backward loop; see `ops.LoopGradients`."""
     if pointwise.runs(saved.gates, weights):
         return *pointwise.backward(program, saved, weights, states, lengths, reverse, d_y, d_final, problem), None
-    steps, batch, n, _, hidden = saved.gates.shape
+    steps = saved.gates.shape[0]
     compute = state_dtype(saved.gates.dtype)
     order = processing_order(steps, lengths, reverse, d_y.device)
     values = inputs_over_time(program, saved, weights, states, lengths, reverse)

@@ -7,7 +7,6 @@ are contiguous. `STEP` is generated from the recurrence.
 
 import triton
 import triton.language as tl
-
 from gpu_rnn.kernels.triton.resident import as_float, load_blocks, select
 
 
