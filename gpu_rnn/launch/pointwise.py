@@ -12,14 +12,15 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gpu_rnn.derivative import carried_values
+from gpu_rnn.launch import interpreter
 from gpu_rnn.launch.generated import triton_module
-from gpu_rnn.launch.interpreter import arithmetic
 from gpu_rnn.problem import Problem
 from gpu_rnn.products import inputs_over_time, state_dtype
 from gpu_rnn.program import Program, evaluate
@@ -31,9 +32,10 @@ BLOCK = 256  # elements a program of the pointwise kernels
 
 
 def runs(gates: Tensor, weights: Weights) -> bool:
-    """Whether this loop takes a call; the rest goes to the loop in torch."""
+    """Whether this loop takes a call: on a GPU with Triton, or in its interpreter; the rest goes to the loop in torch."""
     narrow = gates.dtype in (torch.float16, torch.bfloat16, torch.float32)
-    return gates.is_cuda and narrow and weights.w_hr is None
+    on_device = interpreter.INTERPRETING or (gates.is_cuda and find_spec("triton") is not None)
+    return on_device and narrow and weights.w_hr is None
 
 
 @dataclass(frozen=True)
@@ -247,7 +249,7 @@ class _Chunks:
 
     def run(self, steps: int) -> None:
         """The steps now in the buffers."""
-        with arithmetic():
+        with interpreter.arithmetic():
             if not self.graphed or steps < self.chunk:
                 self.loop.run(steps)
             elif self.graph is None:
