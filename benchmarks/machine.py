@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a measurement was made on: the columns that every row of a results file carries."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+import gpu_rnn
+from gpu_rnn import doctor
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ("gpu_rnn", "kernels", "benchmarks/*.py")  # what a measurement depends on
+
+
+def columns(device: torch.device, commit: str | None) -> dict[str, str]:
+    """Device, versions, commit and date; empty where there is none. `commit` names one where git does not know it."""
+    gpu = device.type == "cuda"
+    found, dirty = _commit()
+    return {
+        "device": doctor.device_name(device),
+        "driver": doctor._driver() if gpu else "",
+        "cuda": torch.version.cuda or "" if gpu else "",
+        "cudnn": str(torch.backends.cudnn.version()) if gpu else "",
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "cupy": _version("cupy-cuda13x") or _version("cupy-cuda12x"),
+        "gpu_rnn": gpu_rnn.__version__,
+        "commit": commit or found,
+        "dirty": dirty,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def folder(device: torch.device) -> Path:
+    """Where results go: beside the code for a GPU, where git ignores them for a CPU."""
+    if device.type != "cuda":
+        return ROOT / "build" / "benchmarks"
+    name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
+    return ROOT / "benchmarks" / "results" / name
+
+
+def _version(package: str) -> str:
+    return next((found.version for found in metadata.distributions(name=package)), "")
+
+
+def _commit() -> tuple[str, str]:
+    """The commit, and whether the sources differ from it ("yes", "no"); empty outside a git checkout."""
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        return "", ""
+    head = _git("rev-parse", "HEAD")
+    return head, "yes" if _git("status", "--porcelain", "--", *SOURCES) else "no"
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(
+        ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The named sets of shapes that the layers are measured on. Sizes: T steps, B batch, I input features, H hidden units."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ALL = ("bf16", "fp32", "fp16")
+HALF = ("bf16", "fp16")
+BOTH = ("forward", "training")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A layer, or a stack of layers, and the size of its input.
+
+    Attributes:
+        name: unique within its set.
+        cell: "LSTM", "GRU" or "RNN".
+        T, B, I, H: see the module; with heads I and H are those of one head.
+        layers, bidirectional: as torch.nn has them.
+        heads: independent recurrences side by side, each with weights and input features of its own: what a
+            block-diagonal recurrent matrix is.
+        dtypes: what the problem is measured in, by default; see `variants.DTYPES`.
+        directions: "forward" is inference, "training" is forward and backward.
+        note: where the shape comes from, and what of it is our choice.
+    """
+
+    name: str
+    cell: str
+    T: int
+    B: int
+    I: int  # noqa: E741
+    H: int
+    layers: int = 1
+    bidirectional: bool = False
+    heads: int = 1
+    dtypes: tuple[str, ...] = ALL
+    directions: tuple[str, ...] = BOTH
+    note: str = ""
+
+
+def named(cell: str, *, T: int, B: int, H: int, I: int | None = None, **more: object) -> Problem:  # noqa: E741
+    """A problem named after its sizes; as many input features as units unless I is given."""
+    width = H if I is None else I
+    parts = [
+        f"{cell}-H{H}",
+        f"I{width}" * (width != H),
+        f"x{more.get('heads')}" * (more.get("heads", 1) != 1),
+    ]
+    parts += [f"L{more.get('layers')}" * ("layers" in more), "bi" * bool(more.get("bidirectional"))]
+    name = "-".join([part for part in parts if part] + [f"B{B}-T{T}"])
+    return Problem(name, cell, T, B, width, H, **more)  # type: ignore[arg-type]
+
+
+def _flashrnn() -> list[Problem]:
+    note = "FlashRNN (arXiv:2412.07752), model width 768; here each head has the input projection of its own features"
+    sizes = [
+        (dim, heads, 16, 1024) for dim, heads in ((16, 48), (32, 24), (64, 12), (128, 6), (256, 3), (768, 1))
+    ]
+    for dim, heads in ((64, 12), (768, 1)):
+        sizes += [(dim, heads, batch, 1024) for batch in (2, 4, 8, 32, 64, 128, 256)]
+        sizes += [(dim, heads, 16, steps) for steps in (256, 512, 2048)]
+    # fp16 besides the paper's bf16 only for one head: there cuDNN's persistent kernel is what to beat.
+    return [
+        named("LSTM", T=T, B=B, H=dim, heads=heads, dtypes=HALF if heads == 1 else ("bf16",), note=note)
+        for dim, heads, B, T in sizes
+    ]
+
+
+def _deepbench() -> list[Problem]:
+    note = "DeepBench (github.com/baidu-research/DeepBench), training"
+    lstm = [(H, B, 25) for H in (512, 1024, 2048, 4096) for B in (16, 32, 64, 128)]
+    lstm += [(1536, B, 50) for B in (8, 16, 32)] + [(256, B, 150) for B in (16, 32, 64)]
+    gru = [(H, 32, T) for H in (1536, 2048, 2560, 2816) for T in (1500, 750, 375, 187)]
+    gru += [(512, 32, 1), (1024, 32, 1500), (1024, 64, 1500)]
+    found = [named("LSTM", T=T, B=B, H=H, note=note) for H, B, T in lstm]
+    found += [named("GRU", T=T, B=B, H=H, note=note) for H, B, T in gru]
+    note = "DeepBench's batch sizes of inference on its training shapes"
+    served = [
+        ("LSTM", 256, 150),
+        ("LSTM", 512, 25),
+        ("LSTM", 1024, 25),
+        ("LSTM", 2048, 25),
+        ("LSTM", 1536, 50),
+    ]
+    served += [("GRU", 512, 1), ("GRU", 1024, 1500), ("GRU", 2048, 375), ("GRU", 2816, 187)]
+    for cell, H, T in served:
+        found += [named(cell, T=T, B=B, H=H, directions=("forward",), note=note) for B in (1, 2, 4)]
+    return found
+
+
+def _haste() -> list[Problem]:
+    note = "Haste (github.com/lmnt-com/haste), its charts' batch and input sizes; the hidden sizes are ours"
+    return [
+        named(cell, T=50, B=B, I=I, H=H, dtypes=("fp32",), note=note)
+        for cell in ("LSTM", "GRU")
+        for H in (128, 512, 1024)
+        for I in (64, 128, 256, 512)  # noqa: E741
+        for B in (1, 32, 64, 128)
+    ]
+
+
+def _applications() -> dict[str, list[Problem]]:
+    rnnt = "RNN-T of MLPerf inference; batch and lengths are ours: 15 s of speech, stacked by 3, then by 2"
+    gnmt = "GNMT of MLPerf training; the sentence length is ours"
+    bonito = "Bonito's basecaller; its layers alternate in direction, here all run forward: the same work"
+    rollout = "128 environments, rollouts of 128 steps; without resets, which torch.nn has not"
+    served = "one step at a time, as in serving; timed as a CUDA graph on a GPU, and forward only"
+    return {
+        "rnnt": [
+            Problem("encoder-lower", "LSTM", 500, 32, 240, 1024, layers=2, note=rnnt),
+            Problem("encoder-upper", "LSTM", 250, 32, 2048, 1024, layers=3, note=rnnt),
+            Problem("prediction", "LSTM", 100, 32, 320, 320, layers=2, note=rnnt),
+        ],
+        "gnmt": [
+            Problem("encoder", "LSTM", 50, 128, 1024, 1024, layers=4, note=gnmt),
+            Problem("encoder-first", "LSTM", 50, 128, 1024, 1024, bidirectional=True, note=gnmt),
+            Problem("decoder", "LSTM", 50, 128, 2048, 1024, layers=4, note=gnmt),
+        ],
+        "nanopore": [Problem("bonito", "LSTM", 1600, 64, 384, 384, layers=5, dtypes=("fp16",), note=bonito)],
+        "rl": [named(cell, T=128, B=128, H=128, note=rollout) for cell in ("LSTM", "GRU")],
+        "streaming": [
+            named(cell, T=1, B=B, H=H, directions=("forward",), note=served)
+            for cell in ("LSTM", "GRU")
+            for H in (128, 256, 512, 1024)
+            for B in (1, 16, 128)
+        ],
+    }
+
+
+def _quick() -> list[Problem]:
+    note = (
+        "one of each kind: small, stacked, both directions, heads, large, cuDNN's persistent corner, one step"
+    )
+    return [
+        named("LSTM", T=256, B=32, H=64, note=note),
+        named("LSTM", T=256, B=32, H=128, note=note),
+        named("GRU", T=256, B=32, H=128, note=note),
+        named("LSTM", T=128, B=32, H=128, layers=2, bidirectional=True, note=note),
+        named("LSTM", T=256, B=16, H=64, heads=12, note=note),
+        named("LSTM", T=50, B=64, H=1024, note=note),
+        named("GRU", T=50, B=64, H=1024, note=note),
+        named("LSTM", T=256, B=16, H=768, note=note),
+        named("LSTM", T=1, B=1, H=256, directions=("forward",), note=note),
+    ]
+
+
+def _tiny() -> list[Problem]:
+    note = "odd sizes that a CPU runs in no time: does everything work at all?"
+    return [
+        named("LSTM", T=7, B=3, I=5, H=16, dtypes=("fp32", "bf16"), note=note),
+        named("GRU", T=7, B=3, I=5, H=16, dtypes=("fp32",), note=note),
+        named("RNN", T=7, B=3, I=5, H=16, dtypes=("fp32",), note=note),
+        named("LSTM", T=5, B=2, I=3, H=8, layers=2, bidirectional=True, dtypes=("fp32",), note=note),
+        named("LSTM", T=5, B=2, H=8, heads=3, dtypes=("fp32",), note=note),
+        named("GRU", T=1, B=1, H=8, directions=("forward",), dtypes=("fp32",), note=note),
+    ]
+
+
+def _demo() -> list[Problem]:
+    note = "the demo's layers at JapaneseVowels: batches of 27, 12 channels, the longest of 29 steps"
+    return [
+        named("LSTM", T=29, B=27, I=12, H=100, bidirectional=True, dtypes=("fp32",), note=note),
+        named("GRU", T=29, B=27, I=12, H=100, dtypes=("fp32",), note=note),
+    ]
+
+
+SETS: dict[str, tuple[Problem, ...]] = {
+    name: tuple(problems)
+    for name, problems in {
+        "quick": _quick(),
+        "flashrnn": _flashrnn(),
+        "deepbench": _deepbench(),
+        "haste": _haste(),
+        **_applications(),
+        "demo": _demo(),
+        "tiny": _tiny(),
+    }.items()
+}
