@@ -142,9 +142,9 @@ LOWERING: dict[str, Callable[..., Any]] = {
 
 
 def _hardtanh(b: Builder, x: Any, low: float, high: float) -> Any:
-    """aten::hardtanh: unlike clamp, its gradient is 0 at the bounds."""
-    above = b.emit("where", b.emit("lt", x, high), x, high)
-    return b.emit("where", b.emit("gt", x, low), above, low)
+    """aten::hardtanh: unlike clamp's, its gradient is 0 at the bounds; NaN stays NaN."""
+    below = b.emit("where", b.emit("ge", x, high), high, x)
+    return b.emit("where", b.emit("le", x, low), low, below)
 
 # Decomposed by torch they have NaN gradients where exp(x) overflows; here they have none.
 KEPT = ("softplus", "celu")

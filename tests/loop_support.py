@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import gpu_rnn
-from gpu_rnn import autograd, cells
+from gpu_rnn import activations, autograd, cells
 from gpu_rnn.ops import Options
 from gpu_rnn.recurrence import Recurrence
 from gpu_rnn.reference import Weights
@@ -29,6 +30,25 @@ RECURRENCES: dict[str, Recurrence] = {
     **{name: make() for name, make in cells.CELLS.items()},
     "minimal": minimal_gated_unit(),
 }
+
+
+WITH_ACTIVATIONS: dict[str, Callable[[str, str], Recurrence]] = {
+    "rnn": lambda a, b: cells.rnn(a),
+    "lstm": cells.lstm,
+    "gru": cells.gru,
+    "gru_reset_before": lambda a, b: cells.gru(a, b, reset_after=False),
+    "peephole_lstm": lambda a, b: cells.lstm(a, b, peephole=True),
+    "coupled_lstm": cells.coupled_lstm,
+}
+
+
+def pairs() -> Iterator[tuple[str, str, str, Recurrence]]:
+    """Every cell with every activation, and with every second activation: (cell, activation, second, recurrence)."""
+    names = list(activations.ACTIVATIONS)
+    for k, (cell, make) in enumerate(WITH_ACTIVATIONS.items()):
+        for a, activation in enumerate(names):
+            second = names[(3 * a + 5 * k + 1) % len(names)]
+            yield cell, activation, second, make(activation, second)
 
 
 class Inputs(NamedTuple):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from gpu_rnn import activations, cells, functional
+from gpu_rnn import cells, functional
 from gpu_rnn.recurrence import Recurrence
 
 EXACT = 1e-10
@@ -147,14 +147,6 @@ def test_backwards_is_forwards_on_the_flipped_input(name: str) -> None:
     torch.testing.assert_close([y_turned.flip(0), *final_turned], [y, *final], rtol=EXACT, atol=EXACT)
 
 
-MAKERS: dict[str, Callable[[str, str], Recurrence]] = {
-    "rnn": lambda a, b: cells.rnn(a),
-    "lstm": cells.lstm,
-    "gru": cells.gru,
-    "gru_reset_before": lambda a, b: cells.gru(a, b, reset_after=False),
-    "peephole_lstm": lambda a, b: cells.lstm(a, b, peephole=True),
-    "coupled_lstm": cells.coupled_lstm,
-}
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"reverse": "01"},
@@ -164,23 +156,16 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-def pairs() -> Iterator[Any]:
-    """Every cell with every activation, every second activation and every option."""
-    names = list(activations.ACTIVATIONS)
-    for k, cell in enumerate(MAKERS):
-        for a, activation in enumerate(names):
-            recurrent = names[(3 * a + 5 * k + 1) % len(names)]
-            number = (a + k) % len(OPTIONS)
-            yield pytest.param(
-                cell, activation, recurrent, OPTIONS[number], id=f"{cell}-{activation}-{recurrent}-{number}"
-            )
+PAIRS = [
+    pytest.param(
+        recurrence, OPTIONS[number % len(OPTIONS)], id="-".join([*names, str(number % len(OPTIONS))])
+    )
+    for number, (*names, recurrence) in enumerate(support.pairs())
+]
 
 
-@pytest.mark.parametrize(("cell", "activation", "recurrent_activation", "options"), list(pairs()))
-def test_step_gives_what_the_reference_gives(
-    cell: str, activation: str, recurrent_activation: str, options: dict[str, Any]
-) -> None:
-    recurrence = MAKERS[cell](activation, recurrent_activation)
+@pytest.mark.parametrize(("recurrence", "options"), PAIRS)
+def test_step_gives_what_the_reference_gives(recurrence: Recurrence, options: dict[str, Any]) -> None:
     inputs = support.make(
         recurrence, scale=0.2, **options
     )  # exp and relu of exp run away with larger weights

@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: Apache-2.0
+// Scalar functions for generated code: what CUDA's own set lacks, or defines
+// otherwise than torch. Generated steps call them and CUDA's math functions;
+// NVRTC has those built in, a host compiler finds them in <cmath>.
+#pragma once
+
+#ifndef __CUDACC_RTC__
+#include <cmath>
+#endif
+#ifndef INFINITY
+#define INFINITY __int_as_float(0x7f800000)
+#endif
+#ifndef NAN
+#define NAN __int_as_float(0x7fffffff)
+#endif
+
+__device__ __forceinline__ float sigmoidf(float x) {
+  return 1.0f / (1.0f + expf(-x));
+}
+
+// As torch.sign, but NaN gives NaN, so that it is seen.
+__device__ __forceinline__ float signf(float x) {
+  return x > 0.0f ? 1.0f : x < 0.0f ? -1.0f : x * 0.0f;
+}
+
+// CUDA's fminf and fmaxf drop a NaN; torch's minimum, maximum and clamp pass it
+// on.
+__device__ __forceinline__ float minimumf(float a, float b) {
+  return a < b || a != a ? a : b;
+}
+
+__device__ __forceinline__ float maximumf(float a, float b) {
+  return a > b || a != a ? a : b;
+}
+
+__device__ __forceinline__ float clampf(float x, float low, float high) {
+  return minimumf(maximumf(x, low), high);
+}

@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Programs: their canonical text and its parser, their evaluation, and the derivative of every operation."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import itertools
+import subprocess
+import sys
+
+import loop_support as support
+import pytest
+import torch
+from torch import Tensor
+
+from gpu_rnn import activations, cells, codegen
+from gpu_rnn.derivative import differentiate
+from gpu_rnn.operations import OPERATIONS
+from gpu_rnn.program import Builder, Program, evaluate, lookup
+from gpu_rnn.recurrence import Recurrence
+
+TEXT = """program 1 tiny
+state h 0.0
+param p
+stage f:sum n:split
+t0 = sigmoid a_f
+t1 = mul t0 r_n
+t2 = add t1 p_p
+return t2
+"""
+
+
+@pytest.mark.parametrize("name", support.RECURRENCES)
+def test_text_is_read_back(name: str) -> None:
+    program = support.RECURRENCES[name].program
+    assert Program.parse(program.text) == program
+    assert Program.parse(program.text).text == program.text
+    assert len(program.text) < 500  # what a custom op carries with every call
+
+
+def test_text_of_an_lstm() -> None:
+    assert cells.lstm().program.text == (
+        "program 1 lstm\nstate h 0.0\nstate c 0.0\nstage i:sum f:sum g:sum o:sum\n"
+        "t0 = sigmoid a_i\nt1 = sigmoid a_f\nt2 = tanh a_g\nt3 = sigmoid a_o\n"
+        "t4 = mul t1 s_c\nt5 = mul t0 t2\nt6 = add t4 t5\nt7 = tanh t6\nt8 = mul t3 t7\nreturn t8 t6\n"
+    )
+
+
+def test_text_of_a_cell_with_two_products() -> None:
+    program = cells.gru(reset_after=False).program
+    assert [stage.gates for stage in program.stages] == [("r", "z"), ("n",)]
+    assert program.text.count("\nproduct ") == 1
+    assert program.split == ()
+    assert cells.gru().program.split == ("n",)
+
+
+def test_text_is_the_same_in_every_process() -> None:
+    """Hash seeds differ between processes: nothing of a set's order may reach the text."""
+    script = (
+        "import hashlib, loop_support as s; "
+        "print(hashlib.sha256(''.join(r.program.text for r in s.RECURRENCES.values()).encode()).hexdigest())"
+    )
+    here = "".join(r.program.text for r in support.RECURRENCES.values())
+    for seed in ("1", "2"):
+        environment = {"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"}
+        found = subprocess.run(
+            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+        )
+        assert found.stdout.strip() == hashlib.sha256(here.encode()).hexdigest()
+
+
+REFUSED = [
+    ("program 1", "program 2", 1, "this package reads version 1"),
+    ("1 tiny", "1 __import__('os')", 1, "is not an identifier"),
+    ("state h 0.0", "state h;x 0.0", 2, "is not an identifier"),
+    ("state h 0.0", "state h low", 2, "could not convert"),
+    ("state h 0.0", "state h 0.0\nstate h 0.0", 3, "defined already"),
+    ("param p", "param µ", 3, "is not an identifier"),
+    ("f:sum", "f:both", 4, "'sum' or 'split'"),
+    ("f:sum", "f.x:sum", 4, "is not an identifier"),
+    ("n:split", "n:split f:split", 4, "defined already"),
+    ("sigmoid a_f", "system a_f", 5, "unknown operation 'system'"),
+    ("sigmoid a_f", "sigmoid", 5, "sigmoid takes 1 argument"),
+    ("t0 = sigmoid a_f", "t0 = sigmoid x_f", 5, "'x_f' is neither a value defined above nor a number"),
+    ("t0 = sigmoid a_f", "tl = sigmoid a_f", 5, "is not the start of a line"),
+    ("t0 = sigmoid a_f", "t0 := sigmoid a_f", 5, "unknown operation"),
+    ("t1 = mul", "t0 = mul", 6, "t0 is defined already"),
+    ("mul t0 r_n", "mul t0 t9", 6, "'t9' is neither"),
+    ("t2 = add t1 p_p", "import os", 7, "is not the start of a line"),
+    ("return t2", "return t2)", 8, "'t2)' is neither"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "line", "why"), REFUSED)
+def test_parser_names_the_line_it_refuses(old: str, new: str, line: int, why: str) -> None:
+    Program.parse(TEXT)
+    with pytest.raises(ValueError, match=f"^line {line} of a recurrence's program") as caught:
+        Program.parse(TEXT.replace(old, new))
+    assert why in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "return 0.0", TEXT.replace("return t2", "return t2 t1"), TEXT.replace("state h 0.0\n", "")]
+)
+def test_parser_refuses_what_is_no_whole_program(text: str) -> None:
+    with pytest.raises(ValueError, match="program"):
+        Program.parse(text)
+
+
+def test_nothing_of_the_users_text_reaches_generated_code() -> None:
+    def treacherous_name(x, r, s):  # treacherous comment
+        treacherous_variable = torch.tanh(x.g + r.g)
+        return treacherous_variable * s.h
+
+    recurrence = Recurrence(treacherous_name, gates=("g",), states=("h",), name="plain")
+    assert "treacherous_variable" in recurrence.source("triton")  # to be read by people: with its origin
+    module = codegen.triton_module(recurrence.program)
+    assert "treacherous" not in recurrence.program.text
+    assert "treacherous" not in module
+    assert "treacherous" not in codegen.source(recurrence.program, "cuda")
+    assert [type(part).__name__ for part in ast.parse(module).body[1:]] == ["Import"] * 2 + ["ImportFrom"] + [
+        "FunctionDef"
+    ] * 2
+
+
+def one_operation(name: str) -> Program:
+    """A program of one operation; truth values come from comparisons with 0, clamp's bounds are constants."""
+    gates = "abc"[: OPERATIONS[name].arity]
+    args, before, after = [f"a_{gate}" for gate in gates], [], []
+    result = "t8"
+    if name in ("and", "or", "not", "where"):
+        truths = args[:1] if name == "where" else args
+        before = [f"t{k} = gt {arg} 0.0" for k, arg in enumerate(truths)]
+        args = [*(f"t{k}" for k in range(len(truths))), *args[len(truths) :]]
+    if name == "clamp":
+        args[1:] = ["-0.5", "1.5"]
+    if OPERATIONS[name].is_bool:
+        after, result = ["t9 = where t8 1.0 0.0"], "t9"
+    lines = ["program 1 one", "state h 0.0", "stage " + " ".join(f"{gate}:sum" for gate in gates), *before]
+    return Program.parse("\n".join([*lines, f"t8 = {name} {' '.join(args)}", *after, f"return {result}"]))
+
+
+def points(program: Program, positive: bool) -> dict[str, Tensor]:
+    """Random numbers, and every combination of the places where something happens: ties, bounds, zero."""
+    special = [0.5, 1.0, 1.5] if positive else [-2.0, -0.5, 0.0, 0.5, 1.5]
+    corners = torch.tensor(list(itertools.product(special, repeat=len(program.gates))), dtype=torch.float64)
+    anywhere = support.draw(200, len(program.gates), seed=1)
+    columns = torch.cat([corners, anywhere.abs() + 0.1 if positive else anywhere]).T
+    return {
+        f"a_{gate}": column.clone().requires_grad_()
+        for gate, column in zip(program.gates, columns, strict=True)
+    }
+
+
+def by_rules(program: Program, values: dict[str, Tensor], d: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The value, and the derivative by the program's own rules."""
+    known = {name: value.detach() for name, value in values.items()} | {"s_h": torch.zeros_like(d), "d0": d}
+    derivative = differentiate(program, 0)
+    evaluate(program.stages[0].ops, known)
+    value = lookup(known, program.stages[0].outputs[0], d)
+    evaluate(derivative.ops, known)
+    grads = dict(zip(derivative.wrt, derivative.outputs, strict=True))
+    return value, {name: lookup(known, grads[name], d) for name in values}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_derivative_of_every_operation_is_autograds(name: str) -> None:
+    program = one_operation(name)
+    values = points(program, positive=name in ("log", "log1p", "sqrt", "div"))
+    given = {**values, "s_h": torch.zeros(()).double()}
+    evaluate(program.stages[0].ops, given)
+    expected = lookup(given, program.stages[0].outputs[0], next(iter(values.values())))
+    d = support.draw(*expected.shape, seed=2)
+    value, grads = by_rules(program, values, d)
+    torch.testing.assert_close(value, expected.detach(), rtol=0, atol=0)
+    if not expected.requires_grad:  # comparisons: no gradient on either side
+        assert all(g.eq(0).all() for g in grads.values())
+        return
+    wanted = torch.autograd.grad(
+        expected, list(values.values()), d, allow_unused=True, materialize_grads=True
+    )
+    for gate, truth in zip(values, wanted, strict=True):
+        torch.testing.assert_close(grads[gate], truth, rtol=1e-13, atol=1e-13)
+
+
+# Bounds of the hard ones, softplus' threshold, and where exp overflows in float32 and in float64.
+PLACES = [0.0, 1e-6, 0.5, 1.0, 2.0, 2.5, 3.0, 6.0, 20.0, 30.0, 100.0, 800.0]
+MORE = {
+    "celu": torch.nn.functional.celu,
+    "logsigmoid": torch.nn.functional.logsigmoid,
+    "mish": torch.nn.functional.mish,
+}
+
+
+@pytest.mark.parametrize("name", [*activations.ACTIVATIONS, *MORE])
+def test_activation_and_derivative_everywhere(name: str) -> None:
+    """The traced program and its derivative against torch's own function, at ties and far out too."""
+    function = MORE.get(name) or activations.ACTIVATIONS[name]
+    program = cells.rnn(function).program
+    places = PLACES[:-1] if name == "exp" else PLACES  # exp itself overflows there
+    x = torch.tensor([sign * place for place in places for sign in (1, -1)], dtype=torch.float64)
+    x = torch.cat([x, support.draw(200, seed=3, scale=3.0)]).requires_grad_()
+    expected = function(x)
+    d = support.draw(*x.shape, seed=4)
+    value, grads = by_rules(program, {"a_h": x}, d)
+    torch.testing.assert_close(value, expected.detach(), rtol=1e-13, atol=1e-15)
+    torch.testing.assert_close(grads["a_h"], torch.autograd.grad(expected, x, d)[0], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", support.RECURRENCES)
+def test_derivative_of_every_stage_is_autograds(name: str) -> None:
+    program = support.RECURRENCES[name].program
+    words = {word for stage in program.stages for word in program.inputs(stage)}
+    values = {word: support.draw(50, seed=k).requires_grad_() for k, word in enumerate(sorted(words))}
+    if "s_n" in values:
+        values["s_n"] = values["s_n"].detach().abs().requires_grad_()
+    for number in range(len(program.stages)):
+        derivative = differentiate(program, number)
+        known = dict(values)
+        for stage in program.stages[:number]:
+            evaluate(stage.ops, known)
+        for word in derivative.carried:  # given, as from memory
+            known[word] = known[word].detach().requires_grad_()
+        given = {word: known[word] for word in derivative.wrt}
+        evaluate(program.stages[number].ops, known)
+        last = number == len(program.stages) - 1
+        handed_on = () if last else differentiate(program, number + 1).carried
+        outputs = [known[str(out)] for out in (*program.stages[number].outputs, *handed_on)]
+        seeds = [support.draw(50, seed=40 + k) for k in range(len(outputs))]
+        wanted = torch.autograd.grad(
+            outputs, list(given.values()), seeds, allow_unused=True, materialize_grads=True
+        )
+        found = {word: value.detach() for word, value in given.items()} | dict(
+            zip(derivative.seeds, seeds, strict=True)
+        )
+        evaluate(derivative.ops, found)
+        for word, out, truth in zip(derivative.wrt, derivative.outputs, wanted, strict=True):
+            torch.testing.assert_close(lookup(found, out, seeds[0]), truth, rtol=1e-12, atol=1e-12, msg=word)
+
+
+def test_the_part_without_incoming_gradient_is_apart() -> None:
+    derivative = differentiate(cells.lstm().program, 0)
+    early, late = derivative.unseeded
+    assert len(early) + len(late) == len(derivative.ops)
+    made = {op.result for op in early}
+    assert all(
+        set(op.args).isdisjoint(derivative.seeds) and set(op.args).isdisjoint(o.result for o in late)
+        for op in early
+    )
+    assert made.intersection(arg for op in late for arg in op.args)
+
+
+def test_builder_folds_constants_and_shares_what_is_equal() -> None:
+    builder = Builder()
+    x = builder.value("x")
+    assert (x * 1.0 + 0.0).name == "x"
+    assert (x * 0.0).name == 0.0
+    assert builder.emit("exp", 0.0).name == 1.0
+    assert builder.emit("where", builder.emit("gt", 2.0, 1.0), x, 3.0).name == "x"
+    assert (x * x).name == (x * x).name
+    assert len(builder.ops) == 1
