@@ -4,17 +4,19 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import torch
+    from gpu_rnn.layer_base import LayerBase
 
 __all__ = ["main"]
 
 INTERRUPTED = 130  # 128 + SIGINT, what a shell reports for Ctrl-C
+DEVICE_HELP = "cpu, cuda or cuda:1 (default: the GPU if there is one)"
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64"}
 
 
@@ -22,23 +24,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
     parsed = _parser().parse_args(arguments)
     try:
-        parsed.command(parsed)
+        return parsed.command(parsed)
     except KeyboardInterrupt:
         print("gpu-rnn: stopped.", file=sys.stderr)
         return INTERRUPTED
     except (ModuleNotFoundError, ValueError) as error:
         print(f"gpu-rnn: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
-def _doctor(options: argparse.Namespace) -> None:
+def _doctor(options: argparse.Namespace) -> int:
     from gpu_rnn import doctor
 
     print(doctor.report(doctor.pick_device(options.device)))
+    return 0
 
 
-def _demo(options: argparse.Namespace) -> None:
+def _demo(options: argparse.Namespace) -> int:
     from gpu_rnn import doctor
     from gpu_rnn.demo import command
 
@@ -52,28 +54,41 @@ def _demo(options: argparse.Namespace) -> None:
             out=options.out,
         )
     )
+    return 0
 
 
-def _bench(options: argparse.Namespace) -> None:
+def _bench(options: argparse.Namespace) -> int:
+    """A checkout's benchmarks time every backend; an installed package has the demo's layers to time."""
     from gpu_rnn import doctor
+
+    benchmarks = Path(__file__).parents[1] / "benchmarks" / "run.py"
+    if benchmarks.exists() and not options.demo:
+        device = ["--device", options.device] if options.device else []
+        return subprocess.run([sys.executable, benchmarks, "--quick", *device], check=False).returncode
+
     from gpu_rnn.demo import command
     from gpu_rnn.demo.datasets import japanese_vowels, plaid
 
     data = plaid() if options.long else japanese_vowels()
     command.time_layers(data.to(doctor.pick_device(options.device)), options.seconds)
+    return 0
 
 
-def _explain(options: argparse.Namespace) -> None:
+def _explain(options: argparse.Namespace) -> int:
     import torch
 
     import gpu_rnn
+    from gpu_rnn import doctor
 
-    layer = _described_layer(options).to(getattr(torch, DTYPES[options.dtype]))
-    x = layer.weight_ih_l0.new_zeros(options.steps, options.batch, options.input or options.hidden)
+    here, dtype = doctor.pick_device(None), getattr(torch, DTYPES[options.dtype])
+    layer = _described_layer(options).to(here, dtype)
+    sizes = (options.steps, options.batch, options.input or options.hidden)
+    x = torch.empty(sizes, dtype=dtype, device="meta" if options.device else here)
     print(gpu_rnn.explain(layer, x, device=options.device))
+    return 0
 
 
-def _described_layer(options: argparse.Namespace) -> torch.nn.Module:
+def _described_layer(options: argparse.Namespace) -> LayerBase:
     import gpu_rnn
 
     extra = {
@@ -107,20 +122,10 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser(
         "doctor", help="what is here, and which backends can run and why not the others"
     )
-    doctor.add_argument("--device", help="cpu, cuda or cuda:1 (default: the GPU if there is one)")
+    doctor.add_argument("--device", help=DEVICE_HELP)
     doctor.set_defaults(command=_doctor)
     _add_explain(commands)
-    bench = commands.add_parser(
-        "bench", help="only the demo's timing: the layers beside torch.nn on this device"
-    )
-    bench.add_argument("--device", help="cpu, cuda or cuda:1 (default: the GPU if there is one)")
-    bench.add_argument(
-        "--long", action="store_true", help="on PLAID's long recordings (pip install 'gpu-rnn[long]')"
-    )
-    bench.add_argument(
-        "--seconds", type=float, default=2.0, help="for each line and direction (default: %(default)s)"
-    )
-    bench.set_defaults(command=_bench)
+    _add_bench(commands)
     return parser
 
 
@@ -137,7 +142,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
         "  gpu-rnn demo --long --device cuda:1",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    demo.add_argument("--device", help="cpu, cuda or cuda:1 (default: the GPU if there is one)")
+    demo.add_argument("--device", help=DEVICE_HELP)
     demo.add_argument(
         "--seeds", type=_count, default=3, help="trainings of each layer (default: %(default)s)"
     )
@@ -156,6 +161,21 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
         "--out", type=Path, default=Path("gpu-rnn-demo.png"), help="the picture (default: %(default)s)"
     )
     demo.set_defaults(command=_demo)
+
+
+def _add_bench(commands: argparse._SubParsersAction) -> None:
+    bench = commands.add_parser(
+        "bench",
+        help="time layers beside torch.nn on this device",
+        description="In a checkout: benchmarks/run.py --quick. Elsewhere, or with --demo: the demo's layers on its data.",
+    )
+    bench.add_argument("--device", help=DEVICE_HELP)
+    bench.add_argument("--demo", action="store_true", help="the demo's layers, in a checkout too")
+    bench.add_argument("--long", action="store_true", help="those on PLAID (pip install 'gpu-rnn[long]')")
+    bench.add_argument(
+        "--seconds", type=float, default=2.0, help="those, each this long (default: %(default)s)"
+    )
+    bench.set_defaults(command=_bench)
 
 
 def _add_explain(commands: argparse._SubParsersAction) -> None:

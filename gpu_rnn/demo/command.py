@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import importlib.util
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import cast
 
 import torch
 from torch import nn
@@ -20,6 +22,7 @@ from gpu_rnn.demo.datasets import Dataset, japanese_vowels, plaid
 from gpu_rnn.demo.models import STANDARD, WITH_OPTIONS, PythonLoop, Variant
 from gpu_rnn.demo.timing import Case, Timing, measure, table
 from gpu_rnn.demo.train import Epoch, Run, repeat
+from gpu_rnn.layer_base import LayerBase
 
 __all__ = ["Options", "run", "time_layers"]
 
@@ -55,11 +58,12 @@ def run(options: Options) -> None:
     )
 
     vowels = japanese_vowels().to(device)
-    runs = _learn(vowels, STANDARD, WITH_OPTIONS, seeds, epochs)
     long = _long_data(options)
-    if long is not None:
-        few = 1 if device.type == "cpu" else seeds
-        _learn(long, STANDARD[1:], (), few, options.epochs or LONG_EPOCHS[device.type])
+    with _one_thread():
+        runs = _learn(vowels, STANDARD, WITH_OPTIONS, seeds, epochs)
+        if long is not None:
+            few = 1 if device.type == "cpu" else seeds
+            _learn(long, STANDARD[1:], (), few, options.epochs or LONG_EPOCHS[device.type])
 
     timed = long or vowels
     timings = time_layers(timed, QUICK_SECONDS if options.quick else MEASURE_SECONDS)
@@ -95,7 +99,7 @@ def _cases(data: Dataset, dtype: torch.dtype) -> list[Case]:
     for variant in STANDARD + WITH_OPTIONS:
         ours = variant.layer(gpu_rnn, data.channels).to(packed.data)
         theirs, name = _beside(variant, ours, data.channels)
-        backend = gpu_rnn.explain(ours, padded).chosen
+        backend = gpu_rnn.explain(cast(LayerBase, ours), padded).chosen
         cases.append(Case(variant.label + precision, ours, theirs, name, packed, str(backend)))
     return cases
 
@@ -104,7 +108,7 @@ def _beside(variant: Variant, ours: nn.Module, channels: int) -> tuple[nn.Module
     """torch.nn's layer with the same weights or, where it has none, a Python loop over torch operations."""
     if variant.options:
         return PythonLoop(ours), "a Python loop"
-    theirs = variant.layer(nn, channels).to(ours.weight_hh_l0)
+    theirs = variant.layer(nn, channels).to(next(ours.parameters()))
     theirs.load_state_dict(ours.state_dict())
     return theirs, f"torch.nn.{variant.cell}"
 
@@ -168,6 +172,17 @@ def _long_data(options: Options) -> Dataset | None:
     except ModuleNotFoundError as missing:
         print(f"\nThe long recordings are left out: {missing}")
         return None
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Trains on one CPU thread: on 27 recordings and 100 units more gain little, and lose much on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _require_extras() -> None:
