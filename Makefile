@@ -32,7 +32,7 @@ gpu-check:  ## on a machine with a GPU: its tests and a quick benchmark, under 1
 	@.ci/venv demo test
 	@$(PY) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "gpu-check: torch sees no GPU here")'
 	timeout 300 $(PY) -m pytest -m gpu
-	timeout 240 $(PY) benchmarks/run.py --quick
+	timeout 270 $(PY) benchmarks/run.py --quick
 
 report:  ## tables and pictures from benchmarks/results
 	@.ci/venv demo
