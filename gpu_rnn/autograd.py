@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 
-from gpu_rnn import batching, ops, reference
-from gpu_rnn.ops import Options
+from gpu_rnn import batching, execution, reference
+from gpu_rnn import ops as ops  # registers the custom ops
+from gpu_rnn.execution import Options
 from gpu_rnn.program import Program
 from gpu_rnn.reference import Result, Weights
 
@@ -50,7 +51,7 @@ def layer(
         return result.y, result.final
     transformed = transforms_active()
     if not wants_grad and not transformed:
-        result = ops.run(text, options, x, weights, lengths, states)
+        result = execution.run(text, options, x, weights, lengths, states)
         return result.y, result.final
     options = options._replace(save=wants_grad or transformed)
     y, *rest = Forward.apply(text, options, x, *weights, lengths, *states)
@@ -72,7 +73,7 @@ class Forward(torch.autograd.Function):
     @staticmethod
     def forward(text: str, options: Options, *tensors: Any) -> tuple[Tensor, ...]:
         x, weights, lengths, states = _unpack(tensors)
-        result = ops.run(text, options, x, weights, lengths, states)
+        result = execution.run(text, options, x, weights, lengths, states)
         return (result.y, *result.final, result.gates, result.recurrent, result.inner)
 
     @staticmethod
@@ -94,7 +95,7 @@ class Forward(torch.autograd.Function):
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
         primals = _primals(tensors)
-        function = ops.pure(ctx.text, ctx.options, tensors[1 + WEIGHTS], primals)
+        function = execution.pure(ctx.text, ctx.options, tensors[1 + WEIGHTS], primals)
         present = [p for p in primals if p is not None]
         along = [
             torch.zeros_like(p) if t is None else t
@@ -115,7 +116,7 @@ class Backward(torch.autograd.Function):
     def forward(text: str, options: Options, *tensors: Any) -> tuple[Tensor, ...]:
         inputs, saved, d_y, d_final = _split(text, tensors)
         x, weights, lengths, states = _unpack(inputs)
-        found = ops.run_backward(text, options, d_y, d_final, x, weights, lengths, states, saved)
+        found = execution.run_backward(text, options, d_y, d_final, x, weights, lengths, states, saved)
         return tuple(d for d in found if d is not None)
 
     @staticmethod
@@ -130,7 +131,7 @@ class Backward(torch.autograd.Function):
         primals = _primals(inputs)
         given = iter(grads)
         dd = [next(given) if p is not None else None for p in primals]
-        found_d, found = ops.second_vjp(
+        found_d, found = execution.second_vjp(
             ctx.text, ctx.options, inputs[1 + WEIGHTS], primals, [d_y, *d_final], dd
         )
         return None, None, *found[: 1 + WEIGHTS], None, *found[1 + WEIGHTS :], None, None, None, None, *found_d
@@ -145,7 +146,7 @@ class Backward(torch.autograd.Function):
         def gradient(*given: Tensor) -> tuple[Tensor, ...]:
             own = iter(given[len(d_outputs) :])
             values = [next(own) if there else None for there in present]
-            found = ops.vjp(ctx.text, ctx.options, lengths, values, given[: len(d_outputs)])
+            found = execution.vjp(ctx.text, ctx.options, lengths, values, given[: len(d_outputs)])
             return tuple(d for d in found if d is not None)
 
         point = [*d_outputs, *(p for p in primals if p is not None)]
@@ -174,6 +175,6 @@ def pushforward(
 
     torch.func.jvp would open a second level of forward-mode differentiation inside the user's, which torch refuses.
     """
-    outputs, pull = ops.pullback(function, *point)
-    _, push = ops.pullback(pull, tuple(torch.zeros_like(o) for o in outputs))
+    outputs, pull = execution.pullback(function, *point)
+    _, push = execution.pullback(pull, tuple(torch.zeros_like(o) for o in outputs))
     return push(tuple(along))[0]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu_rnn.ops import Options
+from gpu_rnn.execution import Options
 from gpu_rnn.program import Program
 from gpu_rnn.reference import Weights
 

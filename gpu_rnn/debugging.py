@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gpu_rnn import dispatch, functional, ops, reference
-from gpu_rnn.ops import Options
+from gpu_rnn import dispatch, execution, reference
+from gpu_rnn.execution import Options
+from gpu_rnn.program import Program
 from gpu_rnn.reference import Result, Weights, processing_order, reorder
 
 if TYPE_CHECKING:
@@ -59,23 +60,17 @@ def debug(layer: LayerBase, x: Tensor, *, backend: str = "auto") -> list[Differe
     """
     if layer.batch_first:
         x = x.transpose(0, 1)
-    directions = 2 if layer.bidirectional else 1
-    program = layer.recurrence.program
-    options = Options(backend, "01" if directions == 2 else "0", save=True)
-    stack = functional._Stack(
-        layer.recurrence, layer.bias, layer.num_layers, directions, bool(layer.proj_size), layer._flat_weights
-    )
+    program, stack, all_weights = layer.recurrence.program, layer._stack(), layer._flat_weights
+    options = Options(backend, stack.reverse, save=True)
     found = []
     with torch.no_grad():
         for number in range(layer.num_layers):
-            weights = stack._canonical(stack.weights, number)
-            initial = functional._initial(
-                x, stack.weights, layer.recurrence, x.shape[1], 1, layer.bidirectional, layer.proj_size
-            )
+            weights = stack.canonical(all_weights, number)
+            initial = stack._replace(num_layers=1).initial(x, all_weights, x.shape[1])
             states = [state.transpose(0, 1) for state in initial]
-            problem = ops._problem(program.text, options, x, weights, None, "training")
+            problem = execution.describe(program.text, options, x, weights, None, "training")
             name = dispatch.select(problem, backend, dispatch.LOOPS)
-            result = ops.run(program.text, options._replace(backend=name), x, weights, None, states)
+            result = execution.run(program.text, options._replace(backend=name), x, weights, None, states)
             exact = reference.forward(
                 program, x.double(), _double(weights), [s.double() for s in states], None, options.reverse, save=True
             )
@@ -90,7 +85,7 @@ def _double(weights: Weights) -> Weights:
 
 
 def _first(
-    program: ops.Program, result: Result, exact: Result, reverse: str, tolerance: float
+    program: Program, result: Result, exact: Result, reverse: str, tolerance: float
 ) -> tuple[str, float]:
     """Where the backend first goes wrong in processing order, and the largest difference."""
     order = processing_order(result.y.shape[0], None, reverse, result.y.device)

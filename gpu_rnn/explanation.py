@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gpu_rnn import dispatch, functional
+from gpu_rnn import dispatch
 from gpu_rnn.dispatch import Row
 from gpu_rnn.problem import Problem
 
@@ -75,10 +75,8 @@ def explain(layer: LayerBase, x: Tensor | None = None, *, device: str | None = N
         x = x.transpose(0, 1) if layer.batch_first else x
     if x.dim() == 2:
         x = x.unsqueeze(0 if layer.batch_first else 1)
-    steps, batch = (x.shape[1], x.shape[0]) if layer.batch_first else (x.shape[0], x.shape[1])
-    problem = functional._problem(
-        x, None, weights, layer.recurrence, steps, batch, layer.num_layers, layer.bidirectional, None, layer.proj_size
-    )
+    stack = layer._stack()
+    problem = stack.problem(x, None, weights, *stack.sizes(x, None), packed=False)
     problem = replace(problem, dtype=weights[0].dtype)
     if device is not None:
         problem = dispatch.described(problem, device)

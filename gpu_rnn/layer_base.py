@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 from gpu_rnn import dispatch, functional
 from gpu_rnn.activations import Activation, name_of
 from gpu_rnn.recurrence import Recurrence
+from gpu_rnn.stack import Stack
 
 States = tuple[Tensor, ...]
 Option = str | bool | Activation
@@ -209,20 +210,18 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
             self.check_input(input, batch_sizes)
         if states is not None:
             self._check_states(input, states, batch_sizes)
-        return functional.rnn(
-            input,
-            states,
-            weights,
+        return functional.run(self._stack(packed=batch_sizes is not None), input, states, weights, batch_sizes)
+
+    def _stack(self, packed: bool = False) -> Stack:
+        return Stack(
             self.recurrence,
-            bias=self.bias,
-            num_layers=self.num_layers,
-            dropout=self.dropout,
-            training=self.training,
-            bidirectional=bool(self.bidirectional),
-            batch_first=self.batch_first and batch_sizes is None,
-            batch_sizes=batch_sizes,
-            proj_size=self.proj_size,
-            backend=self.backend,
+            self.bias,
+            self.num_layers,
+            self.dropout if self.training else 0.0,
+            self.bidirectional,
+            self.batch_first and not packed,
+            self.proj_size,
+            self.backend,
         )
 
     def _check_states(self, input: Tensor, states: States, batch_sizes: Tensor | None) -> None:

@@ -7,168 +7,42 @@ every order, jvp and vmap, is `gpu_rnn.autograd`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.profiler import record_function
 
-from gpu_rnn import dispatch, products, reference
-from gpu_rnn.problem import Problem, rnn_precision
+from gpu_rnn import execution
+from gpu_rnn.execution import Options
+from gpu_rnn.products import state_dtype
 from gpu_rnn.program import Program
-from gpu_rnn.recurrence import Recurrence
 from gpu_rnn.reference import Result, Weights
 
-INPUTS = "Tensor x, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? params, Tensor? w_hr"
-REST = "Tensor? lengths, Tensor[] states"
+INPUTS = (
+    "Tensor x, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? params, Tensor? w_hr, "
+    "Tensor? lengths, Tensor[] states"
+)
+IDENTITY = "str program, str options"
+WEIGHTS = len(Weights._fields)
 
 
-class Options(NamedTuple):
-    """The options of a call; they travel as one string, such as ``auto 01 save``."""
+class Inputs(NamedTuple):
+    """The inputs that both ops share, in the order of `INPUTS`."""
 
-    backend: str = "auto"
-    reverse: str = "0"
-    save: bool = False
-
-    def encode(self) -> str:
-        return f"{self.backend} {self.reverse} {'save' if self.save else 'drop'}"
+    x: Tensor
+    weights: Weights
+    lengths: Tensor | None
+    states: list[Tensor]
 
     @staticmethod
-    @lru_cache(maxsize=256)
-    def decode(text: str) -> Options:
-        backend, reverse, save = text.split()
-        return Options(backend, reverse, save == "save")
+    def of(x: Tensor, *rest: Any) -> Inputs:
+        return Inputs(x, Weights(*rest[:WEIGHTS]), *rest[WEIGHTS:])
 
-
-class LoopGradients(NamedTuple):
-    """What a backend's backward loop returns."""
-
-    d_gates: Tensor  # (T, B, N, G, H)
-    d_recurrent: Tensor  # (T, B, N, number of split gates, H)
-    d_states: list[Tensor]  # before the first step, (B, N, ·)
-    d_params: Tensor | None  # (N, number of params, H)
-    d_w_hr: Tensor | None = None  # (N, P, H)
-
-
-@lru_cache(maxsize=256)
-def _recurrence(text: str) -> Recurrence:
-    return Recurrence.from_program(text)
-
-
-def _problem(
-    text: str, options: Options, x: Tensor, weights: Weights, lengths: Tensor | None, direction: str
-) -> Problem:
-    n, _, hidden, width = weights.w_hh.shape
-    return Problem(
-        recurrence=_recurrence(text),
-        T=x.shape[0],
-        B=x.shape[1],
-        N=n,
-        I=x.shape[-1],
-        H=hidden,
-        dtype=x.dtype,
-        device_type=x.device.type,
-        device=dispatch.device_of(x.device),
-        direction=direction,
-        precision=rnn_precision(),
-        lengths=lengths is not None,
-        reverse=options.reverse,
-        proj_size=width if weights.w_hr is not None else 0,
-    )
-
-
-def run(
-    text: str, options: Options, x: Tensor, weights: Weights, lengths: Tensor | None, states: Sequence[Tensor]
-) -> Result:
-    """The forward pass of one layer on the backend that dispatch chooses."""
-    program = Program.parse(text)
-    problem = _problem(text, options, x, weights, lengths, "training" if options.save else "inference")
-    name = dispatch.select(problem, options.backend, dispatch.LOOPS)
-    if name == "reference":
-        with record_function("gpu_rnn::reference_forward"):
-            return reference.forward(program, x, weights, list(states), lengths, options.reverse, options.save)
-    with products.fp32_precision(problem.precision, x.device):
-        gates = reference.project(x, weights, program).contiguous()
-        with record_function(f"gpu_rnn::{name}_forward"):
-            return dispatch.BACKENDS[name].forward(
-                program, gates, weights, list(states), lengths, options.reverse, options.save, problem
-            )
-
-
-def run_backward(
-    text: str,
-    options: Options,
-    d_y: Tensor,
-    d_final: Sequence[Tensor],
-    x: Tensor,
-    weights: Weights,
-    lengths: Tensor | None,
-    states: Sequence[Tensor],
-    saved: Result,
-) -> list[Tensor | None]:
-    """The gradients of x, of each of the weights and of the states."""
-    program = Program.parse(text)
-    problem = _problem(text, options, x, weights, lengths, "backward")
-    name = dispatch.select(problem, options.backend, dispatch.LOOPS)
-    if name == "reference":
-        with record_function("gpu_rnn::reference_backward"):
-            return vjp(text, options, lengths, [x, *weights, *states], [d_y, *d_final])
-    if not saved.gates.numel():
-        saved = run(text, options._replace(save=True), x, weights, lengths, states)
-    with products.fp32_precision(problem.precision, x.device):
-        with record_function(f"gpu_rnn::{name}_backward"):
-            loop = LoopGradients(
-                *dispatch.BACKENDS[name].backward(
-                    program, saved, weights, list(states), lengths, options.reverse, d_y, list(d_final), problem
-                )
-            )
-        d_x, d_weights = products.gradients(
-            program, x, weights, list(states), lengths, options.reverse, saved, loop.d_gates, loop.d_recurrent
-        )
-    d_weights = d_weights._replace(params=loop.d_params, w_hr=loop.d_w_hr)
-    inputs = [x, *weights, *states]
-    return [
-        None if given is None or d is None else d.to(given.dtype)
-        for given, d in zip(inputs, [d_x, *d_weights, *loop.d_states], strict=True)
-    ]
-
-
-def vjp(
-    text: str,
-    options: Options,
-    lengths: Tensor | None,
-    primals: Sequence[Tensor | None],  # x, the six weights, the states
-    d_outputs: Sequence[Tensor],  # of y and of the final states
-) -> list[Tensor | None]:
-    """The reference's vector-Jacobian product, itself differentiable to any order."""
-    present = [index for index, primal in enumerate(primals) if primal is not None]
-    function = pure(text, options, lengths, primals)
-    _, pull = pullback(function, *(primals[index] for index in present))
-    found = dict(zip(present, pull(tuple(d_outputs)), strict=True))
-    return [found.get(index) for index in range(len(primals))]
-
-
-def pullback(function: Callable[..., Any], *point: Any) -> tuple[Any, Callable[..., tuple[Any, ...]]]:
-    """A function's value at a point and its vector-Jacobian product there, itself differentiable."""
-    value, pull, *_ = torch.func.vjp(function, *point)
-    return value, pull
-
-
-def pure(text: str, options: Options, lengths: Tensor | None, primals: Sequence[Tensor | None]) -> Callable[..., tuple[Tensor, ...]]:
-    """The reference as a function of those primals that are not None, returning y and the final states."""
-    present = [index for index, primal in enumerate(primals) if primal is not None]
-
-    def function(*given: Tensor) -> tuple[Tensor, ...]:
-        values: list[Tensor | None] = [None] * len(primals)
-        for index, value in zip(present, given, strict=True):
-            values[index] = value
-        x, weights, states = values[0], Weights(*values[1:7]), values[7:]  # type: ignore[arg-type]
-        result = reference.forward(Program.parse(text), x, weights, states, lengths, options.reverse)  # type: ignore[arg-type]
-        return (result.y, *result.final)
-
-    return function
+    @property
+    def primals(self) -> list[Tensor | None]:
+        """The differentiable ones."""
+        return [self.x, *self.weights, *self.states]
 
 
 def _owned(outputs: Sequence[Tensor], inputs: Sequence[Tensor | None]) -> list[Tensor]:
@@ -183,118 +57,102 @@ def _owned(outputs: Sequence[Tensor], inputs: Sequence[Tensor | None]) -> list[T
     return owned
 
 
-@torch.library.custom_op(
-    "gpu_rnn::rnn", mutates_args=(), schema=f"({INPUTS}, {REST}, str program, str options) -> Tensor[]"
-)
-def rnn(x, w_ih, w_hh, b_ih, b_hh, params, w_hr, lengths, states, program, options):
+@torch.library.custom_op("gpu_rnn::rnn", mutates_args=(), schema=f"({INPUTS}, {IDENTITY}) -> Tensor[]")
+def rnn(*arguments: Any) -> list[Tensor]:
     """One layer: y, the final states, then what the backward pass needs (empty unless saved)."""
-    weights = Weights(w_ih, w_hh, b_ih, b_hh, params, w_hr)
-    result = run(program, Options.decode(options), x, weights, lengths, states)
+    *given, program, options = arguments
+    inputs = Inputs.of(*given)
+    result = execution.run(program, Options.decode(options), *inputs)
     outputs = [result.y, *result.final, result.gates, result.recurrent, result.inner]
-    return _owned(outputs, [x, *weights, lengths, *states])
+    return _owned(outputs, [*inputs.primals, inputs.lengths])
 
 
 @rnn.register_fake
-def _(x, w_ih, w_hh, b_ih, b_hh, params, w_hr, lengths, states, program, options):
-    parsed, chosen = Program.parse(program), Options.decode(options)
+def _(*arguments: Any) -> list[Tensor]:
+    *given, program, options = arguments
+    x, weights, _, states = Inputs.of(*given)
     steps, batch = x.shape[:2]
-    n, gates, hidden, width = w_hh.shape
-    if w_hr is not None:
-        width = w_hr.shape[1]
+    n, gates, hidden, width = weights.w_hh.shape
     final = [x.new_empty(batch, n, width), *(x.new_empty(batch, n, hidden) for _ in states[1:])]
     y = x.new_empty(steps, batch, n, width)
-    if not chosen.save:
-        return [y, *final, x.new_empty(0), x.new_empty(0), x.new_empty(0, dtype=products.state_dtype(x.dtype))]
-    inner = x.new_empty(len(states) - 1, steps, batch, n, hidden, dtype=products.state_dtype(x.dtype))
-    saved = [x.new_empty(steps, batch, n, gates, hidden), x.new_empty(steps, batch, n, len(parsed.split), hidden)]
-    return [y, *final, *saved, inner]
+    inner = x.new_empty(0, dtype=state_dtype(x.dtype))
+    if not Options.decode(options).save:
+        return [y, *final, x.new_empty(0), x.new_empty(0), inner]
+    split = len(Program.parse(program).split)
+    saved = [x.new_empty(steps, batch, n, gates, hidden), x.new_empty(steps, batch, n, split, hidden)]
+    return [y, *final, *saved, inner.new_empty(len(states) - 1, steps, batch, n, hidden)]
 
 
 @torch.library.custom_op(
     "gpu_rnn::rnn_backward",
     mutates_args=(),
-    schema=f"(Tensor d_y, Tensor[] d_final, {INPUTS}, {REST}, Tensor[] saved, str program, str options) -> Tensor[]",
+    schema=f"(Tensor d_y, Tensor[] d_final, Tensor[] saved, {INPUTS}, {IDENTITY}) -> Tensor[]",
 )
-def rnn_backward(d_y, d_final, x, w_ih, w_hh, b_ih, b_hh, params, w_hr, lengths, states, saved, program, options):
+def rnn_backward(d_y: Tensor, d_final: list[Tensor], saved: list[Tensor], *arguments: Any) -> list[Tensor]:
     """The gradients of x, of the weights and of the states; an empty tensor where there is no such weight."""
-    weights = Weights(w_ih, w_hh, b_ih, b_hh, params, w_hr)
+    *given, program, options = arguments
+    inputs = Inputs.of(*given)
     y, gates, recurrent, inner = saved
     result = Result(y, [], gates, recurrent, inner)
-    found = run_backward(program, Options.decode(options), d_y, d_final, x, weights, lengths, states, result)
-    outputs = [x.new_empty(0) if d is None else d for d in found]
-    return _owned(outputs, [d_y, *d_final, x, *weights, lengths, *states, *saved])
+    found = execution.run_backward(program, Options.decode(options), d_y, d_final, *inputs, result)
+    outputs = [inputs.x.new_empty(0) if d is None else d for d in found]
+    return _owned(outputs, [d_y, *d_final, *saved, *inputs.primals, inputs.lengths])
 
 
 @rnn_backward.register_fake
-def _(d_y, d_final, x, w_ih, w_hh, b_ih, b_hh, params, w_hr, lengths, states, saved, program, options):
-    inputs = [x, w_ih, w_hh, b_ih, b_hh, params, w_hr, *states]
+def _(d_y: Tensor, d_final: list[Tensor], saved: list[Tensor], *arguments: Any) -> list[Tensor]:
+    primals = Inputs.of(*arguments[:-2]).primals
     return [
-        x.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs
+        d_y.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in primals
     ]
 
 
-def _setup(ctx, inputs, output) -> None:
-    *tensors, lengths, states, program, options = inputs
-    ctx.program, ctx.options, ctx.count = program, options, len(states)
-    saved = [output[0], *output[1 + len(states) :]]
-    ctx.save_for_backward(*tensors, lengths, *states, *saved)
+def _keep(ctx: Any, inputs: Inputs, others: Sequence[Tensor], program: str, options: str) -> None:
+    ctx.program, ctx.options, ctx.others = program, options, len(others)
+    ctx.save_for_backward(*others, inputs.x, *inputs.weights, inputs.lengths, *inputs.states)
 
 
-def _backward(ctx, grads):
-    tensors, lengths = ctx.saved_tensors[:7], ctx.saved_tensors[7]
-    states, saved = ctx.saved_tensors[8 : 8 + ctx.count], ctx.saved_tensors[8 + ctx.count :]
-    shapes = [saved[0], *states]
+def _kept(ctx: Any) -> tuple[Inputs, Sequence[Tensor]]:
+    others, given = ctx.saved_tensors[: ctx.others], ctx.saved_tensors[ctx.others :]
+    x, weights, lengths = given[0], Weights(*given[1 : 1 + WEIGHTS]), given[1 + WEIGHTS]
+    return Inputs(x, weights, lengths, list(given[2 + WEIGHTS :])), others
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    *given, program, options = inputs
+    kept = Inputs.of(*given)
+    _keep(ctx, kept, [output[0], *output[1 + len(kept.states) :]], program, options)
+
+
+def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    inputs, saved = _kept(ctx)
+    shapes = [saved[0], *inputs.states]
     d = [torch.zeros_like(s) if g is None else g for g, s in zip(grads, shapes, strict=False)]
+    x, weights, lengths, states = inputs
     found = torch.ops.gpu_rnn.rnn_backward(
-        d[0], d[1:], *tensors, lengths, list(states), list(saved), ctx.program, ctx.options
+        d[0], d[1:], list(saved), x, *weights, lengths, states, ctx.program, ctx.options
     )
-    weights = [None if t is None else g for t, g in zip(tensors, found, strict=False)]
-    return *weights, None, list(found[7:]), None, None
+    return *_given(inputs, found), None, list(found[1 + WEIGHTS :]), None, None
+
+
+def _given(inputs: Inputs, found: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The gradients of x and the weights, None for a weight that the layer does not have."""
+    return [None if t is None else d for t, d in zip((inputs.x, *inputs.weights), found, strict=False)]
+
+
+def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    d_y, d_final, _, *given, program, options = inputs
+    _keep(ctx, Inputs.of(*given), [d_y, *d_final], program, options)
+
+
+def _second(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    inputs, d_outputs = _kept(ctx)
+    found_d, found = execution.second_vjp(
+        ctx.program, Options.decode(ctx.options), inputs.lengths, inputs.primals, d_outputs, grads
+    )
+    states = list(found[1 + WEIGHTS :])
+    return found_d[0], list(found_d[1:]), None, *_given(inputs, found), None, states, None, None
 
 
 rnn.register_autograd(_backward, setup_context=_setup)
-
-
-def _setup_second(ctx, inputs, output) -> None:
-    d_y, d_final, *tensors, lengths, states, _, program, options = inputs
-    ctx.program, ctx.options, ctx.count = program, options, len(states)
-    ctx.save_for_backward(d_y, *d_final, *tensors, lengths, *states)
-
-
-def _second(ctx, grads):
-    count = ctx.count
-    d_outputs, rest = ctx.saved_tensors[: 1 + count], ctx.saved_tensors[1 + count :]
-    tensors, lengths, states = rest[:7], rest[7], rest[8:]
-    found_d, found = second_vjp(
-        ctx.program, Options.decode(ctx.options), lengths, [*tensors, *states], d_outputs, grads
-    )
-    return found_d[0], list(found_d[1:]), *found[:7], None, list(found[7:]), None, None, None
-
-
 rnn_backward.register_autograd(_second, setup_context=_setup_second)
-
-
-def second_vjp(
-    text: str,
-    options: Options,
-    lengths: Tensor | None,
-    primals: Sequence[Tensor | None],
-    d_outputs: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
-) -> tuple[tuple[Tensor, ...], list[Tensor | None]]:
-    """The gradients of `d_outputs` and of the primals, given those of `vjp`'s results."""
-    present = [index for index, primal in enumerate(primals) if primal is not None]
-    count = len(d_outputs)
-
-    def gradient(*given: Tensor) -> tuple[Tensor, ...]:
-        values: list[Tensor | None] = [None] * len(primals)
-        for index, value in zip(present, given[count:], strict=True):
-            values[index] = value
-        found = vjp(text, options, lengths, values, given[:count])
-        return tuple(found[index] for index in present)  # type: ignore[misc]
-
-    _, pull = pullback(gradient, *d_outputs, *(primals[index] for index in present))
-    dd = [grads[i] if grads[i] is not None else torch.zeros_like(primals[i]) for i in present]  # type: ignore[arg-type]
-    found = pull(tuple(dd))
-    primal_grads = dict(zip(present, found[count:], strict=True))
-    return found[:count], [primal_grads.get(index) for index in range(len(primals))]

@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import gpu_rnn
 from gpu_rnn import activations, autograd, cells
-from gpu_rnn.ops import Options
+from gpu_rnn.execution import Options
 from gpu_rnn.recurrence import Recurrence
 from gpu_rnn.reference import Weights
 
@@ -153,3 +153,11 @@ def layer(recurrence: Recurrence, backend: str = "auto", **options: object) -> g
     """A small float64 layer with reproducible weights."""
     torch.manual_seed(0)
     return gpu_rnn.Recurrent(recurrence, 2, 3, dtype=torch.float64, backend=backend, **options)  # type: ignore[arg-type]
+
+
+def unmapped(outputs: Any, size: int) -> list[Any]:
+    """What vmap gave, as the list of what the members gave."""
+    if isinstance(outputs, Tensor):
+        return list(outputs)
+    parts = [unmapped(part, size) for part in outputs]
+    return [tuple(part[k] for part in parts) for k in range(size)]

@@ -69,14 +69,14 @@ def stack(
     bias: bool,
     num_layers: int,
     dropout: float,
-    training: bool,
     bidirectional: bool,
     batch_first: bool,
     batch_sizes: Tensor | None,
 ) -> Output:
-    """A whole stack of layers. Arguments as torch._VF's."""
+    """A whole stack of layers. Arguments as torch._VF's; dropout is 0 outside training."""
+    training = dropout > 0 or torch.is_grad_enabled()  # oneDNN keeps what its backward needs only in training
     if x.is_cuda and torch.backends.cudnn.is_acceptable(x):
-        return _Cudnn.call(mode, x, hx, weights, bias, num_layers, dropout if training else 0.0, bidirectional, batch_first, batch_sizes)
+        return _Cudnn.call(mode, x, hx, weights, num_layers, dropout, bidirectional, batch_first, batch_sizes)
     function = FUNCTIONS[mode]
     states: Any = hx if mode == "LSTM" else hx[0]
     if batch_sizes is None:
@@ -103,7 +103,6 @@ class _Cudnn:
         x: Tensor,
         hx: tuple[Tensor, ...],
         weights: Sequence[Tensor],
-        bias: bool,
         num_layers: int,
         dropout: float,
         bidirectional: bool,

@@ -139,7 +139,7 @@ def backward(
     d_final: list[Tensor],
     problem: Problem,
 ) -> tuple[Tensor, Tensor, list[Tensor], Tensor | None, Tensor | None]:
-    """The backward loop; see `ops.LoopGradients`."""
+    """The backward loop; see `execution.LoopGradients`."""
     if pointwise.runs(saved.gates, weights):
         return *pointwise.backward(program, saved, weights, states, lengths, reverse, d_y, d_final, problem), None
     steps = saved.gates.shape[0]

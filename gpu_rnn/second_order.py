@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Second derivatives of a call whose backward pass has none, as cuDNN's: the gradient is taken again on another path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Call = Callable[..., tuple[Tensor, ...]]
+
+
+class _Twice(torch.autograd.Function):
+    """(fast, exact, *tensors) -> outputs of ``fast(*tensors)``; under create_graph the gradient is that of `exact`."""
+
+    @staticmethod
+    def forward(ctx: Any, fast: Call, exact: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            ctx.leaves = [t.detach().requires_grad_(t.requires_grad) for t in tensors]
+            ctx.outputs = fast(*ctx.leaves)
+        ctx.exact = exact
+        ctx.save_for_backward(*tensors)  # also notices when one is changed in place before backward
+        return tuple(out.detach() for out in ctx.outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            found = gradient(ctx.exact(*tensors), tensors, grads, create_graph=True)
+        else:
+            found = gradient(ctx.outputs, ctx.leaves, grads, create_graph=False)
+        return None, None, *found
+
+
+def gradient(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], grads: Sequence[Tensor], *, create_graph: bool
+) -> list[Tensor | None]:
+    """The gradients of those inputs that want one, None for the others."""
+    wanted = [t for t in inputs if t.requires_grad]
+    found = iter(
+        torch.autograd.grad(
+            outputs, wanted, grads, retain_graph=True, create_graph=create_graph, allow_unused=True
+        )
+    )
+    return [next(found) if t.requires_grad else None for t in inputs]
+
+
+def differentiable(fast: Call, exact: Call, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """``fast(*tensors)`` with its own first derivatives and the higher ones of `exact`, which computes the same."""
+    return _Twice.apply(fast, exact, *tensors)

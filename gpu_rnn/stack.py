@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A stack of layers: how it is described to dispatch, and run as a whole by ATen or layer by layer by the loops."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gpu_rnn import autograd, dispatch
+from gpu_rnn.execution import Options
+from gpu_rnn.launch import aten
+from gpu_rnn.problem import Problem, rnn_precision
+from gpu_rnn.recurrence import Recurrence
+from gpu_rnn.reference import Weights
+
+States = tuple[Tensor, ...]
+
+
+class Stack(NamedTuple):
+    """What does not change between the calls of a layer. `dropout` is 0 outside training."""
+
+    recurrence: Recurrence
+    bias: bool = True
+    num_layers: int = 1
+    dropout: float = 0.0
+    bidirectional: bool = False
+    batch_first: bool = False
+    proj_size: int = 0
+    backend: str = "auto"
+
+    @property
+    def reverse(self) -> str:
+        """A character for each direction, "1" where time runs backwards."""
+        return "01" if self.bidirectional else "0"
+
+    def sizes(self, x: Tensor, batch_sizes: Tensor | None) -> tuple[int, int]:
+        """T and B."""
+        if batch_sizes is not None:
+            return batch_sizes.shape[0], int(batch_sizes[0])
+        steps, batch = (x.shape[1], x.shape[0]) if self.batch_first else (x.shape[0], x.shape[1])
+        if steps == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+        return steps, batch
+
+    def hidden(self, weights: Sequence[Tensor]) -> int:
+        """H"""
+        return weights[0].shape[0] // len(self.recurrence.gates)
+
+    def initial(self, x: Tensor, weights: Sequence[Tensor], batch: int) -> States:
+        """The recurrence's own initial values, (D·num_layers, B, ·); states that are alike share one tensor."""
+        rows = self.num_layers * len(self.reverse)
+        widths = [self.hidden(weights)] * len(self.recurrence.states)
+        widths[0] = self.proj_size or widths[0]
+        kinds = list(zip(widths, self.recurrence.initial, strict=True))
+        made = {kind: x.new_full((rows, batch, kind[0]), kind[1]) for kind in dict.fromkeys(kinds)}
+        return tuple(made[kind] for kind in kinds)
+
+    def problem(
+        self, x: Tensor, hx: States | None, weights: Sequence[Tensor], steps: int, batch: int, packed: bool
+    ) -> Problem:
+        """The call as dispatch sees it."""
+        wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights, *(hx or ())))
+        return Problem(
+            self.recurrence,
+            steps,
+            batch,
+            len(self.reverse),
+            x.shape[-1],
+            self.hidden(weights),
+            x.dtype,
+            x.device.type,
+            dispatch.device_of(x.device),
+            "training" if wants_grad else "inference",
+            rnn_precision() if x.is_cuda else "ieee",
+            packed,
+            packed,
+            self.reverse,
+            self.proj_size,
+            self.num_layers,
+            autograd.transforms_active(),
+        )
+
+    def aten(
+        self, x: Tensor, states: States, weights: Sequence[Tensor], batch_sizes: Tensor | None
+    ) -> tuple[Tensor, States]:
+        """The whole stack in ATen's kernels."""
+        return aten.stack(
+            self.recurrence.aten or "",
+            x,
+            states,
+            weights,
+            self.bias,
+            self.num_layers,
+            self.dropout,
+            self.bidirectional,
+            self.batch_first,
+            batch_sizes,
+        )
+
+    def loops(
+        self, x: Tensor, states: States, weights: Sequence[Tensor], batch_sizes: Tensor | None
+    ) -> tuple[Tensor, States]:
+        """One layer after the other in canonical layout."""
+        _check_devices(x, weights, states)
+        x, states, weights = _autocast(x, states, weights)
+        if batch_sizes is not None:
+            padded, lengths = _unpack(x, batch_sizes)
+            y, final = self._layers(padded, states, weights, lengths)
+            return y[_valid(lengths, len(batch_sizes))], final
+        y, final = self._layers(x.transpose(0, 1) if self.batch_first else x, states, weights, None)
+        return y.transpose(0, 1) if self.batch_first else y, final
+
+    def _layers(
+        self, x: Tensor, states: States, weights: Sequence[Tensor], lengths: Tensor | None
+    ) -> tuple[Tensor, States]:
+        """x (T, B, I), states (D·layers, B, ·) -> y (T, B, D·P), final states."""
+        text, options = self.recurrence.text(), Options(self.backend, self.reverse)
+        final: list[list[Tensor]] = []
+        for number in range(self.num_layers):
+            rows = slice(number * len(self.reverse), (number + 1) * len(self.reverse))
+            entering = [state[rows].transpose(0, 1) for state in states]  # (B, N, ·)
+            y, after = autograd.layer(text, options, x, self.canonical(weights, number), lengths, entering)
+            final.append([state.transpose(0, 1) for state in after])
+            x = y.flatten(2)
+            if self.dropout and number < self.num_layers - 1:
+                x = F.dropout(x, self.dropout)
+        return x, tuple(torch.cat(parts) for parts in zip(*final, strict=True))
+
+    def canonical(self, weights: Sequence[Tensor], number: int) -> Weights:
+        """The weights of one layer, the directions stacked along N."""
+        gates, params, projected = len(self.recurrence.gates), bool(self.recurrence.params), bool(self.proj_size)
+        count = 2 + 2 * self.bias + projected + params
+        first = number * len(self.reverse) * count
+        own = [weights[first + d * count : first + (d + 1) * count] for d in range(len(self.reverse))]
+        stacked = [parts[0][None] if len(parts) == 1 else torch.stack(parts) for parts in zip(*own, strict=True)]
+        rest = iter(stacked[2:])
+        biases: list[Any] = [next(rest).unflatten(1, (gates, -1)) for _ in range(2 * self.bias)] or [None, None]
+        w_hr = next(rest) if projected else None
+        w_ih, w_hh = (w.unflatten(1, (gates, -1)) for w in stacked[:2])
+        return Weights(w_ih, w_hh, biases[0], biases[1], next(rest) if params else None, w_hr)
+
+
+def _check_devices(x: Tensor, weights: Sequence[Tensor], states: States) -> None:
+    for kind, tensors in (("parameter", weights), ("hidden", states)):
+        for tensor in tensors:
+            if tensor.device != x.device:
+                raise RuntimeError(
+                    f"Input and {kind} tensors are not at the same device, found input tensor at {x.device} and "
+                    f"{kind} tensor at {tensor.device}"
+                )
+
+
+def _autocast(
+    x: Tensor, states: States, weights: Sequence[Tensor]
+) -> tuple[Tensor, States, Sequence[Tensor]]:
+    """Under autocast a layer computes in autocast's dtype, as torch's do."""
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+        return x, states, weights
+    dtype = torch.get_autocast_dtype(kind)
+    return x.to(dtype), tuple(s.to(dtype) for s in states), [w.to(dtype) for w in weights]
+
+
+def _unpack(data: Tensor, batch_sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """Packed data (sum, I) -> (T, B, I) padded with zeros, and the lengths (B,) of its rows."""
+    lengths = (batch_sizes[None] > torch.arange(int(batch_sizes[0]))[:, None]).sum(1).to(data.device)
+    valid = _valid(lengths, len(batch_sizes))
+    padded = data.new_zeros(*valid.shape, data.shape[-1])
+    return padded.index_put(torch.where(valid), data), lengths
+
+
+def _valid(lengths: Tensor, steps: int) -> Tensor:
+    """(T, B): which steps of which rows exist. Indexing with it gives packed order."""
+    return torch.arange(steps, device=lengths.device)[:, None] < lengths
