@@ -21,14 +21,17 @@ import gpu_rnn
 from gpu_rnn import dispatch
 
 TORCH = "torch.nn"
+PLAIN = (TORCH, "reference")
 # "fp32" multiplies as torch's recurrent layers do by default (tf32 on a GPU), "ieee" in full precision.
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16, "ieee": torch.float32}
 
 # Largest ‖result − reference‖ / ‖reference‖ of any output or gradient: some times the unit roundoff of the products'
 # operands (bf16 4e-3, fp16 and tf32 5e-4, fp32 6e-8), since errors add up over time. Where torch.nn in the same dtype is
-# further off, twice its error is allowed, and never more than MOST.
+# further off, twice its error is allowed.
 TOLERANCE = {"bf16": 2e-2, "fp16": 4e-3, "tf32": 4e-3, "ieee": 1e-4}
-MOST = 0.1
+# Nothing is allowed more than this many times that. Plain PyTorch, the yardstick, is held to this alone: the reference's
+# autograd sums the gradients of the weights step by step in the dtype itself.
+MOST = 5
 REFERENCE_BYTES = 4 * 2**30
 """What the reference's graph may take; above, torch.nn in float64 stands in for it."""
 TENSORS_A_STEP = (
@@ -112,6 +115,10 @@ def build(case: Case, device: torch.device, backends: list[str]) -> Comparison:
     """torch.nn and those of the backends that can run the case, with the same random weights and input."""
     problem, dtype = case.problem, DTYPES[case.dtype]
     layers = [_layer(torch.nn, problem, device, dtype) for _ in range(problem.heads)]
+    for layer in (
+        layers
+    ):  # in training mode cuDNN and oneDNN keep what a backward pass needs, whether one follows or not
+        layer.train(case.direction == "training")
     inputs = _inputs(case, device, layers[0])
     variants = [_torch(layers)]
     verdicts = explain(case, inputs.x)
@@ -168,6 +175,8 @@ def products_as(case: Case) -> Iterator[None]:
 
 def errors(variant: Variant, inputs: Inputs, truth: Outputs) -> dict[str, float]:
     """‖result − truth‖ / ‖truth‖ of every output and gradient; NaN wherever an element was not written."""
+    if inputs.x.is_cuda:
+        variant.call(inputs)()  # compiles, and captures graphs, which must not keep the poison's fills
     with _poisoned():
         found = variant.results(inputs)
     assert found.keys() == truth.keys()
@@ -247,6 +256,7 @@ def _ours(problem: Problem, layers: list[nn.Module], backend: str) -> Variant:
     like = next(layers[0].parameters())
     layer = _layer(gpu_rnn, problem, like.device, like.dtype, backend=backend)
     layer.load_state_dict(layers[0].state_dict())
+    layer.train(layers[0].training)
     if len(layers) == 1:
         weights = {name: (parameter,) for name, parameter in layer.named_parameters()}
         return Variant(backend, lambda x: _flat(layer(x)), weights)

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+import gpu_rnn
+from gpu_rnn import reference
 from gpu_rnn.launch import step
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -123,6 +125,38 @@ def test_a_wrong_backend_is_refused(
         assert row["status"] == (status if bad else "ok"), row
         assert bool(row["median_us"]) is bool(row["ratio"]) is not bad
         assert bool(row["detail"]) is bad
+
+
+@pytest.mark.usefixtures("two_problems")
+def test_a_wrong_reference_refuses_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = reference.forward
+
+    def wrong(*arguments: Any) -> Any:
+        result = forward(*arguments)
+        return result._replace(y=result.y * 1.01)
+
+    monkeypatch.setattr(reference, "forward", wrong)
+    code, rows = measured(tmp_path, *ON_CPU)
+    assert code == 1
+    assert {row["status"] for row in rows if row["variant"] == "torch.nn"} == {"wrong"}
+
+
+@pytest.mark.parametrize("direction", problems.BOTH)
+def test_layers_are_in_the_mode_of_the_direction(direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    modes = []
+    for library in (torch.nn, gpu_rnn):
+        forward = library.LSTM.forward
+
+        def noted(self: Any, x: torch.Tensor, forward: Callable[..., Any] = forward) -> Any:
+            modes.append(self.training)
+            return forward(self, x)
+
+        monkeypatch.setattr(library.LSTM, "forward", noted)
+    case = variants.Case("tiny", problems.SETS["tiny"][0], "fp32", direction)
+    compared = variants.build(case, torch.device("cpu"), ["aten", "step"])
+    for variant in (*compared.variants, compared.truth):
+        variant.results(compared.inputs.to(next(iter(variant.weights.values()))[0].dtype))
+    assert modes == [direction == "training"] * 4
 
 
 def test_the_check_leaves_torch_as_it_was() -> None:
