@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""W_hh stays on chip for the whole sequence (`kernels/triton/resident.py`): its limits, its tiles, its cost, its launch.
+"""W_hh stays on chip for the whole sequence (`kernels/triton/resident.py`): its limits, its cost, its tiles, its launch.
 
 Any recurrence with one product a step. Programs never wait for each other, so any grid is right on any device.
 """
@@ -8,47 +8,152 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gpu_rnn.devices import DEVICES
 from gpu_rnn.launch import interpreter
+from gpu_rnn.launch.generated import triton_module
 from gpu_rnn.problem import Problem
 from gpu_rnn.program import Program
 from gpu_rnn.reference import Result, Weights
 
-LONGEST_PATTERN = 62  # bits of a signed 64-bit argument that are safe to shift
-MOST_IN_GRID_Y = 65535  # CUDA's limit
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+OLDEST = (8, 0)  # the first architecture with bfloat16 products and with a maximum that passes NaN on
+MOST_ACROSS = 65535  # blocks in the second dimension of a CUDA grid, which is N
+LONGEST_PATTERN = 62  # bits of a signed 64-bit argument that can be shifted and tested
+ROWS = 16  # of the batch in a tile: what a tensor-core instruction takes; fewer would be computed all the same
+WARP_BYTES = 128  # of a row of pre-activations, for each warp: 8 values of each of an LSTM's gates for a thread
+
+# Predicted, for `cost`. Peak rates of a multiprocessor: CUDA C++ programming guide, table of arithmetic throughput.
+SHARED_BYTES = 128  # per cycle from shared memory
+LANES, SPECIAL = 128, 16  # fp32 operations, and exponentials or roots, per cycle
+TENSOR_SHARE = 0.6  # of the tensor cores' peak rate that 16-row instructions reach
+FUNCTIONS = ("tanh", "sigmoid", "exp", "expm1", "log", "log1p", "sqrt", "erf", "sin", "cos")
+INSTRUCTIONS = 3.0  # for a unit and operation of the program: an LSTM's time loop, built for sm_90, over its operations
+LATENCY = 700.0  # cycles that nothing hides: the product, two barriers, an exchange of h, the activations in a row
+START = 1e-5  # seconds: launches of projection and kernel
+INTERPRETED = 5e-3  # seconds for a tile's step in Triton's interpreter
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows of the batch that one program owns, its warps, and the steps whose loads are under way together."""
+    """How a problem is cut: rows of the batch, padded units, warps, and steps whose loads are under way together."""
 
     rows: int
+    width: int
     warps: int
     stages: int
 
 
 def padded(hidden: int) -> int:
-    """The width of a kernel's blocks: a power of two, and at least the 16 that tensor cores multiply at once."""
+    """The width of a kernel's blocks: a power of two, and at least 16, the depth of a tensor-core instruction."""
     return max(16, 1 << (hidden - 1).bit_length())
 
 
-def tile(kind: str, direction: str, width: int) -> Tile:
-    return Tile(16, 8 if width >= 128 else 4, 2)
+def shared_memory(program: Program, hidden: int, itemsize: int, backward: bool, stages: int) -> int:
+    """Bytes of a block's shared memory, at most: W_hh, the loads under way, and two fp32 blocks to exchange values."""
+    gates, states, width = len(program.gates), len(program.states), padded(hidden)
+    loaded = gates * itemsize
+    if backward:  # also products, d_y and y, the other states, and all initial ones
+        loaded += (len(program.split) + 2) * itemsize + 4 * (2 * states - 1)
+    return gates * width**2 * itemsize + ROWS * width * ((stages - 1) * loaded + 2 * 4)
+
+
+def tile(program: Program, hidden: int, itemsize: int, backward: bool, available: int) -> Tile:
+    """The tile where a block may use `available` bytes of shared memory."""
+    width = padded(hidden)
+    row = len(program.gates) * width * itemsize
+    warps = max(2 if width == 16 else 4, width // 32, min(16, row // WARP_BYTES))
+    stages = 2 if shared_memory(program, hidden, itemsize, backward, 2) <= available else 1
+    return Tile(ROWS, width, 1 << (warps - 1).bit_length(), stages)
+
+
+def _available(problem: Problem) -> int:
+    """Shared memory for a block; the interpreter plays an H100."""
+    return (problem.device if problem.device.is_gpu else DEVICES["H100"]).shared_memory
+
+
+def _needed(problem: Problem, stages: int) -> int:
+    backward = problem.direction == "backward"
+    return shared_memory(problem.program, problem.H, problem.dtype.itemsize, backward, stages)
+
+
+def _tile(problem: Problem, backward: bool) -> Tile:
+    return tile(problem.program, problem.H, problem.dtype.itemsize, backward, _available(problem))
+
+
+def unsupported(problem: Problem) -> list[str]:
+    """Why this kernel cannot run a problem."""
+    program, device, reasons = problem.program, problem.device, []
+    if find_spec("triton") is None:
+        reasons.append("Triton is not installed (it exists for Linux only)")
+    if not device.is_gpu and not (interpreter.INTERPRETING and problem.device_type == "cpu"):
+        reasons.append(f"needs an NVIDIA GPU, not {problem.device_type} (or TRITON_INTERPRET=1, for tests)")
+    if device.is_gpu and device.capability < OLDEST:
+        reasons.append(f"needs compute capability {OLDEST[0]}.{OLDEST[1]} or newer, which {device.name} has not")
+    if len(program.stages) > 1:
+        reasons.append(f"takes one product a step, {program.name} has {len(program.stages)}")
+    if problem.proj_size:
+        reasons.append("has no projection of h (proj_size)")
+    if problem.dtype not in DTYPES:
+        reasons.append(f"takes float16, bfloat16 and float32, not {str(problem.dtype).removeprefix('torch.')}")
+    if problem.N > MOST_ACROSS or _bits(problem.reverse)[1] > LONGEST_PATTERN:
+        reasons.append(f"takes {MOST_ACROSS} recurrences side by side, directions repeating within {LONGEST_PATTERN}")
+    needed, available = _needed(problem, 1), _available(problem)
+    if needed > available:
+        reasons.append(
+            f"keeps W_hh on chip: with {problem.H} units of {program.name} a block needs {needed >> 10} KiB of shared "
+            f"memory and has {available >> 10}"
+        )
+    return reasons
+
+
+def cost(problem: Problem) -> float:
+    """Predicted seconds."""
+    device, chosen = problem.device, _tile(problem, problem.direction == "backward")
+    tiles = -(-problem.B // chosen.rows) * problem.N
+    steps = problem.T * problem.layers
+    if not device.is_gpu:
+        return steps * tiles * INTERPRETED
+    busy = _busy_cycles(problem, chosen)
+    together = device.sms * max(1, _available(problem) // _needed(problem, chosen.stages))
+    step = max(busy * -(-tiles // device.sms), (busy + LATENCY) * -(-tiles // together))
+    products = problem.flops * problem.I / (problem.I + problem.H) / (device.tensor_flops * 1e12)
+    return START + steps * step / (device.clock * 1e9) + products
+
+
+def _busy_cycles(problem: Problem, chosen: Tile) -> float:
+    """Cycles of the busiest unit of a multiprocessor, for a step of one tile."""
+    device, program = problem.device, problem.program
+    units, weights = chosen.rows * chosen.width, len(program.gates) * chosen.width**2
+    multiplications = TENSOR_SHARE * device.tensor_flops * 1e12 / 2 / (device.sms * device.clock * 1e9)
+    if problem.dtype == torch.float32:
+        multiplications = multiplications / 2 if problem.precision == "tf32" else LANES
+    operations = [op.name for op in program.stages[0].ops]
+    special = 2 * sum(name in FUNCTIONS for name in operations)  # an exponential and a root each
+    passes = 2 if problem.direction == "backward" else 1
+    return max(
+        chosen.rows * weights / multiplications,
+        weights * problem.dtype.itemsize / SHARED_BYTES,
+        units * special / SPECIAL,
+        units * passes * INSTRUCTIONS * len(operations) / LANES,
+    )
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel with everything but a device: what the compile tests build and what runs is the same."""
+    """A kernel with all its arguments: the compile tests build exactly what runs."""
 
     kernel: Any
     grid: tuple[int, int]
     arguments: dict[str, Any]
 
     def __call__(self, like: Tensor) -> None:
+        """Runs it on the current stream of the device of `like`."""
         if 0 in self.grid:
             return
         with torch.cuda.device_of(like), interpreter.arithmetic():
@@ -57,28 +162,53 @@ class Launch:
 
 def _bits(reverse: str) -> tuple[int, int]:
     """`reverse` as a bit mask over its shortest period, and that period."""
-    period = next(p for p in range(1, len(reverse) + 1) if reverse[:p] * (len(reverse) // p) == reverse)
-    return int(reverse[:period][::-1], 2), period
+    lengths = (p for p in range(1, len(reverse) + 1) if reverse[:p] * (len(reverse) // p) == reverse)
+    period = next(lengths, 1)
+    return int(reverse[:period][::-1] or "0", 2), period
 
 
 @lru_cache(maxsize=256)
 def _constants(text: str, step: str) -> dict[str, Any]:
     """What a kernel is compiled for, of a program."""
-    from gpu_rnn.launch import generated
-
     program = Program.parse(text)
-    kept = tuple(program.split.index(gate) if gate in program.split else -1 for gate in program.gates)
     return {
-        "STEP": getattr(generated.triton_module(program), step),
-        "KEPT": kept,
+        "STEP": getattr(triton_module(program), step),
+        "KEPT": tuple(program.split.index(gate) if gate in program.split else -1 for gate in program.gates),
         "R": len(program.split),
         "P": len(program.params),
     }
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """The tensor with its last dimension contiguous, which is all that kernels ask of it."""
+    """The tensor with its last dimension contiguous, which is all that the kernels ask of it."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _whole(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _launch(
+    kernel: Any, chosen: Tile, problem: Problem, *, p_gates: Tensor, reverse: str, **arguments: Any
+) -> Launch:
+    """A launch with what both directions take alike."""
+    steps, batch, n, _, hidden = p_gates.shape
+    bits, period = _bits(reverse)
+    common = {
+        "p_gates": p_gates,
+        "gates_strides": p_gates.stride()[:4],
+        "T": steps,
+        "B": batch,
+        "H": hidden,
+        "reverse": bits,
+        "period": period,
+        "PRECISION": problem.precision,
+        "BLOCK_B": chosen.rows,
+        "BLOCK_H": chosen.width,
+        "STAGES": chosen.stages,
+        "num_warps": chosen.warps,
+    }
+    return Launch(kernel, (-(-batch // chosen.rows), n), common | arguments)
 
 
 def prepare_forward(
@@ -96,16 +226,15 @@ def prepare_forward(
 
     steps, batch, n, _, hidden = gates.shape
     gates = _rows(gates)
-    constants = _constants(program.text, "step_0")
     y = gates.new_empty(steps, batch, n, hidden)
     final = [gates.new_empty(batch, n, hidden) for _ in states]
-    recurrent = gates.new_empty(steps, batch, n, constants["R"], hidden) if save else gates.new_empty(0)
-    kept_states = len(states) - 1 if save else 0
-    inner = gates.new_empty(kept_states, steps, batch, n, hidden, dtype=torch.float32)
+    saved_states, saved_products = (len(states) - 1, len(program.split)) if save else (0, 0)
+    recurrent = gates.new_empty(steps, batch, n, saved_products, hidden)
+    inner = gates.new_empty(saved_states, steps, batch, n, hidden, dtype=torch.float32)
     launch = _launch(
         resident_forward,
+        _tile(problem, backward=False),
         problem,
-        constants,
         p_gates=gates,
         p_recurrent=recurrent,
         p_inner=inner,
@@ -113,12 +242,12 @@ def prepare_forward(
         p_initial=tuple(state.contiguous() for state in states),
         p_final=tuple(final),
         p_w=weights.w_hh.contiguous(),
-        p_b_hh=weights.b_hh.contiguous() if weights.b_hh is not None and program.split else None,
-        p_params=weights.params.contiguous() if weights.params is not None else None,
-        p_lengths=lengths,
-        gates_strides=gates.stride()[:4],
+        p_b_hh=_whole(weights.b_hh) if program.split else None,
+        p_params=_whole(weights.params),
+        p_lengths=_whole(lengths),
         reverse=reverse,
         SAVE=save,
+        **_constants(program.text, "step_0"),
     )
     return launch, Result(y, final, gates if save else gates.new_empty(0), recurrent, inner)
 
@@ -133,75 +262,40 @@ def prepare_backward(
     d_y: Tensor,  # (T, B, N, H)
     d_final: list[Tensor],  # each (B, N, H)
     problem: Problem,
-) -> tuple[Launch, tuple[Tensor, Tensor, list[Tensor], Tensor | None]]:
-    """The launch and the gradients that it fills; those of the parameters are still one for each tile of the batch."""
+) -> tuple[Launch, tuple[Tensor, Tensor, list[Tensor], Tensor]]:
+    """The launch and the gradients that it fills; those of the parameters (tiles, N, P, H), a share from each tile."""
     from gpu_rnn.kernels.triton.resident import resident_backward
 
     _, batch, n, _, hidden = saved.gates.shape
+    chosen = _tile(problem, backward=True)
     gates, d_y = _rows(saved.gates), _rows(d_y)
-    constants = _constants(program.text, "step_0_backward")
-    d_gates = torch.empty_like(gates)
-    d_recurrent = torch.empty_like(saved.recurrent)
-    d_states = [torch.empty_like(state, memory_format=torch.contiguous_format) for state in states]
-    d_params = None
-    if program.params:
-        tiles = -(-batch // _tile(problem).rows)
-        d_params = gates.new_empty(tiles, n, len(program.params), hidden, dtype=torch.float32)
+    d_gates, d_recurrent = torch.empty_like(gates), gates.new_empty(saved.recurrent.shape)
+    d_states = [state.new_empty(state.shape) for state in states]
+    tiles, params = -(-batch // chosen.rows), len(program.params)
+    d_params = gates.new_empty(tiles, n, params, hidden, dtype=torch.float32)
     launch = _launch(
         resident_backward,
+        chosen,
         problem,
-        constants,
         p_gates=gates,
         p_recurrent=saved.recurrent.contiguous(),
         p_inner=saved.inner.contiguous(),
         p_y=saved.y.contiguous(),
         p_initial=tuple(state.contiguous() for state in states),
         p_w=weights.w_hh.contiguous(),
-        p_params=weights.params.contiguous() if weights.params is not None else None,
-        p_lengths=lengths,
+        p_params=_whole(weights.params),
+        p_lengths=_whole(lengths),
         p_d_y=d_y,
         p_d_final=tuple(d.contiguous() for d in d_final),
         p_d_gates=d_gates,
         p_d_recurrent=d_recurrent,
         p_d_initial=tuple(d_states),
         p_d_params=d_params,
-        gates_strides=gates.stride()[:4],
         d_y_strides=d_y.stride()[:3],
         reverse=reverse,
+        **_constants(program.text, "step_0_backward"),
     )
     return launch, (d_gates, d_recurrent, d_states, d_params)
-
-
-def _launch(
-    kernel: Any, problem: Problem, constants: dict[str, Any], *, p_gates: Tensor, reverse: str, **arguments: Any
-) -> Launch:
-    """A launch with what both directions take alike."""
-    steps, batch, n, _, hidden = p_gates.shape
-    chosen = _tile(problem)
-    bits, period = _bits(reverse)
-    return Launch(
-        kernel,
-        (-(-batch // chosen.rows), n),
-        {
-            "p_gates": p_gates,
-            **arguments,
-            **constants,
-            "T": steps,
-            "B": batch,
-            "H": hidden,
-            "reverse": bits,
-            "period": period,
-            "PRECISION": problem.precision,
-            "BLOCK_B": chosen.rows,
-            "BLOCK_H": padded(hidden),
-            "STAGES": chosen.stages,
-            "num_warps": chosen.warps,
-        },
-    )
-
-
-def _tile(problem: Problem) -> Tile:
-    return tile("", problem.direction, padded(problem.H))
 
 
 def forward(
@@ -214,7 +308,7 @@ def forward(
     save: bool,
     problem: Problem,
 ) -> Result:
-    """The forward loop in one launch; see `reference.forward`, whose results it gives. `gates` is overwritten."""
+    """The forward loop in one launch; see `reference.forward`, whose results it gives. Shapes: `prepare_forward`."""
     launch, result = prepare_forward(program, gates, weights, states, lengths, reverse, save, problem)
     launch(gates)
     return result
@@ -231,18 +325,8 @@ def backward(
     d_final: list[Tensor],
     problem: Problem,
 ) -> tuple[Tensor, Tensor, list[Tensor], Tensor | None, None]:
-    """The backward loop in one launch: d_gates, d_recurrent, d_states (before the first step), d_params, d_w_hr."""
-    launch, found = prepare_backward(
-        program, saved, weights, states, lengths, reverse, d_y, d_final, problem
-    )
+    """The backward loop in one launch: d_gates, d_recurrent, d_states (before the first step), d_params, no d_w_hr."""
+    launch, found = prepare_backward(program, saved, weights, states, lengths, reverse, d_y, d_final, problem)
     launch(d_y)
     d_gates, d_recurrent, d_states, d_params = found
-    return d_gates, d_recurrent, d_states, d_params.sum(0) if d_params is not None else None, None
-
-
-def unsupported(problem: Problem) -> list[str]:
-    return []
-
-
-def cost(problem: Problem) -> float:
-    return 1.0
+    return d_gates, d_recurrent, d_states, d_params.sum(0) if program.params else None, None

@@ -219,7 +219,7 @@ def resident_backward(
         before = select(t > 0, before, load_each(p_initial, o_unit, m & (t == 0)))
 
         d = (d_states[0] + d_y,) + d_states[1:]
-        d_a, d_r, d_new, d_p, _ = STEP(a, r, before, b_params, (), d)
+        d_a, d_r, d_new, d_p, _nothing = STEP(a, r, before, b_params, (), d)
         active = m & (t < b_length)[:, None]
         d_states = select((t < b_length)[:, None], d_new, d_states)
         # Two sums, so that the tensor cores need not wait for each other's result.
