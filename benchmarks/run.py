@@ -27,7 +27,7 @@ from variants import TORCH, Case, Comparison, Variant
 
 from gpu_rnn import dispatch, doctor
 
-# A minute less than `make gpu-check` gives, for importing and for the case in hand.
+# Less than `make gpu-check` gives: importing and the case in hand come on top.
 QUICK_SECONDS = 180
 QUICK_TRIALS, TRIALS = 7, 15
 CASE_SECONDS = {"quick": 1.0, "full": 4.0}  # of samples, for all variants of a case
