@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -98,13 +99,15 @@ def _described_layer(options: argparse.Namespace) -> LayerBase:
         "peephole": options.peephole or None,
         "proj_size": options.proj or None,
     }
-    return getattr(gpu_rnn, options.cell.upper())(
-        options.input or options.hidden,
-        options.hidden,
-        options.layers,
-        bidirectional=options.bidirectional,
-        **{name: value for name, value in extra.items() if value is not None},
-    )
+    given = {name: value for name, value in extra.items() if value is not None}
+    make = getattr(gpu_rnn, options.cell.upper())
+    unknown = (
+        given.keys() - inspect.signature(make).parameters.keys() - {"proj_size"}
+    )  # which layers refuse themselves
+    if unknown:
+        raise ValueError(f"a {options.cell} has no {', '.join(sorted(unknown))}")
+    features = options.input or options.hidden
+    return make(features, options.hidden, options.layers, bidirectional=options.bidirectional, **given)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -86,8 +86,9 @@ def _backends(device: torch.device) -> list[str]:
     lines = ["backend".ljust(12) + "".join(name.ljust(26) for name in layers) + "why not"]
     for rows in zip(*tables, strict=True):
         verdicts = ["chosen" if row.chosen else "can run" if row.runs else "no" for row in rows]
-        reasons = dict.fromkeys(reason for row in rows for reason in row.reasons)
-        lines.append(rows[0].backend.ljust(12) + "".join(v.ljust(26) for v in verdicts) + "; ".join(reasons))
+        first, *others = dict.fromkeys(reason for row in rows for reason in row.reasons) or [""]
+        lines.append((rows[0].backend.ljust(12) + "".join(v.ljust(26) for v in verdicts) + first).rstrip())
+        lines += [" " * 64 + reason for reason in others]
     return lines
 
 

@@ -21,8 +21,13 @@ __all__ = ["draw"]
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-OURS_LINE = {"lw": 1.6, "zorder": 3}  # drawn over torch.nn's, which on a CPU it coincides with
-THEIRS_LINE = {"lw": 6, "alpha": 0.3, "solid_capstyle": "round", "zorder": 2}
+OURS_LINE: dict[str, Any] = {
+    "lw": 1.6,
+    "marker": "o",
+    "ms": 3,
+    "zorder": 3,
+}  # drawn over torch.nn's, which on a CPU it coincides with
+THEIRS_LINE: dict[str, Any] = {"lw": 6, "alpha": 0.3, "solid_capstyle": "round", "zorder": 2}
 
 
 def draw(
@@ -71,7 +76,7 @@ def _draw_accuracy(axes: Axes, runs: Sequence[Run]) -> None:
     final = 100 * min(min(run.final) for run in runs)
     axes.set_ylim(max(lowest, final - 15) - 1, 100)  # the first epochs would squeeze the rest
     axes.set(xlabel="epoch", ylabel="test accuracy, %")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(alpha=0.25)
 
 
@@ -86,7 +91,14 @@ def _draw_times(axes: Axes, pairs: Sequence[tuple[float, float]], title: str) ->
         centre = ((ours * theirs) ** 0.5, row)
         place: dict[str, Any] = {"textcoords": "offset points", "ha": "center"}
         axes.annotate(f"{theirs / ours:.2f}×", centre, (0, 9), weight="bold", **place)
-        axes.annotate(f"{ours:.3g} / {theirs:.3g} ms", centre, (0, -19), fontsize=9, color="0.3", **place)
+        axes.annotate(
+            f"{_milliseconds(ours)} / {_milliseconds(theirs)} ms",
+            centre,
+            (0, -19),
+            fontsize=9,
+            color="0.3",
+            **place,
+        )
     ours, theirs = zip(*milliseconds, strict=True)
     axes.scatter(ours, rows, color=COLOURS[0], s=70, label="gpu_rnn", zorder=3)
     axes.scatter(theirs, rows, color="0.55", s=120, label="what it stands beside", zorder=2)
@@ -96,6 +108,10 @@ def _draw_times(axes: Axes, pairs: Sequence[tuple[float, float]], title: str) ->
     axes.xaxis.set_minor_formatter("")
     axes.margins(x=0.3)
     axes.grid(axis="x", alpha=0.25)
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _save(figure: Figure, path: Path) -> None:
