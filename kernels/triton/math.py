@@ -22,11 +22,11 @@ def one_over(x):
 
 @triton.jit
 def tanh(x):
-    """x + x³ P(x²) below 0.55 (largest relative error 6.3e-8), else 1 − 2 / (e^2|x| + 1) with the sign of x."""
+    """x + x³ P(x²) below 0.55 (relative error below 6.6e-8, in fp32 at 200,000 points), else 1 − 2 / (e^2|x| + 1) with the sign of x."""
     u = x * x
     p = -0.00661575 * u + 0.02131274
     p = p * u - 0.05391007
-    p = p * u + 0.13331118
+    p = p * u + 0.13333118
     p = p * u - 0.33333332
     far = 1.0 - 2.0 * one_over(tl.exp2(tl.abs(x) * (2.0 * LOG2_E)) + 1.0)
     return tl.where(tl.abs(x) < 0.55, x + x * u * p, tl.where(x < 0, -far, far))
@@ -39,7 +39,7 @@ def sigmoid(x):
 
 @triton.jit
 def expm1(x):
-    """x + x² Q(x) below 0.5 (largest relative error 3e-8), else e^x − 1."""
+    """x + x² Q(x) below 0.5 (relative error below 8.2e-8, likewise), else e^x − 1."""
     q = 2.49397424e-05 * x + 1.99621861e-04
     q = q * x + 1.38886728e-03
     q = q * x + 8.33318204e-03
@@ -60,8 +60,8 @@ def log1p(x):
 
 @triton.jit
 def sign(x):
-    """As torch.sign, but NaN gives NaN."""
-    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, x * 0.0))
+    """0 for NaN too, as torch.sign."""
+    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0))
 
 
 @triton.jit
@@ -77,4 +77,4 @@ def maximum(x, y):
 @triton.jit
 def clamp(x, low, high):
     """NaN stays NaN, as in torch.clamp."""
-    return maximum(minimum(x, high), low)
+    return minimum(maximum(x, low), high)
