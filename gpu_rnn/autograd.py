@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import peek_interpreter_stack
+from torch._C._functorch import TransformType, get_interpreter_stack, peek_interpreter_stack
 
 from gpu_rnn import batching, execution, reference
 from gpu_rnn import ops as ops  # registers the custom ops
@@ -28,6 +28,12 @@ WEIGHTS = len(Weights._fields)
 def transforms_active() -> bool:
     """Whether a functorch transform or forward-mode differentiation is going on."""
     return peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+def _forward_levels() -> int:
+    """How many forward-mode transforms are nested. torch takes what a Function's jvp returns for a constant of the outer
+    ones, so from two on only plain operations are right."""
+    return sum(level.key() == TransformType.Jvp for level in get_interpreter_stack() or ())
 
 
 def layer(
@@ -46,7 +52,7 @@ def layer(
         options = options._replace(save=wants_grad and not torch.compiler.is_exporting())
         y, *rest = torch.ops.gpu_rnn.rnn(x, *weights, lengths, list(states), text, options.encode())
         return y, rest[: len(states)]
-    if options.backend == "reference" or x.is_complex():
+    if options.backend == "reference" or x.is_complex() or _forward_levels() > 1:
         result = reference.forward(Program.parse(text), x, weights, list(states), lengths, options.reverse)
         return result.y, result.final
     transformed = transforms_active()

@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections import namedtuple
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,18 @@ def trace(
         TraceError: the step branches on values, closes over a tensor, draws random numbers, uses an operation outside
             `gpu_rnn.operations`, or returns something else than one value for each state.
     """
+    # A cell may meet its first call inside a torch.func transform, a tracer, inference_mode or a device context. All of
+    # these belong to their thread, and a new one has none.
+    with ThreadPoolExecutor(max_workers=1) as clean:
+        return clean.submit(_trace, name, states, params, stages).result()
+
+
+def _trace(
+    name: str,
+    states: Sequence[tuple[str, float]],
+    params: Sequence[str],
+    stages: Sequence[tuple[Sequence[str], Step]],
+) -> Program:
     gates = [gate for stage_gates, _ in stages for gate in stage_gates]
     _check_names(name, gates, [state for state, _ in states], params)
     traced = []
