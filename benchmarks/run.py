@@ -190,7 +190,7 @@ def _enter(rows: dict[str, Row], timings: dict[str, timing.Timing], steps: int) 
             trials=len(found.samples),
             calls=found.calls,
             timing=found.how,
-            ratio=f"{theirs.median / found.median:.3f}" if theirs else "",
+            ratio=f"{theirs.median / found.median:.4g}" if theirs else "",
         )
 
 
