@@ -15,7 +15,7 @@ from types import ModuleType
 
 from gpu_rnn import devices
 from gpu_rnn.launch import aten, plain, resident, step
-from gpu_rnn.problem import Problem
+from gpu_rnn.problem import Problem, rnn_precision
 
 BACKENDS: dict[str, ModuleType] = {"resident": resident, "aten": aten, "step": step, "reference": plain}
 LOOPS = ("resident", "step", "reference")
@@ -109,4 +109,6 @@ def explain(problem: Problem, backend: str = "auto") -> list[Row]:
 def described(problem: Problem, name: str) -> Problem:
     """The same problem on a device described by name, such as "H100"."""
     device = devices.describe(name)
-    return replace(problem, device=device, device_type="cuda" if device.is_gpu else "cpu")
+    if not device.is_gpu:
+        return replace(problem, device=device, device_type="cpu", precision="ieee")
+    return replace(problem, device=device, device_type="cuda", precision=rnn_precision())

@@ -28,7 +28,7 @@ def unsupported(problem: Problem) -> list[str]:
     """Why ATen cannot run a problem."""
     reasons = []
     if problem.recurrence.aten is None:
-        reasons.append(f"ATen has the standard LSTM, GRU and RNN only, not {problem.recurrence.name} with these options")
+        reasons.append(f"ATen has LSTM, GRU and RNN with their standard activations only, not this {problem.recurrence.name}")
     if problem.transforms:
         reasons.append("ATen's recurrent kernels have no rules for torch.func transforms and forward-mode derivatives")
     if problem.lengths and not problem.packed:

@@ -19,7 +19,8 @@ from gpu_rnn.products import inputs_over_time, state_dtype
 from gpu_rnn.program import Program, evaluate, lookup
 from gpu_rnn.reference import Result, Weights, processing_order, reorder
 
-CPU_OPERATION, GPU_STEP = 3e-6, 5e-6  # seconds; predicted
+# Seconds, predicted. The GPU's is above ATen's on purpose: as long as nothing is measured, what cuDNN can run stays there.
+CPU_OPERATION, GPU_STEP = 3e-6, 8e-6
 
 
 def unsupported(problem: Problem) -> list[str]:
