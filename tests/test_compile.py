@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The resident kernel built for six architectures, without a GPU, at the largest size that it claims to run.
+
+What is built is the launcher's own launch with tensors that have no memory. Triton's compiler accepts what does not
+fit, so the budgets are asserted here: shared memory within a block's limit and within what the launcher predicts, and
+no access to local memory in the time loop. (ptxas now and then keeps a few bytes aside before the loop and takes them
+back after it, with registers left: that costs nothing.)
+
+``python tests/test_compile.py`` prints the table of budgets in kernels/README.md.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import subprocess
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import loop_support as support
+import pytest
+import torch
+
+from gpu_rnn import devices
+from gpu_rnn.launch import resident
+from gpu_rnn.problem import DIRECTIONS, Problem
+from gpu_rnn.reference import Result, Weights
+
+ARCHITECTURES = {80: "A100", 86: "RTX 3090", 89: "RTX 4090", 90: "H100", 100: "B200", 120: "RTX 5090"}
+SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}  # CUDA C++ programming guide
+KINDS = {
+    "fp16": (torch.float16, "ieee"),
+    "bf16": (torch.bfloat16, "ieee"),
+    "tf32": (torch.float32, "tf32"),
+    "fp32": (torch.float32, "ieee"),
+}
+CELLS = [name for name, recurrence in support.RECURRENCES.items() if len(recurrence.stage_gates) == 1]
+STACK = 64  # bytes; the largest of the full matrix is 40
+
+
+@dataclass(frozen=True)
+class Build:
+    """What a kernel takes on a device."""
+
+    registers: int
+    stack: int
+    shared: int
+    spills: int  # accesses to local memory in the time loop
+
+
+def problem(cell: str, kind: str, direction: str, architecture: int, hidden: int, lengths: bool = False) -> Problem:
+    dtype, precision = KINDS[kind]
+    device = devices.describe(ARCHITECTURES[architecture])
+    recurrence = support.RECURRENCES[cell]
+    return Problem(
+        recurrence, 100, 64, 2, 8, hidden, dtype, "cuda", device, direction, precision, lengths, reverse="01"
+    )
+
+
+def limit(cell: str, kind: str, direction: str, architecture: int) -> int:
+    """The largest number of units that the launcher takes."""
+    widths = [16 << k for k in range(10)]
+    return max(w for w in widths if not resident.unsupported(problem(cell, kind, direction, architecture, w)))
+
+
+def launch(given: Problem) -> resident.Launch:
+    """The launcher's launch, of tensors without memory."""
+
+    def empty(*shape: int, dtype: torch.dtype = given.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    program, T, B, N, H = given.program, given.T, given.B, given.N, given.H
+    G, R, P = len(program.gates), len(program.split), len(program.params)
+    params = empty(N, P, H) if P else None
+    weights = Weights(empty(N, G, H, given.I), empty(N, G, H, H), empty(N, G, H), empty(N, G, H), params)
+    states = [empty(B, N, H) for _ in program.states]
+    gates, y = empty(T, B, N, G, H), empty(T, B, N, H)
+    lengths = empty(B, dtype=torch.int64) if given.lengths else None
+    if given.direction != "backward":
+        save = given.direction == "training"
+        return resident.prepare_forward(program, gates, weights, states, lengths, given.reverse, save, given)[0]
+    inner = empty(len(states) - 1, T, B, N, H, dtype=torch.float32)
+    saved = Result(y, states, gates, empty(T, B, N, R, H), inner)
+    return resident.prepare_backward(program, saved, weights, states, lengths, given.reverse, y, states, given)[0]
+
+
+class NoDevice:
+    """The part of a Triton driver that compiling needs."""
+
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
+
+    def get_current_device(self) -> int:
+        return self.architecture  # Triton keeps what it compiles by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.architecture, 32)
+
+
+def tool(name: str, *arguments: str) -> str:
+    """The output of a CUDA tool from Triton's wheel."""
+    from triton.backends import nvidia
+
+    command = [str(Path(nvidia.__file__).parent / "bin" / name), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def time_loop(assembly: str) -> list[str]:
+    """The instructions of the longest loop."""
+    lines = assembly.splitlines()
+    labels = {match[1]: k for k, line in enumerate(lines) if (match := re.match(r"(\.L_\w+):", line))}
+    loops = []
+    for k, line in enumerate(lines):
+        match = re.search(r"BRA\S* .*`\((\.L_\w+)\)", line)
+        if match and labels.get(match[1], k) < k:
+            loops.append(lines[labels[match[1]] : k])
+    return max(loops, key=len)
+
+
+def build(given: Problem, folder: Path) -> Build:
+    """Compiles what would be launched."""
+    from triton.runtime.driver import driver
+
+    prepared, architecture = launch(given), 10 * given.device.capability[0] + given.device.capability[1]
+    before = driver._active
+    driver.set_active(NoDevice(architecture))
+    try:
+        compiled = prepared.kernel.warmup(grid=prepared.grid, **prepared.arguments)
+    finally:
+        driver._active = before
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    usage = tool("cuobjdump", "-res-usage", str(cubin))
+    found = {name: int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK")}  # type: ignore[index]
+    loop = time_loop(tool("nvdisasm", "-c", str(cubin)))
+    spills = sum(bool(re.search(r"\b(LDL|STL)\b", line)) for line in loop)
+    return Build(found["REG"], found["STACK"], compiled.metadata.shared, spills)
+
+
+Case = tuple[int, str, str, str, bool]  # architecture, direction, kind, cell, lengths
+EVERY = (list(ARCHITECTURES), list(DIRECTIONS), list(KINDS), CELLS, [False, True])
+
+
+@lru_cache(maxsize=1)
+def pairwise() -> list[Case]:
+    """Cases in which every two values of two axes meet; of random candidates the one that adds most pairs."""
+    rng = random.Random(0)
+    pairs = {(i, a, j, b) for i in range(5) for j in range(i) for a, b in product(EVERY[i], EVERY[j])}
+    chosen = []
+
+    def new(case: tuple[Any, ...]) -> set[tuple[Any, ...]]:
+        return {(i, case[i], j, case[j]) for i in range(5) for j in range(i)} & pairs
+
+    while pairs:
+        case = max((tuple(rng.choice(axis) for axis in EVERY) for _ in range(200)), key=lambda c: len(new(c)))
+        pairs -= new(case)
+        chosen.append(case)
+    return chosen  # type: ignore[return-value]
+
+
+def check(case: Case, folder: Path) -> None:
+    architecture, direction, kind, cell, lengths = case
+    hidden = limit(cell, kind, direction, architecture)
+    given = problem(cell, kind, direction, architecture, hidden, lengths)
+    found = build(given, folder)
+    assert found.spills == 0
+    assert found.stack <= STACK
+    chosen = resident._tile(given, direction == "backward")
+    predicted = resident.shared_memory(given.program, hidden, given.dtype.itemsize, direction == "backward", chosen.stages)
+    assert found.shared <= predicted <= SHARED_MEMORY[architecture]
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("case", pairwise(), ids=lambda case: "-".join(map(str, case)))
+def test_builds_at_the_limit(case: Case, tmp_path: Path) -> None:
+    check(case, tmp_path)
+
+
+@pytest.mark.compile
+@pytest.mark.slow
+@pytest.mark.parametrize("case", list(product(*EVERY)), ids=lambda case: "-".join(map(str, case)))
+def test_builds_everywhere(case: Case, tmp_path: Path) -> None:
+    check(case, tmp_path)
