@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gpu_rnn.program import Program, evaluate, lookup
@@ -41,14 +42,22 @@ class Result(NamedTuple):
     inner: Tensor  # (number of states - 1, T, B, N, H)
 
 
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which states live and sums are taken: fp32 for 16-bit storage."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
 def project(x: Tensor, weights: Weights, program: Program) -> Tensor:
     """W_ih x + b_ih for all steps, with b_hh added where a gate is a sum. x (T, B, I) or (T, B, N, I) -> (T, B, N, G, H)."""
-    equation = "tbi,nghi->tbngh" if x.dim() == 3 else "tbni,nghi->tbngh"
-    gates = torch.einsum(equation, x, weights.w_ih)
-    if weights.b_ih is None or weights.b_hh is None:
-        return gates
-    summed = torch.tensor([[g in program.summed] for g in program.gates], device=x.device)  # (G, 1)
-    return gates + weights.b_ih + torch.where(summed, weights.b_hh, 0)
+    bias = None
+    if weights.b_ih is not None and weights.b_hh is not None:
+        summed = torch.tensor([[g in program.summed] for g in program.gates], device=x.device)  # (G, 1)
+        bias = weights.b_ih + torch.where(summed, weights.b_hh, 0)
+    if x.dim() == 3:  # one product for all N
+        flat = F.linear(x, weights.w_ih.flatten(0, 2), None if bias is None else bias.flatten())
+        return flat.unflatten(-1, weights.w_ih.shape[:3])
+    gates = torch.einsum("tbni,nghi->tbngh", x, weights.w_ih)
+    return gates if bias is None else gates + bias
 
 
 def processing_order(steps: int, lengths: Tensor | None, reverse: str, device: torch.device) -> Tensor | None:
@@ -99,19 +108,15 @@ def forward(
         if save:
             saved_gates.append(pre)
             saved_recurrent.append(recurrent)
-            saved_inner.append(torch.stack([gates.new_empty(0), *states[1:]][1:]) if states[1:] else pre.new_empty(0))
+            saved_inner.append(torch.stack(states[1:], 2) if states[1:] else pre[:, :, :0])
     y = reorder(torch.stack(outputs), order)
     if not save:
         empty = y.new_empty(0)
         return Result(y, states, empty, empty, empty)
-    inner = torch.stack(saved_inner, 1) if states[1:] else y.new_empty(0)
-    return Result(
-        y,
-        states,
-        reorder(torch.stack(saved_gates), order),
-        reorder(torch.stack(saved_recurrent), order) if program.split else y.new_empty(0),
-        torch.stack([reorder(state, order) for state in inner]) if states[1:] else inner,
+    gates, recurrent, inner = (
+        reorder(torch.stack(each), order) for each in (saved_gates, saved_recurrent, saved_inner)
     )
+    return Result(y, states, gates, recurrent, inner.movedim(3, 0).to(state_dtype(y.dtype)))
 
 
 class _Step:
@@ -147,5 +152,5 @@ class _Step:
         new = [lookup(values, out, like) for out in program.stages[-1].outputs]
         if weights.w_hr is not None:
             new[0] = torch.einsum("bnh,nph->bnp", new[0], weights.w_hr)
-        recurrent = torch.stack(kept, 2) if kept else like.new_empty(0)
-        return new, torch.stack(pre, 2), recurrent
+        gates = torch.stack(pre, 2)
+        return new, gates, torch.stack(kept, 2) if kept else gates[:, :, :0]
