@@ -9,7 +9,6 @@ least-squares fits of ours at Chebyshev nodes, rounded to fp32.
 import triton
 import triton.language as tl
 
-
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 

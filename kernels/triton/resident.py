@@ -205,7 +205,6 @@ def resident_backward(
     for i in tl.range(0, T, num_stages=STAGES):
         t = T - 1 - i
         o_t = time_of(t, b_length, reversed_)
-        o_y = (o_t * B * N + o_row) * H + o_h[None, :]
         o_r = (o_t * B * N + o_row) * R * H + o_h[None, :]
         a = as_float(load_blocks(p_gates + o_gates + o_t * stride_t, stride_g, m, G))
         r = as_float(load_blocks(p_recurrent + o_r, H, m, R)) if R else ()

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The resident kernel against the float64 reference: values, final states and all gradients, interpreted and on a GPU.
+
+Outputs are allocated full of NaN, so an element that nobody writes fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import loop_support as support
+import pytest
+import torch
+from pairwise import pairwise
+from torch import Tensor
+
+from gpu_rnn import cells, devices
+from gpu_rnn.launch import resident
+from gpu_rnn.problem import Problem
+from gpu_rnn.recurrence import Recurrence
+from gpu_rnn.reference import project
+
+CELLS = [name for name, recurrence in support.RECURRENCES.items() if len(recurrence.stage_gates) == 1]
+ACTIVATIONS = ["tanh", "relu", "hard_sigmoid", "gelu", "softplus", "silu"]  # of every shape: all are in test_codegen.py
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+SHAPES = [(1, 1, 1), (5, 3, 20), (4, 17, 16), (3, 5, 33), (6, 2, 9), (2, 16, 48)]  # T, B, H
+LAYOUTS = ["0", "1", "01", "0 lengths", "1 lengths", "01 lengths"]  # directions; rows with lengths of their own
+CASES = pairwise(CELLS, ACTIVATIONS, DTYPES, SHAPES, LAYOUTS, [True, False])
+TIGHT = 2e-5  # float32 against float64, relative to the largest value
+Case = tuple[str, str, torch.dtype, tuple[int, int, int], str, bool]
+
+
+@pytest.fixture(autouse=True)
+def settings() -> Iterator[None]:
+    """Uninitialised memory is NaN; fp32 products in full precision."""
+    before = torch.backends.cudnn.rnn.fp32_precision
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.rnn.fp32_precision = "ieee"
+    yield
+    torch.backends.cudnn.rnn.fp32_precision = before
+    torch.use_deterministic_algorithms(False)
+
+
+def recurrence_of(cell: str, activation: str) -> Recurrence:
+    make = support.WITH_ACTIVATIONS.get(cell)
+    return make(activation, "sigmoid") if make else support.RECURRENCES[cell]
+
+
+def inputs_of(recurrence: Recurrence, shape: tuple[int, int, int], layout: str, bias: bool) -> support.Inputs:
+    steps, batch, hidden = shape
+    reverse, *with_lengths = layout.split()
+    lengths = tuple((3 * row + 1) % (steps + 1) for row in range(batch)) if with_lengths else None
+    return support.make(recurrence, T=steps, B=batch, H=hidden, reverse=reverse, bias=bias, lengths=lengths, scale=0.3)
+
+
+def errors(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
+    """The largest error of each tensor, relative to its largest value; NaN counts as infinite."""
+    result = {}
+    for name, exact in truth.items():
+        scale = max(exact.abs().max().item(), 1.0) if exact.numel() else 1.0
+        difference = (found[name].double().cpu() - exact).abs().nan_to_num(nan=float("inf"))
+        result[name] = difference.max().item() / scale if exact.numel() else 0.0
+    return result
+
+
+def check(case: Case, device: str) -> None:
+    cell, activation, dtype, shape, layout, bias = case
+    recurrence = recurrence_of(cell, activation)
+    rounded = inputs_of(recurrence, shape, layout, bias).to(dtype)
+    truth = support.values_and_gradients(recurrence, rounded.to(torch.float64), "reference")
+    found = errors(support.values_and_gradients(recurrence, moved(rounded, device), "resident"), truth)
+    if dtype == torch.float32:
+        assert max(found.values()) < TIGHT, found
+        return
+    plain = errors(support.values_and_gradients(recurrence, rounded, "reference"), truth)
+    floor = 2 * torch.finfo(dtype).eps
+    assert all(found[name] <= 2 * plain[name] + floor for name in truth), (found, plain)
+
+
+def moved(inputs: support.Inputs, device: str) -> support.Inputs:
+    """The same on a device, as new leaves."""
+
+    def move(tensor: Tensor | None) -> Any:
+        return None if tensor is None else tensor.detach().to(device).requires_grad_(tensor.requires_grad)
+
+    weights = support.Weights(*map(move, inputs.weights))
+    states = [move(state) for state in inputs.states]
+    return support.Inputs(move(inputs.x), weights, states, move(inputs.lengths), inputs.reverse)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_interpreted(case: Case) -> None:
+    check(case, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_on_a_gpu(case: Case) -> None:
+    check(case, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cell", CELLS)
+def test_many_steps_at_the_limit_on_a_gpu(cell: str, dtype: torch.dtype) -> None:
+    problem = replace(described(cell, dtype=dtype), device=devices.of(torch.device("cuda")), direction="backward")
+    widths = [w for w in (64, 128, 256) if not resident.unsupported(replace(problem, H=w))]
+    check((cell, "tanh", dtype, (60, 70, widths[-1]), "01 lengths", True), "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_tf32_on_a_gpu(cell: str) -> None:
+    torch.backends.cudnn.rnn.fp32_precision = "tf32"
+    recurrence = support.RECURRENCES[cell]
+    inputs = inputs_of(recurrence, (20, 33, 64), "01", True)
+    truth = support.values_and_gradients(recurrence, inputs, "reference")
+    found = support.values_and_gradients(recurrence, moved(inputs.to(torch.float32), "cuda"), "resident")
+    assert max(errors(found, truth).values()) < 20 * 2.0**-11  # TF32 has 10 bits after the point
+
+
+def described(cell: str = "lstm", **changes: Any) -> Problem:
+    """A problem that an H100 can run."""
+    sizes = {"T": 100, "B": 64, "N": 2, "I": 8, "H": 64, "reverse": "01"}
+    device = {"device_type": "cuda", "device": devices.describe("H100")}
+    return replace(Problem(support.RECURRENCES[cell], **sizes, **device), **changes)
+
+
+def launched(save: bool, padding: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """The gates as the kernel leaves them, and all results; `padding` fills what lies beyond the rows' lengths."""
+    recurrence = support.RECURRENCES["gru"]
+    inputs = inputs_of(recurrence, (5, 3, 20), "01 lengths", True).to(torch.float32)
+    assert inputs.lengths is not None
+    beyond = (torch.arange(5)[:, None] >= inputs.lengths)[:, :, None, None]  # (T, B, 1, 1)
+    weights = support.Weights(*(None if w is None else w.detach() for w in inputs.weights))
+    states = [state.detach() for state in inputs.states]
+    gates = project(inputs.x.detach(), weights, recurrence.program)
+    gates = gates.masked_fill(beyond[..., None], padding)
+    given = Problem(recurrence, 5, 3, 2, 2, 20, direction="training" if save else "inference", reverse="01")
+    result = resident.forward(recurrence.program, gates, weights, states, inputs.lengths, "01", save, given)
+    if not save:
+        return gates, {"y": result.y, "gates": result.gates, "recurrent": result.recurrent, "inner": result.inner}
+    d_y = torch.ones_like(result.y).masked_fill(beyond, padding)
+    backward = replace(given, direction="backward")
+    d_gates, d_recurrent, d_states, _, _ = resident.backward(
+        recurrence.program, result, weights, states, inputs.lengths, "01", d_y, states, backward
+    )
+    return gates, {"y": result.y, "h": result.final[0], "d_gates": d_gates, "d_r": d_recurrent, "d_h": d_states[0]}
+
+
+@pytest.mark.interpreter
+def test_nan_in_the_padding_does_not_leak() -> None:
+    _, found = launched(save=True, padding=float("nan"))
+    _, truth = launched(save=True, padding=0.0)
+    torch.testing.assert_close(found, truth, rtol=0, atol=0)
+
+
+@pytest.mark.interpreter
+def test_inference_saves_nothing() -> None:
+    gates, found = launched(save=False, padding=0.0)
+    untouched, _ = launched(save=False, padding=0.0)
+    assert [found[name].numel() for name in ("gates", "recurrent", "inner")] == [0, 0, 0]
+    torch.testing.assert_close(gates, untouched, rtol=0, atol=0)
+    assert found["y"].isfinite().all()
+
+
+@pytest.mark.interpreter
+def test_an_empty_batch_launches_nothing() -> None:
+    recurrence = support.RECURRENCES["lstm"]
+    inputs = inputs_of(recurrence, (5, 0, 4), "0", True).to(torch.float32)
+    found = support.values_and_gradients(recurrence, inputs, "resident")
+    assert found["y"].shape == (5, 0, 1, 4)
+    assert not found["d w_hh"].any()
+
+
+@pytest.mark.interpreter
+def test_a_users_recurrence_shows_in_the_profiler() -> None:
+    recurrence = support.minimal_gated_unit(slope=2.0)
+    inputs = inputs_of(recurrence, (3, 2, 4), "0", True).to(torch.float32)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        support.values_and_gradients(recurrence, inputs, "resident")
+    assert {"gpu_rnn::resident_forward", "gpu_rnn::resident_backward"} <= {event.key for event in profile.key_averages()}
+
+
+REFUSED = {
+    "needs an NVIDIA GPU": {"device": devices.CPU, "device_type": "mps"},
+    "needs compute capability 8.0": {"device": replace(devices.describe("A100"), name="V100", capability=(7, 0))},
+    "takes one product a step": {"recurrence": cells.gru(reset_after=False)},
+    "has no projection": {"proj_size": 8},
+    "not float64": {"dtype": torch.float64},
+    "65535 recurrences": {"N": 65536, "reverse": "0" * 65536},
+    "with 129 units of lstm a block needs 544 KiB of shared memory and has 227": {"H": 129, "dtype": torch.bfloat16},
+}
+
+
+@pytest.mark.parametrize(("reason", "changes"), REFUSED.items())
+def test_refusals_say_why(reason: str, changes: dict[str, Any]) -> None:
+    pytest.importorskip("triton")
+    assert resident.unsupported(described()) == []
+    reasons = resident.unsupported(described(**changes))
+    assert len(reasons) == 1
+    assert reason in reasons[0]
+
+
+def test_directions_travel_as_a_pattern() -> None:
+    assert resident._bits("01" * 500) == (0b10, 2)
+    assert resident._bits("0" * 7) == (0, 1)
+    assert resident._bits("0110") == (0b0110, 4)
+    reason = "takes 65535 recurrences side by side, directions repeating within 62"
+    assert resident.unsupported(described(N=100, reverse="1" + "0" * 99)) == [reason]
+
+
+def test_cost_grows_with_the_work() -> None:
+    base = resident.cost(described())
+    assert resident.cost(described(T=200)) > 1.5 * base
+    assert resident.cost(described(B=6400)) > 1.5 * base
+    assert resident.cost(described(direction="backward")) > base
+    assert resident.cost(described(device=devices.describe("A100"))) > base
