@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CUDA C++ text to a running kernel: NVRTC through CuPy's binding, a cache on disk, CuPy's loader, torch's stream.
+
+Compiling needs no driver, so tests build exactly what ships. CuPy's own `RawModule(code=...)` would force
+``-ftz=true`` and a plain architecture on it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Sequence
+from functools import cache, lru_cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+OPTIONS = ("--std=c++17",)
+INSTALL = "pip install 'gpu-rnn[cuda12]' or 'gpu-rnn[cuda13]', by the CUDA version of the driver"
+_INCLUDE = re.compile(r'^#include "([\w.]+)"$', re.M)
+
+
+class CompileError(RuntimeError):
+    """NVRTC is missing, or refuses the text; the message says why."""
+
+
+def architecture(capability: tuple[int, int]) -> str:
+    """What NVRTC calls a device of that compute capability."""
+    major, minor = capability
+    return f"sm_{major}{minor}" + ("a" if capability == (9, 0) else "")
+
+
+def unavailable() -> str:
+    """Why nothing can be compiled here; empty where it can."""
+    try:
+        _binding()
+    except CompileError as error:
+        return str(error)
+    return ""
+
+
+def no_driver() -> str:
+    """Why no kernel can be loaded here; empty where one can."""
+    reason = unavailable()
+    if reason:
+        return reason
+    import cupy
+
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        return f"CuPy finds no usable NVIDIA driver: {error}"
+    return "" if count else "CuPy sees no NVIDIA GPU"
+
+
+@cache
+def _binding() -> Any:
+    if importlib.util.find_spec("cupy_backends") is None:
+        raise CompileError(f"CuPy is not installed: {INSTALL}")
+    try:
+        from cupy_backends.cuda.libs import nvrtc
+
+        nvrtc.getVersion()  # the library itself is opened at the first call
+    except (ImportError, RuntimeError, OSError) as error:
+        raise CompileError(f"CuPy's NVRTC cannot be loaded ({error}): {INSTALL}") from error
+    return nvrtc
+
+
+def flatten(text: str) -> str:
+    """The text with the includes of `kernels/cuda` put in place, each once, so that a hash of it covers them."""
+    seen: set[str] = set()
+
+    def insert(match: re.Match[str]) -> str:
+        name = match[1]
+        if name in seen:
+            return ""
+        seen.add(name)
+        body = (files("gpu_rnn.kernels.cuda") / name).read_text()
+        return f'#line 1 "{name}"\n' + _INCLUDE.sub(insert, body.replace("#pragma once\n", ""))
+
+    return _INCLUDE.sub(insert, text)
+
+
+def compile_cubin(source: str, arch: str, options: Sequence[str] = OPTIONS) -> bytes:
+    """The machine code of a CUDA C++ text, from the cache or from NVRTC.
+
+    Args:
+        source: the text; includes of `kernels/cuda` are found.
+        arch: a real architecture, such as "sm_90a".
+        options: NVRTC's options other than the architecture.
+
+    Raises:
+        CompileError: no CuPy, no NVRTC, an architecture that this NVRTC does not know, or an error in the text, with
+            the compiler's log.
+
+    Example::
+
+        >>> cubin = compile_cubin('extern "C" __global__ void zero(float *p) { *p = 0; }', "sm_80")
+    """
+    return cubin_path(source, arch, tuple(options)).read_bytes()
+
+
+@lru_cache(maxsize=1024)
+def cubin_path(source: str, arch: str, options: tuple[str, ...] = OPTIONS) -> Path:
+    """As `compile_cubin`; the file that holds it, as CuPy's loader wants it."""
+    from gpu_rnn import __version__
+
+    text = flatten(source)
+    version = _binding().getVersion()
+    key = "\0".join([__version__, repr(version), arch, *options, text])
+    name = f"{hashlib.sha256(key.encode()).hexdigest()}.cubin"
+    found = _folder() / name
+    if not found.is_file():
+        found = _write(name, _compile(text, arch, options))
+    return found
+
+
+def _compile(text: str, arch: str, options: tuple[str, ...]) -> bytes:
+    nvrtc = _binding()
+    program = nvrtc.createProgram(text, "gpu_rnn.cu", (), ())
+    try:
+        nvrtc.compileProgram(program, (f"--gpu-architecture={arch}", *options))
+        return nvrtc.getCUBIN(program)
+    except nvrtc.NVRTCError as error:
+        log = nvrtc.getProgramLog(program).strip() or str(error)
+        version = ".".join(map(str, nvrtc.getVersion()))
+        raise CompileError(f"NVRTC {version} does not compile for {arch}:\n{log}") from error
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+@cache
+def _folder() -> Path:
+    """The cache: GPU_RNN_CACHE, else the user's cache folder; where nothing can be written, a temporary one."""
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    wanted = Path(os.environ.get("GPU_RNN_CACHE") or f"{home}/gpu_rnn").expanduser()
+    try:
+        wanted.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=wanted):
+            return wanted
+    except OSError:
+        return _temporary_folder()
+
+
+@cache
+def _temporary_folder() -> Path:
+    folder = tempfile.mkdtemp(prefix="gpu_rnn_")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+def _write(name: str, content: bytes) -> Path:
+    """Written whole or not at all, whoever else writes it; a full disk sends it to the temporary folder."""
+    for folder in (_folder(), _temporary_folder()):
+        try:
+            handle, part = tempfile.mkstemp(dir=folder)  # readable by its owner only
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+            return Path(part).replace(folder / name)
+        except OSError as error:
+            failure = error
+    raise CompileError(f"no folder to write compiled kernels to: {failure}; set GPU_RNN_CACHE") from failure
+
+
+class _Stream(NamedTuple):
+    """A stream by its handle, as the CUDA stream protocol has it."""
+
+    handle: int
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.handle
+
+
+class Function:
+    """A kernel of a compiled text, on every device that it is called on."""
+
+    def __init__(self, source: str, name: str, arch: str, shared_bytes: int = 0, cooperative: bool = False) -> None:
+        import cupy
+
+        path = cubin_path(source, arch)
+        module = cupy.RawModule(path=str(path), enable_cooperative_groups=cooperative)
+        self.kernel = module.get_function(name)
+        self.shared_bytes = shared_bytes
+
+    def resident(self, device: torch.device, threads: int) -> int:
+        """Blocks of the kernel that are on a device at once, by the driver's count."""
+        import cupy
+
+        with cupy.cuda.Device(device.index):
+            self.kernel.max_dynamic_shared_size_bytes = self.shared_bytes
+            count = cupy.cuda.driver.occupancyMaxActiveBlocksPerMultiprocessor(
+                self.kernel.kernel.ptr, threads, self.shared_bytes
+            )
+        return count * torch.cuda.get_device_properties(device).multi_processor_count
+
+    def __call__(self, grid: int, threads: int, arguments: Sequence[Any], device: torch.device) -> None:
+        """Launches on torch's current stream; tensors go by pointer, numbers as numpy scalars of the right width."""
+        import cupy
+
+        stream = cupy.cuda.Stream.from_external(_Stream(torch.cuda.current_stream(device).cuda_stream))
+        values = [np.uint64(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in arguments]
+        with cupy.cuda.Device(device.index), stream:
+            self.kernel.max_dynamic_shared_size_bytes = self.shared_bytes
+            self.kernel((grid,), (threads,), values, shared_mem=self.shared_bytes)

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CUDA C++ text to machine code and its cache, and what is said where that cannot be."""
+
+import importlib.util
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+
+from gpu_rnn.launch import nvrtc
+
+SOURCE = 'extern "C" __global__ void zero(float *p) { *p = 0.0f; }'
+needs_nvrtc = pytest.mark.skipif(
+    importlib.util.find_spec("cupy_backends") is None, reason="CuPy is not installed (gpu-rnn[cuda12] or [cuda13])"
+)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """An empty cache of its own for each test."""
+    monkeypatch.setenv("GPU_RNN_CACHE", str(tmp_path / "kernels"))
+    cached = (nvrtc._folder, nvrtc.cubin_path, nvrtc._binding)
+    for function in cached:
+        function.cache_clear()
+    yield tmp_path / "kernels"
+    for function in cached:
+        function.cache_clear()
+
+
+def test_without_cupy_the_reason_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "CuPy is not installed: pip install" in nvrtc.unavailable()
+    assert nvrtc.no_driver() == nvrtc.unavailable()
+    with pytest.raises(nvrtc.CompileError, match="CuPy is not installed"):
+        nvrtc.compile_cubin(SOURCE, "sm_80")
+
+
+def test_a_binding_that_does_not_import_is_a_reason(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "cupy_backends.cuda.libs", None)
+    assert "NVRTC cannot be loaded" in nvrtc.unavailable()
+
+
+def test_includes_are_put_in_place_once():
+    flat = nvrtc.flatten('#include "pointwise.cuh"\n#include "pointwise.cuh"\nint last;')
+    assert flat.count("float sigmoidf(float x)") == 1
+    assert '#include "' not in flat and flat.endswith("int last;")
+
+
+def test_architectures():
+    found = [nvrtc.architecture(c) for c in ((8, 0), (8, 6), (9, 0), (10, 0), (12, 0))]
+    assert found == ["sm_80", "sm_86", "sm_90a", "sm_100", "sm_120"]
+
+
+@needs_nvrtc
+def test_a_text_is_compiled_once(folder: Path, monkeypatch):
+    cubin = nvrtc.compile_cubin(SOURCE, "sm_90a")
+    assert cubin[:4] == b"\x7fELF" and b"zero" in cubin
+    (file,) = folder.iterdir()
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600 and stat.S_IMODE(folder.stat().st_mode) == 0o700
+    nvrtc.cubin_path.cache_clear()
+    monkeypatch.setattr(nvrtc, "_compile", None)  # a second compilation would call it
+    assert nvrtc.compile_cubin(SOURCE, "sm_90a") == cubin
+
+
+@needs_nvrtc
+def test_architecture_options_and_text_have_files_of_their_own(folder: Path):
+    nvrtc.compile_cubin(SOURCE, "sm_80")
+    nvrtc.compile_cubin(SOURCE, "sm_86")
+    nvrtc.compile_cubin(SOURCE, "sm_80", ("--std=c++17", "--fmad=false"))
+    nvrtc.compile_cubin(SOURCE + "\n", "sm_80")
+    assert len(list(folder.iterdir())) == 4
+
+
+@needs_nvrtc
+def test_an_error_in_the_text_comes_with_the_log(folder: Path):
+    with pytest.raises(nvrtc.CompileError, match='identifier "missing" is undefined'):
+        nvrtc.compile_cubin('extern "C" __global__ void f() { missing(); }', "sm_80")
+    with pytest.raises(nvrtc.CompileError, match="does not compile for sm_10"):
+        nvrtc.compile_cubin(SOURCE, "sm_10")
+    assert not list(folder.iterdir())
+
+
+@needs_nvrtc
+def test_where_nothing_can_be_written_a_temporary_folder_serves(tmp_path: Path, monkeypatch):
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    monkeypatch.setenv("GPU_RNN_CACHE", str(blocked / "kernels"))
+    path = nvrtc.cubin_path(SOURCE, "sm_80")
+    assert path.is_file() and tmp_path not in path.parents
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
