@@ -25,6 +25,7 @@ INPUTS = (
 )
 IDENTITY = "str program, str options"
 WEIGHTS = len(Weights._fields)
+SAVED = 4  # y, gates, recurrent, inner
 
 
 class Inputs(NamedTuple):
@@ -151,7 +152,7 @@ def _second(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
         ctx.program, Options.decode(ctx.options), inputs.lengths, inputs.primals, d_outputs, grads
     )
     states = list(found[1 + WEIGHTS :])
-    return found_d[0], list(found_d[1:]), None, *_given(inputs, found), None, states, None, None
+    return found_d[0], list(found_d[1:]), [None] * SAVED, *_given(inputs, found), None, states, None, None
 
 
 rnn.register_autograd(_backward, setup_context=_setup)

@@ -15,12 +15,7 @@ import torch
 from torch import Tensor
 
 from gpu_rnn.program import Program, evaluate, lookup
-from gpu_rnn.reference import Result, Weights
-
-
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which states live and sums are taken: fp32 for 16-bit storage."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+from gpu_rnn.reference import Result, Weights, state_dtype
 
 
 @contextmanager
