@@ -33,9 +33,9 @@ class CellBase(RecurrenceHolder, RNNCellBase):
     ) -> None:
         super().__init__(input_size, hidden_size, bias, len(recurrence.gates), device, dtype)
         self._hold(recurrence, backend, options)
-        self._weight_names = ["weight_ih", "weight_hh", "bias_ih", "bias_hh"][: 4 if bias else 2]
+        self._flat_weights_names = ["weight_ih", "weight_hh", "bias_ih", "bias_hh"][: 4 if bias else 2]
         if recurrence.params:
-            self._weight_names.append("weight_peephole")
+            self._flat_weights_names.append("weight_peephole")
             self.weight_peephole = nn.Parameter(
                 torch.empty(len(recurrence.params), hidden_size, device=device, dtype=dtype)
             )
@@ -66,7 +66,7 @@ class CellBase(RecurrenceHolder, RNNCellBase):
             input = input.unsqueeze(0)
             states = None if states is None else tuple(state.unsqueeze(0) for state in states)
         self._check_sizes(input, states)
-        weights = [getattr(self, name) for name in self._weight_names]
+        weights = self._weights()
         states = functional.cell(
             input, states, weights, self.recurrence, bias=self.bias, backend=self.backend
         )
@@ -82,7 +82,8 @@ class CellBase(RecurrenceHolder, RNNCellBase):
             if state.dim() not in (1, 2):
                 which = "hidden" if self._one_state else f"hx[{index}]"
                 raise ValueError(f"{name}: Expected {which} to be 1D or 2D, got {state.dim()}D instead")
-        self._check_rank(states, input.dim(), "batched" if input.dim() == 2 else "unbatched")
+        if states is not None:
+            self._check_rank(states, input.dim(), "batched" if input.dim() == 2 else "unbatched")
 
     def _check_sizes(self, input: Tensor, states: States | None) -> None:
         batch, features = input.shape

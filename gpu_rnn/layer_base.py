@@ -32,6 +32,7 @@ class RecurrenceHolder(nn.Module):
 
     recurrence: Recurrence
     backend: str
+    _flat_weights_names: list[str]
 
     def _hold(self, recurrence: Recurrence, backend: str, options: Mapping[str, Option]) -> None:
         dispatch.check_name(backend)
@@ -47,6 +48,15 @@ class RecurrenceHolder(nn.Module):
         self._shown = {
             name: value if isinstance(value, bool) else name_of(value) for name, value in given.items()
         }
+
+    def _weights(self) -> list[Tensor]:
+        parameters: dict[str, Any] = self._parameters
+        try:
+            return [parameters[name] for name in self._flat_weights_names]
+        except (
+            KeyError
+        ):  # something stands in for one of them. An attribute of a Module takes 0.7 µs to read.
+            return [getattr(self, name) for name in self._flat_weights_names]
 
     def extra_repr(self) -> str:
         return super().extra_repr() + "".join(f", {name}={value}" for name, value in self._shown.items())
@@ -67,8 +77,8 @@ class RecurrenceHolder(nn.Module):
             raise RuntimeError(f"{type(self).__name__}: hx should be {wanted}, got {len(states)}")
         return states
 
-    def _check_rank(self, states: States | None, rank: int, kind: str) -> None:
-        if states is None or all(state.dim() == rank for state in states):
+    def _check_rank(self, states: States, rank: int, kind: str) -> None:
+        if all(state.dim() == rank for state in states):
             return
         names = " and ".join("hx" if name == "h" else f"{name}x" for name in self.recurrence.states)
         ranks = ", ".join(f"{state.dim()}-D" for state in states)
@@ -143,7 +153,8 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
 
     @property
     def _flat_weights(self) -> list[Tensor]:
-        return [getattr(self, name) for name in self._flat_weights_names]
+        """What RNNBase.check_input looks at."""
+        return self._weights()
 
     def _init_flat_weights(self) -> None:
         """RNNBase's constructor calls this; there is no list to make."""
@@ -173,10 +184,10 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
         if isinstance(input, PackedSequence):
             output, states = self._packed(input, states)
         elif input.dim() == 3:
-            self._check_rank(states, 3, "batched")
+            if states is not None:
+                self._check_rank(states, 3, "batched")
             output, states = self._run(input, states)
         elif input.dim() == 2:
-            self._check_rank(states, 2, "unbatched")
             output, states = self._unbatched(input, states)
         else:
             raise ValueError(
@@ -187,6 +198,7 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
     def _unbatched(self, input: Tensor, states: States | None) -> tuple[Tensor, States]:
         batch_dim = 0 if self.batch_first else 1
         if states is not None:
+            self._check_rank(states, 2, "unbatched")
             states = tuple(state.unsqueeze(1) for state in states)
         output, states = self._run(input.unsqueeze(batch_dim), states)
         return output.squeeze(batch_dim), tuple(state.squeeze(1) for state in states)
@@ -204,13 +216,15 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
     def _run(
         self, input: Tensor, states: States | None, batch_sizes: Tensor | None = None
     ) -> tuple[Tensor, States]:
-        weights = self._flat_weights
+        weights = self._weights()
         # RNNBase.check_input has the words but takes longer than this test, and a short call is all overhead.
         if input.shape[-1] != self.input_size or input.dtype != weights[0].dtype:
             self.check_input(input, batch_sizes)
         if states is not None:
             self._check_states(input, states, batch_sizes)
-        return functional.run(self._stack(packed=batch_sizes is not None), input, states, weights, batch_sizes)
+        return functional.run(
+            self._stack(packed=batch_sizes is not None), input, states, weights, batch_sizes
+        )
 
     def _stack(self, packed: bool = False) -> Stack:
         return Stack(

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Iterator
 from statistics import quantiles
@@ -15,8 +16,8 @@ import layer_support as support
 import pytest
 import torch
 
-ROUNDS = 100
-LEAST = 1e-3  # seconds of one timed sample: a short call is repeated until it takes this long
+ROUNDS = 200
+LEAST = 5e-4  # seconds of one timed sample: a short call is repeated until it takes this long
 SHARE, MICROSECONDS = 0.05, 10.0
 CASES = [  # name, options, T, B, I = H
     *((name, {}, 1, 1, 8) for name in (*support.LAYERS, *support.CELLS)),
@@ -46,18 +47,19 @@ def sample(call: Callable[[], object], repeats: int) -> float:
 
 
 def measure(theirs: Callable[[], object], ours: Callable[[], object]) -> Timing:
-    """The lowest decile of many short samples, taken in turn.
+    """The lowest decile of many short samples, taken in turn and in random order.
 
     What else runs on the machine only ever adds to a sample, and to some samples of each: the low end is the call.
     """
+    both, samples = (theirs, ours), ([], [])
     once = min(sample(theirs, 1) for _ in range(5)) * 1e-6
-    sample(ours, 5)
     repeats = max(1, int(LEAST / once))
-    rounds = []
-    for _ in range(ROUNDS // 2):  # each goes first as often as the other
-        first, second, third, fourth = (sample(call, repeats) for call in (theirs, ours, ours, theirs))
-        rounds += [(first, second), (fourth, third)]
-    return Timing(*(quantiles(column, n=10)[0] for column in zip(*rounds, strict=True)))
+    order, shuffler = [0, 1], random.Random(0)
+    for _ in range(ROUNDS):
+        shuffler.shuffle(order)
+        for which in order:
+            samples[which].append(sample(both[which], repeats))
+    return Timing(*(quantiles(taken, n=10)[0] for taken in samples))
 
 
 def calls(
