@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: Apache-2.0
+// Memory operations that take effect later than they are written: relaxed
+// stores on their way out of a block, and asynchronous copies.
+#include "internal.hpp"
+
+#include <cstring>
+#include <queue>
+#include <unordered_map>
+
+namespace cpu {
+
+namespace {
+
+struct LateStore {
+  uint64_t bits;
+  size_t bytes;
+};
+
+struct Due {
+  uint64_t when;
+  int block;
+  void *p;
+  bool operator>(const Due &other) const { return when > other.when; }
+};
+
+std::vector<std::unordered_map<void *, LateStore>> late; // by block
+std::priority_queue<Due, std::vector<Due>, std::greater<Due>> due;
+uint64_t latest, now;
+std::minstd_rand random_bits;
+
+void write(void *p, LateStore store) { // little-endian, as the GPU
+  if (store.bytes == 4)
+    __atomic_store_n(static_cast<uint32_t *>(p), store.bits, __ATOMIC_RELAXED);
+  else
+    __atomic_store_n(static_cast<uint64_t *>(p), store.bits, __ATOMIC_RELAXED);
+}
+
+void finish_stores_of(int block) {
+  for (auto &[p, store] : late[block])
+    write(p, store);
+  late[block].clear();
+}
+
+} // namespace
+
+void start_stores(int blocks, uint64_t latest_, uint64_t seed) {
+  late.resize(blocks);
+  latest = latest_;
+  random_bits.seed(seed + 1);
+}
+
+void queue_store(void *p, uint64_t bits, size_t bytes) {
+  Outside outside;
+  if (latest == 0)
+    return write(p, {bits, bytes});
+  // A second store to the same word takes the first one's place: it may.
+  if (late[here->block].insert_or_assign(p, LateStore{bits, bytes}).second)
+    due.push({now + random_bits() % latest, here->block, p});
+}
+
+void forward(const void *p, void *bits, size_t bytes) {
+  if (latest == 0)
+    return;
+  Outside outside;
+  auto found = late[here->block].find(const_cast<void *>(p));
+  if (found != late[here->block].end())
+    memcpy(bits, &found->second.bits, bytes);
+}
+
+void age_stores(uint64_t switches) {
+  now = switches;
+  for (; !due.empty() && due.top().when <= now; due.pop()) {
+    auto found = late[due.top().block].find(due.top().p);
+    if (found == late[due.top().block].end())
+      continue; // a release was faster
+    write(found->first, found->second);
+    late[due.top().block].erase(found);
+  }
+}
+
+void finish_stores() {
+  Outside outside;
+  finish_stores_of(here->block);
+}
+
+void finish_all_stores() {
+  for (size_t block = 0; block < late.size(); ++block)
+    finish_stores_of(block);
+}
+
+void push_copy(Copy copy) {
+  Outside outside;
+  running()->copies.push_back({copy, running()->groups});
+}
+
+void commit_copies() { ++running()->groups; }
+
+bool pop_copy(int pending, Copy &copy) {
+  Outside outside;
+  auto &copies = running()->copies;
+  if (copies.empty() || copies.front().group >= running()->groups - pending)
+    return false;
+  copy = copies.front().copy;
+  copies.pop_front();
+  return true;
+}
+
+} // namespace cpu
