@@ -71,7 +71,7 @@ def _bench(options: argparse.Namespace) -> int:
     from gpu_rnn.demo.datasets import japanese_vowels, plaid
 
     data = plaid() if options.long else japanese_vowels()
-    command.time_layers(data.to(doctor.pick_device(options.device)), options.seconds)
+    command.bench(data.to(doctor.pick_device(options.device)), options.seconds)
     return 0
 
 

@@ -24,7 +24,7 @@ from gpu_rnn.demo.timing import Case, Timing, measure, table
 from gpu_rnn.demo.train import Epoch, Run, repeat
 from gpu_rnn.layer_base import LayerBase
 
-__all__ = ["Options", "run", "time_layers"]
+__all__ = ["Options", "bench", "run"]
 
 EPOCHS = 30  # at 20 torch.nn's bidirectional LSTM is 0.4 % below what it reaches at 30
 QUICK_EPOCHS = 3
@@ -51,36 +51,45 @@ def run(options: Options) -> None:
     """
     _require_extras()
     start = time.perf_counter()
-    device = options.device
-    print(doctor.report(device))
+    print(doctor.report(options.device))
     seeds, epochs = (
         (1, options.epochs or QUICK_EPOCHS) if options.quick else (options.seeds, options.epochs or EPOCHS)
     )
 
-    vowels = japanese_vowels().to(device)
-    long = _long_data(options)
     with _one_thread():
-        runs = _learn(vowels, STANDARD, WITH_OPTIONS, seeds, epochs)
-        if long is not None:
-            few = 1 if device.type == "cpu" else seeds
-            _learn(long, STANDARD[1:], (), few, options.epochs or LONG_EPOCHS[device.type])
+        _learn_and_draw(options, seeds, epochs)
+    print(f"Done in {time.perf_counter() - start:.0f} s.")
 
-    timed = long or vowels
-    timings = time_layers(timed, QUICK_SECONDS if options.quick else MEASURE_SECONDS)
+
+def _learn_and_draw(options: Options, seeds: int, epochs: int) -> None:
     from gpu_rnn.demo.picture import draw
 
+    vowels = japanese_vowels().to(options.device)
+    runs = _learn(vowels, STANDARD, WITH_OPTIONS, seeds, epochs)
+    long = _long_data(options)
+    if long is not None:
+        few = 1 if options.device.type == "cpu" else seeds
+        _learn(long, STANDARD[1:], (), few, options.epochs or LONG_EPOCHS[options.device.type])
+    timed = long or vowels
+    timings = _time_layers(timed, QUICK_SECONDS if options.quick else MEASURE_SECONDS)
     draw(
         runs,
         timings,
         data=_heading(vowels, seeds),
         timed=_batch(timed),
-        device=doctor.device_name(device),
+        device=doctor.device_name(options.device),
         path=options.out,
     )
-    print(f"\nPicture: {options.out.resolve()}\nDone in {time.perf_counter() - start:.0f} s.")
+    print(f"\nPicture: {options.out.resolve()}")
 
 
-def time_layers(data: Dataset, seconds: float) -> list[Timing]:
+def bench(data: Dataset, seconds: float) -> None:
+    """Only the timing, as the demo does it."""
+    with _one_thread():
+        _time_layers(data, seconds)
+
+
+def _time_layers(data: Dataset, seconds: float) -> list[Timing]:
     """Times every layer of the demo on recordings of the data set, printing the ratio table."""
     device = data.train.inputs.device
     dtypes = [torch.float32] if device.type == "cpu" else [torch.float32, torch.bfloat16]
@@ -176,7 +185,7 @@ def _long_data(options: Options) -> Dataset | None:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Trains on one CPU thread: on 27 recordings and 100 units more gain little, and lose much on a busy machine."""
+    """For layers this small a second CPU thread gains little, and on a busy machine costs a factor of ten and more."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
