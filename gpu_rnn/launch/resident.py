@@ -26,6 +26,7 @@ OLDEST = (8, 0)  # the first architecture with bfloat16 products and with a maxi
 MOST_ACROSS = 65535  # blocks in the second dimension of a CUDA grid, which is N
 LONGEST_PATTERN = 62  # bits of a signed 64-bit argument that can be shifted and tested
 ROWS = 16  # of the batch in a tile: what a tensor-core instruction takes; fewer would be computed all the same
+WIDEST_FULL = 64  # units in full fp32: without tensor cores a wider product spills registers (tests/test_compile.py)
 WARP_BYTES = 128  # of a row of pre-activations, for each warp: 8 values of each of an LSTM's gates for a thread
 
 # Predicted, for `cost`. Peak rates of a multiprocessor: CUDA C++ programming guide, table of arithmetic throughput.
@@ -66,8 +67,8 @@ def shared_memory(program: Program, hidden: int, itemsize: int, backward: bool, 
 def tile(program: Program, hidden: int, itemsize: int, backward: bool, available: int) -> Tile:
     """The tile where a block may use `available` bytes of shared memory."""
     width = padded(hidden)
-    row = len(program.gates) * width * itemsize
-    warps = max(2 if width == 16 else 4, width // 32, min(16, row // WARP_BYTES))
+    row = max(len(program.gates), 4) * width * itemsize
+    warps = min(16, max(2 if width == 16 else 4, row // WARP_BYTES))
     stages = 2 if shared_memory(program, hidden, itemsize, backward, 2) <= available else 1
     return Tile(ROWS, width, 1 << (warps - 1).bit_length(), stages)
 
@@ -103,6 +104,8 @@ def unsupported(problem: Problem) -> list[str]:
         reasons.append(f"takes float16, bfloat16 and float32, not {str(problem.dtype).removeprefix('torch.')}")
     if problem.N > MOST_ACROSS or _bits(problem.reverse)[1] > LONGEST_PATTERN:
         reasons.append(f"takes {MOST_ACROSS} recurrences side by side, directions repeating within {LONGEST_PATTERN}")
+    if problem.dtype == torch.float32 and problem.precision == "ieee" and problem.H > WIDEST_FULL:
+        reasons.append(f"takes {WIDEST_FULL} units at most in full float32, not {problem.H} (tf32 takes more)")
     needed, available = _needed(problem, 1), _available(problem)
     if needed > available:
         reasons.append(
