@@ -170,7 +170,7 @@ def _unpack(data: Tensor, batch_sizes: Tensor) -> tuple[Tensor, Tensor]:
     lengths = (batch_sizes[None] > torch.arange(int(batch_sizes[0]))[:, None]).sum(1).to(data.device)
     valid = _valid(lengths, len(batch_sizes))
     padded = data.new_zeros(*valid.shape, data.shape[-1])
-    return padded.index_put(torch.where(valid), data), lengths
+    return torch.index_put(padded, torch.where(valid), data), lengths
 
 
 def _valid(lengths: Tensor, steps: int) -> Tensor:

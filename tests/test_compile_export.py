@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ops under torch.library.opcheck; layers under torch.compile and torch.export, with sizes that change."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import loop_support as support
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import gpu_rnn
+from gpu_rnn import cells, execution
+from gpu_rnn.execution import Options
+
+STEPS, BATCH = torch.export.Dim("steps"), torch.export.Dim("batch")
+SIZES = ((4, 3), (7, 2), (5, 6))
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("lstm", {"proj": 3}),
+    ("gru", {"reverse": "01", "lengths": (5, 0, 3)}),
+    ("gru_reset_before", {"reverse": "1"}),
+    ("peephole_lstm", {"bias": False}),
+    ("slstm", {"lengths": (2, 5, 5)}),
+    ("minimal", {}),
+]
+
+
+def op_arguments(name: str, options: dict[str, Any], backend: str, save: bool) -> tuple[Any, ...]:
+    recurrence = support.RECURRENCES[name]
+    x, weights, states, lengths, reverse = support.make(recurrence, **options)
+    return x, *weights, lengths, states, recurrence.text(), Options(backend, reverse, save).encode()
+
+
+@pytest.mark.parametrize("backend", ["step", "reference"])
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_opcheck_forward(name: str, options: dict[str, Any], backend: str) -> None:
+    torch.library.opcheck(torch.ops.gpu_rnn.rnn.default, op_arguments(name, options, backend, save=True))
+
+
+@pytest.mark.parametrize("backend", ["step", "reference"])
+def test_opcheck_inference(backend: str) -> None:
+    for name in ("lstm", "gru"):
+        arguments = op_arguments(name, {"reverse": "01"}, backend, save=False)
+        torch.library.opcheck(torch.ops.gpu_rnn.rnn.default, arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [pytest.param(*case, marks=pytest.mark.slow if number > 1 else ()) for number, case in enumerate(CASES)],
+)
+def test_opcheck_backward(name: str, options: dict[str, Any]) -> None:
+    """Of the step loop: the reference's backward is torch.func.vjp, whose tensors opcheck's modes do not understand."""
+    arguments = op_arguments(name, options, "step", save=True)
+    count = len(support.RECURRENCES[name].states)
+    with torch.no_grad():
+        y, *rest = torch.ops.gpu_rnn.rnn(*arguments)
+    d_y, *d_final = (torch.randn_like(out).requires_grad_() for out in (y, *rest[:count]))
+    given = (d_y, d_final, [y, *rest[count:]], *arguments)
+    torch.library.opcheck(torch.ops.gpu_rnn.rnn_backward.default, given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["step", "reference"])
+def test_opcheck_in_lower_precision(backend: str, dtype: torch.dtype) -> None:
+    recurrence = support.RECURRENCES["lstm"]
+    x, weights, states, lengths, reverse = support.make(recurrence).to(dtype)
+    options = Options(backend, reverse, True).encode()
+    arguments = (x, *weights, lengths, states, recurrence.text(), options)
+    tests = ["test_schema", "test_autograd_registration", "test_faketensor"]  # values: test_reference.py
+    torch.library.opcheck(torch.ops.gpu_rnn.rnn.default, arguments, test_utils=tests)
+
+
+LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "slstm": ("slstm", {"num_layers": 2}),
+    "minimal": ("minimal", {"bidirectional": True, "batch_first": True}),
+    "gru_reset_before": ("gru_reset_before", {"bias": False}),
+    "coupled_lstm": ("coupled_lstm", {"num_layers": 2, "bidirectional": True}),
+}
+
+
+def build(kind: str, backend: str = "auto") -> gpu_rnn.Recurrent:
+    torch._dynamo.reset()
+    name, options = LAYERS[kind]
+    return support.layer(support.RECURRENCES[name], backend, **options)
+
+
+def tensors(output: Any) -> list[Tensor]:
+    return [output] if isinstance(output, Tensor) else [leaf for part in output for leaf in tensors(part)]
+
+
+def values_and_gradients(call: Any, layer: torch.nn.Module, x: Tensor) -> list[Tensor]:
+    outputs = tensors(call(x))
+    total = sum((out * support.draw(*out.shape, seed=5 + k)).sum() for k, out in enumerate(outputs))
+    return [*outputs, *torch.autograd.grad(total, [x, *layer.parameters()])]
+
+
+@pytest.mark.parametrize("backend", ["auto", "step", "reference"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_compiled_values_and_gradients(kind: str, backend: str) -> None:
+    layer = build(kind, backend)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for sizes in SIZES:
+        x = support.draw(*sizes, 2, seed=1).requires_grad_()
+        expected = values_and_gradients(layer, layer, x)
+        torch.testing.assert_close(values_and_gradients(compiled, layer, x), expected, rtol=1e-9, atol=1e-10)
+
+
+def test_compiled_inference_saves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, seen, run = build("gru_reset_before", "step"), [], execution.run
+    monkeypatch.setattr(
+        execution, "run", lambda text, options, *rest: seen.append(options) or run(text, options, *rest)
+    )
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = support.draw(4, 3, 2, seed=1)
+    with torch.no_grad():
+        compiled(x)
+    compiled(x)
+    assert [options.save for options in seen] == [False, True]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_exported_with_any_number_of_steps_and_samples(kind: str, strict: bool) -> None:
+    layer = build(kind).eval()
+    axes = {0: BATCH, 1: STEPS} if layer.batch_first else {0: STEPS, 1: BATCH}
+    program = torch.export.export(
+        layer, (support.draw(4, 3, 2, seed=1),), dynamic_shapes=(axes,), strict=strict
+    )
+    assert "gpu_rnn.rnn" in program.graph_module.code
+    assert layer.recurrence.text() in [arg for node in program.graph.nodes for arg in node.args]
+    for sizes in SIZES:
+        x = support.draw(*sizes, 2, seed=2)
+        expected = tensors(layer(x))
+        torch.testing.assert_close(tensors(program.module()(x)), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_program_has_gradients(strict: bool) -> None:
+    layer = build("coupled_lstm")
+    x = support.draw(4, 3, 2, seed=1).requires_grad_()
+    module = torch.export.export(layer, (x,), strict=strict).module()
+    expected = values_and_gradients(layer, layer, x)
+    torch.testing.assert_close(values_and_gradients(module, module, x), expected, rtol=1e-9, atol=1e-10)
+
+
+SCRIPT = """
+import sys
+import torch
+import gpu_rnn  # the ops; nothing of the user's
+assert not any("minimal_gated_unit" in name for name in sys.modules)
+program, calls = torch.export.load(sys.argv[1]), torch.load(sys.argv[2])
+for x, outputs in calls:
+    torch.testing.assert_close(program.module()(x), outputs, rtol=0, atol=0)
+print("same", len(calls))
+"""
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_file_needs_nothing_of_the_users_code(tmp_path: Path, strict: bool) -> None:
+    """The cell is a closure in a file that the process that loads the program never sees."""
+    source = tmp_path / "minimal_gated_unit.py"
+    source.write_text((Path(__file__).parent.parent / "examples" / "minimal_gated_unit.py").read_text())
+    spec = importlib.util.spec_from_file_location("minimal_gated_unit", source)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    layer = support.layer(module.minimal_gated_unit(2.0), num_layers=2, bidirectional=True).eval()
+    given = (support.draw(4, 3, 2, seed=1),)
+    program = torch.export.export(layer, given, dynamic_shapes=({0: STEPS, 1: BATCH},), strict=strict)
+    torch.export.save(program, tmp_path / "program.pt2")
+    inputs = [support.draw(*sizes, 2, seed=2) for sizes in SIZES]
+    torch.save([(x, tuple(out.detach() for out in layer(x))) for x in inputs], tmp_path / "calls.pt")
+    source.unlink()
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "program.pt2"), str(tmp_path / "calls.pt")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == f"same {len(SIZES)}", done.stderr
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own, where a graph breaks
+def test_compiled_packed_sequence() -> None:
+    layer = support.layer(support.RECURRENCES["minimal"], "step")
+    compiled = torch.compile(layer, backend="aot_eager")
+    packed = pack_padded_sequence(support.draw(5, 3, 2, seed=1), [5, 3, 1])
+    torch.testing.assert_close(tensors(compiled(packed)[0].data), tensors(layer(packed)[0].data))
+
+
+@pytest.mark.parametrize(
+    "make", [gpu_rnn.LSTM, gpu_rnn.GRU, gpu_rnn.RNN, gpu_rnn.LSTMCell, gpu_rnn.GRUCell, gpu_rnn.RNNCell]
+)
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is:DeprecationWarning")
+def test_script_names_export(make: type[torch.nn.Module]) -> None:
+    with pytest.raises(RuntimeError, match=rf"gpu_rnn.{make.__name__}: .*torch.export.export"):
+        torch.jit.script(make(2, 3))
+    with pytest.raises(RuntimeError, match=r"torch\.export\.export"):
+        torch.jit.script(torch.nn.Sequential(gpu_rnn.Recurrent(cells.slstm(), 2, 3)))
