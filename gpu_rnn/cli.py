@@ -150,7 +150,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
         "--seeds", type=_count, default=3, help="trainings of each layer (default: %(default)s)"
     )
     demo.add_argument(
-        "--epochs", type=_count, help="default: 30 on JapaneseVowels; on PLAID 30 on a GPU, 3 on a CPU"
+        "--epochs", type=_count, help="default: 30 on JapaneseVowels; on PLAID 15 on a GPU, 3 on a CPU"
     )
     demo.add_argument(
         "--long",
