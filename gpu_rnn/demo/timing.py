@@ -15,9 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 __all__ = ["Case", "Timing", "measure", "table"]
 
 FEWEST, MOST = 3, 15  # interleaved rounds; the median of 15 is steady to a few percent on a busy desk machine
-SAMPLE_SECONDS = (
-    0.02  # calls are repeated until one sample lasts this long: a thousand times a timer's resolution
-)
+SAMPLE_SECONDS = 0.02  # calls are repeated until a sample lasts this long, far above a timer's resolution
 # Of the largest output. The CPU computes in full fp32. A GPU in tf32 or bf16: over PLAID's steps plain bf16 is off by
 # 1.4 % from fp32 (this demo's layers, on a CPU), and both sides may be.
 TOLERANCE = {"cpu": 1e-4, "cuda": 5e-2}
