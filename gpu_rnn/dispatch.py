@@ -69,7 +69,9 @@ def select(problem: Problem, backend: str = "auto", among: tuple[str, ...] = tup
             return preferred
     chosen = min(able, key=lambda name: _total_cost(problem, name))
     if chosen == "reference":
-        _say_once(problem, among)
+        for name in among:
+            for reason in BACKENDS[name].unsupported(problem):
+                _say_once(problem.direction, problem.recurrence.name, name, reason)
     return chosen
 
 
@@ -84,11 +86,10 @@ def _total_cost(problem: Problem, name: str) -> float:
     return cost + min(float(BACKENDS[n].cost(after)) for n in LOOPS if not BACKENDS[n].unsupported(after))
 
 
-def _say_once(problem: Problem, among: tuple[str, ...]) -> None:
-    """`select` is cached, so each problem that falls back to the time loop in PyTorch is logged once."""
-    for name in among:
-        for reason in BACKENDS[name].unsupported(problem):
-            log.info("%s of %s: %s not used: %s", problem.direction, problem.recurrence.name, name, reason)
+@lru_cache(maxsize=1024)
+def _say_once(direction: str, cell: str, backend: str, reason: str) -> None:
+    """Why a cell falls back to the time loop in PyTorch, once, whatever the number of steps or samples."""
+    log.info("%s of %s: %s not used: %s", direction, cell, backend, reason)
 
 
 def explain(problem: Problem, backend: str = "auto") -> list[Row]:

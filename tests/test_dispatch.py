@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which backend runs a call, what explain and debug say of it, and how a backend asked for by name refuses."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import loop_support as support
+import pytest
+import torch
+
+import gpu_rnn
+from gpu_rnn import cells, devices, dispatch
+from gpu_rnn.launch import step
+from gpu_rnn.problem import Problem
+
+NAMES = ["resident", "aten", "step", "reference"]
+
+
+@pytest.fixture(autouse=True)
+def fresh_choices(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Choices are cached; nothing that a test changes may reach another, nor the environment a test."""
+    monkeypatch.delenv("GPU_RNN_BACKEND", raising=False)
+    for cached in (dispatch.select, dispatch._say_once):
+        cached.cache_clear()
+    yield
+    for cached in (dispatch.select, dispatch._say_once):
+        cached.cache_clear()
+
+
+def problem(recurrence: gpu_rnn.Recurrence | None = None, device: str = "cpu", **options: Any) -> Problem:
+    sizes = {"T": 100, "B": 32, "N": 1, "I": 64, "H": 64} | options
+    return dispatch.described(Problem(recurrence or cells.lstm(), **sizes), device)
+
+
+def test_order_of_the_table() -> None:
+    assert [name for name in dispatch.BACKENDS if name in NAMES] == NAMES
+    assert "aten" not in dispatch.LOOPS and dispatch.LOOPS[-1] == "reference"
+
+
+half = {"dtype": torch.bfloat16}
+CHOICES: list[tuple[Problem, str]] = [
+    (problem(), "aten"),
+    (problem(cells.gru(), direction="training", layers=3, reverse="01", N=2), "aten"),
+    (problem(packed=True, lengths=True), "aten"),
+    (problem(transforms=True), "step"),
+    (problem(lengths=True), "step"),
+    (problem(cells.lstm("relu")), "step"),
+    (problem(cells.gru(reset_after=False), direction="training"), "step"),
+    (problem(support.RECURRENCES["minimal"]), "step"),
+    (problem(dtype=torch.complex64), "reference"),
+    (problem(device="H100", **half), "resident"),
+    (problem(cells.lstm("relu"), "A100", direction="training", **half), "resident"),
+    (problem(support.RECURRENCES["minimal"], "RTX 4090", **half), "resident"),
+    (problem(cells.gru(reset_after=False), "H100", **half), "step"),
+    (problem(cells.lstm("relu"), "H100", H=4096, **half), "step"),
+    (problem(device="H100", H=4096, direction="training"), "aten"),
+    (problem(device="H100", dtype=torch.complex64), "reference"),
+]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), CHOICES, ids=lambda v: v if isinstance(v, str) else v.recurrence.name
+)
+def test_the_cheapest_that_can_run(given: Problem, expected: str) -> None:
+    """Without the interpreter, which lets the resident kernel run on a CPU."""
+    assert dispatch.select(given) == expected
+    able = [name for name, module in dispatch.BACKENDS.items() if not module.unsupported(given)]
+    assert expected in able
+    costs = {row.backend: row.predicted_us for row in dispatch.explain(given) if row.runs}
+    assert list(costs) == able and costs[expected] == min(costs.values())
+
+
+def test_the_choice_follows_costs_and_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = problem()
+    monkeypatch.setattr(step, "cost", lambda problem: 0.0)
+    assert dispatch.select(given) == "step"
+    dispatch.select.cache_clear()
+    monkeypatch.setattr(step, "unsupported", lambda problem: ["broken"])
+    assert dispatch.select(given) == "aten"
+    assert dispatch.select(given, among=dispatch.LOOPS) == "reference"
+
+
+def test_in_training_both_passes_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop with a free forward pass is not chosen for its backward pass, which may run on another loop."""
+    costs = {"inference": 0.0, "training": 0.0, "backward": 1e9}
+    monkeypatch.setattr(step, "cost", lambda problem: costs[problem.direction])
+    assert dispatch.select(problem(cells.lstm("relu"))) == "step"
+    training = problem(cells.lstm("relu"), direction="training")
+    assert dispatch.select(replace(training, direction="backward")) == "reference"
+    assert dispatch.explain(training)[2].predicted_us == pytest.approx(
+        dispatch.explain(training)[3].predicted_us, rel=0.9
+    )
+
+
+REASONS: list[tuple[str, Problem, list[str]]] = [
+    ("aten", problem(cells.lstm("relu")), ["standard activations"]),
+    (
+        "aten",
+        problem(cells.slstm(), transforms=True, lengths=True),
+        ["not this slstm", "torch.func", "PackedSequence"],
+    ),
+    ("aten", problem(dtype=torch.complex64), ["real numbers only"]),
+    ("resident", problem(), ["needs an NVIDIA GPU, not cpu"]),
+    (
+        "resident",
+        problem(cells.gru(reset_after=False), proj_size=3),
+        ["NVIDIA GPU", "one product a step", "proj_size"],
+    ),
+    ("resident", problem(device="H100", H=1024), ["with 1024 units of lstm"]),
+    ("resident", problem(device="A100", dtype=torch.float64), ["not float64"]),
+    ("step", problem(dtype=torch.complex128), ["complex numbers run on the reference only"]),
+]
+
+
+@pytest.mark.parametrize(("backend", "given", "reasons"), REASONS)
+def test_a_backend_by_name_refuses_with_every_reason(
+    backend: str, given: Problem, reasons: list[str]
+) -> None:
+    with pytest.raises(ValueError, match=f"backend='{backend}' cannot run this call") as caught:
+        dispatch.select(given, backend)
+    listed = re.findall(r"^  - (.*)$", str(caught.value), re.M)
+    assert listed == dispatch.BACKENDS[backend].unsupported(given)
+    assert all(any(reason in line for line in listed) for reason in reasons) and len(listed) >= len(reasons)
+
+
+def test_layers_refuse_in_the_same_words() -> None:
+    x = torch.randn(4, 3, 2)
+    with pytest.raises(ValueError, match=r"(?s)backend='aten' cannot run.*not this gru_reset_before"):
+        gpu_rnn.GRU(2, 3, reset_after=False, backend="aten")(x)
+    with pytest.raises(
+        ValueError, match=r"(?s)backend='resident' cannot run.*needs an NVIDIA GPU.*backend='auto'"
+    ):
+        gpu_rnn.LSTM(2, 3, backend="resident")(x)
+    with pytest.raises(
+        ValueError, match="backend must be 'auto' or one of resident, aten, step, reference, got 'cudnn'"
+    ):
+        gpu_rnn.LSTM(2, 3, backend="cudnn")(x)
+
+
+def test_environment_names_a_preference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPU_RNN_BACKEND", "reference")
+    assert dispatch.select(problem()) == "reference"
+    assert dispatch.select(problem(), "step") == "step"
+    dispatch.select.cache_clear()
+    monkeypatch.setenv("GPU_RNN_BACKEND", "resident")  # cannot run here: only a preference
+    assert dispatch.select(problem()) == "aten"
+    dispatch.select.cache_clear()
+    monkeypatch.setenv("GPU_RNN_BACKEND", "fastest")
+    with pytest.raises(ValueError, match="got 'fastest'"):
+        dispatch.select(problem())
+
+
+RUNS: list[tuple[gpu_rnn.Recurrent, str, list[str]]] = [
+    (gpu_rnn.LSTM(2, 3), "aten", ["aten::lstm"]),
+    (gpu_rnn.LSTM(2, 3, activation="relu"), "step", ["gpu_rnn::step_forward", "gpu_rnn::step_backward"]),
+    (gpu_rnn.GRU(2, 3, backend="step"), "step", ["gpu_rnn::step_forward", "gpu_rnn::step_backward"]),
+    (gpu_rnn.GRU(2, 3, reset_after=False), "step", ["gpu_rnn::step_forward", "gpu_rnn::step_backward"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("layer", "backend", "events"), RUNS, ids=lambda v: v if isinstance(v, str) else None
+)
+def test_what_is_explained_is_what_runs(layer: gpu_rnn.Recurrent, backend: str, events: list[str]) -> None:
+    x = torch.randn(4, 3, 2)
+    assert gpu_rnn.explain(layer, x).chosen == backend
+    with torch.profiler.profile() as profile:
+        layer(x)[0].sum().backward()
+    ran = [
+        event.name
+        for event in profile.events()
+        if event.name in {*events, "gpu_rnn::reference_forward", "aten::lstm"}
+    ]
+    assert ran == events
+
+
+def test_a_fallback_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    layer = gpu_rnn.LSTM(2, 3, dtype=torch.complex64)
+    with caplog.at_level(logging.INFO, logger="gpu_rnn"):
+        for steps in (4, 4, 5, 6):
+            layer(torch.randn(steps, 3, 2, dtype=torch.complex64))
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == len(set(messages))
+    assert "training of lstm: step not used: complex numbers run on the reference only" in messages
+    assert not any("reference not used" in message for message in messages)
+
+
+@pytest.mark.parametrize("device", [*devices.DEVICES, "h100", "H100 SXM 80GB", "cpu", None])
+def test_explain_for_a_device(device: str | None) -> None:
+    layer = gpu_rnn.LSTM(64, 64, activation="softsign")
+    explanation = gpu_rnn.explain(layer, torch.empty(100, 32, 64, device="meta"), device=device)
+    assert [row.backend for row in explanation.rows if row.backend in NAMES] == NAMES
+    assert [row.backend for row in explanation.rows if row.chosen] == [explanation.chosen]
+    expected = devices.describe(device) if device else devices.CPU
+    assert explanation.problem.device == expected
+    assert explanation.chosen == ("resident" if expected.is_gpu else "step")
+    for row in explanation.rows:
+        assert row.runs == (row.predicted_us is not None) and (row.runs or row.reasons)
+        assert row.predicted_us is None or row.predicted_us > 0
+    head, columns, *lines, foot = str(explanation).splitlines()
+    assert (
+        head
+        == f"lstm: T 100, B 32, input 64, hidden 64, layers 1, float32, forward and backward, on {expected.name}"
+    )
+    assert "predicted" in foot and "µs/step" in columns
+    assert re.search(rf"^{explanation.chosen} +chosen +\d+\.\d\d", "\n".join(lines), re.M)
+    assert re.search(r"^aten +no +ATen has LSTM, GRU and RNN", "\n".join(lines), re.M)
+
+
+def test_explain_reads_the_layer_and_the_call() -> None:
+    layer = gpu_rnn.GRU(3, 5, 2, bidirectional=True, batch_first=True)
+    described = gpu_rnn.explain(layer, torch.empty(7, 4, 3)).problem
+    assert (described.T, described.B, described.I, described.H) == (4, 7, 3, 5)
+    assert (described.N, described.layers, described.direction) == (2, 2, "training")
+    assert gpu_rnn.explain(layer, torch.empty(4, 3)).problem.B == 1
+    assert gpu_rnn.explain(layer).problem.T == 100
+    with torch.no_grad():
+        assert gpu_rnn.explain(layer).problem.direction == "inference"
+    forced = gpu_rnn.explain(gpu_rnn.GRU(3, 5, reset_after=False, backend="aten"))
+    assert forced.chosen is None and "chosen" not in str(forced)
+    assert gpu_rnn.explain(gpu_rnn.GRU(3, 5, backend="reference")).chosen == "reference"
+
+
+def test_explain_refuses() -> None:
+    with pytest.raises(
+        ValueError, match=r"no description of a device 'H1000'; described are A100, .*H100.* and CPU"
+    ):
+        gpu_rnn.explain(gpu_rnn.LSTM(2, 3), device="H1000")
+    with pytest.raises(TypeError, match=r"such as gpu_rnn.LSTM, not LSTM"):
+        gpu_rnn.explain(torch.nn.LSTM(2, 3))
+
+
+DEBUGGED = {
+    "lstm": gpu_rnn.LSTM(2, 4, 2, bidirectional=True, batch_first=True),
+    "gru": gpu_rnn.GRU(2, 4, dtype=torch.bfloat16),
+    "slstm": gpu_rnn.Recurrent(cells.slstm(), 2, 4, dtype=torch.float64),
+    "projected": gpu_rnn.LSTM(2, 4, proj_size=3),
+}
+
+
+@pytest.mark.parametrize("name", DEBUGGED)
+def test_debug_finds_agreement(name: str) -> None:
+    layer = DEBUGGED[name]
+    found = gpu_rnn.debug(layer, torch.randn(6, 3, 2, dtype=layer.weight_ih_l0.dtype), backend="step")
+    assert [difference.layer for difference in found] == list(range(layer.num_layers))
+    for difference in found:
+        assert difference.where == "" and difference.backend == "step"
+        assert f"layer {difference.layer}: step agrees with the reference" in str(difference)
+
+
+FAULTS = [
+    ("y", (4, 1, 0, 2), "step 4, sample 1, direction 0, unit 2: the output h is off by 1"),
+    (
+        "y",
+        (4, 1, 1, 2),
+        "step 1, sample 1, direction 1, unit 2: the output h is off by 1",
+    ),  # the fifth from its end
+    (
+        "gates",
+        (3, 0, 0, 2, 1),
+        "step 3, sample 0, direction 0, unit 1: the pre-activation of gate n is off by 1",
+    ),
+    (
+        "recurrent",
+        (2, 2, 0, 0, 3),
+        "step 2, sample 2, direction 0, unit 3: the product of gate n is off by 1",
+    ),
+]
+
+
+@pytest.mark.parametrize(("field", "index", "where"), FAULTS)
+def test_debug_names_the_first_difference(
+    monkeypatch: pytest.MonkeyPatch, field: str, index: tuple[int, ...], where: str
+) -> None:
+    forward = step.forward
+
+    def broken(*arguments: Any) -> Any:
+        result = forward(*arguments)
+        getattr(result, field)[index] += 1
+        if field == "y" and index[2] == 0:
+            result.y[5, :, 0] += 1  # later, and so not the first
+        return result
+
+    monkeypatch.setattr(step, "forward", broken)
+    (found,) = gpu_rnn.debug(gpu_rnn.GRU(2, 4, bidirectional=True), torch.randn(6, 3, 2), backend="step")
+    assert found.where == where
+    assert str(found) == f"layer 0: step first differs from the reference at {where}"
