@@ -78,8 +78,9 @@ def reorder(values: Tensor, order: Tensor | None) -> Tensor:
     """Values (T, B, N, ...) in processing order, or from it back into the order of time."""
     if order is None:
         return values
-    index = order.view(*order.shape, *[1] * (values.dim() - 3)).expand(values.shape)
-    return values.gather(0, index)
+    steps, batch, n = values.shape[:3]
+    rows = torch.arange(batch * n, device=values.device).view(batch, n) + order * (batch * n)  # whole rows are copied
+    return values.flatten(0, 2).index_select(0, rows.flatten()).unflatten(0, (steps, batch, n))
 
 
 def forward(
