@@ -41,7 +41,7 @@ FLAGS = {
 }
 # A report ends the run: the first is the one to read. Threads are fibers that nobody joins, buffers are never freed.
 OPTIONS = {
-    "TSAN_OPTIONS": "halt_on_error=1 exitcode=66 report_thread_leaks=0 history_size=2",
+    "TSAN_OPTIONS": "halt_on_error=1 exitcode=66 report_thread_leaks=0 history_size=0",
     "ASAN_OPTIONS": "exitcode=67 detect_leaks=0 detect_stack_use_after_return=0",
     "UBSAN_OPTIONS": "print_stacktrace=1",
 }

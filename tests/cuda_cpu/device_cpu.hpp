@@ -153,17 +153,17 @@ DEVICE void load_matrix(unsigned (&r)[COUNT], const void *row, bool trans) {
   memcpy(r, mine.result, sizeof r);
 }
 
-DEVICE void load_matrix_x4(unsigned (&r)[4], const void *row) {
-  load_matrix(r, row, false);
+DEVICE void load_matrix_x4(unsigned (&r)[4], const void *shared_row) {
+  load_matrix(r, shared_row, false);
 }
-DEVICE void load_matrix_x2(unsigned (&r)[2], const void *row) {
-  load_matrix(r, row, false);
+DEVICE void load_matrix_x2(unsigned (&r)[2], const void *shared_row) {
+  load_matrix(r, shared_row, false);
 }
-DEVICE void load_matrix_x4_trans(unsigned (&r)[4], const void *row) {
-  load_matrix(r, row, true);
+DEVICE void load_matrix_x4_trans(unsigned (&r)[4], const void *shared_row) {
+  load_matrix(r, shared_row, true);
 }
-DEVICE void load_matrix_x2_trans(unsigned (&r)[2], const void *row) {
-  load_matrix(r, row, true);
+DEVICE void load_matrix_x2_trans(unsigned (&r)[2], const void *shared_row) {
+  load_matrix(r, shared_row, true);
 }
 
 DEVICE void mma_f16(float (&d)[4], const unsigned (&a)[4],

@@ -38,7 +38,9 @@ struct Warp {
 struct Fiber : Here {
   Block *home;
   Warp *warp;
-  ucontext_t context;
+  ucontext_t start;
+  void *resume[5]; // of __builtin_setjmp
+  bool started = false;
   void *sanitizer = nullptr; // ThreadSanitizer's view of this thread
   Kind waits_for = Kind::none;
   int waits_at = 0; // a site, or the barrier's number
