@@ -1,0 +1,187 @@
+// SPDX-License-Identifier: Apache-2.0
+// What group_forward.cu and group_backward.cu share. MEMBERS blocks of threads,
+// a group, run a tile of the batch together: each owns BLOCKS blocks of 16
+// units, keeps their rows of the weights on chip and, step after step, sends
+// what it computed for its units to all members (group_exchange.cuh).
+//
+// A block's warps stand ACROSS its unit blocks and ALONG the depth of the
+// product. Weights are the A operand of the matrix instructions: row i of a
+// 16-row fragment is unit 2 i, row i + 8 unit 2 i + 1, so that a thread holds
+// two neighbouring units, with all their gates, for each of its batch rows.
+// The batch is the B operand, COLUMNS columns of 8 rows a tile; TILES tiles
+// take turns within a step, so that one computes while another's words travel.
+//
+// Given by the launcher: Scalar as SCALAR, PRECISION (of fp32: IEEE or TF32),
+// GATES, SPLITS (gates whose product is kept apart), KEPT (per gate: its number
+// among those, or -1), STATES, PARAMS, MEMBERS, BLOCKS, ACROSS, ALONG, COLUMNS,
+// TILES, HELD (of each warp's blocks of the depth: weights in registers, those
+// beyond in shared memory), PARTS (products entering a unit: 1 forward, GATES
+// backward), PAIRED (units lie in aligned pairs), COUNTER, PERIOD, SHARED.
+#pragma once
+#include "device.cuh"
+
+#define IEEE 0
+#define TF32 1
+
+typedef SCALAR Scalar;
+constexpr bool HALF = sizeof(Scalar) == 2;
+
+// Two neighbouring units of one batch row.
+template <int BYTES> struct WordOf {
+  typedef unsigned type;
+};
+template <> struct WordOf<4> {
+  typedef unsigned long long type;
+};
+typedef WordOf<sizeof(Scalar)>::type Word;
+
+constexpr int DEPTH =
+    MEMBERS * BLOCKS; // blocks of 16 units that enter a product
+constexpr int SHARE = (DEPTH + ALONG - 1) / ALONG; // of them, for a warp
+constexpr int OWN_BLOCKS = BLOCKS / ACROSS;        // unit blocks of a warp
+constexpr int ROWS = 8 * COLUMNS;                  // of the batch in a tile
+constexpr int PAIRS = 2 * COLUMNS; // pairs of units of a thread in a unit block
+constexpr int OWNED = (OWN_BLOCKS * PAIRS + ALONG - 1) / ALONG; // after ALONG
+constexpr int THREADS = 32 * ACROSS * ALONG;
+constexpr int FRAGMENT = HALF ? 4 : 8; // registers of 16 x 16 weights
+static_assert(BLOCKS % ACROSS == 0 && HELD <= SHARE, "the launcher's layout");
+
+// At least one, so that arrays of them exist.
+constexpr int ANY_SPLITS = SPLITS ? SPLITS : 1;
+constexpr int ANY_PARAMS = PARAMS ? PARAMS : 1;
+
+// Shared memory: weights beyond the registers, two buffers of partial sums, and
+// the words of a group of one.
+constexpr int SPILLED = GATES * OWN_BLOCKS * (SHARE - HELD); // fragments a warp
+constexpr int RESULTS = PARTS == 1 ? GATES : 1; // sums of a unit and batch row
+constexpr int SUM_FLOATS = ALONG > 1 ? OWN_BLOCKS * RESULTS * COLUMNS * 4 : 0;
+constexpr int SLOT = TILES * PARTS * DEPTH * 2 * COLUMNS * 32; // words
+constexpr long long WEIGHT_BYTES = THREADS * 4LL * FRAGMENT * SPILLED;
+constexpr long long SUM_BYTES = 2 * THREADS * 4LL * SUM_FLOATS;
+constexpr long long WORD_BYTES = MEMBERS == 1 ? 2LL * sizeof(Word) * SLOT : 0;
+static_assert(WEIGHT_BYTES + SUM_BYTES + WORD_BYTES == SHARED,
+              "the launcher's count of shared memory");
+
+struct alignas(16) Quad {
+  unsigned x, y, z, w;
+};
+
+// ---- Words ------------------------------------------------------------------
+
+DEVICE unsigned low_part(unsigned long long word) {
+  return static_cast<unsigned>(word);
+}
+DEVICE unsigned high_part(unsigned long long word) {
+  return static_cast<unsigned>(word >> 32);
+}
+
+template <class T> DEVICE Word pack_pair(float first, float second) {
+  if constexpr (HALF) {
+    return pack<T>(first, second);
+  } else {
+    if constexpr (PRECISION == TF32) {
+      first = to_tf32(first);
+      second = to_tf32(second);
+    }
+    return __float_as_uint(first) |
+           static_cast<unsigned long long>(__float_as_uint(second)) << 32;
+  }
+}
+
+template <class T> DEVICE void unpack_pair(float (&pair)[2], Word word) {
+  if constexpr (HALF) {
+    const T first = {static_cast<unsigned short>(word)};
+    const T second = {static_cast<unsigned short>(word >> 16)};
+    pair[0] = to_float(first);
+    pair[1] = to_float(second);
+  } else {
+    pair[0] = __uint_as_float(low_part(word));
+    pair[1] = __uint_as_float(high_part(word));
+  }
+}
+
+// Two neighbouring units in memory, of which the first `count` exist.
+DEVICE void load_pair(float (&pair)[2], const Scalar *p, int count) {
+  pair[0] = pair[1] = 0.0f;
+  if constexpr (PAIRED) {
+    if (count > 0)
+      unpack_pair<Scalar>(pair, *reinterpret_cast<const Word *>(p));
+  } else {
+    if (count > 0)
+      pair[0] = to_float(p[0]);
+    if (count > 1)
+      pair[1] = to_float(p[1]);
+  }
+}
+
+DEVICE void store_pair(Scalar *p, const float (&pair)[2], int count) {
+  if constexpr (PAIRED && HALF) {
+    if (count > 0)
+      *reinterpret_cast<Word *>(p) = pack_pair<Scalar>(pair[0], pair[1]);
+  } else {
+    if (count > 0)
+      p[0] = from_float<Scalar>(pair[0]);
+    if (count > 1)
+      p[1] = from_float<Scalar>(pair[1]);
+  }
+}
+
+DEVICE void load_pair_f32(float (&pair)[2], const float *p, int count) {
+  pair[0] = count > 0 ? p[0] : 0.0f;
+  pair[1] = count > 1 ? p[1] : 0.0f;
+}
+
+DEVICE void store_pair_f32(float *p, const float (&pair)[2], int count) {
+  if (count > 0)
+    p[0] = pair[0];
+  if (count > 1)
+    p[1] = pair[1];
+}
+
+// ---- Who and where ----------------------------------------------------------
+
+// A thread's place. Blocks are numbered (recurrence, group, member).
+struct Seat {
+  int n, group, member, across, along, i, j; // lane = 4 i + j
+
+  DEVICE Seat(int first_n, int groups) {
+    const int whole = block_index() / MEMBERS;
+    n = first_n + whole / groups;
+    group = whole % groups;
+    member = block_index() % MEMBERS;
+    across = warp() / ALONG;
+    along = warp() % ALONG;
+    i = lane() / 4;
+    j = lane() % 4;
+  }
+};
+
+// What a thread owns once the partial sums are joined: a pair of units of one
+// batch row. Beyond the last one `count`, the units that exist, is 0.
+struct Spot {
+  bool taken;
+  int own, pair, block, unit, row, count;
+
+  DEVICE Spot() {}
+  DEVICE Spot(const Seat &seat, int number, int H) {
+    const int item = seat.along * OWNED + number;
+    taken = item < OWN_BLOCKS * PAIRS;
+    own = item / PAIRS;
+    pair = item % PAIRS;
+    block = seat.member * BLOCKS + seat.across * OWN_BLOCKS + own;
+    unit = 16 * block + 2 * seat.i;
+    row = 8 * (pair / 2) + 2 * seat.j + pair % 2;
+    count = !taken || unit >= H ? 0 : unit + 1 < H ? 2 : 1;
+  }
+
+  // Of its word, within a slot.
+  DEVICE int word(const Seat &seat, int tile, int part) const {
+    const int half = 2 * ((tile * DEPTH + block) * PARTS + part) + seat.i / 4;
+    return (half * COLUMNS + pair / 2) * 32 + 4 * (row % 8) + seat.i % 4;
+  }
+};
+
+// The time at which a row's step lies: a reversed row starts at its last step.
+DEVICE long long time_of(int step, long long length, bool reversed) {
+  return reversed && step < length ? length - 1 - step : step;
+}

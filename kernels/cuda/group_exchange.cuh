@@ -1,0 +1,197 @@
+// SPDX-License-Identifier: Apache-2.0
+// How a group's words travel. Publications are numbered from 0; every thread
+// publishes number s + 1 only after its warps have collected number s.
+//
+// Through L2 with the data as the flag (the default). Slots are empty (all bits
+// set, which no written word is) until their word is there, and a reader loads
+// a word again until it is not empty. One word, one store, one load: nothing
+// has to be ordered between words. Slots are used again, which rests on this:
+// (a) Once a block has collected number s from all members, every member has
+//     published s, hence collected s - 1 whole: its publishing warps met in
+//     `join` (or collect everything themselves), and each word of s depends on
+//     the words of s - 1. So after publishing e, which follows collecting
+//     e - 1, the words up to e - 2 will not be read again.
+// (b) Every PERIOD publications, after publishing e, the owner of a word
+//     empties it in the slots of e - 1 - PERIOD to e - 2, then runs a fence.
+//     The slots come round after RING = 3 PERIOD + 1 numbers. A word has one
+//     writer, and one reader in each block, always the same threads. Before
+//     the reader looks for number r + RING, where r <= e - 2 was emptied at e,
+//     it ran its own fence after publishing e + PERIOD or e + 2 PERIOD, and it
+//     had collected e + 1 or later by then, stored by the writer after its
+//     fence. A store before one fence is seen after the other: the reader
+//     finds the slot empty or with the new word, never with the old one.
+// Both fences stand where the thread would only wait for the others' words.
+//
+// COUNTER: words are plain; a block's barrier and one release a tile count its
+// publication, and one lane of a reading warp polls with acquire. Two slots are
+// enough by (a).
+//
+// A group of one keeps two slots in shared memory, with one barrier a tile.
+#pragma once
+#include "group.cuh"
+
+constexpr Word EMPTY = ~static_cast<Word>(0);
+constexpr Word CALM = EMPTY >> 1; // the same NaNs to a reader, and not empty
+constexpr int RING = MEMBERS == 1 || COUNTER ? 2 : 3 * PERIOD + 1;
+constexpr int COUNTERS = TILES; // of each group, in front of its slots
+constexpr int POLLS = 1024;     // between looks at the clock
+constexpr int CHUNK_WORDS = 32; // 32-bit registers of words under way at once
+
+enum Site {
+  JOIN,
+  WITHIN,
+  PUBLISH,
+  COLLECT,
+  EMPTYING,
+  EMPTIED,
+  COUNT_BLOCK,
+  COUNT_ADD,
+  COUNT_WAIT,
+  COUNT_WARP,
+  LEFT,
+  LEAVE,
+  FAIL
+};
+
+// What ends a wait that has no end. A thread that gives up waits no more and
+// runs through its steps on empty words, which are NaN, so that every barrier
+// is still met by all.
+struct Watch {
+  unsigned *left;            // set by the first who gives up; all others follow
+  unsigned long long *error; // in the host's memory
+  unsigned long long limit, started;
+  int launch, group, polls; // launch: the launcher's name for it, not 0
+  bool alive;
+
+  DEVICE void start() { polls = 0; }
+
+  DEVICE void poll(int number) {
+    poll_pause();
+    if (++polls % POLLS)
+      return;
+    const unsigned long long now = clock_ns();
+    if (polls == POLLS)
+      started = now;
+    if (load_relaxed<LEFT>(left)) {
+      alive = false;
+    } else if (now - started > limit) {
+      alive = false;
+      store_relaxed<LEAVE>(left, 1u);
+      store_relaxed<FAIL>(error, report(number));
+    }
+  }
+
+  DEVICE unsigned long long report(int number) const {
+    return static_cast<unsigned long long>(launch) << 48 |
+           static_cast<unsigned long long>(group & 0xffff) << 32 |
+           static_cast<unsigned>(number);
+  }
+};
+
+struct Exchange {
+  Word *slots;
+  unsigned *counters;
+  Watch watch;
+
+  DEVICE Exchange(Word *p_words, unsigned *p_control,
+                  unsigned long long *p_error, unsigned long long limit,
+                  int launch) {
+    const int group = block_index() / MEMBERS;
+    slots = p_words + static_cast<long long>(group) * RING * SLOT;
+    if constexpr (MEMBERS == 1)
+      slots =
+          reinterpret_cast<Word *>(shared_memory() + WEIGHT_BYTES + SUM_BYTES);
+    counters = p_control + 1 + group * COUNTERS;
+    watch = {p_control, p_error, limit, 0, launch, group, 0, true};
+  }
+
+  DEVICE Word *slot(int number) const {
+    return slots + static_cast<long long>(number % RING) * SLOT;
+  }
+
+  DEVICE void publish(const Seat &seat, const Spot &spot, int number, int tile,
+                      int part, const float (&pair)[2]) {
+    if (!spot.taken)
+      return;
+    // Units that do not exist may have become anything: a NaN would spread.
+    const Word word = pack_pair<Scalar>(spot.count > 0 ? pair[0] : 0.0f,
+                                        spot.count > 1 ? pair[1] : 0.0f);
+    Word *to = slot(number) + spot.word(seat, tile, part);
+    if constexpr (MEMBERS == 1 || COUNTER)
+      *to = word;
+    else
+      store_relaxed<PUBLISH>(to, word == EMPTY ? CALM : word);
+  }
+
+  // After a tile's last word.
+  DEVICE void published(int tile) {
+    if constexpr (MEMBERS == 1) {
+      block_sync<WITHIN>();
+    } else if constexpr (COUNTER) {
+      block_sync<COUNT_BLOCK>();
+      if (thread_index() == 0)
+        add_release<COUNT_ADD>(counters + tile, 1u);
+    }
+  }
+
+  // After the last tile's.
+  DEVICE void retire(const Seat &seat, const Spot (&spots)[OWNED], int number) {
+    if constexpr (MEMBERS == 1 || COUNTER)
+      return;
+    if (number <= PERIOD || (number - 1) % PERIOD)
+      return;
+    for (int old = number - 1 - PERIOD; old <= number - 2; old++)
+      for (int spot = 0; spot < OWNED; spot++)
+        empty(seat, spots[spot], slot(old));
+    fence<EMPTIED>();
+  }
+
+  DEVICE void empty(const Seat &seat, const Spot &spot, Word *from) {
+    if (!spot.taken)
+      return;
+    for (int tile = 0; tile < TILES; tile++)
+      for (int part = 0; part < PARTS; part++)
+        store_relaxed<EMPTYING>(from + spot.word(seat, tile, part), EMPTY);
+  }
+
+  // Before `collect`: with COUNTER the wait for a tile's words.
+  DEVICE void await(int number, int tile) {
+    watch.start();
+    if constexpr (MEMBERS > 1 && COUNTER) {
+      const unsigned wanted = MEMBERS * (number + 1u);
+      // Counters wrap around: what counts is the difference.
+      while (lane() == 0 && watch.alive &&
+             static_cast<int>(load_acquire<COUNT_WAIT>(counters + tile) -
+                              wanted) < 0)
+        watch.poll(number);
+      warp_sync<COUNT_WARP>(0xffffffffu);
+    }
+  }
+
+  // N words of this lane, `stride` apart: its column of the B operand.
+  template <int N>
+  DEVICE void collect(Word (&words)[N], const Word *from, int stride,
+                      int number) {
+    if constexpr (MEMBERS == 1 || COUNTER) {
+#pragma unroll
+      for (int w = 0; w < N; w++)
+        words[w] = watch.alive ? from[w * stride] : EMPTY;
+      return;
+    }
+    bool missing;
+#pragma unroll
+    for (int w = 0; w < N; w++)
+      words[w] = EMPTY;
+    do {
+      missing = false;
+#pragma unroll
+      for (int w = 0; w < N; w++) {
+        if (words[w] == EMPTY)
+          words[w] = load_relaxed<COLLECT>(from + w * stride);
+        missing |= words[w] == EMPTY;
+      }
+      if (missing)
+        watch.poll(number);
+    } while (missing && watch.alive);
+  }
+};

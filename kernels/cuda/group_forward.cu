@@ -1,0 +1,235 @@
+// SPDX-License-Identifier: Apache-2.0
+// The forward time loop of any recurrence with one product a step, by groups of
+// blocks. Sizes: T time, B batch, N independent recurrences, G gates, R split
+// gates, S states, P per-unit parameters, H hidden units. `step_0` is generated
+// from the recurrence, so nothing in here knows any cell. The grid is (N of
+// this launch) x (groups of each) x MEMBERS blocks, all of which are resident.
+#include "group_product.cuh"
+
+constexpr int KEPT_OF[GATES] = KEPT;
+
+struct Forward {
+  Scalar *p_gates;     // (T, B, N, G, H) in: projection; out: pre-activations
+  Scalar *p_recurrent; // (T, B, N, R, H) out, with SAVE
+  float *p_inner;      // (S - 1, T, B, N, H) out, with SAVE
+  Scalar *p_y;         // (T, B, N, H) out
+  long long stride_t, stride_b, stride_n, stride_g; // of gates
+  long long T, B, N, H;
+  bool reversed;
+};
+
+// What a thread keeps of its pair of units: for all rows, and for one row.
+struct Pair {
+  float bias[ANY_SPLITS][2], params[ANY_PARAMS][2];
+};
+struct Row {
+  float state[STATES][2];
+  long long batch, length;
+  int count; // units to load and store: none in rows beyond B
+};
+
+// One step of one pair: the projection, then what comes of it.
+struct Step {
+  float a[GATES][2], r[ANY_SPLITS][2], y[2];
+  long long time;
+};
+
+// The step's projection, on its way before the wait for the others' words.
+DEVICE void prefetch(Step &step, const Forward &f, const Seat &seat,
+                     const Spot &spot, const Row &row, int t) {
+  step.time = time_of(t, row.length, f.reversed);
+  const Scalar *p = f.p_gates + step.time * f.stride_t +
+                    row.batch * f.stride_b + seat.n * f.stride_n + spot.unit;
+#pragma unroll
+  for (int gate = 0; gate < GATES; gate++)
+    load_pair(step.a[gate], p + gate * f.stride_g, row.count);
+}
+
+DEVICE void advance_unit(Step &step, const Pair &pair, Row &row,
+                         const float (&products)[RESULTS][2], int unit,
+                         bool active) {
+  float a[GATES], r[ANY_SPLITS], s[STATES], p[ANY_PARAMS], none[1], out[STATES];
+#pragma unroll
+  for (int gate = 0; gate < GATES; gate++) {
+    const int kept = KEPT_OF[gate];
+    a[gate] = step.a[gate][unit];
+    if (kept < 0)
+      a[gate] += products[gate][unit];
+    else
+      r[kept] = products[gate][unit] + pair.bias[kept][unit];
+  }
+  for (int k = 0; k < STATES; k++)
+    s[k] = row.state[k][unit];
+  for (int k = 0; k < PARAMS; k++)
+    p[k] = pair.params[k][unit];
+  step_0(a, r, s, p, none, out);
+  for (int gate = 0; gate < GATES; gate++)
+    step.a[gate][unit] = a[gate];
+  for (int k = 0; k < SPLITS; k++)
+    step.r[k][unit] = r[k];
+  for (int k = 0; k < STATES; k++)
+    row.state[k][unit] = active ? out[k] : s[k];
+  step.y[unit] = active ? out[0] : 0.0f;
+}
+
+DEVICE void store(const Step &step, const Forward &f, const Seat &seat,
+                  const Spot &spot, const Row &row) {
+  const long long place = (step.time * f.B + row.batch) * f.N + seat.n;
+  store_pair(f.p_y + place * f.H + spot.unit, step.y, row.count);
+  if constexpr (SAVE) {
+    Scalar *p_gates = f.p_gates + step.time * f.stride_t +
+                      row.batch * f.stride_b + seat.n * f.stride_n + spot.unit;
+    for (int gate = 0; gate < GATES; gate++)
+      if (KEPT_OF[gate] < 0)
+        store_pair(p_gates + gate * f.stride_g, step.a[gate], row.count);
+    Scalar *p_recurrent = f.p_recurrent + place * SPLITS * f.H + spot.unit;
+    for (int k = 0; k < SPLITS; k++)
+      store_pair(p_recurrent + k * f.H, step.r[k], row.count);
+    float *p_inner = f.p_inner + place * f.H + spot.unit;
+    for (int k = 1; k < STATES; k++)
+      store_pair_f32(p_inner + (k - 1) * f.T * f.B * f.N * f.H, row.state[k],
+                     row.count);
+  }
+}
+
+// One tile's step: collects publication `number`, and publishes the next.
+DEVICE void advance(const Forward &f, const Seat &seat,
+                    const Spot (&spots)[OWNED], const Pair (&pairs)[OWNED],
+                    Row (&rows)[OWNED], const Weights &weights,
+                    Exchange &exchange, int t, int number, int tile) {
+  Step steps[OWNED];
+#pragma unroll
+  for (int k = 0; k < OWNED; k++)
+    prefetch(steps[k], f, seat, spots[k], rows[k], t);
+  Accumulators sums;
+  Totals totals;
+  product(sums, weights, exchange, seat, number, tile);
+  join(totals, sums, seat, spots, number * TILES + tile);
+#pragma unroll
+  for (int k = 0; k < OWNED; k++) {
+    for (int unit = 0; unit < 2; unit++)
+      advance_unit(steps[k], pairs[k], rows[k], totals[k], unit,
+                   t < rows[k].length);
+    if (t + 1 < f.T)
+      exchange.publish(seat, spots[k], number + 1, tile, 0, rows[k].state[0]);
+  }
+  if (t + 1 < f.T)
+    exchange.published(tile);
+#pragma unroll
+  for (int k = 0; k < OWNED; k++)
+    store(steps[k], f, seat, spots[k], rows[k]);
+}
+
+// The rows of a tile that starts at row `first` of the batch.
+DEVICE void begin(Row (&rows)[OWNED], const Forward &f, const Seat &seat,
+                  const Spot (&spots)[OWNED], const Scalar *p_initial,
+                  const long long *p_lengths, long long first) {
+#pragma unroll
+  for (int k = 0; k < OWNED; k++) {
+    const long long batch = first + spots[k].row;
+    const bool inside = batch < f.B;
+    rows[k].batch = inside ? batch : 0;
+    rows[k].count = inside ? spots[k].count : 0;
+    rows[k].length = !inside ? 0 : p_lengths ? p_lengths[batch] : f.T;
+    const long long place = (rows[k].batch * f.N + seat.n) * f.H;
+    for (int s = 0; s < STATES; s++)
+      load_pair(rows[k].state[s],
+                p_initial + s * f.B * f.N * f.H + place + spots[k].unit,
+                rows[k].count);
+  }
+}
+
+DEVICE void finish(const Row (&rows)[OWNED], const Forward &f, const Seat &seat,
+                   const Spot (&spots)[OWNED], Scalar *p_final) {
+#pragma unroll
+  for (int k = 0; k < OWNED; k++) {
+    const long long place = (rows[k].batch * f.N + seat.n) * f.H;
+    for (int s = 0; s < STATES; s++)
+      store_pair(p_final + s * f.B * f.N * f.H + place + spots[k].unit,
+                 rows[k].state[s], rows[k].count);
+  }
+}
+
+DEVICE void load_constants(Pair &pair, const Spot &spot, const Scalar *p_b_hh,
+                           const Scalar *p_params, int n, int H) {
+  const long long first = static_cast<long long>(n) * H;
+  for (int gate = 0; gate < GATES; gate++)
+    if (KEPT_OF[gate] >= 0)
+      load_pair(pair.bias[KEPT_OF[gate]],
+                p_b_hh + first * GATES + gate * H + spot.unit,
+                p_b_hh ? spot.count : 0);
+  for (int k = 0; k < PARAMS; k++)
+    load_pair(pair.params[k], p_params + first * PARAMS + k * H + spot.unit,
+              spot.count);
+}
+
+// The steps of TILES tiles that start at row `first`; their publications are
+// numbered from `number`.
+DEVICE void run(const Forward &f, const Seat &seat, const Spot (&spots)[OWNED],
+                const Pair (&pairs)[OWNED], const Weights &weights,
+                Exchange &exchange, const Scalar *p_initial, Scalar *p_final,
+                const long long *p_lengths, long long first, int number) {
+  Row rows[TILES][OWNED];
+#pragma unroll
+  for (int tile = 0; tile < TILES; tile++) {
+    begin(rows[tile], f, seat, spots, p_initial, p_lengths,
+          first + tile * ROWS);
+    for (int k = 0; k < OWNED; k++)
+      exchange.publish(seat, spots[k], number, tile, 0, rows[tile][k].state[0]);
+    exchange.published(tile);
+  }
+  for (int t = 0; t < f.T; t++) {
+    exchange.retire(seat, spots, number + t);
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++)
+      advance(f, seat, spots, pairs, rows[tile], weights, exchange, t,
+              number + t, tile);
+  }
+#pragma unroll
+  for (int tile = 0; tile < TILES; tile++)
+    finish(rows[tile], f, seat, spots, p_final);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) group_forward(
+    Scalar *p_gates,             // (T, B, N, G, H), overwritten with SAVE
+    Scalar *p_recurrent,         // (T, B, N, R, H) out, with SAVE
+    float *p_inner,              // (S - 1, T, B, N, H) out, with SAVE
+    Scalar *p_y,                 // (T, B, N, H) out
+    const Scalar *p_initial,     // (S, B, N, H)
+    Scalar *p_final,             // (S, B, N, H) out
+    const Scalar *p_w,           // (N, G, H, H)
+    const Scalar *p_b_hh,        // (N, G, H), of which split gates' are read
+    const Scalar *p_params,      // (N, P, H) or null
+    const long long *p_lengths,  // (B,) or null
+    Word *p_words,               // (groups, RING, SLOT), all bits set
+    unsigned *p_control,         // (1 + groups x TILES,) zeros
+    unsigned long long *p_error, // (1,) in the host's memory
+    unsigned long long limit,    // nanoseconds that a wait may take
+    unsigned long long reverse,  // bit n % period: n runs backwards in time
+    long long stride_t, long long stride_b, long long stride_n,
+    long long stride_g, // of gates
+    int T, int B, int N, int H, int period, int first_n, int groups,
+    int launch) {
+  const Seat seat(first_n, groups);
+  const bool reversed = reverse >> (seat.n % period) & 1;
+  const Forward f = {p_gates,  p_recurrent, p_inner,  p_y, stride_t,
+                     stride_b, stride_n,    stride_g, T,   B,
+                     N,        H,           reversed};
+  Weights weights;
+  weights.load(p_w + static_cast<long long>(seat.n) * GATES * H * H, seat, H);
+  Exchange exchange(p_words, p_control, p_error, limit, launch);
+  Spot spots[OWNED];
+  Pair pairs[OWNED];
+#pragma unroll
+  for (int k = 0; k < OWNED; k++) {
+    spots[k] = Spot(seat, k, H);
+    load_constants(pairs[k], spots[k], p_b_hh, p_params, seat.n, H);
+  }
+  int number = 0;
+  for (long long first = static_cast<long long>(seat.group) * TILES * ROWS;
+       first < B; first += static_cast<long long>(groups) * TILES * ROWS) {
+    run(f, seat, spots, pairs, weights, exchange, p_initial, p_final, p_lengths,
+        first, number);
+    number += T;
+  }
+}

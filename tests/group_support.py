@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The group kernel's launches on the CPU: one problem, its layout, what it gives, and the truth beside it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from cuda_cpu import build
+from loop_support import RECURRENCES, Inputs, make
+from torch import Tensor
+
+from gpu_rnn import reference
+from gpu_rnn.launch import group
+from gpu_rnn.launch.group_layout import Layout, source
+from gpu_rnn.reference import Result
+
+PRECISIONS = {
+    "fp32": (torch.float32, "ieee"),
+    "tf32": (torch.float32, "tf32"),
+    "bf16": (torch.bfloat16, "ieee"),
+    "fp16": (torch.float16, "ieee"),
+}
+DEADLINE = 5.0  # seconds of virtual time: a thread that waits for a starved block polls for long
+
+
+@dataclass(frozen=True)
+class Case:
+    """A problem and how it is laid out. `held` is the part of a warp's weights in registers."""
+
+    cell: str
+    precision: str
+    members: int
+    T: int = 6
+    B: int = 5
+    H: int = 0  # 0: the members' width, less a few
+    across: int = 1
+    along: int = 1
+    blocks: int = 1
+    columns: int = 1
+    tiles: int = 1
+    groups: int = 1
+    held: float = 0.5
+    lengths: bool = False
+    reverse: str = "0"
+    counter: bool = False
+    period: int = 1
+    bias: bool = True
+    save: bool = True
+
+    def __str__(self) -> str:
+        odd = {k: v for k, v in vars(self).items() if v != getattr(Case("", "", 0), k)}
+        return "-".join(str(v) if k in ("cell", "precision") else f"{k}{v}" for k, v in odd.items())
+
+    @property
+    def hidden(self) -> int:
+        return self.H or 16 * self.members * self.blocks - (5 if self.lengths else 2)
+
+    def layout(self, backward: bool) -> Layout:
+        dtype, precision = PRECISIONS[self.precision]
+        share = -(-self.members * self.blocks // self.along)
+        return Layout(
+            RECURRENCES[self.cell].program.text, dtype, precision, backward, self.members, self.blocks, self.across,
+            self.along, self.columns, self.tiles, math.ceil(share * self.held), self.save and not backward,
+            self.hidden % 2 == 0, self.counter, self.period,
+        )  # fmt: skip
+
+    def inputs(self) -> Inputs:
+        """In float64, with the values that the dtype can hold."""
+        lengths = tuple((3 * b) % (self.T + 1) for b in range(self.B)) if self.lengths else None
+        given = make(
+            RECURRENCES[self.cell], self.T, self.B, 3, self.hidden, self.reverse, self.bias, lengths=lengths,
+            scale=min(0.5, 2 / math.sqrt(self.hidden)),
+        )  # fmt: skip
+        return given.to(PRECISIONS[self.precision][0]).to(torch.float64)
+
+    def plain(self, inputs: Inputs) -> Inputs:
+        """As plain PyTorch takes it; tf32, which a CPU has not, keeps as many bits as float16."""
+        return inputs.to(torch.float16 if self.precision == "tf32" else PRECISIONS[self.precision][0])
+
+
+def run_on_cpu(launch: group.Launch, **options: Any) -> None:
+    """Runs a launch under the CPU runtime; `options` are those of its `load` and `run`."""
+    layout = launch.layout
+    program = build.load(source(layout), sanitizer=options.pop("sanitizer", None))
+    grid = options.pop("grid", launch.grid)
+    build.run(program, layout.kernel, grid, layout.threads, layout.shared_bytes, launch.arguments, **options)
+
+
+def named(result: Result) -> dict[str, Tensor]:
+    """What a forward pass gave, by name; nothing for what it did not save."""
+    parts = {"y": result.y, **{f"final {k}": s for k, s in enumerate(result.final)}}
+    saved = {"gates": result.gates, "recurrent": result.recurrent, "inner": result.inner}
+    return parts | {name: value for name, value in saved.items() if value.numel()}
+
+
+@torch.no_grad()
+def forward(case: Case, inputs: Inputs, deadline: float = DEADLINE, **options: Any) -> tuple[Result, Tensor]:
+    """The kernel's results, allocated full of NaN, and its error word."""
+    program = RECURRENCES[case.cell].program
+    low = inputs.to(PRECISIONS[case.precision][0])
+    gates = reference.project(low.x, low.weights, program).contiguous()
+    error = torch.zeros(1, dtype=torch.int64)
+    launch, result = group.prepare_forward(
+        program, gates, low.weights, list(low.states), low.lengths, low.reverse, case.layout(False), case.groups, error,
+        deadline,
+    )  # fmt: skip
+    for tensor in (result.y, *result.final, result.recurrent, result.inner):
+        tensor.fill_(math.nan)
+    run_on_cpu(launch, **options)
+    return result, error
+
+
+@torch.no_grad()
+def expected_forward(case: Case, inputs: Inputs) -> Result:
+    """What the reference gives, in the dtype of its inputs."""
+    program = RECURRENCES[case.cell].program
+    return reference.forward(
+        program, inputs.x, inputs.weights, list(inputs.states), inputs.lengths, inputs.reverse, save=case.save
+    )
+
+
+# Largest errors relative to the largest value. fp32: sums in another order. The floors under twice plain PyTorch's
+# error are some units in the last place of the dtype: 2^-8 for bf16, 2^-11 for fp16 and tf32.
+TIGHT, FLOORS = 3e-6, {"tf32": 5e-4, "bf16": 4e-3, "fp16": 5e-4}
+
+
+def assert_close(case: Case, actual: dict[str, Tensor], truth: dict[str, Tensor], plain: dict[str, Tensor]) -> None:
+    """fp32 within a tight tolerance; else at most twice plain PyTorch's error, and a small floor."""
+    assert actual.keys() == truth.keys() == plain.keys()
+    for name, exact in truth.items():
+        scale = max(exact.abs().max().item(), 1.0)
+        error = (actual[name].double() - exact).abs().max().item() / scale
+        allowed = TIGHT
+        if case.precision != "fp32":
+            allowed = 2 * (plain[name].double() - exact).abs().max().item() / scale + FLOORS[case.precision]
+        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+def only_where_used(values: dict[str, Tensor], inputs: Inputs) -> dict[str, Tensor]:
+    """Pre-activations and products of steps beyond a row's length may be anything; they are set to 0."""
+    if inputs.lengths is None:
+        return values
+    steps = next(iter(values.values())).shape[0]
+    used = torch.arange(steps)[:, None] < inputs.lengths  # (T, B)
+    masked = {n: torch.where(used[..., None, None, None], v, 0) for n, v in values.items() if n in ("gates", "recurrent")}
+    return values | masked
+
+
+def cases() -> list[Case]:
+    """Every group size with every cell and precision; the other options take turns so that pairs of them meet."""
+    geometries: list[dict[str, Any]] = [
+        {},
+        {"along": 2, "columns": 2, "B": 19},
+        {"tiles": 2, "B": 21, "held": 0},
+        {"blocks": 2, "across": 2, "held": 1},
+        {"along": 3, "tiles": 2, "groups": 2, "B": 33},
+    ]
+    options: list[dict[str, Any]] = [
+        {},
+        {"lengths": True},
+        {"reverse": "01", "lengths": True},
+        {"reverse": "1", "bias": False},
+        {"counter": True, "lengths": True},
+        {"T": 1},
+        {"T": 13, "period": 2},
+    ]
+    found = []
+    for m, members in enumerate((1, 2, 3, 8)):
+        for c, cell in enumerate(("lstm", "gru", "rnn", "minimal")):
+            for p, precision in enumerate(PRECISIONS):
+                geometry = geometries[(m + 2 * c + 3 * p) % len(geometries)]
+                option = options[(3 * m + c + 2 * p) % len(options)]
+                found.append(Case(cell, precision, members, **{**geometry, **option}))
+    found += [replace(found[0], cell=cell, precision="bf16", members=2) for cell in ("peephole_lstm", "coupled_lstm")]
+    return found

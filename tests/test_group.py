@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The group kernel on the CPU runtime, against the float64 reference."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from cuda_cpu.build import shuffled, starve
+from group_support import (
+    Case,
+    assert_close,
+    cases,
+    expected_forward,
+    forward,
+    named,
+    only_where_used,
+)
+
+from gpu_rnn.launch import group
+
+pytestmark = [
+    pytest.mark.cuda_cpu,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed; it builds the CUDA sources for the CPU"),
+]
+CASES = cases()
+WATCHED = [  # under ThreadSanitizer
+    Case("lstm", "bf16", 1, across=2, blocks=2, along=2, T=4),
+    Case("gru", "fp16", 3, along=3, tiles=2, B=12, T=6, lengths=True),
+    Case("lstm", "fp32", 2, T=7, reverse="01"),
+    Case("rnn", "tf32", 2, across=2, blocks=2, along=2, T=7, period=2),
+    Case("gru", "bf16", 3, along=3, counter=True, T=6),
+]
+
+
+def check_forward(case: Case, **options) -> None:
+    inputs = case.inputs()
+    result, error = forward(case, inputs, **options)
+    assert not error.item()
+    found, truth, plain = (
+        only_where_used(named(r), inputs)
+        for r in (result, expected_forward(case, inputs), expected_forward(case, case.plain(inputs)))
+    )
+    assert_close(case, found, truth, plain)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_forward(case):
+    check_forward(case)
+
+
+@pytest.mark.parametrize("case", WATCHED, ids=str)
+def test_forward_is_free_of_races(case):
+    check_forward(case, sanitizer="thread", schedule=shuffled(1, latest=0))
+    check_forward(case, sanitizer="thread", schedule=starve(case.members - 1))
+    check_forward(case, schedule=shuffled(2))  # stores leave late, and out of order
+
+
+def test_forward_stays_in_its_buffers():
+    check_forward(Case("lstm", "fp16", 2, T=5, B=13, lengths=True, along=2), sanitizer="address")
+
+
+def test_inference_saves_nothing():
+    case = Case("gru", "bf16", 2, save=False, lengths=True)
+    result, _ = forward(case, case.inputs())
+    assert not any(t.numel() for t in (result.gates, result.recurrent, result.inner))
+    check_forward(case)
+
+
+def test_words_that_look_empty_arrive_as_nan():
+    """A NaN in one row stays in that row, whatever its bits, and nobody waits for it."""
+    case = Case("lstm", "fp16", 2, T=4)
+    inputs = case.inputs()
+    with torch.no_grad():
+        inputs.states[0][2] = torch.nan
+    result, error = forward(case, inputs)
+    assert not error.item()
+    assert result.y[:, 2].isnan().all() and result.y[:, [0, 1, 3, 4]].isfinite().all()
+
+
+@pytest.mark.parametrize("counter", [False, True], ids=["words", "counter"])
+def test_data_that_never_comes_ends_in_an_error(counter, monkeypatch):
+    case = replace(Case("lstm", "fp32", 3, T=4), counter=counter)
+    result, error = forward(case, case.inputs(), deadline=0.1, grid=2)  # one member is missing
+    assert result.y[0, :, 0, :32].isnan().all()
+    monkeypatch.setattr(group, "_errors", {torch.device("cpu"): error})
+    with pytest.raises(RuntimeError, match=r"group_forward of lstm \(T 4, B 5, N 1, H 46, .*gave up in step 0 of group 0"):
+        group.check()
+    group.check()  # said once
