@@ -283,7 +283,8 @@ def test_debug_names_the_first_difference(
         result = forward(*arguments)
         getattr(result, field)[index] += 1
         if field == "y" and index[2] == 0:
-            result.y[5, :, 0] += 1  # later, and so not the first
+            result.gates[5, :, 0] += 1  # compared before y, but of a later step
+            result.y[5, :, 0] += 1
         return result
 
     monkeypatch.setattr(step, "forward", broken)
