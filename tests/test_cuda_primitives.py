@@ -11,7 +11,6 @@ from functools import partial
 
 import pytest
 import torch
-
 from cuda_cpu.build import CUDA, HERE
 from cuda_cpu.machines import ON_BOTH, Machine
 

@@ -26,6 +26,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 CUDA = HERE.parent.parent / "kernels" / "cuda"
 RUNTIME = ("runtime.cpp", "memory.cpp", "warp.cpp", "main.cpp")
+SOURCES = {".cpp", ".hpp", ".cu", ".cuh"}
 KERNEL = re.compile(r"__global__\s+(?:void\s+|__launch_bounds__\s*\([^()]*\)\s*){1,2}(\w+)\s*\(")
 MOST_SITES = 1024  # internal.hpp
 
@@ -102,16 +103,16 @@ def cache_folder() -> Path:
 
 
 @cache
-def own_sources() -> str:
-    """Every text that a program is made of beside its own, and the compiler's version."""
-    files = sorted([*HERE.glob("*.?pp"), *CUDA.glob("*.cuh"), *CUDA.glob("*.cu")])
+def included(*folders: Path) -> str:
+    """Every text that one of these folders can add to a build, and the compiler's version."""
+    files = sorted(file for folder in folders for file in folder.iterdir() if file.suffix in SOURCES)
     version = subprocess.run([compiler(), "--version"], capture_output=True, text=True, check=True).stdout
     return "".join([version, *(file.read_text() for file in files)])
 
 
-def build(text: str, flags: Sequence[str], suffix: str) -> Path:
+def build(text: str, flags: Sequence[str], suffix: str, *folders: Path) -> Path:
     """Compile `text` once for these flags; later calls, of other processes too, find the file."""
-    key = hashlib.sha256("\0".join([own_sources(), text, *flags]).encode()).hexdigest()[:24]
+    key = hashlib.sha256("\0".join([included(*folders), text, *flags]).encode()).hexdigest()[:24]
     target = cache_folder() / f"{key}{suffix}"
     if target.exists():
         return target
@@ -119,7 +120,7 @@ def build(text: str, flags: Sequence[str], suffix: str) -> Path:
         source, output = Path(scratch) / "kernel.cpp", Path(scratch) / "output"
         source.write_text(text)
         command = [compiler(), "-std=c++17", "-g1", "-Wall", "-Wno-unknown-pragmas", "-ffp-contract=off",
-                   f"-I{HERE}", f"-I{CUDA}", str(source), *flags, "-o", str(output)]
+                   *(f"-I{folder}" for folder in folders), str(source), *flags, "-o", str(output)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"g++ refused:\n{done.stderr[:8000]}")
@@ -130,7 +131,7 @@ def build(text: str, flags: Sequence[str], suffix: str) -> Path:
 def runtime(sanitizer: Sanitizer) -> list[str]:
     """The runtime's objects. They only know that ThreadSanitizer is there; they are not watched."""
     flags = ["-O2", "-c"] + ["-DGPU_RNN_THREAD_SANITIZER"] * (sanitizer == "thread")
-    return [str(build(f'#include "{name}"\n', flags, ".o")) for name in RUNTIME]
+    return [str(build(f'#include "{name}"\n', flags, ".o", HERE)) for name in RUNTIME]
 
 
 def load(
@@ -148,7 +149,8 @@ def load(
     entries = "".join(f"CPU_KERNEL({kernel})\n" for kernel in KERNEL.findall(text))
     words = [*WORDS, "GPU_RNN_CPU=1", *(f"{key}={value}" for key, value in (defines or {}).items())]
     flags = [*(f"-D{word}" for word in words), *FLAGS[sanitizer]]
-    return Program(build(f'#line 1 "{name}"\n{text}\n{entries}', [*flags, *runtime(sanitizer)], ""), sanitizer)
+    text = f'#line 1 "{name}"\n{text}\n{entries}'
+    return Program(build(text, [*flags, *runtime(sanitizer)], "", HERE, CUDA), sanitizer)
 
 
 def run(

@@ -8,7 +8,6 @@ from typing import Protocol
 import numpy as np
 import pytest
 import torch
-
 from cuda_cpu.build import CUDA, Argument, load, run
 
 

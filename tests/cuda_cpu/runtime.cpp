@@ -63,7 +63,8 @@ int fence_token, end_token;
 std::minstd_rand random_bits;
 
 std::deque<Fiber *> ready, starved;
-bool feeding; // the starved block may go on to its next wait
+bool feeding; // the starved block may go on until all of it polls
+uint64_t starved_polls;
 
 } // namespace
 
@@ -138,7 +139,8 @@ Fiber *choose() {
   if (schedule.order == Order::random)
     std::swap(ready.front(), ready[random_bits() % ready.size()]);
   // The starved block moves only when all others have polled twice for nothing.
-  feeding = feeding || ready.empty() || polls_in_a_row > 2 * ready.size();
+  if (ready.empty() || polls_in_a_row > 2 * ready.size())
+    feeding = true;
   return feeding && !starved.empty() ? take_front(starved) : take_front(ready);
 }
 
@@ -186,7 +188,7 @@ void make_ready(Fiber *fiber) {
 }
 
 void sleep_until_ready() {
-  polls_in_a_row = 0;
+  polls_in_a_row = starved_polls = 0;
   switch_from(running()->resume);
 }
 
@@ -194,8 +196,11 @@ void poll() {
   Outside outside;
   ++polls;
   ++polls_in_a_row;
-  if (here->block == schedule.starved)
+  if (feeding && here->block == schedule.starved &&
+      ++starved_polls > starved.size()) {
     feeding = false;
+    starved_polls = polls_in_a_row = 0;
+  }
   make_ready(running());
   switch_from(running()->resume);
 }

@@ -73,13 +73,16 @@ class Report:
 def read(text: str) -> Source:
     """Sites, proofs, and what breaks the rules: a site used not once, a number for a site, a word past the header."""
     sites: dict[str, int] = {}
-    proofs: dict[str, str] = {}
+    comments: dict[str, str] = {}
+    name = ""
     for body in re.findall(r"\benum\s+Site\s*\{(.*?)\}", text, re.S):
-        for name, comment in re.findall(r"(\w+)\s*(?:,|$)((?:\s*//[^\n]*)*)", body):
-            sites[name] = len(sites)
-            words = " ".join(comment.replace("//", " ").split())
-            if "GPU only:" in words:
-                proofs[name] = words.split("GPU only:")[1].strip()
+        for comment, word in re.findall(r"//([^\n]*)|(\w+)", body):
+            name = word or name
+            comments[name] = " ".join([comments.get(name, ""), *comment.split()])
+            if word:
+                sites[name] = len(sites)
+    proofs = {name: comment.split("GPU only:")[1].strip() for name, comment in comments.items()
+              if "GPU only:" in comment}
     code = COMMENT.sub(" ", re.sub(r"\benum\s+Site\s*\{.*?\}", "", text, flags=re.S))
     errors = [f"{name} is used {count} times, not once" for name in sites
               if (count := len(re.findall(rf"\b{name}\b", code))) != 1]
