@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton's interpreter (TRITON_INTERPRET=1), which runs kernels on the CPU, with its bfloat16 put right.
+"""Triton's interpreter (TRITON_INTERPRET=1), which runs kernels on the CPU, with its faults put right.
 
-In Triton 3.6 to 3.9 it multiplies the bit patterns of bfloat16 as if they were integers, and rounds to bfloat16 by
-cutting off, or with the carry lost.
+It multiplies the bit patterns of bfloat16 as if they were integers, and rounds to bfloat16 by cutting off, or with the
+carry lost (seen in Triton 3.6 and 3.7). That of 3.6 cannot count to a number of steps with numpy 2.4.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ def _repair() -> None:
     from triton.runtime import interpreter
 
     convert, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
+    patch_tensor = interpreter._patch_lang_tensor
 
     def convert_float(values: np.ndarray, source: Any, target: Any, rounding: Any) -> np.ndarray:
         if (source, target) == (tl.float32, tl.bfloat16):
@@ -56,5 +57,10 @@ def _repair() -> None:
             a, b = (interpreter.TensorHandle(from_bfloat16(side.data), tl.float32) for side in (a, b))
         return dot(self, a, b, *rest)
 
+    def patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
     interpreter._convert_float = convert_float
     interpreter.InterpreterBuilder.create_dot = create_dot

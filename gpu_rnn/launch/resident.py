@@ -34,7 +34,8 @@ SHARED_BYTES = 128  # per cycle from shared memory
 LANES, SPECIAL = 128, 16  # fp32 operations, and exponentials or roots, per cycle
 TENSOR_SHARE = 0.6  # of the tensor cores' peak rate that 16-row instructions reach
 FUNCTIONS = ("tanh", "sigmoid", "exp", "expm1", "log", "log1p", "sqrt", "erf", "sin", "cos")
-INSTRUCTIONS = 3.0  # for a unit and operation of the program: an LSTM's time loop, built for sm_90, over its operations
+INSTRUCTIONS = 10.0  # for a unit and operation: the 90 a unit of an LSTM's time loop, built for sm_90, over 9 operations
+BACKWARD = 1.4  # times as many in the backward loop; likewise
 LATENCY = 700.0  # cycles that nothing hides: the product, two barriers, an exchange of h, the activations in a row
 START = 1e-5  # seconds: launches of projection and kernel
 INTERPRETED = 5e-3  # seconds for a tile's step in Triton's interpreter
@@ -138,12 +139,12 @@ def _busy_cycles(problem: Problem, chosen: Tile) -> float:
         multiplications = multiplications / 2 if problem.precision == "tf32" else LANES
     operations = [op.name for op in program.stages[0].ops]
     special = 2 * sum(name in FUNCTIONS for name in operations)  # an exponential and a root each
-    passes = 2 if problem.direction == "backward" else 1
+    instructions = INSTRUCTIONS * len(operations) * (BACKWARD if problem.direction == "backward" else 1.0)
     return max(
         chosen.rows * weights / multiplications,
         weights * problem.dtype.itemsize / SHARED_BYTES,
         units * special / SPECIAL,
-        units * passes * INSTRUCTIONS * len(operations) / LANES,
+        units * instructions / LANES,
     )
 
 
