@@ -7,11 +7,13 @@ It recomputes the activations from the saved pre-activations: in bf16, saving th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from typing import Any
 
 from gpu_rnn.operations import OPERATIONS
-from gpu_rnn.program import Argument, Builder, Op, Program, Value, live
+from gpu_rnn.program import Argument, Builder, Op, Program, Value, live, runner
 
 
 @dataclass(frozen=True)
@@ -32,18 +34,10 @@ class Derivative:
     ops: tuple[Op, ...]
     outputs: tuple[Argument, ...]
 
-    @property
-    def unseeded(self) -> tuple[tuple[Op, ...], tuple[Op, ...]]:
-        """The operations that need no incoming gradient, hence no time loop, and those that do."""
-        tainted = set(self.seeds)
-        before: list[Op] = []
-        after: list[Op] = []
-        for op in self.ops:
-            late = not tainted.isdisjoint(op.args)
-            (after if late else before).append(op)
-            if late:
-                tainted.add(op.result)
-        return tuple(before), tuple(after)
+    @cached_property
+    def run(self) -> Callable[[dict[str, Any]], None]:
+        """The operations in torch, see `program.evaluate`."""
+        return runner(self.ops)
 
 
 def carried_values(program: Program, number: int) -> tuple[str, ...]:

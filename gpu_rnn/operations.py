@@ -64,6 +64,17 @@ def _unary(name: str, derivative: Rule, triton: str = "", cuda: str = "") -> Ope
     return Operation(getattr(torch, name), triton or f"tl.{name}({{0}})", cuda or f"{name}f({{0}})", derivative)
 
 
+def _two_tensors(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.minimum and maximum take no Python numbers."""
+
+    def both(a: Any, b: Any) -> Any:
+        if isinstance(a, float):
+            a = b.new_full((), a)
+        return function(a, b if not isinstance(b, float) else a.new_full((), b))
+
+    return both
+
+
 def _compare(name: str, symbol: str) -> Operation:
     text = f"({{0}} {symbol} {{1}})"
     return Operation(getattr(operator, name), text, text, is_bool=True)
@@ -97,8 +108,8 @@ OPERATIONS: dict[str, Operation] = {
         "({0} < 0.0f ? 0.0f : {0})",
     ),
     "clamp": Operation(torch.clamp, "m.clamp({0}, {1}, {2})", "clampf({0}, {1}, {2})", _clamp),
-    "minimum": Operation(torch.minimum, "m.minimum({0}, {1})", "minimumf({0}, {1})", _bound("lt")),
-    "maximum": Operation(torch.maximum, "m.maximum({0}, {1})", "maximumf({0}, {1})", _bound("gt")),
+    "minimum": Operation(_two_tensors(torch.minimum), "m.minimum({0}, {1})", "minimumf({0}, {1})", _bound("lt")),
+    "maximum": Operation(_two_tensors(torch.maximum), "m.maximum({0}, {1})", "maximumf({0}, {1})", _bound("gt")),
     "gt": _compare("gt", ">"),
     "ge": _compare("ge", ">="),
     "lt": _compare("lt", "<"),

@@ -14,7 +14,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from gpu_rnn.program import Program, evaluate, lookup
+from gpu_rnn.program import Program, lookup
 from gpu_rnn.reference import Result, Weights, state_dtype
 
 
@@ -114,7 +114,7 @@ def _entering(
     values = inputs_over_time(program, saved, weights, states, lengths, reverse)
     first = len(program.stages[0].gates)
     for stage, following in zip(program.stages, program.stages[1:], strict=False):
-        evaluate(stage.ops, values)
+        stage.run(values)
         entering = lookup(values, stage.outputs[0], values["s_" + program.state_names[0]])
         yield entering, first, len(following.gates)
         first += len(following.gates)

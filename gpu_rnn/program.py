@@ -20,7 +20,7 @@ has a ``product`` line between them, which names the input of the next stage's p
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
@@ -55,6 +55,11 @@ class Stage:
     gates: tuple[str, ...]
     ops: tuple[Op, ...]
     outputs: tuple[Argument, ...]
+
+    @cached_property
+    def run(self) -> Callable[[dict[str, Any]], None]:
+        """The operations in torch, see `evaluate`."""
+        return runner(self.ops)
 
 
 @dataclass(frozen=True)
@@ -322,16 +327,27 @@ def live(ops: Iterable[Op], outputs: Iterable[Argument]) -> tuple[Op, ...]:
 
 
 def evaluate(ops: Iterable[Op], values: dict[str, Any]) -> None:
-    """Runs operations in torch; `values` holds tensors of any one shape and receives the results.
+    """Runs operations in torch; `values` holds tensors of any one shape and receives the results."""
+    runner(tuple(ops))(values)
 
-    A constant that an operation cannot take as a Python number becomes a 0-d tensor of the neighbour's dtype.
+
+@lru_cache(maxsize=1024)
+def runner(ops: tuple[Op, ...]) -> Callable[[dict[str, Any]], None]:
+    """`evaluate` of these operations as one function: interpreting them takes longer than a small tensor's arithmetic.
+
+    Its text is made of names that the parser let through and of operations' names, nothing else.
     """
+    made = [op.result for op in ops]
+    taken = dict.fromkeys(arg for op in ops for arg in op.args if isinstance(arg, str) and arg not in made)
+    lines = [f"    {name} = values['{name}']" for name in taken]
     for op in ops:
-        args = [values[arg] if isinstance(arg, str) else arg for arg in op.args]
-        if op.name in ("minimum", "maximum"):
-            like = next(arg for arg in args if not isinstance(arg, float))
-            args = [like.new_full((), arg) if isinstance(arg, float) else arg for arg in args]
-        values[op.result] = OPERATIONS[op.name].torch(*args)
+        args = [str(arg) for arg in op.args]
+        lines.append(f"    {op.result} = {op.name}_({', '.join(args)})")
+    lines.append(f"    values.update({', '.join(f'{name}={name}' for name in made)})")
+    names: dict[str, Any] = {f"{name}_": operation.torch for name, operation in OPERATIONS.items()}
+    names |= {"inf": float("inf"), "nan": float("nan")}
+    exec("\n".join(["def run(values):", *lines]), names)
+    return names["run"]
 
 
 def lookup(values: Mapping[str, Any], name: Argument, like: Any) -> Any:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpu_rnn.program import Program, evaluate, lookup
+from gpu_rnn.program import Program, lookup
 
 
 class Weights(NamedTuple):
@@ -147,7 +147,7 @@ class _Step:
                     values[f"x_{gate}"], values[f"r_{gate}"] = own, r
                     kept.append(r)
                 pre.append(own)
-            evaluate(stage.ops, values)
+            stage.run(values)
             like = pre[0]
             entering, first = lookup(values, stage.outputs[0], like), rows.stop
         new = [lookup(values, out, like) for out in program.stages[-1].outputs]

@@ -238,18 +238,6 @@ def test_derivative_of_every_stage_is_autograds(name: str) -> None:
             torch.testing.assert_close(lookup(found, out, seeds[0]), truth, rtol=1e-12, atol=1e-12, msg=word)
 
 
-def test_the_part_without_incoming_gradient_is_apart() -> None:
-    derivative = differentiate(cells.lstm().program, 0)
-    early, late = derivative.unseeded
-    assert len(early) + len(late) == len(derivative.ops)
-    made = {op.result for op in early}
-    assert all(
-        set(op.args).isdisjoint(derivative.seeds) and set(op.args).isdisjoint(o.result for o in late)
-        for op in early
-    )
-    assert made.intersection(arg for op in late for arg in op.args)
-
-
 def test_builder_folds_constants_and_shares_what_is_equal() -> None:
     builder = Builder()
     x = builder.value("x")

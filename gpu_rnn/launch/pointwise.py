@@ -23,7 +23,7 @@ from gpu_rnn.launch import interpreter
 from gpu_rnn.launch.generated import triton_module
 from gpu_rnn.problem import Problem
 from gpu_rnn.products import inputs_over_time, state_dtype
-from gpu_rnn.program import Program, evaluate
+from gpu_rnn.program import Program
 from gpu_rnn.reference import Result, Weights, processing_order, reorder
 
 CHUNK = 32  # steps a graph; capture takes CHUNK times the eager loop's launches, once per shape
@@ -335,7 +335,7 @@ def backward(
     for number, stage in enumerate(program.stages):
         read.append([reorder(over_time[name], order) for name in carried_values(program, number)])
         if number < len(program.stages) - 1:
-            evaluate(stage.ops, over_time)
+            stage.run(over_time)
     gates, recurrent = reorder(saved.gates, order), reorder(saved.recurrent, order)
     d_y = reorder(d_y, order)
     chunks = _Chunks(

@@ -8,6 +8,8 @@ steps at once before the backward loop.
 
 from __future__ import annotations
 
+from itertools import groupby
+
 import torch
 from torch import Tensor
 
@@ -15,8 +17,8 @@ from gpu_rnn.derivative import Derivative, differentiate
 from gpu_rnn.devices import CPU_FLOPS
 from gpu_rnn.launch import pointwise
 from gpu_rnn.problem import Problem
-from gpu_rnn.products import inputs_over_time, state_dtype
-from gpu_rnn.program import Program, evaluate, lookup
+from gpu_rnn.products import state_dtype
+from gpu_rnn.program import Program, lookup
 from gpu_rnn.reference import Result, Weights, processing_order, reorder
 
 # Seconds, predicted. The GPU's is above ATen's on purpose: as long as nothing is measured, what cuDNN can run stays there.
@@ -50,6 +52,28 @@ def _product(entering: Tensor, matrix: Tensor) -> Tensor:
     return torch.bmm(entering.to(matrix.dtype).transpose(0, 1), matrix).transpose(0, 1)
 
 
+def _active_rows(lengths: Tensor | None, steps: int, batch: int) -> list[int]:
+    """How many rows each step has. The longest come first, so those that are over drop out at the end of the batch."""
+    if lengths is None:
+        return [batch] * steps
+    return (lengths > torch.arange(steps, device=lengths.device)[:, None]).sum(1).tolist()
+
+
+def _longest_first(lengths: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """The order that puts the longest rows first and the one that puts them back; None where they are so already."""
+    if lengths is None or bool((lengths[:-1] >= lengths[1:]).all()):
+        return None
+    order = lengths.argsort(descending=True, stable=True)
+    return order, order.argsort()
+
+
+def _permuted(result: Result, rows: Tensor) -> Result:
+    y, final, gates, recurrent, inner = result
+    if gates.dim() == 1:  # nothing was saved
+        return Result(y[:, rows], [f[rows] for f in final], gates, recurrent, inner)
+    return Result(y[:, rows], [f[rows] for f in final], gates[:, rows], recurrent[:, rows], inner[:, :, rows])
+
+
 def forward(
     program: Program,
     gates: Tensor,  # (T, B, N, G, H), the input projection; overwritten
@@ -63,25 +87,26 @@ def forward(
     """The forward loop; see `reference.forward`, whose results it gives."""
     if pointwise.runs(gates, weights):
         return pointwise.forward(program, gates, weights, states, lengths, reverse, save, problem)
+    permutation = _longest_first(lengths)
+    if permutation is not None and lengths is not None:
+        rows, back = permutation
+        sorted_states, sorted_lengths = [state[rows] for state in states], lengths[rows]
+        result = forward(program, gates[:, rows], weights, sorted_states, sorted_lengths, reverse, save, problem)
+        return _permuted(result, back)
     steps, batch, n, _, hidden = gates.shape
     compute = state_dtype(gates.dtype)
     order = processing_order(steps, lengths, reverse, gates.device)
     gates = reorder(gates, order)
-    width = weights.w_hh.shape[-1]
-    y = gates.new_empty(steps, batch, n, width)
+    y = (gates.new_empty if lengths is None else gates.new_zeros)(steps, batch, n, weights.w_hh.shape[-1])
     recurrent = gates.new_empty(steps, batch, n, len(program.split), hidden) if save else gates.new_empty(0)
     inner = gates.new_empty(len(states) - 1, steps, batch, n, hidden, dtype=compute) if save else gates.new_empty(0)
     loop = _Loop(program, weights, compute)
-    states = [state.to(compute) for state in states]
-    for t in range(steps):
-        new = loop.step(gates[t], states, recurrent[t] if save else None)
-        if lengths is not None:
-            use = (t < lengths)[:, None, None]
-            y[t] = torch.where(use, new[0], 0)
-            new = [torch.where(use, after, before) for after, before in zip(new, states, strict=True)]
-        else:
-            y[t] = new[0]
-        states = new
+    states = [state.to(compute, copy=True) for state in states]
+    for t, rows in enumerate(_active_rows(lengths, steps, batch)):
+        new = loop.step(gates[t, :rows], [s[:rows] for s in states], recurrent[t, :rows] if save else None)
+        y[t, :rows] = new[0]
+        for state, after in zip(states, new, strict=True):
+            state[:rows] = after
         if save:
             for kept, state in zip(inner, states[1:], strict=True):
                 kept[t] = state
@@ -111,22 +136,41 @@ class _Loop:
         values = {f"s_{name}": state for name, state in zip(program.state_names, states, strict=True)} | self.params
         entering = states[0]
         for stage, rows, matrix in zip(program.stages, self.rows, self.matrices, strict=True):
-            product = _product(entering, matrix).unflatten(-1, (len(stage.gates), x.shape[-1]))
-            for i, gate in enumerate(stage.gates):
-                own, r = x[:, :, rows.start + i], product[:, :, i]
-                if gate in program.summed:
-                    values[f"a_{gate}"] = own.add_(r).to(self.compute)
-                    continue
-                r = (r if self.bias is None else r + self.bias[:, rows.start + i]).to(self.compute)
-                values[f"x_{gate}"], values[f"r_{gate}"] = own.to(self.compute), r
-                if recurrent is not None:
-                    recurrent[:, :, program.split.index(gate)] = r
-            evaluate(stage.ops, values)
+            product = _product(entering, matrix)
+            product = product.view(*product.shape[:2], len(stage.gates), x.shape[-1])
+            self._gates(values, stage.gates, x[:, :, rows], product, rows.start, recurrent)
+            stage.run(values)
             entering = lookup(values, stage.outputs[0], product[:, :, 0])
         new = [lookup(values, out, states[-1]) for out in program.stages[-1].outputs]
         if self.projection is not None:
             new[0] = _product(new[0], self.projection).to(self.compute)
         return new
+
+    def _gates(
+        self,
+        values: dict[str, Tensor],
+        gates: tuple[str, ...],
+        x: Tensor,
+        product: Tensor,
+        first: int,
+        recurrent: Tensor | None,
+    ) -> None:
+        """Enters a stage's gates into `values`; neighbouring summed ones are added in one operation."""
+        program = self.program
+        for is_sum, run in groupby(range(len(gates)), key=lambda i: gates[i] in program.summed):
+            own = list(run)
+            part = slice(own[0], own[-1] + 1)
+            if is_sum:
+                sums = x[:, :, part].add_(product[:, :, part]).to(self.compute)
+                values.update(zip([f"a_{gates[i]}" for i in own], sums.unbind(2), strict=True))
+                continue
+            r = product[:, :, part]
+            r = (r if self.bias is None else r + self.bias[:, first + own[0] : first + own[-1] + 1]).to(self.compute)
+            values.update(zip([f"x_{gates[i]}" for i in own], x[:, :, part].to(self.compute).unbind(2), strict=True))
+            values.update(zip([f"r_{gates[i]}" for i in own], r.unbind(2), strict=True))
+            if recurrent is not None:
+                start = program.split.index(gates[own[0]])
+                recurrent[:, :, start : start + len(own)] = r
 
 
 def backward(
@@ -143,70 +187,83 @@ def backward(
     """The backward loop; see `execution.LoopGradients`."""
     if pointwise.runs(saved.gates, weights):
         return *pointwise.backward(program, saved, weights, states, lengths, reverse, d_y, d_final, problem), None
-    steps = saved.gates.shape[0]
+    permutation = _longest_first(lengths)
+    if permutation is not None and lengths is not None:
+        rows, back = permutation
+        sorted_saved, sorted_states = _permuted(saved, rows), [state[rows] for state in states]
+        d_sorted = d_y[:, rows], [d[rows] for d in d_final]
+        d_gates, d_recurrent, d_states, d_params, d_w_hr = backward(
+            program, sorted_saved, weights, sorted_states, lengths[rows], reverse, *d_sorted, problem
+        )
+        return d_gates[:, back], d_recurrent[:, back], [d[back] for d in d_states], d_params, d_w_hr
+    steps, batch = saved.gates.shape[:2]
     compute = state_dtype(saved.gates.dtype)
     order = processing_order(steps, lengths, reverse, d_y.device)
-    values = inputs_over_time(program, saved, weights, states, lengths, reverse)
-    loop = _BackwardLoop(program, weights, values, order)
+    loop = _BackwardLoop(program, saved, weights, states, order)
     d_y = reorder(d_y, order).to(compute)
-    d_gates, d_recurrent = torch.empty_like(saved.gates), torch.empty_like(saved.recurrent)
-    d_states = [d.to(compute) for d in d_final]
-    d_projected = torch.empty_like(d_y) if weights.w_hr is not None else None
-    for t in reversed(range(steps)):
-        arriving = [d_states[0] + d_y[t], *d_states[1:]]
-        if lengths is not None:
-            use = (t < lengths)[:, None, None]
-            arriving = [torch.where(use, d, 0) for d in arriving]
-        if d_projected is not None:
-            d_projected[t] = arriving[0]
-        d_new = loop.step(t, arriving, d_gates[t], d_recurrent[t])
-        if lengths is not None:
-            d_new = [torch.where(use, new, old) for new, old in zip(d_new, d_states, strict=True)]
-            d_gates[t].masked_fill_(~use[..., None], 0)
-            d_recurrent[t].masked_fill_(~use[..., None], 0)
-        d_states = d_new
-    d_w_hr = None
-    if d_projected is not None:
-        evaluate(program.stages[-1].ops, values)
-        h = reorder(lookup(values, program.stages[-1].outputs[0], values[f"s_{program.state_names[-1]}"]), order)
-        d_w_hr = torch.einsum("tbnp,tbnh->nph", d_projected, h)
-    return reorder(d_gates, order), reorder(d_recurrent, order), d_states, loop.d_params(), d_w_hr
+    empty = torch.empty_like if lengths is None else torch.zeros_like
+    d_gates, d_recurrent = empty(saved.gates), empty(saved.recurrent)
+    d_states = [d.to(compute, copy=True) for d in d_final]
+    for t, rows in reversed(list(enumerate(_active_rows(lengths, steps, batch)))):
+        arriving = [d_states[0][:rows] + d_y[t, :rows], *(d[:rows] for d in d_states[1:])]
+        d_before = loop.step(t, arriving, d_gates[t, :rows], d_recurrent[t, :rows])
+        for d_state, before in zip(d_states, d_before, strict=True):
+            d_state[:rows] = before
+    return reorder(d_gates, order), reorder(d_recurrent, order), d_states, loop.d_params(), loop.d_w_hr
 
 
 class _BackwardLoop:
-    """One backward step; what needs no incoming gradient was computed for all steps beforehand."""
+    """One backward step, from what the forward pass saved; the activations are computed again.
+
+    Step by step, since on a CPU tensors of one step stay in the cache and those of all steps do not.
+    """
 
     def __init__(
-        self, program: Program, weights: Weights, values: dict[str, Tensor], order: Tensor | None
+        self, program: Program, saved: Result, weights: Weights, states: list[Tensor], order: Tensor | None
     ) -> None:
-        self.program, self.rows = program, _stage_rows(program)
+        self.program, self.rows, self.compute = program, _stage_rows(program), state_dtype(saved.gates.dtype)
         self.matrices = [weights.w_hh[:, rows].flatten(1, 2) for rows in self.rows]
         self.projection = weights.w_hr
         self.derivatives = [differentiate(program, k) for k in range(len(program.stages))]
-        for stage, derivative in zip(program.stages, self.derivatives, strict=True):
-            evaluate(stage.ops, values)
-            evaluate(derivative.unseeded[0], values)
-        late = {arg for d in self.derivatives for op in d.unseeded[1] for arg in op.args if isinstance(arg, str)}
-        constant = {f"p_{name}" for name in program.params}
-        self.fixed = {name: values[name] for name in late & constant}
-        self.stepped = {name: reorder(values[name], order) for name in (late & values.keys()) - constant}
+        self.gates, self.recurrent = reorder(saved.gates, order), reorder(saved.recurrent, order)
+        self.initial, self.after = states, [reorder(state, order) for state in (saved.y, *saved.inner)]
+        self.params: dict[str, Tensor] = {}
+        if weights.params is not None:
+            self.params = {f"p_{name}": weights.params[:, i].to(self.compute) for i, name in enumerate(program.params)}
         self.sums: dict[str, Tensor] = {}
+        self.d_w_hr: Tensor | None = None
+
+    def _inputs(self, t: int, rows: int) -> dict[str, Tensor]:
+        """Every input of the program at step t."""
+        program, values = self.program, dict(self.params)
+        for gate, value in zip(program.gates, self.gates[t, :rows].to(self.compute).unbind(2), strict=True):
+            values[f"a_{gate}" if gate in program.summed else f"x_{gate}"] = value
+        for gate, value in zip(program.split, self.recurrent[t, :rows].to(self.compute).unbind(2), strict=True):
+            values[f"r_{gate}"] = value
+        for name, after, initial in zip(program.state_names, self.after, self.initial, strict=True):
+            values[f"s_{name}"] = (after[t - 1, :rows] if t else initial[:rows]).to(self.compute)
+        return values
 
     def step(self, t: int, arriving: list[Tensor], d_gates: Tensor, d_recurrent: Tensor) -> list[Tensor]:
-        """Gradients of the states after step t -> those before it; writes d_gates[t] and d_recurrent[t]."""
-        values = {name: value[t] for name, value in self.stepped.items()} | self.fixed
-        program = self.program
-        seeds = list(arriving)
+        """Gradients of the states after step t -> those before it; writes d_gates and d_recurrent of the step."""
+        program, seeds = self.program, list(arriving)
+        values = self._inputs(t, len(arriving[0]))
+        if len(program.stages) > 1 or self.projection is not None:
+            for stage in program.stages:
+                stage.run(values)
         if self.projection is not None:
-            seeds[0] = _product(seeds[0], self.projection).to(seeds[0].dtype)
+            h = lookup(values, program.stages[-1].outputs[0], seeds[-1])
+            share = torch.einsum("bnp,bnh->nph", seeds[0], h)
+            self.d_w_hr = share if self.d_w_hr is None else self.d_w_hr + share
+            seeds[0] = _product(seeds[0], self.projection).to(self.compute)
         d_states: dict[str, Tensor] = {}
         for k in reversed(range(len(program.stages))):
             derivative = self.derivatives[k]
             values |= dict(zip(derivative.seeds, seeds, strict=True))
-            evaluate(derivative.unseeded[1], values)
+            derivative.run(values)
             found = self._collect(derivative, values, seeds[-1])
             d_product = self._gates(k, found, d_gates, d_recurrent)
-            d_entering = _product(d_product.flatten(2), self.matrices[k]).to(seeds[-1].dtype)
+            d_entering = _product(d_product.flatten(2), self.matrices[k]).to(self.compute)
             for name in program.state_names:
                 d_states[name] = d_states[name] + found[f"s_{name}"] if name in d_states else found[f"s_{name}"]
             seeds = [d_entering, *(found[name] for name in derivative.carried)]
