@@ -3,7 +3,7 @@
 
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from cuda_cpu.build import (
     Failure,
     Sanitizer,
     Schedule,
+    hoarding,
     load,
     run,
     shuffled,
@@ -26,7 +27,7 @@ NAMES = re.findall(r"(\w+),", RELAY.read_text().split("enum Site {")[1].split("}
 SITES = {name: number for number, name in enumerate(NAMES)}
 STEPS = 5
 KERNELS = {"by_flag": 3, "by_counter": 3, "by_fence": 3, "by_word": 3, "by_stage": 1, "by_warp": 1}  # blocks
-SCHEDULES = [ROUND_ROBIN, shuffled(0), starve(0)]
+SCHEDULES = [ROUND_ROBIN, shuffled(0), starve(0), hoarding(0)]
 
 
 def relay(kernel: str, sanitizer: Sanitizer, schedule: Schedule, disabled: Collection[int] = ()) -> set[int]:
@@ -44,7 +45,7 @@ def relay(kernel: str, sanitizer: Sanitizer, schedule: Schedule, disabled: Colle
     return reached
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: f"{schedule.order}-{schedule.seed}")
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=["round_robin", "shuffled", "starve", "hoarding"])
 @pytest.mark.parametrize("sanitizer", ["thread", "address"])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_correct_kernels_are_silent(kernel: str, sanitizer: Sanitizer, schedule: Schedule) -> None:
@@ -175,9 +176,10 @@ if (block_index() == 0) {
 """
 
 
+@pytest.mark.parametrize("schedule", [shuffled, hoarding])
 @pytest.mark.parametrize("order, seen", [("release", True), ("relaxed", False)])
-def test_relaxed_stores_leave_their_block_late(order: str, seen: bool) -> None:
-    results = [launch(LATE % f"store_{order}<E>", schedule=shuffled(seed), grid=3) for seed in range(4)]
+def test_relaxed_stores_leave_their_block_late(order: str, seen: bool, schedule: Callable[[int], Schedule]) -> None:
+    results = [launch(LATE % f"store_{order}<E>", schedule=schedule(seed), grid=3) for seed in range(4)]
     assert all((result[64:128].view(torch.int32) == 7).all() for result in results) == seen
 
 

@@ -64,7 +64,7 @@ class Schedule:
     seed: int = 0
     starved: int = 0  # the block that runs only when nobody else can go on
     ns_per_poll: int = 1000  # virtual time that one poll of any thread takes
-    latest: int = 0  # most thread switches that a relaxed store takes; 0: none, in order
+    latest: int = 0  # most thread switches that a relaxed store takes; 0: none, in order; -1: see hoarding()
 
 
 ROUND_ROBIN = Schedule()
@@ -73,6 +73,11 @@ ROUND_ROBIN = Schedule()
 def shuffled(seed: int, latest: int = 4096) -> Schedule:
     """Any thread may be next, and relaxed stores leave their block late and out of order."""
     return Schedule("random", seed, latest=latest)
+
+
+def hoarding(seed: int) -> Schedule:
+    """As `shuffled`, but relaxed stores stay in their block until a release or fence, or until everybody waits."""
+    return Schedule("random", seed, latest=-1)
 
 
 def starve(block: int) -> Schedule:

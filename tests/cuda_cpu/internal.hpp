@@ -58,12 +58,14 @@ struct Block {
 
 enum class Order { round_robin, random, starve };
 
+constexpr uint64_t NEVER = ~0ull; // before somebody waits in vain
+
 struct Schedule {
   Order order;
   uint64_t seed;
   int starved; // a block
   uint64_t ns_per_poll;
-  uint64_t latest; // most switches that a relaxed store may wait
+  uint64_t latest; // most switches that a relaxed store may wait, or NEVER
 };
 
 struct Launch {
@@ -92,6 +94,7 @@ constexpr int MOST_SITES = 1024;
 // Memory that leaves a block late.
 void start_stores(int blocks, uint64_t latest, uint64_t seed);
 void age_stores(uint64_t now); // in switches
+bool release_hoard();          // when nobody can go on without; true: some left
 void finish_all_stores();
 
 } // namespace cpu

@@ -25,6 +25,7 @@ struct Due {
 
 std::vector<std::unordered_map<void *, LateStore>> late; // by block
 std::priority_queue<Due, std::vector<Due>, std::greater<Due>> due;
+std::vector<Due> hoard; // in the order of issue, where no time is set
 uint64_t latest, now;
 std::minstd_rand random_bits;
 
@@ -41,6 +42,14 @@ void finish_stores_of(int block) {
   late[block].clear();
 }
 
+void finish(const Due &store) {
+  auto found = late[store.block].find(store.p);
+  if (found == late[store.block].end())
+    return; // a release was faster
+  write(found->first, found->second);
+  late[store.block].erase(found);
+}
+
 } // namespace
 
 void start_stores(int blocks, uint64_t latest_, uint64_t seed) {
@@ -54,7 +63,11 @@ void queue_store(void *p, uint64_t bits, size_t bytes) {
   if (latest == 0)
     return write(p, {bits, bytes});
   // A second store to the same word takes the first one's place: it may.
-  if (late[here->block].insert_or_assign(p, LateStore{bits, bytes}).second)
+  bool first =
+      late[here->block].insert_or_assign(p, LateStore{bits, bytes}).second;
+  if (latest == NEVER)
+    hoard.push_back({0, here->block, p});
+  else if (first)
     due.push({now + random_bits() % latest, here->block, p});
 }
 
@@ -69,13 +82,20 @@ void forward(const void *p, void *bits, size_t bytes) {
 
 void age_stores(uint64_t switches) {
   now = switches;
-  for (; !due.empty() && due.top().when <= now; due.pop()) {
-    auto found = late[due.top().block].find(due.top().p);
-    if (found == late[due.top().block].end())
-      continue; // a release was faster
-    write(found->first, found->second);
-    late[due.top().block].erase(found);
+  for (; !due.empty() && due.top().when <= now; due.pop())
+    finish(due.top());
+}
+
+// The newest first: what a thread waits for is more often new, and the oldest
+// then stay as long as they can.
+bool release_hoard() {
+  if (hoard.empty())
+    return false;
+  for (size_t most = hoard.size() / 4 + 1; most > 0 && !hoard.empty(); --most) {
+    finish(hoard.back());
+    hoard.pop_back();
   }
+  return true;
 }
 
 void finish_stores() {

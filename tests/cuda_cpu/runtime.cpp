@@ -139,8 +139,11 @@ Fiber *choose() {
   if (schedule.order == Order::random)
     std::swap(ready.front(), ready[random_bits() % ready.size()]);
   // The starved block moves only when all others have polled twice for nothing.
-  if (ready.empty() || polls_in_a_row > 2 * ready.size())
+  if (ready.empty() || polls_in_a_row > 2 * ready.size()) {
     feeding = true;
+    if (release_hoard())
+      polls_in_a_row = 0;
+  }
   return feeding && !starved.empty() ? take_front(starved) : take_front(ready);
 }
 
