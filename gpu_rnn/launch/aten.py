@@ -76,7 +76,7 @@ def stack(
     """A whole stack of layers. Arguments as torch._VF's; dropout is 0 outside training."""
     training = dropout > 0 or torch.is_grad_enabled()  # oneDNN keeps what its backward needs only in training
     if x.is_cuda and torch.backends.cudnn.is_acceptable(x):
-        return _Cudnn.call(mode, x, hx, weights, num_layers, dropout, bidirectional, batch_first, batch_sizes)
+        return _cudnn(mode, x, hx, weights, num_layers, dropout, bidirectional, batch_first, batch_sizes)
     function = FUNCTIONS[mode]
     states: Any = hx if mode == "LSTM" else hx[0]
     if batch_sizes is None:
@@ -90,68 +90,69 @@ FUNCTIONS: dict[str, Any] = {"LSTM": VF.lstm, "GRU": VF.gru, "RNN_TANH": VF.rnn_
 CELLS: dict[str, Any] = {"LSTM": VF.lstm_cell, "GRU": VF.gru_cell, "RNN_TANH": VF.rnn_tanh_cell, "RNN_RELU": VF.rnn_relu_cell}
 
 
-class _Cudnn:
+def _cudnn(
+    mode: str,
+    x: Tensor,
+    hx: tuple[Tensor, ...],
+    weights: Sequence[Tensor],
+    num_layers: int,
+    dropout: float,
+    bidirectional: bool,
+    batch_first: bool,
+    batch_sizes: Tensor | None,
+) -> Output:
     """cuDNN called directly, with a weight buffer of our own, so that parameters stay ordinary tensors."""
+    per_layer = len(weights) // (num_layers * (2 if bidirectional else 1))
+    hidden = hx[-1].shape[-1]
+    proj = hx[0].shape[-1] if hx[0].shape[-1] != hidden else 0
+    shape = CUDNN_MODES[mode], hidden, proj, num_layers, batch_first
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *hx, *weights))
+    y, h, c, *_ = torch._cudnn_rnn(
+        x,
+        list(weights),
+        per_layer,
+        _cudnn_buffer(weights, per_layer, x.shape[-1], (*shape, bidirectional)),
+        hx[0].contiguous(),
+        hx[1].contiguous() if len(hx) > 1 else None,
+        *shape,
+        dropout,
+        needs_grad or dropout > 0,  # cuDNN keeps what its backward needs only in training
+        bidirectional,
+        batch_sizes.tolist() if batch_sizes is not None else [],
+        _dropout_state(dropout, x.device) if dropout else None,
+    )
+    return y, (h, c) if mode == "LSTM" else (h,)
 
-    buffers: dict[tuple[Any, ...], tuple[list[int], Tensor]] = {}  # noqa: RUF012
-    MOST = 64
 
-    @classmethod
-    def call(
-        cls,
-        mode: str,
-        x: Tensor,
-        hx: tuple[Tensor, ...],
-        weights: Sequence[Tensor],
-        num_layers: int,
-        dropout: float,
-        bidirectional: bool,
-        batch_first: bool,
-        batch_sizes: Tensor | None,
-    ) -> Output:
-        per_layer = len(weights) // (num_layers * (2 if bidirectional else 1))
-        hidden = hx[-1].shape[-1]
-        proj = hx[0].shape[-1] if hx[0].shape[-1] != hidden else 0
-        layout = (CUDNN_MODES[mode], hidden, proj, num_layers, batch_first, bidirectional)
-        buffer = cls.buffer(weights, per_layer, x.shape[-1], layout)
-        needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *hx, *weights))
-        found = torch._cudnn_rnn(
-            x,
-            list(weights),
-            per_layer,
-            buffer,
-            hx[0].contiguous(),
-            hx[1].contiguous() if len(hx) > 1 else None,
-            CUDNN_MODES[mode],
-            hidden,
-            proj,
-            num_layers,
-            batch_first,
-            dropout,
-            needs_grad or dropout > 0,  # cuDNN keeps what its backward needs only in training
-            bidirectional,
-            batch_sizes.tolist() if batch_sizes is not None else [],
-            _dropout_state(dropout, x.device) if dropout else None,
-        )
-        y, h, c = found[:3]
-        return y, (h, c) if mode == "LSTM" else (h,)
+def _cudnn_buffer(weights: Sequence[Tensor], per_layer: int, width: int, layout: tuple[Any, ...]) -> Tensor:
+    """The weights in one buffer as cuDNN wants it, copied at each call.
 
-    @classmethod
-    def buffer(cls, weights: Sequence[Tensor], per_layer: int, width: int, layout: tuple[Any, ...]) -> Tensor:
-        """The weights in cuDNN's layout, copied again when one of them has changed."""
-        key = (tuple(w.data_ptr() for w in weights), weights[0].dtype, width, layout)
-        versions = [-1 if w.is_inference() else w._version for w in weights]
-        held = cls.buffers.get(key)
-        if held is None or held[0] != versions or -1 in versions:
-            copies = [w.detach().clone() for w in weights]  # the call below makes them views of its buffer
-            with torch.no_grad():
-                buffer = torch._cudnn_rnn_flatten_weight(
-                    copies, per_layer, width, layout[0], layout[1], layout[2], layout[3], layout[4], layout[5]
-                )
-            while len(cls.buffers) >= cls.MOST:
-                cls.buffers.pop(next(iter(cls.buffers)))
-            held = cls.buffers[key] = (versions, buffer)
-        return held[1]
+    Nothing says cheaply that a weight is what it was: ``p.data.copy_()`` leaves its version as it is.
+    """
+    like = weights[0]
+    sizes = tuple(tuple(w.shape) for w in weights)
+    length, places = _cudnn_places(sizes, like.dtype, like.device, per_layer, width, layout)
+    with torch.no_grad():
+        buffer = torch.empty(length, dtype=like.dtype, device=like.device)
+        views = [buffer[start : start + w.numel()].view_as(w) for start, w in zip(places, weights, strict=True)]
+        torch._foreach_copy_(views, list(weights))
+    return buffer
+
+
+@lru_cache(maxsize=256)
+def _cudnn_places(
+    sizes: tuple[tuple[int, ...], ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    per_layer: int,
+    width: int,
+    layout: tuple[Any, ...],
+) -> tuple[int, tuple[int, ...]]:
+    """The length of cuDNN's buffer and where each weight begins in it."""
+    blanks = [torch.empty(size, dtype=dtype, device=device) for size in sizes]
+    with torch.no_grad():
+        buffer = torch._cudnn_rnn_flatten_weight(blanks, per_layer, width, *layout)  # makes them views of it
+    return buffer.numel(), tuple(int(blank.storage_offset()) for blank in blanks)
 
 
 @lru_cache(maxsize=16)
