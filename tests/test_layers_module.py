@@ -273,6 +273,16 @@ def test_parameters_never_share_memory(name: str) -> None:
         assert all(p.untyped_storage().nbytes() == p.nbytes for p in stage.parameters())
 
 
+def test_replica_of_data_parallel() -> None:
+    layer = build("GRU")
+    replica = layer._replicate_for_data_parallel()
+    for name, weight in layer.named_parameters():
+        setattr(replica, name, weight * 1)  # as torch.nn.parallel.replicate hands out copies
+    run(replica).sum().backward()
+    assert torch.equal(run(replica), run(layer))
+    assert all(weight.grad is not None for weight in layer.parameters())
+
+
 def test_subclass_with_its_own_forward() -> None:
     class Residual(gpu_rnn.GRU):
         def forward(self, input, hx=None):
