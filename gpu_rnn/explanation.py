@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from gpu_rnn import dispatch
 from gpu_rnn.dispatch import Row
@@ -47,13 +48,14 @@ class Explanation:
         return "\n".join([*lines, "µs/step: predicted by each backend's cost model, not measured"])
 
 
-def explain(layer: LayerBase, x: Tensor | None = None, *, device: str | None = None) -> Explanation:
+def explain(layer: LayerBase, x: Tensor | PackedSequence | None = None, *, device: str | None = None) -> Explanation:
     """Which backend ``layer(x)`` runs on, with the reasons against the others and the predicted time of each.
 
     Args:
         layer: any layer of this package.
         x: the input, or a tensor of its shape and dtype on any device ("meta" too): (T, B, input_size), with
-            batch_first (B, T, input_size). None: 100 steps of one sample.
+            batch_first (B, T, input_size), unbatched (T, input_size), or a PackedSequence. None: 100 steps of one
+            sample.
         device: a described device to answer for, such as "H100" (`gpu_rnn.devices.DEVICES`); None: x's own.
 
     Raises:
@@ -70,13 +72,17 @@ def explain(layer: LayerBase, x: Tensor | None = None, *, device: str | None = N
     if not isinstance(layer, LayerBase):
         raise TypeError(f"explain takes a layer of this package, such as gpu_rnn.LSTM, not {type(layer).__name__}")
     weights = layer._flat_weights
-    if x is None:
+    batch_sizes = None
+    if isinstance(x, PackedSequence):
+        batch_sizes = x.batch_sizes
+        x = x.data
+    elif x is None:
         x = torch.empty(100, 1, layer.input_size, dtype=weights[0].dtype, device=weights[0].device)
         x = x.transpose(0, 1) if layer.batch_first else x
-    if x.dim() == 2:
+    elif x.dim() == 2:
         x = x.unsqueeze(0 if layer.batch_first else 1)
-    stack = layer._stack()
-    problem = stack.problem(x, None, weights, *stack.sizes(x, None), packed=False)
+    stack, packed = layer._stack(), batch_sizes is not None
+    problem = stack.problem(x, None, weights, *stack.sizes(x, batch_sizes), packed)
     problem = replace(problem, dtype=weights[0].dtype)
     if device is not None:
         problem = dispatch.described(problem, device)

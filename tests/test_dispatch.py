@@ -291,3 +291,11 @@ def test_debug_names_the_first_difference(
     (found,) = gpu_rnn.debug(gpu_rnn.GRU(2, 4, bidirectional=True), torch.randn(6, 3, 2), backend="step")
     assert found.where == where
     assert str(found) == f"layer 0: step first differs from the reference at {where}"
+
+
+def test_explain_takes_packed_input() -> None:
+    packed = torch.nn.utils.rnn.pack_sequence([torch.randn(4, 3), torch.randn(2, 3)])
+    found = gpu_rnn.explain(gpu_rnn.LSTM(3, 5, batch_first=True), packed)
+    assert (found.problem.T, found.problem.B, found.problem.packed) == (4, 2, True)
+    assert found.chosen == "aten"
+    assert gpu_rnn.explain(gpu_rnn.LSTM(3, 5, activation="relu"), packed).chosen == "step"

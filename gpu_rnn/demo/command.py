@@ -14,7 +14,6 @@ from typing import cast
 
 import torch
 from torch import nn
-from torch.nn.utils.rnn import pad_packed_sequence
 
 import gpu_rnn
 from gpu_rnn import doctor
@@ -102,13 +101,12 @@ def _time_layers(data: Dataset, seconds: float) -> list[Timing]:
 def _cases(data: Dataset, dtype: torch.dtype) -> list[Case]:
     rows = torch.arange(0, len(data.train), len(data.train) // TIMED_RECORDINGS)[:TIMED_RECORDINGS]
     packed = data.train.packed(rows).to(dtype)
-    padded = pad_packed_sequence(packed)[0]
     precision = "" if dtype == torch.float32 else f", {str(dtype).removeprefix('torch.')}"
     cases = []
     for variant in STANDARD + WITH_OPTIONS:
         ours = variant.layer(gpu_rnn, data.channels).to(packed.data)
         theirs, name = _beside(variant, ours, data.channels)
-        backend = gpu_rnn.explain(cast(LayerBase, ours), padded).chosen
+        backend = gpu_rnn.explain(cast(LayerBase, ours), packed).chosen
         cases.append(Case(variant.label + precision, ours, theirs, name, packed, str(backend)))
     return cases
 
