@@ -183,6 +183,18 @@ def test_relaxed_stores_leave_their_block_late(order: str, seen: bool, schedule:
     assert all((result[64:128].view(torch.int32) == 7).all() for result in results) == seen
 
 
+@pytest.mark.parametrize("schedule", [shuffled(0), hoarding(0)], ids=["shuffled", "hoarding"])
+def test_a_block_sees_its_own_stores_at_once(schedule: Schedule) -> None:
+    body = """
+    store_relaxed<A>(out + thread_index(), 7.0f);
+    block_sync<B>();
+    float seen = load_relaxed<C>(out + (thread_index() ^ 33));
+    block_sync<D>();
+    store_relaxed<E>(out + thread_index(), seen + 1);
+    """
+    assert (launch(body, sanitizer="thread", schedule=schedule) == 8).all()
+
+
 def test_a_starved_block_is_late_for_those_who_do_not_wait() -> None:
     body = """
     unsigned *words = reinterpret_cast<unsigned *>(out);

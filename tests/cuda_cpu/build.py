@@ -76,7 +76,7 @@ def shuffled(seed: int, latest: int = 4096) -> Schedule:
 
 
 def hoarding(seed: int) -> Schedule:
-    """As `shuffled`, but relaxed stores stay in their block until a release or fence, or until everybody waits."""
+    """As `shuffled`, but a relaxed store stays in its block until a release or fence, or until all wait and one for it."""
     return Schedule("random", seed, latest=-1)
 
 

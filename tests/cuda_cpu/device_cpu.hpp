@@ -60,7 +60,7 @@ template <int SITE, class T> DEVICE T load_relaxed(const T *p) {
   if (!cpu::enabled(SITE))
     return *p;
   cpu::Word<T> word = __atomic_load_n(cpu::word(p), __ATOMIC_RELAXED);
-  cpu::forward(p, &word, sizeof word); // this block's stores that wait
+  word = static_cast<cpu::Word<T>>(cpu::forward(p, word));
   return cpu::bit_cast<T>(word);
 }
 
@@ -74,9 +74,9 @@ template <int SITE, class T> DEVICE void store_relaxed(T *p, T value) {
 
 template <int SITE> DEVICE unsigned load_acquire(const unsigned *p) {
   cpu::require_word(p);
-  if (!cpu::enabled(SITE))
-    return __atomic_load_n(p, __ATOMIC_RELAXED);
-  return __atomic_load_n(p, __ATOMIC_ACQUIRE);
+  unsigned word = cpu::enabled(SITE) ? __atomic_load_n(p, __ATOMIC_ACQUIRE)
+                                     : __atomic_load_n(p, __ATOMIC_RELAXED);
+  return static_cast<unsigned>(cpu::forward(p, word));
 }
 
 template <int SITE> DEVICE void store_release(unsigned *p, unsigned value) {

@@ -58,7 +58,7 @@ struct Block {
 
 enum class Order { round_robin, random, starve };
 
-constexpr uint64_t NEVER = ~0ull; // before somebody waits in vain
+constexpr uint64_t NEVER = ~0ull; // unless somebody waits for it
 
 struct Schedule {
   Order order;
@@ -94,7 +94,7 @@ constexpr int MOST_SITES = 1024;
 // Memory that leaves a block late.
 void start_stores(int blocks, uint64_t latest, uint64_t seed);
 void age_stores(uint64_t now); // in switches
-bool release_hoard();          // when nobody can go on without; true: some left
+bool release_wanted();         // when nobody can go on; true: some left
 void finish_all_stores();
 
 } // namespace cpu

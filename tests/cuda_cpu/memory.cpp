@@ -3,9 +3,9 @@
 // stores on their way out of a block, and asynchronous copies.
 #include "internal.hpp"
 
-#include <cstring>
 #include <queue>
 #include <unordered_map>
+#include <unordered_set>
 
 namespace cpu {
 
@@ -25,7 +25,7 @@ struct Due {
 
 std::vector<std::unordered_map<void *, LateStore>> late; // by block
 std::priority_queue<Due, std::vector<Due>, std::greater<Due>> due;
-std::vector<Due> hoard; // in the order of issue, where no time is set
+std::unordered_set<const void *> wanted; // words read since nobody could go on
 uint64_t latest, now;
 std::minstd_rand random_bits;
 
@@ -34,6 +34,13 @@ void write(void *p, LateStore store) { // little-endian, as the GPU
     __atomic_store_n(static_cast<uint32_t *>(p), store.bits, __ATOMIC_RELAXED);
   else
     __atomic_store_n(static_cast<uint64_t *>(p), store.bits, __ATOMIC_RELAXED);
+}
+
+size_t late_stores() {
+  size_t count = 0;
+  for (auto &of_block : late)
+    count += of_block.size();
+  return count;
 }
 
 void finish_stores_of(int block) {
@@ -65,19 +72,18 @@ void queue_store(void *p, uint64_t bits, size_t bytes) {
   // A second store to the same word takes the first one's place: it may.
   bool first =
       late[here->block].insert_or_assign(p, LateStore{bits, bytes}).second;
-  if (latest == NEVER)
-    hoard.push_back({0, here->block, p});
-  else if (first)
+  if (first && latest != NEVER)
     due.push({now + random_bits() % latest, here->block, p});
 }
 
-void forward(const void *p, void *bits, size_t bytes) {
+uint64_t forward(const void *p, uint64_t in_memory) {
   if (latest == 0)
-    return;
+    return in_memory;
   Outside outside;
+  if (latest == NEVER)
+    wanted.insert(p);
   auto found = late[here->block].find(const_cast<void *>(p));
-  if (found != late[here->block].end())
-    memcpy(bits, &found->second.bits, bytes);
+  return found == late[here->block].end() ? in_memory : found->second.bits;
 }
 
 void age_stores(uint64_t switches) {
@@ -86,16 +92,19 @@ void age_stores(uint64_t switches) {
     finish(due.top());
 }
 
-// The newest first: what a thread waits for is more often new, and the oldest
-// then stay as long as they can.
-bool release_hoard() {
-  if (hoard.empty())
-    return false;
-  for (size_t most = hoard.size() / 4 + 1; most > 0 && !hoard.empty(); --most) {
-    finish(hoard.back());
-    hoard.pop_back();
-  }
-  return true;
+// Only the words that somebody looked for: all others stay, and what they hold
+// meanwhile is old.
+bool release_wanted() {
+  size_t before = late_stores();
+  for (auto &of_block : late)
+    for (auto store = of_block.begin(); store != of_block.end();)
+      if (wanted.count(store->first)) {
+        write(store->first, store->second);
+        store = of_block.erase(store);
+      } else
+        ++store;
+  wanted.clear();
+  return late_stores() < before;
 }
 
 void finish_stores() {

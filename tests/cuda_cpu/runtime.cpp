@@ -141,7 +141,7 @@ Fiber *choose() {
   // The starved block moves only when all others have polled twice for nothing.
   if (ready.empty() || polls_in_a_row > 2 * ready.size()) {
     feeding = true;
-    if (release_hoard())
+    if (release_wanted())
       polls_in_a_row = 0;
   }
   return feeding && !starved.empty() ? take_front(starved) : take_front(ready);

@@ -64,7 +64,7 @@ template <class To, class From> To bit_cast(From from) {
 // A block's relaxed stores leave it late and in any order, unless a release or
 // a fence of that block comes first: as they may on a GPU.
 void queue_store(void *p, uint64_t bits, size_t bytes);
-void forward(const void *p, void *bits, size_t bytes);
+uint64_t forward(const void *p, uint64_t in_memory); // as this block sees it
 void finish_stores();
 void fence();
 
