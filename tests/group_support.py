@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from cuda_cpu import build
-from loop_support import RECURRENCES, Inputs, make
+from loop_support import RECURRENCES, Inputs, draw, make, values_and_gradients
 from torch import Tensor
 
-from gpu_rnn import reference
+from gpu_rnn import products, reference
 from gpu_rnn.launch import group
 from gpu_rnn.launch.group_layout import Layout, source
 from gpu_rnn.reference import Result
@@ -72,7 +72,7 @@ class Case:
         lengths = tuple((3 * b) % (self.T + 1) for b in range(self.B)) if self.lengths else None
         given = make(
             RECURRENCES[self.cell], self.T, self.B, 3, self.hidden, self.reverse, self.bias, lengths=lengths,
-            scale=min(0.5, 2 / math.sqrt(self.hidden)),
+            scale=1 / math.sqrt(self.hidden),  # as layers start: larger weights blow any rounding up
         )  # fmt: skip
         return given.to(PRECISIONS[self.precision][0]).to(torch.float64)
 
@@ -120,6 +120,38 @@ def expected_forward(case: Case, inputs: Inputs) -> Result:
     return reference.forward(
         program, inputs.x, inputs.weights, list(inputs.states), inputs.lengths, inputs.reverse, save=case.save
     )
+
+
+@torch.no_grad()
+def gradients(case: Case, inputs: Inputs, **options: Any) -> dict[str, Tensor]:
+    """The gradients of `values_and_gradients` by the two kernels and the products after them."""
+    program = RECURRENCES[case.cell].program
+    saved, _ = forward(case, inputs, **options)
+    low = inputs.to(PRECISIONS[case.precision][0])
+    d_y, *d_final = (
+        draw(*out.shape, seed=90 + k).to(low.x.dtype) for k, out in enumerate((saved.y, *saved.final))
+    )
+    error = torch.zeros(1, dtype=torch.int64)
+    states, layout = [state.detach() for state in low.states], case.layout(True)
+    launch, (d_gates, d_recurrent, d_states, d_params) = group.prepare_backward(
+        program, saved, low.weights, states, low.lengths, low.reverse, d_y, d_final, layout, case.groups, error, DEADLINE
+    )
+    for tensor in (d_gates, d_recurrent, *d_states):
+        tensor.fill_(math.nan)
+    run_on_cpu(launch, **options)
+    assert not error.item()
+    d_x, d_weights = products.gradients(
+        program, low.x, low.weights, states, low.lengths, low.reverse, saved, d_gates, d_recurrent
+    )
+    d_weights = d_weights._replace(params=d_params.sum(0) if program.params else None)
+    found = low._replace(x=d_x, weights=d_weights, states=d_states).named()
+    return {f"d {name}": value for name, value in found.items()}
+
+
+def expected_gradients(case: Case, inputs: Inputs) -> dict[str, Tensor]:
+    """What the reference gives, in the dtype of its inputs."""
+    found = values_and_gradients(RECURRENCES[case.cell], inputs, "reference")
+    return {name: value for name, value in found.items() if name.startswith("d ")}
 
 
 # Largest errors relative to the largest value. fp32: sums in another order. The floors under twice plain PyTorch's

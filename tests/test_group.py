@@ -1,23 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """The group kernel on the CPU runtime, against the float64 reference."""
 
+import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import torch
+from cuda_cpu import build
 from cuda_cpu.build import shuffled, starve
 from group_support import (
     Case,
     assert_close,
     cases,
     expected_forward,
+    expected_gradients,
     forward,
+    gradients,
     named,
     only_where_used,
 )
 
 from gpu_rnn.launch import group
+from gpu_rnn.launch.group_layout import source
 
 pytestmark = [
     pytest.mark.cuda_cpu,
@@ -31,6 +37,15 @@ WATCHED = [  # under ThreadSanitizer
     Case("rnn", "tf32", 2, across=2, blocks=2, along=2, T=7, period=2),
     Case("gru", "bf16", 3, along=3, counter=True, T=6),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built(request):
+    """The kernels of all cases that will run, built on all cores; a test then finds them."""
+    cases = {item.callspec.params.get("case") for item in request.session.items if hasattr(item, "callspec")}
+    texts = [source(case.layout(backward)) for case in cases if isinstance(case, Case) for backward in (False, True)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(build.load, texts))
 
 
 def check_forward(case: Case, **options) -> None:
@@ -49,6 +64,24 @@ def test_forward(case):
     check_forward(case)
 
 
+def check_gradients(case: Case, **options) -> None:
+    inputs = case.inputs()
+    expected = (expected_gradients(case, given) for given in (inputs, case.plain(inputs)))
+    assert_close(case, gradients(case, inputs, **options), *expected)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradients(case):
+    check_gradients(case)
+
+
+@pytest.mark.parametrize("case", WATCHED, ids=str)
+def test_gradients_are_free_of_races(case):
+    check_gradients(case, sanitizer="thread", schedule=shuffled(1, latest=0))
+    check_gradients(case, sanitizer="thread", schedule=starve(case.members - 1))
+    check_gradients(case, schedule=shuffled(2))
+
+
 @pytest.mark.parametrize("case", WATCHED, ids=str)
 def test_forward_is_free_of_races(case):
     check_forward(case, sanitizer="thread", schedule=shuffled(1, latest=0))
@@ -56,8 +89,8 @@ def test_forward_is_free_of_races(case):
     check_forward(case, schedule=shuffled(2))  # stores leave late, and out of order
 
 
-def test_forward_stays_in_its_buffers():
-    check_forward(Case("lstm", "fp16", 2, T=5, B=13, lengths=True, along=2), sanitizer="address")
+def test_both_stay_in_their_buffers():
+    check_gradients(Case("lstm", "fp16", 2, T=5, B=13, lengths=True, along=2), sanitizer="address")
 
 
 def test_inference_saves_nothing():

@@ -147,3 +147,58 @@ def prepare_forward(
     )
     saved = gates if layout.save else gates.new_empty(0)
     return Launch(layout, n * groups * layout.members, arguments), Result(y, list(final), saved, recurrent, inner)
+
+
+def prepare_backward(
+    program: Program,
+    saved: Result,
+    weights: Weights,
+    states: list[Tensor],  # each (B, N, H)
+    lengths: Tensor | None,  # (B,)
+    reverse: str,
+    d_y: Tensor,  # (T, B, N, H)
+    d_final: list[Tensor],  # each (B, N, H)
+    layout: Layout,
+    groups: int,  # for each of N
+    error: Tensor,  # (1,) int64 in the host's memory
+    deadline: float = DEADLINE,
+) -> tuple[Launch, tuple[Tensor, Tensor, list[Tensor], Tensor]]:
+    """The launch and the gradients that it fills; those of the parameters (shares, N, P, H) are to be summed."""
+    steps, batch, n, _, hidden = saved.gates.shape
+    gates, d_y = _rows(saved.gates), _rows(d_y)
+    d_gates, d_recurrent = torch.empty_like(gates), gates.new_empty(saved.recurrent.shape)
+    d_initial = gates.new_empty(len(states), batch, n, hidden)
+    shares = groups * layout.along if program.params else 0
+    d_params = gates.new_zeros(shares, n, len(program.params), hidden, dtype=torch.float32)
+    pattern, period = bits(reverse)
+    arguments = (
+        gates,
+        saved.recurrent.contiguous(),
+        saved.inner.contiguous(),
+        saved.y.contiguous(),
+        torch.stack(states),
+        weights.w_hh.contiguous(),
+        _pointer(weights.params),
+        _pointer(lengths),
+        d_y,
+        torch.stack(d_final),
+        d_gates,
+        d_recurrent,
+        d_initial,
+        d_params,
+        *exchange(layout, n * groups, error, gates),
+        round(deadline * 1e9),
+        pattern,
+        *gates.stride()[:4],
+        *d_y.stride()[:3],
+        steps,
+        batch,
+        n,
+        hidden,
+        period,
+        0,
+        groups,
+        name_of(layout, steps, batch, n, hidden),
+    )
+    launch = Launch(layout, n * groups * layout.members, arguments)
+    return launch, (d_gates, d_recurrent, list(d_initial), d_params)

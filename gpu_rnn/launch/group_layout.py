@@ -151,7 +151,7 @@ class Layout:
             "COLUMNS": self.columns,
             "TILES": self.tiles,
             "HELD": self.held,
-            "PARTS": self.parts,
+            "BACKWARD": int(self.backward),
             "SAVE": int(self.save),
             "PAIRED": int(self.paired),
             "COUNTER": int(self.counter),

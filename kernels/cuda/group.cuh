@@ -15,8 +15,9 @@
 // GATES, SPLITS (gates whose product is kept apart), KEPT (per gate: its number
 // among those, or -1), STATES, PARAMS, MEMBERS, BLOCKS, ACROSS, ALONG, COLUMNS,
 // TILES, HELD (of each warp's blocks of the depth: weights in registers, those
-// beyond in shared memory), PARTS (products entering a unit: 1 forward, GATES
-// backward), PAIRED (units lie in aligned pairs), COUNTER, PERIOD, SHARED.
+// beyond in shared memory), BACKWARD, SAVE (forward: keep what the backward
+// direction needs), PAIRED (units lie in aligned pairs), COUNTER, PERIOD,
+// SHARED.
 #pragma once
 #include "device.cuh"
 
@@ -53,7 +54,8 @@ constexpr int ANY_PARAMS = PARAMS ? PARAMS : 1;
 // Shared memory: weights beyond the registers, two buffers of partial sums, and
 // the words of a group of one.
 constexpr int SPILLED = GATES * OWN_BLOCKS * (SHARE - HELD); // fragments a warp
-constexpr int RESULTS = PARTS == 1 ? GATES : 1; // sums of a unit and batch row
+constexpr int PARTS = BACKWARD ? GATES : 1;   // words entering a unit, of each
+constexpr int RESULTS = BACKWARD ? 1 : GATES; // sums of a unit and batch row
 constexpr int SUM_FLOATS = ALONG > 1 ? OWN_BLOCKS * RESULTS * COLUMNS * 4 : 0;
 constexpr int SLOT = TILES * PARTS * DEPTH * 2 * COLUMNS * 32; // words
 constexpr long long WEIGHT_BYTES = THREADS * 4LL * FRAGMENT * SPILLED;
@@ -184,4 +186,63 @@ struct Spot {
 // The time at which a row's step lies: a reversed row starts at its last step.
 DEVICE long long time_of(int step, long long length, bool reversed) {
   return reversed && step < length ? length - 1 - step : step;
+}
+
+// ---- Rows of the batch ------------------------------------------------------
+
+constexpr int KEPT_OF[GATES] = KEPT;
+
+struct Sizes {
+  long long T, B, N, H;
+  bool reversed; // this recurrence runs backwards in time
+};
+
+// One row of a thread's: the states, or in the backward direction their
+// gradients. Beyond B nothing is loaded or stored, and no step is active.
+struct Row {
+  float state[STATES][2];
+  long long batch, length;
+  int count;
+};
+
+// The rows of a tile that starts at row `first` of the batch.
+DEVICE void begin(Row (&rows)[OWNED], const Sizes &sizes, const Seat &seat,
+                  const Spot (&spots)[OWNED],
+                  const Scalar *p_states, // (S, B, N, H)
+                  const long long *p_lengths, long long first) {
+#pragma unroll
+  for (int k = 0; k < OWNED; k++) {
+    const long long batch = first + spots[k].row;
+    const bool inside = batch < sizes.B;
+    rows[k].batch = inside ? batch : 0;
+    rows[k].count = inside ? spots[k].count : 0;
+    rows[k].length = !inside ? 0 : p_lengths ? p_lengths[batch] : sizes.T;
+    const Scalar *p =
+        p_states + (rows[k].batch * sizes.N + seat.n) * sizes.H + spots[k].unit;
+    for (int s = 0; s < STATES; s++)
+      load_pair(rows[k].state[s], p + s * sizes.B * sizes.N * sizes.H,
+                rows[k].count);
+  }
+}
+
+DEVICE void finish(const Row (&rows)[OWNED], const Sizes &sizes,
+                   const Seat &seat, const Spot (&spots)[OWNED],
+                   Scalar *p_states) {
+#pragma unroll
+  for (int k = 0; k < OWNED; k++) {
+    Scalar *p =
+        p_states + (rows[k].batch * sizes.N + seat.n) * sizes.H + spots[k].unit;
+    for (int s = 0; s < STATES; s++)
+      store_pair(p + s * sizes.B * sizes.N * sizes.H, rows[k].state[s],
+                 rows[k].count);
+  }
+}
+
+DEVICE void load_params(float (&params)[ANY_PARAMS][2], const Spot &spot,
+                        const Scalar *p_params, int n, int H) {
+  for (int k = 0; k < PARAMS; k++)
+    load_pair(params[k],
+              p_params + (static_cast<long long>(n) * PARAMS + k) * H +
+                  spot.unit,
+              spot.count);
 }

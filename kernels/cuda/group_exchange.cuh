@@ -8,9 +8,10 @@
 // has to be ordered between words. Slots are used again, which rests on this:
 // (a) Once a block has collected number s from all members, every member has
 //     published s, hence collected s - 1 whole: its publishing warps met in
-//     `join` (or collect everything themselves), and each word of s depends on
-//     the words of s - 1. So after publishing e, which follows collecting
-//     e - 1, the words up to e - 2 will not be read again.
+//     `join` (or collect everything themselves), and store a word of s only
+//     behind the loop that waited for the words of s - 1. So after publishing
+//     e, which follows collecting e - 1, the words up to e - 2 will not be read
+//     again.
 // (b) Every PERIOD publications, after publishing e, the owner of a word
 //     empties it in the slots of e - 1 - PERIOD to e - 2, then runs a fence.
 //     The slots come round after RING = 3 PERIOD + 1 numbers. A word has one

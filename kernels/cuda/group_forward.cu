@@ -6,26 +6,17 @@
 // this launch) x (groups of each) x MEMBERS blocks, all of which are resident.
 #include "group_product.cuh"
 
-constexpr int KEPT_OF[GATES] = KEPT;
-
-struct Forward {
+struct Forward : Sizes {
   Scalar *p_gates;     // (T, B, N, G, H) in: projection; out: pre-activations
   Scalar *p_recurrent; // (T, B, N, R, H) out, with SAVE
   float *p_inner;      // (S - 1, T, B, N, H) out, with SAVE
   Scalar *p_y;         // (T, B, N, H) out
   long long stride_t, stride_b, stride_n, stride_g; // of gates
-  long long T, B, N, H;
-  bool reversed;
 };
 
-// What a thread keeps of its pair of units: for all rows, and for one row.
+// What a thread keeps of its pair of units for all rows.
 struct Pair {
   float bias[ANY_SPLITS][2], params[ANY_PARAMS][2];
-};
-struct Row {
-  float state[STATES][2];
-  long long batch, length;
-  int count; // units to load and store: none in rows beyond B
 };
 
 // One step of one pair: the projection, then what comes of it.
@@ -120,47 +111,15 @@ DEVICE void advance(const Forward &f, const Seat &seat,
     store(steps[k], f, seat, spots[k], rows[k]);
 }
 
-// The rows of a tile that starts at row `first` of the batch.
-DEVICE void begin(Row (&rows)[OWNED], const Forward &f, const Seat &seat,
-                  const Spot (&spots)[OWNED], const Scalar *p_initial,
-                  const long long *p_lengths, long long first) {
+DEVICE void load_bias(Pair &pair, const Spot &spot, const Scalar *p_b_hh, int n,
+                      int H) {
 #pragma unroll
-  for (int k = 0; k < OWNED; k++) {
-    const long long batch = first + spots[k].row;
-    const bool inside = batch < f.B;
-    rows[k].batch = inside ? batch : 0;
-    rows[k].count = inside ? spots[k].count : 0;
-    rows[k].length = !inside ? 0 : p_lengths ? p_lengths[batch] : f.T;
-    const long long place = (rows[k].batch * f.N + seat.n) * f.H;
-    for (int s = 0; s < STATES; s++)
-      load_pair(rows[k].state[s],
-                p_initial + s * f.B * f.N * f.H + place + spots[k].unit,
-                rows[k].count);
-  }
-}
-
-DEVICE void finish(const Row (&rows)[OWNED], const Forward &f, const Seat &seat,
-                   const Spot (&spots)[OWNED], Scalar *p_final) {
-#pragma unroll
-  for (int k = 0; k < OWNED; k++) {
-    const long long place = (rows[k].batch * f.N + seat.n) * f.H;
-    for (int s = 0; s < STATES; s++)
-      store_pair(p_final + s * f.B * f.N * f.H + place + spots[k].unit,
-                 rows[k].state[s], rows[k].count);
-  }
-}
-
-DEVICE void load_constants(Pair &pair, const Spot &spot, const Scalar *p_b_hh,
-                           const Scalar *p_params, int n, int H) {
-  const long long first = static_cast<long long>(n) * H;
   for (int gate = 0; gate < GATES; gate++)
     if (KEPT_OF[gate] >= 0)
       load_pair(pair.bias[KEPT_OF[gate]],
-                p_b_hh + first * GATES + gate * H + spot.unit,
+                p_b_hh + (static_cast<long long>(n) * GATES + gate) * H +
+                    spot.unit,
                 p_b_hh ? spot.count : 0);
-  for (int k = 0; k < PARAMS; k++)
-    load_pair(pair.params[k], p_params + first * PARAMS + k * H + spot.unit,
-              spot.count);
 }
 
 // The steps of TILES tiles that start at row `first`; their publications are
@@ -212,9 +171,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) group_forward(
     int launch) {
   const Seat seat(first_n, groups);
   const bool reversed = reverse >> (seat.n % period) & 1;
-  const Forward f = {p_gates,  p_recurrent, p_inner,  p_y, stride_t,
-                     stride_b, stride_n,    stride_g, T,   B,
-                     N,        H,           reversed};
+  const Forward f = {{T, B, N, H, reversed},
+                     p_gates,
+                     p_recurrent,
+                     p_inner,
+                     p_y,
+                     stride_t,
+                     stride_b,
+                     stride_n,
+                     stride_g};
   Weights weights;
   weights.load(p_w + static_cast<long long>(seat.n) * GATES * H * H, seat, H);
   Exchange exchange(p_words, p_control, p_error, limit, launch);
@@ -223,7 +188,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) group_forward(
 #pragma unroll
   for (int k = 0; k < OWNED; k++) {
     spots[k] = Spot(seat, k, H);
-    load_constants(pairs[k], spots[k], p_b_hh, p_params, seat.n, H);
+    load_bias(pairs[k], spots[k], p_b_hh, seat.n, H);
+    load_params(pairs[k].params, spots[k], p_params, seat.n, H);
   }
   int number = 0;
   for (long long first = static_cast<long long>(seat.group) * TILES * ROWS;

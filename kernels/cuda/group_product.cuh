@@ -11,15 +11,14 @@
 constexpr bool FMA = !HALF && PRECISION == IEEE;
 constexpr int SUMS = FMA ? 16 : 4; // of a lane, for a 16 x 8 product
 
-// Blocks of the depth whose words are collected together: a divisor of the
-// parts in registers and in shared memory, so that loops have no rest; one
-// where the last warp's share is smaller.
+// Blocks of the depth whose words are under way together: a divisor of SHARE,
+// so that loops have no rest; one where the last warp's share is smaller.
 DEVICE constexpr int chunk() {
   constexpr int words =
       PARTS * 2 * COLUMNS * static_cast<int>(sizeof(Word)) / 4;
   int blocks = SHARE * ALONG == DEPTH ? CHUNK_WORDS / words : 1;
   blocks = blocks < 1 ? 1 : blocks > SHARE ? SHARE : blocks;
-  while (SHARE % blocks || HELD % blocks)
+  while (SHARE % blocks)
     blocks--;
   return blocks;
 }
@@ -30,7 +29,7 @@ constexpr int CHUNK = chunk();
 DEVICE float weight(const Scalar *p_w, int gate, int unit, int k, int H) {
   if (unit >= H || k >= H)
     return 0.0f;
-  const long long row = PARTS == 1 ? unit : k, column = PARTS == 1 ? k : unit;
+  const long long row = BACKWARD ? k : unit, column = BACKWARD ? unit : k;
   return to_float(p_w[(static_cast<long long>(gate) * H + row) * H + column]);
 }
 
@@ -184,7 +183,7 @@ DEVICE void multiply_chunk(Accumulators &sums, const Weights &weights,
 #pragma unroll
     for (int tile = 0; tile < GATES * OWN_BLOCKS; tile++) {
       const int gate = tile / OWN_BLOCKS, own = tile % OWN_BLOCKS;
-      const int w = 2 * COLUMNS * (k * PARTS + (PARTS == 1 ? 0 : gate));
+      const int w = 2 * COLUMNS * (k * PARTS + (BACKWARD ? gate : 0));
       unsigned a[FRAGMENT];
       weights.get(first + k, gate, own, a);
 #pragma unroll
@@ -217,11 +216,12 @@ DEVICE void product(Accumulators &sums, const Weights &weights,
   for (int k = 0; k < GATES * OWN_BLOCKS * COLUMNS * SUMS; k++)
     (&sums[0][0][0][0])[k] = 0.0f;
   exchange.await(number, tile);
+  constexpr int UNROLLED = (HELD + CHUNK - 1) / CHUNK * CHUNK;
 #pragma unroll
-  for (int k = 0; k < HELD; k += CHUNK)
+  for (int k = 0; k < UNROLLED; k += CHUNK)
     collect_and_multiply(sums, weights, exchange, seat, number, tile, k);
 #pragma unroll 1
-  for (int k = HELD; k < SHARE; k += CHUNK)
+  for (int k = UNROLLED; k < SHARE; k += CHUNK)
     collect_and_multiply(sums, weights, exchange, seat, number, tile, k);
 }
 

@@ -1,0 +1,268 @@
+// SPDX-License-Identifier: Apache-2.0
+// The backward time loop beside group_forward.cu; sizes and grid as there. The
+// weights stand transposed: a unit's d_h takes the d_gates of all units, which
+// are what the members exchange. A step's gradients are computed, published and
+// only then multiplied, so that one exchange a step is enough. The gradients of
+// weights, biases and input are products over all steps, made elsewhere.
+#include "group_product.cuh"
+
+struct Backward : Sizes {
+  const Scalar *p_gates;     // (T, B, N, G, H) pre-activations
+  const Scalar *p_recurrent; // (T, B, N, R, H)
+  const float *p_inner;      // (S - 1, T, B, N, H)
+  const Scalar *p_y;         // (T, B, N, H)
+  const Scalar *p_initial;   // (S, B, N, H)
+  const Scalar *p_d_y;       // (T, B, N, H)
+  Scalar *p_d_gates;         // (T, B, N, G, H) out
+  Scalar *p_d_recurrent;     // (T, B, N, R, H) out
+  long long stride_t, stride_b, stride_n, stride_g; // of gates and d_gates
+  long long d_y_stride_t, d_y_stride_b, d_y_stride_n;
+};
+
+// What a thread keeps of its pair of units for all rows.
+struct Pair {
+  float params[ANY_PARAMS][2], d_params[ANY_PARAMS][2];
+};
+
+// One step of one pair: what was saved, then the gradients.
+struct Step {
+  float a[GATES][2], r[ANY_SPLITS][2], before[STATES][2], d_y[2];
+  float d_a[GATES][2], d_r[ANY_SPLITS][2];
+  long long time;
+};
+
+// The states before a step: what the step before left, or the initial ones.
+DEVICE void load_before(Step &step, const Backward &b, const Seat &seat,
+                        const Spot &spot, const Row &row, int t) {
+  const long long size = b.B * b.N * b.H;
+  const long long unit = (row.batch * b.N + seat.n) * b.H + spot.unit;
+  if (t == 0) {
+#pragma unroll
+    for (int s = 0; s < STATES; s++)
+      load_pair(step.before[s], b.p_initial + s * size + unit, row.count);
+    return;
+  }
+  const long long place = time_of(t - 1, row.length, b.reversed) * size + unit;
+  load_pair(step.before[0], b.p_y + place, row.count);
+#pragma unroll
+  for (int s = 1; s < STATES; s++)
+    load_pair_f32(step.before[s], b.p_inner + (s - 1) * b.T * size + place,
+                  row.count);
+}
+
+// What the step needs, on its way before the wait for the others' words.
+DEVICE void prefetch(Step &step, const Backward &b, const Seat &seat,
+                     const Spot &spot, const Row &row, int t) {
+  step.time = time_of(t, row.length, b.reversed);
+  const Scalar *p = b.p_gates + step.time * b.stride_t +
+                    row.batch * b.stride_b + seat.n * b.stride_n + spot.unit;
+#pragma unroll
+  for (int gate = 0; gate < GATES; gate++)
+    load_pair(step.a[gate], p + gate * b.stride_g, row.count);
+  const long long place = (step.time * b.B + row.batch) * b.N + seat.n;
+  const Scalar *p_recurrent = b.p_recurrent + place * SPLITS * b.H + spot.unit;
+#pragma unroll
+  for (int k = 0; k < SPLITS; k++)
+    load_pair(step.r[k], p_recurrent + k * b.H, row.count);
+  load_pair(step.d_y,
+            b.p_d_y + step.time * b.d_y_stride_t + row.batch * b.d_y_stride_b +
+                seat.n * b.d_y_stride_n + spot.unit,
+            row.count);
+  load_before(step, b, seat, spot, row, t);
+}
+
+DEVICE void differentiate(Step &step, Pair &pair, Row &row, int unit,
+                          bool active) {
+  float a[GATES], r[ANY_SPLITS], s[STATES], p[ANY_PARAMS], none[1], d[STATES];
+  float d_a[GATES], d_r[ANY_SPLITS], d_s[STATES], d_p[ANY_PARAMS], d_none[1];
+#pragma unroll
+  for (int gate = 0; gate < GATES; gate++)
+    a[gate] = step.a[gate][unit];
+  for (int k = 0; k < SPLITS; k++)
+    r[k] = step.r[k][unit];
+  for (int k = 0; k < PARAMS; k++)
+    p[k] = pair.params[k][unit];
+  for (int k = 0; k < STATES; k++) {
+    s[k] = step.before[k][unit];
+    d[k] = row.state[k][unit] + (k == 0 ? step.d_y[unit] : 0.0f);
+  }
+  step_0_backward(a, r, s, p, none, d, d_a, d_r, d_s, d_p, d_none);
+  // Steps beyond a row's length may give anything: it is selected away.
+  for (int gate = 0; gate < GATES; gate++)
+    step.d_a[gate][unit] = active ? d_a[gate] : 0.0f;
+  for (int k = 0; k < SPLITS; k++)
+    step.d_r[k][unit] = active ? d_r[k] : 0.0f;
+  for (int k = 0; k < PARAMS; k++)
+    pair.d_params[k][unit] += active ? d_p[k] : 0.0f;
+  for (int k = 0; k < STATES; k++)
+    row.state[k][unit] = active ? d_s[k] : row.state[k][unit];
+}
+
+DEVICE void store(const Step &step, const Backward &b, const Seat &seat,
+                  const Spot &spot, const Row &row) {
+  Scalar *p = b.p_d_gates + step.time * b.stride_t + row.batch * b.stride_b +
+              seat.n * b.stride_n + spot.unit;
+#pragma unroll
+  for (int gate = 0; gate < GATES; gate++)
+    store_pair(p + gate * b.stride_g, step.d_a[gate], row.count);
+  const long long place = (step.time * b.B + row.batch) * b.N + seat.n;
+  Scalar *p_recurrent = b.p_d_recurrent + place * SPLITS * b.H + spot.unit;
+#pragma unroll
+  for (int k = 0; k < SPLITS; k++)
+    store_pair(p_recurrent + k * b.H, step.d_r[k], row.count);
+}
+
+// Adds to a tile's d_h what its d_gates of publication `number` give.
+DEVICE void add_product(Row (&rows)[OWNED], const Seat &seat,
+                        const Spot (&spots)[OWNED], const Weights &weights,
+                        Exchange &exchange, int number, int tile) {
+  Accumulators sums;
+  Totals totals;
+  product(sums, weights, exchange, seat, number, tile);
+  join(totals, sums, seat, spots, number * TILES + tile);
+#pragma unroll
+  for (int k = 0; k < OWNED; k++)
+    for (int unit = 0; unit < 2; unit++)
+      rows[k].state[0][unit] += totals[k][0][unit];
+}
+
+// One tile's step: multiplies the publication before `number`, unless it is the
+// first, and publishes `number`, unless all steps are done (t < 0).
+DEVICE void advance(const Backward &b, const Seat &seat,
+                    const Spot (&spots)[OWNED], Pair (&pairs)[OWNED],
+                    Row (&rows)[OWNED], const Weights &weights,
+                    Exchange &exchange, int t, int number, int tile) {
+  Step steps[OWNED];
+#pragma unroll
+  for (int k = 0; k < OWNED && t >= 0; k++)
+    prefetch(steps[k], b, seat, spots[k], rows[k], t);
+  if (t + 1 < b.T)
+    add_product(rows, seat, spots, weights, exchange, number - 1, tile);
+  if (t < 0)
+    return;
+#pragma unroll
+  for (int k = 0; k < OWNED; k++) {
+    for (int unit = 0; unit < 2; unit++)
+      differentiate(steps[k], pairs[k], rows[k], unit, t < rows[k].length);
+#pragma unroll
+    for (int gate = 0; gate < GATES; gate++) {
+      const int kept = KEPT_OF[gate];
+      exchange.publish(seat, spots[k], number, tile, gate,
+                       kept < 0 ? steps[k].d_a[gate]
+                                : steps[k].d_r[kept < 0 ? 0 : kept]);
+    }
+  }
+  exchange.published(tile);
+#pragma unroll
+  for (int k = 0; k < OWNED; k++)
+    store(steps[k], b, seat, spots[k], rows[k]);
+}
+
+// The steps of TILES tiles that start at row `first`; their publications are
+// numbered from `number`.
+DEVICE void run(const Backward &b, const Seat &seat, const Spot (&spots)[OWNED],
+                Pair (&pairs)[OWNED], const Weights &weights,
+                Exchange &exchange, const Scalar *p_d_final,
+                Scalar *p_d_initial, const long long *p_lengths,
+                long long first, int number) {
+  Row rows[TILES][OWNED];
+#pragma unroll
+  for (int tile = 0; tile < TILES; tile++)
+    begin(rows[tile], b, seat, spots, p_d_final, p_lengths,
+          first + tile * ROWS);
+  for (int i = 0; i <= b.T; i++) {
+    if (i > 0)
+      exchange.retire(seat, spots, number + i - 1);
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++)
+      advance(b, seat, spots, pairs, rows[tile], weights, exchange,
+              static_cast<int>(b.T) - 1 - i, number + i, tile);
+  }
+#pragma unroll
+  for (int tile = 0; tile < TILES; tile++)
+    finish(rows[tile], b, seat, spots, p_d_initial);
+}
+
+// A thread's share of the parameters' gradients: four lanes hold other rows of
+// the same units; spots and warps along the depth may too.
+DEVICE void store_params(const Seat &seat, const Spot (&spots)[OWNED],
+                         const Pair (&pairs)[OWNED], float *p_d_params, int N,
+                         int H) {
+  const long long share = seat.group * ALONG + seat.along;
+#pragma unroll
+  for (int item = 0; item < OWNED * PARAMS; item++) {
+    const Spot &spot = spots[item / ANY_PARAMS];
+    const int k = item % ANY_PARAMS;
+    float *p = p_d_params + ((share * N + seat.n) * PARAMS + k) * H + spot.unit;
+    for (int unit = 0; unit < 2; unit++) {
+      float sum = pairs[item / ANY_PARAMS].d_params[k][unit];
+      sum += shuffle_xor(sum, 1);
+      sum += shuffle_xor(sum, 2);
+      if (seat.j == 0 && unit < spot.count)
+        p[unit] += sum;
+    }
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) group_backward(
+    const Scalar *p_gates,       // (T, B, N, G, H) pre-activations
+    const Scalar *p_recurrent,   // (T, B, N, R, H)
+    const float *p_inner,        // (S - 1, T, B, N, H)
+    const Scalar *p_y,           // (T, B, N, H)
+    const Scalar *p_initial,     // (S, B, N, H)
+    const Scalar *p_w,           // (N, G, H, H)
+    const Scalar *p_params,      // (N, P, H) or null
+    const long long *p_lengths,  // (B,) or null
+    const Scalar *p_d_y,         // (T, B, N, H)
+    const Scalar *p_d_final,     // (S, B, N, H)
+    Scalar *p_d_gates,           // (T, B, N, G, H) out
+    Scalar *p_d_recurrent,       // (T, B, N, R, H) out
+    Scalar *p_d_initial,         // (S, B, N, H) out
+    float *p_d_params,           // (groups x ALONG, N, P, H) zeros, out
+    Word *p_words,               // (groups, RING, SLOT), all bits set
+    unsigned *p_control,         // (1 + groups x TILES,) zeros
+    unsigned long long *p_error, // (1,) in the host's memory
+    unsigned long long limit,    // nanoseconds that a wait may take
+    unsigned long long reverse,  // bit n % period: n runs backwards in time
+    long long stride_t, long long stride_b, long long stride_n,
+    long long stride_g, // of gates and d_gates
+    long long d_y_stride_t, long long d_y_stride_b, long long d_y_stride_n,
+    int T, int B, int N, int H, int period, int first_n, int groups,
+    int launch) {
+  const Seat seat(first_n, groups);
+  const bool reversed = reverse >> (seat.n % period) & 1;
+  const Backward b = {{T, B, N, H, reversed},
+                      p_gates,
+                      p_recurrent,
+                      p_inner,
+                      p_y,
+                      p_initial,
+                      p_d_y,
+                      p_d_gates,
+                      p_d_recurrent,
+                      stride_t,
+                      stride_b,
+                      stride_n,
+                      stride_g,
+                      d_y_stride_t,
+                      d_y_stride_b,
+                      d_y_stride_n};
+  Weights weights;
+  weights.load(p_w + static_cast<long long>(seat.n) * GATES * H * H, seat, H);
+  Exchange exchange(p_words, p_control, p_error, limit, launch);
+  Spot spots[OWNED];
+  Pair pairs[OWNED] = {};
+#pragma unroll
+  for (int k = 0; k < OWNED; k++) {
+    spots[k] = Spot(seat, k, H);
+    load_params(pairs[k].params, spots[k], p_params, seat.n, H);
+  }
+  int number = 0;
+  for (long long first = static_cast<long long>(seat.group) * TILES * ROWS;
+       first < B; first += static_cast<long long>(groups) * TILES * ROWS) {
+    run(b, seat, spots, pairs, weights, exchange, p_d_final, p_d_initial,
+        p_lengths, first, number);
+    number += T;
+  }
+  store_params(seat, spots, pairs, p_d_params, N, H);
+}
