@@ -187,5 +187,5 @@ def test_both_halves_of_the_header_say_the_same() -> None:
         return [" ".join(match[0].split()) for match in declaration.finditer(text) if match[1] not in own]
 
     gpu = (CUDA / "device.cuh").read_text().split("#else")[1].split("#endif")[0]
-    assert signatures(gpu) == signatures((HERE / "device_cpu.hpp").read_text())
+    assert signatures(gpu) == signatures((HERE / "device_cpu.h").read_text())
     assert len(signatures(gpu)) > 30

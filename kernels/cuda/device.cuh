@@ -26,7 +26,7 @@ struct bf16 {
 };
 
 #ifdef GPU_RNN_CPU
-#include "device_cpu.hpp"
+#include "device_cpu.h"
 #else
 
 // ---- Indices: grids and blocks have one dimension ----

@@ -26,9 +26,9 @@ import torch
 HERE = Path(__file__).resolve().parent
 CUDA = HERE.parent.parent / "kernels" / "cuda"
 RUNTIME = ("runtime.cpp", "memory.cpp", "warp.cpp", "main.cpp")
-SOURCES = {".cpp", ".hpp", ".cu", ".cuh"}
+SOURCES = {".cpp", ".h", ".cu", ".cuh"}
 KERNEL = re.compile(r"__global__\s+(?:void\s+|__launch_bounds__\s*\([^()]*\)\s*){1,2}(\w+)\s*\(")
-MOST_SITES = 1024  # internal.hpp
+MOST_SITES = 1024  # internal.h
 
 Sanitizer = Literal["thread", "address"] | None
 Argument = int | float | torch.Tensor

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // One launch: reads the request that build.py wrote into a file, runs it, and
 // writes the buffers and the reached sites back into the same file.
-#include "internal.hpp"
+#include "internal.h"
 
 #include <cstdio>
 #include <cstdlib>

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Memory operations that take effect later than they are written: relaxed
 // stores on their way out of a block, and asynchronous copies.
-#include "internal.hpp"
+#include "internal.h"
 
 #include <queue>
 #include <unordered_map>

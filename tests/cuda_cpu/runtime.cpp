@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Fibers for CUDA threads, the schedules that choose among them, and the places
 // where they meet.
-#include "internal.hpp"
+#include "internal.h"
 
 #include <cstdarg>
 #include <cstdio>

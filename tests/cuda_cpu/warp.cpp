@@ -2,7 +2,7 @@
 // What the 32 lanes of a warp do together, and the numbers that they do it
 // with. Element positions are those of the PTX ISA's "Matrix Fragments for
 // mma".
-#include "internal.hpp"
+#include "internal.h"
 
 #include <cmath>
 #include <cstring>

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What runtime.cpp offers to device_cpu.hpp and to the kernels' entry points.
+// What runtime.cpp offers to device_cpu.h and to the kernels' entry points.
 #pragma once
 
 #include <cstddef>

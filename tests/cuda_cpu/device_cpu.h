@@ -11,7 +11,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "runtime.hpp"
+#include "runtime.h"
 
 inline unsigned __float_as_uint(float x) { return cpu::bit_cast<unsigned>(x); }
 inline float __uint_as_float(unsigned x) { return cpu::bit_cast<float>(x); }

@@ -7,7 +7,7 @@
 #include <ucontext.h>
 #include <vector>
 
-#include "runtime.hpp"
+#include "runtime.h"
 
 namespace cpu {
 
