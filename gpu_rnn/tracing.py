@@ -9,13 +9,15 @@ import linecache
 import sys
 import traceback
 from collections import namedtuple
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
 
 from gpu_rnn.lowering import KEPT, LOWERING, TAKES_BOOL, Unsupported, copy
 from gpu_rnn.program import IDENTIFIER, Argument, Builder, Op, Program, Stage, Value, live
@@ -28,6 +30,16 @@ class TraceError(ValueError):
     """A step that cannot become a program. The message names the operation, the cell and the line."""
 
 
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """A cell may meet its first call inside a torch.func transform, a tracer, fake tensors or inference_mode: its own
+    trace takes no part in them. (A thread of its own would do the same, but a second one crashes fake tensors in CUDA
+    builds of torch 2.11 on a machine without a GPU.)"""
+    with temporarily_clear_interpreter_stack(), _disable_current_modes(), torch.inference_mode(False):
+        yield
+
+
+@_undisturbed()
 def trace(
     name: str,
     states: Sequence[tuple[str, float]],
@@ -40,18 +52,6 @@ def trace(
         TraceError: the step branches on values, closes over a tensor, draws random numbers, uses an operation outside
             `gpu_rnn.operations`, or returns something else than one value for each state.
     """
-    # A cell may meet its first call inside a torch.func transform, a tracer, inference_mode or a device context. All of
-    # these belong to their thread, and a new one has none.
-    with ThreadPoolExecutor(max_workers=1) as clean:
-        return clean.submit(_trace, name, states, params, stages).result()
-
-
-def _trace(
-    name: str,
-    states: Sequence[tuple[str, float]],
-    params: Sequence[str],
-    stages: Sequence[tuple[Sequence[str], Step]],
-) -> Program:
     gates = [gate for stage_gates, _ in stages for gate in stage_gates]
     _check_names(name, gates, [state for state, _ in states], params)
     traced = []
