@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Each function of kernels/cuda/device.cuh beside a plain formula, on the CPU and on a GPU.
 
-Fragments are laid out here by the tables of the PTX ISA, "Matrix Fragments for mma.m16n8k16" and "...m16n8k8";
-neither the CPU's bodies nor the kernels of primitives.cu share that text.
+Fragments are laid out here by the tables of the PTX ISA, "Matrix Fragments for mma.m16n8k16" and those for
+mma.m16n8k8; neither the CPU's bodies nor the kernels of primitives.cu share that text.
 """
 
 import math
 import re
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from cuda_cpu import relay
 from cuda_cpu.build import CUDA, HERE
 from cuda_cpu.machines import ON_BOTH, Machine
+
+from gpu_rnn.launch import nvrtc
 
 SOURCE = HERE / "primitives.cu"
 LANE = torch.arange(32)[:, None]
@@ -66,12 +70,16 @@ def product(machine: Machine, kernel: str, a: torch.Tensor, b: torch.Tensor, d: 
 
 
 @ON_BOTH
-@pytest.mark.parametrize("kernel, dtype", [("multiply_f16", torch.float16), ("multiply_bf16", torch.bfloat16)])
+@pytest.mark.parametrize(
+    "kernel, dtype", [("multiply_f16", torch.float16), ("multiply_bf16", torch.bfloat16)]
+)
 def test_products_of_halves(machine: Machine, kernel: str, dtype: torch.dtype) -> None:
     a, b, d = random(16, 16).to(dtype), random(16, 8).to(dtype), random(16, 8)
     expected = d.double() + a.double() @ b.double()
     # Products are exact in float; 16 additions, each within 2^-22 of sums below 32 (tensor cores truncate).
-    torch.testing.assert_close(product(machine, kernel, a, b, d).double(), expected, rtol=0, atol=16 * 32 * 2**-22)
+    torch.testing.assert_close(
+        product(machine, kernel, a, b, d).double(), expected, rtol=0, atol=16 * 32 * 2**-22
+    )
 
 
 @ON_BOTH
@@ -121,8 +129,10 @@ def test_shuffles(machine: Machine, mask: int) -> None:
 def every_kind_of_float() -> torch.Tensor:
     """Random bits, all magnitudes of 16-bit numbers with the ties between them, and the special ones."""
     bits = torch.randint(-(2**31), 2**31, (20000,), generator=torch.Generator().manual_seed(0)).int()
-    half, brain = (torch.arange(0x7C00).short().view(torch.float16).float(),
-                   torch.arange(0x7F80).short().view(torch.bfloat16).float())
+    half, brain = (
+        torch.arange(0x7C00).short().view(torch.float16).float(),
+        torch.arange(0x7F80).short().view(torch.bfloat16).float(),
+    )
     ties = [(values[1:] / 2 + values[:-1] / 2) for values in (half, brain)]
     tf32_ties = (bits & ~0x1FFF | 0x1000).view(torch.float32)
     special = torch.tensor([math.inf, math.nan, 0.0, 65504, 65519.996, 65520, 3.4028235e38, 1e-45])
@@ -175,6 +185,24 @@ def test_indices(machine: Machine) -> None:
     constant = partial(torch.full_like, thread)
     expected = torch.stack([thread, block, constant(64), constant(3), thread % 32, thread // 32], -1)
     assert torch.equal(out.long(), expected)
+
+
+@ON_BOTH
+@pytest.mark.parametrize("kernel", relay.BLOCKS)
+def test_relay(machine: Machine, kernel: str) -> None:
+    """Each way to pass a number on; test_cuda_runtime.py breaks them."""
+    grid, block, shared_bytes, arguments, h, expected = relay.problem(kernel)
+    machine(relay.SOURCE, kernel, grid, block, shared_bytes, arguments)
+    assert torch.equal(h, expected)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"])
+@pytest.mark.parametrize("source", [SOURCE, relay.SOURCE], ids=["primitives", "relay"])
+def test_the_header_compiles_for(arch: str, source: Path) -> None:
+    if nvrtc.unavailable():
+        pytest.skip(nvrtc.unavailable())
+    assert nvrtc.compile_cubin(source.read_text(), arch)
 
 
 def test_both_halves_of_the_header_say_the_same() -> None:

@@ -1,25 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every synchronisation of the kernels is needed and its loss noticed; and the script that says so can say no."""
+"""Every synchronisation of the kernels is needed and its loss noticed; the script that says so can say no."""
 
 from collections.abc import Collection
 from functools import partial
 
 import pytest
-import test_cuda_runtime as relay
 from cuda_cpu.build import ROUND_ROBIN, Sanitizer, Schedule
+from cuda_cpu.relay import BLOCKS, SOURCE
 from cuda_cpu.sites import Case, check, kernel_text, read
+from test_cuda_runtime import SITES, relay
 
 pytestmark = pytest.mark.cuda_cpu
 
 RUNS: tuple[tuple[Sanitizer, Schedule], ...] = (("thread", ROUND_ROBIN), (None, ROUND_ROBIN))
-TEXT = relay.RELAY.read_text()
-CASES: dict[str, Case] = {name: partial(relay.relay, name) for name in relay.KERNELS}
+TEXT = SOURCE.read_text()
+CASES: dict[str, Case] = {name: partial(relay, name) for name in BLOCKS}
 
 
 def test_every_site_of_the_relay_is_noticed() -> None:
     report = check(TEXT, CASES, RUNS)
     assert report.good, report
-    assert str(report).endswith(f"sites {len(relay.SITES)}, noticed {len(relay.SITES)}")
+    assert str(report).endswith(f"sites {len(SITES)}, noticed {len(SITES)}")
 
 
 def pretend(noticed: Collection[int], reached: Collection[int] = (0, 1)) -> Case:
@@ -41,8 +42,11 @@ TWO = "enum Site { FIRST, SECOND };\nblock_sync<FIRST>(); fence<SECOND>();"
         (TWO, pretend([0]), {"SECOND": "its loss is not noticed"}),
         (TWO, pretend([0, 1], [0]), {"SECOND": "no case reaches it"}),
         (TWO.replace("SECOND }", "SECOND // GPU only: stale lines\n}"), pretend([0]), {}),
-        (TWO.replace("SECOND }", "SECOND // GPU only: stale\n// lines\n}"), pretend([0, 1]),
-         {"SECOND": "called GPU only, yet noticed: wrong values in case, round_robin"}),
+        (
+            TWO.replace("SECOND }", "SECOND // GPU only: stale\n// lines\n}"),
+            pretend([0, 1]),
+            {"SECOND": "called GPU only, yet noticed: wrong values in case, round_robin"},
+        ),
     ],
 )
 def test_a_site_is_noticed_or_proven(text: str, case: Case, lost: dict[str, str]) -> None:

@@ -4,8 +4,8 @@
     program = load(CUDA / "group_forward.cu", {"HIDDEN": 64}, sanitizer="thread")
     run(program, "group_forward", grid=4, block=128, shared_bytes=4096, args=[x, y, 64], schedule=starve(1))
 
-A launch is a process of its own: ThreadSanitizer cannot be loaded into a Python that runs already, and a kernel
-that hangs or crashes takes nothing with it.
+A launch is a process of its own: ThreadSanitizer cannot be loaded into a Python that runs already, and a
+kernel that hangs or crashes takes nothing with it.
 """
 
 import hashlib
@@ -35,12 +35,13 @@ Argument = int | float | torch.Tensor
 
 # CUDA's words; a define can say all that is left of them here.
 WORDS = ("__device__=", "__global__=", "__forceinline__=inline", "__launch_bounds__(...)=")
+COMMON = ("-std=c++17", "-g1", "-Wno-unknown-pragmas", "-ffp-contract=off")
 FLAGS = {
     None: ("-O2",),
     "thread": ("-O1", "-fsanitize=thread"),
     "address": ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
 }
-# A report ends the run: the first is the one to read. Threads are fibers that nobody joins, buffers are never freed.
+# A report ends the run: the first is the one to read. Nobody joins the fibers, or frees the buffers.
 OPTIONS = {
     "TSAN_OPTIONS": "halt_on_error=1 exitcode=66 report_thread_leaks=0 history_size=0",
     "ASAN_OPTIONS": "exitcode=67 detect_leaks=0 detect_stack_use_after_return=0",
@@ -49,7 +50,7 @@ OPTIONS = {
 
 
 class Failure(AssertionError):
-    """A run that broke a rule. `kind`: race, address, rule (deadlock, alignment, masks, ...), crash or timeout."""
+    """A run that broke a rule. `kind`: race, address, rule (deadlock, alignment, masks, …), crash, timeout."""
 
     def __init__(self, kind: str, text: str) -> None:
         super().__init__(f"{kind}: {text}")
@@ -58,7 +59,7 @@ class Failure(AssertionError):
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which thread runs next whenever one waits, and how late relaxed stores become visible to other blocks."""
+    """Which thread runs next whenever one waits, and how late other blocks see relaxed stores."""
 
     order: Literal["round_robin", "random", "starve"] = "round_robin"
     seed: int = 0
@@ -76,7 +77,7 @@ def shuffled(seed: int, latest: int = 4096) -> Schedule:
 
 
 def hoarding(seed: int) -> Schedule:
-    """As `shuffled`, but a relaxed store stays in its block until a release or fence, or until all wait and one for it."""
+    """As `shuffled`, but relaxed stores stay until a release or fence, or until all wait and one for them."""
     return Schedule("random", seed, latest=-1)
 
 
@@ -104,6 +105,8 @@ def compiler() -> str:
 def cache_folder() -> Path:
     folder = Path(tempfile.gettempdir()) / f"gpu-rnn-cuda-cpu-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise RuntimeError(f"{folder} belongs to someone else, and programs are run from it; set TMPDIR")
     return folder
 
 
@@ -124,8 +127,8 @@ def build(text: str, flags: Sequence[str], suffix: str, *folders: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
         source, output = Path(scratch) / "kernel.cpp", Path(scratch) / "output"
         source.write_text(text)
-        command = [compiler(), "-std=c++17", "-g1", "-Wall", "-Wno-unknown-pragmas", "-ffp-contract=off",
-                   *(f"-I{folder}" for folder in folders), str(source), *flags, "-o", str(output)]
+        command = [compiler(), *COMMON, *(f"-I{folder}" for folder in folders)]
+        command += [str(source), *flags, "-o", str(output)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"g++ refused:\n{done.stderr[:8000]}")
@@ -177,8 +180,16 @@ def run(
     buffers = Buffers()
     arguments = [buffers.argument(value) for value in args]
     orders = ("round_robin", "random", "starve")
-    head = [grid, block, shared_bytes, orders.index(schedule.order), schedule.seed, schedule.starved,
-            schedule.ns_per_poll, schedule.latest]
+    head = [
+        grid,
+        block,
+        shared_bytes,
+        orders.index(schedule.order),
+        schedule.seed,
+        schedule.starved,
+        schedule.ns_per_poll,
+        schedule.latest,
+    ]
     disabled = list(disabled_sites)
     numbers = [*head, len(disabled), *disabled, len(arguments)]
     with tempfile.NamedTemporaryFile(dir=cache_folder()) as request:
@@ -193,9 +204,11 @@ def run(
 def execute(program: Program, arguments: Sequence[str], timeout: float) -> None:
     command = [str(program.path), *arguments]
     try:
-        done = subprocess.run(command, env=os.environ | OPTIONS, capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run(
+            command, env=os.environ | OPTIONS, capture_output=True, text=True, timeout=timeout
+        )
     except subprocess.TimeoutExpired:
-        raise Failure("timeout", f"no end within {timeout} s: a wait without poll_pause, or without a deadline") from None
+        raise Failure("timeout", f"no end in {timeout} s: a wait without poll_pause, or a deadline") from None
     if done.returncode == 0:
         return
     if "unexpected memory mapping" in done.stderr:
@@ -207,13 +220,13 @@ def execute(program: Program, arguments: Sequence[str], timeout: float) -> None:
 
 
 class Buffers:
-    """The storages behind a launch's tensors, each carried once, so that views of one storage still overlap."""
+    """The storages behind a launch's tensors, each carried once: views of one storage still overlap."""
 
     def __init__(self) -> None:
         self.storages: dict[int, tuple[int, torch.UntypedStorage]] = {}
 
     def argument(self, value: Argument) -> bytes:
-        """The number of its buffer (-1: none), then eight bytes: the value, or the offset into that buffer."""
+        """The number of its buffer (-1: none), then eight bytes: the value, or the offset into the buffer."""
         if isinstance(value, float):
             return struct.pack("<qf4x", -1, value)
         if not isinstance(value, torch.Tensor):
@@ -227,7 +240,9 @@ class Buffers:
 
     def contents(self) -> bytes:
         storages = [storage for _, storage in self.storages.values()]
-        head = struct.pack(f"<{1 + len(storages)}q", len(storages), *(storage.nbytes() for storage in storages))
+        head = struct.pack(
+            f"<{1 + len(storages)}q", len(storages), *(storage.nbytes() for storage in storages)
+        )
         return head + b"".join(self.bytes_of(storage).numpy().tobytes() for storage in storages)
 
     def take(self, contents: bytes) -> None:
@@ -236,5 +251,7 @@ class Buffers:
         for _, storage in reversed(self.storages.values()):
             if storage.nbytes():
                 start = end - storage.nbytes()
-                self.bytes_of(storage).copy_(torch.frombuffer(bytearray(contents[start:end]), dtype=torch.uint8))
+                self.bytes_of(storage).copy_(
+                    torch.frombuffer(bytearray(contents[start:end]), dtype=torch.uint8)
+                )
                 end = start

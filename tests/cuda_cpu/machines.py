@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a test's CUDA source runs: on the CPU under the runtime beside this file, or on a GPU through CuPy."""
+"""Where a test's CUDA source runs: under the runtime beside this file, or on a GPU through CuPy."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,39 +8,47 @@ from typing import Protocol
 import numpy as np
 import pytest
 import torch
-from cuda_cpu.build import CUDA, Argument, load, run
+
+from gpu_rnn.launch import nvrtc
+
+from .build import Argument, load, run
 
 
 class Machine(Protocol):
+    """Launches a kernel of a source and comes back when it has ended; tensors are changed in place."""
+
     def __call__(
         self, source: Path, kernel: str, grid: int, block: int, shared_bytes: int, args: Iterable[Argument]
     ) -> None: ...
 
 
-def on_cpu(source: Path, kernel: str, grid: int, block: int, shared_bytes: int, args: Iterable[Argument]) -> None:
+def on_cpu(
+    source: Path, kernel: str, grid: int, block: int, shared_bytes: int, args: Iterable[Argument]
+) -> None:
     run(load(source), kernel, grid, block, shared_bytes, args)
 
 
-def on_gpu(source: Path, kernel: str, grid: int, block: int, shared_bytes: int, args: Iterable[Argument]) -> None:
-    """The same launch on the current device; results come back into the same CPU tensors."""
-    cupy = pytest.importorskip("cupy", reason="CuPy, which launches CUDA on a GPU, is not installed")
-    from gpu_rnn.launch.nvrtc import compile_cubin
-
-    major, minor = torch.cuda.get_device_capability()
-    cubin = compile_cubin(source.read_text(), 10 * major + minor, [f"-I{CUDA}"])
-    function = cupy.RawModule(path=str(cubin)).get_function(kernel)
-    args = list(args)
-    copies = [value.cuda() if isinstance(value, torch.Tensor) else value for value in args]
-    function((grid,), (block,), [native(value) for value in copies], shared_mem=shared_bytes)
-    torch.cuda.synchronize()
-    for value, copy in zip(args, copies, strict=True):
+def on_gpu(
+    source: Path, kernel: str, grid: int, block: int, shared_bytes: int, args: Iterable[Argument]
+) -> None:
+    if nvrtc.no_driver():
+        pytest.skip(nvrtc.no_driver())
+    arch = nvrtc.architecture(torch.cuda.get_device_capability())
+    function = nvrtc.Function(source.read_text(), kernel, arch, shared_bytes)
+    values = list(args)
+    copies = [value.cuda() if isinstance(value, torch.Tensor) else value for value in values]
+    function(
+        grid, block, [sized(value) for value in copies], torch.device("cuda", torch.cuda.current_device())
+    )
+    for value, copy in zip(values, copies, strict=True):
         if isinstance(value, torch.Tensor):
             value.copy_(copy)
 
 
-def native(value: Argument) -> np.generic:
+def sized(value: Argument) -> torch.Tensor | np.generic:
+    """A number in the width of the parameters of this folder's kernels."""
     if isinstance(value, torch.Tensor):
-        return np.uintp(value.data_ptr())
+        return value
     return np.float32(value) if isinstance(value, float) else np.int32(value)
 
 

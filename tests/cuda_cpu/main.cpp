@@ -65,7 +65,8 @@ int main(int, char **argv) {
   if (!file)
     fail("cannot open %s", argv[2]);
 
-  Launch launch = {find(argv[1])};
+  Launch launch = {};
+  launch.kernel = find(argv[1]);
   launch.blocks = static_cast<int>(number());
   launch.threads = static_cast<int>(number());
   launch.shared_bytes = number();

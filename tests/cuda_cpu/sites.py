@@ -3,9 +3,9 @@
 
     python tests/cuda_cpu/sites.py        # the kernels of kernels/cuda, on the cases of tests/test_group.py
 
-Each enumerator of `enum Site` is disabled in turn while the cases run, under ThreadSanitizer and under schedules that
-reorder stores and starve a block. A loss that nothing notices is an error, unless the comment at the enumerator says
-`GPU only:` and why. So is a synchronisation that is written past device.cuh.
+Each enumerator of `enum Site` is disabled in turn while the cases run, under ThreadSanitizer and under
+schedules that reorder stores and starve a block. A loss that nothing notices is an error, unless the comment at
+the enumerator says `GPU only:` and why. So is a synchronisation that is written past device.cuh.
 """
 
 import re
@@ -19,8 +19,8 @@ if __name__ == "__main__":
 
 from cuda_cpu.build import CUDA, ROUND_ROBIN, Sanitizer, Schedule, hoarding, shuffled, starve
 
-# A case builds its programs for a sanitizer, runs them under a schedule with sites disabled, asserts its values, and
-# returns the sites that it reached.
+# A case builds its programs for a sanitizer, runs them under a schedule with sites disabled, asserts its values,
+# and returns the sites that it reached.
 Case = Callable[[Sanitizer, Schedule, Collection[int]], set[int]]
 
 # In the order of what they cost for what they find; values alone decide where there is no sanitizer.
@@ -31,13 +31,26 @@ RUNS: tuple[tuple[Sanitizer, Schedule], ...] = (
     *((None, starve(block)) for block in range(2)),
 )
 
-FUNCTIONS = ("block_sync", "named_sync", "warp_sync", "load_relaxed", "store_relaxed", "load_acquire",
-             "store_release", "add_release", "fence", "copy_async_16", "copy_async_wait")
+FUNCTIONS = (
+    "block_sync",
+    "named_sync",
+    "warp_sync",
+    "load_relaxed",
+    "store_relaxed",
+    "load_acquire",
+    "store_release",
+    "add_release",
+    "fence",
+    "copy_async_16",
+    "copy_async_wait",
+)
 CALL = re.compile(rf"\b({'|'.join(FUNCTIONS)})\s*<([^<>;]*)>\s*\(")
 PAST_THE_HEADER = re.compile(
-    r"\b(?:asm|volatile|__asm__|__sync\w+|__threadfence\w*|__barrier\w*|__shfl\w*|__nanosleep|__(?:ld|st)(?:cg|ca|cs|cv|g|lu|wb|wt)"
-    r"|__pipeline\w*|__reduce\w*_sync|__match\w*|__ballot\w*|__(?:all|any)_sync|atomic[A-Z]\w*|__atomic\w*|wmma|cooperative_groups"
-    r"|cuda\s*::|GPU_RNN_CPU)\b")
+    r"\b(?:asm|volatile|__asm__|__sync\w+|__threadfence\w*|__barrier\w*|__shfl\w*|__nanosleep|__pipeline\w*"
+    r"|__(?:ld|st)(?:cg|ca|cs|cv|g|lu|wb|wt)|__reduce\w*_sync|__match\w*|__ballot\w*|__(?:all|any)_sync"
+    r"|atomic[A-Z]\w*|__atomic\w*|wmma|cooperative_groups"
+    r"|cuda\s*::|GPU_RNN_CPU)\b"
+)
 COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
 
 
@@ -72,7 +85,7 @@ class Report:
 
 
 def read(text: str) -> Source:
-    """Sites, proofs, and what breaks the rules: a site used not once, a number for a site, a word past the header."""
+    """Sites, proofs, and broken rules: a site used not once, a number for a site, a word past the header."""
     sites: dict[str, int] = {}
     comments: dict[str, str] = {}
     name = ""
@@ -82,11 +95,17 @@ def read(text: str) -> Source:
             comments[name] = " ".join([comments.get(name, ""), *comment.split()])
             if word:
                 sites[name] = len(sites)
-    proofs = {name: comment.split("GPU only:")[1].strip() for name, comment in comments.items()
-              if "GPU only:" in comment}
+    proofs = {
+        name: comment.split("GPU only:")[1].strip()
+        for name, comment in comments.items()
+        if "GPU only:" in comment
+    }
     code = COMMENT.sub(" ", re.sub(r"\benum\s+Site\s*\{.*?\}", "", text, flags=re.S))
-    errors = [f"{name} is used {count} times, not once" for name in sites
-              if (count := len(re.findall(rf"\b{name}\b", code))) != 1]
+    errors = [
+        f"{name} is used {count} times, not once"
+        for name in sites
+        if (count := len(re.findall(rf"\b{name}\b", code))) != 1
+    ]
     errors += [f"{found} belongs into device.cuh" for found in dict.fromkeys(PAST_THE_HEADER.findall(code))]
     for function, arguments in CALL.findall(code):
         site = arguments.split(",")[function == "copy_async_wait"].strip()
@@ -103,11 +122,15 @@ def notice(site: int, cases: Mapping[str, Case], runs: Iterable[tuple[Sanitizer,
                 case(sanitizer, schedule, {site})
             except AssertionError as error:  # Failure is one
                 what = getattr(error, "kind", "wrong values")
-                return f"{what} in {name}, {schedule.order}{' under ThreadSanitizer' * (sanitizer == 'thread')}"
+                return (
+                    f"{what} in {name}, {schedule.order}{' under ThreadSanitizer' * (sanitizer == 'thread')}"
+                )
     return None
 
 
-def check(text: str, cases: Mapping[str, Case], runs: Collection[tuple[Sanitizer, Schedule]] = RUNS) -> Report:
+def check(
+    text: str, cases: Mapping[str, Case], runs: Collection[tuple[Sanitizer, Schedule]] = RUNS
+) -> Report:
     """Disable each site of `text` while `cases` run.
 
     Raises:
