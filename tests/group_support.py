@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gpu_rnn import products, reference
 from gpu_rnn.launch import group
+from gpu_rnn.launch.group_choice import Choice
 from gpu_rnn.launch.group_layout import Layout, source
 from gpu_rnn.reference import Result
 
@@ -23,7 +24,6 @@ PRECISIONS = {
     "bf16": (torch.bfloat16, "ieee"),
     "fp16": (torch.float16, "ieee"),
 }
-DEADLINE = 5.0  # seconds of virtual time: a thread that waits for a starved block polls for long
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Case:
     columns: int = 1
     tiles: int = 1
     groups: int = 1
+    at_once: int = 0  # of N in a launch; 0: all
     held: float = 0.5
     lengths: bool = False
     reverse: str = "0"
@@ -67,6 +68,9 @@ class Case:
             self.hidden % 2 == 0, self.counter, self.period,
         )  # fmt: skip
 
+    def choice(self, backward: bool) -> Choice:
+        return Choice(self.layout(backward), self.groups, self.at_once or len(self.reverse), 0.0)
+
     def inputs(self) -> Inputs:
         """In float64, with the values that the dtype can hold."""
         lengths = tuple((3 * b) % (self.T + 1) for b in range(self.B)) if self.lengths else None
@@ -81,12 +85,14 @@ class Case:
         return inputs.to(torch.float16 if self.precision == "tf32" else PRECISIONS[self.precision][0])
 
 
-def run_on_cpu(launch: group.Launch, **options: Any) -> None:
-    """Runs a launch under the CPU runtime; `options` are those of its `load` and `run`."""
-    layout = launch.layout
-    program = build.load(source(layout), sanitizer=options.pop("sanitizer", None))
-    grid = options.pop("grid", launch.grid)
-    build.run(program, layout.kernel, grid, layout.threads, layout.shared_bytes, launch.arguments, **options)
+def run_on_cpu(launches: list[group.Launch], **options: Any) -> None:
+    """Runs launches under the CPU runtime; `options` are those of its `load` and `run`."""
+    sanitizer = options.pop("sanitizer", None)
+    for launch in launches:
+        layout = launch.layout
+        program = build.load(source(layout), sanitizer=sanitizer)
+        size = {"grid": launch.grid, "block": layout.threads, "shared_bytes": layout.shared_bytes}
+        build.run(program, layout.kernel, args=launch.arguments, **(size | options))
 
 
 def named(result: Result) -> dict[str, Tensor]:
@@ -97,19 +103,18 @@ def named(result: Result) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def forward(case: Case, inputs: Inputs, deadline: float = DEADLINE, **options: Any) -> tuple[Result, Tensor]:
+def forward(case: Case, inputs: Inputs, **options: Any) -> tuple[Result, Tensor]:
     """The kernel's results, allocated full of NaN, and its error word."""
     program = RECURRENCES[case.cell].program
     low = inputs.to(PRECISIONS[case.precision][0])
     gates = reference.project(low.x, low.weights, program).contiguous()
     error = torch.zeros(1, dtype=torch.int64)
-    launch, result = group.prepare_forward(
-        program, gates, low.weights, list(low.states), low.lengths, low.reverse, case.layout(False), case.groups, error,
-        deadline,
-    )  # fmt: skip
+    launches, result = group.prepare_forward(
+        program, gates, low.weights, list(low.states), low.lengths, low.reverse, case.save, case.choice(False), error
+    )
     for tensor in (result.y, *result.final, result.recurrent, result.inner):
         tensor.fill_(math.nan)
-    run_on_cpu(launch, **options)
+    run_on_cpu(launches, **options)
     return result, error
 
 
@@ -132,13 +137,13 @@ def gradients(case: Case, inputs: Inputs, **options: Any) -> dict[str, Tensor]:
         draw(*out.shape, seed=90 + k).to(low.x.dtype) for k, out in enumerate((saved.y, *saved.final))
     )
     error = torch.zeros(1, dtype=torch.int64)
-    states, layout = [state.detach() for state in low.states], case.layout(True)
-    launch, (d_gates, d_recurrent, d_states, d_params) = group.prepare_backward(
-        program, saved, low.weights, states, low.lengths, low.reverse, d_y, d_final, layout, case.groups, error, DEADLINE
+    states = [state.detach() for state in low.states]
+    launches, (d_gates, d_recurrent, d_states, d_params) = group.prepare_backward(
+        program, saved, low.weights, states, low.lengths, low.reverse, d_y, d_final, case.choice(True), error
     )
     for tensor in (d_gates, d_recurrent, *d_states):
         tensor.fill_(math.nan)
-    run_on_cpu(launch, **options)
+    run_on_cpu(launches, **options)
     assert not error.item()
     d_x, d_weights = products.gradients(
         program, low.x, low.weights, states, low.lengths, low.reverse, saved, d_gates, d_recurrent
@@ -194,6 +199,7 @@ def cases() -> list[Case]:
         {},
         {"lengths": True},
         {"reverse": "01", "lengths": True},
+        {"reverse": "010", "at_once": 2},
         {"reverse": "1", "bias": False},
         {"counter": True, "lengths": True},
         {"T": 1},

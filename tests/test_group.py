@@ -114,7 +114,8 @@ def test_words_that_look_empty_arrive_as_nan():
 @pytest.mark.parametrize("counter", [False, True], ids=["words", "counter"])
 def test_data_that_never_comes_ends_in_an_error(counter, monkeypatch):
     case = replace(Case("lstm", "fp32", 3, T=4), counter=counter)
-    result, error = forward(case, case.inputs(), deadline=0.1, grid=2)  # one member is missing
+    monkeypatch.setenv("GPU_RNN_DEADLINE", "0.1")
+    result, error = forward(case, case.inputs(), grid=2)  # one member is missing
     assert result.y[0, :, 0, :32].isnan().all()
     monkeypatch.setattr(group, "_errors", {torch.device("cpu"): error})
     with pytest.raises(RuntimeError, match=r"group_forward of lstm \(T 4, B 5, N 1, H 46, .*gave up in step 0 of group 0"):

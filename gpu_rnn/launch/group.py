@@ -1,37 +1,89 @@
 # SPDX-License-Identifier: Apache-2.0
 """Groups of blocks share a tile of the batch and keep W_hh on chip between them (`kernels/cuda/group_*.cu`).
 
-Any recurrence with one product a step. The members of a group wait for each other, so all blocks of a launch are
+Any recurrence with one product a step; `choose` and `cost` are those of `group_choice`. The members of a group wait for each other, so all blocks of a launch are
 resident at once, unless a group has one member only.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from gpu_rnn.launch.group_layout import Layout
+from gpu_rnn.devices import DEVICES
+from gpu_rnn.launch import nvrtc
+from gpu_rnn.launch.group_choice import Choice, choose, cost, largest
+from gpu_rnn.launch.group_layout import SCALARS, Layout, source
+from gpu_rnn.problem import Problem
 from gpu_rnn.program import Program
 from gpu_rnn.reference import Result, Weights
 
-DEADLINE = float(os.environ.get("GPU_RNN_DEADLINE", "10"))  # seconds: long beside time slicing, short beside a hang
+OLDEST = (8, 0)  # the first architecture with bfloat16 products and with asynchronous copies
 LONGEST_PATTERN = 64  # bits of the argument that holds the directions
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel with all its arguments. `device` runs it; tests put a CPU in its place."""
+    """A kernel with all its arguments; tests run it on a CPU."""
 
     layout: Layout
     grid: int
     arguments: tuple[Tensor | int, ...]
 
+    def __call__(self, device: torch.device) -> None:
+        """Runs it on the current stream of a device.
 
-Device = Callable[[Launch], None]
+        Raises:
+            RuntimeError: the blocks of its groups are not resident at once, so they would wait for ever.
+        """
+        if self.grid == 0:
+            return
+        function = _function(self.layout, nvrtc.architecture(torch.cuda.get_device_capability(device)))
+        threads = self.layout.threads
+        if self.layout.members > 1 and self.grid > _resident(function, device, threads):
+            raise RuntimeError(
+                f"{self.layout.kernel}: its {self.grid} blocks are not all resident on {device}, of which other "
+                "processes may hold a part; choose another backend"
+            )
+        function(self.grid, threads, self.arguments, device)
+
+
+@lru_cache(maxsize=256)
+def _function(layout: Layout, arch: str) -> nvrtc.Function:
+    fitted = fit(layout, arch)
+    return nvrtc.Function(
+        source(fitted), fitted.kernel, arch, fitted.shared_bytes, cooperative=fitted.members > 1
+    )
+
+
+@lru_cache(maxsize=256)
+def _resident(function: nvrtc.Function, device: torch.device, threads: int) -> int:
+    return function.resident(device, threads)
+
+
+def fit(layout: Layout, arch: str) -> Layout:
+    """The layout with as many weights in registers as the compiler finds room for, so that nothing goes to a stack.
+
+    Raises:
+        CompileError: as `nvrtc.compile_cubin`.
+    """
+    limits = {nvrtc.architecture(d.capability): d.shared_memory for d in DEVICES.values()}
+    limit = limits.get(arch, min(limits.values()))
+    while nvrtc.stack_bytes(nvrtc.compile_cubin(source(layout), arch)) and layout.held:
+        fewer = replace(layout, held=layout.held - 1)
+        if fewer.shared_bytes > limit:
+            break
+        layout = fewer
+    return layout
+
+
+def deadline() -> float:
+    """Seconds that a kernel waits for data of another block: long beside time slicing, short beside a hang."""
+    return float(os.environ.get("GPU_RNN_DEADLINE", "10"))
 
 
 def bits(reverse: str) -> tuple[int, int]:
@@ -57,6 +109,8 @@ def exchange(layout: Layout, groups: int, error: Tensor, like: Tensor) -> tuple[
     control = torch.zeros(1 + groups * layout.tiles, dtype=torch.int32, device=like.device)
     return slots, control, error
 
+
+__all__ = ["Launch", "backward", "check", "choose", "cost", "forward", "unsupported"]
 
 _names: dict[str, int] = {}
 _errors: dict[torch.device, Tensor] = {}
@@ -100,28 +154,55 @@ def check() -> None:
         )
 
 
+def _launches(
+    choice: Choice, tensors: list[Tensor | int], strides: list[int], reverse: str, shape: torch.Size, error: Tensor
+) -> list[Launch]:
+    """The launches that together run all of N; `shape` is that of the gates."""
+    layout, groups = choice.layout, choice.groups
+    steps, batch, n, _, hidden = shape
+    like = tensors[0]
+    assert isinstance(like, Tensor)
+    pattern, period = bits(reverse)
+    sizes, name = (steps, batch, n, hidden, period), name_of(layout, steps, batch, n, hidden)
+    launches = []
+    for first in range(0, n, choice.at_once):
+        count = min(choice.at_once, n - first) * groups
+        slots = exchange(layout, count, error, like)
+        arguments = (*tensors, *slots, round(deadline() * 1e9), pattern, *strides, *sizes, first, groups, name)
+        launches.append(Launch(layout, count * layout.members if batch else 0, arguments))
+    return launches
+
+
+def _paired(layout: Layout, hidden: int, strides: list[int], tensors: list[Tensor | int]) -> Layout:
+    """The layout, told whether two units can be loaded and stored as one word."""
+    even = hidden % 2 == 0 and all(stride % 2 == 0 for stride in strides)
+    aligned = all(t.data_ptr() % layout.word == 0 for t in tensors if isinstance(t, Tensor))
+    return replace(layout, paired=even and aligned)
+
+
 def prepare_forward(
     program: Program,
-    gates: Tensor,  # (T, B, N, G, H), the input projection; overwritten when the layout says `save`
+    gates: Tensor,  # (T, B, N, G, H), the input projection; overwritten when `save`
     weights: Weights,
     states: list[Tensor],  # each (B, N, H)
     lengths: Tensor | None,  # (B,)
     reverse: str,
-    layout: Layout,
-    groups: int,  # for each of N
+    save: bool,
+    choice: Choice,
     error: Tensor,  # (1,) int64 in the host's memory
-    deadline: float = DEADLINE,
-) -> tuple[Launch, Result]:
-    """The launch and the result that it fills."""
+) -> tuple[list[Launch], Result]:
+    """The launches and the result that they fill."""
     steps, batch, n, _, hidden = gates.shape
     gates = _rows(gates)
     y = gates.new_empty(steps, batch, n, hidden)
     final = gates.new_empty(len(states), batch, n, hidden)
-    kept = (len(states) - 1, len(program.split)) if layout.save else (0, 0)
+    kept = (len(states) - 1, len(program.split)) if save else (0, 0)
     recurrent = gates.new_empty(steps, batch, n, kept[1], hidden)
     inner = gates.new_empty(kept[0], steps, batch, n, hidden, dtype=torch.float32)
-    pattern, period = bits(reverse)
-    arguments = (
+    strides = list(gates.stride()[:4])
+    vectors = [gates, recurrent, y, final, _pointer(weights.b_hh), _pointer(weights.params)]
+    layout = replace(_paired(choice.layout, hidden, strides, vectors), save=save)
+    tensors = [
         gates,
         recurrent,
         inner,
@@ -129,24 +210,11 @@ def prepare_forward(
         torch.stack(states),
         final,
         weights.w_hh.contiguous(),
-        _pointer(weights.b_hh),
-        _pointer(weights.params),
+        *vectors[4:],
         _pointer(lengths),
-        *exchange(layout, n * groups, error, gates),
-        round(deadline * 1e9),
-        pattern,
-        *gates.stride()[:4],
-        steps,
-        batch,
-        n,
-        hidden,
-        period,
-        0,
-        groups,
-        name_of(layout, steps, batch, n, hidden),
-    )
-    saved = gates if layout.save else gates.new_empty(0)
-    return Launch(layout, n * groups * layout.members, arguments), Result(y, list(final), saved, recurrent, inner)
+    ]
+    launches = _launches(replace(choice, layout=layout), tensors, strides, reverse, gates.shape, error)
+    return launches, Result(y, list(final), gates if save else gates.new_empty(0), recurrent, inner)
 
 
 def prepare_backward(
@@ -158,20 +226,18 @@ def prepare_backward(
     reverse: str,
     d_y: Tensor,  # (T, B, N, H)
     d_final: list[Tensor],  # each (B, N, H)
-    layout: Layout,
-    groups: int,  # for each of N
+    choice: Choice,
     error: Tensor,  # (1,) int64 in the host's memory
-    deadline: float = DEADLINE,
-) -> tuple[Launch, tuple[Tensor, Tensor, list[Tensor], Tensor]]:
-    """The launch and the gradients that it fills; those of the parameters (shares, N, P, H) are to be summed."""
-    steps, batch, n, _, hidden = saved.gates.shape
+) -> tuple[list[Launch], tuple[Tensor, Tensor, list[Tensor], Tensor]]:
+    """The launches and the gradients that they fill; those of the parameters (shares, N, P, H) are to be summed."""
+    _, batch, n, _, hidden = saved.gates.shape
     gates, d_y = _rows(saved.gates), _rows(d_y)
     d_gates, d_recurrent = torch.empty_like(gates), gates.new_empty(saved.recurrent.shape)
     d_initial = gates.new_empty(len(states), batch, n, hidden)
-    shares = groups * layout.along if program.params else 0
+    shares = choice.groups * choice.layout.along if program.params else 0
     d_params = gates.new_zeros(shares, n, len(program.params), hidden, dtype=torch.float32)
-    pattern, period = bits(reverse)
-    arguments = (
+    strides = [*gates.stride()[:4], *d_y.stride()[:3]]
+    tensors = [
         gates,
         saved.recurrent.contiguous(),
         saved.inner.contiguous(),
@@ -186,19 +252,100 @@ def prepare_backward(
         d_recurrent,
         d_initial,
         d_params,
-        *exchange(layout, n * groups, error, gates),
-        round(deadline * 1e9),
-        pattern,
-        *gates.stride()[:4],
-        *d_y.stride()[:3],
-        steps,
-        batch,
-        n,
-        hidden,
-        period,
-        0,
-        groups,
-        name_of(layout, steps, batch, n, hidden),
+    ]
+    vectors = [t for k, t in enumerate(tensors) if k not in (2, 5, 7, 13)]  # the others are read one by one
+    layout = _paired(choice.layout, hidden, strides, vectors)
+    launches = _launches(replace(choice, layout=layout), tensors, strides, reverse, gates.shape, error)
+    return launches, (d_gates, d_recurrent, list(d_initial), d_params)
+
+
+def forward(
+    program: Program,
+    gates: Tensor,
+    weights: Weights,
+    states: list[Tensor],
+    lengths: Tensor | None,
+    reverse: str,
+    save: bool,
+    problem: Problem,
+) -> Result:
+    """The forward loop; see `reference.forward`, whose results it gives. Shapes: `prepare_forward`.
+
+    Raises:
+        RuntimeError: an earlier call gave up waiting, see `check`.
+    """
+    check()
+    choice = choose(problem)
+    assert choice is not None
+    error = error_word(gates.device)
+    launches, result = prepare_forward(program, gates, weights, states, lengths, reverse, save, choice, error)
+    for launch in launches:
+        launch(gates.device)
+    return result
+
+
+def backward(
+    program: Program,
+    saved: Result,
+    weights: Weights,
+    states: list[Tensor],
+    lengths: Tensor | None,
+    reverse: str,
+    d_y: Tensor,
+    d_final: list[Tensor],
+    problem: Problem,
+) -> tuple[Tensor, Tensor, list[Tensor], Tensor | None, None]:
+    """The backward loop: d_gates, d_recurrent, d_states (before the first step), d_params, no d_w_hr.
+
+    Raises:
+        RuntimeError: an earlier call gave up waiting, see `check`.
+    """
+    check()
+    choice = choose(problem)
+    assert choice is not None
+    error = error_word(d_y.device)
+    launches, found = prepare_backward(
+        program, saved, weights, states, lengths, reverse, d_y, d_final, choice, error
     )
-    launch = Launch(layout, n * groups * layout.members, arguments)
-    return launch, (d_gates, d_recurrent, list(d_initial), d_params)
+    for launch in launches:
+        launch(d_y.device)
+    d_gates, d_recurrent, d_states, d_params = found
+    return d_gates, d_recurrent, d_states, d_params.sum(0) if program.params else None, None
+
+
+@lru_cache(maxsize=16)
+def _compiles(arch: str) -> str:
+    """Why nothing is compiled for an architecture; empty where it is. Shows an old NVRTC before a call fails."""
+    try:
+        nvrtc.compile_cubin('#include "device.cuh"\n', arch)
+    except nvrtc.CompileError as error:
+        return str(error)
+    return ""
+
+
+def unsupported(problem: Problem) -> list[str]:
+    """Why this kernel cannot run a problem."""
+    program, device = problem.program, problem.device
+    reasons = []
+    if not device.is_gpu:
+        reasons.append(f"needs an NVIDIA GPU, not {problem.device_type}")
+    elif device.capability < OLDEST:
+        reasons.append(f"needs compute capability {OLDEST[0]}.{OLDEST[1]} or newer, which {device.name} has not")
+    else:
+        missing = nvrtc.no_driver() if torch.cuda.is_available() else nvrtc.unavailable()
+        missing = missing or _compiles(nvrtc.architecture(device.capability))
+        reasons += [missing] if missing else []
+    if len(program.stages) > 1:
+        reasons.append(f"takes one product a step, {program.name} has {len(program.stages)}")
+    if problem.proj_size:
+        reasons.append("has no projection of h (proj_size)")
+    if problem.dtype not in SCALARS:
+        reasons.append(f"takes float16, bfloat16 and float32, not {str(problem.dtype).removeprefix('torch.')}")
+    if bits(problem.reverse)[1] > LONGEST_PATTERN:
+        reasons.append(f"takes directions that repeat within {LONGEST_PATTERN} recurrences")
+    if device.is_gpu and problem.dtype in SCALARS and len(program.stages) == 1 and choose(problem) is None:
+        reasons.append(
+            f"keeps W_hh on chip: on {device.name}, {program.name} fits up to H = {largest(problem)} in this dtype and "
+            f"direction, not {problem.H}"
+        )
+    return reasons

@@ -13,6 +13,7 @@ import importlib.util
 import os
 import re
 import shutil
+import struct
 import tempfile
 from collections.abc import Sequence
 from functools import cache, lru_cache
@@ -140,6 +141,31 @@ def _compile(text: str, arch: str, options: tuple[str, ...]) -> bytes:
         nvrtc.destroyProgram(program)
 
 
+def stack_bytes(cubin: bytes) -> int:
+    """Bytes of stack that a thread of the kernels in a cubin needs; registers that did not suffice show here.
+
+    The ELF section .nv.info lists attributes as (format, number, size, value); those of format 4 and number 0x11 hold
+    a function and its frame size.
+    """
+    table = struct.unpack_from("<Q", cubin, 0x28)[0]
+    entry, count, names = struct.unpack_from("<3H", cubin, 0x3A)
+    headers = [struct.unpack_from("<IIQQQQ", cubin, table + entry * k) for k in range(count)]
+    most = 0
+    for name, _, _, _, start, size in headers:
+        if not cubin.startswith(b".nv.info\0", headers[names][4] + name):
+            continue
+        position = start
+        while position < start + size:
+            kind, attribute, length = struct.unpack_from("<BBH", cubin, position)
+            position += 4
+            if kind != 4:  # the value is `length` itself
+                continue
+            if attribute == 0x11:
+                most = max(most, struct.unpack_from("<II", cubin, position)[1])
+            position += length
+    return most
+
+
 @cache
 def _folder() -> Path:
     """The cache: GPU_RNN_CACHE, else the user's cache folder; where nothing can be written, a temporary one."""
@@ -204,12 +230,14 @@ class Function:
             )
         return count * torch.cuda.get_device_properties(device).multi_processor_count
 
-    def __call__(self, grid: int, threads: int, arguments: Sequence[Any], device: torch.device) -> None:
-        """Launches on torch's current stream; tensors go by pointer, numbers as numpy scalars of the right width."""
+    def __call__(
+        self, grid: int, threads: int, arguments: Sequence[torch.Tensor | int], device: torch.device
+    ) -> None:
+        """Launches on torch's current stream. Tensors go by pointer; of an integer the kernel takes what it needs."""
         import cupy
 
         stream = cupy.cuda.Stream.from_external(_Stream(torch.cuda.current_stream(device).cuda_stream))
-        values = [np.uint64(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in arguments]
+        values = [np.uint64(a.data_ptr() if isinstance(a, torch.Tensor) else a) for a in arguments]
         with cupy.cuda.Device(device.index), stream:
             self.kernel.max_dynamic_shared_size_bytes = self.shared_bytes
             self.kernel((grid,), (threads,), values, shared_mem=self.shared_bytes)

@@ -157,8 +157,10 @@ struct Weights {
       at(k, gate, own)[f / 4 * 32] = {a[f], a[f + 1], a[f + 2], a[f + 3]};
   }
 
-  DEVICE void get(int k, int gate, int own, unsigned (&a)[FRAGMENT]) const {
-    if (k < HELD) {
+  // Registers have no index: `spilled_only` says where k is no constant.
+  DEVICE void get(int k, int gate, int own, unsigned (&a)[FRAGMENT],
+                  bool spilled_only) const {
+    if (!spilled_only && k < HELD) {
       for (int f = 0; f < FRAGMENT; f++)
         a[f] = held[k][gate][own][f];
     } else {
@@ -177,7 +179,7 @@ typedef float Accumulators[GATES][OWN_BLOCKS][COLUMNS][SUMS];
 DEVICE void multiply_chunk(Accumulators &sums, const Weights &weights,
                            int first,
                            const Word (&words)[CHUNK * PARTS * 2 * COLUMNS],
-                           int j) {
+                           int j, bool spilled_only) {
 #pragma unroll
   for (int k = 0; k < CHUNK; k++)
 #pragma unroll
@@ -185,7 +187,7 @@ DEVICE void multiply_chunk(Accumulators &sums, const Weights &weights,
       const int gate = tile / OWN_BLOCKS, own = tile % OWN_BLOCKS;
       const int w = 2 * COLUMNS * (k * PARTS + (BACKWARD ? gate : 0));
       unsigned a[FRAGMENT];
-      weights.get(first + k, gate, own, a);
+      weights.get(first + k, gate, own, a, spilled_only);
 #pragma unroll
       for (int c = 0; c < COLUMNS; c++)
         multiply<Scalar>(sums[gate][own][c], a, words[w + c],
@@ -196,7 +198,8 @@ DEVICE void multiply_chunk(Accumulators &sums, const Weights &weights,
 // Blocks `first` to `first` + CHUNK - 1 of this warp's part of the depth.
 DEVICE void collect_and_multiply(Accumulators &sums, const Weights &weights,
                                  Exchange &exchange, const Seat &seat,
-                                 int number, int tile, int first) {
+                                 int number, int tile, int first,
+                                 bool spilled_only) {
   const int depth = seat.along * SHARE + first;
   if (SHARE * ALONG != DEPTH && depth >= DEPTH)
     return;
@@ -204,11 +207,11 @@ DEVICE void collect_and_multiply(Accumulators &sums, const Weights &weights,
   const Word *from = exchange.slot(number) + lane() +
                      (tile * DEPTH + depth) * PARTS * 2 * COLUMNS * 32;
   exchange.collect(words, from, 32, number);
-  multiply_chunk(sums, weights, first, words, seat.j);
+  multiply_chunk(sums, weights, first, words, seat.j, spilled_only);
 }
 
 // A tile's product with publication `number`: the share of it that lies in this
-// warp's part of the depth. Registers want loops without indices.
+// warp's part of the depth.
 DEVICE void product(Accumulators &sums, const Weights &weights,
                     Exchange &exchange, const Seat &seat, int number,
                     int tile) {
@@ -219,10 +222,10 @@ DEVICE void product(Accumulators &sums, const Weights &weights,
   constexpr int UNROLLED = (HELD + CHUNK - 1) / CHUNK * CHUNK;
 #pragma unroll
   for (int k = 0; k < UNROLLED; k += CHUNK)
-    collect_and_multiply(sums, weights, exchange, seat, number, tile, k);
+    collect_and_multiply(sums, weights, exchange, seat, number, tile, k, false);
 #pragma unroll 1
   for (int k = UNROLLED; k < SHARE; k += CHUNK)
-    collect_and_multiply(sums, weights, exchange, seat, number, tile, k);
+    collect_and_multiply(sums, weights, exchange, seat, number, tile, k, true);
 }
 
 typedef float Results[RESULTS][OWN_BLOCKS][COLUMNS][4];

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which layout of the group kernel a problem gets: what fits, and of that the fastest by a model of one step.
+
+The model's figures are predicted until measurements replace them. It adds up what kernels/README.md names: tensor
+cores, weights read from shared memory, words that come in, and what synchronisation takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import count, product
+
+import torch
+
+from gpu_rnn.devices import Device
+from gpu_rnn.launch.group_layout import UNITS, Layout
+from gpu_rnn.problem import Problem
+
+MOST_WARPS = 8  # of a block: each thread may then use 255 registers of a multiprocessor's 65,536
+REGISTERS = 255  # of a thread: CUDA C++ programming guide, table of compute capabilities
+WORKING = 80  # registers beside weights, sums, words and the pairs of units: what the compile tests found to hold
+COLUMNS = (1, 2)
+TILES = (1, 2, 4)
+
+# Rates of a multiprocessor, per cycle: CUDA C++ programming guide, table of arithmetic throughput.
+SHARED_BYTES = 128
+LANES, SPECIAL = 128, 16  # fp32 operations, and exponentials or roots
+SHUFFLED = 1.5  # full fp32: shuffles beside the multiplications
+# By others, on an H100; see kernels/README.md.
+TENSOR_SHARE = 0.6  # of the tensor cores' peak rate that 16-row instructions reach
+TENSOR_LATENCY = 33.0  # cycles from one such instruction to the next that needs its sum
+L2_BYTES = 37.0  # per cycle that reach one multiprocessor while all read
+HOP = 6e-7  # seconds from a store to its sight in another block, beside the words' own way
+LATENCY = 400.0  # cycles in a row that nothing hides: barrier, activations, rounding
+INSTRUCTIONS = 3.0  # for a unit and operation of the program
+START = 1.2e-5  # seconds: launches of projection, of the exchange's clearing and of the kernel
+FUNCTIONS = ("tanh", "sigmoid", "exp", "expm1", "log", "log1p", "sqrt", "erf", "sin", "cos")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A layout and how many groups each of N gets; `step` is the predicted time of a step of all rows."""
+
+    layout: Layout
+    groups: int
+    at_once: int  # of N, in one launch
+    step: float
+
+
+def _held(layout: Layout) -> int:
+    """The blocks of the depth whose weights fit in registers beside all else."""
+    own = -(-(layout.blocks // layout.across) * 2 * layout.columns // layout.along)
+    states, gates = len(layout.parsed.states), layout.gates
+    sums = layout.fragments * layout.columns * (4 if layout.half or layout.precision == "tf32" else 16)
+    pairs = own * (2 * (gates + len(layout.parsed.split)) * (2 if layout.backward else 1) + 2 * states)
+    words = 2 * layout.columns * layout.parts * layout.word // 4  # of a block of the depth
+    rows = own * layout.tiles * (2 * states + 4)
+    free = REGISTERS - WORKING - sums - pairs - rows - min(32, layout.share * words)
+    return max(0, min(layout.share, free // (layout.fragments * layout.fragment)))
+
+
+def _shapes(total: int) -> Iterator[tuple[int, int, int, int]]:
+    """(members, blocks, across, along) for so many unit blocks: warps share the depth evenly."""
+    for blocks in sorted({*range(1, min(total, 8) + 1), total if total <= 16 else 1}):
+        across = max(a for a in range(1, min(blocks, MOST_WARPS) + 1) if blocks % a == 0)
+        wanted = MOST_WARPS // across
+        members = -(-total // blocks)
+        even = next(m for m in count(members) if m * blocks % wanted == 0)  # idle members, for more warps
+        for m in {members, even if members > 1 else members}:
+            along = max(a for a in range(1, wanted + 1) if m * blocks % a == 0)
+            yield m, blocks, across, along
+
+
+def _layouts(problem: Problem) -> Iterator[Layout]:
+    """Every layout worth a look, whatever it needs."""
+    precision = "ieee" if problem.dtype.itemsize == 2 else problem.precision
+    backward = problem.direction == "backward"
+    for members, blocks, across, along in _shapes(-(-problem.H // UNITS)):
+        for columns, tiles in product(COLUMNS, TILES if members > 1 else (1,)):
+            bare = Layout(
+                problem.program.text, problem.dtype, precision, backward, members, blocks, across, along, columns, tiles
+            )
+            yield replace(bare, held=_held(bare))
+
+
+@lru_cache(maxsize=1024)
+def choose(problem: Problem) -> Choice | None:
+    """The fastest layout that fits on the problem's device, or None."""
+    device, found = problem.device, []
+    for layout in _layouts(problem):
+        if layout.shared_bytes > device.shared_memory or layout.members > device.sms:
+            continue
+        wanted = max(1, -(-problem.B // layout.rows))
+        if layout.members == 1:
+            at_once, groups = problem.N, wanted
+        else:
+            at_once = min(problem.N, device.sms // layout.members)
+            groups = min(wanted, device.sms // (layout.members * at_once))
+        found.append(Choice(layout, groups, at_once, _step(problem, layout, groups, at_once)))
+    return min(found, key=lambda choice: choice.step, default=None)
+
+
+def _step(problem: Problem, layout: Layout, groups: int, at_once: int) -> float:
+    """Predicted seconds for a step of all rows of all of N."""
+    device = problem.device
+    busy = _busy_cycles(problem, layout) / (device.clock * 1e9)
+    rest = LATENCY / (device.clock * 1e9) + (HOP if layout.members > 1 else 0.0)
+    one = max(layout.tiles * busy, busy + rest)
+    rounds = -(-problem.B // (layout.rows * groups)) * -(-problem.N // at_once)
+    if layout.members == 1:  # blocks that wait for nobody; several may share a multiprocessor
+        together = device.sms * max(1, min(MOST_WARPS * 32 // layout.threads, _blocks_by_memory(device, layout)))
+        rounds = -(-groups * problem.N // together)
+        one = max(busy * -(-groups * problem.N // (device.sms * rounds)), busy + rest)
+    return rounds * one
+
+
+def _blocks_by_memory(device: Device, layout: Layout) -> int:
+    return device.shared_memory // max(layout.shared_bytes, 1)
+
+
+def _busy_cycles(problem: Problem, layout: Layout) -> float:
+    """Cycles for one tile of a step, if nothing has to be waited for."""
+    device, program = problem.device, problem.program
+    warps = layout.across * layout.along
+    instructions = layout.share * layout.fragments * layout.columns  # of a warp, each 16 x 8 x 16
+    per_cycle = TENSOR_SHARE * device.tensor_flops * 1e12 / 2 / (device.sms * device.clock * 1e9)
+    if not layout.half:
+        per_cycle = per_cycle / 2 if layout.precision == "tf32" else LANES / SHUFFLED
+    chains = layout.fragments * layout.columns
+    multiplying = max(
+        warps * instructions * 16 * 8 * 16 / per_cycle, instructions / min(chains, 4) * TENSOR_LATENCY / 2
+    )
+    spilled = layout.threads * 4 * layout.fragment * layout.fragments * (layout.share - layout.held)
+    results = 1 if layout.backward else layout.gates
+    sums = 2 * layout.threads * 16 * results * layout.blocks // layout.across * layout.columns
+    shared = (spilled + (sums if layout.along > 1 else 0)) / SHARED_BYTES
+    words = layout.slot // layout.tiles * layout.word * layout.across
+    arriving = words / (L2_BYTES if layout.members > 1 else SHARED_BYTES)
+    operations = [op.name for op in program.stages[0].ops]
+    units = UNITS * layout.blocks * 8 * layout.columns
+    special = 2 * sum(name in FUNCTIONS for name in operations) / SPECIAL
+    passes = 2 if layout.backward else 1
+    return max(multiplying, shared) + arriving + units * max(special, passes * INSTRUCTIONS * len(operations) / LANES)
+
+
+def largest(problem: Problem) -> int:
+    """The largest H that fits on the problem's device."""
+    fitting = [h for h in range(UNITS, 4096 + 1, UNITS) if choose(replace(problem, H=h)) is not None]
+    return max(fitting, default=0)
+
+
+def cost(problem: Problem) -> float:
+    """Predicted seconds of a call; 0 layouts, and no answer, where `choose` finds none."""
+    choice, device = choose(problem), problem.device
+    assert choice is not None
+    gates = len(problem.recurrence.gates)
+    weights = gates * (UNITS * choice.layout.blocks) * choice.layout.width * problem.dtype.itemsize
+    loading = weights / L2_BYTES / (device.clock * 1e9)
+    rate = device.tensor_flops * 1e12 / (1 if problem.dtype.itemsize == 2 else 2)
+    if problem.dtype == torch.float32 and problem.precision == "ieee":
+        rate = 2 * LANES * device.sms * device.clock * 1e9
+    projection = problem.flops * problem.I / (problem.I + problem.H) / rate
+    return START + loading + problem.layers * problem.T * choice.step + projection
