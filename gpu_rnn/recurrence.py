@@ -22,6 +22,11 @@ class Recurrence:
     Any torch arithmetic is allowed that works on each element by itself. It is traced once, so it may not branch on
     values: use ``torch.where``.
 
+    Attributes:
+        gates: all gates, in the order of the rows of the weights.
+        states: the states; the first is h.
+        initial: the value each state starts from.
+
     Args:
         step: the function, or for a cell with dependent products a sequence of ``(gates, function)`` stages: an
             earlier stage returns the input of the next stage's product, then values handed to the next function as a
@@ -96,6 +101,9 @@ class Recurrence:
         self.stage_gates = stage_gates
         self.params = params
         self.aten = aten
+        self.gates = tuple(gate for own in stage_gates for gate in own)
+        self.states = tuple(state for state, _ in initial)
+        self.initial = tuple(value for _, value in initial)
         self._initial = initial
         self._traced = None
         self._stages: Any = None
@@ -141,21 +149,6 @@ class Recurrence:
 
     # What torch.compiler.assume_constant_result sets; calling it would import Dynamo with this package.
     text._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-    @property
-    def gates(self) -> tuple[str, ...]:
-        """All gates, in the order of the rows of the weights."""
-        return tuple(gate for own in self.stage_gates for gate in own)
-
-    @property
-    def states(self) -> tuple[str, ...]:
-        """The states; the first is h."""
-        return tuple(state for state, _ in self._initial)
-
-    @property
-    def initial(self) -> tuple[float, ...]:
-        """The value each state starts from."""
-        return tuple(value for _, value in self._initial)
 
     def source(self, language: str = "triton", *, backward: bool = False) -> str:
         """The pointwise device code generated for this cell, each line beside the line of `step` it comes from.

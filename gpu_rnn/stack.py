@@ -51,13 +51,13 @@ class Stack(NamedTuple):
         return weights[0].shape[0] // len(self.recurrence.gates)
 
     def initial(self, x: Tensor, weights: Sequence[Tensor], batch: int) -> States:
-        """The recurrence's own initial values, (D·num_layers, B, ·); states that are alike share one tensor."""
-        rows = self.num_layers * len(self.reverse)
-        widths = [self.hidden(weights)] * len(self.recurrence.states)
-        widths[0] = self.proj_size or widths[0]
-        kinds = list(zip(widths, self.recurrence.initial, strict=True))
-        made = {kind: x.new_full((rows, batch, kind[0]), kind[1]) for kind in dict.fromkeys(kinds)}
-        return tuple(made[kind] for kind in kinds)
+        """The recurrence's own initial values, (D·num_layers, B, ·); states that are all alike share one tensor."""
+        rows, hidden = self.num_layers * len(self.reverse), self.hidden(weights)
+        first, *others = self.recurrence.initial
+        h = x.new_full((rows, batch, self.proj_size or hidden), first)
+        if not self.proj_size and others == [first] * len(others):
+            return (h,) * (1 + len(others))
+        return (h, *(x.new_full((rows, batch, hidden), value) for value in others))
 
     def problem(
         self, x: Tensor, hx: States | None, weights: Sequence[Tensor], steps: int, batch: int, packed: bool
