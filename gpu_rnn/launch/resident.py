@@ -28,6 +28,7 @@ LONGEST_PATTERN = 62  # bits of a signed 64-bit argument that can be shifted and
 ROWS = 16  # of the batch in a tile: what a tensor-core instruction takes; fewer would be computed all the same
 WIDEST_FULL = 64  # units in full fp32: without tensor cores a wider product spills registers (tests/test_compile.py)
 WARP_BYTES = 128  # of a row of pre-activations, for each warp: 8 values of each of an LSTM's gates for a thread
+MOST_WARPS = 8  # with 16 a thread has 128 registers, and a GRU in tf32 spills
 
 # Predicted, for `cost`. Peak rates of a multiprocessor: CUDA C++ programming guide, table of arithmetic throughput.
 SHARED_BYTES = 128  # per cycle from shared memory
@@ -69,7 +70,7 @@ def tile(program: Program, hidden: int, itemsize: int, backward: bool, available
     """The tile where a block may use `available` bytes of shared memory."""
     width = padded(hidden)
     row = max(len(program.gates), 4) * width * itemsize
-    warps = min(16, max(2 if width == 16 else 4, row // WARP_BYTES))
+    warps = min(MOST_WARPS, max(2 if width == 16 else 4, row // WARP_BYTES))
     stages = 2 if shared_memory(program, hidden, itemsize, backward, 2) <= available else 1
     return Tile(ROWS, width, 1 << (warps - 1).bit_length(), stages)
 
@@ -211,6 +212,7 @@ def _launch(
         "BLOCK_H": chosen.width,
         "STAGES": chosen.stages,
         "num_warps": chosen.warps,
+        "enable_fp_fusion": True,  # Triton is about to change its default, and 3.9 warns of it
     }
     return Launch(kernel, (-(-batch // chosen.rows), n), common | arguments)
 

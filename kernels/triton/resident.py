@@ -211,16 +211,17 @@ def resident_backward(
         d_y = tl.load(p_d_y + o_t * d_y_strides[0], mask=m, other=0.0).to(tl.float32)
         # The states before this step: what the previous step left, or the initial ones.
         o_before = (time_of(t - 1, b_length, reversed_) * B * N + o_row) * H + o_h[None, :]
-        later = m & (t > 0)
+        b_step = tl.zeros_like(b_length) + t
+        later = m & (b_step > 0)[:, None]
         before = (tl.load(p_y + o_before, mask=later, other=0.0).to(tl.float32),)
         if S > 1:
             before = before + load_blocks(p_inner + o_before, T * B * N * H, later, S - 1)
-        before = select(t > 0, before, load_each(p_initial, o_unit, m & (t == 0)))
+        before = select(later, before, load_each(p_initial, o_unit, m & (b_step == 0)[:, None]))
 
         d = (d_states[0] + d_y,) + d_states[1:]
         d_a, d_r, d_new, d_p, _nothing = STEP(a, r, before, b_params, (), d)
-        active = m & (t < b_length)[:, None]
-        d_states = select((t < b_length)[:, None], d_new, d_states)
+        active = m & (b_step < b_length)[:, None]
+        d_states = select((b_step < b_length)[:, None], d_new, d_states)
         # Two sums, so that the tensor cores need not wait for each other's result.
         even, odd = tl.zeros_like(d_states[0]), d_states[0]
         for g in tl.static_range(G):
