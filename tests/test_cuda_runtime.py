@@ -260,7 +260,7 @@ def test_arguments_keep_their_types_and_views_their_storage() -> None:
     assert data.tolist() == [-3, 1, 0.5, 0, 5, 0, 0, 0]
 
 
-def test_reached_sites_are_returned() -> None:
+def test_a_run_returns_the_sites_that_it_reached() -> None:
     text = kernel("if (out[0] == 1) block_sync<A>(); else block_sync<C>();")
     assert run(load(text), "kernel", 1, 32, 0, [torch.zeros(1)]) == {2}
     assert run(load(text), "kernel", 1, 32, 0, [torch.ones(1)]) == {0}

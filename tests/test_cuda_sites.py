@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every synchronisation of the kernels is needed and its loss noticed; the script that says so can say no."""
+"""The script that disables each synchronisation notices what it should, and can say no.
+
+test_group.py runs it on the kernels.
+"""
 
 from collections.abc import Collection
 from functools import partial
