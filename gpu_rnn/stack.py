@@ -159,7 +159,8 @@ def _autocast(
 ) -> tuple[Tensor, States, Sequence[Tensor]]:
     """Under autocast a layer computes in autocast's dtype, as torch's do."""
     kind = x.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+    # There is no autocast for "meta"; torch.amp.is_autocast_available says so, but torch 2.11 cannot compile it.
+    if kind == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
         return x, states, weights
     dtype = torch.get_autocast_dtype(kind)
     return x.to(dtype), tuple(s.to(dtype) for s in states), [w.to(dtype) for w in weights]

@@ -169,7 +169,7 @@ RUNS: list[tuple[gpu_rnn.Recurrent, str, list[str]]] = [
 def test_what_is_explained_is_what_runs(layer: gpu_rnn.Recurrent, backend: str, events: list[str]) -> None:
     x = torch.randn(4, 3, 2)
     assert gpu_rnn.explain(layer, x).chosen == backend
-    with torch.profiler.profile() as profile:
+    with torch.profiler.profile(acc_events=True) as profile:
         layer(x)[0].sum().backward()
     ran = [
         event.name
