@@ -85,14 +85,16 @@ class Case:
         return inputs.to(torch.float16 if self.precision == "tf32" else PRECISIONS[self.precision][0])
 
 
-def run_on_cpu(launches: list[group.Launch], **options: Any) -> None:
-    """Runs launches under the CPU runtime; `options` are those of its `load` and `run`."""
+def run_on_cpu(launches: list[group.Launch], reached: set[int] | None = None, **options: Any) -> None:
+    """Runs launches under the CPU runtime; `options` are those of its `load` and `run`. Adds the sites `reached`."""
     sanitizer = options.pop("sanitizer", None)
     for launch in launches:
         layout = launch.layout
         program = build.load(source(layout), sanitizer=sanitizer)
         size = {"grid": launch.grid, "block": layout.threads, "shared_bytes": layout.shared_bytes}
-        build.run(program, layout.kernel, args=launch.arguments, **(size | options))
+        found = build.run(program, layout.kernel, args=launch.arguments, **(size | options))
+        if reached is not None:
+            reached |= found
 
 
 def named(result: Result) -> dict[str, Tensor]:

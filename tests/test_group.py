@@ -5,10 +5,12 @@ import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
+from unittest.mock import patch
 
 import pytest
 import torch
-from cuda_cpu import build
+from cuda_cpu import build, sites
 from cuda_cpu.build import shuffled, starve
 from group_support import (
     Case,
@@ -109,6 +111,36 @@ def test_words_that_look_empty_arrive_as_nan():
     result, error = forward(case, inputs)
     assert not error.item()
     assert result.y[:, 2].isnan().all() and result.y[:, [0, 1, 3, 4]].isfinite().all()
+
+
+def missing_member(case: Case, **options) -> None:
+    """One block is not there: the others leave in time, and say so."""
+    with patch.dict(os.environ, GPU_RNN_DEADLINE="0.1"):
+        _, error = forward(case, case.inputs(), grid=case.members - 1, **options)
+    assert error.item()
+
+
+def site_cases():
+    """What notices the loss of each synchronisation, for cuda_cpu/sites.py: case(sanitizer, schedule, disabled)."""
+    kernels = {
+        "alone": (check_forward, Case("lstm", "fp16", 1, across=2, blocks=2, along=2, T=3)),
+        "words": (check_forward, Case("gru", "fp16", 3, along=3, T=12, tiles=2, B=12)),
+        "counter": (check_forward, Case("gru", "fp16", 2, along=2, T=4, counter=True)),
+        "backward": (check_gradients, Case("rnn", "bf16", 2, along=2, T=6)),
+        "missing": (missing_member, Case("lstm", "fp32", 4, T=2)),
+    }
+
+    def run(check, case, sanitizer, schedule, disabled) -> set[int]:
+        reached: set[int] = set()
+        check(case, sanitizer=sanitizer, schedule=schedule, disabled_sites=disabled, reached=reached)
+        return reached
+
+    return {name: partial(run, *kernel) for name, kernel in kernels.items()}
+
+
+def test_every_synchronisation_is_needed():
+    report = sites.check(sites.kernel_text(), site_cases())
+    assert report.good, report
 
 
 @pytest.mark.parametrize("counter", [False, True], ids=["words", "counter"])

@@ -65,6 +65,14 @@ def test_a_text_is_compiled_once(folder: Path, monkeypatch):
 
 
 @needs_nvrtc
+def test_registers_and_stack_are_read_from_the_machine_code():
+    indexed = 'extern "C" __global__ void f(int *p, int k) { int a[64] = {}; for (int i = 0; i < 64; i++) a[p[i] & 63] = i; *p = a[k]; }'
+    plain, local = nvrtc.usage(nvrtc.compile_cubin(SOURCE, "sm_90a")), nvrtc.usage(nvrtc.compile_cubin(indexed, "sm_90a"))
+    assert 4 <= plain.registers <= 32 and plain.stack == 0
+    assert local.stack == 256
+
+
+@needs_nvrtc
 def test_architecture_options_and_text_have_files_of_their_own(folder: Path):
     nvrtc.compile_cubin(SOURCE, "sm_80")
     nvrtc.compile_cubin(SOURCE, "sm_86")

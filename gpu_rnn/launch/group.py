@@ -73,7 +73,7 @@ def fit(layout: Layout, arch: str) -> Layout:
     """
     limits = {nvrtc.architecture(d.capability): d.shared_memory for d in DEVICES.values()}
     limit = limits.get(arch, min(limits.values()))
-    while nvrtc.stack_bytes(nvrtc.compile_cubin(source(layout), arch)) and layout.held:
+    while nvrtc.usage(nvrtc.compile_cubin(source(layout), arch)).stack and layout.held:
         fewer = replace(layout, held=layout.held - 1)
         if fewer.shared_bytes > limit:
             break

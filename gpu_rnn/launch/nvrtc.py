@@ -141,29 +141,33 @@ def _compile(text: str, arch: str, options: tuple[str, ...]) -> bytes:
         nvrtc.destroyProgram(program)
 
 
-def stack_bytes(cubin: bytes) -> int:
-    """Bytes of stack that a thread of the kernels in a cubin needs; registers that did not suffice show here.
+class Usage(NamedTuple):
+    """What a thread of a kernel takes: registers, and bytes of stack where those did not suffice."""
 
-    The ELF section .nv.info lists attributes as (format, number, size, value); those of format 4 and number 0x11 hold
-    a function and its frame size.
+    registers: int
+    stack: int
+
+
+def usage(cubin: bytes) -> Usage:
+    """The most that a thread of any kernel in a cubin takes.
+
+    The ELF section .nv.info lists attributes as (format, number, size, value); those of format 4 hold a function and a
+    figure, number 0x2f its registers and 0x11 its frame.
     """
     table = struct.unpack_from("<Q", cubin, 0x28)[0]
     entry, count, names = struct.unpack_from("<3H", cubin, 0x3A)
     headers = [struct.unpack_from("<IIQQQQ", cubin, table + entry * k) for k in range(count)]
-    most = 0
-    for name, _, _, _, start, size in headers:
+    found = {0x2F: 0, 0x11: 0}
+    for name, _, _, _, position, size in headers:
         if not cubin.startswith(b".nv.info\0", headers[names][4] + name):
             continue
-        position = start
-        while position < start + size:
+        end = position + size
+        while position < end:
             kind, attribute, length = struct.unpack_from("<BBH", cubin, position)
-            position += 4
-            if kind != 4:  # the value is `length` itself
-                continue
-            if attribute == 0x11:
-                most = max(most, struct.unpack_from("<II", cubin, position)[1])
-            position += length
-    return most
+            if kind == 4 and attribute in found:
+                found[attribute] = max(found[attribute], struct.unpack_from("<I", cubin, position + 8)[0])
+            position += 4 + (length if kind == 4 else 0)  # else the value is `length` itself
+    return Usage(found[0x2F], found[0x11])
 
 
 @cache

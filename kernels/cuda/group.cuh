@@ -219,6 +219,7 @@ DEVICE void begin(Row (&rows)[OWNED], const Sizes &sizes, const Seat &seat,
     rows[k].length = !inside ? 0 : p_lengths ? p_lengths[batch] : sizes.T;
     const Scalar *p =
         p_states + (rows[k].batch * sizes.N + seat.n) * sizes.H + spots[k].unit;
+#pragma unroll
     for (int s = 0; s < STATES; s++)
       load_pair(rows[k].state[s], p + s * sizes.B * sizes.N * sizes.H,
                 rows[k].count);
@@ -232,6 +233,7 @@ DEVICE void finish(const Row (&rows)[OWNED], const Sizes &sizes,
   for (int k = 0; k < OWNED; k++) {
     Scalar *p =
         p_states + (rows[k].batch * sizes.N + seat.n) * sizes.H + spots[k].unit;
+#pragma unroll
     for (int s = 0; s < STATES; s++)
       store_pair(p + s * sizes.B * sizes.N * sizes.H, rows[k].state[s],
                  rows[k].count);
@@ -240,6 +242,7 @@ DEVICE void finish(const Row (&rows)[OWNED], const Sizes &sizes,
 
 DEVICE void load_params(float (&params)[ANY_PARAMS][2], const Spot &spot,
                         const Scalar *p_params, int n, int H) {
+#pragma unroll
   for (int k = 0; k < PARAMS; k++)
     load_pair(params[k],
               p_params + (static_cast<long long>(n) * PARAMS + k) * H +

@@ -78,22 +78,29 @@ DEVICE void differentiate(Step &step, Pair &pair, Row &row, int unit,
 #pragma unroll
   for (int gate = 0; gate < GATES; gate++)
     a[gate] = step.a[gate][unit];
+#pragma unroll
   for (int k = 0; k < SPLITS; k++)
     r[k] = step.r[k][unit];
+#pragma unroll
   for (int k = 0; k < PARAMS; k++)
     p[k] = pair.params[k][unit];
+#pragma unroll
   for (int k = 0; k < STATES; k++) {
     s[k] = step.before[k][unit];
     d[k] = row.state[k][unit] + (k == 0 ? step.d_y[unit] : 0.0f);
   }
   step_0_backward(a, r, s, p, none, d, d_a, d_r, d_s, d_p, d_none);
   // Steps beyond a row's length may give anything: it is selected away.
+#pragma unroll
   for (int gate = 0; gate < GATES; gate++)
     step.d_a[gate][unit] = active ? d_a[gate] : 0.0f;
+#pragma unroll
   for (int k = 0; k < SPLITS; k++)
     step.d_r[k][unit] = active ? d_r[k] : 0.0f;
+#pragma unroll
   for (int k = 0; k < PARAMS; k++)
     pair.d_params[k][unit] += active ? d_p[k] : 0.0f;
+#pragma unroll
   for (int k = 0; k < STATES; k++)
     row.state[k][unit] = active ? d_s[k] : row.state[k][unit];
 }
@@ -122,6 +129,7 @@ DEVICE void add_product(Row (&rows)[OWNED], const Seat &seat,
   join(totals, sums, seat, spots, number * TILES + tile);
 #pragma unroll
   for (int k = 0; k < OWNED; k++)
+#pragma unroll
     for (int unit = 0; unit < 2; unit++)
       rows[k].state[0][unit] += totals[k][0][unit];
 }
@@ -142,6 +150,7 @@ DEVICE void advance(const Backward &b, const Seat &seat,
     return;
 #pragma unroll
   for (int k = 0; k < OWNED; k++) {
+#pragma unroll
     for (int unit = 0; unit < 2; unit++)
       differentiate(steps[k], pairs[k], rows[k], unit, t < rows[k].length);
 #pragma unroll
@@ -194,6 +203,7 @@ DEVICE void store_params(const Seat &seat, const Spot (&spots)[OWNED],
     const Spot &spot = spots[item / ANY_PARAMS];
     const int k = item % ANY_PARAMS;
     float *p = p_d_params + ((share * N + seat.n) * PARAMS + k) * H + spot.unit;
+#pragma unroll
     for (int unit = 0; unit < 2; unit++) {
       float sum = pairs[item / ANY_PARAMS].d_params[k][unit];
       sum += shuffle_xor(sum, 1);
@@ -204,7 +214,7 @@ DEVICE void store_params(const Seat &seat, const Spot (&spots)[OWNED],
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) group_backward(
+extern "C" __global__ void __launch_bounds__(THREADS, 1) group_backward(
     const Scalar *p_gates,       // (T, B, N, G, H) pre-activations
     const Scalar *p_recurrent,   // (T, B, N, R, H)
     const float *p_inner,        // (S - 1, T, B, N, H)

@@ -51,7 +51,8 @@ enum Site {
   COUNT_WARP,
   LEFT,
   LEAVE,
-  FAIL
+  FAIL // GPU only: groups that give up in the same instant all store a word,
+       // which the host reads whole and which any of them may have written.
 };
 
 // What ends a wait that has no end. A thread that gives up waits no more and

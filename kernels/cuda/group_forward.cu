@@ -49,15 +49,20 @@ DEVICE void advance_unit(Step &step, const Pair &pair, Row &row,
     else
       r[kept] = products[gate][unit] + pair.bias[kept][unit];
   }
+#pragma unroll
   for (int k = 0; k < STATES; k++)
     s[k] = row.state[k][unit];
+#pragma unroll
   for (int k = 0; k < PARAMS; k++)
     p[k] = pair.params[k][unit];
   step_0(a, r, s, p, none, out);
+#pragma unroll
   for (int gate = 0; gate < GATES; gate++)
     step.a[gate][unit] = a[gate];
+#pragma unroll
   for (int k = 0; k < SPLITS; k++)
     step.r[k][unit] = r[k];
+#pragma unroll
   for (int k = 0; k < STATES; k++)
     row.state[k][unit] = active ? out[k] : s[k];
   step.y[unit] = active ? out[0] : 0.0f;
@@ -70,13 +75,16 @@ DEVICE void store(const Step &step, const Forward &f, const Seat &seat,
   if constexpr (SAVE) {
     Scalar *p_gates = f.p_gates + step.time * f.stride_t +
                       row.batch * f.stride_b + seat.n * f.stride_n + spot.unit;
+#pragma unroll
     for (int gate = 0; gate < GATES; gate++)
       if (KEPT_OF[gate] < 0)
         store_pair(p_gates + gate * f.stride_g, step.a[gate], row.count);
     Scalar *p_recurrent = f.p_recurrent + place * SPLITS * f.H + spot.unit;
+#pragma unroll
     for (int k = 0; k < SPLITS; k++)
       store_pair(p_recurrent + k * f.H, step.r[k], row.count);
     float *p_inner = f.p_inner + place * f.H + spot.unit;
+#pragma unroll
     for (int k = 1; k < STATES; k++)
       store_pair_f32(p_inner + (k - 1) * f.T * f.B * f.N * f.H, row.state[k],
                      row.count);
@@ -98,6 +106,7 @@ DEVICE void advance(const Forward &f, const Seat &seat,
   join(totals, sums, seat, spots, number * TILES + tile);
 #pragma unroll
   for (int k = 0; k < OWNED; k++) {
+#pragma unroll
     for (int unit = 0; unit < 2; unit++)
       advance_unit(steps[k], pairs[k], rows[k], totals[k], unit,
                    t < rows[k].length);
@@ -133,6 +142,7 @@ DEVICE void run(const Forward &f, const Seat &seat, const Spot (&spots)[OWNED],
   for (int tile = 0; tile < TILES; tile++) {
     begin(rows[tile], f, seat, spots, p_initial, p_lengths,
           first + tile * ROWS);
+#pragma unroll
     for (int k = 0; k < OWNED; k++)
       exchange.publish(seat, spots[k], number, tile, 0, rows[tile][k].state[0]);
     exchange.published(tile);
@@ -149,7 +159,7 @@ DEVICE void run(const Forward &f, const Seat &seat, const Spot (&spots)[OWNED],
     finish(rows[tile], f, seat, spots, p_final);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) group_forward(
+extern "C" __global__ void __launch_bounds__(THREADS, 1) group_forward(
     Scalar *p_gates,             // (T, B, N, G, H), overwritten with SAVE
     Scalar *p_recurrent,         // (T, B, N, R, H) out, with SAVE
     float *p_inner,              // (S - 1, T, B, N, H) out, with SAVE

@@ -76,6 +76,7 @@ DEVICE void mma_word(float (&d)[16], const unsigned (&a)[8], int first,
   for (int column = 0; column < 8; column++) {
     const float x = shuffle(pair[0], 4 * column + j);
     const float y = shuffle(pair[1], 4 * column + j);
+#pragma unroll
     for (int row = 0; row < 2; row++) {
       float &sum = d[8 * row + column];
       sum = fmaf(__uint_as_float(a[first + row]), x, sum);
@@ -100,6 +101,7 @@ DEVICE void multiply(float (&sums)[N], const unsigned (&a)[FRAGMENT], Word low,
 // The sums as the tensor cores leave them: rows i and i + 8, each in columns 2
 // j and 2 j + 1.
 DEVICE void fold(float (&out)[4], const float (&sums)[4], int) {
+#pragma unroll
   for (int k = 0; k < 4; k++)
     out[k] = sums[k];
 }
@@ -109,10 +111,12 @@ DEVICE void fold(float (&out)[4], const float (&sums)[16], int j) {
 #pragma unroll
   for (int row = 0; row < 2; row++) {
     float four[4];
+#pragma unroll
     for (int k = 0; k < 4; k++) {
       const float low = sums[8 * row + k], high = sums[8 * row + k + 4];
       four[k] = (j & 2 ? high : low) + shuffle_xor(j & 2 ? low : high, 2);
     }
+#pragma unroll
     for (int k = 0; k < 2; k++)
       out[2 * row + k] = (j & 1 ? four[k + 2] : four[k]) +
                          shuffle_xor(j & 1 ? four[k] : four[k + 2], 1);
@@ -137,13 +141,16 @@ struct Weights {
     for (int k = 0; k < HELD; k++)
 #pragma unroll
       for (int tile = 0; tile < GATES * OWN_BLOCKS; tile++)
+#pragma unroll
         for (int f = 0; f < FRAGMENT; f++)
           held[k][tile / OWN_BLOCKS][tile % OWN_BLOCKS][f] =
               fragment(p_w, seat, tile / OWN_BLOCKS, tile % OWN_BLOCKS,
                        seat.along * SHARE + k, f, H);
 #pragma unroll 1
     for (int k = HELD; k < SHARE; k++)
+#pragma unroll
       for (int gate = 0; gate < GATES; gate++)
+#pragma unroll
         for (int own = 0; own < OWN_BLOCKS; own++)
           spill(p_w, seat, k, gate, own, H);
   }
@@ -151,8 +158,10 @@ struct Weights {
   DEVICE void spill(const Scalar *p_w, const Seat &seat, int k, int gate,
                     int own, int H) {
     unsigned a[FRAGMENT];
+#pragma unroll
     for (int f = 0; f < FRAGMENT; f++)
       a[f] = fragment(p_w, seat, gate, own, seat.along * SHARE + k, f, H);
+#pragma unroll
     for (int f = 0; f < FRAGMENT; f += 4)
       at(k, gate, own)[f / 4 * 32] = {a[f], a[f + 1], a[f + 2], a[f + 3]};
   }
@@ -161,10 +170,12 @@ struct Weights {
   DEVICE void get(int k, int gate, int own, unsigned (&a)[FRAGMENT],
                   bool spilled_only) const {
     if (!spilled_only && k < HELD) {
+#pragma unroll
       for (int f = 0; f < FRAGMENT; f++)
         a[f] = held[k][gate][own][f];
     } else {
       const Quad *from = at(k, gate, own);
+#pragma unroll
       for (int f = 0; f < FRAGMENT; f += 4) {
         const Quad quad = from[f / 4 * 32];
         a[f] = quad.x, a[f + 1] = quad.y, a[f + 2] = quad.z, a[f + 3] = quad.w;
@@ -236,6 +247,7 @@ DEVICE void join_own(Totals &totals, const Results &results) {
   for (int item = 0; item < OWNED * RESULTS; item++) {
     const int spot = item / RESULTS, result = item % RESULTS;
     const int own = spot / PAIRS, pair = spot % PAIRS;
+#pragma unroll
     for (int unit = 0; unit < 2; unit++)
       totals[spot][result][unit] =
           results[result][own][pair / 2][pair % 2 + 2 * unit];
@@ -275,9 +287,12 @@ DEVICE void join(Totals &totals, Accumulators &sums, const Seat &seat,
 #pragma unroll
   for (int tile = 0; tile < OWN_BLOCKS * COLUMNS; tile++) {
     const int own = tile / COLUMNS, c = tile % COLUMNS;
+#pragma unroll
     for (int gate = RESULTS; gate < GATES; gate++)
+#pragma unroll
       for (int k = 0; k < SUMS; k++)
         sums[0][own][c][k] += sums[gate][own][c][k];
+#pragma unroll
     for (int result = 0; result < RESULTS; result++)
       fold(results[result][own][c], sums[result][own][c], seat.j);
   }

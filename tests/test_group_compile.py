@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The group kernel's cubins for six architectures, built without a GPU: the layouts that the launcher chooses.
+
+Asserted: no stack, and shared memory within a block's limit. At the largest H that fits, and at H = 128.
+
+``python tests/test_group_compile.py`` prints the table of budgets in kernels/README.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+from typing import NamedTuple
+
+import loop_support as support
+import pytest
+import torch
+from pairwise import pairwise
+
+from gpu_rnn import devices
+from gpu_rnn.launch import group, nvrtc
+from gpu_rnn.launch.group_choice import Choice, choose, largest
+from gpu_rnn.launch.group_layout import source
+from gpu_rnn.problem import DIRECTIONS, Problem
+
+DEVICES = {"sm_80": "A100", "sm_86": "RTX 3090", "sm_89": "RTX 4090", "sm_90a": "H100", "sm_100": "B200", "sm_120": "RTX 5090"}
+SHARED_MEMORY = {  # CUDA C++ programming guide, table of compute capabilities
+    "sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90a": 232448, "sm_100": 232448, "sm_120": 101376,
+}  # fmt: skip
+KINDS = {
+    "fp16": (torch.float16, "ieee"),
+    "bf16": (torch.bfloat16, "ieee"),
+    "tf32": (torch.float32, "tf32"),
+    "fp32": (torch.float32, "ieee"),
+}
+CELLS = [name for name, recurrence in support.RECURRENCES.items() if len(recurrence.stage_gates) == 1]
+
+
+class Case(NamedTuple):
+    arch: str
+    direction: str
+    kind: str
+    cell: str
+    H: int  # 0: the largest
+
+    @property
+    def problem(self) -> Problem:
+        dtype, precision = KINDS[self.kind]
+        device = devices.describe(DEVICES[self.arch])
+        given = Problem(
+            support.RECURRENCES[self.cell], 100, 64, 1, 64, self.H or 16, dtype, "cuda", device, self.direction, precision
+        )
+        return given if self.H else replace(given, H=largest(given))
+
+    @property
+    def choice(self) -> Choice:
+        choice = choose(self.problem)
+        assert choice is not None
+        return replace(choice, layout=replace(choice.layout, save=self.direction == "training", paired=True))
+
+
+PAIRS = [Case(*case) for case in pairwise(list(DEVICES), DIRECTIONS, list(KINDS), CELLS, [0, 128])]
+EVERY = [Case(*case) for case in product(DEVICES, ("training", "backward"), ("bf16", "tf32", "fp32"), ("lstm", "gru"), [0])]
+
+
+def check(case: Case) -> None:
+    if nvrtc.unavailable():
+        pytest.skip(nvrtc.unavailable())
+    layout = group.fit(case.choice.layout, case.arch)  # what ships
+    found = nvrtc.usage(nvrtc.compile_cubin(source(layout), case.arch))
+    assert found.stack == 0
+    assert found.registers * layout.threads <= 65536 and found.registers <= 255
+    assert layout.shared_bytes <= SHARED_MEMORY[case.arch]
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("case", PAIRS, ids=lambda case: "-".join(map(str, case)))
+def test_builds(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.compile
+@pytest.mark.slow
+@pytest.mark.parametrize("case", EVERY, ids=lambda case: "-".join(map(str, case)))
+def test_builds_everywhere(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.compile
+def test_weights_that_do_not_fit_in_registers_go_to_shared_memory() -> None:
+    if nvrtc.unavailable():
+        pytest.skip(nvrtc.unavailable())
+    full = replace(Case("sm_90a", "training", "bf16", "lstm", 128).choice.layout, held=8)
+    assert nvrtc.usage(nvrtc.compile_cubin(source(full), "sm_90a")).stack
+    fitted = group.fit(full, "sm_90a")
+    assert fitted.held < full.held and fitted.shared_bytes > full.shared_bytes
+    assert not nvrtc.usage(nvrtc.compile_cubin(source(fitted), "sm_90a")).stack
+
+
+@pytest.mark.parametrize("cell, kind, direction, least", [("lstm", "bf16", "training", 2048), ("lstm", "tf32", "training", 1024)])
+def test_what_an_h100_holds(cell: str, kind: str, direction: str, least: int) -> None:
+    problem = Case("sm_90a", direction, kind, cell, 0).problem
+    assert problem.H >= least
+    assert any("fits up to H" in reason for reason in group.unsupported(replace(problem, H=problem.H + 16)))
+
+
+def table() -> str:
+    """The budgets of the layouts at the largest H, B = 64, as a table in Markdown."""
+    lines = ["| cell | kind | direction | architecture | largest H | S | groups | threads | registers | shared memory, KiB |"]
+    lines.append("|---|" + "---|" * 9)
+    for case in sorted(EVERY, key=lambda c: (c.cell, c.kind, c.direction)):
+        problem, choice = case.problem, case.choice
+        layout = group.fit(choice.layout, case.arch)
+        found = nvrtc.usage(nvrtc.compile_cubin(source(layout), case.arch))
+        cells = (case.cell, case.kind, case.direction, case.arch, problem.H, layout.members, choice.groups, layout.threads,
+                 found.registers, layout.shared_bytes // 1024)  # fmt: skip
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())
