@@ -49,7 +49,8 @@ def layer(
     wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if torch.compiler.is_compiling():
         # An exported program keeps nothing: it is mostly for inference, and its backward pass runs forward again.
-        options = options._replace(save=wants_grad and not torch.compiler.is_exporting())
+        # (Its flag, as torch.compiler.is_exporting() is true under torch.compile as well in torch 2.11.)
+        options = options._replace(save=wants_grad and not torch.compiler._is_exporting_flag)
         y, *rest = torch.ops.gpu_rnn.rnn(x, *weights, lengths, list(states), text, options.encode())
         return y, rest[: len(states)]
     if options.backend == "reference" or x.is_complex() or _forward_levels() > 1:

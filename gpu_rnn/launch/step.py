@@ -97,8 +97,9 @@ def forward(
     compute = state_dtype(gates.dtype)
     order = processing_order(steps, lengths, reverse, gates.device)
     gates = reorder(gates, order)
-    y = (gates.new_empty if lengths is None else gates.new_zeros)(steps, batch, n, weights.w_hh.shape[-1])
-    recurrent = gates.new_empty(steps, batch, n, len(program.split), hidden) if save else gates.new_empty(0)
+    blank = gates.new_empty if lengths is None else gates.new_zeros
+    y = blank(steps, batch, n, weights.w_hh.shape[-1])
+    recurrent = blank(steps, batch, n, len(program.split), hidden) if save else gates.new_empty(0)
     inner = gates.new_empty(len(states) - 1, steps, batch, n, hidden, dtype=compute) if save else gates.new_empty(0)
     loop = _Loop(program, weights, compute)
     states = [state.to(compute, copy=True) for state in states]
