@@ -13,6 +13,7 @@ import torch
 from cuda_cpu import build, sites
 from cuda_cpu.build import shuffled, starve
 from group_support import (
+    PRECISIONS,
     Case,
     assert_close,
     cases,
@@ -22,10 +23,14 @@ from group_support import (
     gradients,
     named,
     only_where_used,
+    run_on_cpu,
 )
+from loop_support import RECURRENCES
 
+from gpu_rnn import devices, reference
 from gpu_rnn.launch import group
 from gpu_rnn.launch.group_layout import source
+from gpu_rnn.problem import Problem
 
 pytestmark = [
     pytest.mark.cuda_cpu,
@@ -93,6 +98,31 @@ def test_forward_is_free_of_races(case):
 
 def test_both_stay_in_their_buffers():
     check_gradients(Case("lstm", "fp16", 2, T=5, B=13, lengths=True, along=2), sanitizer="address")
+
+
+@pytest.mark.parametrize("H, precision, members", [(20, "bf16", 1), (128, "tf32", 8)])
+def test_launchers_run_what_they_choose(H, precision, members, monkeypatch):
+    """`forward` and `backward` as dispatch calls them, with only the driver's call replaced."""
+    monkeypatch.setattr(group.Launch, "__call__", lambda launch, device: run_on_cpu([launch]))
+    case = Case("peephole_lstm", precision, 1, H=H, T=3, reverse="01", lengths=True)
+    inputs = case.inputs()
+    low = inputs.to(PRECISIONS[precision][0])
+    recurrence = RECURRENCES[case.cell]
+    program, states = recurrence.program, [state.detach() for state in low.states]
+    problem = Problem(
+        recurrence, 3, case.B, 2, 3, H, low.x.dtype, "cuda", devices.describe("H100"), "training", "tf32", reverse="01"
+    )
+    assert group.choose(problem).layout.members == members
+    with torch.no_grad():
+        gates = reference.project(low.x, low.weights, program).contiguous()
+        saved = group.forward(program, gates, low.weights, states, low.lengths, "01", True, problem)
+        found = group.backward(
+            program, saved, low.weights, states, low.lengths, "01", saved.y, saved.final, replace(problem, direction="backward")
+        )
+    expected = [expected_forward(case, given) for given in (inputs, case.plain(inputs))]
+    assert_close(case, *(only_where_used(named(r), inputs) for r in (saved, *expected)))
+    assert all(gradient.isfinite().all() for gradient in (*found[:2], *found[2], found[3]))
+    assert found[3].shape == low.weights.params.shape
 
 
 def test_inference_saves_nothing():
