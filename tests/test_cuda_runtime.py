@@ -179,6 +179,44 @@ def test_a_barrier_orders_only_those_who_met() -> None:
         )
 
 
+def test_a_barrier_forgets_who_met_before() -> None:
+    """Warps 2 and 3 meet after warps 0 and 1 did, at the same barrier: that tells them nothing of what 0 wrote."""
+    body = """
+    unsigned *met = reinterpret_cast<unsigned *>(out) + 64;
+    if (thread_index() == 0) out[0] = 1;
+    if (warp() >= 2) while (load_relaxed<A>(met) == 0) poll_pause();
+    named_sync<B>(1, 64);
+    if (thread_index() == 0) store_relaxed<C>(met, 1u);
+    if (thread_index() == 64) out[0] = 2;
+    """
+    with pytest.raises(Failure, match="data race"):
+        launch(body, sanitizer="thread", block=128)
+
+
+COPY = """
+float *slots = reinterpret_cast<float *>(shared_memory());
+slots[thread_index()] = 1;
+block_sync<A>();
+
+if (thread_index() == 0) copy_async_16<B>(slots + 4, out + 32, true);
+copy_async_commit();
+%s
+copy_async_wait<0, E>();
+"""
+
+
+def test_a_copy_has_not_arrived_before_its_wait() -> None:
+    out = launch(COPY % "if (thread_index() == 0) out[63] = slots[4];", block=32, grid=2)
+    assert out[63].isnan()
+
+
+def test_a_copy_may_write_from_its_issue_on() -> None:
+    """A reader of the old data comes before the wait, by a barrier, and not before the issue."""
+    body = COPY % "if (thread_index() == 4) out[4] = slots[4]; block_sync<C>();"
+    with pytest.raises(Failure, match="data race"):
+        launch(body, sanitizer="thread", block=32, grid=2)
+
+
 # Data and flag are relaxed: ThreadSanitizer has nothing to say, only the order of arrival shows the mistake.
 LATE = """
 unsigned *words = reinterpret_cast<unsigned *>(out);

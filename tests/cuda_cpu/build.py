@@ -67,6 +67,9 @@ class Schedule:
     ns_per_poll: int = 1000  # virtual time that one poll of any thread takes
     latest: int = 0  # most thread switches that a relaxed store takes; 0: none, in order; -1: see hoarding()
 
+    def __str__(self) -> str:
+        return self.order + {0: "", -1: " hoarding stores"}.get(self.latest, " with late stores")
+
 
 ROUND_ROBIN = Schedule()
 

@@ -123,7 +123,7 @@ def notice(site: int, cases: Mapping[str, Case], runs: Iterable[tuple[Sanitizer,
             except AssertionError as error:  # Failure is one
                 what = getattr(error, "kind", "wrong values")
                 return (
-                    f"{what} in {name}, {schedule.order}{' under ThreadSanitizer' * (sanitizer == 'thread')}"
+                    f"{what} in {name}, {schedule}{' under ThreadSanitizer' * (sanitizer == 'thread')}"
                 )
     return None
 
