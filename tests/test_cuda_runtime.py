@@ -16,10 +16,11 @@ from cuda_cpu.build import (
     shuffled,
     starve,
 )
+from cuda_cpu.machines import NEEDS_COMPILER
 from cuda_cpu.relay import BLOCKS, SOURCE, problem
 from cuda_cpu.sites import read
 
-pytestmark = pytest.mark.cuda_cpu
+pytestmark = [pytest.mark.cuda_cpu, NEEDS_COMPILER]
 
 SITES = read(SOURCE.read_text()).sites
 SCHEDULES = [ROUND_ROBIN, shuffled(0), starve(0), hoarding(0)]

@@ -9,11 +9,12 @@ from functools import partial
 
 import pytest
 from cuda_cpu.build import ROUND_ROBIN, Sanitizer, Schedule
+from cuda_cpu.machines import NEEDS_COMPILER
 from cuda_cpu.relay import BLOCKS, SOURCE
 from cuda_cpu.sites import Case, check, kernel_text, read
 from test_cuda_runtime import SITES, relay
 
-pytestmark = pytest.mark.cuda_cpu
+pytestmark = [pytest.mark.cuda_cpu, NEEDS_COMPILER]
 
 RUNS: tuple[tuple[Sanitizer, Schedule], ...] = (("thread", ROUND_ROBIN), (None, ROUND_ROBIN))
 TEXT = SOURCE.read_text()

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where a test's CUDA source runs: under the runtime beside this file, or on a GPU through CuPy."""
 
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
@@ -52,6 +53,13 @@ def sized(value: Argument) -> torch.Tensor | np.generic:
     return np.float32(value) if isinstance(value, float) else np.int32(value)
 
 
+NEEDS_COMPILER = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="g++ is not installed; it builds the CUDA sources for the CPU"
+)
 ON_BOTH = pytest.mark.parametrize(
-    "machine", [pytest.param(on_cpu, marks=pytest.mark.cuda_cpu), pytest.param(on_gpu, marks=pytest.mark.gpu)]
+    "machine",
+    [
+        pytest.param(on_cpu, marks=[pytest.mark.cuda_cpu, NEEDS_COMPILER]),
+        pytest.param(on_gpu, marks=pytest.mark.gpu),
+    ],
 )

@@ -157,8 +157,8 @@ Fiber *choose() {
   fail("a thread could not be started");
 }
 
-// These take a tenth of swapcontext's time, which asks the kernel to keep the
-// signal mask.
+// Not swapcontext, which asks the kernel to set the signal mask at every
+// switch.
 void switch_from(void *(&resume)[5]) {
   age_stores(++switches);
   Fiber *next = choose();

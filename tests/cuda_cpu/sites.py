@@ -122,9 +122,7 @@ def notice(site: int, cases: Mapping[str, Case], runs: Iterable[tuple[Sanitizer,
                 case(sanitizer, schedule, {site})
             except AssertionError as error:  # Failure is one
                 what = getattr(error, "kind", "wrong values")
-                return (
-                    f"{what} in {name}, {schedule}{' under ThreadSanitizer' * (sanitizer == 'thread')}"
-                )
+                return f"{what} in {name}, {schedule}{' under ThreadSanitizer' * (sanitizer == 'thread')}"
     return None
 
 
