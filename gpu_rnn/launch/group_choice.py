@@ -20,7 +20,8 @@ from gpu_rnn.problem import Problem
 
 MOST_WARPS = 8  # of a block: each thread may then use 255 registers of a multiprocessor's 65,536
 REGISTERS = 255  # of a thread: CUDA C++ programming guide, table of compute capabilities
-WORKING = 88  # registers beside weights, sums, words and the pairs of units: what the compile tests found to hold
+# Registers beside weights, sums, words and the pairs of units, forward and backward: so that no build needs a stack.
+WORKING = (88, 100)
 COLUMNS = (1, 2)
 TILES = (1, 2, 4)
 
@@ -54,10 +55,10 @@ def _held(layout: Layout) -> int:
     own = -(-(layout.blocks // layout.across) * 2 * layout.columns // layout.along)
     states, gates = len(layout.parsed.states), layout.gates
     sums = layout.fragments * layout.columns * (4 if layout.half or layout.precision == "tf32" else 16)
-    pairs = own * (2 * (gates + len(layout.parsed.split)) * (2 if layout.backward else 1) + 2 * states)
+    pairs = own * 2 * (gates + len(layout.parsed.split) + states) * (2 if layout.backward else 1)  # and gradients
     words = 2 * layout.columns * layout.parts * layout.word // 4  # of a block of the depth
     rows = own * layout.tiles * (2 * states + 4)
-    free = REGISTERS - WORKING - sums - pairs - rows - min(32, layout.share * words)
+    free = REGISTERS - WORKING[layout.backward] - sums - pairs - rows - min(32, layout.share * words)
     return max(0, min(layout.share, free // (layout.fragments * layout.fragment)))
 
 
