@@ -6,7 +6,7 @@ fit, so the budgets are asserted here: shared memory within a block's limit and 
 no access to local memory in the time loop. (ptxas now and then keeps a few bytes aside before the loop and takes them
 back after it, with registers left: that costs nothing.)
 
-``python tests/test_compile.py`` prints the table of budgets in kernels/README.md.
+``python tests/test_compile.py`` writes the table of budgets in kernels/README.md.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ KINDS = {
     "fp32": (torch.float32, "ieee"),
 }
 CELLS = [name for name, recurrence in support.RECURRENCES.items() if len(recurrence.stage_gates) == 1]
-STACK = 64  # bytes; the largest of the full matrix is 40
+MISSING = [0, 4, 1]  # units below the limit: rows of any alignment that matters
+ODD_SPILLS = 80  # accesses to local memory in a step that an odd H is granted, where each value has its own address
+STACK = 64  # bytes; the largest of `test_builds_everywhere` is 24
 
 
 @dataclass(frozen=True)
@@ -145,18 +147,18 @@ def build(given: Problem, folder: Path) -> Build:
     return Build(found["REG"], found["STACK"], compiled.metadata.shared, spills)
 
 
-Case = tuple[int, str, str, str, bool]  # architecture, direction, kind, cell, lengths
-PAIRS = pairwise(list(ARCHITECTURES), DIRECTIONS, list(KINDS), CELLS, [False, True])
-EVERY = list(product(ARCHITECTURES, DIRECTIONS, KINDS, ("lstm", "gru", "minimal"), [False, True]))
+Case = tuple[int, str, str, str, bool, int]  # architecture, direction, kind, cell, lengths, missing
+PAIRS = pairwise(list(ARCHITECTURES), DIRECTIONS, list(KINDS), CELLS, [False, True], MISSING)
+EVERY = list(product(ARCHITECTURES, DIRECTIONS, KINDS, ("lstm", "gru", "minimal"), [False, True], [0]))
 
 
 def check(case: Case, folder: Path) -> None:
-    architecture, direction, kind, cell, lengths = case
-    hidden = limit(cell, kind, direction, architecture)
+    architecture, direction, kind, cell, lengths, missing = case
+    hidden = limit(cell, kind, direction, architecture) - missing
     given = problem(cell, kind, direction, architecture, hidden, lengths)
     found = build(given, folder)
-    assert found.spills == 0
-    assert found.stack <= STACK
+    assert found.spills <= (ODD_SPILLS if missing == 1 else 0)
+    assert found.stack <= STACK or missing == 1
     stages = resident._tile(given, direction == "backward").stages
     assert found.shared <= resident._needed(given, stages) <= SHARED_MEMORY[architecture]
 
@@ -196,4 +198,7 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    print(table())
+    readme = Path(__file__).parent.parent / "kernels" / "README.md"
+    marks = "<!-- budgets -->\n", "<!-- end of budgets -->"
+    before, rest = readme.read_text().split(marks[0])
+    readme.write_text(before + marks[0] + table() + "\n" + marks[1] + rest.split(marks[1])[1])

@@ -6,6 +6,7 @@ Any recurrence with one product a step. Programs never wait for each other, so a
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -26,6 +27,7 @@ OLDEST = (8, 0)  # the first architecture with bfloat16 products and with a maxi
 MOST_ACROSS = 65535  # blocks in the second dimension of a CUDA grid, which is N
 LONGEST_PATTERN = 62  # bits of a signed 64-bit argument that can be shifted and tested
 ROWS = 16  # of the batch in a tile: what a tensor-core instruction takes; fewer would be computed all the same
+VECTOR = 16  # elements that may be loaded at once, and more than enough
 WIDEST_FULL = 64  # units in full fp32: without tensor cores a wider product spills registers (tests/test_compile.py)
 WARP_BYTES = 128  # of a row of pre-activations, for each warp: 8 values of each of an LSTM's gates for a thread
 MOST_WARPS = 8  # with 16 a thread has 128 registers, and a GRU in tf32 spills
@@ -194,20 +196,29 @@ def _whole(tensor: Tensor | None) -> Tensor | None:
 
 
 def _launch(
-    kernel: Any, chosen: Tile, problem: Problem, *, p_gates: Tensor, reverse: str, **arguments: Any
+    kernel: Any,
+    chosen: Tile,
+    problem: Problem,
+    *,
+    p_gates: Tensor,
+    strides: dict[str, tuple[int, ...]],
+    reverse: str,
+    **arguments: Any,
 ) -> Launch:
     """A launch with what both directions take alike."""
     steps, batch, n, _, hidden = p_gates.shape
     bits, period = _bits(reverse)
+    align = math.gcd(VECTOR, hidden, *(stride for given in strides.values() for stride in given))
     common = {
         "p_gates": p_gates,
-        "gates_strides": p_gates.stride()[:4],
+        **{name: tuple(stride // align for stride in given) for name, given in strides.items()},
         "T": steps,
         "B": batch,
-        "H": hidden,
+        "H": hidden // align,
         "reverse": bits,
         "period": period,
         "PRECISION": problem.precision,
+        "ALIGN": align,
         "BLOCK_B": chosen.rows,
         "BLOCK_H": chosen.width,
         "STAGES": chosen.stages,
@@ -251,6 +262,7 @@ def prepare_forward(
         p_b_hh=_whole(weights.b_hh) if program.split else None,
         p_params=_whole(weights.params),
         p_lengths=_whole(lengths),
+        strides={"gates_strides": gates.stride()[:4]},
         reverse=reverse,
         SAVE=save,
         **_constants(program.text, "step_0"),
@@ -275,7 +287,7 @@ def prepare_backward(
     _, batch, n, _, hidden = saved.gates.shape
     chosen = _tile(problem, backward=True)
     gates, d_y = _rows(saved.gates), _rows(d_y)
-    d_gates, d_recurrent = torch.empty_like(gates), gates.new_empty(saved.recurrent.shape)
+    d_gates, d_recurrent = torch.empty_strided(gates.shape, gates.stride(), dtype=gates.dtype, device=gates.device), gates.new_empty(saved.recurrent.shape)
     d_states = [state.new_empty(state.shape) for state in states]
     tiles, params = -(-batch // chosen.rows), len(program.params)
     d_params = gates.new_empty(tiles, n, params, hidden, dtype=torch.float32)
@@ -297,7 +309,7 @@ def prepare_backward(
         p_d_recurrent=d_recurrent,
         p_d_initial=tuple(d_states),
         p_d_params=d_params,
-        d_y_strides=d_y.stride()[:3],
+        strides={"gates_strides": gates.stride()[:4], "d_y_strides": d_y.stride()[:3]},
         reverse=reverse,
         **_constants(program.text, "step_0_backward"),
     )

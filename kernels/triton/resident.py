@@ -53,6 +53,15 @@ def select(condition, new, old):
 
 
 @triton.jit
+def scaled(strides, ALIGN: tl.constexpr):
+    """Strides in elements; the compiler knows that they are multiples of `ALIGN`."""
+    products = ()
+    for i in tl.static_range(len(strides)):
+        products = products + (strides[i] * ALIGN,)
+    return products
+
+
+@triton.jit
 def time_of(step, b_length, reversed_):
     """(BLOCK_B, 1): the time at which each row's step lies. A reversed row starts at its own last step."""
     turned = (reversed_ != 0) & (step < b_length)
@@ -71,10 +80,10 @@ def resident_forward(
     p_b_hh,  # (N, G, H), of which the split gates' are read, or None
     p_params,  # (N, P, H) or None
     p_lengths,  # (B,) or None
-    gates_strides,  # of T, B, N, G
+    gates_strides,  # of T, B, N, G, over ALIGN
     T,
     B,
-    H,
+    H,  # over ALIGN
     reverse,  # bit i % period is set where recurrence i runs backwards in time
     period,
     STEP: tl.constexpr,
@@ -83,11 +92,13 @@ def resident_forward(
     P: tl.constexpr,
     SAVE: tl.constexpr,
     PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,  # what divides every row's offset: how many elements are loaded at once
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
     STAGES: tl.constexpr,  # steps whose loads are under way together
 ):
     G: tl.constexpr = len(KEPT)
+    H = H * ALIGN
     N = tl.num_programs(1).to(tl.int64)
     i_n = tl.program_id(1).to(tl.int64)
     o_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -99,7 +110,7 @@ def resident_forward(
     b_length = tl.load(p_lengths + o_b, mask=m_b, other=0) if p_lengths is not None else tl.zeros_like(o_b) + T
     reversed_ = (reverse >> (i_n % period)) & 1
 
-    stride_t, stride_b, stride_n, stride_g = gates_strides
+    stride_t, stride_b, stride_n, stride_g = scaled(gates_strides, ALIGN)
     p_gates += i_n * stride_n + (o_b * stride_b)[:, None] + o_h[None, :]
     p_w += i_n * G * H * H + o_h[None, :] * H + o_h[:, None]  # (input, output): W_hh transposed
     b_w = load_blocks(p_w, H * H, m_h & (o_h < H)[:, None], G)
@@ -141,7 +152,7 @@ def resident_forward(
             for k in tl.static_range(R):
                 tl.store(p_r + k * H, r[k], mask=m)
             for k in tl.static_range(len(states) - 1):
-                tl.store(p_inner + T * B * N * H * k + o_y, states[k + 1], mask=m)
+                tl.store(p_inner + N * T * B * H * k + o_y, states[k + 1], mask=m)
     store_each(p_final, o_unit, states, m)
 
 
@@ -161,11 +172,11 @@ def resident_backward(
     p_d_recurrent,  # (T, B, N, R, H) out
     p_d_initial,  # per state (B, N, H), out
     p_d_params,  # (tiles of the batch, N, P, H) fp32, out, or None
-    gates_strides,  # of T, B, N, G: of gates and d_gates
-    d_y_strides,  # of T, B, N
+    gates_strides,  # of T, B, N, G, over ALIGN: of gates and d_gates
+    d_y_strides,  # of T, B, N, over ALIGN
     T,
     B,
-    H,
+    H,  # over ALIGN
     reverse,  # bit i % period is set where recurrence i runs backwards in time
     period,
     STEP: tl.constexpr,
@@ -173,6 +184,7 @@ def resident_backward(
     R: tl.constexpr,
     P: tl.constexpr,
     PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,  # what divides every row's offset: how many elements are loaded at once
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
     STAGES: tl.constexpr,  # steps whose loads are under way together
@@ -180,6 +192,7 @@ def resident_backward(
     G: tl.constexpr = len(KEPT)
     S: tl.constexpr = len(p_initial)
     dtype: tl.constexpr = p_w.dtype.element_ty
+    H = H * ALIGN
     N = tl.num_programs(1).to(tl.int64)
     i_n = tl.program_id(1).to(tl.int64)
     o_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -191,9 +204,10 @@ def resident_backward(
     b_length = tl.load(p_lengths + o_b, mask=m_b, other=0) if p_lengths is not None else tl.zeros_like(o_b) + T
     reversed_ = (reverse >> (i_n % period)) & 1
 
-    stride_t, stride_b, stride_n, stride_g = gates_strides
+    stride_t, stride_b, stride_n, stride_g = scaled(gates_strides, ALIGN)
     o_gates = i_n * stride_n + (o_b * stride_b)[:, None] + o_h[None, :]
-    p_d_y += i_n * d_y_strides[2] + (o_b * d_y_strides[1])[:, None] + o_h[None, :]
+    d_y_stride_t, d_y_stride_b, d_y_stride_n = scaled(d_y_strides, ALIGN)
+    p_d_y += i_n * d_y_stride_n + (o_b * d_y_stride_b)[:, None] + o_h[None, :]
     p_w += i_n * G * H * H + o_h[:, None] * H + o_h[None, :]  # (output, input): W_hh as it is
     b_w = load_blocks(p_w, H * H, m_h & (o_h < H)[:, None], G)
     b_params = as_float(load_blocks(p_params + i_n * P * H + o_h[None, :], H, m_h, P)) if P else ()
@@ -208,14 +222,14 @@ def resident_backward(
         o_r = (o_t * B * N + o_row) * R * H + o_h[None, :]
         a = as_float(load_blocks(p_gates + o_gates + o_t * stride_t, stride_g, m, G))
         r = as_float(load_blocks(p_recurrent + o_r, H, m, R)) if R else ()
-        d_y = tl.load(p_d_y + o_t * d_y_strides[0], mask=m, other=0.0).to(tl.float32)
+        d_y = tl.load(p_d_y + o_t * d_y_stride_t, mask=m, other=0.0).to(tl.float32)
         # The states before this step: what the previous step left, or the initial ones.
         o_before = (time_of(t - 1, b_length, reversed_) * B * N + o_row) * H + o_h[None, :]
         b_step = tl.zeros_like(b_length) + t
         later = m & (b_step > 0)[:, None]
         before = (tl.load(p_y + o_before, mask=later, other=0.0).to(tl.float32),)
         if S > 1:
-            before = before + load_blocks(p_inner + o_before, T * B * N * H, later, S - 1)
+            before = before + load_blocks(p_inner + o_before, N * T * B * H, later, S - 1)
         before = select(later, before, load_each(p_initial, o_unit, m & (b_step == 0)[:, None]))
 
         d = (d_states[0] + d_y,) + d_states[1:]
