@@ -48,6 +48,8 @@ def layer(
     tensors = (x, *weights, *states)
     wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if torch.compiler.is_compiling():
+        if torch.autograd.forward_ad._current_level >= 0:  # a custom op's tangent would be 0 without a word
+            raise RuntimeError("torch.compile cannot take a layer's forward-mode derivative: take it of the layer itself")
         # An exported program keeps nothing: it is mostly for inference, and its backward pass runs forward again.
         # (Its flag, as torch.compiler.is_exporting() is true under torch.compile as well in torch 2.11.)
         options = options._replace(save=wants_grad and not torch.compiler._is_exporting_flag)
@@ -93,6 +95,9 @@ class Forward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         *tensors, y, gates, recurrent, inner = ctx.saved_tensors
+        if any(torch._C._functorch.is_legacy_batchedtensor(g) for g in grads):  # is_grads_batched: no rule is asked
+            d = execution.vjp(ctx.text, ctx.options, tensors[1 + WEIGHTS], _primals(tensors), grads[:-3])
+            return None, None, *d[: 1 + WEIGHTS], None, *d[1 + WEIGHTS :]
         found = Backward.apply(ctx.text, ctx.options, *tensors, y, gates, recurrent, inner, *grads[:-3])
         given = iter(found)
         d = [next(given) if t is not None else None for t in _primals(tensors)]

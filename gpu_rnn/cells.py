@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import Any
 
 import torch
@@ -17,7 +17,19 @@ from gpu_rnn.recurrence import Recurrence
 Name = str | Activation
 
 
-@lru_cache(maxsize=64)
+def _remembered(make: Callable[..., Recurrence]) -> Callable[..., Recurrence]:
+    """One recurrence for each set of names. Those of functions are made anew: a closure may hold a whole model."""
+    kept = lru_cache(maxsize=None)(make)
+
+    @wraps(make)
+    def cell(*args: Name | bool, **options: Name | bool) -> Recurrence:
+        named = all(isinstance(value, (str, bool)) for value in (*args, *options.values()))
+        return (kept if named else make)(*args, **options)
+
+    return cell
+
+
+@_remembered
 def rnn(activation: Name = "tanh") -> Recurrence:
     """Elman RNN: h' = φ(W_ih x + b_ih + W_hh h + b_hh)."""
     phi = activations.get(activation)
@@ -29,7 +41,7 @@ def rnn(activation: Name = "tanh") -> Recurrence:
     return Recurrence.lazy([(("h",), elman)], states=("h",), name="rnn", aten=aten)
 
 
-@lru_cache(maxsize=64)
+@_remembered
 def lstm(activation: Name = "tanh", recurrent_activation: Name = "sigmoid", peephole: bool = False) -> Recurrence:
     """LSTM, gates i, f, g, o: c' = σ(f) c + σ(i) φ(g), h' = σ(o) φ(c').
 
@@ -53,7 +65,7 @@ def lstm(activation: Name = "tanh", recurrent_activation: Name = "sigmoid", peep
     return Recurrence.lazy([(gates, step)], states=states, name="lstm", aten=_standard(activation, recurrent_activation, "LSTM"))
 
 
-@lru_cache(maxsize=64)
+@_remembered
 def gru(activation: Name = "tanh", recurrent_activation: Name = "sigmoid", reset_after: bool = True) -> Recurrence:
     """GRU, gates r, z, n: h' = (1 − z) n + z h.
 
@@ -81,7 +93,7 @@ def gru(activation: Name = "tanh", recurrent_activation: Name = "sigmoid", reset
     return Recurrence.lazy([(("r", "z", "n"), step)], states=("h",), name="gru", aten=aten)
 
 
-@lru_cache(maxsize=64)
+@_remembered
 def coupled_lstm(activation: Name = "tanh", recurrent_activation: Name = "sigmoid") -> Recurrence:
     """LSTM with coupled input and forget gates, gates f, g, o: c' = σ(f) c + (1 − σ(f)) φ(g) (Greff et al., arXiv:1503.04069)."""
     phi, sigma = activations.get(activation), activations.get(recurrent_activation)

@@ -82,9 +82,10 @@ def _explain(options: argparse.Namespace) -> int:
     from gpu_rnn import doctor
 
     here, dtype = doctor.pick_device(None), getattr(torch, DTYPES[options.dtype])
-    layer = _described_layer(options).to(here, dtype)
     sizes = (options.steps, options.batch, options.input or options.hidden)
-    x = torch.empty(sizes, dtype=dtype, device="meta" if options.device else here)
+    with torch.device("meta" if options.device else here):  # a described device needs no memory
+        layer = _described_layer(options).to(dtype)
+        x = torch.empty(sizes, dtype=dtype)
     print(gpu_rnn.explain(layer, x, device=options.device))
     return 0
 

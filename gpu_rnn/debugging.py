@@ -58,7 +58,15 @@ def debug(layer: LayerBase, x: Tensor, *, backend: str = "auto") -> list[Differe
         ...     print(found)
         layer 0: step agrees with the reference (largest difference 5.96e-08)
     """
-    if layer.batch_first:
+    from gpu_rnn.layer_base import LayerBase
+
+    if not isinstance(layer, LayerBase) or not isinstance(x, Tensor) or x.dim() not in (2, 3) or not x.numel():
+        raise TypeError("debug takes a layer of this package, such as gpu_rnn.LSTM, and an input with steps and samples")
+    if x.dtype not in TOLERANCE:
+        raise TypeError(f"debug compares with float64, so it takes real input, not {x.dtype}")
+    if x.dim() == 2:
+        x = x.unsqueeze(1)
+    elif layer.batch_first:
         x = x.transpose(0, 1)
     program, stack, all_weights = layer.recurrence.program, layer._stack(), layer._flat_weights
     options = Options(backend, stack.reverse, save=True)
@@ -103,10 +111,11 @@ def _first(
     for names, values, truths in compared:
         if not names:
             continue
-        gap = reorder((values.double() - truths).abs(), order)  # (T, B, N, names, H)
-        gap = torch.where(gap.isnan() & reorder(truths, order).isfinite(), float("inf"), gap)
+        values, truths = reorder(values.double(), order), reorder(truths, order)  # (T, B, N, names, H)
+        same = (values == truths) | (values.isnan() & truths.isnan())
+        gap = torch.where(same, 0.0, (values - truths).abs()).nan_to_num(nan=float("inf"), posinf=float("inf"))
         worst = max(worst, gap.max().item())
-        scale = max(truths[truths.isfinite()].abs().max().item(), 1.0)
+        scale = max([1.0, *truths[truths.isfinite()].abs().amax().reshape(-1).tolist()]) if truths.isfinite().any() else 1.0
         bad = (gap > tolerance * scale).nonzero()
         if len(bad) and (first is None or bad[0, 0] < first[0]):
             t, b, n, which, unit = bad[0].tolist()

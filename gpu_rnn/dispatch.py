@@ -43,7 +43,6 @@ def check_name(backend: str) -> None:
         raise ValueError(f"backend must be 'auto' or one of {', '.join(BACKENDS)}, got {backend!r}")
 
 
-@lru_cache(maxsize=4096)
 def select(problem: Problem, backend: str = "auto", among: tuple[str, ...] = tuple(BACKENDS)) -> str:
     """The name of the cheapest backend that can run a problem, or of the one asked for.
 
@@ -52,6 +51,11 @@ def select(problem: Problem, backend: str = "auto", among: tuple[str, ...] = tup
     Raises:
         ValueError: the backend asked for does not exist, or cannot run the problem; every reason is given.
     """
+    return _select(problem, backend, among, os.environ.get("GPU_RNN_BACKEND", ""))
+
+
+@lru_cache(maxsize=4096)
+def _select(problem: Problem, backend: str, among: tuple[str, ...], preferred: str) -> str:
     check_name(backend)
     if backend != "auto":
         reasons = BACKENDS[backend].unsupported(problem)
@@ -62,9 +66,9 @@ def select(problem: Problem, backend: str = "auto", among: tuple[str, ...] = tup
             raise ValueError(f"backend={backend!r} cannot run this call:\n{listed}\nUse backend='auto', or remove the cause.")
         return backend
     able = [name for name in among if not BACKENDS[name].unsupported(problem)]
-    preferred = os.environ.get("GPU_RNN_BACKEND", "")
     if preferred:
-        check_name(preferred)
+        if preferred not in BACKENDS:
+            raise ValueError(f"GPU_RNN_BACKEND is {preferred!r} in the environment, not one of {', '.join(BACKENDS)}")
         if preferred in able:
             return preferred
     chosen = min(able, key=lambda name: _total_cost(problem, name))

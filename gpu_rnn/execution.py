@@ -83,7 +83,7 @@ def run(
     if name == "reference":
         with record_function("gpu_rnn::reference_forward"):
             return reference.forward(program, x, weights, list(states), lengths, options.reverse, options.save)
-    with products.fp32_precision(problem.precision, x.device):
+    with products.fp32_precision(problem.precision, x):
         gates = reference.project(x, weights, program).contiguous()
         with record_function(f"gpu_rnn::{name}_forward"):
             return dispatch.BACKENDS[name].forward(
@@ -111,7 +111,7 @@ def run_backward(
             return vjp(text, options, lengths, [x, *weights, *states], [d_y, *d_final])
     if not saved.gates.numel():
         saved = run(text, options._replace(save=True), x, weights, lengths, states)
-    with products.fp32_precision(problem.precision, x.device):
+    with products.fp32_precision(problem.precision, x):
         with record_function(f"gpu_rnn::{name}_backward"):
             loop = LoopGradients(
                 *dispatch.BACKENDS[name].backward(

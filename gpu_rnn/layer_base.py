@@ -36,6 +36,9 @@ class RecurrenceHolder(nn.Module):
 
     def _hold(self, recurrence: Recurrence, backend: str, options: Mapping[str, Option]) -> None:
         dispatch.check_name(backend)
+        for name, value in options.items():
+            if isinstance(OPTION_DEFAULTS[name], bool) and not isinstance(value, bool):
+                raise TypeError(f"{name} should be True or False, got: {value!r}")
         self.recurrence = recurrence
         self.backend = backend
         self._one_state = len(recurrence.states) == 1

@@ -109,13 +109,22 @@ def _named(name: str) -> Callable[..., Any]:
 # Operations that take truth values as they are; for every other one they are first turned into 1.0 and 0.0.
 TAKES_BOOL = {"where", *(f"{kind}_{name}" for kind in ("logical", "bitwise") for name in ("and", "or", "not"))}
 
+def _truth(b: Builder, x: Any) -> Any:
+    """A truth value; of a number whether it is not 0."""
+    return x if not isinstance(x, Value) or _is_bool(b, x) else b.emit("ne", x, 0.0)
+
+
+def _logical(name: str) -> Callable[..., Any]:
+    return lambda b, *args: b.emit(name, *(_truth(b, x) for x in args))
+
+
 # What the tracer's decompositions leave of torch's arithmetic and activations, by ATen's name.
 LOWERING: dict[str, Callable[..., Any]] = {
     **{name: _named(name) for name in ("mul", "neg", "tanh", "sigmoid", "exp", "expm1", "log", "log1p", "sqrt", "erf")},
-    **{name: _named(name) for name in ("sin", "cos", "abs", "sign", "floor", "relu", "minimum", "maximum", "where")},
+    **{name: _named(name) for name in ("sin", "cos", "abs", "sign", "floor", "relu", "minimum", "maximum")},
+    "where": lambda b, condition, x, y: b.emit("where", _truth(b, condition), copy(b, x), copy(b, y)),
     **{name: _named(name) for name in ("gt", "ge", "lt", "le", "eq", "ne")},
-    **{f"logical_{name}": _named(name) for name in ("and", "or", "not")},
-    **{f"bitwise_{name}": _named(name) for name in ("and", "or", "not")},
+    **{f"{kind}_{name}": _logical(name) for kind in ("logical", "bitwise") for name in ("and", "or", "not")},
     **dict.fromkeys(("clone", "expand", "view"), copy),
     "_to_copy": _to,
     **dict.fromkeys(("alias", "detach"), _detached),

@@ -77,4 +77,4 @@ class Problem:
 def rnn_precision() -> str:
     """What torch's setting for recurrent layers says of fp32 products: "tf32" (the default) or "ieee"."""
     setting = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
-    return "ieee" if setting == "ieee" else "tf32"
+    return "tf32" if setting == "tf32" else "ieee"

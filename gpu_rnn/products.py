@@ -7,6 +7,7 @@ products with the values that entered them, over all steps at once.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import groupby
@@ -18,18 +19,33 @@ from gpu_rnn.program import Program, lookup
 from gpu_rnn.reference import Result, Weights, state_dtype
 
 
+class _Setting:
+    """torch's process-wide setting for fp32 products, while calls of this package want another: the last one restores it."""
+
+    lock = threading.Lock()
+    calls = 0
+    before = ""
+
+
 @contextmanager
-def fp32_precision(precision: str, device: torch.device) -> Iterator[None]:
+def fp32_precision(precision: str, like: Tensor) -> Iterator[None]:
     """Makes fp32 products on a GPU follow the recurrent layers' own setting ("ieee" or "tf32")."""
-    if device.type != "cuda":
+    matmul = torch.backends.cuda.matmul
+    if not like.is_cuda or like.dtype != torch.float32 or (matmul.fp32_precision == precision and not _Setting.calls):
         yield
         return
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = precision
+    with _Setting.lock:
+        if not _Setting.calls:
+            _Setting.before = matmul.fp32_precision
+        _Setting.calls += 1
+        matmul.fp32_precision = precision
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.fp32_precision = before
+        with _Setting.lock:
+            _Setting.calls -= 1
+            if not _Setting.calls:
+                matmul.fp32_precision = _Setting.before
 
 
 def previous(

@@ -192,7 +192,9 @@ class _Parser:
                 raise ValueError(f"a gate is 'sum' or 'split', not {kind!r}")
             if kind == "sum":
                 self.summed.add(gate)
-            self.define(f"{gate}:", *([f"a_{gate}"] if kind == "sum" else [f"x_{gate}", f"r_{gate}"]))
+            if f"a_{gate}" in self.known or f"x_{gate}" in self.known:
+                raise ValueError(f"gate {gate} is defined already")
+            self.define(*([f"a_{gate}"] if kind == "sum" else [f"x_{gate}", f"r_{gate}"]))
 
     def read_operation(self, result: str, equals: str, name: str, *args: str) -> None:
         if equals != "=" or name not in OPERATIONS:
@@ -351,5 +353,8 @@ def runner(ops: tuple[Op, ...]) -> Callable[[dict[str, Any]], None]:
 
 
 def lookup(values: Mapping[str, Any], name: Argument, like: Any) -> Any:
-    """A program's output as a tensor: a constant one is spread to the shape of `like`."""
-    return values[name] if isinstance(name, str) else like.new_full(like.shape, name)
+    """A program's output as a tensor of the shape of `like`: a constant is spread, and so is a unit's parameter."""
+    if not isinstance(name, str):
+        return like.new_full(like.shape, name)
+    value = values[name]
+    return value if value.dim() == like.dim() else value.expand(like.shape)

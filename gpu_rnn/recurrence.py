@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 
 from gpu_rnn.program import Program
 from gpu_rnn.tracing import trace
+
+_numbers = itertools.count()
 
 
 class Recurrence:
@@ -79,6 +82,8 @@ class Recurrence:
         for word, given in (("states", states), ("params", params), *(("gates", own) for own, _ in stages)):
             if isinstance(given, str):
                 raise TypeError(f"{word} is a sequence of names: ({given!r},)")
+            if isinstance(given, (set, frozenset)):
+                raise TypeError(f"{word} have an order, that of the rows of the weights: a tuple of names, not a set")
         stages = [(tuple(own), function) for own, function in stages]
         initial = dict(states) if isinstance(states, Mapping) else dict.fromkeys(states, 0.0)
         self._start(
@@ -98,6 +103,7 @@ class Recurrence:
         aten: str | None = None,
     ) -> None:
         self.name = name
+        self.identity = f"{name} {next(_numbers)}"
         self.stage_gates = stage_gates
         self.params = params
         self.aten = aten
@@ -141,10 +147,16 @@ class Recurrence:
     @cached_property
     def program(self) -> Program:
         """The traced recurrence."""
-        return self._traced or trace(self.name, self._initial, self.params, self._stages)
+        traced = self._traced or trace(self.name, self._initial, self.params, self._stages)
+        self._stages = None  # the user's functions, and what they close over, are no longer needed
+        return traced
 
-    def text(self) -> str:
-        """The program's canonical text: what custom ops, torch.export and pickle take for the cell."""
+    def text(self, identity: str = "") -> str:
+        """The program's canonical text: what custom ops, torch.export and pickle take for the cell.
+
+        Under torch.compile the result is a constant of the graph. Dynamo does not look at the object that it came from,
+        only at the arguments: ``recurrence.text(recurrence.identity)`` keeps the graph to this recurrence.
+        """
         return self.program.text
 
     # What torch.compiler.assume_constant_result sets; calling it would import Dynamo with this package.

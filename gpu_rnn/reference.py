@@ -7,6 +7,7 @@ P width of the product's input (H, or proj_size).
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -51,8 +52,8 @@ def project(x: Tensor, weights: Weights, program: Program) -> Tensor:
     """W_ih x + b_ih for all steps, with b_hh added where a gate is a sum. x (T, B, I) or (T, B, N, I) -> (T, B, N, G, H)."""
     bias = None
     if weights.b_ih is not None and weights.b_hh is not None:
-        summed = torch.tensor([[g in program.summed] for g in program.gates], device=x.device)  # (G, 1)
-        bias = weights.b_ih + torch.where(summed, weights.b_hh, 0)
+        pairs = zip(program.gates, weights.b_ih.unbind(1), weights.b_hh.unbind(1), strict=True)
+        bias = torch.stack([own + other if gate in program.summed else own for gate, own, other in pairs], 1)
     if x.dim() == 3:  # one product for all N
         flat = F.linear(x, weights.w_ih.flatten(0, 2), None if bias is None else bias.flatten())
         return flat.unflatten(-1, weights.w_ih.shape[:3])
@@ -70,7 +71,8 @@ def processing_order(steps: int, lengths: Tensor | None, reverse: str, device: t
         return None
     step = torch.arange(steps, device=device)[:, None, None]
     last = (lengths[None, :, None] if lengths is not None else torch.full((1, 1, 1), steps, device=device)) - 1
-    turned = torch.tensor([[[flag == "1" for flag in reverse]]], device=device)
+    # No tensor is made from a list: that would copy from the host, and wait.
+    turned = torch.cat([torch.full((len(list(run)),), flag == "1", device=device) for flag, run in groupby(reverse)])
     return torch.where(turned & (step <= last), last - step, step)
 
 
@@ -149,8 +151,8 @@ class _Step:
                 pre.append(own)
             stage.run(values)
             like = pre[0]
-            entering, first = lookup(values, stage.outputs[0], like), rows.stop
-        new = [lookup(values, out, like) for out in program.stages[-1].outputs]
+            entering, first = lookup(values, stage.outputs[0], like).to(like.dtype), rows.stop
+        new = [lookup(values, out, like).to(like.dtype) for out in program.stages[-1].outputs]
         if weights.w_hr is not None:
             new[0] = torch.einsum("bnh,nph->bnp", new[0], weights.w_hr)
         gates = torch.stack(pre, 2)

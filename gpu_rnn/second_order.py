@@ -28,7 +28,9 @@ class _Twice(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
         if torch.is_grad_enabled():
-            found = gradient(ctx.exact(*tensors), tensors, grads, create_graph=True)
+            # Views: what one input owes to another, or to itself at another place, is not this call's to count.
+            views = [t.view_as(t) for t in tensors]
+            found = gradient(ctx.exact(*views), views, grads, create_graph=True)
         else:
             found = gradient(ctx.outputs, ctx.leaves, grads, create_graph=False)
         return None, None, *found

@@ -105,8 +105,8 @@ class Stack(NamedTuple):
         self, x: Tensor, states: States, weights: Sequence[Tensor], batch_sizes: Tensor | None
     ) -> tuple[Tensor, States]:
         """One layer after the other in canonical layout."""
-        _check_devices(x, weights, states)
         x, states, weights = _autocast(x, states, weights)
+        _check_alike(x, weights, states)
         if batch_sizes is not None:
             padded, lengths = _unpack(x, batch_sizes)
             y, final = self._layers(padded, states, weights, lengths)
@@ -118,7 +118,7 @@ class Stack(NamedTuple):
         self, x: Tensor, states: States, weights: Sequence[Tensor], lengths: Tensor | None
     ) -> tuple[Tensor, States]:
         """x (T, B, I), states (D·layers, B, ·) -> y (T, B, D·P), final states."""
-        text, options = self.recurrence.text(), Options(self.backend, self.reverse)
+        text, options = self.recurrence.text(self.recurrence.identity), Options(self.backend, self.reverse)
         final: list[list[Tensor]] = []
         for number in range(self.num_layers):
             rows = slice(number * len(self.reverse), (number + 1) * len(self.reverse))
@@ -144,13 +144,19 @@ class Stack(NamedTuple):
         return Weights(w_ih, w_hh, biases[0], biases[1], next(rest) if params else None, w_hr)
 
 
-def _check_devices(x: Tensor, weights: Sequence[Tensor], states: States) -> None:
+def _check_alike(x: Tensor, weights: Sequence[Tensor], states: States) -> None:
+    """One device and, as torch.nn's kernels ask, one dtype."""
     for kind, tensors in (("parameter", weights), ("hidden", states)):
         for tensor in tensors:
             if tensor.device != x.device:
                 raise RuntimeError(
                     f"Input and {kind} tensors are not at the same device, found input tensor at {x.device} and "
                     f"{kind} tensor at {tensor.device}"
+                )
+            if tensor.dtype != x.dtype:
+                raise RuntimeError(
+                    f"Input and {kind} tensors are not the same dtype, found input tensor with {x.dtype} and "
+                    f"{kind} tensor with {tensor.dtype}"
                 )
 
 

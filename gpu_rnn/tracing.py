@@ -7,6 +7,7 @@ import inspect
 import keyword
 import linecache
 import sys
+import threading
 import traceback
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,9 @@ from gpu_rnn.program import IDENTIFIER, Argument, Builder, Op, Program, Stage, V
 
 Step = Callable[..., Any]
 _LIBRARY = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+
+
+_one_at_a_time = threading.RLock()  # torch's tracer patches the process
 
 
 class TraceError(ValueError):
@@ -52,6 +56,16 @@ def trace(
         TraceError: the step branches on values, closes over a tensor, draws random numbers, uses an operation outside
             `gpu_rnn.operations`, or returns something else than one value for each state.
     """
+    with _one_at_a_time:
+        return _trace(name, states, params, stages)
+
+
+def _trace(
+    name: str,
+    states: Sequence[tuple[str, float]],
+    params: Sequence[str],
+    stages: Sequence[tuple[Sequence[str], Step]],
+) -> Program:
     gates = [gate for stage_gates, _ in stages for gate in stage_gates]
     _check_names(name, gates, [state for state, _ in states], params)
     traced = []
@@ -75,14 +89,19 @@ def trace(
 
 
 def _check_names(name: str, gates: Sequence[str], states: Sequence[str], params: Sequence[str]) -> None:
+    hint = "; give another as name=..." if name not in (*gates, *states, *params) and not _is_word(name) else ""
     for kind, words in (("name", [name]), ("gate", gates), ("state", states), ("parameter", params)):
         for word in words:
-            if not isinstance(word, str) or not IDENTIFIER.match(word) or keyword.iskeyword(word):
-                raise ValueError(f"a recurrence's {kind} is a short identifier such as 'f', not {word!r}")
+            if not _is_word(word):
+                raise ValueError(f"a recurrence's {kind} is a short identifier such as 'f', not {word!r}" + hint)
         if len(set(words)) != len(words):
             raise ValueError(f"the {kind}s of {name} are not distinct: {', '.join(words)}")
     if not gates or not states:
         raise ValueError(f"{name} needs at least one gate and one state")
+
+
+def _is_word(word: Any) -> bool:
+    return isinstance(word, str) and bool(IDENTIFIER.match(word)) and not keyword.iskeyword(word)
 
 
 def _finish(
@@ -162,8 +181,9 @@ class _Stage:
             signature = inspect.signature(self.step)
         except (TypeError, ValueError) as error:
             raise TypeError(f"{self.cell}: a step is a Python function step(x, r, s[, p]), not {self.step!r}") from error
-        most = 4 + (carried > 0)
-        taken = next((n for n in range(most, 2, -1) if _accepts(signature, n)), 0)
+        # What a step does not need it is not given: a further argument may be an option of its own, with a default.
+        wanted = (5, 4, 3) if carried else (4,) if self.groups[3][1] else (3, 4)
+        taken = next((n for n in wanted if _accepts(signature, n)), 0)
         if not taken or (self.groups[3][1] and taken < 4):
             wanted = "step(x, r, s, p)" if self.groups[3][1] else "step(x, r, s)"
             raise TypeError(f"{self.cell}: {_where(self.step)} must take {wanted}, it takes {signature}")
@@ -299,4 +319,6 @@ class _Lines(TorchFunctionMode):
         while frame.f_back is not None and frame.f_code.co_filename.startswith((_LIBRARY[0], __file__)):
             frame = frame.f_back
         torch.fx.traceback.set_stack_trace([_show(frame.f_code.co_filename, frame.f_lineno)])
+        if not torch.is_grad_enabled() or func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]
+            raise ValueError("no_grad and .data stop gradients, and those flow through every value of a recurrence")
         return func(*args, **(kwargs or {}))

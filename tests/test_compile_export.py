@@ -204,3 +204,28 @@ def test_script_names_export(make: type[torch.nn.Module]) -> None:
         torch.jit.script(make(2, 3))
     with pytest.raises(RuntimeError, match=r"torch\.export\.export"):
         torch.jit.script(torch.nn.Sequential(gpu_rnn.Recurrent(cells.slstm(), 2, 3)))
+
+
+def test_two_compiled_layers_keep_their_own_cells() -> None:
+    """Dynamo inlines forward() and may take one layer's graph for another's: the cells must tell them apart."""
+    torch._dynamo.reset()
+    layers = [gpu_rnn.GRU(4, 4, activation=name) for name in ("softsign", "relu")]
+    compiled = [torch.compile(layer, fullgraph=True, backend="aot_eager") for layer in layers]
+    x = torch.randn(5, 2, 4)
+    for own, fast in zip(layers, compiled, strict=True):
+        torch.testing.assert_close(fast(x)[0], own(x)[0])
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # torch's own, when jvp is first used
+def test_a_compiled_jvp_is_not_zero() -> None:
+    """A custom op's would be; the layer leaves the graph for it."""
+    torch._dynamo.reset()
+    layer = gpu_rnn.GRU(4, 4, activation="softsign")
+    x, along = torch.randn(3, 2, 4), torch.randn(3, 2, 4)
+
+    def push(x: Tensor, along: Tensor) -> Tensor:
+        return torch.func.jvp(lambda x: layer(x)[0], (x,), (along,))[1]
+
+    expected = push(x, along)
+    assert expected.abs().max() > 0
+    torch.testing.assert_close(torch.compile(push, backend="aot_eager")(x, along), expected)

@@ -7,6 +7,7 @@ import copy
 import inspect
 import pickle
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -333,3 +334,43 @@ def test_an_earlier_stage_hands_on_no_constant() -> None:
 def test_layers_refuse_a_module_for_a_recurrence() -> None:
     with pytest.raises(TypeError, match=r"a gpu_rnn.Recurrence, .* got: LSTMCell"):
         gpu_rnn.Recurrent(torch.nn.LSTMCell(2, 3), 2, 3)
+
+
+def test_a_steps_own_option_keeps_its_default() -> None:
+    def step(x: Any, r: Any, s: Any, scale: float | None = None) -> Any:
+        return torch.tanh(x.f + r.f) if scale is None else s.h
+
+    assert Recurrence(step, gates=("f",)).program.stages[0].outputs == ("t0",)
+
+
+def test_names_have_an_order() -> None:
+    with pytest.raises(TypeError, match="not a set"):
+        Recurrence(lambda x, r, s: x.f + x.n, gates={"f", "n"})  # type: ignore[arg-type]
+
+
+def test_stopped_gradients_are_refused() -> None:
+    def without(x: Any, r: Any, s: Any) -> Any:
+        with torch.no_grad():
+            kept = x.f * 2
+        return kept + r.f
+
+    for step in (without, lambda x, r, s: x.f + s.h.data):
+        with pytest.raises(TraceError, match="stop gradients"):
+            Recurrence(step, gates=("f",), name="cell")
+
+
+@pytest.mark.parametrize("backend", ["reference", "step"])
+def test_a_parameter_as_a_state_and_numbers_as_truth(backend: str) -> None:
+    def step(x: Any, r: Any, s: Any, p: Any) -> Any:
+        return torch.where(torch.isfinite(x.f) * (x.f > 0), 1.0, 0.0) + r.f, p.a
+
+    cell = Recurrence(step, gates=("f",), states=("h", "c"), params=("a",))
+    layer = gpu_rnn.Recurrent(cell, 2, 3, backend=backend, dtype=torch.float64)
+    y, (_, c) = layer(torch.randn(4, 5, 2, dtype=torch.float64))
+    assert y.shape == (4, 5, 3)
+    torch.testing.assert_close(c, layer.weight_unit_l0.expand(1, 5, 3))
+
+
+def test_cells_are_traced_in_threads() -> None:
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda k: Recurrence(lambda x, r, s: x.f * k + r.f, gates=("f",)), range(24)))

@@ -48,3 +48,15 @@ def test_frozen_weights_and_two_passes_over_one_graph() -> None:
     torch.testing.assert_close(x.grad, 2 * once)
     assert theirs.weight_hh_l0.grad is None
     assert theirs.weight_ih_l0.grad is not None
+
+
+def test_an_input_that_depends_on_another_counts_once() -> None:
+    """The state of a first call enters a second one with the same weights, and one tensor stands for both states."""
+    theirs = nn.LSTM(3, 4, 2, bidirectional=True, dtype=torch.float64)
+    weights = list(theirs.parameters())
+    x, (h, _) = leaves(theirs)
+    found = []
+    for call in (lambda *a: functional._with_second_order(STACK, *a, weights, None), theirs):
+        y, states = call(x, call(x, (h, h))[1])
+        found.append(torch.autograd.grad(total(y, states), [x, h, *weights], create_graph=True))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-10)

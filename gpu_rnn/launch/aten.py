@@ -75,7 +75,7 @@ def stack(
 ) -> Output:
     """A whole stack of layers. Arguments as torch._VF's; dropout is 0 outside training."""
     training = dropout > 0 or torch.is_grad_enabled()  # oneDNN keeps what its backward needs only in training
-    if x.is_cuda and torch.backends.cudnn.is_acceptable(x):
+    if x.is_cuda and torch.cudnn_is_acceptable(x):
         return _cudnn(mode, x, hx, weights, num_layers, dropout, bidirectional, batch_first, batch_sizes)
     function = FUNCTIONS[mode]
     states: Any = hx if mode == "LSTM" else hx[0]
@@ -159,4 +159,5 @@ def _cudnn_places(
 def _dropout_state(dropout: float, device: torch.device) -> Tensor:
     """cuDNN's random state for the dropout between layers; it advances with each call."""
     seed = int(torch.randint(2**31, (1,)).item())
-    return torch._cudnn_init_dropout_state(dropout, True, seed, dtype=torch.uint8, device=device)
+    with torch.inference_mode(False):  # later calls may be in another mode
+        return torch._cudnn_init_dropout_state(dropout, True, seed, dtype=torch.uint8, device=device)

@@ -213,58 +213,61 @@ _one_call = threading.RLock()
 
 
 def _alone(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Two threads may share a stream, hence a graph and its buffers: their calls must not mix."""
+    """On the tensors' device, and one at a time: two threads may share a stream, hence a graph and its buffers."""
 
     @wraps(function)
-    def locked(*args: Any) -> Any:
-        with _one_call:
-            return function(*args)
+    def locked(program: Program, first: Tensor | Result, *rest: Any) -> Any:
+        like = first.gates if isinstance(first, Result) else first
+        with _one_call, torch.cuda.device_of(like):
+            return function(program, first, *rest)
 
     return locked
 
 
 class _Chunks:
-    """Runs steps in chunks: full ones as a replayed graph where there is a GPU, over buffers kept for the next call."""
+    """Runs steps in chunks: where there is a GPU full ones as a replayed graph, over buffers kept for the next call.
 
-    kept: OrderedDict[tuple[Any, ...], tuple[Any, Any]] = OrderedDict()  # noqa: RUF012
+    The first call with a key runs without a graph; the second captures one.
+    """
 
-    def __init__(self, key: tuple[Any, ...], make: Any, like: Tensor) -> None:
-        self.graphed = like.is_cuda and not torch.cuda.is_current_stream_capturing()
+    kept: OrderedDict[tuple[Any, ...], _Chunks] = OrderedDict()  # noqa: RUF012
+
+    def __init__(self, loop: Any, chunk: int, graphed: bool) -> None:
+        self.loop, self.chunk, self.graphed = loop, chunk, graphed
+        self.calls = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    @classmethod
+    def get(cls, key: tuple[Any, ...], make: Callable[[int], Any], like: Tensor) -> _Chunks:
         steps = like.shape[0]
-        self.chunk = min(CHUNK, steps) if self.graphed else steps
-        self.graph = None
-        if not self.graphed or steps < CHUNK:
-            self.graphed = False
-            self.loop = make(steps)
-            self.chunk = steps
-            return
+        if not like.is_cuda or steps < CHUNK or torch.cuda.is_current_stream_capturing():
+            return cls(make(steps), steps, graphed=False)
         stream = torch.cuda.current_stream(like.device).cuda_stream
-        self.key = (*key, tuple(like.shape[1:]), like.dtype, like.device, stream)
-        if self.key not in self.kept:
-            while len(self.kept) >= GRAPHS:
-                self.kept.popitem(last=False)
-            self.kept[self.key] = (make(CHUNK), None)
-        self.kept.move_to_end(self.key)
-        self.loop, self.graph = self.kept[self.key]
+        key = (*key, tuple(like.shape[1:]), like.dtype, like.device, stream)
+        if key not in cls.kept:
+            while len(cls.kept) >= GRAPHS:
+                cls.kept.popitem(last=False)
+            with torch.inference_mode(False), torch.no_grad():  # later calls may be in another mode
+                cls.kept[key] = cls(make(CHUNK), CHUNK, graphed=True)
+        cls.kept.move_to_end(key)
+        cls.kept[key].calls += 1
+        return cls.kept[key]
 
     def run(self, steps: int) -> None:
         """The steps now in the buffers."""
         with interpreter.arithmetic():
-            if not self.graphed or steps < self.chunk:
+            if not self.graphed or steps < self.chunk or self.calls == 1:
                 self.loop.run(steps)
-            elif self.graph is None:
-                # The first chunk runs as it is, which also compiles the kernels; the second is captured.
-                self.loop.run(steps)
+                return
+            if self.graph is None:
                 self.graph = _capture(self.loop, steps)
-                self.kept[self.key] = (self.loop, self.graph)
-            else:
-                self.graph.replay()
+            self.graph.replay()
 
 
 def _capture(loop: Any, steps: int) -> torch.cuda.CUDAGraph:
-    """Capturing runs nothing, so the buffers stay as the chunk before left them."""
+    """Capturing runs nothing: the buffers stay as they are. Other threads may go on with theirs."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
+    with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
         loop.run(steps)
     return graph
 
@@ -285,7 +288,7 @@ def forward(
     order = processing_order(steps, lengths, reverse, gates.device)
     gates = reorder(gates, order)
     bias = weights.b_hh is not None
-    chunks = _Chunks(
+    chunks = _Chunks.get(
         ("forward", program.text, lengths is not None, bias, save, problem.precision),
         lambda count: _Forward(program, gates, count, lengths is not None, bias, save),
         gates,
@@ -338,7 +341,7 @@ def backward(
             stage.run(over_time)
     gates, recurrent = reorder(saved.gates, order), reorder(saved.recurrent, order)
     d_y = reorder(d_y, order)
-    chunks = _Chunks(
+    chunks = _Chunks.get(
         ("backward", program.text, lengths is not None, problem.precision),
         lambda count: _Backward(program, gates, count, lengths is not None),
         gates,

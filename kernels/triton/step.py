@@ -24,7 +24,7 @@ def store_blocks(p, stride, blocks, mask):
         tl.store(p + i * stride, blocks[i], mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["t", "B"])  # one build for every step and every batch
 def step_forward(
     p_gates,  # (B, N, G, H) of this step; in: input projection, out: sums
     p_recurrent,  # (B, N, R, H) of this step, out, with SAVE
@@ -94,7 +94,7 @@ def step_forward(
             store_blocks(p_inner + o, inner_stride, new[1:], m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["t", "B"])  # one build for every step and every batch
 def step_backward(
     p_gates,  # (B, N, G, H) of this step
     p_recurrent,  # (B, N, R, H) of this step
