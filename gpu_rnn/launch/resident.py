@@ -191,6 +191,11 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+def _strides(tensor: Tensor) -> dict[str, int]:
+    """Of T, B, N, and G where there are gates, as the kernels name them."""
+    return dict(zip(("stride_t", "stride_b", "stride_n", "stride_g"), tensor.stride()[:-1], strict=False))
+
+
 def _whole(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
@@ -201,17 +206,17 @@ def _launch(
     problem: Problem,
     *,
     p_gates: Tensor,
-    strides: dict[str, tuple[int, ...]],
+    strides: dict[str, int],
     reverse: str,
     **arguments: Any,
 ) -> Launch:
     """A launch with what both directions take alike."""
     steps, batch, n, _, hidden = p_gates.shape
     bits, period = _bits(reverse)
-    align = math.gcd(VECTOR, hidden, *(stride for given in strides.values() for stride in given))
+    align = math.gcd(VECTOR, hidden, *strides.values())
     common = {
         "p_gates": p_gates,
-        **{name: tuple(stride // align for stride in given) for name, given in strides.items()},
+        **{name: stride // align for name, stride in strides.items()},
         "T": steps,
         "B": batch,
         "H": hidden // align,
@@ -262,7 +267,7 @@ def prepare_forward(
         p_b_hh=_whole(weights.b_hh) if program.split else None,
         p_params=_whole(weights.params),
         p_lengths=_whole(lengths),
-        strides={"gates_strides": gates.stride()[:4]},
+        strides=_strides(gates),
         reverse=reverse,
         SAVE=save,
         **_constants(program.text, "step_0"),
@@ -309,7 +314,7 @@ def prepare_backward(
         p_d_recurrent=d_recurrent,
         p_d_initial=tuple(d_states),
         p_d_params=d_params,
-        strides={"gates_strides": gates.stride()[:4], "d_y_strides": d_y.stride()[:3]},
+        strides=_strides(gates) | {f"d_y_{name}": stride for name, stride in _strides(d_y).items()},
         reverse=reverse,
         **_constants(program.text, "step_0_backward"),
     )

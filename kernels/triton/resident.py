@@ -10,6 +10,10 @@ knows any cell. gpu_rnn/launch/resident.py launches with the grid (tiles of the 
 import triton
 import triton.language as tl
 
+# One build serves all of these; `ALIGN` says what the compiler needs to know of them.
+STRIDES = ("stride_t", "stride_b", "stride_n", "stride_g", "d_y_stride_t", "d_y_stride_b", "d_y_stride_n")
+GENERAL = ("T", "B", "H", "reverse", "period", *STRIDES)
+
 
 @triton.jit
 def load_blocks(p, stride, mask, COUNT: tl.constexpr):
@@ -53,22 +57,13 @@ def select(condition, new, old):
 
 
 @triton.jit
-def scaled(strides, ALIGN: tl.constexpr):
-    """Strides in elements; the compiler knows that they are multiples of `ALIGN`."""
-    products = ()
-    for i in tl.static_range(len(strides)):
-        products = products + (strides[i] * ALIGN,)
-    return products
-
-
-@triton.jit
 def time_of(step, b_length, reversed_):
     """(BLOCK_B, 1): the time at which each row's step lies. A reversed row starts at its own last step."""
     turned = (reversed_ != 0) & (step < b_length)
     return tl.where(turned, b_length - 1 - step, step).to(tl.int64)[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GENERAL)
 def resident_forward(
     p_gates,  # (T, B, N, G, H) in: input projection; out, with SAVE: pre-activations
     p_recurrent,  # (T, B, N, R, H) out, with SAVE: products of the split gates
@@ -80,7 +75,10 @@ def resident_forward(
     p_b_hh,  # (N, G, H), of which the split gates' are read, or None
     p_params,  # (N, P, H) or None
     p_lengths,  # (B,) or None
-    gates_strides,  # of T, B, N, G, over ALIGN
+    stride_t,  # of gates, over ALIGN
+    stride_b,
+    stride_n,
+    stride_g,
     T,
     B,
     H,  # over ALIGN
@@ -110,8 +108,8 @@ def resident_forward(
     b_length = tl.load(p_lengths + o_b, mask=m_b, other=0) if p_lengths is not None else tl.zeros_like(o_b) + T
     reversed_ = (reverse >> (i_n % period)) & 1
 
-    stride_t, stride_b, stride_n, stride_g = scaled(gates_strides, ALIGN)
-    p_gates += i_n * stride_n + (o_b * stride_b)[:, None] + o_h[None, :]
+    stride_t, stride_g = stride_t.to(tl.int64) * ALIGN, stride_g.to(tl.int64) * ALIGN
+    p_gates += (i_n * stride_n + o_b * stride_b)[:, None] * ALIGN + o_h[None, :]
     p_w += i_n * G * H * H + o_h[None, :] * H + o_h[:, None]  # (input, output): W_hh transposed
     b_w = load_blocks(p_w, H * H, m_h & (o_h < H)[:, None], G)
     b_params = as_float(load_blocks(p_params + i_n * P * H + o_h[None, :], H, m_h, P)) if P else ()
@@ -156,7 +154,7 @@ def resident_forward(
     store_each(p_final, o_unit, states, m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GENERAL)
 def resident_backward(
     p_gates,  # (T, B, N, G, H) pre-activations
     p_recurrent,  # (T, B, N, R, H)
@@ -172,8 +170,13 @@ def resident_backward(
     p_d_recurrent,  # (T, B, N, R, H) out
     p_d_initial,  # per state (B, N, H), out
     p_d_params,  # (tiles of the batch, N, P, H) fp32, out, or None
-    gates_strides,  # of T, B, N, G, over ALIGN: of gates and d_gates
-    d_y_strides,  # of T, B, N, over ALIGN
+    stride_t,  # of gates and d_gates, over ALIGN
+    stride_b,
+    stride_n,
+    stride_g,
+    d_y_stride_t,  # over ALIGN
+    d_y_stride_b,
+    d_y_stride_n,
     T,
     B,
     H,  # over ALIGN
@@ -204,10 +207,10 @@ def resident_backward(
     b_length = tl.load(p_lengths + o_b, mask=m_b, other=0) if p_lengths is not None else tl.zeros_like(o_b) + T
     reversed_ = (reverse >> (i_n % period)) & 1
 
-    stride_t, stride_b, stride_n, stride_g = scaled(gates_strides, ALIGN)
-    o_gates = i_n * stride_n + (o_b * stride_b)[:, None] + o_h[None, :]
-    d_y_stride_t, d_y_stride_b, d_y_stride_n = scaled(d_y_strides, ALIGN)
-    p_d_y += i_n * d_y_stride_n + (o_b * d_y_stride_b)[:, None] + o_h[None, :]
+    stride_t, stride_g = stride_t.to(tl.int64) * ALIGN, stride_g.to(tl.int64) * ALIGN
+    d_y_stride_t = d_y_stride_t.to(tl.int64) * ALIGN
+    o_gates = (i_n * stride_n + o_b * stride_b)[:, None] * ALIGN + o_h[None, :]
+    p_d_y += (i_n * d_y_stride_n + o_b * d_y_stride_b)[:, None] * ALIGN + o_h[None, :]
     p_w += i_n * G * H * H + o_h[:, None] * H + o_h[None, :]  # (output, input): W_hh as it is
     b_w = load_blocks(p_w, H * H, m_h & (o_h < H)[:, None], G)
     b_params = as_float(load_blocks(p_params + i_n * P * H + o_h[None, :], H, m_h, P)) if P else ()
