@@ -96,7 +96,8 @@ def unsupported(problem: Problem) -> list[str]:
     program, device, reasons = problem.program, problem.device, []
     if find_spec("triton") is None:
         reasons.append("Triton is not installed (it exists for Linux only)")
-    if not device.is_gpu and not (interpreter.INTERPRETING and problem.device_type == "cpu"):
+    runs_here = device.is_gpu or (interpreter.INTERPRETING and problem.device_type == "cpu")
+    if not runs_here:
         reasons.append(f"needs an NVIDIA GPU, not {problem.device_type} (or TRITON_INTERPRET=1, for tests)")
     if device.is_gpu and device.capability < OLDEST:
         reasons.append(f"needs compute capability {OLDEST[0]}.{OLDEST[1]} or newer, which {device.name} has not")
@@ -108,6 +109,12 @@ def unsupported(problem: Problem) -> list[str]:
         reasons.append(f"takes float16, bfloat16 and float32, not {str(problem.dtype).removeprefix('torch.')}")
     if problem.N > MOST_ACROSS or _bits(problem.reverse)[1] > LONGEST_PATTERN:
         reasons.append(f"takes {MOST_ACROSS} recurrences side by side, directions repeating within {LONGEST_PATTERN}")
+    return reasons + (_too_wide(problem) if runs_here else [])
+
+
+def _too_wide(problem: Problem) -> list[str]:
+    """What the device's memories have against a problem."""
+    program, reasons = problem.program, []
     if problem.dtype == torch.float32 and problem.precision == "ieee" and problem.H > WIDEST_FULL:
         reasons.append(f"takes {WIDEST_FULL} units at most in full float32, not {problem.H} (tf32 takes more)")
     needed, available = _needed(problem, 1), _available(problem)
