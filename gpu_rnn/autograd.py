@@ -16,13 +16,10 @@ from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack, peek_interpreter_stack
 
 from gpu_rnn import batching, execution, reference
-from gpu_rnn import ops as ops  # registers the custom ops
 from gpu_rnn.execution import Options
+from gpu_rnn.ops import WEIGHTS, Inputs
 from gpu_rnn.program import Program
 from gpu_rnn.reference import Result, Weights
-
-Tensors = tuple[Tensor | None, ...]
-WEIGHTS = len(Weights._fields)
 
 
 def transforms_active() -> bool:
@@ -67,10 +64,6 @@ def layer(
     return y, rest[: len(states)]
 
 
-def _unpack(tensors: Sequence[Any]) -> tuple[Tensor, Weights, Tensor | None, list[Tensor]]:
-    return tensors[0], Weights(*tensors[1 : 1 + WEIGHTS]), tensors[1 + WEIGHTS], list(tensors[2 + WEIGHTS :])
-
-
 def _primals(tensors: Sequence[Any]) -> list[Any]:
     """The differentiable ones: x, the weights and the states, without the lengths."""
     return [*tensors[: 1 + WEIGHTS], *tensors[2 + WEIGHTS :]]
@@ -81,7 +74,7 @@ class Forward(torch.autograd.Function):
 
     @staticmethod
     def forward(text: str, options: Options, *tensors: Any) -> tuple[Tensor, ...]:
-        x, weights, lengths, states = _unpack(tensors)
+        x, weights, lengths, states = Inputs.flat(tensors)
         result = execution.run(text, options, x, weights, lengths, states)
         return (result.y, *result.final, result.gates, result.recurrent, result.inner)
 
@@ -127,7 +120,7 @@ class Backward(torch.autograd.Function):
     @staticmethod
     def forward(text: str, options: Options, *tensors: Any) -> tuple[Tensor, ...]:
         inputs, saved, d_y, d_final = _split(text, tensors)
-        x, weights, lengths, states = _unpack(inputs)
+        x, weights, lengths, states = Inputs.flat(inputs)
         found = execution.run_backward(text, options, d_y, d_final, x, weights, lengths, states, saved)
         return tuple(d for d in found if d is not None)
 

@@ -40,6 +40,11 @@ class Inputs(NamedTuple):
     def of(x: Tensor, *rest: Any) -> Inputs:
         return Inputs(x, Weights(*rest[:WEIGHTS]), *rest[WEIGHTS:])
 
+    @staticmethod
+    def flat(tensors: Sequence[Any]) -> Inputs:
+        """From x, the weights, the lengths and each state in a row."""
+        return Inputs.of(*tensors[: 2 + WEIGHTS], list(tensors[2 + WEIGHTS :]))
+
     @property
     def primals(self) -> list[Tensor | None]:
         """The differentiable ones."""
@@ -115,8 +120,7 @@ def _keep(ctx: Any, inputs: Inputs, others: Sequence[Tensor], program: str, opti
 
 def _kept(ctx: Any) -> tuple[Inputs, Sequence[Tensor]]:
     others, given = ctx.saved_tensors[: ctx.others], ctx.saved_tensors[ctx.others :]
-    x, weights, lengths = given[0], Weights(*given[1 : 1 + WEIGHTS]), given[1 + WEIGHTS]
-    return Inputs(x, weights, lengths, list(given[2 + WEIGHTS :])), others
+    return Inputs.flat(given), others
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:

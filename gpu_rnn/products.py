@@ -107,8 +107,8 @@ def gradients(
         d_x = torch.einsum("tbngh,nghi->tbni", d_gates, weights.w_ih)
         d_w_ih = torch.einsum("tbngh,tbni->nghi", d_gates, x)
     parts_w, parts_b = [], []
-    for entering, first, count in _entering(program, weights, states, lengths, reverse, saved):
-        for gradient in _runs(program, first, count, d_gates, d_recurrent):
+    for entering, rows in _entering(program, weights, states, lengths, reverse, saved):
+        for gradient in _runs(program, rows, d_gates, d_recurrent):
             parts_w.append(torch.einsum("tbngh,tbnp->nghp", gradient, entering.to(gradient.dtype)))
             parts_b.append(gradient.sum((0, 1)))
     has_bias = weights.b_ih is not None
@@ -122,23 +122,21 @@ def gradients(
 
 def _entering(
     program: Program, weights: Weights, states: list[Tensor], lengths: Tensor | None, reverse: str, saved: Result
-) -> Iterator[tuple[Tensor, int, int]]:
-    """For each stage: what entered its product at all steps, its first gate and the number of its gates."""
-    yield previous(saved.y, states[0], lengths, reverse), 0, len(program.stages[0].gates)
+) -> Iterator[tuple[Tensor, slice]]:
+    """For each stage: what entered its product at all steps, and the rows of its gates."""
+    yield previous(saved.y, states[0], lengths, reverse), program.rows[0]
     if len(program.stages) == 1:
         return
     values = inputs_over_time(program, saved, weights, states, lengths, reverse)
-    first = len(program.stages[0].gates)
-    for stage, following in zip(program.stages, program.stages[1:], strict=False):
+    for stage, rows in zip(program.stages, program.rows[1:], strict=False):
         stage.run(values)
         entering = lookup(values, stage.outputs[0], values["s_" + program.state_names[0]])
-        yield entering, first, len(following.gates)
-        first += len(following.gates)
+        yield entering, rows
 
 
-def _runs(program: Program, first: int, count: int, d_gates: Tensor, d_recurrent: Tensor) -> Iterator[Tensor]:
+def _runs(program: Program, rows: slice, d_gates: Tensor, d_recurrent: Tensor) -> Iterator[Tensor]:
     """The gradients of a stage's products, in runs of neighbouring gates that lie in the same tensor."""
-    for is_sum, run in groupby(range(first, first + count), key=lambda g: program.gates[g] in program.summed):
+    for is_sum, run in groupby(range(rows.start, rows.stop), key=lambda g: program.gates[g] in program.summed):
         gates = list(run)
         if is_sum:
             yield d_gates[..., gates[0] : gates[-1] + 1, :]

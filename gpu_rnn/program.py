@@ -23,6 +23,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -76,6 +77,12 @@ class Program:
     def gates(self) -> tuple[str, ...]:
         """All gates, stage after stage: the order of the rows of the weights."""
         return tuple(gate for stage in self.stages for gate in stage.gates)
+
+    @cached_property
+    def rows(self) -> tuple[slice, ...]:
+        """Where each stage's gates stand among all gates."""
+        ends = list(accumulate(len(stage.gates) for stage in self.stages))
+        return tuple(slice(end - len(stage.gates), end) for stage, end in zip(self.stages, ends, strict=True))
 
     @property
     def split(self) -> tuple[str, ...]:

@@ -135,23 +135,22 @@ class _Step:
         """x (B, N, G, H), states -> new states, pre-activations (B, N, G, H), products of split gates."""
         program, weights = self.program, self.weights
         values = {f"s_{name}": state for name, state in zip(program.state_names, states, strict=True)} | self.params
-        like, entering, first = states[-1], states[0], 0
+        like, entering = states[-1], states[0]
         pre, kept = [], []
-        for stage in program.stages:
-            rows = slice(first, first + len(stage.gates))
+        for stage, rows in zip(program.stages, program.rows, strict=True):
             product = torch.einsum("bnk,nghk->bngh", entering, weights.w_hh[:, rows])
             for i, gate in enumerate(stage.gates):
-                own, r = x[:, :, first + i], product[:, :, i]
+                own, r = x[:, :, rows.start + i], product[:, :, i]
                 if gate in program.summed:
                     own = values[f"a_{gate}"] = own + r
                 else:
-                    r = r if weights.b_hh is None else r + weights.b_hh[:, first + i]
+                    r = r if weights.b_hh is None else r + weights.b_hh[:, rows.start + i]
                     values[f"x_{gate}"], values[f"r_{gate}"] = own, r
                     kept.append(r)
                 pre.append(own)
             stage.run(values)
             like = pre[0]
-            entering, first = lookup(values, stage.outputs[0], like).to(like.dtype), rows.stop
+            entering = lookup(values, stage.outputs[0], like).to(like.dtype)
         new = [lookup(values, out, like).to(like.dtype) for out in program.stages[-1].outputs]
         if weights.w_hr is not None:
             new[0] = torch.einsum("bnh,nph->bnp", new[0], weights.w_hr)

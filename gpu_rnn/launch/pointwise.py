@@ -51,15 +51,13 @@ class _StageShape:
 
 
 def _stages(program: Program) -> list[_StageShape]:
-    shapes, first, split = [], 0, program.split
-    for number, stage in enumerate(program.stages):
+    shapes, split = [], program.split
+    for number, (stage, rows) in enumerate(zip(program.stages, program.rows, strict=True)):
         kept = tuple(split.index(gate) if gate in split else -1 for gate in stage.gates)
         last = number == len(program.stages) - 1
         hands_on = -1 if last else len(carried_values(program, number + 1))
-        rows = slice(first, first + len(stage.gates))
         own = [k for k in kept if k >= 0]
         shapes.append(_StageShape(number, rows, kept, min(own, default=0), len(carried_values(program, number)), hands_on))
-        first = rows.stop
     return shapes
 
 

@@ -39,14 +39,6 @@ def cost(problem: Problem) -> float:
     return steps * sum(len(stage.ops) + len(stage.gates) for stage in stages) * CPU_OPERATION + problem.flops / CPU_FLOPS
 
 
-def _stage_rows(program: Program) -> list[slice]:
-    rows, first = [], 0
-    for stage in program.stages:
-        rows.append(slice(first, first + len(stage.gates)))
-        first += len(stage.gates)
-    return rows
-
-
 def _product(entering: Tensor, matrix: Tensor) -> Tensor:
     """(B, N, P) times (N, P, X) -> (B, N, X), in the matrix's dtype."""
     return torch.bmm(entering.to(matrix.dtype).transpose(0, 1), matrix).transpose(0, 1)
@@ -122,7 +114,7 @@ class _Loop:
     """One forward step; the weights are laid out for its products once."""
 
     def __init__(self, program: Program, weights: Weights, compute: torch.dtype) -> None:
-        self.program, self.rows = program, _stage_rows(program)
+        self.program, self.rows = program, program.rows
         self.matrices = [weights.w_hh[:, rows].flatten(1, 2).transpose(1, 2) for rows in self.rows]
         self.bias = weights.b_hh
         self.projection = weights.w_hr.transpose(1, 2) if weights.w_hr is not None else None
@@ -222,7 +214,7 @@ class _BackwardLoop:
     def __init__(
         self, program: Program, saved: Result, weights: Weights, states: list[Tensor], order: Tensor | None
     ) -> None:
-        self.program, self.rows, self.compute = program, _stage_rows(program), state_dtype(saved.gates.dtype)
+        self.program, self.rows, self.compute = program, program.rows, state_dtype(saved.gates.dtype)
         self.matrices = [weights.w_hh[:, rows].flatten(1, 2) for rows in self.rows]
         self.projection = weights.w_hr
         self.derivatives = [differentiate(program, k) for k in range(len(program.stages))]
