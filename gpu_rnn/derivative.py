@@ -36,7 +36,7 @@ class Derivative:
 
     @cached_property
     def run(self) -> Callable[[dict[str, Any]], None]:
-        """The operations in torch, see `program.evaluate`."""
+        """The operations in torch, see `program.runner`."""
         return runner(self.ops)
 
 

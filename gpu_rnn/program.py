@@ -59,7 +59,7 @@ class Stage:
 
     @cached_property
     def run(self) -> Callable[[dict[str, Any]], None]:
-        """The operations in torch, see `evaluate`."""
+        """The operations in torch, see `runner`."""
         return runner(self.ops)
 
 
@@ -335,15 +335,11 @@ def live(ops: Iterable[Op], outputs: Iterable[Argument]) -> tuple[Op, ...]:
     return tuple(reversed(kept))
 
 
-def evaluate(ops: Iterable[Op], values: dict[str, Any]) -> None:
-    """Runs operations in torch; `values` holds tensors of any one shape and receives the results."""
-    runner(tuple(ops))(values)
-
-
 @lru_cache(maxsize=1024)
 def runner(ops: tuple[Op, ...]) -> Callable[[dict[str, Any]], None]:
-    """`evaluate` of these operations as one function: interpreting them takes longer than a small tensor's arithmetic.
+    """Operations in torch as one function of a dict, which holds tensors of any one shape and receives the results.
 
+    Interpreting them one by one takes longer than a small tensor's arithmetic.
     Its text is made of names that the parser let through and of operations' names, nothing else.
     """
     made = [op.result for op in ops]

@@ -24,7 +24,7 @@ import gpu_rnn
 from gpu_rnn import cells, codegen
 from gpu_rnn.derivative import differentiate, stage_outputs
 from gpu_rnn.launch import generated, interpreter
-from gpu_rnn.program import Program, evaluate, lookup
+from gpu_rnn.program import Program, lookup, runner
 
 GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_CELLS = ("lstm", "gru", "gru_reset_before", "slstm")
@@ -124,12 +124,12 @@ class Function:
         values = dict(zip(names, inputs, strict=True))
         like = inputs[0]
         if not self.backward:
-            evaluate(self.program.stages[self.number].ops, values)
+            runner(self.program.stages[self.number].ops)(values)
             return torch.stack(
                 [lookup(values, out, like) for out in stage_outputs(self.program, self.number)]
             )
         derivative = differentiate(self.program, self.number)
-        evaluate(derivative.ops, values)
+        runner(derivative.ops)(values)
         found = dict(zip(derivative.wrt, derivative.outputs, strict=True))
         return torch.stack(
             [lookup(values, found[name], like) for group in self.groups[:-1] for name in group]

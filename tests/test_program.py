@@ -18,7 +18,7 @@ from torch import Tensor
 from gpu_rnn import activations, cells, codegen
 from gpu_rnn.derivative import differentiate
 from gpu_rnn.operations import OPERATIONS
-from gpu_rnn.program import Builder, Program, evaluate, lookup
+from gpu_rnn.program import Builder, Program, lookup, runner
 from gpu_rnn.recurrence import Recurrence
 
 TEXT = """program 1 tiny
@@ -156,9 +156,9 @@ def by_rules(program: Program, values: dict[str, Tensor], d: Tensor) -> tuple[Te
     """The value, and the derivative by the program's own rules."""
     known = {name: value.detach() for name, value in values.items()} | {"s_h": torch.zeros_like(d), "d0": d}
     derivative = differentiate(program, 0)
-    evaluate(program.stages[0].ops, known)
+    runner(program.stages[0].ops)(known)
     value = lookup(known, program.stages[0].outputs[0], d)
-    evaluate(derivative.ops, known)
+    runner(derivative.ops)(known)
     grads = dict(zip(derivative.wrt, derivative.outputs, strict=True))
     return value, {name: lookup(known, grads[name], d) for name in values}
 
@@ -168,7 +168,7 @@ def test_derivative_of_every_operation_is_autograds(name: str) -> None:
     program = one_operation(name)
     values = points(program, positive=name in ("log", "log1p", "sqrt", "div"))
     given = {**values, "s_h": torch.zeros(()).double()}
-    evaluate(program.stages[0].ops, given)
+    runner(program.stages[0].ops)(given)
     expected = lookup(given, program.stages[0].outputs[0], next(iter(values.values())))
     d = support.draw(*expected.shape, seed=2)
     value, grads = by_rules(program, values, d)
@@ -218,11 +218,11 @@ def test_derivative_of_every_stage_is_autograds(name: str) -> None:
         derivative = differentiate(program, number)
         known = dict(values)
         for stage in program.stages[:number]:
-            evaluate(stage.ops, known)
+            runner(stage.ops)(known)
         for word in derivative.carried:  # given, as from memory
             known[word] = known[word].detach().requires_grad_()
         given = {word: known[word] for word in derivative.wrt}
-        evaluate(program.stages[number].ops, known)
+        runner(program.stages[number].ops)(known)
         last = number == len(program.stages) - 1
         handed_on = () if last else differentiate(program, number + 1).carried
         outputs = [known[str(out)] for out in (*program.stages[number].outputs, *handed_on)]
@@ -233,7 +233,7 @@ def test_derivative_of_every_stage_is_autograds(name: str) -> None:
         found = {word: value.detach() for word, value in given.items()} | dict(
             zip(derivative.seeds, seeds, strict=True)
         )
-        evaluate(derivative.ops, found)
+        runner(derivative.ops)(found)
         for word, out, truth in zip(derivative.wrt, derivative.outputs, wanted, strict=True):
             torch.testing.assert_close(lookup(found, out, seeds[0]), truth, rtol=1e-12, atol=1e-12, msg=word)
 

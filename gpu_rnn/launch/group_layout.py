@@ -104,11 +104,6 @@ class Layout:
         return self.gates * self.blocks // self.across
 
     @property
-    def held_registers(self) -> int:
-        """Registers of a thread that hold weights."""
-        return self.held * self.fragments * self.fragment
-
-    @property
     def slot(self) -> int:
         """Words of one publication of a group."""
         return self.tiles * self.parts * self.members * self.blocks * 2 * self.columns * LANES
