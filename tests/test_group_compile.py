@@ -79,20 +79,9 @@ def test_builds(case: Case) -> None:
     check(case)
 
 
-# Backward kernels that keep 8 to 56 bytes of stack at the largest H: the layout has to hold less in registers there.
-WITH_STACK = [
-    Case("sm_80", "backward", "bf16", "lstm", 0),
-    Case("sm_86", "backward", "bf16", "gru", 0),
-    Case("sm_86", "backward", "fp32", "lstm", 0),
-    Case("sm_89", "backward", "bf16", "gru", 0),
-    Case("sm_89", "backward", "fp32", "lstm", 0),
-]
-KNOWN = pytest.mark.xfail(raises=AssertionError, strict=True, reason="keeps a stack at this H")
-
-
 @pytest.mark.compile
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [pytest.param(c, marks=KNOWN) if c in WITH_STACK else c for c in EVERY], ids=lambda case: "-".join(map(str, case)))
+@pytest.mark.parametrize("case", EVERY, ids=lambda case: "-".join(map(str, case)))
 def test_builds_everywhere(case: Case) -> None:
     check(case)
 

@@ -20,8 +20,9 @@ from gpu_rnn.problem import Problem
 
 MOST_WARPS = 8  # of a block: each thread may then use 255 registers of a multiprocessor's 65,536
 REGISTERS = 255  # of a thread: CUDA C++ programming guide, table of compute capabilities
-# Registers beside weights, sums, words and the pairs of units, forward and backward: so that no build needs a stack.
-WORKING = (88, 100)
+# Registers beside weights, sums, words and the pairs of units, so that no build needs a stack: forward, backward in 16
+# bits, where NVRTC keeps more addresses, and backward in fp32.
+WORKING = (88, 112, 100)
 COLUMNS = (1, 2)
 TILES = (1, 2, 4)
 
@@ -51,15 +52,16 @@ class Choice:
 
 
 def _held(layout: Layout) -> int:
-    """The blocks of the depth whose weights fit in registers beside all else."""
+    """The blocks of the depth whose weights fit in registers beside all else; negative where not even that does."""
     own = -(-(layout.blocks // layout.across) * 2 * layout.columns // layout.along)
     states, gates = len(layout.parsed.states), layout.gates
     sums = layout.fragments * layout.columns * (4 if layout.half or layout.precision == "tf32" else 16)
     pairs = own * 2 * (gates + len(layout.parsed.split) + states) * (2 if layout.backward else 1)  # and gradients
     words = 2 * layout.columns * layout.parts * layout.word // 4  # of a block of the depth
     rows = own * layout.tiles * (2 * states + 4)
-    free = REGISTERS - WORKING[layout.backward] - sums - pairs - rows - min(32, layout.share * words)
-    return max(0, min(layout.share, free // (layout.fragments * layout.fragment)))
+    working = WORKING[2 - layout.half] if layout.backward else WORKING[0]
+    free = REGISTERS - working - sums - pairs - rows - min(32, layout.share * words)
+    return min(layout.share, free // (layout.fragments * layout.fragment))
 
 
 def _shapes(total: int) -> Iterator[tuple[int, int, int, int]]:
@@ -83,7 +85,9 @@ def _layouts(problem: Problem) -> Iterator[Layout]:
             bare = Layout(
                 problem.program.text, problem.dtype, precision, backward, members, blocks, across, along, columns, tiles
             )
-            yield replace(bare, held=_held(bare))
+            held = _held(bare)
+            if held >= 0:
+                yield replace(bare, held=held)
 
 
 @lru_cache(maxsize=1024)
