@@ -7,6 +7,8 @@ import os
 import pytest
 import torch
 
+from gpu_rnn.launch import nvrtc
+
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it at import: one kind a process
 
 
@@ -28,5 +30,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if marked(item, "gpu") and not torch.cuda.is_available():
         pytest.skip("no NVIDIA GPU: torch.cuda.is_available() is False")
-    if marked(item, "interpreter", "compile") and importlib.util.find_spec("triton") is None:
+    compilers = [(mark.args or ("triton",))[0] for mark in item.iter_markers("compile")]
+    if (marked(item, "interpreter") or "triton" in compilers) and importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed (it exists for Linux only)")
+    if "nvrtc" in compilers and nvrtc.unavailable():
+        pytest.skip(nvrtc.unavailable())

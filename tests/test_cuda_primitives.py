@@ -196,12 +196,10 @@ def test_relay(machine: Machine, kernel: str) -> None:
     assert torch.equal(h, expected)
 
 
-@pytest.mark.compile
+@pytest.mark.compile("nvrtc")
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"])
 @pytest.mark.parametrize("source", [SOURCE, relay.SOURCE], ids=["primitives", "relay"])
 def test_the_header_compiles_for(arch: str, source: Path) -> None:
-    if nvrtc.unavailable():
-        pytest.skip(nvrtc.unavailable())
     assert nvrtc.compile_cubin(source.read_text(), arch)
 
 

@@ -64,8 +64,6 @@ EVERY = [Case(*case) for case in product(DEVICES, ("training", "backward"), ("bf
 
 
 def check(case: Case) -> None:
-    if nvrtc.unavailable():
-        pytest.skip(nvrtc.unavailable())
     layout = group.fit(case.choice.layout, case.arch)  # what ships
     found = nvrtc.usage(nvrtc.compile_cubin(source(layout), case.arch))
     assert found.stack == 0
@@ -73,23 +71,21 @@ def check(case: Case) -> None:
     assert layout.shared_bytes <= SHARED_MEMORY[case.arch]
 
 
-@pytest.mark.compile
+@pytest.mark.compile("nvrtc")
 @pytest.mark.parametrize("case", PAIRS, ids=lambda case: "-".join(map(str, case)))
 def test_builds(case: Case) -> None:
     check(case)
 
 
-@pytest.mark.compile
+@pytest.mark.compile("nvrtc")
 @pytest.mark.slow
 @pytest.mark.parametrize("case", EVERY, ids=lambda case: "-".join(map(str, case)))
 def test_builds_everywhere(case: Case) -> None:
     check(case)
 
 
-@pytest.mark.compile
+@pytest.mark.compile("nvrtc")
 def test_weights_that_do_not_fit_in_registers_go_to_shared_memory() -> None:
-    if nvrtc.unavailable():
-        pytest.skip(nvrtc.unavailable())
     full = replace(Case("sm_90a", "training", "bf16", "lstm", 128).choice.layout, held=8)
     assert nvrtc.usage(nvrtc.compile_cubin(source(full), "sm_90a")).stack
     fitted = group.fit(full, "sm_90a")
