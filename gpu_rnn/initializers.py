@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Initial values of a layer's weights: names as Keras has them, names and functions as torch.nn.init has them.
+
+A layer's ``kernel_initializer``, ``recurrent_initializer`` and ``bias_initializer`` take a name of `INITIALIZERS` or a
+function that fills the tensor it is given, as those of torch.nn.init do::
+
+    >>> lstm_weight = torch.empty(4 * 8, 8)  # (G * H, H): the gates' matrices on top of each other
+    >>> gpu_rnn.initializers.fill_(lstm_weight, "orthogonal")
+    >>> torch.allclose(lstm_weight.T @ lstm_weight, torch.eye(8), atol=1e-5)
+    True
+
+An initializer sees the whole matrix (G * H, X) of one layer and direction, never one gate, as in Keras, whose
+(X, G * H) is its transpose: so fan_in is X and fan_out is G * H in both. A function may split it: one orthogonal
+matrix a gate is ``def each(w): [torch.nn.init.orthogonal_(gate) for gate in w.chunk(4)]``.
+
+`resolve` checks a name or function, `fill_` fills one tensor, `apply` those of a layer. Random values come from
+torch's generator of the tensor's device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import init
+
+from gpu_rnn.recurrence import Recurrence
+
+Initializer = Callable[[Tensor], object]
+
+CUT_STD = 0.87962566103423978  # standard deviation of a standard normal cut at ±2 (tests compare it with SciPy's)
+
+
+def random_uniform(weight: Tensor) -> Tensor:
+    """U(±0.05), Keras's. torch.nn.init.uniform_ is U(0, 1): give the function for that."""
+    return init.uniform_(weight, -0.05, 0.05)
+
+
+def random_normal(weight: Tensor) -> Tensor:
+    """N(0, 0.05²), Keras's. torch.nn.init.normal_ is N(0, 1): give the function for that."""
+    return init.normal_(weight, std=0.05)
+
+
+def truncated_normal(weight: Tensor, std: float = 0.05) -> Tensor:
+    """N(0, std²), what lies beyond ±2 std drawn again."""
+    return init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+
+
+def glorot_normal(weight: Tensor) -> Tensor:
+    """Variance 2 / (fan_in + fan_out), normal, cut at two standard deviations; `xavier_normal` is not cut."""
+    fan_out, fan_in = weight.shape
+    return truncated_normal(weight, (2 / (fan_in + fan_out)) ** 0.5 / CUT_STD)
+
+
+def he_normal(weight: Tensor) -> Tensor:
+    """Variance 2 / fan_in, normal, cut at two standard deviations; `kaiming_normal` is not cut."""
+    return truncated_normal(weight, (2 / weight.shape[1]) ** 0.5 / CUT_STD)
+
+
+def lecun_normal(weight: Tensor) -> Tensor:
+    """Variance 1 / fan_in, normal, cut at two standard deviations."""
+    return truncated_normal(weight, (1 / weight.shape[1]) ** 0.5 / CUT_STD)
+
+
+def orthogonal(weight: Tensor) -> Tensor:
+    """Wᵀ W = 1, uniformly drawn: the factor Q of a normal matrix. In 16 bits it is computed in float32, as QR has to be."""
+    if weight.dtype.itemsize > 2:
+        return init.orthogonal_(weight)
+    return weight.copy_(init.orthogonal_(torch.empty_like(weight, dtype=torch.float32)))
+
+
+FOR_BIASES: dict[str, Initializer] = {
+    "zeros": init.zeros_,
+    "ones": init.ones_,
+    "uniform": random_uniform,
+    "random_uniform": random_uniform,
+    "normal": random_normal,
+    "random_normal": random_normal,
+    "truncated_normal": truncated_normal,
+}
+"""Names of what needs neither fan_in nor fan_out."""
+
+INITIALIZERS: dict[str, Initializer] = {
+    **FOR_BIASES,
+    # U(± sqrt(6 / (fan_in + fan_out))), sqrt(6 / fan_in), sqrt(3 / fan_in): the same in Keras and in torch.nn.init.
+    "glorot_uniform": init.xavier_uniform_,
+    "xavier_uniform": init.xavier_uniform_,
+    "he_uniform": init.kaiming_uniform_,
+    "kaiming_uniform": init.kaiming_uniform_,
+    "lecun_uniform": partial(init.kaiming_uniform_, nonlinearity="linear"),
+    # Keras cuts its normals, torch.nn.init does not.
+    "glorot_normal": glorot_normal,
+    "he_normal": he_normal,
+    "lecun_normal": lecun_normal,
+    "xavier_normal": init.xavier_normal_,
+    "kaiming_normal": init.kaiming_normal_,
+    "orthogonal": orthogonal,
+}
+"""Every name."""
+
+
+def resolve(initializer: str | Initializer) -> Initializer:
+    """The function behind a name; a function is returned as it is.
+
+    Raises:
+        ValueError: an unknown name (the known ones are listed).
+        TypeError: neither a name nor a function.
+    """
+    if isinstance(initializer, str):
+        if initializer not in INITIALIZERS:
+            known = ", ".join(INITIALIZERS)
+            raise ValueError(f"unknown initializer {initializer!r}; use one of {known}, or a function of torch.nn.init")
+        return INITIALIZERS[initializer]
+    if not callable(initializer):
+        raise TypeError(
+            "an initializer is a name or a function such as torch.nn.init.orthogonal_, "
+            f"not {type(initializer).__name__}"
+        )
+    return initializer
+
+
+def fill_(weight: Tensor, initializer: str | Initializer) -> None:
+    """Fill a tensor in place: a matrix (G * H, X) as a whole, or a bias (G * H).
+
+    Raises:
+        ValueError: an unknown name, or one whose formula needs a matrix, for a bias.
+        TypeError: neither a name nor a function; a function that returns new values instead of filling its argument.
+    """
+    function = resolve(initializer)
+    if isinstance(initializer, str) and weight.dim() < 2 and initializer not in FOR_BIASES:
+        raise ValueError(
+            f"{initializer!r} needs a matrix, and a bias is none: use {', '.join(FOR_BIASES)}, or a function"
+        )
+    with torch.no_grad():
+        result = function(weight)
+    if isinstance(result, Tensor) and result.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr():
+        raise TypeError(
+            "an initializer fills the tensor it is given, as torch.nn.init.orthogonal_ does; this one made another"
+        )
+
+
+def apply(
+    parameters: Iterable[tuple[str, Tensor]],
+    recurrence: Recurrence,
+    *,
+    kernel: str | Initializer | None = None,
+    recurrent: str | Initializer | None = None,
+    bias: str | Initializer | None = None,
+    unit_forget_bias: bool = False,
+) -> None:
+    """Fill the weights of a layer or cell that an initializer is given for; the others keep the values they have.
+
+    Args:
+        parameters: names and tensors, as ``layer.named_parameters()`` gives them: weight_ih* (G*H, I), weight_hh*
+            (G*H, H), bias_ih* and bias_hh* (G*H). Others (weight_hr, peepholes) are left alone.
+        recurrence: the layer's, for its gates.
+        kernel, recurrent: for weight_ih and weight_hh.
+        bias: for bias_ih. bias_hh is filled with it where Keras has a second row of biases too, in a cell of which
+            a gate does not merely add its two parts (GRU with reset_after); else bias_hh is 0, and the sum is
+            what the initializer gives.
+        unit_forget_bias: make the sum of the forget gate's biases 1, whatever `bias` says (Jozefowicz et al., ICML
+            2015).
+
+    Raises:
+        ValueError: an unknown name, one that needs a matrix as `bias`, or unit_forget_bias without a gate f.
+        TypeError: neither a name nor a function.
+    """
+    if unit_forget_bias and "f" not in recurrence.gates:
+        raise ValueError(f"unit_forget_bias needs a forget gate f; {recurrence.name} has {', '.join(recurrence.gates)}")
+    second_bias = bias if bias is None or recurrence.program.split else "zeros"
+    chosen = {"weight_ih": kernel, "weight_hh": recurrent, "bias_ih": bias, "bias_hh": second_bias}
+    for name, tensor in parameters:
+        initializer = chosen.get(name.split("_l")[0])
+        if initializer is not None:
+            fill_(tensor, initializer)
+        if unit_forget_bias and name.startswith("bias_"):
+            row = recurrence.gates.index("f")
+            with torch.no_grad():
+                tensor.chunk(len(recurrence.gates))[row].fill_(float(name.startswith("bias_ih")))
