@@ -1,0 +1,388 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights of other libraries' layouts, to and from the state_dict of a layer of torch.nn or of this library.
+
+========  =======================================  ======  =========  =====================================
+layout    input weights, recurrent weights         LSTM    GRU        biases
+========  =======================================  ======  =========  =====================================
+torch     (G·H, I), (G·H, H), layer by layer       i f g o r z n      two of (G·H)
+Keras     (I, G·H), (H, G·H)                       i f g o z r n      (G·H); (2, 3·H) with reset_after=True
+ONNX      W (D, G·H, I), R (D, G·H, H)             i o f g z r n      B (D, 2·G·H)
+Haste     (I, 4·H), (H, 4·H)                       i g f o            (4·H)
+========  =======================================  ======  =========  =====================================
+
+G gates (g is the LSTM's cell gate, which Keras and ONNX call c; n is the GRU's candidate, theirs is h), H units,
+I input features, D directions. Sources: torch.nn's documentation, Keras's LSTM and GRU layers, ONNX's operators LSTM,
+GRU and RNN, Haste's `lstm.py`. A stack is a list of layers everywhere but in torch, whose state_dict holds them all.
+
+`cell` is "lstm", "gru" (the reset gate after the product: torch, Keras's reset_after=True, ONNX's
+linear_before_reset=1), "gru_reset_before" (reset_after=False, linear_before_reset=0), or "rnn" (Elman's, Keras's
+SimpleRNN). All functions copy.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Array = Any  # a NumPy array or a tensor
+State = dict[str, Tensor]
+
+ORDERS = {
+    "lstm": {"torch": "ifgo", "keras": "ifgo", "onnx": "iofg", "haste": "igfo"},
+    "gru": {"torch": "rzn", "keras": "zrn", "onnx": "zrn"},
+    "gru_reset_before": {"torch": "rzn", "keras": "zrn", "onnx": "zrn"},
+    "rnn": {"torch": "h", "keras": "h", "onnx": "h"},
+}
+"""The order of each cell's gates along the rows (or columns) of its weights, layout by layout."""
+
+PEEPHOLES = {"torch": "ifo", "onnx": "iof"}
+SUFFIXES = ("", "_reverse")
+KEY = re.compile(r"(weight_ih|weight_hh|bias_ih|bias_hh|weight_hr|weight_peephole|weight_unit)_l(\d+)(_reverse)?")
+
+
+class Direction(NamedTuple):
+    """The weights of one direction of one layer, in torch's layout."""
+
+    weight_ih: Tensor  # (G·H, I)
+    weight_hh: Tensor  # (G·H, H)
+    bias: Tensor | None = None  # (2, G·H): bias_ih and bias_hh
+    weight_peephole: Tensor | None = None  # (3, H)
+
+
+Layer = list[Direction]  # one direction, or two
+
+
+def reorder(weights: Tensor, source: str, target: str, dim: int = 0) -> Tensor:
+    """The gates' blocks along `dim` in another order, each gate a letter; as they are where the orders are equal.
+
+    >>> reorder(torch.tensor([0, 0, 1, 1, 2, 2]), "zrn", "rzn")
+    tensor([1, 1, 0, 0, 2, 2])
+    """
+    if source == target:
+        return weights
+    blocks = dict(zip(source, weights.chunk(len(source), dim), strict=True))
+    return torch.cat([blocks[gate] for gate in target], dim)
+
+
+def direction_of_keras(kernel: Tensor, recurrent_kernel: Tensor, bias: Tensor | None, cell: str) -> Direction:
+    """One Keras layer's weights in torch's layout, as differentiable functions of them.
+
+    Args:
+        kernel: (I, G·H).
+        recurrent_kernel: (H, G·H).
+        bias: (G·H), with reset_after=True (2, 3·H), or None.
+        cell: see above.
+    """
+    orders = ORDERS[cell]["keras"], ORDERS[cell]["torch"]
+    w_ih, w_hh = reorder(kernel.T, *orders), reorder(recurrent_kernel.T, *orders)
+    if bias is None:
+        return Direction(w_ih, w_hh)
+    rows = bias if bias.dim() == 2 else torch.stack([bias, torch.zeros_like(bias)])
+    return Direction(w_ih, w_hh, reorder(rows, *orders, dim=1))
+
+
+def from_keras(*layers: Sequence[Array], cell: str) -> State:
+    """A torch state_dict from `get_weights()` of Keras layers, the lowest of a stack first.
+
+    Args:
+        layers: each kernel, recurrent_kernel and, with use_bias, bias; of a Bidirectional the forward layer's and
+            then the backward layer's.
+        cell: see above.
+
+    Returns:
+        A state_dict for `gpu_rnn.LSTM`, `GRU` or `RNN`, also those of torch.nn, with ``bias=False`` if there were none.
+
+    Raises:
+        ValueError: an unknown cell; weights whose number or shapes are not that cell's.
+
+    Example::
+
+        >>> import numpy as np
+        >>> weights = [np.ones((3, 32)), np.ones((8, 32)), np.zeros(32)]  # keras.layers.LSTM(8).get_weights()
+        >>> layer = gpu_rnn.LSTM(3, 8, dtype=torch.float64)
+        >>> layer.load_state_dict(interop.from_keras(weights, cell="lstm"))
+        <All keys matched successfully>
+    """
+    _check_cell(cell)
+    return _join([[_from_keras(own, cell) for own in _split_keras(layer)] for layer in layers])
+
+
+def to_keras(state: Mapping[str, Array], cell: str) -> list[list[np.ndarray]]:
+    """For each layer what its Keras counterpart's `set_weights()` takes; `from_keras` describes it.
+
+    Keras has one bias except in a GRU with reset_after=True: torch's two are added.
+
+    Raises:
+        ValueError: an unknown cell or keys; projections or peepholes, which Keras's layers do not have.
+
+    Example::
+
+        >>> state = gpu_rnn.GRU(3, 8, num_layers=2).state_dict()
+        >>> first, second = interop.to_keras(state, cell="gru")
+        >>> [array.shape for array in second]
+        [(8, 24), (8, 24), (2, 24)]
+    """
+    _check_cell(cell)
+    layers = _layers(state, cell)
+    _refuse_peepholes(layers, "Keras's layers")
+    return [[array for direction in layer for array in _to_keras(direction, cell)] for layer in layers]
+
+
+def from_onnx(*nodes: Mapping[str, Array], cell: str) -> State:
+    """A torch state_dict from the inputs W, R, and B and P where given, of ONNX's LSTM, GRU or RNN nodes.
+
+    Args:
+        nodes: each a mapping of those names to arrays, the lowest of a stack first. W is (D, G·H, I), R (D, G·H, H),
+            B (D, 2·G·H), P (D, 3·H), an LSTM's peepholes. A node with direction="reverse" runs on a flipped input.
+        cell: see above; it stands for linear_before_reset.
+
+    Raises:
+        ValueError: an unknown cell; weights of other names or shapes.
+
+    Example::
+
+        >>> node = {"W": torch.randn(2, 32, 3), "R": torch.randn(2, 32, 8)}
+        >>> layer = gpu_rnn.LSTM(3, 8, bias=False, bidirectional=True)
+        >>> layer.load_state_dict(interop.from_onnx(node, cell="lstm"))
+        <All keys matched successfully>
+    """
+    _check_cell(cell)
+    return _join([_from_onnx(node, cell) for node in nodes])
+
+
+def to_onnx(state: Mapping[str, Array], cell: str) -> list[dict[str, np.ndarray]]:
+    """For each layer the inputs W, R, and B and P where it has them, of its ONNX node; `from_onnx` describes them.
+
+    The node's attributes are for the caller to set: hidden_size, direction, linear_before_reset=1 for cell="gru", and
+    activations where they are not the defaults.
+
+    Raises:
+        ValueError: an unknown cell or keys; projections, which ONNX's operators do not have.
+
+    Example::
+
+        >>> (node,) = interop.to_onnx(gpu_rnn.RNN(3, 8).state_dict(), cell="rnn")
+        >>> {name: array.shape for name, array in node.items()}
+        {'W': (1, 8, 3), 'R': (1, 8, 8), 'B': (1, 16)}
+    """
+    _check_cell(cell)
+    return [_to_onnx(layer, cell) for layer in _layers(state, cell)]
+
+
+def from_haste(*layers: Mapping[str, Array]) -> State:
+    """A torch state_dict from the state_dicts of Haste's LSTM layers, the lowest of a stack first.
+
+    Args:
+        layers: each with kernel (I, 4·H), recurrent_kernel (H, 4·H) and bias (4·H).
+
+    Raises:
+        ValueError: weights of other names or shapes.
+
+    Example::
+
+        >>> theirs = {"kernel": torch.randn(3, 32), "recurrent_kernel": torch.randn(8, 32), "bias": torch.randn(32)}
+        >>> gpu_rnn.LSTM(3, 8).load_state_dict(interop.from_haste(theirs))
+        <All keys matched successfully>
+    """
+    return _join([[_from_haste(layer)] for layer in layers])
+
+
+def to_haste(state: Mapping[str, Array]) -> list[State]:
+    """For each layer of an LSTM the state_dict of Haste's; `from_haste` describes it. Torch's two biases are added.
+
+    Raises:
+        ValueError: a bidirectional layer, peepholes or projections, which Haste's LSTM does not have.
+
+    Example::
+
+        >>> (theirs,) = interop.to_haste(gpu_rnn.LSTM(3, 8).state_dict())
+        >>> theirs["recurrent_kernel"].shape
+        torch.Size([8, 32])
+    """
+    layers = _layers(state, "lstm")
+    _refuse_peepholes(layers, "Haste's LSTM")
+    if any(len(layer) == 2 for layer in layers):
+        raise ValueError("Haste's LSTM has one direction: convert each direction's weights by itself, without '_reverse'")
+    return [_to_haste(direction) for (direction,) in layers]
+
+
+def _check_cell(cell: str) -> None:
+    if cell not in ORDERS:
+        raise ValueError(f"cell must be one of {', '.join(ORDERS)}, got {cell!r}")
+
+
+def _tensor(value: Array) -> Tensor:
+    """A copy, which is nobody's parameter."""
+    return value.detach().clone() if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+
+
+def _numpy(value: Tensor) -> np.ndarray:
+    if value.dtype == torch.bfloat16:
+        raise ValueError("NumPy has no bfloat16: convert the weights with .float() first")
+    return value.detach().cpu().numpy().copy()
+
+
+def _expect(found: Tensor, shape: tuple[int | None, ...], what: str) -> None:
+    """Raises ValueError unless the shapes agree; None stands for any size."""
+    fits = found.dim() == len(shape) and all(b in (None, a) for a, b in zip(found.shape, shape, strict=True))
+    if not fits:
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{what} should have shape ({wanted}), got {tuple(found.shape)}: is `cell` the right one?")
+
+
+def _split_keras(layer: Sequence[Array]) -> list[Sequence[Array]]:
+    """The weights of a layer, or of the two in a Bidirectional."""
+    if len(layer) in (2, 3):
+        return [layer]
+    if len(layer) in (4, 6):
+        return [layer[: len(layer) // 2], layer[len(layer) // 2 :]]
+    raise ValueError(
+        "a Keras layer has the weights kernel, recurrent_kernel and, with use_bias, bias, a Bidirectional twice as many; "
+        f"got {len(layer)} arrays. Give layer.get_weights() of each layer, one argument a layer"
+    )
+
+
+def _from_keras(arrays: Sequence[Array], cell: str) -> Direction:
+    kernel, recurrent_kernel, *rest = map(_tensor, arrays)
+    gates = len(ORDERS[cell]["keras"])
+    _expect(recurrent_kernel, (recurrent_kernel.shape[0], gates * recurrent_kernel.shape[0]), f"a {cell}'s recurrent_kernel")
+    rows = recurrent_kernel.shape[1]
+    _expect(kernel, (None, rows), f"a {cell}'s kernel")
+    if rest:
+        # The shape of its bias is how a Keras GRU shows where its reset gate acts.
+        _expect(rest[0], (2, rows) if cell == "gru" else (rows,), f"a {cell}'s bias")
+    found = direction_of_keras(kernel, recurrent_kernel, rest[0] if rest else None, cell)
+    return found._replace(weight_ih=found.weight_ih.contiguous(), weight_hh=found.weight_hh.contiguous())
+
+
+def _to_keras(direction: Direction, cell: str) -> list[np.ndarray]:
+    orders = ORDERS[cell]["torch"], ORDERS[cell]["keras"]
+    weights = [reorder(part, *orders).T for part in direction[:2]]
+    if direction.bias is not None:
+        rows = reorder(direction.bias, *orders, dim=1)
+        weights.append(rows if cell == "gru" else rows.sum(0))
+    return [_numpy(part.contiguous()) for part in weights]
+
+
+def _from_onnx(node: Mapping[str, Array], cell: str) -> Layer:
+    _check_names(node, {"W", "R"}, {"B", "P"}, "an ONNX node")
+    given = {name: _tensor(value) for name, value in node.items()}
+    gates, directions = len(ORDERS[cell]["onnx"]), given["R"].shape[0]
+    hidden = given["R"].shape[-1]
+    if directions not in (1, 2):
+        raise ValueError(f"W and R have one direction or two along their first axis, got {directions}")
+    _expect(given["R"], (directions, gates * hidden, hidden), f"a {cell}'s R")
+    _expect(given["W"], (directions, gates * hidden, None), f"a {cell}'s W")
+    if "B" in given:
+        _expect(given["B"], (directions, 2 * gates * hidden), f"a {cell}'s B")
+    if "P" in given:
+        _expect(given["P"], (directions, 3 * hidden if cell == "lstm" else 0), f"a {cell}'s P")
+    return [_onnx_direction({name: value[d] for name, value in given.items()}, cell) for d in range(directions)]
+
+
+def _onnx_direction(own: State, cell: str) -> Direction:
+    orders = ORDERS[cell]["onnx"], ORDERS[cell]["torch"]
+    bias = reorder(own["B"].unflatten(0, (2, -1)), *orders, dim=1) if "B" in own else None
+    peephole = reorder(own["P"].unflatten(0, (3, -1)), PEEPHOLES["onnx"], PEEPHOLES["torch"]) if "P" in own else None
+    return Direction(reorder(own["W"], *orders), reorder(own["R"], *orders), bias, peephole)
+
+
+def _to_onnx(layer: Layer, cell: str) -> dict[str, np.ndarray]:
+    orders = ORDERS[cell]["torch"], ORDERS[cell]["onnx"]
+    w_ih, w_hh, bias, peephole = ([part for part in parts if part is not None] for parts in zip(*layer, strict=True))
+    node = {"W": [reorder(w, *orders) for w in w_ih], "R": [reorder(w, *orders) for w in w_hh]}
+    if bias:
+        node["B"] = [reorder(rows, *orders, dim=1).flatten() for rows in bias]
+    if peephole:
+        node["P"] = [reorder(p, PEEPHOLES["torch"], PEEPHOLES["onnx"]).flatten() for p in peephole]
+    return {name: _numpy(torch.stack(parts)) for name, parts in node.items()}
+
+
+def _from_haste(layer: Mapping[str, Array]) -> Direction:
+    names = ("kernel", "recurrent_kernel", "bias")
+    _check_names(layer, set(names), set(), "Haste's LSTM")
+    kernel, recurrent_kernel, bias = (_tensor(layer[name]) for name in names)
+    hidden = recurrent_kernel.shape[0]
+    _expect(recurrent_kernel, (hidden, 4 * hidden), "Haste's recurrent_kernel")
+    _expect(kernel, (None, 4 * hidden), "Haste's kernel")
+    _expect(bias, (4 * hidden,), "Haste's bias")
+    orders = ORDERS["lstm"]["haste"], ORDERS["lstm"]["torch"]
+    w_ih, w_hh = (reorder(w.T, *orders).contiguous() for w in (kernel, recurrent_kernel))
+    return Direction(w_ih, w_hh, reorder(torch.stack([bias, torch.zeros_like(bias)]), *orders, dim=1))
+
+
+def _to_haste(direction: Direction) -> State:
+    orders = ORDERS["lstm"]["torch"], ORDERS["lstm"]["haste"]
+    w_ih, w_hh = (reorder(w, *orders).T.contiguous() for w in direction[:2])
+    rows = w_ih.new_zeros(2, w_ih.shape[1]) if direction.bias is None else direction.bias  # Haste always has one
+    return {"kernel": w_ih, "recurrent_kernel": w_hh, "bias": reorder(rows.sum(0), *orders)}
+
+
+def _check_names(given: Mapping[str, Array], needed: set[str], allowed: set[str], what: str) -> None:
+    if not needed <= set(given) <= needed | allowed:
+        optional = f", and may have {', '.join(sorted(allowed))}" if allowed else ""
+        raise ValueError(f"{what} has {', '.join(sorted(needed))}{optional}; got {', '.join(given)}")
+
+
+def _join(layers: Sequence[Layer]) -> State:
+    """The state_dict of a stack."""
+    if not layers:
+        raise ValueError("give the weights of at least one layer")
+    if len({(len(layer), layer[0].weight_hh.shape, layer[0].bias is None) for layer in layers}) > 1:
+        raise ValueError(
+            "the layers of a stack in one module have the same size, directions and biases: convert these one by one, "
+            "for a module each"
+        )
+    state: State = {}
+    for number, layer in enumerate(layers):
+        width = len(layer) * layer[0].weight_hh.shape[1]
+        if number:
+            _expect(layer[0].weight_ih, (None, width), f"the input weights of layer {number}, in torch's layout,")
+        for suffix, direction in zip(SUFFIXES, layer, strict=False):
+            state |= {f"{name}_l{number}{suffix}": part for name, part in _named(direction).items()}
+    return state
+
+
+def _named(direction: Direction) -> State:
+    """The parts of a state_dict that a direction is."""
+    named = {"weight_ih": direction.weight_ih, "weight_hh": direction.weight_hh}
+    if direction.bias is not None:
+        named |= {"bias_ih": direction.bias[0].clone(), "bias_hh": direction.bias[1].clone()}
+    return named if direction.weight_peephole is None else named | {"weight_peephole": direction.weight_peephole}
+
+
+def _layers(state: Mapping[str, Array], cell: str) -> list[Layer]:
+    """The layers in a state_dict, with `_join` its inverse."""
+    unknown = [name for name in state if KEY.fullmatch(name) is None]
+    if unknown or "weight_ih_l0" not in state:
+        raise ValueError(
+            "the state_dict of one layer has keys like weight_ih_l0 and bias_hh_l0_reverse; got "
+            f"{', '.join(unknown or state) or 'none'}. Of a model give model.<layer>.state_dict()"
+        )
+    if any(name.startswith(("weight_hr", "weight_unit")) for name in state):
+        raise ValueError("projections (weight_hr) and parameters of one's own (weight_unit) exist in torch's layout only")
+    suffixes = SUFFIXES if "weight_ih_l0_reverse" in state else SUFFIXES[:1]
+    count = 1 + max(int(match[2]) for match in map(KEY.fullmatch, state) if match)
+    return [[_direction(state, f"_l{k}{suffix}", cell) for suffix in suffixes] for k in range(count)]
+
+
+def _direction(state: Mapping[str, Array], suffix: str, cell: str) -> Direction:
+    biases = ("bias_ih", "bias_hh") if f"bias_ih{suffix}" in state else ()
+    for name in ("weight_ih", "weight_hh", *biases):
+        if name + suffix not in state:
+            raise ValueError(f"the state_dict has no {name}{suffix}: give the whole layer's state_dict()")
+    w_ih, w_hh, *rows = (_tensor(state[name + suffix]) for name in ("weight_ih", "weight_hh", *biases))
+    gates, hidden = len(ORDERS[cell]["torch"]), w_hh.shape[1]
+    _expect(w_hh, (gates * hidden, hidden), f"a {cell}'s weight_hh{suffix}")
+    peephole = _tensor(state["weight_peephole" + suffix]) if "weight_peephole" + suffix in state else None
+    return Direction(w_ih, w_hh, torch.stack(rows) if rows else None, peephole)
+
+
+def _refuse_peepholes(layers: Sequence[Layer], where: str) -> None:
+    if any(direction.weight_peephole is not None for layer in layers for direction in layer):
+        raise ValueError(f"{where} have no peepholes (weight_peephole): these weights cannot be converted")

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Converted weights compute the same in the other library: torch.nn, Keras's own layers, ONNX's reference evaluator."""
+
+from __future__ import annotations
+
+import doctest
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gpu_rnn
+from gpu_rnn import interop
+
+INPUT, HIDDEN, STEPS, BATCH = 3, 4, 5, 2
+TOLERANCE = {"rtol": 1e-12, "atol": 1e-12}
+KERAS_TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}  # keras.ops.matmul multiplies float64 in float32
+LAYERS = {
+    "lstm": (gpu_rnn.LSTM, {}),
+    "gru": (gpu_rnn.GRU, {}),
+    "gru_reset_before": (gpu_rnn.GRU, {"reset_after": False}),
+    "rnn": (gpu_rnn.RNN, {}),
+}
+GRID = list(itertools.product(LAYERS, (False, True), (False, True), (1, 2)))
+grid = pytest.mark.parametrize(("cell", "bidirectional", "bias", "num_layers"), GRID)
+
+
+def make(cell: str, bidirectional: bool = False, bias: bool = True, num_layers: int = 1, **options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    kind, own = LAYERS[cell]
+    sizes = {"bidirectional": bidirectional, "bias": bias, "num_layers": num_layers, "dtype": torch.float64}
+    return kind(INPUT, HIDDEN, **sizes, **own, **options)
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64)
+
+
+def load(layer: nn.Module, state: interop.State) -> nn.Module:
+    """A second layer like the first, with other weights."""
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_()
+    layer.load_state_dict(state, strict=True)
+    return layer
+
+
+def test_the_examples_of_the_docstrings_run() -> None:
+    names = {"gpu_rnn": gpu_rnn, "interop": interop, "torch": torch}
+    results = doctest.testmod(interop, extraglobs={**interop.__dict__, **names})
+    assert results.attempted > 10 and not results.failed
+
+
+def keras_layer(cell: str, bidirectional: bool, bias: bool) -> Any:
+    keras = pytest.importorskip("keras_support", reason="Keras is not installed: pip install gpu-rnn[keras]").keras
+    name = {"lstm": "LSTM", "rnn": "SimpleRNN"}.get(cell, "GRU")
+    options = {"reset_after": cell == "gru"} if name == "GRU" else {}
+    layer = getattr(keras.layers, name)(HIDDEN, use_bias=bias, return_sequences=True, dtype="float64", **options)
+    return keras.layers.Bidirectional(layer, dtype="float64") if bidirectional else layer
+
+
+@grid
+def test_keras(cell: str, bidirectional: bool, bias: bool, num_layers: int) -> None:
+    layer = make(cell, bidirectional, bias, num_layers, batch_first=True)
+    x = draw(BATCH, STEPS, INPUT)
+    state = layer.state_dict()
+    expected, y = layer(x)[0].detach(), x
+    theirs = interop.to_keras(state, cell=cell)
+    for weights in theirs:
+        own = keras_layer(cell, bidirectional, bias)
+        own.build(tuple(y.shape))
+        own.set_weights(weights)
+        y = own(y)
+    torch.testing.assert_close(y.detach(), expected, **KERAS_TOLERANCE)
+    back = load(layer, interop.from_keras(*theirs, cell=cell))
+    torch.testing.assert_close(back(x)[0].detach(), expected, **TOLERANCE)
+
+
+def onnx_node(cell: str, bidirectional: bool, weights: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
+    """Y (T, D, B, H) of one node, by ONNX's reference evaluator."""
+    onnx = pytest.importorskip("onnx", reason="ONNX is not installed: pip install onnx")
+    from onnx.reference import ReferenceEvaluator
+
+    operator = {"lstm": "LSTM", "rnn": "RNN"}.get(cell, "GRU")
+    attributes = {"hidden_size": HIDDEN, "direction": "bidirectional" if bidirectional else "forward"}
+    if operator == "GRU":
+        attributes["linear_before_reset"] = int(cell == "gru")
+    given = {"X": x, **weights}
+    places = ["X", "W", "R", "B", "", "", "", "P"] if "P" in given else ["X", "W", "R", "B"]
+    names = [name if name in given else "" for name in places]
+    node = onnx.helper.make_node(operator, names, ["Y"], **attributes)
+    inputs = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.DOUBLE, None) for n in given]
+    output = onnx.helper.make_tensor_value_info("Y", onnx.TensorProto.DOUBLE, None)
+    model = onnx.helper.make_model(onnx.helper.make_graph([node], "layer", inputs, [output]))
+    return ReferenceEvaluator(model).run(None, given)[0]
+
+
+@pytest.mark.parametrize(
+    ("cell", "bidirectional", "bias", "num_layers", "peephole"),
+    [(*case, False) for case in GRID] + [(*case, True) for case in GRID if case[0] == "lstm"],
+)
+def test_onnx(cell: str, bidirectional: bool, bias: bool, num_layers: int, peephole: bool) -> None:
+    layer = make(cell, bidirectional, bias, num_layers, **({"peephole": True} if peephole else {}))
+    x = draw(STEPS, BATCH, INPUT)
+    expected, y = layer(x)[0].detach(), x.numpy()
+    nodes = interop.to_onnx(layer.state_dict(), cell=cell)
+    for weights in nodes:
+        y = onnx_node(cell, bidirectional, weights, y).transpose(0, 2, 1, 3).reshape(STEPS, BATCH, -1)
+    torch.testing.assert_close(torch.from_numpy(y), expected, **TOLERANCE)
+    state = layer.state_dict()
+    found = interop.from_onnx(*nodes, cell=cell)
+    torch.testing.assert_close(found, dict(state), rtol=0, atol=0)
+
+
+def haste_lstm(weights: interop.State, x: Tensor) -> Tensor:
+    """The LSTM of Haste's documentation, gates i g f o."""
+    h = c = x.new_zeros(x.shape[1], HIDDEN)
+    outputs = []
+    for step in x:
+        i, g, f, o = (step @ weights["kernel"] + h @ weights["recurrent_kernel"] + weights["bias"]).chunk(4, 1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * c.tanh()
+        outputs.append(h)
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_haste(num_layers: int, bias: bool) -> None:
+    layer = make("lstm", bias=bias, num_layers=num_layers)
+    x = draw(STEPS, BATCH, INPUT)
+    expected, y = layer(x)[0].detach(), x
+    theirs = interop.to_haste(layer.state_dict())
+    for weights in theirs:
+        y = haste_lstm(weights, y)
+    torch.testing.assert_close(y, expected, **TOLERANCE)
+    layer = make("lstm", num_layers=num_layers)  # Haste's always has a bias
+    torch.testing.assert_close(load(layer, interop.from_haste(*theirs))(x)[0].detach(), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize(("name", "cell"), [("LSTM", "lstm"), ("GRU", "gru"), ("RNN", "rnn")])
+def test_torch_nn_takes_the_same_state_dict(name: str, cell: str) -> None:
+    theirs = getattr(nn, name)(INPUT, HIDDEN, num_layers=2, bidirectional=True, dtype=torch.float64)
+    x = draw(STEPS, BATCH, INPUT)
+    expected = theirs(x)[0].detach()
+    state = interop.from_onnx(*interop.to_onnx(theirs.state_dict(), cell=cell), cell=cell)
+    torch.testing.assert_close(load(theirs, state)(x)[0].detach(), expected, **TOLERANCE)
+
+
+def test_what_comes_back_is_a_copy() -> None:
+    kernel = np.ones((INPUT, 4 * HIDDEN))
+    state = interop.from_keras([kernel, np.ones((HIDDEN, 4 * HIDDEN)), np.zeros(4 * HIDDEN)], cell="lstm")
+    kernel[:] = 7
+    assert state["weight_ih_l0"].eq(1).all()
+    layer = make("rnn")
+    (arrays,) = interop.to_keras(layer.state_dict(), cell="rnn")
+    arrays[1][:] = 7
+    assert not layer.weight_hh_l0.eq(7).any()
+
+
+LSTM = [np.zeros((INPUT, 4 * HIDDEN)), np.zeros((HIDDEN, 4 * HIDDEN)), np.zeros(4 * HIDDEN)]
+GRU = [np.zeros((INPUT, 3 * HIDDEN)), np.zeros((HIDDEN, 3 * HIDDEN)), np.zeros((2, 3 * HIDDEN))]
+ODD_STATES = {
+    "Of a model give model.<layer>.state_dict": {"rnn.weight_ih_l0": np.zeros((4, 3))},
+    "exist in torch's layout only": gpu_rnn.LSTM(3, 4, proj_size=2).state_dict(),
+    "have no peepholes": gpu_rnn.LSTM(3, 4, peephole=True).state_dict(),
+    "is `cell` the right one": gpu_rnn.GRU(3, 4).state_dict(),
+    "has no weight_hh_l0": {"weight_ih_l0": np.zeros((16, 3))},
+    "NumPy has no bfloat16": gpu_rnn.LSTM(3, 4, dtype=torch.bfloat16).state_dict(),
+}
+
+
+@pytest.mark.parametrize("words", ODD_STATES)
+def test_states_that_cannot_be_converted(words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        interop.to_keras(ODD_STATES[words], cell="lstm")
+
+
+@pytest.mark.parametrize(
+    ("cell", "layers", "words"),
+    [
+        ("sru", [LSTM], "cell must be one of lstm, gru"),
+        ("lstm", [GRU], "is `cell` the right one"),
+        ("gru_reset_before", [GRU], r"bias should have shape \(12\)"),
+        ("gru", [[*GRU[:2], GRU[2][0]]], r"bias should have shape \(2, 12\)"),
+        ("lstm", [[LSTM[0].T, LSTM[1]]], "kernel should have shape"),
+        ("lstm", [LSTM[:1]], "one argument a layer"),
+        ("lstm", [], "at least one layer"),
+        ("lstm", [LSTM, LSTM], "input weights of layer 1"),
+        ("lstm", [LSTM, LSTM[:2]], "the same size, directions and biases"),
+    ],
+)
+def test_keras_weights_that_cannot_be_converted(cell: str, layers: list[Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        interop.from_keras(*layers, cell=cell)
+
+
+@pytest.mark.parametrize(
+    ("node", "words"),
+    [
+        ({"W": np.zeros((1, 16, 3))}, "has R, W, and may have B, P; got W"),
+        ({"W": np.zeros((1, 12, 3)), "R": np.zeros((1, 12, 4))}, "is `cell` the right one"),
+        ({"W": np.zeros((3, 16, 3)), "R": np.zeros((3, 16, 4))}, "one direction or two"),
+    ],
+)
+def test_onnx_weights_that_cannot_be_converted(node: dict[str, np.ndarray], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        interop.from_onnx(node, cell="lstm")
+
+
+def test_haste_has_one_direction() -> None:
+    with pytest.raises(ValueError, match="one direction"):
+        interop.to_haste(make("lstm", bidirectional=True).state_dict())
+    with pytest.raises(ValueError, match="has bias, kernel, recurrent_kernel"):
+        interop.from_haste({"kernel": LSTM[0]})
