@@ -178,6 +178,13 @@ def test_words_of_both_sizes(machine: Machine) -> None:
 
 
 @ON_BOTH
+def test_each_count_is_given_once(machine: Machine) -> None:
+    counter, before = words(1), words(64)
+    machine(SOURCE, "count", 1, 64, 0, [counter, before])
+    assert counter.item() == 64 and sorted(before.tolist()) == list(range(64))
+
+
+@ON_BOTH
 def test_indices(machine: Machine) -> None:
     out = words(3, 64, 6)
     machine(SOURCE, "indices", 3, 64, 0, [out])

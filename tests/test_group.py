@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from unittest.mock import patch
 
+import group_support
 import pytest
 import torch
 from cuda_cpu import build, sites
@@ -27,7 +28,7 @@ from group_support import (
 )
 from loop_support import RECURRENCES
 
-from gpu_rnn import devices, reference
+from gpu_rnn import Recurrence, devices, reference
 from gpu_rnn.launch import group
 from gpu_rnn.launch.group_layout import source
 from gpu_rnn.problem import Problem
@@ -146,8 +147,8 @@ def test_words_that_look_empty_arrive_as_nan():
 def missing_member(case: Case, **options) -> None:
     """One block is not there: the others leave in time, and say so."""
     with patch.dict(os.environ, GPU_RNN_DEADLINE="0.1"):
-        _, error = forward(case, case.inputs(), grid=case.members - 1, **options)
-    assert error.item()
+        result, error = forward(case, case.inputs(), grid=case.members - 1, **options)
+    assert error.item() and result.y.isnan().all()
 
 
 def site_cases():
@@ -174,12 +175,33 @@ def test_every_synchronisation_is_needed():
 
 
 @pytest.mark.parametrize("counter", [False, True], ids=["words", "counter"])
-def test_data_that_never_comes_ends_in_an_error(counter, monkeypatch):
-    case = replace(Case("lstm", "fp32", 3, T=4), counter=counter)
+@pytest.mark.parametrize("cell", ["lstm", "closing"])
+def test_data_that_never_comes_ends_in_an_error(cell, counter, monkeypatch):
+    """All outputs are NaN, of a cell that hides NaN too, and somebody says so."""
+    closing = Recurrence(lambda x, r, s: torch.where(x.a + r.a > 0, x.a + r.a, 0), gates=("a",), name="closing")
+    monkeypatch.setitem(RECURRENCES, "closing", closing)
     monkeypatch.setenv("GPU_RNN_DEADLINE", "0.1")
-    result, error = forward(case, case.inputs(), grid=2)  # one member is missing
-    assert result.y[0, :, 0, :32].isnan().all()
+    case = replace(Case(cell, "fp32", 3, T=4, reverse="01", along=3), counter=counter)
+    result, error = forward(case, case.inputs(), grid=5)  # one member of the second group is missing
+    assert all(value.isnan().all() for value in named(result).values())
     monkeypatch.setattr(group, "_errors", {torch.device("cpu"): error})
-    with pytest.raises(RuntimeError, match=r"group_forward of lstm \(T 4, B 5, N 1, H 46, .*gave up in step 0 of group 0"):
+    with pytest.raises(RuntimeError, match=rf"group_forward of {cell} \(T 4, B 5, N 2, H 46, .*gave up in step 0 of group 1"):
         group.check()
     group.check()  # said once
+
+
+@pytest.mark.parametrize("cell", ["gru", "peephole_lstm"])
+def test_gradients_whose_data_never_comes_are_nan(cell, monkeypatch):
+    found = []
+
+    def run(launches, **options):
+        for launch in launches:
+            backward = launch.layout.backward
+            run_on_cpu([replace(launch, grid=launch.grid - backward)], **options)
+            found.extend(launch.arguments[10:14] if backward else ())
+
+    monkeypatch.setattr(group_support, "run_on_cpu", run)
+    case = Case(cell, "bf16", 3, T=3)
+    with pytest.raises(AssertionError):  # of the error word
+        gradients(case, case.inputs())
+    assert len(found) == 4 and all(value.isnan().all() for value in found)

@@ -102,12 +102,11 @@ def _pointer(tensor: Tensor | None) -> Tensor | int:
     return 0 if tensor is None else tensor.contiguous()
 
 
-def exchange(layout: Layout, groups: int, error: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What the members of `groups` groups talk through: empty slots, counters, and the word for a failure."""
+def exchange(layout: Layout, groups: int, left: Tensor, error: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the members of `groups` groups talk through: empty slots, `left`, counters, and the word for a failure."""
     words = torch.int32 if layout.half else torch.int64
-    slots = torch.full((groups * layout.ring * layout.slot,), -1, dtype=words, device=like.device)
-    control = torch.zeros(1 + groups * layout.tiles, dtype=torch.int32, device=like.device)
-    return slots, control, error
+    slots = torch.full((groups * layout.ring * layout.slot,), -1, dtype=words, device=left.device)
+    return slots, left, left.new_zeros(1 + groups * layout.tiles), error
 
 
 __all__ = ["Launch", "backward", "check", "choose", "cost", "forward", "unsupported"]
@@ -133,7 +132,7 @@ def error_word(device: torch.device) -> Tensor:
 
 
 def check() -> None:
-    """Raises for a kernel that gave up waiting since the last call; its results are NaN from that step on.
+    """Raises for a kernel that gave up waiting since the last call; all its results are NaN.
 
     A kernel that still runs is not waited for: synchronise the device first to be sure. The next call of the backend
     checks too.
@@ -149,7 +148,7 @@ def check() -> None:
         name = dict(zip(_names.values(), _names, strict=True)).get(code >> 48, "a kernel")
         raise RuntimeError(
             f"{name} on {device} gave up in step {code & 0xFFFFFFFF} of group {code >> 32 & 0xFFFF}: data of another "
-            "block did not come within the deadline, and results are NaN from there on. If the device was stopped "
+            "block did not come within the deadline, and all its results are NaN. If the device was stopped "
             "that long (a debugger, time slicing), set GPU_RNN_DEADLINE to more seconds; else please report it."
         )
 
@@ -164,10 +163,11 @@ def _launches(
     assert isinstance(like, Tensor)
     pattern, period = bits(reverse)
     sizes, name = (steps, batch, n, hidden, period), name_of(layout, steps, batch, n, hidden)
+    left = torch.zeros(1, dtype=torch.int32, device=like.device)  # one for all: who gives up spoils the whole call
     launches = []
     for first in range(0, n, choice.at_once):
         count = min(choice.at_once, n - first) * groups
-        slots = exchange(layout, count, error, like)
+        slots = exchange(layout, count, left, error)
         arguments = (*tensors, *slots, round(deadline() * 1e9), pattern, *strides, *sizes, first, groups, name)
         launches.append(Launch(layout, count * layout.members if batch else 0, arguments))
     return launches

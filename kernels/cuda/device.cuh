@@ -131,6 +131,18 @@ template <int SITE> DEVICE void add_release(unsigned *p, unsigned value) {
                : "memory");
 }
 
+// The value before. Orders as a release and an acquire: who counts last sees
+// what all others did before they counted.
+template <int SITE>
+DEVICE unsigned add_acquire_release(unsigned *p, unsigned value) {
+  unsigned before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(__cvta_generic_to_global(p)), "r"(value)
+               : "memory");
+  return before;
+}
+
 template <int SITE> DEVICE void fence() {
   asm volatile("fence.acq_rel.gpu;" ::: "memory");
 }

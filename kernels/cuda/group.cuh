@@ -195,6 +195,7 @@ constexpr int KEPT_OF[GATES] = KEPT;
 struct Sizes {
   long long T, B, N, H;
   bool reversed; // this recurrence runs backwards in time
+  long long stride_t, stride_b, stride_n, stride_g; // of gates and d_gates
 };
 
 // One row of a thread's: the states, or in the backward direction their
@@ -248,4 +249,21 @@ DEVICE void load_params(float (&params)[ANY_PARAMS][2], const Spot &spot,
               p_params + (static_cast<long long>(n) * PARAMS + k) * H +
                   spot.unit,
               spot.count);
+}
+
+// ---- After a failure: one warp makes outputs NaN ----------------------------
+
+template <class T> DEVICE void spoil(T *p, long long count) {
+  for (long long k = lane(); k < count; k += 32)
+    p[k] = from_float<T>(NAN);
+}
+
+DEVICE void spoil_gates(Scalar *p, const Sizes &z) { // (T, B, N, G, H)
+  for (long long row = 0; row < z.T * z.B * z.N * GATES; row++) {
+    const long long n = row / GATES % z.N, b = row / GATES / z.N % z.B;
+    const long long t = row / GATES / z.N / z.B;
+    spoil(p + t * z.stride_t + b * z.stride_b + n * z.stride_n +
+              row % GATES * z.stride_g,
+          z.H);
+  }
 }

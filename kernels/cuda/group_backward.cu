@@ -15,7 +15,6 @@ struct Backward : Sizes {
   const Scalar *p_d_y;       // (T, B, N, H)
   Scalar *p_d_gates;         // (T, B, N, G, H) out
   Scalar *p_d_recurrent;     // (T, B, N, R, H) out
-  long long stride_t, stride_b, stride_n, stride_g; // of gates and d_gates
   long long d_y_stride_t, d_y_stride_b, d_y_stride_n;
 };
 
@@ -214,6 +213,15 @@ DEVICE void store_params(const Seat &seat, const Spot (&spots)[OWNED],
   }
 }
 
+DEVICE void spoil_outputs(const Backward &b, Scalar *p_d_initial,
+                          float *p_d_params, long long shares) {
+  const long long units = b.B * b.N * b.H;
+  spoil_gates(b.p_d_gates, b);
+  spoil(b.p_d_recurrent, b.T * SPLITS * units);
+  spoil(p_d_initial, STATES * units);
+  spoil(p_d_params, shares * b.N * PARAMS * b.H);
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, 1) group_backward(
     const Scalar *p_gates,       // (T, B, N, G, H) pre-activations
     const Scalar *p_recurrent,   // (T, B, N, R, H)
@@ -230,7 +238,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) group_backward(
     Scalar *p_d_initial,         // (S, B, N, H) out
     float *p_d_params,           // (groups x ALONG, N, P, H) zeros, out
     Word *p_words,               // (groups, RING, SLOT), all bits set
-    unsigned *p_control,         // (1 + groups x TILES,) zeros
+    unsigned *p_left,            // (1,) zero, of all launches of a call
+    unsigned *p_counters,        // (1 + groups x TILES,) zeros
     unsigned long long *p_error, // (1,) in the host's memory
     unsigned long long limit,    // nanoseconds that a wait may take
     unsigned long long reverse,  // bit n % period: n runs backwards in time
@@ -241,25 +250,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) group_backward(
     int launch) {
   const Seat seat(first_n, groups);
   const bool reversed = reverse >> (seat.n % period) & 1;
-  const Backward b = {{T, B, N, H, reversed},
-                      p_gates,
-                      p_recurrent,
-                      p_inner,
-                      p_y,
-                      p_initial,
-                      p_d_y,
-                      p_d_gates,
-                      p_d_recurrent,
-                      stride_t,
-                      stride_b,
-                      stride_n,
-                      stride_g,
-                      d_y_stride_t,
-                      d_y_stride_b,
-                      d_y_stride_n};
+  const Backward b = {
+      {T, B, N, H, reversed, stride_t, stride_b, stride_n, stride_g},
+      p_gates,
+      p_recurrent,
+      p_inner,
+      p_y,
+      p_initial,
+      p_d_y,
+      p_d_gates,
+      p_d_recurrent,
+      d_y_stride_t,
+      d_y_stride_b,
+      d_y_stride_n};
   Weights weights;
   weights.load(p_w + static_cast<long long>(seat.n) * GATES * H * H, seat, H);
-  Exchange exchange(p_words, p_control, p_error, limit, launch);
+  Exchange exchange(p_words, p_left, p_counters, p_error, limit, launch);
   Spot spots[OWNED];
   Pair pairs[OWNED] = {};
 #pragma unroll
@@ -275,4 +281,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) group_backward(
     number += T;
   }
   store_params(seat, spots, pairs, p_d_params, N, H);
+  if (exchange.watch.spoils())
+    spoil_outputs(b, p_d_initial, p_d_params, groups * ALONG);
 }

@@ -34,7 +34,6 @@
 constexpr Word EMPTY = ~static_cast<Word>(0);
 constexpr Word CALM = EMPTY >> 1; // the same NaNs to a reader, and not empty
 constexpr int RING = MEMBERS == 1 || COUNTER ? 2 : 3 * PERIOD + 1;
-constexpr int COUNTERS = TILES; // of each group, in front of its slots
 constexpr int POLLS = 1024;     // between looks at the clock
 constexpr int CHUNK_WORDS = 32; // 32-bit registers of words under way at once
 
@@ -51,15 +50,20 @@ enum Site {
   COUNT_WARP,
   LEFT,
   LEAVE,
+  END_BLOCK,
+  END_COUNT,
+  END_WARP,
   FAIL // GPU only: groups that give up in the same instant all store a word,
        // which the host reads whole and which any of them may have written.
 };
 
 // What ends a wait that has no end. A thread that gives up waits no more and
 // runs through its steps on empty words, which are NaN, so that every barrier
-// is still met by all.
+// is still met by all. A cell may hide a NaN, so at the end all outputs of the
+// launch are spoilt.
 struct Watch {
   unsigned *left;            // set by the first who gives up; all others follow
+  unsigned *ended;           // blocks that are through
   unsigned long long *error; // in the host's memory
   unsigned long long limit, started;
   int launch, group, polls; // launch: the launcher's name for it, not 0
@@ -88,6 +92,22 @@ struct Watch {
            static_cast<unsigned long long>(group & 0xffff) << 32 |
            static_cast<unsigned>(number);
   }
+
+  // After a thread's last store: are these the threads that spoil the outputs?
+  // One warp of the last block, if anybody gave up.
+  DEVICE bool spoils() const {
+    if constexpr (MEMBERS == 1)
+      return false;
+    block_sync<END_BLOCK>();
+    if (warp())
+      return false;
+    unsigned answer = 0;
+    if (lane() == 0 && add_acquire_release<END_COUNT>(ended, 1u) + 1 ==
+                           static_cast<unsigned>(grid_blocks()))
+      answer = *left;
+    warp_sync<END_WARP>(0xffffffffu);
+    return shuffle(answer, 0);
+  }
 };
 
 struct Exchange {
@@ -95,7 +115,7 @@ struct Exchange {
   unsigned *counters;
   Watch watch;
 
-  DEVICE Exchange(Word *p_words, unsigned *p_control,
+  DEVICE Exchange(Word *p_words, unsigned *p_left, unsigned *p_counters,
                   unsigned long long *p_error, unsigned long long limit,
                   int launch) {
     const int group = block_index() / MEMBERS;
@@ -103,8 +123,8 @@ struct Exchange {
     if constexpr (MEMBERS == 1)
       slots =
           reinterpret_cast<Word *>(shared_memory() + WEIGHT_BYTES + SUM_BYTES);
-    counters = p_control + 1 + group * COUNTERS;
-    watch = {p_control, p_error, limit, 0, launch, group, 0, true};
+    counters = p_counters + 1 + group * TILES;
+    watch = {p_left, p_counters, p_error, limit, 0, launch, group, 0, true};
   }
 
   DEVICE Word *slot(int number) const {

@@ -11,7 +11,6 @@ struct Forward : Sizes {
   Scalar *p_recurrent; // (T, B, N, R, H) out, with SAVE
   float *p_inner;      // (S - 1, T, B, N, H) out, with SAVE
   Scalar *p_y;         // (T, B, N, H) out
-  long long stride_t, stride_b, stride_n, stride_g; // of gates
 };
 
 // What a thread keeps of its pair of units for all rows.
@@ -159,6 +158,17 @@ DEVICE void run(const Forward &f, const Seat &seat, const Spot (&spots)[OWNED],
     finish(rows[tile], f, seat, spots, p_final);
 }
 
+DEVICE void spoil_outputs(const Forward &f, Scalar *p_final) {
+  const long long units = f.B * f.N * f.H;
+  spoil(f.p_y, f.T * units);
+  spoil(p_final, STATES * units);
+  if constexpr (SAVE) {
+    spoil_gates(f.p_gates, f);
+    spoil(f.p_recurrent, f.T * SPLITS * units);
+    spoil(f.p_inner, (STATES - 1) * f.T * units);
+  }
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, 1) group_forward(
     Scalar *p_gates,             // (T, B, N, G, H), overwritten with SAVE
     Scalar *p_recurrent,         // (T, B, N, R, H) out, with SAVE
@@ -171,7 +181,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) group_forward(
     const Scalar *p_params,      // (N, P, H) or null
     const long long *p_lengths,  // (B,) or null
     Word *p_words,               // (groups, RING, SLOT), all bits set
-    unsigned *p_control,         // (1 + groups x TILES,) zeros
+    unsigned *p_left,            // (1,) zero, of all launches of a call
+    unsigned *p_counters,        // (1 + groups x TILES,) zeros
     unsigned long long *p_error, // (1,) in the host's memory
     unsigned long long limit,    // nanoseconds that a wait may take
     unsigned long long reverse,  // bit n % period: n runs backwards in time
@@ -181,18 +192,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) group_forward(
     int launch) {
   const Seat seat(first_n, groups);
   const bool reversed = reverse >> (seat.n % period) & 1;
-  const Forward f = {{T, B, N, H, reversed},
-                     p_gates,
-                     p_recurrent,
-                     p_inner,
-                     p_y,
-                     stride_t,
-                     stride_b,
-                     stride_n,
-                     stride_g};
+  const Forward f = {
+      {T, B, N, H, reversed, stride_t, stride_b, stride_n, stride_g},
+      p_gates,
+      p_recurrent,
+      p_inner,
+      p_y};
   Weights weights;
   weights.load(p_w + static_cast<long long>(seat.n) * GATES * H * H, seat, H);
-  Exchange exchange(p_words, p_control, p_error, limit, launch);
+  Exchange exchange(p_words, p_left, p_counters, p_error, limit, launch);
   Spot spots[OWNED];
   Pair pairs[OWNED];
 #pragma unroll
@@ -208,4 +216,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) group_forward(
         first, number);
     number += T;
   }
+  if (exchange.watch.spoils())
+    spoil_outputs(f, p_final);
 }

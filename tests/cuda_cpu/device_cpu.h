@@ -97,6 +97,15 @@ template <int SITE> DEVICE void add_release(unsigned *p, unsigned value) {
   __atomic_fetch_add(p, value, __ATOMIC_RELEASE);
 }
 
+template <int SITE>
+DEVICE unsigned add_acquire_release(unsigned *p, unsigned value) {
+  cpu::require_word(p);
+  if (!cpu::enabled(SITE))
+    return __atomic_fetch_add(p, value, __ATOMIC_RELAXED);
+  cpu::finish_stores();
+  return __atomic_fetch_add(p, value, __ATOMIC_ACQ_REL);
+}
+
 template <int SITE> DEVICE void fence() {
   if (!cpu::enabled(SITE))
     return;

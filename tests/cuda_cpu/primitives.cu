@@ -15,7 +15,8 @@ enum Site {
   SEE,
   SEE_WIDE,
   SEND_AGAIN,
-  SEND_WIDE_AGAIN
+  SEND_WIDE_AGAIN,
+  COUNT
 };
 
 extern "C" __global__ void indices(int *out) { // (threads, 6)
@@ -143,4 +144,9 @@ extern "C" __global__ void words(const float *in, float *out,
   unsigned long long wide_back = load_relaxed<SEE_WIDE>(out_wide + i);
   store_relaxed<SEND_AGAIN>(out + i, back + 1.0f);
   store_relaxed<SEND_WIDE_AGAIN>(out_wide + i, wide_back + 1);
+}
+
+// Each thread counts itself and notes how many did before.
+extern "C" __global__ void count(unsigned *counter, unsigned *before) {
+  before[thread_index()] = add_acquire_release<COUNT>(counter, 1u);
 }

@@ -40,6 +40,7 @@ FUNCTIONS = (
     "load_acquire",
     "store_release",
     "add_release",
+    "add_acquire_release",
     "fence",
     "copy_async_16",
     "copy_async_wait",
