@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack, peek_interpreter_stack
 
-from gpu_rnn import batching, execution, reference
+import gpu_rnn.ops  # noqa: F401  # registers the ops
+from gpu_rnn import batching, execution
 from gpu_rnn.execution import Options
-from gpu_rnn.ops import WEIGHTS, Inputs
+from gpu_rnn.layout import Inputs, Result, like_row, primals
 from gpu_rnn.program import Program
-from gpu_rnn.reference import Result, Weights
 
 
 def transforms_active() -> bool:
@@ -33,81 +33,75 @@ def _forward_levels() -> int:
     return sum(level.key() == TransformType.Jvp for level in get_interpreter_stack() or ())
 
 
-def layer(
-    text: str,
-    options: Options,
-    x: Tensor,  # (T, B, I) or (T, B, N, I)
-    weights: Weights,
-    lengths: Tensor | None,
-    states: Sequence[Tensor],
-) -> tuple[Tensor, list[Tensor]]:
-    """One layer, by the way in that fits: y (T, B, N, P) and the final states (B, N, ·)."""
-    tensors = (x, *weights, *states)
-    wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+def layer(text: str, options: Options, inputs: Inputs) -> tuple[Tensor, list[Tensor], Tensor]:
+    """One layer, by the way in that fits: y (T, B, N, P), the final states (B, N, ·), and `Result.inner`."""
+    count = len(inputs.states)
+    wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs.primals)
     if torch.compiler.is_compiling():
         if torch.autograd.forward_ad._current_level >= 0:  # a custom op's tangent would be 0 without a word
             raise RuntimeError("torch.compile cannot take a layer's forward-mode derivative: take it of the layer itself")
         # An exported program keeps nothing: it is mostly for inference, and its backward pass runs forward again.
         # (Its flag, as torch.compiler.is_exporting() is true under torch.compile as well in torch 2.11.)
         options = options._replace(save=wants_grad and not torch.compiler._is_exporting_flag)
-        y, *rest = torch.ops.gpu_rnn.rnn(x, *weights, lengths, list(states), text, options.encode())
-        return y, rest[: len(states)]
-    if options.backend == "reference" or x.is_complex() or _forward_levels() > 1:
-        result = reference.forward(Program.parse(text), x, weights, list(states), lengths, options.reverse)
-        return result.y, result.final
+        x, weights, control, states, reset_values = inputs
+        arguments = (x, *weights, *control, list(states), list(reset_values), text, options.encode())
+        y, *rest = torch.ops.gpu_rnn.rnn(*arguments)
+        return y, rest[:count], rest[-1]
+    if options.backend == "reference" or inputs.x.is_complex() or _forward_levels() > 1:
+        y, *rest = execution.pure(text, options, inputs)(*(p for p in inputs.primals if p is not None))
+        return y, rest[:count], rest[-1]  # the last is `inner` where all states are wanted
     transformed = transforms_active()
     if not wants_grad and not transformed:
-        result = execution.run(text, options, x, weights, lengths, states)
-        return result.y, result.final
+        result = execution.run(text, options, inputs)
+        return result.y, result.final, result.inner
     options = options._replace(save=wants_grad or transformed)
-    y, *rest = Forward.apply(text, options, x, *weights, lengths, *states)
-    return y, rest[: len(states)]
+    y, *rest = Forward.apply(text, options, *inputs.row)
+    return y, rest[:count], rest[-1]
 
 
-def _primals(tensors: Sequence[Any]) -> list[Any]:
-    """The differentiable ones: x, the weights and the states, without the lengths."""
-    return [*tensors[: 1 + WEIGHTS], *tensors[2 + WEIGHTS :]]
+def _states(text: str) -> int:
+    return len(Program.parse(text).states)
 
 
 class Forward(torch.autograd.Function):
-    """(text, options, x, *weights, lengths, *states) -> (y, *final states, gates, recurrent, inner)."""
+    """(text, options, *Inputs.row) -> (y, *final states, gates, recurrent, inner)."""
 
     @staticmethod
     def forward(text: str, options: Options, *tensors: Any) -> tuple[Tensor, ...]:
-        x, weights, lengths, states = Inputs.flat(tensors)
-        result = execution.run(text, options, x, weights, lengths, states)
+        result = execution.run(text, options, Inputs.flat(tensors, _states(text)))
         return (result.y, *result.final, result.gates, result.recurrent, result.inner)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.text, ctx.options, *tensors = inputs
-        ctx.mark_non_differentiable(*output[-3:])
+        ctx.mark_non_differentiable(*(output[-3:-1] if ctx.options.all_states else output[-3:]))
         ctx.save_for_backward(*tensors, output[0], *output[-3:])
         ctx.save_for_forward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         *tensors, y, gates, recurrent, inner = ctx.saved_tensors
-        if any(torch._C._functorch.is_legacy_batchedtensor(g) for g in grads):  # is_grads_batched: no rule is asked
-            d = execution.vjp(ctx.text, ctx.options, tensors[1 + WEIGHTS], _primals(tensors), grads[:-3])
-            return None, None, *d[: 1 + WEIGHTS], None, *d[1 + WEIGHTS :]
-        found = Backward.apply(ctx.text, ctx.options, *tensors, y, gates, recurrent, inner, *grads[:-3])
+        d_outputs = [*grads[:-3], *([grads[-1]] if ctx.options.all_states else [])]
+        if any(torch._C._functorch.is_legacy_batchedtensor(g) for g in d_outputs):  # is_grads_batched: no rule is asked
+            d = execution.vjp(ctx.text, ctx.options, Inputs.flat(tensors, _states(ctx.text)), d_outputs)
+            return None, None, *like_row(d)
+        found = Backward.apply(ctx.text, ctx.options, *tensors, y, gates, recurrent, inner, *d_outputs)
         given = iter(found)
-        d = [next(given) if t is not None else None for t in _primals(tensors)]
-        return None, None, *d[: 1 + WEIGHTS], None, *d[1 + WEIGHTS :]
+        return None, None, *like_row([next(given) if t is not None else None for t in primals(tensors)])
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors
-        primals = _primals(tensors)
-        function = execution.pure(ctx.text, ctx.options, tensors[1 + WEIGHTS], primals)
-        present = [p for p in primals if p is not None]
+        inputs = Inputs.flat(ctx.saved_tensors, _states(ctx.text))
+        present = [p for p in inputs.primals if p is not None]
         along = [
             torch.zeros_like(p) if t is None else t
-            for p, t in zip(primals, _primals(tangents[2:]), strict=True)
+            for p, t in zip(inputs.primals, primals(tangents[2:]), strict=True)
             if p is not None
         ]
-        return (*pushforward(function, present, along), None, None, None)
+        found = pushforward(execution.pure(ctx.text, ctx.options, inputs), present, along)
+        if ctx.options.all_states:
+            return *found[:-1], None, None, found[-1]
+        return (*found, None, None, None)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], text: str, options: Options, *tensors: Any) -> Any:
@@ -115,13 +109,13 @@ class Forward(torch.autograd.Function):
 
 
 class Backward(torch.autograd.Function):
-    """(text, options, x, *weights, lengths, *states, y, gates, recurrent, inner, d_y, *d_final) -> gradients of those given."""
+    """(text, options, *Inputs.row, y, gates, recurrent, inner, *d_outputs) -> gradients of the primals that are given."""
 
     @staticmethod
     def forward(text: str, options: Options, *tensors: Any) -> tuple[Tensor, ...]:
-        inputs, saved, d_y, d_final = _split(text, tensors)
-        x, weights, lengths, states = Inputs.flat(inputs)
-        found = execution.run_backward(text, options, d_y, d_final, x, weights, lengths, states, saved)
+        row, saved, d_outputs = batching.split(text, options, tensors)
+        inputs = Inputs.flat(row, _states(text))
+        found = execution.run_backward(text, options, d_outputs, inputs, Result(saved[0], [], *saved[1:]))
         return tuple(d for d in found if d is not None)
 
     @staticmethod
@@ -132,30 +126,27 @@ class Backward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        inputs, _, d_y, d_final = _split(ctx.text, ctx.saved_tensors)
-        primals = _primals(inputs)
+        row, saved, d_outputs = batching.split(ctx.text, ctx.options, ctx.saved_tensors)
+        inputs = Inputs.flat(row, _states(ctx.text))
         given = iter(grads)
-        dd = [next(given) if p is not None else None for p in primals]
-        found_d, found = execution.second_vjp(
-            ctx.text, ctx.options, inputs[1 + WEIGHTS], primals, [d_y, *d_final], dd
-        )
-        return None, None, *found[: 1 + WEIGHTS], None, *found[1 + WEIGHTS :], None, None, None, None, *found_d
+        dd = [next(given) if p is not None else None for p in inputs.primals]
+        found_d, found = execution.second_vjp(ctx.text, ctx.options, inputs, d_outputs, dd)
+        return None, None, *like_row(found), *[None] * len(saved), *found_d
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
-        inputs, _, d_y, d_final = _split(ctx.text, ctx.saved_tensors)
-        inputs_t, _, d_y_t, d_final_t = _split(ctx.text, tangents[2:])
-        primals, d_outputs = _primals(inputs), [d_y, *d_final]
-        lengths, present = inputs[1 + WEIGHTS], [p is not None for p in primals]
+        row, _, d_outputs = batching.split(ctx.text, ctx.options, ctx.saved_tensors)
+        row_t, _, d_outputs_t = batching.split(ctx.text, ctx.options, tangents[2:])
+        inputs = Inputs.flat(row, _states(ctx.text))
+        count = len(d_outputs)
 
         def gradient(*given: Tensor) -> tuple[Tensor, ...]:
-            own = iter(given[len(d_outputs) :])
-            values = [next(own) if there else None for there in present]
-            found = execution.vjp(ctx.text, ctx.options, lengths, values, given[: len(d_outputs)])
+            found = execution.vjp(ctx.text, ctx.options, execution.filled(inputs, given[count:]), given[:count])
             return tuple(d for d in found if d is not None)
 
-        point = [*d_outputs, *(p for p in primals if p is not None)]
-        along = [d_y_t, *d_final_t, *(t for t, there in zip(_primals(inputs_t), present, strict=True) if there)]
+        point = [*d_outputs, *(p for p in inputs.primals if p is not None)]
+        tangents_of = [t for t, p in zip(primals(row_t), inputs.primals, strict=True) if p is not None]
+        along = [*d_outputs_t, *tangents_of]
         return pushforward(
             gradient, point, [torch.zeros_like(p) if t is None else t for p, t in zip(point, along, strict=True)]
         )
@@ -163,14 +154,6 @@ class Backward(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], text: str, options: Options, *tensors: Any) -> Any:
         return batching.backward(Backward, info.batch_size, in_dims[2:], text, options, tensors)
-
-
-def _split(text: str, tensors: Sequence[Any]) -> tuple[Sequence[Any], Result, Any, list[Any]]:
-    """Backward's tensors: the inputs of Forward, what it saved, and the incoming gradients."""
-    count = len(Program.parse(text).states)
-    end = 2 + WEIGHTS + count
-    y, gates, recurrent, inner, d_y, *d_final = tensors[end:]
-    return tensors[:end], Result(y, [], gates, recurrent, inner), d_y, d_final
 
 
 def pushforward(

@@ -10,26 +10,36 @@ import torch
 from torch import Tensor
 
 from gpu_rnn.execution import Options
+from gpu_rnn.layout import FIRST_CONTROL, FIRST_STATE, WEIGHTS
 from gpu_rnn.program import Program
-from gpu_rnn.reference import Weights
 
-FIRST_WEIGHT, LENGTHS = 1, 1 + len(Weights._fields)
+W_HH, LENGTHS = 2, FIRST_CONTROL
 Dims = Sequence[int | None]
+
+BATCH: list[int | None] = [0, 1, 0, 2]  # where B stands in each of `Control`
+MEMBERS: list[int | None] = [None, 2, 1, 3]  # where N stands
+
+
+def split(text: str, options: Options, tensors: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], list[Any]]:
+    """Backward's tensors: the row of Forward's inputs, what it saved (y, gates, recurrent, inner), the incoming gradients."""
+    gradients = 1 + len(Program.parse(text).states) + options.all_states
+    end = len(tensors) - gradients - 4
+    return tensors[:end], tensors[end:-gradients], list(tensors[-gradients:])
 
 
 def forward(
     function: Any, size: int, in_dims: Dims, text: str, options: Options, tensors: Sequence[Any]
 ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
-    """Forward over a mapped axis of length `size`; tensors (x, *weights, lengths, *states)."""
-    if all(dim is None for dim in in_dims[FIRST_WEIGHT:LENGTHS]):
-        return _into_batch(function, size, in_dims, text, options, tensors)
+    """Forward over a mapped axis of length `size`; tensors as in `Inputs.row`."""
+    states = len(Program.parse(text).states)
+    if all(dim is None for dim in in_dims[1:FIRST_CONTROL]):
+        folded = _into_batch(size, in_dims, tensors, states)
+        return _unfold(function.apply(text, options, *folded), [1, *[0] * states, 1, 1, 2], size)
     if in_dims[LENGTHS] is not None:
         return _one_by_one(function, size, in_dims, text, options, tensors)
-    folded = _fold_inputs(size, in_dims, tensors)
+    folded = _into_members(size, in_dims, tensors, states)
     outputs = function.apply(text, options._replace(reverse=options.reverse * size), *folded)
-    count = len(tensors) - LENGTHS - 1
-    axes = [2, *[1] * count, 2, 2, 3]  # of N in y, the final states, gates, recurrent, inner
-    return _unfold(outputs, axes, size)
+    return _unfold(outputs, [2, *[1] * states, 2, 2, 3], size)  # N in y, the final states, gates, recurrent, inner
 
 
 def backward(
@@ -39,27 +49,37 @@ def backward(
     if in_dims[LENGTHS] is not None:
         return _one_by_one(function, size, in_dims, text, options, tensors)
     states = len(Program.parse(text).states)
-    count = LENGTHS + 1 + states
-    inputs = tensors[:count]
-    shared = inputs[0].dim() - (in_dims[0] is not None) == 3
-    n = tensors[FIRST_WEIGHT].shape[0 if in_dims[FIRST_WEIGHT] != 0 else 1]
-    folded = _fold_inputs(size, in_dims[:count], inputs)
-    axes = [2, 2, 2, 3, 2, *[1] * states]  # of N in y, gates, recurrent, inner, d_y, d_final
-    for tensor, dim, axis in zip(tensors[count:], in_dims[count:], axes, strict=True):
+    row, _, _ = split(text, options, tensors)
+    folded = _into_members(size, in_dims[: len(row)], row, states)
+    axes = [2, 2, 2, 3, 2, *[1] * states, 3]  # of N in y, gates, recurrent, inner, d_y, d_final, d_inner
+    for tensor, dim, axis in zip(tensors[len(row) :], in_dims[len(row) :], axes, strict=False):
         folded.append(tensor if tensor.dim() == 1 and dim is None else _fold(tensor, dim, axis, size))
     outputs = list(function.apply(text, options._replace(reverse=options.reverse * size), *folded))
-    weights = sum(t is not None for t in inputs[FIRST_WEIGHT:LENGTHS])
-    found, dims = _unfold(outputs, [2, *[0] * weights, *[1] * states], size)
-    if shared:  # x served all N recurrences of a member: its gradient is their sum
-        assert found[0].shape[3] == n
+    weights = sum(t is not None for t in row[1:FIRST_CONTROL])
+    axes = [2, *[0] * weights, *[1] * states, *[2] * (len(row) - FIRST_STATE - states)]
+    found, dims = _unfold(outputs, axes, size)
+    if _shared(in_dims, row):  # x served all N recurrences of a member: its gradient is their sum
         found = (found[0].sum(3), *found[1:])
     return found, dims
+
+
+def _shared(in_dims: Dims, row: Sequence[Any]) -> bool:
+    """Whether x is (T, B, I), without an axis N."""
+    return row[0].dim() - (in_dims[0] is not None) == 3
 
 
 def _fold(tensor: Tensor, dim: int | None, axis: int, size: int) -> Tensor:
     """The mapped axis, or `size` copies, merged with the axis that stands at `axis` without it."""
     mapped = tensor.unsqueeze(axis) if dim is None else tensor.movedim(dim, axis)
     return mapped.expand(*mapped.shape[:axis], size, *mapped.shape[axis + 1 :]).flatten(axis, axis + 1)
+
+
+def _fold_row(size: int, in_dims: Dims, row: Sequence[Any], axes: Sequence[int | None]) -> list[Any]:
+    """Every tensor of a row folded into its axis; those without one, and those that are not there, stay as they are."""
+    return [
+        tensor if tensor is None or axis is None else _fold(tensor, dim, axis, size)
+        for tensor, dim, axis in zip(row, in_dims, axes, strict=True)
+    ]
 
 
 def _unfold(
@@ -74,34 +94,21 @@ def _unfold(
     return tuple(found), tuple(dims)
 
 
-def _fold_inputs(size: int, in_dims: Dims, tensors: Sequence[Any]) -> list[Any]:
-    """x, weights, lengths and states with the mapped axis in N; x gets an axis N of its own."""
-    x, dim = tensors[0], in_dims[0]
-    if x.dim() - (dim is not None) == 3:
-        n = tensors[FIRST_WEIGHT].shape[0 if in_dims[FIRST_WEIGHT] != 0 else 1]
-        x = x.movedim(dim, 2) if dim is not None else x.unsqueeze(2)  # (T, B, V or 1, I)
-        x = x.unsqueeze(3).expand(*x.shape[:2], size, n, x.shape[-1]).flatten(2, 3)
-    else:
-        x = _fold(x, dim, 2, size)
-    folded = [x]
-    for index, (tensor, dim) in enumerate(zip(tensors[1:], in_dims[1:], strict=True), 1):
-        if tensor is None or index == LENGTHS:
-            folded.append(tensor)
-        else:
-            folded.append(_fold(tensor, dim, 0 if index < LENGTHS else 1, size))
-    return folded
+def _into_members(size: int, in_dims: Dims, row: Sequence[Any], states: int) -> list[Any]:
+    """A row with the mapped axis in N; x gets an axis N of its own."""
+    axes = [2, *[0] * WEIGHTS, *MEMBERS, *[1] * states, *[2] * (len(row) - FIRST_STATE - states)]
+    if not _shared(in_dims, row):
+        return _fold_row(size, in_dims, row, axes)
+    x, dim, n = row[0], in_dims[0], row[W_HH].shape[0 if in_dims[W_HH] != 0 else 1]
+    x = x.movedim(dim, 2) if dim is not None else x.unsqueeze(2)  # (T, B, V or 1, I)
+    x = x.unsqueeze(3).expand(*x.shape[:2], size, n, x.shape[-1]).flatten(2, 3)
+    return [x, *_fold_row(size, in_dims[1:], row[1:], axes[1:])]
 
 
-def _into_batch(
-    function: Any, size: int, in_dims: Dims, text: str, options: Options, tensors: Sequence[Any]
-) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
-    x, *weights = tensors[:LENGTHS]
-    lengths, *states = tensors[LENGTHS:]
-    folded = [_fold(x, in_dims[0], 1, size), *weights]
-    folded.append(None if lengths is None else _fold(lengths, in_dims[LENGTHS], 0, size))
-    folded += [_fold(s, dim, 0, size) for s, dim in zip(states, in_dims[LENGTHS + 1 :], strict=True)]
-    outputs = function.apply(text, options, *folded)
-    return _unfold(outputs, [1, *[0] * len(states), 1, 1, 2], size)
+def _into_batch(size: int, in_dims: Dims, row: Sequence[Any], states: int) -> list[Any]:
+    """A row with the mapped axis in B."""
+    axes = [1, *[None] * WEIGHTS, *BATCH, *[0] * states, *[1] * (len(row) - FIRST_STATE - states)]
+    return _fold_row(size, in_dims, row, axes)
 
 
 def _one_by_one(

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from gpu_rnn import dispatch, execution, reference
 from gpu_rnn.execution import Options
+from gpu_rnn.layout import Inputs, Result, processing_order, reorder
 from gpu_rnn.program import Program
-from gpu_rnn.reference import Result, Weights, processing_order, reorder
 
 if TYPE_CHECKING:
     from gpu_rnn.layer_base import LayerBase
@@ -73,23 +73,21 @@ def debug(layer: LayerBase, x: Tensor, *, backend: str = "auto") -> list[Differe
     found = []
     with torch.no_grad():
         for number in range(layer.num_layers):
-            weights = stack.canonical(all_weights, number)
             initial = stack._replace(num_layers=1).initial(x, all_weights, x.shape[1])
-            states = [state.transpose(0, 1) for state in initial]
-            problem = execution.describe(program.text, options, x, weights, None, "training")
+            inputs = stack.inputs(x, all_weights, number, [state.transpose(0, 1) for state in initial])
+            problem = execution.describe(program.text, options, inputs, "training")
             name = dispatch.select(problem, backend, dispatch.LOOPS)
-            result = execution.run(program.text, options._replace(backend=name), x, weights, None, states)
-            exact = reference.forward(
-                program, x.double(), _double(weights), [s.double() for s in states], None, options.reverse, save=True
-            )
+            result = execution.run(program.text, options._replace(backend=name), inputs)
+            doubled = _double(inputs)
+            exact = reference.forward(execution.call_of(program.text, options, doubled), doubled.x, save=True)
             where, worst = _first(program, result, exact, options.reverse, TOLERANCE[x.dtype])
             found.append(Difference(number, name, worst, where))
             x = exact.y.flatten(2).to(x.dtype)
     return found
 
 
-def _double(weights: Weights) -> Weights:
-    return Weights(*(None if w is None else w.double() for w in weights))  # type: ignore[arg-type]
+def _double(inputs: Inputs) -> Inputs:
+    return inputs.with_primals([None if p is None else p.double() for p in inputs.primals])
 
 
 def _first(

@@ -95,6 +95,7 @@ def _backends(device: torch.device) -> list[str]:
 def _packages() -> list[str]:
     """Versions from the packages' metadata: importing CuPy or Keras only to ask them would take seconds."""
     versions = {name: [found.version for found in metadata.distributions(name=name)] for name in PACKAGES}
+    versions["torch"] = [torch.__version__]  # names the build too, as +cu130
     present = ", ".join(f"{name} {found[0]}" for name, found in versions.items() if found)
     absent = ", ".join(name for name, found in versions.items() if not found)
     return [f"packages {present}"] + [f"absent   {absent}"] * bool(absent)

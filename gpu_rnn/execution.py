@@ -12,37 +12,28 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from gpu_rnn import dispatch, products, reference
+from gpu_rnn.layout import Call, Inputs, Result
 from gpu_rnn.problem import Problem, rnn_precision
 from gpu_rnn.program import Program
 from gpu_rnn.recurrence import Recurrence
-from gpu_rnn.reference import Result, Weights
 
 
 class Options(NamedTuple):
-    """The options of a call; they travel as one string, such as ``auto 01 save``."""
+    """The options of a call; they travel as one string, such as ``auto 01 save y``."""
 
     backend: str = "auto"
     reverse: str = "0"
     save: bool = False
+    all_states: bool = False
 
     def encode(self) -> str:
-        return f"{self.backend} {self.reverse} {'save' if self.save else 'drop'}"
+        return f"{self.backend} {self.reverse} {'save' if self.save else 'drop'} {'all' if self.all_states else 'y'}"
 
     @staticmethod
     @lru_cache(maxsize=256)
     def decode(text: str) -> Options:
-        backend, reverse, save = text.split()
-        return Options(backend, reverse, save == "save")
-
-
-class LoopGradients(NamedTuple):
-    """What a backend's backward loop returns."""
-
-    d_gates: Tensor  # (T, B, N, G, H)
-    d_recurrent: Tensor  # (T, B, N, number of split gates, H)
-    d_states: list[Tensor]  # before the first step, (B, N, ·)
-    d_params: Tensor | None  # (N, number of params, H)
-    d_w_hr: Tensor | None = None  # (N, P, H)
+        backend, reverse, save, states = text.split()
+        return Options(backend, reverse, save == "save", states == "all")
 
 
 @lru_cache(maxsize=256)
@@ -50,10 +41,9 @@ def _recurrence(text: str) -> Recurrence:
     return Recurrence.from_program(text)
 
 
-def describe(
-    text: str, options: Options, x: Tensor, weights: Weights, lengths: Tensor | None, direction: str
-) -> Problem:
+def describe(text: str, options: Options, inputs: Inputs, direction: str) -> Problem:
     """One layer as dispatch sees it."""
+    x, weights, control, _, reset_values = inputs
     n, _, hidden, width = weights.w_hh.shape
     return Problem(
         recurrence=_recurrence(text),
@@ -67,79 +57,74 @@ def describe(
         device=dispatch.device_of(x.device),
         direction=direction,
         precision=rnn_precision(),
-        lengths=lengths is not None,
+        lengths=control.lengths is not None,
         reverse=options.reverse,
         proj_size=width if weights.w_hr is not None else 0,
+        flags=control.flags is not None,
+        reset_values=bool(reset_values),
+        drop=0 if control.drop is None else control.drop.shape[2],
+        zone=control.zone is not None,
+        all_states=options.all_states,
+        norm=weights.norm is not None,
     )
 
 
-def run(
-    text: str, options: Options, x: Tensor, weights: Weights, lengths: Tensor | None, states: Sequence[Tensor]
-) -> Result:
+def call_of(text: str, options: Options, inputs: Inputs, problem: Problem | None = None) -> Call:
+    """The part of a call that both passes take alike."""
+    _, weights, control, states, reset_values = inputs
+    return Call(Program.parse(text), weights, list(states), control, list(reset_values), options.reverse, problem)  # type: ignore[arg-type]
+
+
+def run(text: str, options: Options, inputs: Inputs) -> Result:
     """The forward pass of one layer on the backend that dispatch chooses."""
-    program = Program.parse(text)
-    problem = describe(text, options, x, weights, lengths, "training" if options.save else "inference")
+    problem = describe(text, options, inputs, "training" if options.save else "inference")
     name = dispatch.select(problem, options.backend, dispatch.LOOPS)
+    call = call_of(text, options, inputs, problem)
     if name == "reference":
         with record_function("gpu_rnn::reference_forward"):
-            return reference.forward(program, x, weights, list(states), lengths, options.reverse, options.save)
-    with products.fp32_precision(problem.precision, x):
-        gates = reference.project(x, weights, program).contiguous()
+            return reference.forward(call, inputs.x, options.save, options.all_states)
+    with products.fp32_precision(problem.precision, inputs.x):
+        gates = reference.project(inputs.x, inputs.weights, call.program).contiguous()
+        if gates.data_ptr() == inputs.x.data_ptr():  # projected already, and the loop overwrites it
+            gates = gates.clone()
         with record_function(f"gpu_rnn::{name}_forward"):
-            return dispatch.BACKENDS[name].forward(
-                program, gates, weights, list(states), lengths, options.reverse, options.save, problem
-            )
+            return dispatch.BACKENDS[name].forward(call, gates, options.save, options.all_states)
 
 
 def run_backward(
     text: str,
     options: Options,
-    d_y: Tensor,
-    d_final: Sequence[Tensor],
-    x: Tensor,
-    weights: Weights,
-    lengths: Tensor | None,
-    states: Sequence[Tensor],
+    d_outputs: Sequence[Tensor],  # of y, of the final states, and of `Result.inner` where all states are wanted
+    inputs: Inputs,
     saved: Result,
 ) -> list[Tensor | None]:
-    """The gradients of x, of each of the weights and of the states."""
-    program = Program.parse(text)
-    problem = describe(text, options, x, weights, lengths, "backward")
+    """The gradients of `Inputs.primals`."""
+    problem = describe(text, options, inputs, "backward")
     name = dispatch.select(problem, options.backend, dispatch.LOOPS)
     if name == "reference":
         with record_function("gpu_rnn::reference_backward"):
-            return vjp(text, options, lengths, [x, *weights, *states], [d_y, *d_final])
+            return vjp(text, options, inputs, d_outputs)
     if not saved.gates.numel():
-        saved = run(text, options._replace(save=True), x, weights, lengths, states)
-    with products.fp32_precision(problem.precision, x):
+        saved = run(text, options._replace(save=True), inputs)
+    call = call_of(text, options, inputs, problem)
+    d_y, *d_final = d_outputs
+    d_inner = d_final.pop() if options.all_states else None
+    with products.fp32_precision(problem.precision, inputs.x):
         with record_function(f"gpu_rnn::{name}_backward"):
-            loop = LoopGradients(
-                *dispatch.BACKENDS[name].backward(
-                    program, saved, weights, list(states), lengths, options.reverse, d_y, list(d_final), problem
-                )
-            )
-        d_x, d_weights = products.gradients(
-            program, x, weights, list(states), lengths, options.reverse, saved, loop.d_gates, loop.d_recurrent
-        )
-    d_weights = d_weights._replace(params=loop.d_params, w_hr=loop.d_w_hr)
-    inputs = [x, *weights, *states]
+            loop = dispatch.BACKENDS[name].backward(call, saved, d_y, d_final, d_inner)
+        d_x, d_weights = products.gradients(call, inputs.x, saved, loop)
+    found = [d_x, *d_weights, *loop.d_states, *loop.d_resets]
     return [
         None if given is None or d is None else d.to(given.dtype)
-        for given, d in zip(inputs, [d_x, *d_weights, *loop.d_states], strict=True)
+        for given, d in zip(inputs.primals, found, strict=True)
     ]
 
 
-def vjp(
-    text: str,
-    options: Options,
-    lengths: Tensor | None,
-    primals: Sequence[Tensor | None],  # x, the six weights, the states
-    d_outputs: Sequence[Tensor],  # of y and of the final states
-) -> list[Tensor | None]:
-    """The reference's vector-Jacobian product, itself differentiable to any order."""
+def vjp(text: str, options: Options, inputs: Inputs, d_outputs: Sequence[Tensor]) -> list[Tensor | None]:
+    """The reference's vector-Jacobian product, itself differentiable to any order; `d_outputs` as in `run_backward`."""
+    primals = inputs.primals
     present = [index for index, primal in enumerate(primals) if primal is not None]
-    function = pure(text, options, lengths, primals)
-    _, pull = pullback(function, *(primals[index] for index in present))
+    _, pull = pullback(pure(text, options, inputs), *(primals[index] for index in present))
     found = dict(zip(present, pull(tuple(d_outputs)), strict=True))
     return [found.get(index) for index in range(len(primals))]
 
@@ -150,38 +135,34 @@ def pullback(function: Callable[..., Any], *point: Any) -> tuple[Any, Callable[.
     return value, pull
 
 
-def pure(text: str, options: Options, lengths: Tensor | None, primals: Sequence[Tensor | None]) -> Callable[..., tuple[Tensor, ...]]:
-    """The reference as a function of those primals that are not None, returning y and the final states."""
-    present = [index for index, primal in enumerate(primals) if primal is not None]
+def pure(text: str, options: Options, inputs: Inputs) -> Callable[..., tuple[Tensor, ...]]:
+    """The reference as a function of those primals that are not None; it returns what `run_backward` has gradients of."""
 
     def function(*given: Tensor) -> tuple[Tensor, ...]:
-        values: list[Tensor | None] = [None] * len(primals)
-        for index, value in zip(present, given, strict=True):
-            values[index] = value
-        x, weights, states = values[0], Weights(*values[1:7]), values[7:]  # type: ignore[arg-type]
-        result = reference.forward(Program.parse(text), x, weights, states, lengths, options.reverse)  # type: ignore[arg-type]
-        return (result.y, *result.final)
+        call_inputs = filled(inputs, given)
+        call = call_of(text, options, call_inputs)
+        result = reference.forward(call, call_inputs.x, all_states=options.all_states)
+        return (result.y, *result.final, *([result.inner] if options.all_states else []))
 
     return function
 
 
+def filled(inputs: Inputs, given: Sequence[Tensor]) -> Inputs:
+    """The same call with those primals that are not None in the place of its own."""
+    rest = iter(given)
+    return inputs.with_primals([None if primal is None else next(rest) for primal in inputs.primals])
+
+
 def second_vjp(
-    text: str,
-    options: Options,
-    lengths: Tensor | None,
-    primals: Sequence[Tensor | None],
-    d_outputs: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
+    text: str, options: Options, inputs: Inputs, d_outputs: Sequence[Tensor], grads: Sequence[Tensor | None]
 ) -> tuple[tuple[Tensor, ...], list[Tensor | None]]:
     """The gradients of `d_outputs` and of the primals, given those of `vjp`'s results."""
+    primals = inputs.primals
     present = [index for index, primal in enumerate(primals) if primal is not None]
     count = len(d_outputs)
 
     def gradient(*given: Tensor) -> tuple[Tensor, ...]:
-        values: list[Tensor | None] = [None] * len(primals)
-        for index, value in zip(present, given[count:], strict=True):
-            values[index] = value
-        found = vjp(text, options, lengths, values, given[:count])
+        found = vjp(text, options, filled(inputs, given[count:]), given[:count])
         return tuple(found[index] for index in present)  # type: ignore[misc]
 
     _, pull = pullback(gradient, *d_outputs, *(primals[index] for index in present))

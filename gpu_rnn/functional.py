@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gpu_rnn import autograd, dispatch, second_order
+from gpu_rnn.controls import NONE, Controls
 from gpu_rnn.launch import aten
 from gpu_rnn.recurrence import Recurrence
 from gpu_rnn.stack import Stack, States
@@ -30,7 +31,15 @@ def rnn(
     batch_sizes: Tensor | None = None,
     proj_size: int = 0,
     backend: str = "auto",
-) -> tuple[Tensor, States]:
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    reset_state: States | None = None,
+    recurrent_mask: Tensor | None = None,
+    zone: Tensor | None = None,
+    norm: bool = False,
+    all_states: bool = False,
+) -> tuple[Tensor, States] | tuple[Tensor, States, States]:
     """Runs a stack of recurrent layers.
 
     Args:
@@ -38,17 +47,35 @@ def rnn(
         hx: one tensor per state of the recurrence, (D·num_layers, B, H); h has proj_size features with a projection.
             None: the recurrence's initial values.
         weights: for each layer and direction in torch's order: w_ih (G·H, I), w_hh (G·H, P), then b_ih and b_hh (G·H)
-            with `bias`, w_hr (P, H) with `proj_size`, and (params, H) if the recurrence has per-unit parameters.
+            with `bias`, w_hr (P, H) with `proj_size`, (params, H) if the recurrence has per-unit parameters, and with
+            `norm` the scales (G·H) of the normalised input products and of the normalised recurrent products.
         recurrence: the cell.
         dropout, training: dropout between layers, in training.
         batch_sizes: (T,) int64 on the CPU, as in PackedSequence.
         backend: "auto" or a name from `gpu_rnn.dispatch.BACKENDS`.
+        mask: bool, (T, B) or with `batch_first` (B, T): True where a step counts. States carry over the other steps,
+            whose outputs are 0; what x holds there, NaN too, reaches nothing.
+        lengths: integers (B,), 0 allowed: rows end there, as with pack_padded_sequence, and the reverse direction
+            starts there.
+        resets: bool, shaped like mask: True where an episode begins. States are set before such a step to
+            `reset_state`, and the reverse direction is cut at the same place.
+        reset_state: a tensor for each state, (D·num_layers, B, ·) or for each step (T, D·num_layers, B, ·). None: the
+            recurrence's initial values.
+        recurrent_mask: (D·num_layers, B, 1 or G, P), factors of h where it enters the products, the same at all steps:
+            recurrent dropout with one mask for all gates (Gal & Ghahramani, arXiv:1512.05287) or one for each.
+        zone: bool, (states, T, D·num_layers, B, H): units that keep their state (Krueger et al., arXiv:1606.01305).
+        norm: layer-normalise the products, gate by gate: LN(W_ih x)·g_ih + b_ih and LN(W_hh h)·g_hh + b_hh
+            (Ba et al., arXiv:1607.06450).
+        all_states: return all states of all steps as well.
 
     Returns:
-        The h of every step, like x with D·P features, and the final states, shaped like hx.
+        The h of every step, like x with D·P features, and the final states, shaped like hx; with `all_states` also the
+        states after every step, (T, D·num_layers, B, ·) each.
 
     Raises:
         ValueError: a backend that does not exist or cannot run this call, with every reason.
+            A mask, lengths, resets or reset_state of another shape.
+        TypeError: a mask or resets that are not bool, lengths that are not integers.
         RuntimeError: no time steps; tensors on different devices.
 
     Example::
@@ -59,32 +86,53 @@ def rnn(
         (torch.Size([5, 2, 8]), torch.Size([1, 2, 8]))
     """
     stack = Stack(
-        recurrence, bias, num_layers, dropout if training else 0.0, bidirectional, batch_first, proj_size, backend
+        recurrence,
+        bias,
+        num_layers,
+        dropout if training else 0.0,
+        bidirectional,
+        batch_first,
+        proj_size,
+        backend,
+        norm,
+        all_states,
     )
-    return run(stack, x, hx, weights, batch_sizes)
+    if batch_first:
+        mask, resets = (None if t is None else t.transpose(0, 1) for t in (mask, resets))
+    controls = Controls(mask, lengths, resets, reset_state, recurrent_mask, zone)
+    y, states, every = run(stack, x, hx, weights, batch_sizes, controls)
+    return (y, states, every) if all_states else (y, states)
 
 
 def run(
-    stack: Stack, x: Tensor, hx: States | None, weights: Sequence[Tensor], batch_sizes: Tensor | None
-) -> tuple[Tensor, States]:
-    """`rnn` with the arguments that do not change between a layer's calls in one."""
+    stack: Stack,
+    x: Tensor,
+    hx: States | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    controls: Controls = NONE,
+) -> tuple[Tensor, States, States]:
+    """`rnn` with the arguments that do not change between a layer's calls in one; always with all states, if only ()."""
     steps, batch = stack.sizes(x, batch_sizes)
+    if controls is not NONE:
+        controls = controls.checked(steps, batch, (stack.num_layers * len(stack.reverse), batch), x.device)
     if not torch.compiler.is_compiling():
-        if x.is_cpu and _certainly_aten(stack, x):
-            return stack.aten(x, hx or stack.initial(x, weights, batch), weights, batch_sizes)
-        problem = stack.problem(x, hx, weights, steps, batch, batch_sizes is not None)
+        if x.is_cpu and _certainly_aten(stack, x, controls):
+            return *stack.aten(x, hx or stack.initial(x, weights, batch), weights, batch_sizes), ()
+        problem = stack.problem(x, hx, weights, steps, batch, batch_sizes is not None, controls)
         if dispatch.select(problem, stack.backend) == "aten":
             states = hx or stack.initial(x, weights, batch)
             if x.is_cuda and problem.training and not stack.dropout:
-                return _with_second_order(stack, x, states, weights, batch_sizes)
-            return stack.aten(x, states, weights, batch_sizes)
-    return stack.loops(x, hx or stack.initial(x, weights, batch), weights, batch_sizes)
+                return *_with_second_order(stack, x, states, weights, batch_sizes), ()
+            return *stack.aten(x, states, weights, batch_sizes), ()
+    return stack.loops(x, hx or stack.initial(x, weights, batch), weights, batch_sizes, controls)
 
 
-def _certainly_aten(stack: Stack, x: Tensor) -> bool:
+def _certainly_aten(stack: Stack, x: Tensor, controls: Controls) -> bool:
     """On a CPU ATen is the cheapest wherever it runs: no Problem is needed, and to make one takes 5 µs of a short call."""
     return (
         stack.recurrence.aten is not None
+        and not (stack.norm or stack.all_states or controls.given)
         and stack.backend in ("auto", "aten")
         and "GPU_RNN_BACKEND" not in os.environ
         and not x.is_complex()
@@ -104,7 +152,7 @@ def _with_second_order(
 
     def exact(*tensors: Tensor) -> tuple[Tensor, ...]:
         loops = stack._replace(backend="auto")
-        y, final = loops.loops(tensors[0], tensors[1:count], tensors[count:], batch_sizes)
+        y, final, _ = loops.loops(tensors[0], tensors[1:count], tensors[count:], batch_sizes)
         return (y, *final)
 
     y, *final = second_order.differentiable(fast, exact, (x, *states, *weights))
@@ -128,5 +176,5 @@ def cell(
             biases = weights[2:] if bias else (None, None)
             found = aten.CELLS[recurrence.aten](x, given if len(given) > 1 else given[0], *weights[:2], *biases)
             return tuple(found) if len(given) > 1 else (found,)
-    _, final = rnn(x[None], states, weights, recurrence, bias=bias, backend=backend)
+    _, final, _ = run(Stack(recurrence, bias, backend=backend), x[None], states, weights, None)
     return tuple(state[0] for state in final)

@@ -224,9 +224,10 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
             self.check_input(input, batch_sizes)
         if states is not None:
             self._check_states(input, states, batch_sizes)
-        return functional.run(
+        output, states, _ = functional.run(
             self._stack(packed=batch_sizes is not None), input, states, weights, batch_sizes
         )
+        return output, states
 
     def _stack(self, packed: bool = False) -> Stack:
         return Stack(

@@ -8,47 +8,21 @@ every order, jvp and vmap, is `gpu_rnn.autograd`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gpu_rnn import execution
 from gpu_rnn.execution import Options
-from gpu_rnn.products import state_dtype
+from gpu_rnn.layout import FIRST_CONTROL, FIRST_STATE, Control, Inputs, Result, Weights, state_dtype
 from gpu_rnn.program import Program
-from gpu_rnn.reference import Result, Weights
 
-INPUTS = (
-    "Tensor x, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? params, Tensor? w_hr, "
-    "Tensor? lengths, Tensor[] states"
-)
+OPTIONAL = [f"Tensor? {name}" for name in (*Weights._fields, *Control._fields)]
+OPTIONAL[Weights._fields.index("w_hh")] = "Tensor w_hh"
+INPUTS = ", ".join(["Tensor x", *OPTIONAL, "Tensor[] states", "Tensor[] reset_values"])
 IDENTITY = "str program, str options"
-WEIGHTS = len(Weights._fields)
 SAVED = 4  # y, gates, recurrent, inner
-
-
-class Inputs(NamedTuple):
-    """The inputs that both ops share, in the order of `INPUTS`."""
-
-    x: Tensor
-    weights: Weights
-    lengths: Tensor | None
-    states: list[Tensor]
-
-    @staticmethod
-    def of(x: Tensor, *rest: Any) -> Inputs:
-        return Inputs(x, Weights(*rest[:WEIGHTS]), *rest[WEIGHTS:])
-
-    @staticmethod
-    def flat(tensors: Sequence[Any]) -> Inputs:
-        """From x, the weights, the lengths and each state in a row."""
-        return Inputs.of(*tensors[: 2 + WEIGHTS], list(tensors[2 + WEIGHTS :]))
-
-    @property
-    def primals(self) -> list[Tensor | None]:
-        """The differentiable ones."""
-        return [self.x, *self.weights, *self.states]
 
 
 def _owned(outputs: Sequence[Tensor], inputs: Sequence[Tensor | None]) -> list[Tensor]:
@@ -68,59 +42,61 @@ def rnn(*arguments: Any) -> list[Tensor]:
     """One layer: y, the final states, then what the backward pass needs (empty unless saved)."""
     *given, program, options = arguments
     inputs = Inputs.of(*given)
-    result = execution.run(program, Options.decode(options), *inputs)
-    outputs = [result.y, *result.final, result.gates, result.recurrent, result.inner]
-    return _owned(outputs, [*inputs.primals, inputs.lengths])
+    result = execution.run(program, Options.decode(options), inputs)
+    return _owned([result.y, *result.final, result.gates, result.recurrent, result.inner], inputs.row)
 
 
 @rnn.register_fake
 def _(*arguments: Any) -> list[Tensor]:
-    *given, program, options = arguments
-    x, weights, _, states = Inputs.of(*given)
+    *given, program, text = arguments
+    x, weights, _, states, _ = Inputs.of(*given)
+    options = Options.decode(text)
     steps, batch = x.shape[:2]
     n, gates, hidden, width = weights.w_hh.shape
     final = [x.new_empty(batch, n, width), *(x.new_empty(batch, n, hidden) for _ in states[1:])]
     y = x.new_empty(steps, batch, n, width)
     inner = x.new_empty(0, dtype=state_dtype(x.dtype))
-    if not Options.decode(options).save:
+    if options.save or options.all_states:
+        inner = inner.new_empty(len(states) - 1, steps, batch, n, hidden)
+    if not options.save:
         return [y, *final, x.new_empty(0), x.new_empty(0), inner]
     split = len(Program.parse(program).split)
-    saved = [x.new_empty(steps, batch, n, gates, hidden), x.new_empty(steps, batch, n, split, hidden)]
-    return [y, *final, *saved, inner.new_empty(len(states) - 1, steps, batch, n, hidden)]
+    return [y, *final, x.new_empty(steps, batch, n, gates, hidden), x.new_empty(steps, batch, n, split, hidden), inner]
 
 
 @torch.library.custom_op(
     "gpu_rnn::rnn_backward",
     mutates_args=(),
-    schema=f"(Tensor d_y, Tensor[] d_final, Tensor[] saved, {INPUTS}, {IDENTITY}) -> Tensor[]",
+    schema=f"(Tensor[] d_outputs, Tensor[] saved, {INPUTS}, {IDENTITY}) -> Tensor[]",
 )
-def rnn_backward(d_y: Tensor, d_final: list[Tensor], saved: list[Tensor], *arguments: Any) -> list[Tensor]:
-    """The gradients of x, of the weights and of the states; an empty tensor where there is no such weight."""
+def rnn_backward(d_outputs: list[Tensor], saved: list[Tensor], *arguments: Any) -> list[Tensor]:
+    """The gradients of the differentiable inputs in a row; an empty tensor where there is no such weight."""
     *given, program, options = arguments
     inputs = Inputs.of(*given)
     y, gates, recurrent, inner = saved
     result = Result(y, [], gates, recurrent, inner)
-    found = execution.run_backward(program, Options.decode(options), d_y, d_final, *inputs, result)
+    found = execution.run_backward(program, Options.decode(options), d_outputs, inputs, result)
     outputs = [inputs.x.new_empty(0) if d is None else d for d in found]
-    return _owned(outputs, [d_y, *d_final, *saved, *inputs.primals, inputs.lengths])
+    return _owned(outputs, [*d_outputs, *saved, *inputs.row])
 
 
 @rnn_backward.register_fake
-def _(d_y: Tensor, d_final: list[Tensor], saved: list[Tensor], *arguments: Any) -> list[Tensor]:
-    primals = Inputs.of(*arguments[:-2]).primals
+def _(d_outputs: list[Tensor], saved: list[Tensor], *arguments: Any) -> list[Tensor]:
+    inputs = Inputs.of(*arguments[:-2])
     return [
-        d_y.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in primals
+        inputs.x.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
+        for t in inputs.primals
     ]
 
 
 def _keep(ctx: Any, inputs: Inputs, others: Sequence[Tensor], program: str, options: str) -> None:
-    ctx.program, ctx.options, ctx.others = program, options, len(others)
-    ctx.save_for_backward(*others, inputs.x, *inputs.weights, inputs.lengths, *inputs.states)
+    ctx.program, ctx.options, ctx.others, ctx.states = program, options, len(others), len(inputs.states)
+    ctx.save_for_backward(*others, *inputs.row)
 
 
 def _kept(ctx: Any) -> tuple[Inputs, Sequence[Tensor]]:
     others, given = ctx.saved_tensors[: ctx.others], ctx.saved_tensors[ctx.others :]
-    return Inputs.flat(given), others
+    return Inputs.flat(given, ctx.states), others
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -132,31 +108,34 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     inputs, saved = _kept(ctx)
     shapes = [saved[0], *inputs.states]
+    if Options.decode(ctx.options).all_states:
+        grads, shapes = [*grads[: len(shapes)], grads[-1]], [*shapes, saved[-1]]
     d = [torch.zeros_like(s) if g is None else g for g, s in zip(grads, shapes, strict=False)]
-    x, weights, lengths, states = inputs
-    found = torch.ops.gpu_rnn.rnn_backward(
-        d[0], d[1:], list(saved), x, *weights, lengths, states, ctx.program, ctx.options
-    )
-    return *_given(inputs, found), None, list(found[1 + WEIGHTS :]), None, None
+    arguments = _grouped(inputs.row, len(inputs.states))
+    found = torch.ops.gpu_rnn.rnn_backward(d, list(saved), *arguments, ctx.program, ctx.options)
+    return *_as_given(inputs, found), None, None
 
 
-def _given(inputs: Inputs, found: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The gradients of x and the weights, None for a weight that the layer does not have."""
-    return [None if t is None else d for t, d in zip((inputs.x, *inputs.weights), found, strict=False)]
+def _grouped(row: Sequence[Any], states: int) -> list[Any]:
+    """A row like `Inputs.row` as the ops take it, the states and the reset values in a list each."""
+    return [*row[:FIRST_STATE], list(row[FIRST_STATE : FIRST_STATE + states]), list(row[FIRST_STATE + states :])]
+
+
+def _as_given(inputs: Inputs, found: Sequence[Tensor | None]) -> list[Any]:
+    """Gradients of the primals in the places of the op's arguments; None for what the layer does not have."""
+    d = [None if t is None else g for t, g in zip(inputs.primals, found, strict=True)]
+    return _grouped([*d[:FIRST_CONTROL], *[None] * len(Control._fields), *d[FIRST_CONTROL:]], len(inputs.states))
 
 
 def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    d_y, d_final, _, *given, program, options = inputs
-    _keep(ctx, Inputs.of(*given), [d_y, *d_final], program, options)
+    d_outputs, _, *given, program, options = inputs
+    _keep(ctx, Inputs.of(*given), d_outputs, program, options)
 
 
 def _second(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     inputs, d_outputs = _kept(ctx)
-    found_d, found = execution.second_vjp(
-        ctx.program, Options.decode(ctx.options), inputs.lengths, inputs.primals, d_outputs, grads
-    )
-    states = list(found[1 + WEIGHTS :])
-    return found_d[0], list(found_d[1:]), [None] * SAVED, *_given(inputs, found), None, states, None, None
+    found_d, found = execution.second_vjp(ctx.program, Options.decode(ctx.options), inputs, d_outputs, grads)
+    return list(found_d), [None] * SAVED, *_as_given(inputs, found), None, None
 
 
 rnn.register_autograd(_backward, setup_context=_setup)

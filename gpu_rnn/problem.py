@@ -32,6 +32,12 @@ class Problem:
         reverse: a character for each of N, "1" where time runs backwards.
         proj_size: width of a projected h, 0 without projection.
         layers: number of layers in the stack.
+        flags: steps are masked, or states are reset to the recurrence's initial values.
+        reset_values: states are reset to given values.
+        drop: recurrent dropout with one mask for all gates (1), with one for each gate (their number), or none (0).
+        zone: units keep their states at random (zoneout).
+        all_states: every state of every step is wanted.
+        norm: the recurrent products are layer-normalised.
         transforms: the call is under a functorch transform or forward-mode differentiation.
     """
 
@@ -52,6 +58,12 @@ class Problem:
     proj_size: int = 0
     layers: int = 1
     transforms: bool = False
+    flags: bool = False
+    reset_values: bool = False
+    drop: int = 0
+    zone: bool = False
+    all_states: bool = False
+    norm: bool = False
 
     @property
     def program(self) -> Program:
@@ -68,6 +80,24 @@ class Problem:
         width = self.proj_size or self.H
         once = 2.0 * self.G * self.H * (self.I + width) * self.B * self.N * self.T * self.layers
         return once * (2 if self.direction == "backward" else 1)
+
+    @property
+    def options(self) -> dict[str, str]:
+        """What a backend may refuse: each option of the call that is not torch.nn's, in a word."""
+        named = {
+            "lengths": "lengths of rows" if self.lengths and not self.packed else "",
+            "flags": "masks and resets" if self.flags else "",
+            "reset_values": "resets to given values" if self.reset_values else "",
+            "drop": "recurrent dropout" if self.drop == 1 else "recurrent dropout with a mask for each gate" if self.drop else "",
+            "zone": "zoneout" if self.zone else "",
+            "all_states": "the states of all steps" if self.all_states else "",
+            "norm": "layer normalisation" if self.norm else "",
+        }
+        return {name: words for name, words in named.items() if words}
+
+    def without(self, *supported: str) -> list[str]:
+        """A reason for each option of the call other than those named."""
+        return [f"does not take {words}" for name, words in self.options.items() if name not in supported]
 
     @property
     def training(self) -> bool:

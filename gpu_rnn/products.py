@@ -15,8 +15,8 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from gpu_rnn.layout import RESET, Call, LoopGradients, Result, Weights, bit, state_dtype
 from gpu_rnn.program import Program, lookup
-from gpu_rnn.reference import Result, Weights, state_dtype
 
 
 class _Setting:
@@ -54,7 +54,7 @@ def previous(
     lengths: Tensor | None,  # (B,)
     reverse: str,
 ) -> Tensor:
-    """The state before each step. Reversed rows start at their own last step."""
+    """The state after the step before each. Reversed rows start at their own last step."""
     before = torch.empty_like(values)
     for n, flag in enumerate(reverse):
         if flag == "0":
@@ -69,10 +69,19 @@ def previous(
     return before
 
 
-def inputs_over_time(
-    program: Program, saved: Result, weights: Weights, states: list[Tensor], lengths: Tensor | None, reverse: str
-) -> dict[str, Tensor]:
+def entered(call: Call, saved: Result, state: int) -> Tensor:
+    """(T, B, N, X): the values of a state that each step started from, in the order of time."""
+    after = saved.y if state == 0 else saved.inner[state - 1]
+    before = previous(after, call.states[state], call.control.lengths, call.reverse)
+    if call.control.flags is None:
+        return before
+    value = call.reset_value(state)
+    return torch.where(bit(call.control.flags, RESET), value if isinstance(value, float) else value.to(before.dtype), before)
+
+
+def inputs_over_time(call: Call, saved: Result) -> dict[str, Tensor]:
     """Every input of the program at all steps, by name, each (T, B, N, H) in the order of time."""
+    program, params = call.program, call.weights.params
     values = {}
     compute = state_dtype(saved.gates.dtype)
     for g, gate in enumerate(program.gates):
@@ -80,66 +89,74 @@ def inputs_over_time(
         values[f"{name}_{gate}"] = saved.gates[..., g, :].to(compute)
     for r, gate in enumerate(program.split):
         values[f"r_{gate}"] = saved.recurrent[..., r, :].to(compute)
-    after = [saved.y, *saved.inner]
-    for name, value, initial in zip(program.state_names, after, states, strict=True):
-        values[f"s_{name}"] = previous(value, initial, lengths, reverse).to(compute)
-    if weights.params is not None:
-        values |= {f"p_{name}": weights.params[:, i].to(compute) for i, name in enumerate(program.params)}
+    for k, name in enumerate(program.state_names):
+        values[f"s_{name}"] = entered(call, saved, k).to(compute)
+    if params is not None:
+        values |= {f"p_{name}": params[:, i].to(compute) for i, name in enumerate(program.params)}
     return values
 
 
-def gradients(
-    program: Program,
-    x: Tensor,  # (T, B, I) or (T, B, N, I)
-    weights: Weights,
-    states: list[Tensor],
-    lengths: Tensor | None,
-    reverse: str,
-    saved: Result,
-    d_gates: Tensor,  # (T, B, N, G, H)
-    d_recurrent: Tensor,  # (T, B, N, number of split gates, H)
-) -> tuple[Tensor, Weights]:
-    """The gradients of x and of the weights other than `params` and `w_hr`."""
-    if x.dim() == 3:
-        d_x = torch.einsum("tbngh,nghi->tbi", d_gates, weights.w_ih)
-        d_w_ih = torch.einsum("tbngh,tbi->nghi", d_gates, x)
-    else:
-        d_x = torch.einsum("tbngh,nghi->tbni", d_gates, weights.w_ih)
-        d_w_ih = torch.einsum("tbngh,tbni->nghi", d_gates, x)
+def gradients(call: Call, x: Tensor, saved: Result, loop: LoopGradients) -> tuple[Tensor, Weights]:
+    """The gradients of x, (T, B, I) or (T, B, N, I) or (T, B, N, G, H), and of the weights."""
+    weights, d_gates = call.weights, loop.d_gates
+    d_x, d_w_ih = _projection(x, weights, d_gates)
     parts_w, parts_b = [], []
-    for entering, rows in _entering(program, weights, states, lengths, reverse, saved):
-        for gradient in _runs(program, rows, d_gates, d_recurrent):
-            parts_w.append(torch.einsum("tbngh,tbnp->nghp", gradient, entering.to(gradient.dtype)))
+    for entering, rows in _entering(call, saved):
+        for gates, gradient in _runs(call.program, rows, d_gates, loop.d_recurrent):
             parts_b.append(gradient.sum((0, 1)))
+            of_product = gradient if loop.d_products is None else loop.d_products[:, :, :, gates]
+            parts_w.append(_of_weights(of_product, entering.to(gradient.dtype), call.control.drop, gates))
     has_bias = weights.b_ih is not None
     return d_x, Weights(
         d_w_ih,
         torch.cat(parts_w, 1),
         d_gates.sum((0, 1)) if has_bias else None,
         torch.cat(parts_b, 1) if has_bias else None,
+        loop.d_params,
+        loop.d_w_hr,
+        loop.d_norm,
     )
 
 
-def _entering(
-    program: Program, weights: Weights, states: list[Tensor], lengths: Tensor | None, reverse: str, saved: Result
-) -> Iterator[tuple[Tensor, slice]]:
-    """For each stage: what entered its product at all steps, and the rows of its gates."""
-    yield previous(saved.y, states[0], lengths, reverse), program.rows[0]
+def _projection(x: Tensor, weights: Weights, d_gates: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The gradients of x and w_ih."""
+    if weights.w_ih is None:
+        return d_gates, None
+    n = "" if x.dim() == 3 else "n"  # one input for all recurrences, or one each
+    d_x = torch.einsum(f"tbngh,nghi->tb{n}i", d_gates, weights.w_ih)
+    return d_x, torch.einsum(f"tbngh,tb{n}i->nghi", d_gates, x)
+
+
+def _of_weights(d_product: Tensor, entering: Tensor, drop: Tensor | None, gates: slice) -> Tensor:
+    """The gradient of w_hh's rows (N, gates, H, P) from that of their products and what entered them undropped."""
+    if drop is None:
+        return torch.einsum("tbngh,tbnp->nghp", d_product, entering)
+    if drop.shape[2] == 1:
+        return torch.einsum("tbngh,tbnp->nghp", d_product, entering * drop[:, :, 0].to(entering.dtype))
+    parts = zip(d_product.unbind(3), drop[:, :, gates].to(entering.dtype).unbind(2), strict=True)
+    return torch.stack([torch.einsum("tbnh,tbnp->nhp", d, entering * factors) for d, factors in parts], 1)
+
+
+def _entering(call: Call, saved: Result) -> Iterator[tuple[Tensor, slice]]:
+    """For each stage: what entered its product at all steps, before any dropping, and the rows of its gates."""
+    program = call.program
+    yield entered(call, saved, 0), program.rows[0]
     if len(program.stages) == 1:
         return
-    values = inputs_over_time(program, saved, weights, states, lengths, reverse)
+    values = inputs_over_time(call, saved)
     for stage, rows in zip(program.stages, program.rows[1:], strict=False):
         stage.run(values)
         entering = lookup(values, stage.outputs[0], values["s_" + program.state_names[0]])
         yield entering, rows
 
 
-def _runs(program: Program, rows: slice, d_gates: Tensor, d_recurrent: Tensor) -> Iterator[Tensor]:
-    """The gradients of a stage's products, in runs of neighbouring gates that lie in the same tensor."""
+def _runs(program: Program, rows: slice, d_gates: Tensor, d_recurrent: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """The gradients of a stage's products (biases included), in runs of neighbouring gates that lie in the same tensor."""
     for is_sum, run in groupby(range(rows.start, rows.stop), key=lambda g: program.gates[g] in program.summed):
         gates = list(run)
+        which = slice(gates[0], gates[-1] + 1)
         if is_sum:
-            yield d_gates[..., gates[0] : gates[-1] + 1, :]
+            yield which, d_gates[..., which, :]
         else:
             start = program.split.index(program.gates[gates[0]])
-            yield d_recurrent[..., start : start + len(gates), :]
+            yield which, d_recurrent[..., start : start + len(gates), :]

@@ -11,17 +11,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpu_rnn import autograd, dispatch
+from gpu_rnn.controls import NONE, Controls
 from gpu_rnn.execution import Options
 from gpu_rnn.launch import aten
+from gpu_rnn.layout import PLAIN, Control, Inputs, Weights
 from gpu_rnn.problem import Problem, rnn_precision
 from gpu_rnn.recurrence import Recurrence
-from gpu_rnn.reference import Weights
+from gpu_rnn.reference import NORM_EPSILON
 
 States = tuple[Tensor, ...]
 
 
 class Stack(NamedTuple):
-    """What does not change between the calls of a layer. `dropout` is 0 outside training."""
+    """What does not change between the calls of a layer. `dropout` is 0 outside training.
+
+    With `norm`, each layer and direction has two weights more, the scales of the normalised input products and of the
+    normalised recurrent products, (G·H) each.
+    """
 
     recurrence: Recurrence
     bias: bool = True
@@ -31,6 +37,8 @@ class Stack(NamedTuple):
     batch_first: bool = False
     proj_size: int = 0
     backend: str = "auto"
+    norm: bool = False
+    all_states: bool = False
 
     @property
     def reverse(self) -> str:
@@ -60,10 +68,19 @@ class Stack(NamedTuple):
         return (h, *(x.new_full((rows, batch, hidden), value) for value in others))
 
     def problem(
-        self, x: Tensor, hx: States | None, weights: Sequence[Tensor], steps: int, batch: int, packed: bool
+        self,
+        x: Tensor,
+        hx: States | None,
+        weights: Sequence[Tensor],
+        steps: int,
+        batch: int,
+        packed: bool,
+        controls: Controls = NONE,
     ) -> Problem:
         """The call as dispatch sees it."""
-        wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights, *(hx or ())))
+        wanting = (x, *weights, *(hx or ()), *(controls.reset_state or ()))
+        wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in wanting)
+        flags = controls.mask is not None or controls.resets is not None
         return Problem(
             self.recurrence,
             steps,
@@ -76,12 +93,18 @@ class Stack(NamedTuple):
             dispatch.device_of(x.device),
             "training" if wants_grad else "inference",
             rnn_precision() if x.is_cuda else "ieee",
-            packed,
+            packed or (controls.lengths is not None and not flags),
             packed,
             self.reverse,
             self.proj_size,
             self.num_layers,
             autograd.transforms_active(),
+            flags,
+            controls.reset_state is not None,
+            0 if controls.recurrent_mask is None else controls.recurrent_mask.shape[2],
+            controls.zone is not None,
+            self.all_states,
+            self.norm,
         )
 
     def aten(
@@ -102,46 +125,86 @@ class Stack(NamedTuple):
         )
 
     def loops(
-        self, x: Tensor, states: States, weights: Sequence[Tensor], batch_sizes: Tensor | None
-    ) -> tuple[Tensor, States]:
-        """One layer after the other in canonical layout."""
+        self,
+        x: Tensor,
+        states: States,
+        weights: Sequence[Tensor],
+        batch_sizes: Tensor | None,
+        controls: Controls = NONE,
+    ) -> tuple[Tensor, States, States]:
+        """One layer after the other in canonical layout: y, the final states and, if wanted, those of all steps."""
         x, states, weights = _autocast(x, states, weights)
         _check_alike(x, weights, states)
         if batch_sizes is not None:
             padded, lengths = _unpack(x, batch_sizes)
-            y, final = self._layers(padded, states, weights, lengths)
-            return y[_valid(lengths, len(batch_sizes))], final
-        y, final = self._layers(x.transpose(0, 1) if self.batch_first else x, states, weights, None)
-        return y.transpose(0, 1) if self.batch_first else y, final
+            y, final, every = self._layers(padded, states, weights, controls._replace(lengths=lengths))
+            return y[_valid(lengths, len(batch_sizes))], final, every
+        if self.batch_first:
+            x = x.transpose(0, 1)
+        valid = controls.valid(x.shape[0])
+        if valid is not None:  # whatever stands in the padding, NaN too, must not reach a gradient
+            x = torch.where(valid.unsqueeze(-1), x, 0)
+        y, final, every = self._layers(x, states, weights, controls)
+        if controls.mask is not None or controls.resets is not None or self.all_states:
+            y = y if valid is None else torch.where(valid.unsqueeze(-1), y, 0)
+        return y.transpose(0, 1) if self.batch_first else y, final, every
 
     def _layers(
-        self, x: Tensor, states: States, weights: Sequence[Tensor], lengths: Tensor | None
-    ) -> tuple[Tensor, States]:
-        """x (T, B, I), states (D·layers, B, ·) -> y (T, B, D·P), final states."""
-        text, options = self.recurrence.text(self.recurrence.identity), Options(self.backend, self.reverse)
+        self, x: Tensor, states: States, weights: Sequence[Tensor], controls: Controls
+    ) -> tuple[Tensor, States, States]:
+        """x (T, B, I), states (D·layers, B, ·) -> y (T, B, D·P), final states, all states (T, D·layers, B, ·)."""
+        text = self.recurrence.text(self.recurrence.identity)
+        options = Options(self.backend, self.reverse, all_states=self.all_states)
         final: list[list[Tensor]] = []
+        every: list[list[Tensor]] = []
         for number in range(self.num_layers):
             rows = slice(number * len(self.reverse), (number + 1) * len(self.reverse))
             entering = [state[rows].transpose(0, 1) for state in states]  # (B, N, ·)
-            y, after = autograd.layer(text, options, x, self.canonical(weights, number), lengths, entering)
+            control, reset_values = controls.of_layer(rows, self.reverse, x.shape[0], self.all_states)
+            inputs = self.inputs(x, weights, number, entering, control, reset_values)
+            y, after, inner = autograd.layer(text, options, inputs)
             final.append([state.transpose(0, 1) for state in after])
+            if self.all_states:
+                every.append([state.transpose(1, 2) for state in (y, *inner.to(y.dtype))])
             x = y.flatten(2)
             if self.dropout and number < self.num_layers - 1:
                 x = F.dropout(x, self.dropout)
-        return x, tuple(torch.cat(parts) for parts in zip(*final, strict=True))
+        joined = tuple(torch.cat(parts) for parts in zip(*final, strict=True))
+        return x, joined, tuple(torch.cat(parts, 1) for parts in zip(*every, strict=True))
 
-    def canonical(self, weights: Sequence[Tensor], number: int) -> Weights:
-        """The weights of one layer, the directions stacked along N."""
+    def inputs(
+        self,
+        x: Tensor,
+        weights: Sequence[Tensor],
+        number: int,
+        states: list[Tensor],
+        control: Control = PLAIN,
+        reset_values: Sequence[Tensor] = (),
+    ) -> Inputs:
+        """What one layer of the stack takes; with `norm`, x is projected and normalised here."""
+        own, norm_ih = self._canonical(weights, number)
+        if norm_ih is not None and own.w_ih is not None:
+            projected = F.linear(x, own.w_ih.flatten(0, 2)).unflatten(-1, own.w_ih.shape[:3])
+            x = F.layer_norm(projected, projected.shape[-1:], eps=NORM_EPSILON) * norm_ih
+            own = own._replace(w_ih=None)
+        return Inputs(x, own, control, states, list(reset_values))
+
+    def _canonical(self, weights: Sequence[Tensor], number: int) -> tuple[Weights, Tensor | None]:
+        """The weights of one layer, the directions stacked along N, and the scales (N, G, H) of the input products."""
         gates, params, projected = len(self.recurrence.gates), bool(self.recurrence.params), bool(self.proj_size)
-        count = 2 + 2 * self.bias + projected + params
+        count = 2 + 2 * self.bias + projected + params + 2 * self.norm
         first = number * len(self.reverse) * count
         own = [weights[first + d * count : first + (d + 1) * count] for d in range(len(self.reverse))]
         stacked = [parts[0][None] if len(parts) == 1 else torch.stack(parts) for parts in zip(*own, strict=True)]
-        rest = iter(stacked[2:])
-        biases: list[Any] = [next(rest).unflatten(1, (gates, -1)) for _ in range(2 * self.bias)] or [None, None]
-        w_hr = next(rest) if projected else None
-        w_ih, w_hh = (w.unflatten(1, (gates, -1)) for w in stacked[:2])
-        return Weights(w_ih, w_hh, biases[0], biases[1], next(rest) if params else None, w_hr)
+        rest = iter(stacked)
+
+        def by_gate(there: bool) -> Any:
+            return next(rest).unflatten(1, (gates, -1)) if there else None
+
+        w_ih, w_hh, b_ih, b_hh = (by_gate(there) for there in (True, True, self.bias, self.bias))
+        w_hr, values = (next(rest) if there else None for there in (projected, params))
+        norm_ih, norm_hh = by_gate(self.norm), by_gate(self.norm)
+        return Weights(w_ih, w_hh, b_ih, b_hh, values, w_hr, norm_hh), norm_ih
 
 
 def _check_alike(x: Tensor, weights: Sequence[Tensor], states: States) -> None:

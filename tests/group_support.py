@@ -16,7 +16,7 @@ from gpu_rnn import products, reference
 from gpu_rnn.launch import group
 from gpu_rnn.launch.group_choice import Choice
 from gpu_rnn.launch.group_layout import Layout, source
-from gpu_rnn.reference import Result
+from gpu_rnn.layout import Result
 
 PRECISIONS = {
     "fp32": (torch.float32, "ieee"),
@@ -111,9 +111,8 @@ def forward(case: Case, inputs: Inputs, **options: Any) -> tuple[Result, Tensor]
     low = inputs.to(PRECISIONS[case.precision][0])
     gates = reference.project(low.x, low.weights, program).contiguous()
     error = torch.zeros(1, dtype=torch.int64)
-    launches, result = group.prepare_forward(
-        program, gates, low.weights, list(low.states), low.lengths, low.reverse, case.save, case.choice(False), error
-    )
+    call = low.call(RECURRENCES[case.cell])
+    launches, result = group.prepare_forward(call, gates, case.save, case.choice(False), error)
     for tensor in (result.y, *result.final, result.recurrent, result.inner):
         tensor.fill_(math.nan)
     run_on_cpu(launches, **options)
@@ -123,10 +122,7 @@ def forward(case: Case, inputs: Inputs, **options: Any) -> tuple[Result, Tensor]
 @torch.no_grad()
 def expected_forward(case: Case, inputs: Inputs) -> Result:
     """What the reference gives, in the dtype of its inputs."""
-    program = RECURRENCES[case.cell].program
-    return reference.forward(
-        program, inputs.x, inputs.weights, list(inputs.states), inputs.lengths, inputs.reverse, save=case.save
-    )
+    return reference.forward(inputs.call(RECURRENCES[case.cell]), inputs.x, save=case.save)
 
 
 @torch.no_grad()
@@ -139,19 +135,15 @@ def gradients(case: Case, inputs: Inputs, **options: Any) -> dict[str, Tensor]:
         draw(*out.shape, seed=90 + k).to(low.x.dtype) for k, out in enumerate((saved.y, *saved.final))
     )
     error = torch.zeros(1, dtype=torch.int64)
-    states = [state.detach() for state in low.states]
-    launches, (d_gates, d_recurrent, d_states, d_params) = group.prepare_backward(
-        program, saved, low.weights, states, low.lengths, low.reverse, d_y, d_final, case.choice(True), error
-    )
-    for tensor in (d_gates, d_recurrent, *d_states):
+    call = low.detached().call(RECURRENCES[case.cell])
+    launches, loop = group.prepare_backward(call, saved, d_y, d_final, case.choice(True), error)
+    for tensor in (loop.d_gates, loop.d_recurrent, *loop.d_states):
         tensor.fill_(math.nan)
     run_on_cpu(launches, **options)
     assert not error.item()
-    d_x, d_weights = products.gradients(
-        program, low.x, low.weights, states, low.lengths, low.reverse, saved, d_gates, d_recurrent
-    )
-    d_weights = d_weights._replace(params=d_params.sum(0) if program.params else None)
-    found = low._replace(x=d_x, weights=d_weights, states=d_states).named()
+    loop = loop._replace(d_params=loop.d_params.sum(0) if program.params else None)
+    d_x, d_weights = products.gradients(call, low.x, saved, loop)
+    found = low._replace(x=d_x, weights=d_weights, states=loop.d_states).named()
     return {f"d {name}": value for name, value in found.items()}
 
 

@@ -3,17 +3,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import gpu_rnn
-from gpu_rnn import activations, autograd, cells
-from gpu_rnn.execution import Options
+from gpu_rnn import activations, autograd, cells, layout
+from gpu_rnn.execution import Options, call_of
+from gpu_rnn.layout import Call, Control, Weights
+from gpu_rnn.problem import Problem
 from gpu_rnn.recurrence import Recurrence
-from gpu_rnn.reference import Weights
 
 
 def minimal_gated_unit(slope: float = 1.0) -> Recurrence:
@@ -57,13 +58,52 @@ class Inputs(NamedTuple):
     x: Tensor  # (T, B, I)
     weights: Weights
     states: list[Tensor]  # (B, N, ·)
-    lengths: Tensor | None  # (B,)
-    reverse: str
+    control: Control = layout.PLAIN
+    reset_values: Sequence[Tensor] = ()
+    reverse: str = "0"
+    all_states: bool = False
+
+    @property
+    def lengths(self) -> Tensor | None:
+        return self.control.lengths
+
+    @property
+    def layer(self) -> layout.Inputs:
+        """As `gpu_rnn.autograd.layer` takes them."""
+        return layout.Inputs(self.x, self.weights, self.control, self.states, list(self.reset_values))
+
+    def options(self, backend: str = "auto", save: bool = False) -> Options:
+        return Options(backend, self.reverse, save, self.all_states)
+
+    def call(self, recurrence: Recurrence, problem: Problem | None = None) -> Call:
+        """As the backends take them."""
+        return call_of(recurrence.text(), self.options(), self.layer, problem)
 
     def named(self) -> dict[str, Tensor]:
         """Everything that has a gradient."""
         weights = {name: w for name, w in self.weights._asdict().items() if w is not None}
-        return {"x": self.x, **weights, **{f"state {k}": s for k, s in enumerate(self.states)}}
+        states = {f"state {k}": s for k, s in enumerate(self.states)}
+        resets = {f"reset value {k}": s for k, s in enumerate(self.reset_values)}
+        return {"x": self.x, **weights, **states, **resets}
+
+    def on(self, device: str) -> Inputs:
+        """The same on a device, as new leaves."""
+
+        def move(tensor: Any) -> Any:
+            return None if tensor is None else tensor.detach().to(device).requires_grad_(tensor.requires_grad)
+
+        x, weights, states, control, resets = self[:5]
+        control, weights = Control(*map(move, control)), Weights(*map(move, weights))
+        return Inputs(move(x), weights, [*map(move, states)], control, [*map(move, resets)], *self[5:])
+
+    def detached(self) -> Inputs:
+        """The same without gradients."""
+        return self._replace(
+            x=self.x.detach(),
+            weights=Weights(*(None if w is None else w.detach() for w in self.weights)),  # type: ignore[arg-type]
+            states=[state.detach() for state in self.states],
+            reset_values=[value.detach() for value in self.reset_values],
+        )
 
     def to(self, dtype: torch.dtype) -> Inputs:
         """The same values in another precision, as new leaves."""
@@ -72,7 +112,14 @@ class Inputs(NamedTuple):
             return None if tensor is None else tensor.detach().to(dtype).requires_grad_()
 
         weights = Weights(*map(cast, self.weights))  # type: ignore[arg-type]
-        return self._replace(x=cast(self.x), weights=weights, states=[cast(s) for s in self.states])  # type: ignore[misc]
+        drop = self.control.drop
+        return self._replace(
+            x=cast(self.x),
+            weights=weights,
+            states=[cast(s) for s in self.states],  # type: ignore[misc]
+            reset_values=[cast(s) for s in self.reset_values],  # type: ignore[misc]
+            control=self.control._replace(drop=None if drop is None else drop.to(dtype)),
+        )
 
 
 def draw(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
@@ -116,16 +163,15 @@ def make(
         draw(T, B, I, seed=seed).requires_grad_(),
         Weights(*weights),
         [state.requires_grad_() for state in states],
-        None if lengths is None else torch.tensor(lengths),
-        reverse,
+        Control(None if lengths is None else torch.tensor(lengths)),
+        reverse=reverse,
     )
 
 
 def run(recurrence: Recurrence, inputs: Inputs, backend: str) -> list[Tensor]:
-    """y (T, B, N, P) and the final states (B, N, ·)."""
-    x, weights, states, lengths, reverse = inputs
-    y, final = autograd.layer(recurrence.text(), Options(backend, reverse), x, weights, lengths, states)
-    return [y, *final]
+    """y (T, B, N, P), the final states (B, N, ·), and if wanted the other states of all steps."""
+    y, final, inner = autograd.layer(recurrence.text(), inputs.options(backend), inputs.layer)
+    return [y, *final, *([inner] if inputs.all_states else [])]
 
 
 def values_and_gradients(recurrence: Recurrence, inputs: Inputs, backend: str) -> dict[str, Tensor]:
@@ -134,7 +180,7 @@ def values_and_gradients(recurrence: Recurrence, inputs: Inputs, backend: str) -
     total = sum((out * draw(*out.shape, seed=90 + k).to(out.dtype)).sum() for k, out in enumerate(outputs))
     wanted = inputs.named()
     grads = torch.autograd.grad(total, list(wanted.values()), allow_unused=True, materialize_grads=True)
-    names = ["y", *(f"final {name}" for name in recurrence.states)]
+    names = ["y", *(f"final {name}" for name in recurrence.states), *(["inner"] if inputs.all_states else [])]
     found = dict(zip(names, outputs, strict=True)) | {f"d {n}": g for n, g in zip(wanted, grads, strict=True)}
     return {name: value.detach() for name, value in found.items()}
 

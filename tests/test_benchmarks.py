@@ -94,8 +94,8 @@ def unwritten_output(*arguments: Any, forward: Callable[..., Any] = step.forward
 
 
 def wrong_gradient(*arguments: Any, backward: Callable[..., Any] = step.backward) -> Any:
-    d_gates, *others = backward(*arguments)
-    return (d_gates * 1.01, *others)
+    found = backward(*arguments)
+    return found._replace(d_gates=found.d_gates * 1.01)
 
 
 def raises(*arguments: Any) -> Any:
@@ -134,8 +134,8 @@ def test_a_wrong_backend_is_refused(
 def test_a_wrong_reference_refuses_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     forward = reference.forward
 
-    def wrong(*arguments: Any) -> Any:
-        result = forward(*arguments)
+    def wrong(*arguments: Any, **options: Any) -> Any:
+        result = forward(*arguments, **options)
         return result._replace(y=result.y * 1.01)
 
     monkeypatch.setattr(reference, "forward", wrong)

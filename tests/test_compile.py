@@ -26,8 +26,8 @@ from pairwise import pairwise
 
 from gpu_rnn import devices
 from gpu_rnn.launch import resident
+from gpu_rnn.layout import Call, Control, Result, Weights
 from gpu_rnn.problem import DIRECTIONS, Problem
-from gpu_rnn.reference import Result, Weights
 
 ARCHITECTURES = {80: "A100", 86: "RTX 3090", 89: "RTX 4090", 90: "H100", 100: "B200", 120: "RTX 5090"}
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}  # CUDA C++ programming guide
@@ -81,13 +81,13 @@ def launch(given: Problem) -> resident.Launch:
     weights = Weights(empty(N, G, H, given.I), empty(N, G, H, H), empty(N, G, H), empty(N, G, H), params)
     states = [empty(B, N, H) for _ in program.states]
     gates, y = empty(T, B, N, G, H), empty(T, B, N, H)
-    lengths = empty(B, dtype=torch.int64) if given.lengths else None
+    control = Control(empty(B, dtype=torch.int64) if given.lengths else None)
+    call = Call(program, weights, states, control, [], given.reverse, given)
     if given.direction != "backward":
-        save = given.direction == "training"
-        return resident.prepare_forward(program, gates, weights, states, lengths, given.reverse, save, given)[0]
+        return resident.prepare_forward(call, gates, given.direction == "training")[0]
     inner = empty(len(states) - 1, T, B, N, H, dtype=torch.float32)
     saved = Result(y, states, gates, empty(T, B, N, R, H), inner)
-    return resident.prepare_backward(program, saved, weights, states, lengths, given.reverse, y, states, given)[0]
+    return resident.prepare_backward(call, saved, y, states)[0]
 
 
 class NoDevice:

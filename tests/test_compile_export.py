@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import gpu_rnn
 from gpu_rnn import cells, execution
-from gpu_rnn.execution import Options
+from gpu_rnn.recurrence import Recurrence
 
 STEPS, BATCH = torch.export.Dim("steps"), torch.export.Dim("batch")
 OLD = torch.__version__ < (2, 12)
@@ -35,8 +35,12 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 
 def op_arguments(name: str, options: dict[str, Any], backend: str, save: bool) -> tuple[Any, ...]:
     recurrence = support.RECURRENCES[name]
-    x, weights, states, lengths, reverse = support.make(recurrence, **options)
-    return x, *weights, lengths, states, recurrence.text(), Options(backend, reverse, save).encode()
+    return arguments_of(recurrence, support.make(recurrence, **options), backend, save)
+
+
+def arguments_of(recurrence: Recurrence, inputs: support.Inputs, backend: str, save: bool) -> tuple[Any, ...]:
+    x, weights, control, states, resets = inputs.layer
+    return x, *weights, *control, states, resets, recurrence.text(), inputs.options(backend, save).encode()
 
 
 @pytest.mark.parametrize("backend", ["step", "reference"])
@@ -63,7 +67,7 @@ def test_opcheck_backward(name: str, options: dict[str, Any]) -> None:
     with torch.no_grad():
         y, *rest = torch.ops.gpu_rnn.rnn(*arguments)
     d_y, *d_final = (torch.randn_like(out).requires_grad_() for out in (y, *rest[:count]))
-    given = (d_y, d_final, [y, *rest[count:]], *arguments)
+    given = ([d_y, *d_final], [y, *rest[count:]], *arguments)
     tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
     if not OLD:  # AOTDispatcher of torch 2.11 cannot trace torch.func.vjp, of which the second derivative is made
         tests.append("test_aot_dispatch_dynamic")
@@ -74,9 +78,7 @@ def test_opcheck_backward(name: str, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("backend", ["step", "reference"])
 def test_opcheck_in_lower_precision(backend: str, dtype: torch.dtype) -> None:
     recurrence = support.RECURRENCES["lstm"]
-    x, weights, states, lengths, reverse = support.make(recurrence).to(dtype)
-    options = Options(backend, reverse, True).encode()
-    arguments = (x, *weights, lengths, states, recurrence.text(), options)
+    arguments = arguments_of(recurrence, support.make(recurrence).to(dtype), backend, save=True)
     tests = ["test_schema", "test_autograd_registration", "test_faketensor"]  # values: test_reference.py
     torch.library.opcheck(torch.ops.gpu_rnn.rnn.default, arguments, test_utils=tests)
 

@@ -109,21 +109,19 @@ def test_launchers_run_what_they_choose(H, precision, members, monkeypatch):
     inputs = case.inputs()
     low = inputs.to(PRECISIONS[precision][0])
     recurrence = RECURRENCES[case.cell]
-    program, states = recurrence.program, [state.detach() for state in low.states]
     problem = Problem(
         recurrence, 3, case.B, 2, 3, H, low.x.dtype, "cuda", devices.describe("H100"), "training", "tf32", reverse="01"
     )
     assert group.choose(problem).layout.members == members
     with torch.no_grad():
-        gates = reference.project(low.x, low.weights, program).contiguous()
-        saved = group.forward(program, gates, low.weights, states, low.lengths, "01", True, problem)
-        found = group.backward(
-            program, saved, low.weights, states, low.lengths, "01", saved.y, saved.final, replace(problem, direction="backward")
-        )
+        gates = reference.project(low.x, low.weights, recurrence.program).contiguous()
+        saved = group.forward(low.detached().call(recurrence, problem), gates, True, False)
+        backward = low.detached().call(recurrence, replace(problem, direction="backward"))
+        found = group.backward(backward, saved, saved.y, saved.final, None)
     expected = [expected_forward(case, given) for given in (inputs, case.plain(inputs))]
     assert_close(case, *(only_where_used(named(r), inputs) for r in (saved, *expected)))
-    assert all(gradient.isfinite().all() for gradient in (*found[:2], *found[2], found[3]))
-    assert found[3].shape == low.weights.params.shape
+    assert all(gradient.isfinite().all() for gradient in (*found[:2], *found.d_states, found.d_params))
+    assert found.d_params.shape == low.weights.params.shape
 
 
 def test_inference_saves_nothing():

@@ -75,24 +75,13 @@ def compare(recurrence: Recurrence, inputs: support.Inputs, device: str) -> None
     """float32 within a tight tolerance of float64; 16 bits with at most twice the error of plain PyTorch."""
     dtype = inputs.x.dtype
     truth = support.values_and_gradients(recurrence, inputs.to(torch.float64), "reference")
-    found = errors(support.values_and_gradients(recurrence, moved(inputs, device), "resident"), truth)
+    found = errors(support.values_and_gradients(recurrence, inputs.on(device), "resident"), truth)
     if dtype == torch.float32:
         assert max(found.values()) < TIGHT, found
         return
     plain = errors(support.values_and_gradients(recurrence, inputs, "reference"), truth)
     floor = 2 * torch.finfo(dtype).eps
     assert all(found[name] <= 2 * plain[name] + floor for name in truth), (found, plain)
-
-
-def moved(inputs: support.Inputs, device: str) -> support.Inputs:
-    """The same on a device, as new leaves."""
-
-    def move(tensor: Tensor | None) -> Any:
-        return None if tensor is None else tensor.detach().to(device).requires_grad_(tensor.requires_grad)
-
-    weights = support.Weights(*map(move, inputs.weights))
-    states = [move(state) for state in inputs.states]
-    return support.Inputs(move(inputs.x), weights, states, move(inputs.lengths), inputs.reverse)
 
 
 @pytest.mark.interpreter
@@ -123,7 +112,7 @@ def test_tf32_on_a_gpu(cell: str) -> None:
     recurrence = support.RECURRENCES[cell]
     inputs = inputs_of(recurrence, (20, 33, 64), "01", True)
     truth = support.values_and_gradients(recurrence, inputs, "reference")
-    found = support.values_and_gradients(recurrence, moved(inputs.to(torch.float32), "cuda"), "resident")
+    found = support.values_and_gradients(recurrence, inputs.to(torch.float32).on("cuda"), "resident")
     assert max(errors(found, truth).values()) < 20 * 2.0**-11  # TF32 has 10 bits after the point
 
 
@@ -140,20 +129,16 @@ def launched(save: bool, padding: float) -> tuple[Tensor, dict[str, Tensor]]:
     inputs = inputs_of(recurrence, (5, 3, 20), "01 lengths", True).to(torch.float32)
     assert inputs.lengths is not None
     beyond = (torch.arange(5)[:, None] >= inputs.lengths)[:, :, None, None]  # (T, B, 1, 1)
-    weights = support.Weights(*(None if w is None else w.detach() for w in inputs.weights))
-    states = [state.detach() for state in inputs.states]
-    gates = project(inputs.x.detach(), weights, recurrence.program)
+    gates = project(inputs.x.detach(), inputs.detached().weights, recurrence.program)
     gates = gates.masked_fill(beyond[..., None], padding)
     given = Problem(recurrence, 5, 3, 2, 2, 20, direction="training" if save else "inference", reverse="01")
-    result = resident.forward(recurrence.program, gates, weights, states, inputs.lengths, "01", save, given)
+    result = resident.forward(inputs.detached().call(recurrence, given), gates, save, False)
     if not save:
         return gates, {"y": result.y, "gates": result.gates, "recurrent": result.recurrent, "inner": result.inner}
     d_y = torch.ones_like(result.y).masked_fill(beyond, padding)
-    backward = replace(given, direction="backward")
-    d_gates, d_recurrent, d_states, _, _ = resident.backward(
-        recurrence.program, result, weights, states, inputs.lengths, "01", d_y, states, backward
-    )
-    return gates, {"y": result.y, "h": result.final[0], "d_gates": d_gates, "d_r": d_recurrent, "d_h": d_states[0]}
+    call = inputs.detached().call(recurrence, replace(given, direction="backward"))
+    found = resident.backward(call, result, d_y, call.states, None)
+    return gates, {"y": result.y, "h": result.final[0], "d_gates": found.d_gates, "d_r": found.d_recurrent, "d_h": found.d_states[0]}
 
 
 @pytest.mark.interpreter

@@ -25,22 +25,11 @@ def uninitialised_memory_is_nan() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def on(device: str, inputs: support.Inputs) -> support.Inputs:
-    def move(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        if tensor is None:
-            return None
-        return tensor.detach().to(device).requires_grad_(tensor.requires_grad)
-
-    weights = support.Weights(*map(move, inputs.weights))  # type: ignore[arg-type]
-    states = [move(state) for state in inputs.states]
-    return support.Inputs(move(inputs.x), weights, states, move(inputs.lengths), inputs.reverse)  # type: ignore[arg-type]
-
-
 def compare(name: str, reverse: str, lengths: tuple[int, ...] | None, device: str, **sizes: int) -> None:
     recurrence = support.RECURRENCES[name]
     inputs = support.make(recurrence, reverse=reverse, lengths=lengths, **sizes)  # type: ignore[arg-type]
     truth = support.values_and_gradients(recurrence, inputs, "reference")
-    narrow = on(device, inputs.to(torch.float32))
+    narrow = inputs.to(torch.float32).on(device)
     assert pointwise.runs(narrow.x, narrow.weights)
     found = support.values_and_gradients(recurrence, narrow, "step")
     support.assert_same({k: v.double().cpu() for k, v in found.items()}, truth, TIGHT)

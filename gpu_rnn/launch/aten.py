@@ -35,7 +35,7 @@ def unsupported(problem: Problem) -> list[str]:
         reasons.append("ATen takes rows of different lengths only as a PackedSequence")
     if problem.dtype.is_complex:
         reasons.append("ATen's recurrent kernels take real numbers only")
-    return reasons
+    return reasons + problem.without("lengths")
 
 
 def _persistent(problem: Problem) -> bool:

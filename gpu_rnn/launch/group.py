@@ -18,9 +18,8 @@ from gpu_rnn.devices import DEVICES
 from gpu_rnn.launch import nvrtc
 from gpu_rnn.launch.group_choice import Choice, choose, cost, largest
 from gpu_rnn.launch.group_layout import SCALARS, Layout, source
+from gpu_rnn.layout import Call, LoopGradients, Result
 from gpu_rnn.problem import Problem
-from gpu_rnn.program import Program
-from gpu_rnn.reference import Result, Weights
 
 OLDEST = (8, 0)  # the first architecture with bfloat16 products and with asynchronous copies
 LONGEST_PATTERN = 64  # bits of the argument that holds the directions
@@ -181,17 +180,14 @@ def _paired(layout: Layout, hidden: int, strides: list[int], tensors: list[Tenso
 
 
 def prepare_forward(
-    program: Program,
+    call: Call,
     gates: Tensor,  # (T, B, N, G, H), the input projection; overwritten when `save`
-    weights: Weights,
-    states: list[Tensor],  # each (B, N, H)
-    lengths: Tensor | None,  # (B,)
-    reverse: str,
     save: bool,
     choice: Choice,
     error: Tensor,  # (1,) int64 in the host's memory
 ) -> tuple[list[Launch], Result]:
     """The launches and the result that they fill."""
+    program, weights, states = call.program, call.weights, call.states
     steps, batch, n, _, hidden = gates.shape
     gates = _rows(gates)
     y = gates.new_empty(steps, batch, n, hidden)
@@ -211,25 +207,22 @@ def prepare_forward(
         final,
         weights.w_hh.contiguous(),
         *vectors[4:],
-        _pointer(lengths),
+        _pointer(call.lengths),
     ]
-    launches = _launches(replace(choice, layout=layout), tensors, strides, reverse, gates.shape, error)
+    launches = _launches(replace(choice, layout=layout), tensors, strides, call.reverse, gates.shape, error)
     return launches, Result(y, list(final), gates if save else gates.new_empty(0), recurrent, inner)
 
 
 def prepare_backward(
-    program: Program,
+    call: Call,
     saved: Result,
-    weights: Weights,
-    states: list[Tensor],  # each (B, N, H)
-    lengths: Tensor | None,  # (B,)
-    reverse: str,
     d_y: Tensor,  # (T, B, N, H)
     d_final: list[Tensor],  # each (B, N, H)
     choice: Choice,
     error: Tensor,  # (1,) int64 in the host's memory
-) -> tuple[list[Launch], tuple[Tensor, Tensor, list[Tensor], Tensor]]:
+) -> tuple[list[Launch], LoopGradients]:
     """The launches and the gradients that they fill; those of the parameters (shares, N, P, H) are to be summed."""
+    program, weights, states = call.program, call.weights, call.states
     _, batch, n, _, hidden = saved.gates.shape
     gates, d_y = _rows(saved.gates), _rows(d_y)
     d_gates, d_recurrent = torch.empty_like(gates), gates.new_empty(saved.recurrent.shape)
@@ -245,7 +238,7 @@ def prepare_backward(
         torch.stack(states),
         weights.w_hh.contiguous(),
         _pointer(weights.params),
-        _pointer(lengths),
+        _pointer(call.lengths),
         d_y,
         torch.stack(d_final),
         d_gates,
@@ -255,62 +248,40 @@ def prepare_backward(
     ]
     vectors = [t for k, t in enumerate(tensors) if k not in (2, 5, 7, 13)]  # the others are read one by one
     layout = _paired(choice.layout, hidden, strides, vectors)
-    launches = _launches(replace(choice, layout=layout), tensors, strides, reverse, gates.shape, error)
-    return launches, (d_gates, d_recurrent, list(d_initial), d_params)
+    launches = _launches(replace(choice, layout=layout), tensors, strides, call.reverse, gates.shape, error)
+    return launches, LoopGradients(d_gates, d_recurrent, list(d_initial), d_params)
 
 
-def forward(
-    program: Program,
-    gates: Tensor,
-    weights: Weights,
-    states: list[Tensor],
-    lengths: Tensor | None,
-    reverse: str,
-    save: bool,
-    problem: Problem,
-) -> Result:
+def forward(call: Call, gates: Tensor, save: bool, all_states: bool) -> Result:
     """The forward loop; see `reference.forward`, whose results it gives. Shapes: `prepare_forward`.
 
     Raises:
         RuntimeError: an earlier call gave up waiting, see `check`.
     """
     check()
-    choice = choose(problem)
+    choice = choose(call.problem)
     assert choice is not None
-    error = error_word(gates.device)
-    launches, result = prepare_forward(program, gates, weights, states, lengths, reverse, save, choice, error)
+    launches, result = prepare_forward(call, gates, save, choice, error_word(gates.device))
     for launch in launches:
         launch(gates.device)
     return result
 
 
 def backward(
-    program: Program,
-    saved: Result,
-    weights: Weights,
-    states: list[Tensor],
-    lengths: Tensor | None,
-    reverse: str,
-    d_y: Tensor,
-    d_final: list[Tensor],
-    problem: Problem,
-) -> tuple[Tensor, Tensor, list[Tensor], Tensor | None, None]:
-    """The backward loop: d_gates, d_recurrent, d_states (before the first step), d_params, no d_w_hr.
+    call: Call, saved: Result, d_y: Tensor, d_final: list[Tensor], d_inner: Tensor | None
+) -> LoopGradients:
+    """The backward loop. Shapes: `prepare_backward`.
 
     Raises:
         RuntimeError: an earlier call gave up waiting, see `check`.
     """
     check()
-    choice = choose(problem)
+    choice = choose(call.problem)
     assert choice is not None
-    error = error_word(d_y.device)
-    launches, found = prepare_backward(
-        program, saved, weights, states, lengths, reverse, d_y, d_final, choice, error
-    )
+    launches, found = prepare_backward(call, saved, d_y, d_final, choice, error_word(d_y.device))
     for launch in launches:
         launch(d_y.device)
-    d_gates, d_recurrent, d_states, d_params = found
-    return d_gates, d_recurrent, d_states, d_params.sum(0) if program.params else None, None
+    return found._replace(d_params=found.d_params.sum(0) if call.program.params and found.d_params is not None else None)
 
 
 @lru_cache(maxsize=16)
@@ -348,4 +319,4 @@ def unsupported(problem: Problem) -> list[str]:
             f"keeps W_hh on chip: on {device.name}, {program.name} fits up to H = {largest(problem)} in this dtype and "
             f"direction, not {problem.H}"
         )
-    return reasons
+    return reasons + problem.without("lengths")

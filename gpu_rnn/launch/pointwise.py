@@ -21,10 +21,18 @@ from torch import Tensor
 from gpu_rnn.derivative import carried_values
 from gpu_rnn.launch import interpreter
 from gpu_rnn.launch.generated import triton_module
-from gpu_rnn.problem import Problem
-from gpu_rnn.products import inputs_over_time, state_dtype
+from gpu_rnn.layout import (
+    Call,
+    LoopGradients,
+    Result,
+    Weights,
+    processing_order,
+    reorder,
+    reorder_each,
+    state_dtype,
+)
+from gpu_rnn.products import inputs_over_time
 from gpu_rnn.program import Program
-from gpu_rnn.reference import Result, Weights, processing_order, reorder
 
 CHUNK = 32  # steps a graph; capture takes CHUNK times the eager loop's launches, once per shape
 GRAPHS = 16  # graphs that are kept
@@ -214,10 +222,9 @@ def _alone(function: Callable[..., Any]) -> Callable[..., Any]:
     """On the tensors' device, and one at a time: two threads may share a stream, hence a graph and its buffers."""
 
     @wraps(function)
-    def locked(program: Program, first: Tensor | Result, *rest: Any) -> Any:
-        like = first.gates if isinstance(first, Result) else first
-        with _one_call, torch.cuda.device_of(like):
-            return function(program, first, *rest)
+    def locked(call: Call, *rest: Any) -> Any:
+        with _one_call, torch.cuda.device_of(call.weights.w_hh):
+            return function(call, *rest)
 
     return locked
 
@@ -271,19 +278,11 @@ def _capture(loop: Any, steps: int) -> torch.cuda.CUDAGraph:
 
 
 @_alone
-def forward(
-    program: Program,
-    gates: Tensor,
-    weights: Weights,
-    states: list[Tensor],
-    lengths: Tensor | None,
-    reverse: str,
-    save: bool,
-    problem: Problem,
-) -> Result:
+def forward(call: Call, gates: Tensor, save: bool) -> Result:
     """As `step.forward`."""
+    program, weights, states, lengths, problem = call.program, call.weights, call.states, call.lengths, call.problem
     steps, batch, n, _, hidden = gates.shape
-    order = processing_order(steps, lengths, reverse, gates.device)
+    order = processing_order(steps, lengths, call.reverse, gates.device)
     gates = reorder(gates, order)
     bias = weights.b_hh is not None
     chunks = _Chunks.get(
@@ -311,26 +310,16 @@ def forward(
     y = reorder(y, order)
     if not save:
         return Result(y, final, y.new_empty(0), recurrent, inner)
-    inner = torch.stack([reorder(state, order) for state in inner]) if len(inner) else inner
-    return Result(y, final, reorder(gates, order), reorder(recurrent, order), inner)
+    return Result(y, final, reorder(gates, order), reorder(recurrent, order), reorder_each(inner, order))
 
 
 @_alone
-def backward(
-    program: Program,
-    saved: Result,
-    weights: Weights,
-    states: list[Tensor],
-    lengths: Tensor | None,
-    reverse: str,
-    d_y: Tensor,
-    d_final: list[Tensor],
-    problem: Problem,
-) -> tuple[Tensor, Tensor, list[Tensor], Tensor | None]:
+def backward(call: Call, saved: Result, d_y: Tensor, d_final: list[Tensor]) -> LoopGradients:
     """As `step.backward`, without a projection."""
+    program, weights, lengths, problem = call.program, call.weights, call.lengths, call.problem
     steps = d_y.shape[0]
-    order = processing_order(steps, lengths, reverse, d_y.device)
-    over_time = inputs_over_time(program, saved, weights, states, lengths, reverse)
+    order = processing_order(steps, lengths, call.reverse, d_y.device)
+    over_time = inputs_over_time(call, saved)
     before = [reorder(over_time[f"s_{name}"], order) for name in program.state_names]
     read: list[list[Tensor]] = []
     for number, stage in enumerate(program.stages):
@@ -365,4 +354,4 @@ def backward(
     d_states = list(loop.d_states.clone())
     d_states[0] = d_states[0] + loop.d_seed.transpose(0, 1)
     d_params = loop.d_params.sum(0) if program.params else None
-    return reorder(d_gates, order), reorder(d_recurrent, order), d_states, d_params
+    return LoopGradients(reorder(d_gates, order), reorder(d_recurrent, order), d_states, d_params)

@@ -18,9 +18,9 @@ from torch import Tensor
 from gpu_rnn.devices import DEVICES
 from gpu_rnn.launch import interpreter
 from gpu_rnn.launch.generated import triton_module
+from gpu_rnn.layout import Call, LoopGradients, Result
 from gpu_rnn.problem import Problem
 from gpu_rnn.program import Program
-from gpu_rnn.reference import Result, Weights
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 OLDEST = (8, 0)  # the first architecture with bfloat16 products and with a maximum that passes NaN on
@@ -109,6 +109,7 @@ def unsupported(problem: Problem) -> list[str]:
         reasons.append(f"takes float16, bfloat16 and float32, not {str(problem.dtype).removeprefix('torch.')}")
     if problem.N > MOST_ACROSS or _bits(problem.reverse)[1] > LONGEST_PATTERN:
         reasons.append(f"takes {MOST_ACROSS} recurrences side by side, directions repeating within {LONGEST_PATTERN}")
+    reasons += problem.without("lengths")
     return reasons + (_too_wide(problem) if runs_here else [])
 
 
@@ -241,18 +242,14 @@ def _launch(
 
 
 def prepare_forward(
-    program: Program,
+    call: Call,
     gates: Tensor,  # (T, B, N, G, H), the input projection; overwritten when `save`
-    weights: Weights,
-    states: list[Tensor],  # each (B, N, H)
-    lengths: Tensor | None,  # (B,)
-    reverse: str,
     save: bool,
-    problem: Problem,
 ) -> tuple[Launch, Result]:
     """The launch and the result that it fills."""
     from gpu_rnn.kernels.triton.resident import resident_forward
 
+    program, weights, states, problem = call.program, call.weights, call.states, call.problem
     steps, batch, n, _, hidden = gates.shape
     gates = _rows(gates)
     y = gates.new_empty(steps, batch, n, hidden)
@@ -273,9 +270,9 @@ def prepare_forward(
         p_w=weights.w_hh.contiguous(),
         p_b_hh=_whole(weights.b_hh) if program.split else None,
         p_params=_whole(weights.params),
-        p_lengths=_whole(lengths),
+        p_lengths=_whole(call.lengths),
         strides=_strides(gates),
-        reverse=reverse,
+        reverse=call.reverse,
         SAVE=save,
         **_constants(program.text, "step_0"),
     )
@@ -283,19 +280,15 @@ def prepare_forward(
 
 
 def prepare_backward(
-    program: Program,
+    call: Call,
     saved: Result,
-    weights: Weights,
-    states: list[Tensor],  # each (B, N, H)
-    lengths: Tensor | None,  # (B,)
-    reverse: str,
     d_y: Tensor,  # (T, B, N, H)
     d_final: list[Tensor],  # each (B, N, H)
-    problem: Problem,
-) -> tuple[Launch, tuple[Tensor, Tensor, list[Tensor], Tensor]]:
+) -> tuple[Launch, LoopGradients]:
     """The launch and the gradients that it fills; those of the parameters (tiles, N, P, H), a share from each tile."""
     from gpu_rnn.kernels.triton.resident import resident_backward
 
+    program, weights, states, problem = call.program, call.weights, call.states, call.problem
     _, batch, n, _, hidden = saved.gates.shape
     chosen = _tile(problem, backward=True)
     gates, d_y = _rows(saved.gates), _rows(d_y)
@@ -314,7 +307,7 @@ def prepare_backward(
         p_initial=tuple(state.contiguous() for state in states),
         p_w=weights.w_hh.contiguous(),
         p_params=_whole(weights.params),
-        p_lengths=_whole(lengths),
+        p_lengths=_whole(call.lengths),
         p_d_y=d_y,
         p_d_final=tuple(d.contiguous() for d in d_final),
         p_d_gates=d_gates,
@@ -322,41 +315,23 @@ def prepare_backward(
         p_d_initial=tuple(d_states),
         p_d_params=d_params,
         strides=_strides(gates) | {f"d_y_{name}": stride for name, stride in _strides(d_y).items()},
-        reverse=reverse,
+        reverse=call.reverse,
         **_constants(program.text, "step_0_backward"),
     )
-    return launch, (d_gates, d_recurrent, d_states, d_params)
+    return launch, LoopGradients(d_gates, d_recurrent, d_states, d_params)
 
 
-def forward(
-    program: Program,
-    gates: Tensor,
-    weights: Weights,
-    states: list[Tensor],
-    lengths: Tensor | None,
-    reverse: str,
-    save: bool,
-    problem: Problem,
-) -> Result:
+def forward(call: Call, gates: Tensor, save: bool, all_states: bool) -> Result:
     """The forward loop in one launch; see `reference.forward`, whose results it gives. Shapes: `prepare_forward`."""
-    launch, result = prepare_forward(program, gates, weights, states, lengths, reverse, save, problem)
+    launch, result = prepare_forward(call, gates, save)
     launch(gates)
     return result
 
 
 def backward(
-    program: Program,
-    saved: Result,
-    weights: Weights,
-    states: list[Tensor],
-    lengths: Tensor | None,
-    reverse: str,
-    d_y: Tensor,
-    d_final: list[Tensor],
-    problem: Problem,
-) -> tuple[Tensor, Tensor, list[Tensor], Tensor | None, None]:
-    """The backward loop in one launch: d_gates, d_recurrent, d_states (before the first step), d_params, no d_w_hr."""
-    launch, found = prepare_backward(program, saved, weights, states, lengths, reverse, d_y, d_final, problem)
+    call: Call, saved: Result, d_y: Tensor, d_final: list[Tensor], d_inner: Tensor | None
+) -> LoopGradients:
+    """The backward loop in one launch. Shapes: `prepare_backward`."""
+    launch, found = prepare_backward(call, saved, d_y, d_final)
     launch(d_y)
-    d_gates, d_recurrent, d_states, d_params = found
-    return d_gates, d_recurrent, d_states, d_params.sum(0) if program.params else None, None
+    return found._replace(d_params=found.d_params.sum(0) if call.program.params and found.d_params is not None else None)

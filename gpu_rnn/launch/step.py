@@ -8,6 +8,7 @@ steps at once before the backward loop.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import groupby
 
 import torch
@@ -16,10 +17,18 @@ from torch import Tensor
 from gpu_rnn.derivative import Derivative, differentiate
 from gpu_rnn.devices import CPU_FLOPS
 from gpu_rnn.launch import pointwise
+from gpu_rnn.layout import (
+    Call,
+    Control,
+    LoopGradients,
+    Result,
+    processing_order,
+    reorder,
+    reorder_each,
+    state_dtype,
+)
 from gpu_rnn.problem import Problem
-from gpu_rnn.products import state_dtype
-from gpu_rnn.program import Program, lookup
-from gpu_rnn.reference import Result, Weights, processing_order, reorder
+from gpu_rnn.program import lookup
 
 # Seconds, predicted. The GPU's is above ATen's on purpose: as long as nothing is measured, what cuDNN can run stays there.
 CPU_OPERATION, GPU_STEP = 3e-6, 8e-6
@@ -27,7 +36,7 @@ CPU_OPERATION, GPU_STEP = 3e-6, 8e-6
 
 def unsupported(problem: Problem) -> list[str]:
     """Why the step loop cannot run a problem."""
-    return ["complex numbers run on the reference only"] if problem.dtype.is_complex else []
+    return ["complex numbers run on the reference only"] * problem.dtype.is_complex + problem.without("lengths")
 
 
 def cost(problem: Problem) -> float:
@@ -66,34 +75,35 @@ def _permuted(result: Result, rows: Tensor) -> Result:
     return Result(y[:, rows], [f[rows] for f in final], gates[:, rows], recurrent[:, rows], inner[:, :, rows])
 
 
+def _rows_permuted(call: Call, rows: Tensor) -> Call:
+    """The call with the rows of the batch in another order."""
+    assert call.lengths is not None
+    return replace(call, states=[state[rows] for state in call.states], control=Control(call.lengths[rows]))
+
+
 def forward(
-    program: Program,
+    call: Call,
     gates: Tensor,  # (T, B, N, G, H), the input projection; overwritten
-    weights: Weights,
-    states: list[Tensor],
-    lengths: Tensor | None,
-    reverse: str,
     save: bool,
-    problem: Problem,
+    all_states: bool,
 ) -> Result:
     """The forward loop; see `reference.forward`, whose results it gives."""
-    if pointwise.runs(gates, weights):
-        return pointwise.forward(program, gates, weights, states, lengths, reverse, save, problem)
-    permutation = _longest_first(lengths)
-    if permutation is not None and lengths is not None:
+    if pointwise.runs(gates, call.weights):
+        return pointwise.forward(call, gates, save)
+    permutation = _longest_first(call.lengths)
+    if permutation is not None:
         rows, back = permutation
-        sorted_states, sorted_lengths = [state[rows] for state in states], lengths[rows]
-        result = forward(program, gates[:, rows], weights, sorted_states, sorted_lengths, reverse, save, problem)
-        return _permuted(result, back)
+        return _permuted(forward(_rows_permuted(call, rows), gates[:, rows], save, all_states), back)
+    program, weights, states, lengths = call.program, call.weights, call.states, call.lengths
     steps, batch, n, _, hidden = gates.shape
     compute = state_dtype(gates.dtype)
-    order = processing_order(steps, lengths, reverse, gates.device)
+    order = processing_order(steps, lengths, call.reverse, gates.device)
     gates = reorder(gates, order)
     blank = gates.new_empty if lengths is None else gates.new_zeros
     y = blank(steps, batch, n, weights.w_hh.shape[-1])
     recurrent = blank(steps, batch, n, len(program.split), hidden) if save else gates.new_empty(0)
     inner = gates.new_empty(len(states) - 1, steps, batch, n, hidden, dtype=compute) if save else gates.new_empty(0)
-    loop = _Loop(program, weights, compute)
+    loop = _Loop(call, compute)
     states = [state.to(compute, copy=True) for state in states]
     for t, rows in enumerate(_active_rows(lengths, steps, batch)):
         new = loop.step(gates[t, :rows], [s[:rows] for s in states], recurrent[t, :rows] if save else None)
@@ -106,14 +116,14 @@ def forward(
     final = [state.to(gates.dtype) for state in states]
     if not save:
         return Result(reorder(y, order), final, gates.new_empty(0), recurrent, inner)
-    inner = torch.stack([reorder(state, order) for state in inner]) if len(inner) else inner
-    return Result(reorder(y, order), final, reorder(gates, order), reorder(recurrent, order), inner)
+    return Result(reorder(y, order), final, reorder(gates, order), reorder(recurrent, order), reorder_each(inner, order))
 
 
 class _Loop:
     """One forward step; the weights are laid out for its products once."""
 
-    def __init__(self, program: Program, weights: Weights, compute: torch.dtype) -> None:
+    def __init__(self, call: Call, compute: torch.dtype) -> None:
+        program, weights = call.program, call.weights
         self.program, self.rows = program, program.rows
         self.matrices = [weights.w_hh[:, rows].flatten(1, 2).transpose(1, 2) for rows in self.rows]
         self.bias = weights.b_hh
@@ -167,42 +177,36 @@ class _Loop:
 
 
 def backward(
-    program: Program,
-    saved: Result,
-    weights: Weights,
-    states: list[Tensor],
-    lengths: Tensor | None,
-    reverse: str,
-    d_y: Tensor,  # (T, B, N, P)
-    d_final: list[Tensor],
-    problem: Problem,
-) -> tuple[Tensor, Tensor, list[Tensor], Tensor | None, Tensor | None]:
-    """The backward loop; see `execution.LoopGradients`."""
-    if pointwise.runs(saved.gates, weights):
-        return *pointwise.backward(program, saved, weights, states, lengths, reverse, d_y, d_final, problem), None
-    permutation = _longest_first(lengths)
-    if permutation is not None and lengths is not None:
+    call: Call, saved: Result, d_y: Tensor, d_final: list[Tensor], d_inner: Tensor | None
+) -> LoopGradients:
+    """The backward loop."""
+    if pointwise.runs(saved.gates, call.weights):
+        return pointwise.backward(call, saved, d_y, d_final)
+    permutation = _longest_first(call.lengths)
+    if permutation is not None:
         rows, back = permutation
-        sorted_saved, sorted_states = _permuted(saved, rows), [state[rows] for state in states]
-        d_sorted = d_y[:, rows], [d[rows] for d in d_final]
-        d_gates, d_recurrent, d_states, d_params, d_w_hr = backward(
-            program, sorted_saved, weights, sorted_states, lengths[rows], reverse, *d_sorted, problem
+        d_rows = [d[rows] for d in d_final]
+        found = backward(_rows_permuted(call, rows), _permuted(saved, rows), d_y[:, rows], d_rows, d_inner)
+        return found._replace(
+            d_gates=found.d_gates[:, back],
+            d_recurrent=found.d_recurrent[:, back],
+            d_states=[d[back] for d in found.d_states],
         )
-        return d_gates[:, back], d_recurrent[:, back], [d[back] for d in d_states], d_params, d_w_hr
     steps, batch = saved.gates.shape[:2]
     compute = state_dtype(saved.gates.dtype)
-    order = processing_order(steps, lengths, reverse, d_y.device)
-    loop = _BackwardLoop(program, saved, weights, states, order)
+    order = processing_order(steps, call.lengths, call.reverse, d_y.device)
+    loop = _BackwardLoop(call, saved, order)
     d_y = reorder(d_y, order).to(compute)
-    empty = torch.empty_like if lengths is None else torch.zeros_like
+    empty = torch.empty_like if call.lengths is None else torch.zeros_like
     d_gates, d_recurrent = empty(saved.gates), empty(saved.recurrent)
     d_states = [d.to(compute, copy=True) for d in d_final]
-    for t, rows in reversed(list(enumerate(_active_rows(lengths, steps, batch)))):
+    for t, rows in reversed(list(enumerate(_active_rows(call.lengths, steps, batch)))):
         arriving = [d_states[0][:rows] + d_y[t, :rows], *(d[:rows] for d in d_states[1:])]
         d_before = loop.step(t, arriving, d_gates[t, :rows], d_recurrent[t, :rows])
         for d_state, before in zip(d_states, d_before, strict=True):
             d_state[:rows] = before
-    return reorder(d_gates, order), reorder(d_recurrent, order), d_states, loop.d_params(), loop.d_w_hr
+    d_gates, d_recurrent = reorder(d_gates, order), reorder(d_recurrent, order)
+    return LoopGradients(d_gates, d_recurrent, d_states, loop.d_params(), loop.d_w_hr)
 
 
 class _BackwardLoop:
@@ -211,9 +215,8 @@ class _BackwardLoop:
     Step by step, since on a CPU tensors of one step stay in the cache and those of all steps do not.
     """
 
-    def __init__(
-        self, program: Program, saved: Result, weights: Weights, states: list[Tensor], order: Tensor | None
-    ) -> None:
+    def __init__(self, call: Call, saved: Result, order: Tensor | None) -> None:
+        program, weights, states = call.program, call.weights, call.states
         self.program, self.rows, self.compute = program, program.rows, state_dtype(saved.gates.dtype)
         self.matrices = [weights.w_hh[:, rows].flatten(1, 2) for rows in self.rows]
         self.projection = weights.w_hr

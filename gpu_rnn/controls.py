@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What steers a call of a whole stack (masks, lengths, resets, dropouts), checked, and brought to each layer's layout.
+
+Sizes as in `gpu_rnn.layout`, with D directions and L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gpu_rnn.layout import RESET, SKIP, Control
+
+
+class Controls(NamedTuple):
+    """The options of a call that are tensors, time first. See `functional.rnn`, which documents them."""
+
+    mask: Tensor | None = None  # (T, B) bool, True: the step counts
+    lengths: Tensor | None = None  # (B,)
+    resets: Tensor | None = None  # (T, B) bool, True: an episode begins
+    reset_state: tuple[Tensor, ...] | None = None  # of each state, (L·D, B, ·) or (T, L·D, B, ·)
+    recurrent_mask: Tensor | None = None  # (L·D, B, 1 or G, P)
+    zone: Tensor | None = None  # (S, T, L·D, B, H) bool
+
+    @property
+    def given(self) -> bool:
+        return any(value is not None for value in self)
+
+    def checked(self, steps: int, batch: int, hidden_state: tuple[int, ...], device: torch.device) -> Controls:
+        """The same with lengths as int64 on the input's device; `hidden_state` is the shape (L·D, B, ·) of h.
+
+        Raises:
+            TypeError: a mask or resets that are not bool, lengths that are not integers.
+            ValueError: a wrong shape, reset_state without resets.
+            RuntimeError: a tensor on another device.
+        """
+        for name, value in (("mask", self.mask), ("resets", self.resets)):
+            _check_steps(name, value, (steps, batch))
+        lengths = self.lengths
+        if lengths is not None:
+            lengths = _checked_lengths(lengths, batch).to(device, torch.int64)
+        if self.reset_state is not None and self.resets is None:
+            raise ValueError("reset_state is what resets set the states to: give resets too")
+        for value in self.reset_state or ():
+            if value.dim() not in (3, 4) or value.shape[-3:-1] != hidden_state[:2] or (value.dim() == 4 and len(value) != steps):
+                rows, batch = hidden_state[:2]
+                raise ValueError(
+                    f"reset_state has a tensor for each state, ({rows}, {batch}, units) or for each step "
+                    f"({steps}, {rows}, {batch}, units), got {tuple(value.shape)}"
+                )
+        for name, value in zip(self._fields, self, strict=True):
+            if isinstance(value, Tensor) and name != "lengths" and value.device != device:
+                raise RuntimeError(f"{name} is on {value.device} and the input on {device}: move it with .to(input.device)")
+        return self._replace(lengths=lengths)
+
+    def valid(self, steps: int) -> Tensor | None:
+        """(T, B): the steps that count, None if all do."""
+        if self.lengths is None:
+            return self.mask
+        within = torch.arange(steps, device=self.lengths.device)[:, None] < self.lengths
+        return within if self.mask is None else within & self.mask
+
+    def of_layer(self, rows: slice, reverse: str, steps: int, all_states: bool) -> tuple[Control, list[Tensor]]:
+        """The part of one layer, whose directions stand in `rows` of the states, and its reset values."""
+        drop = None if self.recurrent_mask is None else self.recurrent_mask[rows].transpose(0, 1)
+        zone = None if self.zone is None else self.zone[:, :, rows].transpose(2, 3)
+        if self.mask is None and self.resets is None and (self.lengths is None or not all_states):
+            return Control(self.lengths, None, drop, zone), []
+        flags = _flags(self.valid(steps), self.resets, self.lengths, reverse)
+        values = [_reset_values(value, rows, reverse) for value in self.reset_state or ()]
+        return Control(None, flags, drop, zone), values
+
+
+NONE = Controls()
+
+
+def _check_steps(name: str, value: Tensor | None, shape: tuple[int, int]) -> None:
+    if value is None:
+        return
+    if not isinstance(value, Tensor) or value.dtype != torch.bool:
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        meaning = "True where a step counts" if name == "mask" else "True where an episode begins"
+        raise TypeError(f"{name} is a bool tensor, {meaning}, got {kind}")
+    if value.shape != shape:
+        raise ValueError(
+            f"{name} has the shape of the input without its features, {shape} as (steps, batch), got {tuple(value.shape)} so seen"
+        )
+
+
+def _checked_lengths(lengths: Tensor, batch: int) -> Tensor:
+    if not isinstance(lengths, Tensor):
+        lengths = torch.as_tensor(lengths)
+    if lengths.dtype.is_floating_point or lengths.dtype == torch.bool or lengths.is_complex():
+        raise TypeError(f"lengths are integers, the number of steps of each row, got {lengths.dtype}")
+    if lengths.shape != (batch,):
+        raise ValueError(f"lengths has one number for each of the {batch} rows of the batch, got shape {tuple(lengths.shape)}")
+    return lengths
+
+
+def _flags(valid: Tensor | None, resets: Tensor | None, lengths: Tensor | None, reverse: str) -> Tensor:
+    """(T, B, N) uint8. A reset cuts between two steps: the reversed direction meets it before the earlier one."""
+    skip = None if valid is None else (~valid).to(torch.uint8) * SKIP
+    if resets is None:
+        assert skip is not None
+        return skip.unsqueeze(-1).expand(-1, -1, len(reverse)).contiguous()
+    if lengths is not None:  # what begins after a row's end is none of its episodes
+        resets = resets & (torch.arange(resets.shape[0], device=resets.device)[:, None] < lengths)
+    forward = resets.to(torch.uint8) * RESET
+    parts = [forward if flag == "0" else _earlier(forward) for flag in reverse]
+    flags = torch.stack(parts, -1)
+    return flags if skip is None else flags | skip.unsqueeze(-1)
+
+
+def _earlier(values: Tensor) -> Tensor:
+    """Values (T, ...) one step earlier, with 0 at the last."""
+    return torch.cat([values[1:], torch.zeros_like(values[:1])])
+
+
+def _reset_values(value: Tensor, rows: slice, reverse: str) -> Tensor:
+    """(L·D, B, ·) or (T, L·D, B, ·) -> (1 or T, B, N, ·), each as its direction meets it."""
+    own = value[..., rows, :, :].transpose(-3, -2)
+    if own.dim() == 3:
+        return own[None]
+    parts: Sequence[Tensor] = own.unbind(2)
+    return torch.stack([part if flag == "0" else _earlier(part) for part, flag in zip(parts, reverse, strict=True)], 2)
