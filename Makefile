@@ -4,7 +4,7 @@
 export PYTHON OFFLINE
 PY := .venv/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint gpu-check report clean
+.PHONY: help demo test test-all lint gpu-check report docs clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):  *## */\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -37,6 +37,10 @@ gpu-check:  ## on a machine with a GPU: its tests and a quick benchmark, under 1
 report:  ## tables and pictures from benchmarks/results
 	@.ci/venv demo
 	$(PY) benchmarks/report.py $(ARGS)
+
+docs:  ## the documentation site, into build/docs
+	@.ci/venv docs
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
 
 clean:  ## remove .venv and everything built
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
