@@ -5,6 +5,7 @@ from gpu_rnn import activations, cells
 from gpu_rnn.cell_layers import GRUCell, LSTMCell, RNNCell
 from gpu_rnn.debugging import debug
 from gpu_rnn.explanation import explain
+from gpu_rnn.launch.group import check
 from gpu_rnn.layers import GRU, LSTM, RNN, Recurrent
 from gpu_rnn.recurrence import Recurrence
 from gpu_rnn.tracing import TraceError
@@ -24,6 +25,7 @@ __all__ = [
     "__version__",
     "activations",
     "cells",
+    "check",
     "debug",
     "explain",
 ]

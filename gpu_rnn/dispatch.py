@@ -2,7 +2,8 @@
 """The ordered table of backends, and the choice among them.
 
 A backend is a module of `gpu_rnn.launch` that answers ``unsupported(problem) -> list[str]`` (empty: it can run) and
-``cost(problem) -> seconds`` (a prediction until a results file is named beside its constants).
+``cost(problem) -> seconds`` (a prediction until a results file is named beside its constants). One that compiles has
+``prepare(problem)`` too: it is asked before it is taken, and what fails there is a reason of `unsupported` from then on.
 """
 
 from __future__ import annotations
@@ -14,11 +15,17 @@ from functools import lru_cache
 from types import ModuleType
 
 from gpu_rnn import devices
-from gpu_rnn.launch import aten, plain, resident, step
+from gpu_rnn.launch import aten, group, plain, resident, step
 from gpu_rnn.problem import Problem, rnn_precision
 
-BACKENDS: dict[str, ModuleType] = {"resident": resident, "aten": aten, "step": step, "reference": plain}
-LOOPS = ("resident", "step", "reference")
+BACKENDS: dict[str, ModuleType] = {
+    "resident": resident,
+    "group": group,
+    "aten": aten,
+    "step": step,
+    "reference": plain,
+}
+LOOPS = ("resident", "group", "step", "reference")
 """The backends that run one layer's time loop; the ATen row takes whole stacks."""
 
 log = logging.getLogger("gpu_rnn")
@@ -58,7 +65,7 @@ def select(problem: Problem, backend: str = "auto", among: tuple[str, ...] = tup
 def _select(problem: Problem, backend: str, among: tuple[str, ...], preferred: str) -> str:
     check_name(backend)
     if backend != "auto":
-        reasons = BACKENDS[backend].unsupported(problem)
+        reasons = _prepared(problem, backend)
         if backend not in among:
             reasons = [f"this call runs one of {', '.join(among)}"]
         if reasons:
@@ -69,14 +76,25 @@ def _select(problem: Problem, backend: str, among: tuple[str, ...], preferred: s
     if preferred:
         if preferred not in BACKENDS:
             raise ValueError(f"GPU_RNN_BACKEND is {preferred!r} in the environment, not one of {', '.join(BACKENDS)}")
-        if preferred in able:
+        if preferred in able and not _prepared(problem, preferred):
             return preferred
-    chosen = min(able, key=lambda name: _total_cost(problem, name))
+    able.sort(key=lambda name: _total_cost(problem, name))
+    chosen = next(name for name in able if not _prepared(problem, name))
     if chosen == "reference":
         for name in among:
             for reason in BACKENDS[name].unsupported(problem):
                 _say_once(problem.direction, problem.recurrence.name, name, reason)
     return chosen
+
+
+def _prepared(problem: Problem, name: str) -> list[str]:
+    """Why a backend that is about to be taken cannot run a problem after all."""
+    module = BACKENDS[name]
+    reasons = module.unsupported(problem)
+    if not reasons and hasattr(module, "prepare"):
+        module.prepare(problem)
+        reasons = module.unsupported(problem)
+    return list(reasons)
 
 
 def _total_cost(problem: Problem, name: str) -> float:
@@ -98,8 +116,8 @@ def _say_once(direction: str, cell: str, backend: str, reason: str) -> None:
 
 def explain(problem: Problem, backend: str = "auto") -> list[Row]:
     """Every backend's verdict on a problem, in the order of the table; of training calls, both passes' time."""
+    chosen = select(problem, backend) if backend == "auto" or not _prepared(problem, backend) else None
     verdicts = {name: tuple(module.unsupported(problem)) for name, module in BACKENDS.items()}
-    chosen = select(problem, backend) if backend == "auto" or not verdicts[backend] else None
     rows = []
     for name, reasons in verdicts.items():
         runs = not reasons

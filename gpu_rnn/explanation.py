@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from gpu_rnn import dispatch
 from gpu_rnn.dispatch import Row
+from gpu_rnn.launch.group_choice import floor
 from gpu_rnn.problem import Problem
 
 if TYPE_CHECKING:
@@ -30,6 +31,15 @@ class Explanation:
         """The backend that the call runs on; None where the one asked for cannot run it."""
         return next((row.backend for row in self.rows if row.chosen), None)
 
+    @property
+    def floor_us(self) -> float | None:
+        """The least microseconds per time step of one layer's loop with W_hh on chip; None where that does not fit."""
+        if not self.problem.device.is_gpu:
+            return None
+        passes = ("training", "backward") if self.problem.direction == "training" else (self.problem.direction,)
+        floors = [floor(replace(self.problem, direction=direction)) for direction in passes]
+        return None if None in floors else 1e6 * sum(seconds or 0.0 for seconds in floors)
+
     def __str__(self) -> str:
         p = self.problem
         both = ", both directions" if p.N == 2 else ""
@@ -45,6 +55,8 @@ class Explanation:
             first, *others = row.reasons or ("",)
             lines.append(f"{row.backend:10} {verdict:8} {predicted:>8}  {first}".rstrip())
             lines += [f"{'':30}{reason}" for reason in others]
+        if self.floor_us is not None:
+            lines.append(f"{'floor':10} {'':8} {self.floor_us:8.2f}  of a layer's time loop, with W_hh on chip")
         return "\n".join([*lines, "µs/step: predicted by each backend's cost model, not measured"])
 
 

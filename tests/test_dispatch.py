@@ -15,20 +15,29 @@ import torch
 
 import gpu_rnn
 from gpu_rnn import cells, devices, dispatch
-from gpu_rnn.launch import step
+from gpu_rnn.launch import group, nvrtc, step
 from gpu_rnn.problem import Problem
 
-NAMES = ["resident", "aten", "step", "reference"]
+COMPILE = nvrtc.compile_cubin
+NAMES = ["resident", "group", "aten", "step", "reference"]
 
 
 @pytest.fixture(autouse=True)
 def fresh_choices(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Choices are cached; nothing that a test changes may reach another, nor the environment a test."""
+    """Choices are cached; nothing that a test changes may reach another, nor the environment a test.
+
+    CuPy is there for every test, and the kernels of described devices are not built.
+    """
     monkeypatch.delenv("GPU_RNN_BACKEND", raising=False)
-    for cached in (dispatch._select, dispatch._say_once):
+    monkeypatch.setattr(nvrtc, "unavailable", lambda: "")
+    monkeypatch.setattr(nvrtc, "compile_cubin", lambda source, arch: b"")
+    monkeypatch.setattr(nvrtc, "usage", lambda cubin: nvrtc.Usage(255, 0))
+    monkeypatch.setattr(group, "_failures", {})
+    caches = (dispatch._select, dispatch._say_once, group.fit)
+    for cached in caches:
         cached.cache_clear()
     yield
-    for cached in (dispatch._select, dispatch._say_once):
+    for cached in caches:
         cached.cache_clear()
 
 
@@ -53,9 +62,10 @@ CHOICES: list[tuple[Problem, str]] = [
     (problem(cells.gru(reset_after=False), direction="training"), "step"),
     (problem(support.RECURRENCES["minimal"]), "step"),
     (problem(dtype=torch.complex64), "reference"),
-    (problem(device="H100", **half), "resident"),
-    (problem(cells.lstm("relu"), "A100", direction="training", **half), "resident"),
-    (problem(support.RECURRENCES["minimal"], "RTX 4090", **half), "resident"),
+    (problem(device="H100", **half), "group"),
+    (problem(cells.lstm("relu"), "A100", direction="training", **half), "group"),
+    (problem(support.RECURRENCES["minimal"], "RTX 4090", H=512, **half), "group"),
+    (problem(device="H100", T=1500, H=1024, I=1024, direction="training", **half), "group"),
     (problem(cells.gru(reset_after=False), "H100", **half), "step"),
     (problem(cells.lstm("relu"), "H100", H=4096, **half), "step"),
     (problem(device="H100", H=4096, direction="training"), "aten"),
@@ -92,9 +102,8 @@ def test_in_training_both_passes_count(monkeypatch: pytest.MonkeyPatch) -> None:
     assert dispatch.select(problem(cells.lstm("relu"))) == "step"
     training = problem(cells.lstm("relu"), direction="training")
     assert dispatch.select(replace(training, direction="backward")) == "reference"
-    assert dispatch.explain(training)[2].predicted_us == pytest.approx(
-        dispatch.explain(training)[3].predicted_us, rel=0.9
-    )
+    predicted = {row.backend: row.predicted_us for row in dispatch.explain(training)}
+    assert predicted["step"] == pytest.approx(predicted["reference"], rel=0.9)
 
 
 REASONS: list[tuple[str, Problem, list[str]]] = [
@@ -112,6 +121,9 @@ REASONS: list[tuple[str, Problem, list[str]]] = [
         ["NVIDIA GPU", "one product a step", "proj_size"],
     ),
     ("resident", problem(device="H100", H=1024), ["with 1024 units of lstm"]),
+    ("group", problem(cells.gru(reset_after=False), proj_size=3), ["NVIDIA GPU", "one product a step", "proj_size"]),
+    ("group", problem(device="H100", H=4096), ["fits up to H = "]),
+    ("group", problem(device="H100", norm=True), ["does not take layer normalisation"]),
     ("resident", problem(device="A100", dtype=torch.float64), ["not float64"]),
     ("step", problem(dtype=torch.complex128), ["complex numbers run on the reference only"]),
 ]
@@ -137,9 +149,46 @@ def test_layers_refuse_in_the_same_words() -> None:
     ):
         gpu_rnn.LSTM(2, 3, backend="resident")(x)
     with pytest.raises(
-        ValueError, match="backend must be 'auto' or one of resident, aten, step, reference, got 'cudnn'"
+        ValueError, match="backend must be 'auto' or one of resident, group, aten, step, reference, got 'cudnn'"
     ):
         gpu_rnn.LSTM(2, 3, backend="cudnn")(x)
+
+
+def test_without_cupy_the_group_kernel_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvrtc, "unavailable", lambda: f"CuPy is not installed: {nvrtc.INSTALL}")
+    layer = gpu_rnn.LSTM(64, 64, dtype=torch.bfloat16)
+    found = gpu_rnn.explain(layer, torch.empty(100, 32, 64, device="meta"), device="H100")
+    assert found.chosen == "resident"
+    assert "group      no                 CuPy is not installed: pip install 'gpu-rnn[cuda12]'" in str(found)
+
+
+def test_a_kernel_that_does_not_build_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For another backend in "auto", for an error by name, and none for other problems."""
+
+    def refuse(source: str, arch: str) -> bytes:
+        if "#define BACKWARD 1" in source:
+            return b""
+        raise nvrtc.CompileError(f"NVRTC 0.0 does not compile for {arch}:\nout of luck")
+
+    monkeypatch.setattr(nvrtc, "compile_cubin", refuse)
+    given = problem(device="H100", **half)
+    assert dispatch.select(given) == "resident"
+    assert group.unsupported(given) == ["NVRTC 0.0 does not compile for sm_90a:\nout of luck"]
+    with pytest.raises(ValueError, match=r"(?s)backend='group' cannot run.*out of luck"):
+        dispatch.select(given, "group")
+    row = dispatch.explain(given, "group")[1]
+    assert not row.runs and row.reasons == ("NVRTC 0.0 does not compile for sm_90a:\nout of luck",)
+    monkeypatch.setenv("GPU_RNN_BACKEND", "group")
+    assert dispatch.select(replace(given, B=7)) != "group"
+    assert dispatch.select(replace(given, direction="backward")) == "group"
+
+
+@pytest.mark.compile("nvrtc")
+def test_nvrtc_says_why_a_kernel_does_not_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvrtc, "compile_cubin", COMPILE)
+    monkeypatch.setattr(group, "source", lambda layout: "broken;\n")
+    with pytest.raises(ValueError, match=r"(?s)does not compile for sm_80:\ngpu_rnn.cu\(1\): error: .*broken"):
+        dispatch.select(problem(device="A100", **half), "group")
 
 
 def test_environment_names_a_preference(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +247,7 @@ def test_explain_for_a_device(device: str | None) -> None:
     assert [row.backend for row in explanation.rows if row.chosen] == [explanation.chosen]
     expected = devices.describe(device) if device else devices.CPU
     assert explanation.problem.device == expected
-    assert explanation.chosen == ("resident" if expected.is_gpu else "step")
+    assert explanation.chosen == ("group" if expected.is_gpu else "step")
     for row in explanation.rows:
         assert row.runs == (row.predicted_us is not None) and (row.runs or row.reasons)
         assert row.predicted_us is None or row.predicted_us > 0
@@ -210,6 +259,17 @@ def test_explain_for_a_device(device: str | None) -> None:
     assert "predicted" in foot and "µs/step" in columns
     assert re.search(rf"^{explanation.chosen} +chosen +\d+\.\d\d", "\n".join(lines), re.M)
     assert re.search(r"^aten +no +ATen has LSTM, GRU and RNN", "\n".join(lines), re.M)
+
+
+def test_explain_shows_the_floor_of_each_pass() -> None:
+    layer, x = gpu_rnn.LSTM(1024, 1024, dtype=torch.bfloat16), torch.empty(100, 64, 1024, device="meta")
+    training = gpu_rnn.explain(layer, x, device="H100")
+    with torch.no_grad():
+        inference = gpu_rnn.explain(layer, x, device="H100")
+    assert training.floor_us > inference.floor_us == pytest.approx(1.5, abs=0.05)
+    assert re.search(r"^floor +1\.5\d  of a layer's time loop", str(inference), re.M)
+    assert gpu_rnn.explain(layer, x).floor_us is None  # on a CPU
+    assert gpu_rnn.explain(gpu_rnn.LSTM(8, 4096), torch.empty(9, 1, 8), device="H100").floor_us is None
 
 
 def test_explain_reads_the_layer_and_the_call() -> None:

@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from gpu_rnn.devices import DEVICES
+from gpu_rnn import devices
 from gpu_rnn.launch import nvrtc
 from gpu_rnn.launch.group_choice import Choice, choose, cost, largest
 from gpu_rnn.launch.group_layout import SCALARS, Layout, source
@@ -41,14 +41,21 @@ class Launch:
         """
         if self.grid == 0:
             return
-        function = _function(self.layout, nvrtc.architecture(torch.cuda.get_device_capability(device)))
-        threads = self.layout.threads
-        if self.layout.members > 1 and self.grid > _resident(function, device, threads):
-            raise RuntimeError(
-                f"{self.layout.kernel}: its {self.grid} blocks are not all resident on {device}, of which other "
-                "processes may hold a part; choose another backend"
-            )
-        function(self.grid, threads, self.arguments, device)
+        refusal = _refusal(self.layout, self.grid, device)
+        if refusal:
+            raise RuntimeError(f"{refusal}; choose another backend")
+        _loaded(self.layout, device)(self.grid, self.layout.threads, self.arguments, device)
+
+
+def _loaded(layout: Layout, device: torch.device) -> nvrtc.Function:
+    return _function(layout, nvrtc.architecture(torch.cuda.get_device_capability(device)))
+
+
+def _refusal(layout: Layout, blocks: int, device: torch.device) -> str:
+    """Why so many blocks would wait for ever; empty where they would not."""
+    if layout.members == 1 or blocks <= _resident(_loaded(layout, device), device, layout.threads):
+        return ""
+    return f"{layout.kernel}: its {blocks} blocks are not all resident on {device}, of which others may hold a part"
 
 
 @lru_cache(maxsize=256)
@@ -64,13 +71,14 @@ def _resident(function: nvrtc.Function, device: torch.device, threads: int) -> i
     return function.resident(device, threads)
 
 
+@lru_cache(maxsize=256)
 def fit(layout: Layout, arch: str) -> Layout:
     """The layout with as many weights in registers as the compiler finds room for, so that nothing goes to a stack.
 
     Raises:
         CompileError: as `nvrtc.compile_cubin`.
     """
-    limits = {nvrtc.architecture(d.capability): d.shared_memory for d in DEVICES.values()}
+    limits = {nvrtc.architecture(d.capability): d.shared_memory for d in devices.DEVICES.values()}
     limit = limits.get(arch, min(limits.values()))
     while nvrtc.usage(nvrtc.compile_cubin(source(layout), arch)).stack and layout.held:
         fewer = replace(layout, held=layout.held - 1)
@@ -284,14 +292,29 @@ def backward(
     return found._replace(d_params=found.d_params.sum(0) if call.program.params and found.d_params is not None else None)
 
 
-@lru_cache(maxsize=16)
-def _compiles(arch: str) -> str:
-    """Why nothing is compiled for an architecture; empty where it is. Shows an old NVRTC before a call fails."""
+_failures: dict[tuple[Choice, str], str] = {}
+
+
+def _wanted(problem: Problem) -> tuple[Choice, str]:
+    """What a problem is compiled for, as far as it is known before its tensors are."""
+    choice = choose(problem)
+    assert choice is not None
+    layout = replace(choice.layout, save=problem.direction == "training", paired=problem.H % 2 == 0)
+    return replace(choice, layout=layout), nvrtc.architecture(problem.device.capability)
+
+
+def prepare(problem: Problem) -> None:
+    """Builds the kernel of a problem that is supported so far; where that fails, `unsupported` has a reason more."""
+    choice, arch = _wanted(problem)
+    here = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     try:
-        nvrtc.compile_cubin('#include "device.cuh"\n', arch)
+        fit(choice.layout, arch)
+        blocks = choice.layout.members * choice.groups * choice.at_once
+        failure = "".join(_refusal(choice.layout, blocks, d) for d in here if devices.of(d) == problem.device)
     except nvrtc.CompileError as error:
-        return str(error)
-    return ""
+        failure = str(error)
+    if failure:
+        _failures[choice, arch] = failure
 
 
 def unsupported(problem: Problem) -> list[str]:
@@ -304,7 +327,6 @@ def unsupported(problem: Problem) -> list[str]:
         reasons.append(f"needs compute capability {OLDEST[0]}.{OLDEST[1]} or newer, which {device.name} has not")
     else:
         missing = nvrtc.no_driver() if torch.cuda.is_available() else nvrtc.unavailable()
-        missing = missing or _compiles(nvrtc.architecture(device.capability))
         reasons += [missing] if missing else []
     if len(program.stages) > 1:
         reasons.append(f"takes one product a step, {program.name} has {len(program.stages)}")
@@ -319,4 +341,7 @@ def unsupported(problem: Problem) -> list[str]:
             f"keeps W_hh on chip: on {device.name}, {program.name} fits up to H = {largest(problem)} in this dtype and "
             f"direction, not {problem.H}"
         )
-    return reasons + problem.without("lengths")
+    reasons += problem.without("lengths")
+    if not reasons and _wanted(problem) in _failures:
+        reasons.append(_failures[_wanted(problem)])
+    return reasons

@@ -26,6 +26,8 @@ WORKING = (88, 112, 100)
 COLUMNS = (1, 2)
 TILES = (1, 2, 4)
 
+WEIGHT_REGISTERS = 128 << 10  # bytes of weights in a multiprocessor's registers, half of them
+
 # Rates of a multiprocessor, per cycle: CUDA C++ programming guide, table of arithmetic throughput.
 SHARED_BYTES = 128
 LANES, SPECIAL = 128, 16  # fp32 operations, and exponentials or roots
@@ -93,7 +95,12 @@ def _layouts(problem: Problem) -> Iterator[Layout]:
 @lru_cache(maxsize=1024)
 def choose(problem: Problem) -> Choice | None:
     """The fastest layout that fits on the problem's device, or None."""
-    device, found = problem.device, []
+    return min(_fitting(problem), key=lambda choice: choice.step, default=None)
+
+
+def _fitting(problem: Problem) -> Iterator[Choice]:
+    """Every layout that fits on the problem's device."""
+    device = problem.device
     for layout in _layouts(problem):
         if layout.shared_bytes > device.shared_memory or layout.members > device.sms:
             continue
@@ -103,8 +110,7 @@ def choose(problem: Problem) -> Choice | None:
         else:
             at_once = min(problem.N, device.sms // layout.members)
             groups = min(wanted, device.sms // (layout.members * at_once))
-        found.append(Choice(layout, groups, at_once, _step(problem, layout, groups, at_once)))
-    return min(found, key=lambda choice: choice.step, default=None)
+        yield Choice(layout, groups, at_once, _step(problem, layout, groups, at_once))
 
 
 def _step(problem: Problem, layout: Layout, groups: int, at_once: int) -> float:
@@ -125,18 +131,23 @@ def _blocks_by_memory(device: Device, layout: Layout) -> int:
     return device.shared_memory // max(layout.shared_bytes, 1)
 
 
+def _products_per_cycle(problem: Problem) -> float:
+    """Multiplications that a multiprocessor does in a cycle."""
+    device = problem.device
+    rate = TENSOR_SHARE * device.tensor_flops * 1e12 / 2 / (device.sms * device.clock * 1e9)
+    if problem.dtype.itemsize == 2:
+        return rate
+    return rate / 2 if problem.precision == "tf32" else LANES / SHUFFLED
+
+
 def _busy_cycles(problem: Problem, layout: Layout) -> float:
     """Cycles for one tile of a step, if nothing has to be waited for."""
-    device, program = problem.device, problem.program
+    program = problem.program
     warps = layout.across * layout.along
     instructions = layout.share * layout.fragments * layout.columns  # of a warp, each 16 x 8 x 16
-    per_cycle = TENSOR_SHARE * device.tensor_flops * 1e12 / 2 / (device.sms * device.clock * 1e9)
-    if not layout.half:
-        per_cycle = per_cycle / 2 if layout.precision == "tf32" else LANES / SHUFFLED
     chains = layout.fragments * layout.columns
-    multiplying = max(
-        warps * instructions * 16 * 8 * 16 / per_cycle, instructions / min(chains, 4) * TENSOR_LATENCY / 2
-    )
+    multiplying = warps * instructions * 16 * 8 * 16 / _products_per_cycle(problem)
+    chained = instructions / min(chains, 4) * TENSOR_LATENCY / 2
     spilled = layout.threads * 4 * layout.fragment * layout.fragments * (layout.share - layout.held)
     results = 1 if layout.backward else layout.gates
     sums = 2 * layout.threads * 16 * results * layout.blocks // layout.across * layout.columns
@@ -147,7 +158,32 @@ def _busy_cycles(problem: Problem, layout: Layout) -> float:
     units = UNITS * layout.blocks * 8 * layout.columns
     special = 2 * sum(name in FUNCTIONS for name in operations) / SPECIAL
     passes = 2 if layout.backward else 1
-    return max(multiplying, shared) + arriving + units * max(special, passes * INSTRUCTIONS * len(operations) / LANES)
+    pointwise = units * max(special, passes * INSTRUCTIONS * len(operations) / LANES)
+    return max(multiplying, chained, shared) + arriving + pointwise
+
+
+def floor(problem: Problem) -> float | None:
+    """Seconds that a step's time loop takes at least with W_hh on chip, whoever wrote it; None where it does not fit.
+
+    Of tensor cores, weights read from shared memory and h (backward: d_gates) read from L2 the slowest, and a hop
+    where a tile's blocks are more than one; the best over all ways to share multiprocessors between tiles.
+    """
+    device, gates = problem.device, problem.G
+    weights = gates * problem.H**2 * problem.dtype.itemsize
+    parts = gates if problem.direction == "backward" else 1
+    found = []
+    for groups in range(1, min(-(-problem.B // 8), device.sms) + 1):
+        rows = 8 * -(-problem.B // (8 * groups))
+        for members in {1, min(device.sms // groups, -(-problem.H // UNITS))}:
+            if weights / members > WEIGHT_REGISTERS + device.shared_memory:
+                continue
+            multiplying = gates * problem.H**2 * rows / members / _products_per_cycle(problem)
+            reading = max(weights / members - WEIGHT_REGISTERS, 0) / SHARED_BYTES
+            arriving = parts * problem.H * rows * problem.dtype.itemsize / L2_BYTES if members > 1 else 0.0
+            rounds = -(-problem.N // max(1, device.sms // (groups * members)))
+            busy = max(multiplying, reading, arriving) / (device.clock * 1e9)
+            found.append(rounds * (busy + (HOP if members > 1 else 0.0)))
+    return min(found, default=None)
 
 
 def largest(problem: Problem) -> int:

@@ -30,7 +30,7 @@ _INCLUDE = re.compile(r'^#include "([\w.]+)"$', re.M)
 
 
 class CompileError(RuntimeError):
-    """NVRTC is missing, or refuses the text; the message says why."""
+    """NVRTC is missing, or refuses the text, or the driver its machine code; the message says why."""
 
 
 def architecture(capability: tuple[int, int]) -> str:
@@ -219,8 +219,11 @@ class Function:
         import cupy
 
         path = cubin_path(source, arch)
-        module = cupy.RawModule(path=str(path), enable_cooperative_groups=cooperative)
-        self.kernel = module.get_function(name)
+        try:
+            module = cupy.RawModule(path=str(path), enable_cooperative_groups=cooperative)
+            self.kernel = module.get_function(name)
+        except cupy.cuda.driver.CUDADriverError as error:
+            raise CompileError(f"the driver does not load {name} for {arch}: {error}") from error
         self.shared_bytes = shared_bytes
 
     def resident(self, device: torch.device, threads: int) -> int:
