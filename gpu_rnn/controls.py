@@ -56,6 +56,26 @@ class Controls(NamedTuple):
                 raise RuntimeError(f"{name} is on {value.device} and the input on {device}: move it with .to(input.device)")
         return self._replace(lengths=lengths)
 
+    def transposed(self) -> Controls:
+        """The same of a call with the batch first; states never have it first."""
+        mask, resets = (t.transpose(0, 1) if isinstance(t, Tensor) and t.dim() == 2 else t for t in (self.mask, self.resets))
+        return self if mask is self.mask and resets is self.resets else self._replace(mask=mask, resets=resets)
+
+    def batched(self) -> Controls:
+        """The same of a call without a batch, with a batch of one."""
+        if not self.given:
+            return self
+        mask, resets = (t if t is None else t.unsqueeze(1) for t in (self.mask, self.resets))
+        lengths = self.lengths if self.lengths is None else torch.as_tensor(self.lengths).reshape(1)
+        values = self.reset_state and tuple(value.unsqueeze(-2) for value in self.reset_state)
+        return self._replace(mask=mask, resets=resets, lengths=lengths, reset_state=values)
+
+    def to(self, dtype: torch.dtype) -> Controls:
+        """The same with what enters products, and states, in a dtype."""
+        drop = None if self.recurrent_mask is None else self.recurrent_mask.to(dtype)
+        values = self.reset_state and tuple(value.to(dtype) for value in self.reset_state)
+        return self._replace(recurrent_mask=drop, reset_state=values)
+
     def valid(self, steps: int) -> Tensor | None:
         """(T, B): the steps that count, None if all do."""
         if self.lengths is None:
@@ -85,8 +105,10 @@ def _check_steps(name: str, value: Tensor | None, shape: tuple[int, int]) -> Non
         meaning = "True where a step counts" if name == "mask" else "True where an episode begins"
         raise TypeError(f"{name} is a bool tensor, {meaning}, got {kind}")
     if value.shape != shape:
+        steps, batch = shape
+        found = f"{value.shape[0]} steps and {value.shape[1]} rows" if value.dim() == 2 else f"{value.dim()} dimensions"
         raise ValueError(
-            f"{name} has the shape of the input without its features, {shape} as (steps, batch), got {tuple(value.shape)} so seen"
+            f"{name} is shaped like the input without its features: {steps} steps and {batch} rows; this one has {found}"
         )
 
 

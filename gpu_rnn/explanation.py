@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from gpu_rnn import dispatch
+from gpu_rnn.controls import Controls
 from gpu_rnn.dispatch import Row
 from gpu_rnn.launch.group_choice import floor
 from gpu_rnn.problem import Problem
@@ -60,7 +61,12 @@ class Explanation:
         return "\n".join([*lines, "µs/step: predicted by each backend's cost model, not measured"])
 
 
-def explain(layer: LayerBase, x: Tensor | PackedSequence | None = None, *, device: str | None = None) -> Explanation:
+CONTROLS = ("mask", "lengths", "resets", "reset_state")
+
+
+def explain(
+    layer: LayerBase, x: Tensor | PackedSequence | None = None, *, device: str | None = None, **call: Any
+) -> Explanation:
     """Which backend ``layer(x)`` runs on, with the reasons against the others and the predicted time of each.
 
     Args:
@@ -69,6 +75,8 @@ def explain(layer: LayerBase, x: Tensor | PackedSequence | None = None, *, devic
             batch_first (B, T, input_size), unbatched (T, input_size), or a PackedSequence. None: 100 steps of one
             sample.
         device: a described device to answer for, such as "H100" (`gpu_rnn.devices.DEVICES`); None: x's own.
+        call: the layer's other arguments that would come with x: mask, lengths, resets, reset_state,
+            return_all_states. Their values do not matter, so True stands for any of them.
 
     Raises:
         TypeError: not a layer of this package.
@@ -93,8 +101,16 @@ def explain(layer: LayerBase, x: Tensor | PackedSequence | None = None, *, devic
         x = x.transpose(0, 1) if layer.batch_first else x
     elif x.dim() == 2:
         x = x.unsqueeze(0 if layer.batch_first else 1)
-    stack, packed = layer._stack(), batch_sizes is not None
-    problem = stack.problem(x, None, weights, *stack.sizes(x, batch_sizes), packed)
+    packed, unknown = batch_sizes is not None, call.keys() - {*CONTROLS, "return_all_states"}
+    if unknown:
+        raise TypeError(f"a layer's call has no argument {', '.join(sorted(unknown))}")
+    stack = layer._stack(packed, bool(call.pop("return_all_states", False)))
+    steps, batch = stack.sizes(x, batch_sizes)
+    nothing = torch.empty(0, device="meta")
+    mask, lengths, resets, reset_state = (None if call.get(name) is None else nothing for name in CONTROLS)
+    controls = Controls(mask, lengths, resets, None if reset_state is None else (reset_state,))
+    controls = layer._with_noise(controls, nothing, steps, batch)
+    problem = stack.problem(x, None, weights, steps, batch, packed, controls)
     problem = replace(problem, dtype=weights[0].dtype)
     if device is not None:
         problem = dispatch.described(problem, device)

@@ -97,9 +97,9 @@ def rnn(
         norm,
         all_states,
     )
-    if batch_first:
-        mask, resets = (None if t is None else t.transpose(0, 1) for t in (mask, resets))
     controls = Controls(mask, lengths, resets, reset_state, recurrent_mask, zone)
+    if batch_first:
+        controls = controls.transposed()
     y, states, every = run(stack, x, hx, weights, batch_sizes, controls)
     return (y, states, every) if all_states else (y, states)
 
@@ -114,7 +114,7 @@ def run(
 ) -> tuple[Tensor, States, States]:
     """`rnn` with the arguments that do not change between a layer's calls in one; always with all states, if only ()."""
     steps, batch = stack.sizes(x, batch_sizes)
-    if controls is not NONE:
+    if controls.given:
         controls = controls.checked(steps, batch, (stack.num_layers * len(stack.reverse), batch), x.device)
     if not torch.compiler.is_compiling():
         if x.is_cpu and _certainly_aten(stack, x, controls):

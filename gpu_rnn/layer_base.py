@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from gpu_rnn import dispatch, functional
+from gpu_rnn import dispatch, functional, initializers, layer_options, regularization
 from gpu_rnn.activations import Activation, name_of
+from gpu_rnn.controls import NONE, Controls
 from gpu_rnn.recurrence import Recurrence
 from gpu_rnn.stack import Stack
 
@@ -52,7 +54,7 @@ class RecurrenceHolder(nn.Module):
             name: value if isinstance(value, bool) else name_of(value) for name, value in given.items()
         }
 
-    def _weights(self) -> list[Tensor]:
+    def _weights(self) -> Sequence[Tensor]:
         parameters: dict[str, Any] = self._parameters
         try:
             return [parameters[name] for name in self._flat_weights_names]
@@ -92,6 +94,17 @@ class RecurrenceHolder(nn.Module):
 class LayerBase(RecurrenceHolder, nn.RNNBase):
     """The whole of a layer but for its constructor's signature."""
 
+    recurrent_dropout: float
+    recurrent_dropout_per_gate: bool
+    zoneout: tuple[float, ...]
+    weight_drop: float
+    layer_norm: bool
+    return_sequences: bool
+    kernel_initializer: str | initializers.Initializer | None
+    recurrent_initializer: str | initializers.Initializer | None
+    bias_initializer: str | initializers.Initializer | None
+    unit_forget_bias: bool
+
     # RNNBase keeps a second list of its weights for cuDNN's one flat buffer. Here they are read at each call,
     # so that whatever stands in for one (a parametrization, functional_call, pruning) is seen.
     __setattr__ = nn.Module.__setattr__  # type: ignore[assignment]
@@ -116,6 +129,7 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
         *,
         backend: str,
         options: Mapping[str, Option],
+        further: Mapping[str, Any],
         unit_weight: str = "weight_unit",
     ) -> None:
         # RNNBase checks and keeps the arguments. Its parameters have the gates of its own modes, so they are
@@ -124,8 +138,17 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
         super().__init__("RNN_TANH", input_size, hidden_size, num_layers, *flags, proj_size, "meta", dtype)
         self.mode = mode
         self._hold(recurrence, backend, options)
+        self._take(layer_options.checked(further, type(self).__name__, recurrence, proj_size))
         self._make_parameters(unit_weight, device, dtype)
         self.reset_parameters()
+
+    def _take(self, options: dict[str, Any]) -> None:
+        """Keeps the options of `LayerOptions` as attributes; those that differ from torch.nn are shown."""
+        for name, value in options.items():
+            setattr(self, name, value)
+            if value not in (layer_options.DEFAULTS[name], (0.0,) * len(self.recurrence.states)):
+                self._shown[name] = getattr(value, "__name__", value)
+        self._at_evaluation = regularization.expected(self.recurrence, self.zoneout)
 
     def _make_parameters(
         self, unit_weight: str, device: torch.device | str | None, dtype: torch.dtype | None
@@ -146,6 +169,8 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
                 shapes["weight_hr"] = (self.proj_size, self.hidden_size)
             if self.recurrence.params:
                 shapes[unit_weight] = (len(self.recurrence.params), self.hidden_size)
+            if self.layer_norm:
+                shapes |= {"norm_ih": (rows,), "norm_hh": (rows,)}
             for suffix in suffixes:
                 named = {f"{name}_l{layer}{suffix}": shape for name, shape in shapes.items()}
                 self._all_weights.append(list(named))
@@ -154,9 +179,26 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
         self._flat_weights_names = [name for names in self._all_weights for name in names]
 
     @property
-    def _flat_weights(self) -> list[Tensor]:
+    def _flat_weights(self) -> Sequence[Tensor]:
         """What RNNBase.check_input looks at."""
         return self._weights()
+
+    def reset_parameters(self) -> None:
+        """Uniform in ±1/sqrt(H) as torch.nn, but for what an initializer is given for; scales of norms are 1."""
+        super().reset_parameters()
+        if next(self.parameters()).is_meta:  # without values, such as those RNNBase's constructor makes
+            return
+        initializers.apply(
+            self.named_parameters(),
+            self.recurrence,
+            kernel=self.kernel_initializer,
+            recurrent=self.recurrent_initializer,
+            bias=self.bias_initializer,
+            unit_forget_bias=self.unit_forget_bias,
+        )
+        for name, parameter in self.named_parameters():
+            if name.startswith("norm_"):
+                nn.init.ones_(parameter)
 
     def _init_flat_weights(self) -> None:
         """RNNBase's constructor calls this; there is no list to make."""
@@ -164,7 +206,17 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
     def flatten_parameters(self) -> None:
         """Does nothing: the weights never have to lie in one buffer. Here for code that calls torch.nn's."""
 
-    def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> tuple[Any, Any]:
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Any = None,
+        *,
+        mask: Tensor | None = None,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        reset_state: Any = None,
+        return_all_states: bool = False,
+    ) -> tuple[Any, ...]:
         """Run the layer over a whole sequence.
 
         Args:
@@ -173,65 +225,129 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
             hx: initial states, (D * num_layers, B, hidden_size) each, without B for unbatched input; with
                 projections h is proj_size wide. A tensor for a recurrence with one state, else a tuple in the
                 order of its states. None: the recurrence's initial values (zeros for RNN, LSTM and GRU).
+            mask: bool, shaped like input without its features: True where a step counts. States carry over the
+                other steps, whose output is 0.
+            lengths: (B), integers on any device, 0 allowed: how many steps each row has, in any order. Gives what
+                packing the input gives, without packing it.
+            resets: bool, shaped like mask: True where a new episode begins. States are set before that step, so
+                nothing passes between episodes in either direction.
+            reset_state: what they are set to, like hx, or for each step, (T, D * num_layers, B, hidden_size).
+                None: the recurrence's initial values.
+            return_all_states: return every state of every step, too.
 
         Returns:
-            The h of every step, like input with D * hidden_size features, and the final states, like hx.
+            The h of every step, like input with D * hidden_size features, and the final states, like hx. With
+            return_sequences=False the first is the h of each direction's last step, (B, D * hidden_size). With
+            return_all_states a third: like hx, with T in front, (T, D * num_layers, B, hidden_size).
 
         Raises:
-            ValueError: input of another rank, or of another dtype than the weights.
+            ValueError: input of another rank, or of another dtype than the weights; a mask, lengths, resets or
+                reset_state of another shape, or beside a PackedSequence.
             RuntimeError: another feature size, or states of another rank or shape; no time steps.
-            TypeError: hx is a tuple where a tensor belongs, or the reverse.
+            TypeError: hx is a tuple where a tensor belongs, or the reverse; a mask that is not bool.
         """
         states = None if hx is None else self._as_tuple(hx)
+        controls = NONE
+        if not (mask is lengths is resets is reset_state is None):
+            values = None if reset_state is None else self._as_tuple(reset_state)
+            controls = Controls(mask, lengths, resets, values)
         if isinstance(input, PackedSequence):
-            output, states = self._packed(input, states)
+            output, states, every = self._packed(input, states, controls, return_all_states)
         elif input.dim() == 3:
             if states is not None:
                 self._check_rank(states, 3, "batched")
-            output, states = self._run(input, states)
+            if self.batch_first:
+                controls = controls.transposed()
+            output, states, every = self._run(input, states, None, controls, return_all_states)
         elif input.dim() == 2:
-            output, states = self._unbatched(input, states)
+            output, states, every = self._unbatched(input, states, controls, return_all_states)
         else:
             raise ValueError(
                 f"{type(self).__name__}: Expected input to be 2D or 3D, got {input.dim()}D instead"
             )
-        return output, states[0] if self._one_state else states
+        if self._one_state:
+            return (output, states[0], every[0]) if return_all_states else (output, states[0])
+        return (output, states, every) if return_all_states else (output, states)
 
-    def _unbatched(self, input: Tensor, states: States | None) -> tuple[Tensor, States]:
+    def _unbatched(
+        self, input: Tensor, states: States | None, controls: Controls, all_states: bool
+    ) -> tuple[Tensor, States, States]:
         batch_dim = 0 if self.batch_first else 1
         if states is not None:
             self._check_rank(states, 2, "unbatched")
             states = tuple(state.unsqueeze(1) for state in states)
-        output, states = self._run(input.unsqueeze(batch_dim), states)
-        return output.squeeze(batch_dim), tuple(state.squeeze(1) for state in states)
+        batched = controls.batched()
+        output, states, every = self._run(input.unsqueeze(batch_dim), states, None, batched, all_states)
+        output = output.squeeze(batch_dim if self.return_sequences else 0)
+        return output, tuple(state.squeeze(1) for state in states), tuple(state.squeeze(2) for state in every)
 
-    def _packed(self, input: PackedSequence, states: States | None) -> tuple[PackedSequence, States]:
+    def _packed(
+        self, input: PackedSequence, states: States | None, controls: Controls, all_states: bool
+    ) -> tuple[PackedSequence | Tensor, States, States]:
+        if controls is not NONE:
+            given = ", ".join(name for name, value in controls._asdict().items() if value is not None)
+            raise ValueError(
+                f"{given} cannot come with a PackedSequence, whose rows have lengths already: give the padded tensor, "
+                "with lengths=, instead (torch.nn.utils.rnn.pad_packed_sequence returns both)"
+            )
         data, batch_sizes, to_sorted, to_given = input
         if states is not None and to_sorted is not None:
             self._check_states(data, states, batch_sizes)
             states = tuple(state.index_select(1, to_sorted) for state in states)
-        output, states = self._run(data, states, batch_sizes)
+        output, states, every = self._run(data, states, batch_sizes, NONE, all_states)
         if to_given is not None:
             states = tuple(state.index_select(1, to_given) for state in states)
-        return PackedSequence(output, batch_sizes, to_sorted, to_given), states
+            every = tuple(state.index_select(2, to_given) for state in every)
+        if not self.return_sequences:
+            return (output if to_given is None else output[to_given]), states, every
+        return PackedSequence(output, batch_sizes, to_sorted, to_given), states, every
 
     def _run(
-        self, input: Tensor, states: States | None, batch_sizes: Tensor | None = None
-    ) -> tuple[Tensor, States]:
+        self,
+        input: Tensor,
+        states: States | None,
+        batch_sizes: Tensor | None,
+        controls: Controls,
+        all_states: bool,
+    ) -> tuple[Tensor, States, States]:
         weights = self._weights()
         # RNNBase.check_input has the words but takes longer than this test, and a short call is all overhead.
         if input.shape[-1] != self.input_size or input.dtype != weights[0].dtype:
             self.check_input(input, batch_sizes)
         if states is not None:
             self._check_states(input, states, batch_sizes)
-        output, states, _ = functional.run(
-            self._stack(packed=batch_sizes is not None), input, states, weights, batch_sizes
-        )
-        return output, states
+        stack = self._stack(batch_sizes is not None, all_states)
+        steps, batch = stack.sizes(input, batch_sizes)
+        controls = self._with_noise(controls, input, steps, batch)
+        if self.training and self.weight_drop:
+            names = self._flat_weights_names
+            weights = [
+                F.dropout(weight, self.weight_drop) if name.startswith("weight_hh") else weight
+                for name, weight in zip(names, weights, strict=True)
+            ]
+        output, states, every = functional.run(stack, input, states, weights, batch_sizes, controls)
+        if not self.return_sequences:
+            output = _last(states[0], len(stack.reverse), controls, steps)
+        return output, states, every
 
-    def _stack(self, packed: bool = False) -> Stack:
+    def _with_noise(self, controls: Controls, like: Tensor, steps: int, batch: int) -> Controls:
+        """The controls with the masks of recurrent dropout and zoneout, in training."""
+        if not self.training:
+            return controls
+        rows = self.num_layers * (2 if self.bidirectional else 1)
+        if self.recurrent_dropout:
+            masks = len(self.recurrence.gates) if self.recurrent_dropout_per_gate else 1
+            shape = (rows, batch, masks, self.proj_size or self.hidden_size)
+            drop = regularization.recurrent_mask(like, self.recurrent_dropout, shape)
+            controls = controls._replace(recurrent_mask=drop)
+        if any(self.zoneout):
+            kept = regularization.zone(like, self.zoneout, (steps, rows, batch, self.hidden_size))
+            controls = controls._replace(zone=kept)
+        return controls
+
+    def _stack(self, packed: bool = False, all_states: bool = False) -> Stack:
         return Stack(
-            self.recurrence,
+            self.recurrence if self.training else self._at_evaluation,
             self.bias,
             self.num_layers,
             self.dropout if self.training else 0.0,
@@ -239,6 +355,8 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
             self.batch_first and not packed,
             self.proj_size,
             self.backend,
+            self.layer_norm,
+            all_states,
         )
 
     def _check_states(self, input: Tensor, states: States, batch_sizes: Tensor | None) -> None:
@@ -247,6 +365,13 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
             which = "" if self._one_state else f"[{index}]"
             self.check_hidden_size(state, expected, f"Expected hidden{which} size {{}}, got {{}}")
             expected = (*expected[:2], self.hidden_size)  # a projection narrows the first state only
+
+
+def _last(h: Tensor, directions: int, controls: Controls, steps: int) -> Tensor:
+    """(B, D·P): the output of each direction's last step, which is the last layer's final h; 0 where no step counts."""
+    last = h[-directions:].transpose(0, 1).flatten(1)
+    valid = controls.valid(steps)
+    return last if valid is None else torch.where(valid.any(0).unsqueeze(1), last, 0)
 
 
 def refuse_projection(proj_size: int | None) -> None:

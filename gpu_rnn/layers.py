@@ -6,11 +6,14 @@ Each is a recurrence and torch.nn's constructor; what they do is `layer_base.Lay
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 
 from gpu_rnn import cells
 from gpu_rnn.activations import Activation
 from gpu_rnn.layer_base import LayerBase, elman_activation, refuse_projection
+from gpu_rnn.layer_options import LayerOptions
 from gpu_rnn.recurrence import Recurrence
 
 
@@ -33,6 +36,9 @@ class Recurrent(LayerBase):
         bidirectional: a second recurrence runs from the end. Default: False
         device, dtype: of the parameters. Default: torch's
         backend: "auto", or the name of the one backend to use (see `gpu_rnn.explain`). Default: "auto"
+        options: those of `gpu_rnn.layer_options.LayerOptions`: recurrent_dropout, recurrent_dropout_per_gate,
+            zoneout, weight_drop, layer_norm, return_sequences, kernel_initializer, recurrent_initializer,
+            bias_initializer, unit_forget_bias.
 
     Inputs and outputs: see `forward`; hx is a tensor if the recurrence has one state, else a tuple in the
     order of recurrence.states.
@@ -64,6 +70,7 @@ class Recurrent(LayerBase):
         dtype: torch.dtype | None = None,
         *,
         backend: str = "auto",
+        **options: Unpack[LayerOptions],
     ) -> None:
         if not isinstance(recurrence, Recurrence):
             raise TypeError(
@@ -71,7 +78,7 @@ class Recurrent(LayerBase):
                 f"got: {type(recurrence).__name__}"
             )
         given = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional
-        super().__init__(recurrence, recurrence.name, *given, 0, device, dtype, backend=backend, options={})
+        super().__init__(recurrence, recurrence.name, *given, 0, device, dtype, backend=backend, options={}, further=options)
 
     def extra_repr(self) -> str:
         return f"{self.recurrence.name}, {super().extra_repr()}"
@@ -84,7 +91,7 @@ class RNN(LayerBase):
         nonlinearity: "tanh" or "relu", as torch.nn has it. Default: "tanh"
         activation: φ in the place of nonlinearity: a name of `gpu_rnn.activations` or any plain torch
             function. Default: None
-        backend, and the arguments not named here: as for `Recurrent`.
+        backend, options and the arguments not named here: as for `Recurrent`.
 
     Inputs, outputs and Raises: as for `Recurrent`; hx is one tensor. Weights: those of torch.nn.RNN.
 
@@ -112,15 +119,15 @@ class RNN(LayerBase):
         activation: str | Activation | None = None,
         backend: str = "auto",
         proj_size: int | None = None,
+        **options: Unpack[LayerOptions],
     ) -> None:
         refuse_projection(proj_size)
         function = elman_activation(nonlinearity, activation)
-        options = {} if activation is None else {"activation": activation}
+        cell = {} if activation is None else {"activation": activation}
         mode = f"RNN_{nonlinearity.upper()}"
         given = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional
-        super().__init__(
-            cells.rnn(activation=function), mode, *given, 0, device, dtype, backend=backend, options=options
-        )
+        recurrence = cells.rnn(activation=function)
+        super().__init__(recurrence, mode, *given, 0, device, dtype, backend=backend, options=cell, further=options)
         self.nonlinearity = nonlinearity
 
 
@@ -137,7 +144,7 @@ class LSTM(LayerBase):
         activation: φ, a name of `gpu_rnn.activations` or any plain torch function. Default: "tanh"
         recurrent_activation: σ, likewise. Default: "sigmoid"
         peephole: add weight_peephole_l{k}{_reverse}, (3, hidden_size), in the order i, f, o. Default: False
-        backend, and the arguments not named here: as for `Recurrent`.
+        backend, options and the arguments not named here: as for `Recurrent`.
 
     Inputs, outputs and Raises: as for `Recurrent`; hx is (h, c). Weights: those of torch.nn.LSTM.
 
@@ -166,22 +173,24 @@ class LSTM(LayerBase):
         recurrent_activation: str | Activation = "sigmoid",
         peephole: bool = False,
         backend: str = "auto",
+        **options: Unpack[LayerOptions],
     ) -> None:
-        options = {
+        cell = {
             "activation": activation,
             "recurrent_activation": recurrent_activation,
             "peephole": peephole,
         }
         given = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional
         super().__init__(
-            cells.lstm(**options),
+            cells.lstm(**cell),
             "LSTM",
             *given,
             proj_size,
             device,
             dtype,
             backend=backend,
-            options=options,
+            options=cell,
+            further=options,
             unit_weight="weight_peephole",
         )
 
@@ -197,7 +206,7 @@ class GRU(LayerBase):
         activation: φ, a name of `gpu_rnn.activations` or any plain torch function. Default: "tanh"
         recurrent_activation: σ, likewise. Default: "sigmoid"
         reset_after: apply r after the product with W_hn (torch, cuDNN), not before it. Default: True
-        backend, and the arguments not named here: as for `Recurrent`.
+        backend, options and the arguments not named here: as for `Recurrent`.
 
     Inputs, outputs and Raises: as for `Recurrent`; hx is one tensor. Weights: those of torch.nn.GRU.
 
@@ -226,14 +235,15 @@ class GRU(LayerBase):
         reset_after: bool = True,
         backend: str = "auto",
         proj_size: int | None = None,
+        **options: Unpack[LayerOptions],
     ) -> None:
         refuse_projection(proj_size)
-        options = {
+        cell = {
             "activation": activation,
             "recurrent_activation": recurrent_activation,
             "reset_after": reset_after,
         }
         given = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional
         super().__init__(
-            cells.gru(**options), "GRU", *given, 0, device, dtype, backend=backend, options=options
+            cells.gru(**cell), "GRU", *given, 0, device, dtype, backend=backend, options=cell, further=options
         )

@@ -135,6 +135,7 @@ class Stack(NamedTuple):
         """One layer after the other in canonical layout: y, the final states and, if wanted, those of all steps."""
         x, states, weights = _autocast(x, states, weights)
         _check_alike(x, weights, states)
+        controls = controls if controls is NONE else controls.to(x.dtype)
         if batch_sizes is not None:
             padded, lengths = _unpack(x, batch_sizes)
             y, final, every = self._layers(padded, states, weights, controls._replace(lengths=lengths))

@@ -96,7 +96,8 @@ def test_signature_has_torchs_arguments_first_and_in_order(name: str) -> None:
     positional = written[name].split() if name in written else list(inspect.signature(theirs).parameters)
     parameters = inspect.signature(getattr(gpu_rnn, name)).parameters.values()
     assert [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD] == positional
-    assert {p.kind for p in parameters if p.name not in positional} == {inspect.Parameter.KEYWORD_ONLY}
+    others = {p.kind for p in parameters if p.name not in positional}
+    assert others <= {inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD}  # the latter: LayerOptions
     assert issubclass(
         getattr(gpu_rnn, name), nn.RNNBase if name in support.LAYERS else nn.modules.rnn.RNNCellBase
     )

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options that every layer takes beyond torch.nn's: what they are, their defaults, and what they may be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypedDict
+
+from gpu_rnn import initializers
+from gpu_rnn.initializers import Initializer
+from gpu_rnn.recurrence import Recurrence
+
+
+class LayerOptions(TypedDict, total=False):
+    """Keyword-only arguments of all layers; each defaults to what torch.nn does.
+
+    Attributes:
+        recurrent_dropout: probability of dropping a unit of h where it enters the recurrent product, in training: one
+            mask for each sample, the same at all steps (Gal & Ghahramani, arXiv:1512.05287). Default: 0
+        recurrent_dropout_per_gate: draw a mask for each gate, as Keras does, instead of one for all. Default: False
+        zoneout: probability that a unit keeps its state for a step, in training; at evaluation states are the
+            expectation (Krueger et al., arXiv:1606.01305). One for all states or a tuple with one for each, (h, c) of
+            an LSTM. Default: 0
+        weight_drop: probability of dropping a recurrent weight, in training, the same weights at all steps (Merity et
+            al., arXiv:1708.02182). Default: 0
+        layer_norm: layer-normalise the products, gate by gate, LN(W_ih x)·g_ih + b_ih and LN(W_hh h)·g_hh + b_hh (Ba
+            et al., arXiv:1607.06450), with parameters norm_ih_l{k} and norm_hh_l{k} (G*H). Default: False
+        return_sequences: False: the output is that of each direction's last step, (B, D*H). Default: True
+        kernel_initializer, recurrent_initializer, bias_initializer: initial values of weight_ih, weight_hh and the
+            biases, names or functions as in `gpu_rnn.initializers`. Default: None, uniform in ±1/sqrt(H)
+        unit_forget_bias: the forget gate's bias starts at 1. Default: False
+    """
+
+    recurrent_dropout: float
+    recurrent_dropout_per_gate: bool
+    zoneout: float | tuple[float, ...]
+    weight_drop: float
+    layer_norm: bool
+    return_sequences: bool
+    kernel_initializer: str | Initializer | None
+    recurrent_initializer: str | Initializer | None
+    bias_initializer: str | Initializer | None
+    unit_forget_bias: bool
+
+
+DEFAULTS: dict[str, Any] = {
+    "recurrent_dropout": 0.0,
+    "recurrent_dropout_per_gate": False,
+    "zoneout": 0.0,
+    "weight_drop": 0.0,
+    "layer_norm": False,
+    "return_sequences": True,
+    "kernel_initializer": None,
+    "recurrent_initializer": None,
+    "bias_initializer": None,
+    "unit_forget_bias": False,
+}
+assert DEFAULTS.keys() == LayerOptions.__annotations__.keys()
+
+
+def checked(options: Mapping[str, Any], layer: str, recurrence: Recurrence, proj_size: int) -> dict[str, Any]:
+    """All options with their values; zoneout as a tuple.
+
+    Raises:
+        TypeError: an option that does not exist, or a value of the wrong type.
+        ValueError: a probability outside [0, 1], zoneout for another number of states, zoneout of a projected h.
+    """
+    unknown = options.keys() - DEFAULTS.keys()
+    if unknown:
+        known = ", ".join(DEFAULTS)
+        raise TypeError(f"{layer} got an unexpected keyword argument {min(unknown)!r}; besides torch.nn's it takes {known}")
+    found = {**DEFAULTS, **options}
+    for name, default in DEFAULTS.items():
+        if isinstance(default, bool) and not isinstance(found[name], bool):
+            raise TypeError(f"{name} should be True or False, got: {found[name]!r}")
+        if name.endswith("_initializer") and found[name] is not None:
+            initializers.resolve(found[name])
+    for name in ("recurrent_dropout", "weight_drop"):
+        found[name] = _probability(name, found[name])
+    found["zoneout"] = _zoneout(found["zoneout"], recurrence, proj_size)
+    return found
+
+
+def _zoneout(value: Any, recurrence: Recurrence, proj_size: int) -> tuple[float, ...]:
+    """A probability for each state."""
+    several = isinstance(value, (tuple, list))
+    given = tuple(value) if several else (value,) * len(recurrence.states)
+    if len(given) != len(recurrence.states):
+        states = ", ".join(recurrence.states)
+        raise ValueError(f"zoneout is one probability or one for each state ({states}), got {len(given)}")
+    given = tuple(_probability("zoneout", each) for each in given)
+    if proj_size and given[0]:
+        raise ValueError("zoneout of h is not defined with proj_size: h is a projection; give zoneout=(0.0, p) for c alone")
+    return given
+
+
+def _probability(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} should be a number between 0 and 1, got: {value!r}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} should be a number in range [0, 1] representing the probability, got: {value}")
+    return float(value)
