@@ -4,9 +4,9 @@
 A layer's ``kernel_initializer``, ``recurrent_initializer`` and ``bias_initializer`` take a name of `INITIALIZERS` or a
 function that fills the tensor it is given, as those of torch.nn.init do::
 
-    >>> lstm_weight = torch.empty(4 * 8, 8)  # (G * H, H): the gates' matrices on top of each other
-    >>> gpu_rnn.initializers.fill_(lstm_weight, "orthogonal")
-    >>> torch.allclose(lstm_weight.T @ lstm_weight, torch.eye(8), atol=1e-5)
+    >>> weight = torch.empty(4 * 8, 8)  # (G * H, H), of an LSTM
+    >>> gpu_rnn.initializers.fill_(weight, "orthogonal")
+    >>> torch.allclose(weight.T @ weight, torch.eye(8), atol=1e-5)
     True
 
 An initializer sees the whole matrix (G * H, X) of one layer and direction, never one gate, as in Keras, whose
