@@ -160,8 +160,8 @@ def check(case: Case, folder: Path) -> None:
     found = build(given, folder)
     assert found.spills <= (ODD_SPILLS if missing == 1 else SPILLS)
     assert found.stack <= STACK or missing == 1
-    stages = resident._tile(given, direction == "backward").stages
-    assert found.shared <= resident._needed(given, stages) <= SHARED_MEMORY[architecture]
+    stages = resident.tile(given).stages
+    assert found.shared <= resident.shared_memory(given, stages) <= SHARED_MEMORY[architecture]
 
 
 @pytest.mark.compile
@@ -187,7 +187,7 @@ def table() -> str:
                 hidden = limit(cell, kind, direction, architecture)
                 given = problem(cell, kind, direction, architecture, hidden)
                 found = build(given, Path(folder))
-                warps = resident._tile(given, direction == "backward").warps
+                warps = resident.tile(given).warps
                 rows.setdefault((hidden, warps, found.shared), []).append((architecture, found))
             for (hidden, warps, shared), builds in rows.items():
                 names = ", ".join(str(architecture) for architecture, _ in builds)

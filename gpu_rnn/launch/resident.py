@@ -7,6 +7,7 @@ Any recurrence with one product a step. Programs never wait for each other, so a
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -59,36 +60,34 @@ def padded(hidden: int) -> int:
     return max(16, 1 << (hidden - 1).bit_length())
 
 
-def shared_memory(program: Program, hidden: int, itemsize: int, backward: bool, stages: int) -> int:
+def shared_memory(problem: Problem, stages: int) -> int:
     """Bytes of a block's shared memory, at most: W_hh, the loads under way, and two fp32 blocks to exchange values."""
-    gates, states, width = len(program.gates), len(program.states), padded(hidden)
-    loaded = gates * itemsize
-    if backward:  # also products, d_y and y, the other states, and all initial ones
+    gates, width, itemsize = problem.G, padded(problem.H), problem.dtype.itemsize
+    return gates * width**2 * itemsize + ROWS * width * ((stages - 1) * _loaded(problem) + 2 * 4)
+
+
+def _loaded(problem: Problem) -> int:
+    """Bytes that are loaded in a step for each unit."""
+    program, itemsize = problem.program, problem.dtype.itemsize
+    states, loaded = len(program.states), len(program.gates) * itemsize
+    if problem.direction == "backward":  # also products, d_y and y, the other states, and all initial ones
         loaded += (len(program.split) + 2) * itemsize + 4 * (2 * states - 1)
-    return gates * width**2 * itemsize + ROWS * width * ((stages - 1) * loaded + 2 * 4)
+        loaded += 4 * (states - 1) * problem.all_states
+    return loaded + states * (itemsize * problem.reset_values + problem.zone)
 
 
-def tile(program: Program, hidden: int, itemsize: int, backward: bool, available: int) -> Tile:
-    """The tile where a block may use `available` bytes of shared memory."""
-    width = padded(hidden)
-    row = max(len(program.gates), 4) * width * itemsize
+def tile(problem: Problem) -> Tile:
+    """How a problem is cut on its device."""
+    width = padded(problem.H)
+    row = max(problem.G, 4) * width * problem.dtype.itemsize
     warps = min(MOST_WARPS, max(2 if width == 16 else 4, row // WARP_BYTES))
-    stages = 2 if shared_memory(program, hidden, itemsize, backward, 2) <= available else 1
+    stages = 2 if shared_memory(problem, 2) <= _available(problem) else 1
     return Tile(ROWS, width, 1 << (warps - 1).bit_length(), stages)
 
 
 def _available(problem: Problem) -> int:
     """Shared memory for a block; the interpreter plays an H100."""
     return (problem.device if problem.device.is_gpu else DEVICES["H100"]).shared_memory
-
-
-def _needed(problem: Problem, stages: int) -> int:
-    backward = problem.direction == "backward"
-    return shared_memory(problem.program, problem.H, problem.dtype.itemsize, backward, stages)
-
-
-def _tile(problem: Problem, backward: bool) -> Tile:
-    return tile(problem.program, problem.H, problem.dtype.itemsize, backward, _available(problem))
 
 
 def unsupported(problem: Problem) -> list[str]:
@@ -109,7 +108,7 @@ def unsupported(problem: Problem) -> list[str]:
         reasons.append(f"takes float16, bfloat16 and float32, not {str(problem.dtype).removeprefix('torch.')}")
     if problem.N > MOST_ACROSS or _bits(problem.reverse)[1] > LONGEST_PATTERN:
         reasons.append(f"takes {MOST_ACROSS} recurrences side by side, directions repeating within {LONGEST_PATTERN}")
-    reasons += problem.without("lengths")
+    reasons += problem.without("lengths", "flags", "reset_values", "drop", "zone", "all_states")
     return reasons + (_too_wide(problem) if runs_here else [])
 
 
@@ -118,7 +117,7 @@ def _too_wide(problem: Problem) -> list[str]:
     program, reasons = problem.program, []
     if problem.dtype == torch.float32 and problem.precision == "ieee" and problem.H > WIDEST_FULL:
         reasons.append(f"takes {WIDEST_FULL} units at most in full float32, not {problem.H} (tf32 takes more)")
-    needed, available = _needed(problem, 1), _available(problem)
+    needed, available = shared_memory(problem, 1), _available(problem)
     if needed > available:
         reasons.append(
             f"keeps W_hh on chip: with {problem.H} units of {program.name} a block needs {needed >> 10} KiB of shared "
@@ -129,13 +128,13 @@ def _too_wide(problem: Problem) -> list[str]:
 
 def cost(problem: Problem) -> float:
     """Predicted seconds."""
-    device, chosen = problem.device, _tile(problem, problem.direction == "backward")
+    device, chosen = problem.device, tile(problem)
     tiles = -(-problem.B // chosen.rows) * problem.N
     steps = problem.T * problem.layers
     if not device.is_gpu:
         return steps * tiles * INTERPRETED
     busy = _busy_cycles(problem, chosen)
-    together = device.sms * max(1, _available(problem) // _needed(problem, chosen.stages))
+    together = device.sms * max(1, _available(problem) // shared_memory(problem, chosen.stages))
     step = max(busy * -(-tiles // device.sms), (busy + LATENCY) * -(-tiles // together))
     products = problem.flops * problem.I / (problem.I + problem.H) / (device.tensor_flops * 1e12)
     return START + steps * step / (device.clock * 1e9) + products
@@ -208,29 +207,35 @@ def _whole(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
+def _each_whole(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(tensor.contiguous() for tensor in tensors)
+
+
 def _launch(
     kernel: Any,
-    chosen: Tile,
-    problem: Problem,
+    call: Call,
     *,
     p_gates: Tensor,
     strides: dict[str, int],
-    reverse: str,
     **arguments: Any,
 ) -> Launch:
     """A launch with what both directions take alike."""
     steps, batch, n, _, hidden = p_gates.shape
-    bits, period = _bits(reverse)
+    bits, period = _bits(call.reverse)
     align = math.gcd(VECTOR, hidden, *strides.values())
+    chosen = tile(call.problem)
     common = {
         "p_gates": p_gates,
+        "p_initial": _each_whole(call.states),
+        "p_w": call.weights.w_hh.contiguous(),
+        "p_params": _whole(call.weights.params),
         **{name: stride // align for name, stride in strides.items()},
         "T": steps,
         "B": batch,
         "H": hidden // align,
         "reverse": bits,
         "period": period,
-        "PRECISION": problem.precision,
+        "PRECISION": call.problem.precision,
         "ALIGN": align,
         "BLOCK_B": chosen.rows,
         "BLOCK_H": chosen.width,
@@ -238,42 +243,53 @@ def _launch(
         "num_warps": chosen.warps,
         "enable_fp_fusion": True,  # Triton is about to change its default, and 3.9 warns of it
     }
-    return Launch(kernel, (-(-batch // chosen.rows), n), common | arguments)
+    return Launch(kernel, (-(-batch // chosen.rows), n), common | _controls(call) | arguments)
+
+
+def _controls(call: Call) -> dict[str, Any]:
+    """What steers the steps."""
+    control, values = call.control, call.reset_values
+    return {
+        "p_lengths": _whole(control.lengths),
+        "p_flags": _whole(control.flags),
+        "p_resets": _each_whole(values) if values else None,
+        "p_drop": _whole(control.drop),
+        "p_zone": None if control.zone is None else control.zone.contiguous().view(torch.uint8),
+        "INITIAL": call.program.initial,
+        "PER_STEP": bool(values) and len(values[0]) > 1,
+        "DROP": 0 if control.drop is None else control.drop.shape[2],
+    }
 
 
 def prepare_forward(
     call: Call,
     gates: Tensor,  # (T, B, N, G, H), the input projection; overwritten when `save`
     save: bool,
+    all_states: bool = False,
 ) -> tuple[Launch, Result]:
     """The launch and the result that it fills."""
     from gpu_rnn.kernels.triton.resident import resident_forward
 
-    program, weights, states, problem = call.program, call.weights, call.states, call.problem
+    program, states = call.program, call.states
     steps, batch, n, _, hidden = gates.shape
     gates = _rows(gates)
     y = gates.new_empty(steps, batch, n, hidden)
     final = [gates.new_empty(batch, n, hidden) for _ in states]
-    saved_states, saved_products = (len(states) - 1, len(program.split)) if save else (0, 0)
+    saved_products, saved_states = len(program.split) * save, (len(states) - 1) * (save or all_states)
     recurrent = gates.new_empty(steps, batch, n, saved_products, hidden)
     inner = gates.new_empty(saved_states, steps, batch, n, hidden, dtype=torch.float32)
     launch = _launch(
         resident_forward,
-        _tile(problem, backward=False),
-        problem,
+        call,
         p_gates=gates,
         p_recurrent=recurrent,
         p_inner=inner,
         p_y=y,
-        p_initial=tuple(state.contiguous() for state in states),
         p_final=tuple(final),
-        p_w=weights.w_hh.contiguous(),
-        p_b_hh=_whole(weights.b_hh) if program.split else None,
-        p_params=_whole(weights.params),
-        p_lengths=_whole(call.lengths),
+        p_b_hh=_whole(call.weights.b_hh) if program.split else None,
         strides=_strides(gates),
-        reverse=call.reverse,
         SAVE=save,
+        INNER=save or all_states,
         **_constants(program.text, "step_0"),
     )
     return launch, Result(y, final, gates if save else gates.new_empty(0), recurrent, inner)
@@ -284,46 +300,43 @@ def prepare_backward(
     saved: Result,
     d_y: Tensor,  # (T, B, N, H)
     d_final: list[Tensor],  # each (B, N, H)
+    d_inner: Tensor | None = None,  # (S - 1, T, B, N, H)
 ) -> tuple[Launch, LoopGradients]:
     """The launch and the gradients that it fills; those of the parameters (tiles, N, P, H), a share from each tile."""
     from gpu_rnn.kernels.triton.resident import resident_backward
 
-    program, weights, states, problem = call.program, call.weights, call.states, call.problem
-    _, batch, n, _, hidden = saved.gates.shape
-    chosen = _tile(problem, backward=True)
+    program = call.program
     gates, d_y = _rows(saved.gates), _rows(d_y)
-    d_gates, d_recurrent = torch.empty_strided(gates.shape, gates.stride(), dtype=gates.dtype, device=gates.device), gates.new_empty(saved.recurrent.shape)
-    d_states = [state.new_empty(state.shape) for state in states]
-    tiles, params = -(-batch // chosen.rows), len(program.params)
+    batch, n, _, hidden = gates.shape[1:]
+    d_gates = torch.empty_strided(gates.shape, gates.stride(), dtype=gates.dtype, device=gates.device)
+    d_recurrent = gates.new_empty(saved.recurrent.shape)
+    d_states, d_resets = [[each.new_empty(each.shape) for each in given] for given in (call.states, call.reset_values)]
+    tiles, params = -(-batch // tile(call.problem).rows), len(program.params)
     d_params = gates.new_empty(tiles, n, params, hidden, dtype=torch.float32)
     launch = _launch(
         resident_backward,
-        chosen,
-        problem,
+        call,
         p_gates=gates,
         p_recurrent=saved.recurrent.contiguous(),
         p_inner=saved.inner.contiguous(),
         p_y=saved.y.contiguous(),
-        p_initial=tuple(state.contiguous() for state in states),
-        p_w=weights.w_hh.contiguous(),
-        p_params=_whole(weights.params),
-        p_lengths=_whole(call.lengths),
         p_d_y=d_y,
-        p_d_final=tuple(d.contiguous() for d in d_final),
+        p_d_inner=None if d_inner is None or not len(d_inner) else d_inner.contiguous(),
+        p_d_final=_each_whole(d_final),
         p_d_gates=d_gates,
         p_d_recurrent=d_recurrent,
         p_d_initial=tuple(d_states),
         p_d_params=d_params,
+        p_d_resets=tuple(d_resets) or None,
         strides=_strides(gates) | {f"d_y_{name}": stride for name, stride in _strides(d_y).items()},
-        reverse=call.reverse,
         **_constants(program.text, "step_0_backward"),
     )
-    return launch, LoopGradients(d_gates, d_recurrent, d_states, d_params)
+    return launch, LoopGradients(d_gates, d_recurrent, d_states, d_params, d_resets=d_resets)
 
 
 def forward(call: Call, gates: Tensor, save: bool, all_states: bool) -> Result:
     """The forward loop in one launch; see `reference.forward`, whose results it gives. Shapes: `prepare_forward`."""
-    launch, result = prepare_forward(call, gates, save)
+    launch, result = prepare_forward(call, gates, save, all_states)
     launch(gates)
     return result
 
@@ -332,6 +345,6 @@ def backward(
     call: Call, saved: Result, d_y: Tensor, d_final: list[Tensor], d_inner: Tensor | None
 ) -> LoopGradients:
     """The backward loop in one launch. Shapes: `prepare_backward`."""
-    launch, found = prepare_backward(call, saved, d_y, d_final)
+    launch, found = prepare_backward(call, saved, d_y, d_final, d_inner)
     launch(d_y)
     return found._replace(d_params=found.d_params.sum(0) if call.program.params and found.d_params is not None else None)

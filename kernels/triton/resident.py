@@ -10,6 +10,9 @@ knows any cell. gpu_rnn/launch/resident.py launches with the grid (tiles of the 
 import triton
 import triton.language as tl
 
+from gpu_rnn.layout import RESET, SKIP
+
+SKIP_BIT, RESET_BIT = tl.constexpr(SKIP), tl.constexpr(RESET)
 # One build serves all of these; `ALIGN` says what the compiler needs to know of them.
 STRIDES = ("stride_t", "stride_b", "stride_n", "stride_g", "d_y_stride_t", "d_y_stride_b", "d_y_stride_n")
 GENERAL = ("T", "B", "H", "reverse", "period", *STRIDES)
@@ -57,17 +60,61 @@ def select(condition, new, old):
 
 
 @triton.jit
+def select_each(conditions, new, old):
+    """`new` where a state's own condition is not 0."""
+    chosen = ()
+    for i in tl.static_range(len(new)):
+        chosen = chosen + (tl.where(conditions[i] != 0, new[i], old[i]),)
+    return chosen
+
+
+@triton.jit
+def add_each(blocks, others):
+    sums = ()
+    for i in tl.static_range(len(blocks)):
+        sums = sums + (blocks[i] + others[i],)
+    return sums
+
+
+@triton.jit
+def zeros_like_each(blocks):
+    zeros = ()
+    for i in tl.static_range(len(blocks)):
+        zeros = zeros + (tl.zeros_like(blocks[i]),)
+    return zeros
+
+
+@triton.jit
 def time_of(step, b_length, reversed_):
     """(BLOCK_B, 1): the time at which each row's step lies. A reversed row starts at its own last step."""
     turned = (reversed_ != 0) & (step < b_length)
     return tl.where(turned, b_length - 1 - step, step).to(tl.int64)[:, None]
 
 
+@triton.jit
+def load_flags(p_flags, o_t, o_row, mask, T, rows):
+    """(BLOCK_B, 1): the flags of one step, 0 where there is none. They are read a step ahead: what waits for a single
+    byte would wait for it alone, as only loads of 4 bytes go through shared memory."""
+    return tl.load(p_flags + o_t * rows + o_row, mask=mask & (o_t >= 0) & (o_t < T), other=0)
+
+
+@triton.jit
+def load_reset_values(p_values, offsets, mask, INITIAL: tl.constexpr):
+    """What a reset sets each state to, as fp32: given values, or the recurrence's initial ones."""
+    values = ()
+    if p_values is not None:
+        values = load_each(p_values, offsets, mask)
+    else:
+        for k in tl.static_range(len(INITIAL)):
+            values = values + (tl.full(mask.shape, INITIAL[k], tl.float32),)
+    return values
+
+
 @triton.jit(do_not_specialize=GENERAL)
 def resident_forward(
     p_gates,  # (T, B, N, G, H) in: input projection; out, with SAVE: pre-activations
     p_recurrent,  # (T, B, N, R, H) out, with SAVE: products of the split gates
-    p_inner,  # (S - 1, T, B, N, H) fp32, out, with SAVE: the states other than h
+    p_inner,  # (S - 1, T, B, N, H) fp32, out, with INNER: the states other than h
     p_y,  # (T, B, N, H) out
     p_initial,  # per state (B, N, H)
     p_final,  # per state (B, N, H), out
@@ -75,6 +122,10 @@ def resident_forward(
     p_b_hh,  # (N, G, H), of which the split gates' are read, or None
     p_params,  # (N, P, H) or None
     p_lengths,  # (B,) or None
+    p_flags,  # (T, B, N) or None: `SKIP` and `RESET` of gpu_rnn/layout.py
+    p_resets,  # per state (T or 1, B, N, H), or None: a reset sets the states to INITIAL
+    p_drop,  # (B, N, DROP, H) or None
+    p_zone,  # (S, T, B, N, H) or None: not 0 where a unit keeps its state
     stride_t,  # of gates, over ALIGN
     stride_b,
     stride_n,
@@ -88,7 +139,11 @@ def resident_forward(
     KEPT: tl.constexpr,  # per gate: its number among the split gates, or -1
     R: tl.constexpr,
     P: tl.constexpr,
+    INITIAL: tl.constexpr,  # of each state
+    PER_STEP: tl.constexpr,  # reset values are given for each step
+    DROP: tl.constexpr,  # masks of what enters the products: none, one, or one for each gate
     SAVE: tl.constexpr,
+    INNER: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,  # what divides every row's offset: how many elements are loaded at once
     BLOCK_B: tl.constexpr,
@@ -96,6 +151,7 @@ def resident_forward(
     STAGES: tl.constexpr,  # steps whose loads are under way together
 ):
     G: tl.constexpr = len(KEPT)
+    dtype: tl.constexpr = p_w.dtype.element_ty
     H = H * ALIGN
     N = tl.num_programs(1).to(tl.int64)
     i_n = tl.program_id(1).to(tl.int64)
@@ -119,14 +175,26 @@ def resident_forward(
             bias = tl.load(p_b_hh + (i_n * G + g) * H + o_h[None, :], mask=m_h, other=0.0)
             b_bias = b_bias + (bias.to(tl.float32),)
     states = load_each(p_initial, o_unit, m)
+    drop = load_blocks(p_drop + o_row * DROP * H + o_h[None, :], H, m, DROP) if DROP else ()
+    if p_flags is not None:
+        next_flags = load_flags(p_flags, time_of(0, b_length, reversed_), o_row, m_b[:, None], T, B * N)
 
     for t in tl.range(0, T, num_stages=STAGES):
         o_t = time_of(t, b_length, reversed_)
+        o_y = (o_t * B * N + o_row) * H + o_h[None, :]
         x = load_blocks(p_gates + o_t * stride_t, stride_g, m, G)
+        if p_flags is not None:
+            flags = next_flags
+            next_flags = load_flags(p_flags, time_of(t + 1, b_length, reversed_), o_row, m_b[:, None], T, B * N)
+            values = load_reset_values(p_resets, o_y if PER_STEP else o_unit, m, INITIAL)
+            states = select((flags & RESET_BIT) != 0, values, states)
         # A recurrence may make anything of the padded units, NaN too, which the product would spread.
-        b_h = tl.where(m_h, states[0], 0.0).to(p_w.dtype.element_ty)
+        h = tl.where(m_h, states[0], 0.0)
+        b_h = h.to(dtype)
         a, r = (), ()
         for g in tl.static_range(G):
+            if DROP:
+                b_h = (h * drop[g % DROP].to(tl.float32)).to(dtype)
             product = tl.dot(b_h, b_w[g], input_precision=PRECISION)
             if KEPT[g] < 0:
                 a = a + (x[g].to(tl.float32) + product,)
@@ -134,13 +202,16 @@ def resident_forward(
                 a = a + (x[g].to(tl.float32),)
                 r = r + (product + b_bias[KEPT[g]] if p_b_hh is not None else product,)
         new = STEP(a, r, states, b_params, ())
+        if p_zone is not None:
+            new = select_each(load_blocks(p_zone + o_y, N * T * B * H, m, len(states)), states, new)
+        if p_flags is not None:
+            new = select((flags & SKIP_BIT) != 0, states, new)
         y = new[0]
         if p_lengths is not None:
             active = (t < b_length)[:, None]
             y = tl.where(active, y, 0.0)
             new = select(active, new, states)
         states = new
-        o_y = (o_t * B * N + o_row) * H + o_h[None, :]
         tl.store(p_y + o_y, y, mask=m)
         if SAVE:
             for g in tl.static_range(G):
@@ -149,6 +220,7 @@ def resident_forward(
             p_r = p_recurrent + (o_t * B * N + o_row) * R * H + o_h[None, :]
             for k in tl.static_range(R):
                 tl.store(p_r + k * H, r[k], mask=m)
+        if INNER:
             for k in tl.static_range(len(states) - 1):
                 tl.store(p_inner + N * T * B * H * k + o_y, states[k + 1], mask=m)
     store_each(p_final, o_unit, states, m)
@@ -164,12 +236,18 @@ def resident_backward(
     p_w,  # (N, G, H, H)
     p_params,  # (N, P, H) or None
     p_lengths,  # (B,) or None
+    p_flags,  # (T, B, N) or None: `SKIP` and `RESET` of gpu_rnn/layout.py
+    p_resets,  # per state (T or 1, B, N, H), or None: a reset sets the states to INITIAL
+    p_drop,  # (B, N, DROP, H) or None
+    p_zone,  # (S, T, B, N, H) or None: not 0 where a unit keeps its state
     p_d_y,  # (T, B, N, H)
+    p_d_inner,  # (S - 1, T, B, N, H) or None
     p_d_final,  # per state (B, N, H)
     p_d_gates,  # (T, B, N, G, H) out
     p_d_recurrent,  # (T, B, N, R, H) out
     p_d_initial,  # per state (B, N, H), out
     p_d_params,  # (tiles of the batch, N, P, H) fp32, out, or None
+    p_d_resets,  # per state (T or 1, B, N, H), out, or None
     stride_t,  # of gates and d_gates, over ALIGN
     stride_b,
     stride_n,
@@ -186,6 +264,9 @@ def resident_backward(
     KEPT: tl.constexpr,  # per gate: its number among the split gates, or -1
     R: tl.constexpr,
     P: tl.constexpr,
+    INITIAL: tl.constexpr,  # of each state
+    PER_STEP: tl.constexpr,  # reset values are given for each step
+    DROP: tl.constexpr,  # masks of what enters the products: none, one, or one for each gate
     PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,  # what divides every row's offset: how many elements are loaded at once
     BLOCK_B: tl.constexpr,
@@ -218,6 +299,10 @@ def resident_backward(
     d_params = ()
     for _ in tl.static_range(P):
         d_params = d_params + (tl.zeros((BLOCK_B, BLOCK_H), tl.float32),)
+    drop = load_blocks(p_drop + o_row * DROP * H + o_h[None, :], H, m, DROP) if DROP else ()
+    if p_flags is not None:
+        next_flags = load_flags(p_flags, time_of(T - 1, b_length, reversed_), o_row, m_b[:, None], T, B * N)
+    d_values = zeros_like_each(d_states)  # of reset values that all steps share
 
     for i in tl.range(0, T, num_stages=STAGES):
         t = T - 1 - i
@@ -227,20 +312,42 @@ def resident_backward(
         r = as_float(load_blocks(p_recurrent + o_r, H, m, R)) if R else ()
         d_y = tl.load(p_d_y + o_t * d_y_stride_t, mask=m, other=0.0).to(tl.float32)
         # The states before this step: what the previous step left, or the initial ones.
-        o_before = (time_of(t - 1, b_length, reversed_) * B * N + o_row) * H + o_h[None, :]
+        o_t_before = time_of(t - 1, b_length, reversed_)
+        o_before = (o_t_before * B * N + o_row) * H + o_h[None, :]
         b_step = tl.zeros_like(b_length) + t
         later = m & (b_step > 0)[:, None]
         before = (tl.load(p_y + o_before, mask=later, other=0.0).to(tl.float32),)
         if S > 1:
             before = before + load_blocks(p_inner + o_before, N * T * B * H, later, S - 1)
         before = select(later, before, load_each(p_initial, o_unit, m & (b_step == 0)[:, None]))
+        o_y = (o_t * B * N + o_row) * H + o_h[None, :]
+        if p_flags is not None:
+            flags = next_flags
+            next_flags = load_flags(p_flags, o_t_before, o_row, m_b[:, None], T, B * N)
+            values = load_reset_values(p_resets, o_y if PER_STEP else o_unit, m, INITIAL)
+            before = select((flags & RESET_BIT) != 0, values, before)
 
+        if p_d_inner is not None:
+            d_inner = load_blocks(p_d_inner + o_y, N * T * B * H, m, S - 1)
+            d_states = d_states[:1] + add_each(d_states[1:], d_inner)
         d = (d_states[0] + d_y,) + d_states[1:]
-        d_a, d_r, d_new, d_p, _nothing = STEP(a, r, before, b_params, (), d)
-        active = m & (b_step < b_length)[:, None]
-        d_states = select((b_step < b_length)[:, None], d_new, d_states)
+        d_computed = d
+        if p_zone is not None:
+            zone = load_blocks(p_zone + o_y, N * T * B * H, m, S)
+            d_computed = select_each(zone, zeros_like_each(d), d)
+        d_a, d_r, d_new, d_p, _nothing = STEP(a, r, before, b_params, (), d_computed)
+        if p_zone is not None:
+            d_new = add_each(d_new, select_each(zone, d, zeros_like_each(d)))
+        if p_flags is not None:
+            active = m & ((flags & SKIP_BIT) == 0)
+            d_states = select((flags & SKIP_BIT) == 0, d_new, d)
+        else:
+            active = m & (b_step < b_length)[:, None]
+            d_states = select((b_step < b_length)[:, None], d_new, d_states)
         # Two sums, so that the tensor cores need not wait for each other's result.
         even, odd = tl.zeros_like(d_states[0]), d_states[0]
+        if DROP == 1:
+            odd = tl.zeros_like(even)
         for g in tl.static_range(G):
             # Padded units and rows, and steps beyond a row's length, may hold anything: they are selected away.
             d_gate = tl.where(active, d_a[g], 0.0).to(dtype)
@@ -249,16 +356,32 @@ def resident_backward(
             if KEPT[g] >= 0:
                 d_product = tl.where(active, d_r[KEPT[g]], 0.0).to(dtype)
                 tl.store(p_d_recurrent + o_r + KEPT[g] * H, d_product, mask=m)
-            if g % 2:
+            if DROP > 1:
+                product = tl.dot(d_product, b_w[g], input_precision=PRECISION)
+                odd += product * drop[g].to(tl.float32)
+            elif g % 2:
                 odd = tl.dot(d_product, b_w[g], acc=odd, input_precision=PRECISION)
             else:
                 even = tl.dot(d_product, b_w[g], acc=even, input_precision=PRECISION)
-        d_states = (even + odd,) + d_states[1:]
+        if DROP == 1:
+            odd = d_states[0] + (even + odd) * drop[0].to(tl.float32)
+        d_states = (odd if DROP else even + odd,) + d_states[1:]
+        if p_flags is not None:
+            reset = (flags & RESET_BIT) != 0
+            nothing = zeros_like_each(d_states)
+            if p_d_resets is not None:
+                if PER_STEP:
+                    store_each(p_d_resets, o_y, select(reset, d_states, nothing), m)
+                else:
+                    d_values = add_each(d_values, select(reset, d_states, nothing))
+            d_states = select(reset, nothing, d_states)
         summed = ()
         for k in tl.static_range(P):
             summed = summed + (d_params[k] + tl.where(active, d_p[k], 0.0),)
         d_params = summed
     store_each(p_d_initial, o_unit, d_states, m)
+    if p_d_resets is not None and not PER_STEP:
+        store_each(p_d_resets, o_unit, d_values, m)
     p_d_params_tile = (tl.program_id(0) * N + i_n) * P * H + o_h
     for k in tl.static_range(P):
         tl.store(p_d_params + p_d_params_tile + k * H, tl.sum(d_params[k], axis=0), mask=o_h < H)
