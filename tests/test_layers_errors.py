@@ -85,8 +85,8 @@ def test_bad_nonlinearity() -> None:
 
 @pytest.mark.parametrize("name", [*support.LAYERS, *support.CELLS])
 def test_unknown_argument(name: str) -> None:
-    with pytest.raises(TypeError, match="unexpected keyword argument 'hidden'"):
-        getattr(gpu_rnn, name)(3, hidden=5)
+    with pytest.raises(TypeError, match="unexpected keyword argument .hidden."):
+        getattr(gpu_rnn, name)(3, 5, hidden=5)
 
 
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "LSTMCell", "GRUCell"])
