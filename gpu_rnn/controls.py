@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gpu_rnn import autograd
 from gpu_rnn.layout import RESET, SKIP, Control
 
 
@@ -34,14 +35,14 @@ class Controls(NamedTuple):
 
         Raises:
             TypeError: a mask or resets that are not bool, lengths that are not integers.
-            ValueError: a wrong shape, reset_state without resets.
+            ValueError: a wrong shape, lengths out of range, reset_state without resets.
             RuntimeError: a tensor on another device.
         """
         for name, value in (("mask", self.mask), ("resets", self.resets)):
             _check_steps(name, value, (steps, batch))
         lengths = self.lengths
         if lengths is not None:
-            lengths = _checked_lengths(lengths, batch).to(device, torch.int64)
+            lengths = _checked_lengths(lengths, steps, batch).to(device, torch.int64)
         if self.reset_state is not None and self.resets is None:
             raise ValueError("reset_state is what resets set the states to: give resets too")
         for value in self.reset_state or ():
@@ -112,14 +113,18 @@ def _check_steps(name: str, value: Tensor | None, shape: tuple[int, int]) -> Non
         )
 
 
-def _checked_lengths(lengths: Tensor, batch: int) -> Tensor:
+def _checked_lengths(lengths: Tensor, steps: int, batch: int) -> Tensor:
+    """Lengths on a GPU are clamped instead of looked at: the host would have to wait for them."""
     if not isinstance(lengths, Tensor):
         lengths = torch.as_tensor(lengths)
     if lengths.dtype.is_floating_point or lengths.dtype == torch.bool or lengths.is_complex():
         raise TypeError(f"lengths are integers, the number of steps of each row, got {lengths.dtype}")
     if lengths.shape != (batch,):
         raise ValueError(f"lengths has one number for each of the {batch} rows of the batch, got shape {tuple(lengths.shape)}")
-    return lengths
+    known = lengths.is_cpu and not torch.compiler.is_compiling() and not autograd.transforms_active()
+    if known and batch and not 0 <= int(lengths.min()) <= int(lengths.max()) <= steps:
+        raise ValueError(f"lengths are between 0 and {steps}, the steps of the input, got {lengths.tolist()}")
+    return lengths if known else lengths.clamp(0, steps)
 
 
 def _flags(valid: Tensor | None, resets: Tensor | None, lengths: Tensor | None, reverse: str) -> Tensor:

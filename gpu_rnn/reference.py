@@ -42,6 +42,11 @@ def project(x: Tensor, weights: Weights, program: Program) -> Tensor:
     return gates if bias is None else gates + bias
 
 
+def normalised(values: Tensor) -> Tensor:
+    """Layer normalisation over the last dimension, without scale and shift."""
+    return F.layer_norm(values, values.shape[-1:], eps=NORM_EPSILON)
+
+
 def forward(call: Call, x: Tensor, save: bool = False, all_states: bool = False) -> Result:
     """Runs a recurrence over x, (T, B, I), (T, B, N, I) or projected (T, B, N, G, H). See `Result` and `Control`."""
     program, control = call.program, call.control
@@ -129,7 +134,7 @@ class _Step:
             product = torch.einsum("bngk,nghk->bngh", dropped, weights)
         if self.weights.norm is None:
             return product
-        return F.layer_norm(product, product.shape[-1:], eps=NORM_EPSILON) * self.weights.norm[:, rows]
+        return normalised(product) * self.weights.norm[:, rows]
 
     def __call__(self, x: Tensor, states: list[Tensor]) -> tuple[list[Tensor], Tensor, Tensor]:
         """x (B, N, G, H), states -> new states, pre-activations (B, N, G, H), products of split gates."""

@@ -17,7 +17,7 @@ from gpu_rnn.launch import aten
 from gpu_rnn.layout import PLAIN, Control, Inputs, Weights
 from gpu_rnn.problem import Problem, rnn_precision
 from gpu_rnn.recurrence import Recurrence
-from gpu_rnn.reference import NORM_EPSILON
+from gpu_rnn.reference import normalised
 
 States = tuple[Tensor, ...]
 
@@ -186,7 +186,7 @@ class Stack(NamedTuple):
         own, norm_ih = self._canonical(weights, number)
         if norm_ih is not None and own.w_ih is not None:
             projected = F.linear(x, own.w_ih.flatten(0, 2)).unflatten(-1, own.w_ih.shape[:3])
-            x = F.layer_norm(projected, projected.shape[-1:], eps=NORM_EPSILON) * norm_ih
+            x = normalised(projected) * norm_ih
             own = own._replace(w_ih=None)
         return Inputs(x, own, control, states, list(reset_values))
 

@@ -69,7 +69,7 @@ def tensors(call: dict[str, Any]) -> Given:
     def chance(*shape: int, p: float = 0.4) -> Tensor:
         return torch.rand(shape, generator=generator) < p
 
-    T, B, I, H = (call[name] for name in "TBIH")
+    T, B, I, H = (call[name] for name in "TBIH")  # noqa: E741
     gates, states = by_hand.CELLS[cell][1], len(RECURRENCES[cell].states)
     directions, layers = 1 + ("bidirectional" in options), 1 + ("num_layers" in options)
     P = max(1, H - 1) if "proj_size" in options else H
