@@ -30,7 +30,8 @@ def load(name: str) -> ModuleType:
 
 
 def test_every_example_is_named_here() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"minimal_gated_unit"}
+    named = {"minimal_gated_unit", "memory_policy", "episodes", "keras_exchange"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} <= named
 
 
 def test_minimal_gated_unit_learns_to_add() -> None:
@@ -40,6 +41,44 @@ def test_minimal_gated_unit_learns_to_add() -> None:
     error = re.search(r"^error (\S+) ", done.stdout, re.M)
     assert error and float(error[1]) < 0.02  # 0.002 where it was written; 0.167 without learning
     assert "m.sigmoid(a_f)  # minimal_gated_unit.py:" in done.stdout
+
+
+def test_memory_policy_needs_resets() -> None:
+    policy = load("memory_policy")
+    rollout = policy.Rollout(50, 8, torch.Generator().manual_seed(0))
+    light, starts = rollout.observations[..., 0] == 1, rollout.starts
+    for row in range(8):  # the right answer, by hand: light since the last beginning
+        for t in range(50):
+            begun = int(starts[: t + 1, row].nonzero()[-1])
+            assert bool(rollout.answers[t, row]) is bool(light[begun : t + 1, row].any())
+    right, without = (policy.train(60, use_resets) for use_resets in (True, False))
+    assert right > 0.95  # 100 % after 200 updates
+    assert without < right - 0.15  # 61 % after 200
+
+
+def test_episodes_of_stable_baselines_and_torchrl() -> None:
+    """Beside a loop over steps that multiplies the states with 0 where an episode begins, as Stable-Baselines3 does it."""
+    episodes = load("episodes")
+    torch.manual_seed(0)
+    lstm = gpu_rnn.LSTM(3, 5)
+    features, starts = torch.randn(8, 3), torch.tensor([0.0, 0, 1, 0, 1, 0, 0, 1])
+    initial = (torch.randn(1, 2, 5), torch.randn(1, 2, 5))
+    output, final = episodes.process_sequence(features, initial, starts, lstm)
+    theirs = torch.nn.LSTM(3, 5)
+    theirs.load_state_dict(lstm.state_dict())
+    states, outputs = initial, []
+    for x, begins in zip(features.view(2, 4, 3).transpose(0, 1), starts.view(2, 4).T, strict=True):
+        states = tuple(state * (1 - begins).view(1, -1, 1) for state in states)
+        step, states = theirs(x[None], states)
+        outputs.append(step)
+    torch.testing.assert_close(output, torch.cat(outputs).transpose(0, 1).flatten(0, 1))
+    torch.testing.assert_close(final, states)
+    module = gpu_rnn.LSTM(3, 5, batch_first=True)
+    module.load_state_dict(lstm.state_dict())
+    zeros = (torch.zeros(1, 2, 5), torch.zeros(1, 2, 5))
+    expected, _ = episodes.process_sequence(features, zeros, starts, lstm)
+    found = episodes.lstm_module(features.view(2, 4, 3), starts.view(2, 4, 1).bool(), module)
+    torch.testing.assert_close(found.flatten(0, 1), expected)
 
 
 def by_hand(layer: gpu_rnn.Recurrent, x: Tensor, h: Tensor, sharpness: float) -> Tensor:
