@@ -1,12 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The resident kernel against the float64 reference: values, final states and all gradients, interpreted and on a GPU.
-
-Outputs are allocated full of NaN, so an element that nobody writes fails.
-"""
+"""The resident kernel against the float64 reference: values, final states and all gradients, interpreted and on a GPU."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +10,7 @@ import loop_support as support
 import pytest
 import torch
 from pairwise import pairwise
+from resident_support import CELLS, DTYPES, SHAPES, compare, errors, settings  # noqa: F401
 from torch import Tensor
 
 from gpu_rnn import cells, devices
@@ -22,25 +19,10 @@ from gpu_rnn.problem import Problem
 from gpu_rnn.recurrence import Recurrence
 from gpu_rnn.reference import project
 
-CELLS = [name for name, recurrence in support.RECURRENCES.items() if len(recurrence.stage_gates) == 1]
 ACTIVATIONS = ["tanh", "relu", "hard_sigmoid", "gelu", "softplus", "silu"]  # of every shape: all are in test_codegen.py
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-SHAPES = [(1, 1, 1), (5, 3, 20), (4, 17, 16), (3, 5, 33), (6, 2, 9), (2, 16, 48)]  # T, B, H
 LAYOUTS = ["0", "1", "01", "0 lengths", "1 lengths", "01 lengths"]  # directions; rows with lengths of their own
 CASES = pairwise(CELLS, ACTIVATIONS, DTYPES, SHAPES, LAYOUTS, [True, False])
-TIGHT = 2e-5  # float32 against float64, relative to the largest value
 Case = tuple[str, str, torch.dtype, tuple[int, int, int], str, bool]
-
-
-@pytest.fixture(autouse=True)
-def settings() -> Iterator[None]:
-    """Uninitialised memory is NaN; fp32 products in full precision."""
-    before = torch.backends.cudnn.rnn.fp32_precision
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cudnn.rnn.fp32_precision = "ieee"
-    yield
-    torch.backends.cudnn.rnn.fp32_precision = before
-    torch.use_deterministic_algorithms(False)
 
 
 def recurrence_of(cell: str, activation: str) -> Recurrence:
@@ -55,33 +37,10 @@ def inputs_of(recurrence: Recurrence, shape: tuple[int, int, int], layout: str, 
     return support.make(recurrence, T=steps, B=batch, H=hidden, reverse=reverse, bias=bias, lengths=lengths, scale=0.3)
 
 
-def errors(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
-    """The largest error of each tensor, relative to its largest value; NaN counts as infinite."""
-    result = {}
-    for name, exact in truth.items():
-        scale = max(exact.abs().max().item(), 1.0) if exact.numel() else 1.0
-        difference = (found[name].double().cpu() - exact).abs().nan_to_num(nan=float("inf"))
-        result[name] = difference.max().item() / scale if exact.numel() else 0.0
-    return result
-
-
 def check(case: Case, device: str) -> None:
     cell, activation, dtype, shape, layout, bias = case
     recurrence = recurrence_of(cell, activation)
     compare(recurrence, inputs_of(recurrence, shape, layout, bias).to(dtype), device)
-
-
-def compare(recurrence: Recurrence, inputs: support.Inputs, device: str) -> None:
-    """float32 within a tight tolerance of float64; 16 bits with at most twice the error of plain PyTorch."""
-    dtype = inputs.x.dtype
-    truth = support.values_and_gradients(recurrence, inputs.to(torch.float64), "reference")
-    found = errors(support.values_and_gradients(recurrence, inputs.on(device), "resident"), truth)
-    if dtype == torch.float32:
-        assert max(found.values()) < TIGHT, found
-        return
-    plain = errors(support.values_and_gradients(recurrence, inputs, "reference"), truth)
-    floor = 2 * torch.finfo(dtype).eps
-    assert all(found[name] <= 2 * plain[name] + floor for name in truth), (found, plain)
 
 
 @pytest.mark.interpreter

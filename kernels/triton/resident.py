@@ -181,12 +181,12 @@ def resident_forward(
 
     for t in tl.range(0, T, num_stages=STAGES):
         o_t = time_of(t, b_length, reversed_)
-        o_y = (o_t * B * N + o_row) * H + o_h[None, :]
         x = load_blocks(p_gates + o_t * stride_t, stride_g, m, G)
         if p_flags is not None:
             flags = next_flags
             next_flags = load_flags(p_flags, time_of(t + 1, b_length, reversed_), o_row, m_b[:, None], T, B * N)
-            values = load_reset_values(p_resets, o_y if PER_STEP else o_unit, m, INITIAL)
+            o_value = (o_t * B * N + o_row) * H + o_h[None, :] if PER_STEP else o_unit
+            values = load_reset_values(p_resets, o_value, m, INITIAL)
             states = select((flags & RESET_BIT) != 0, values, states)
         # A recurrence may make anything of the padded units, NaN too, which the product would spread.
         h = tl.where(m_h, states[0], 0.0)
@@ -203,7 +203,8 @@ def resident_forward(
                 r = r + (product + b_bias[KEPT[g]] if p_b_hh is not None else product,)
         new = STEP(a, r, states, b_params, ())
         if p_zone is not None:
-            new = select_each(load_blocks(p_zone + o_y, N * T * B * H, m, len(states)), states, new)
+            o_zone = (o_t * B * N + o_row) * H + o_h[None, :]
+            new = select_each(load_blocks(p_zone + o_zone, N * T * B * H, m, len(states)), states, new)
         if p_flags is not None:
             new = select((flags & SKIP_BIT) != 0, states, new)
         y = new[0]
@@ -212,6 +213,7 @@ def resident_forward(
             y = tl.where(active, y, 0.0)
             new = select(active, new, states)
         states = new
+        o_y = (o_t * B * N + o_row) * H + o_h[None, :]
         tl.store(p_y + o_y, y, mask=m)
         if SAVE:
             for g in tl.static_range(G):
