@@ -102,7 +102,7 @@ def gradients(call: Call, x: Tensor, saved: Result, loop: LoopGradients) -> tupl
     d_x, d_w_ih = _projection(x, weights, d_gates)
     parts_w, parts_b = [], []
     for entering, rows in _entering(call, saved):
-        for gates, gradient in _runs(call.program, rows, d_gates, loop.d_recurrent):
+        for gates, gradient in runs(call.program, rows, d_gates, loop.d_recurrent):
             parts_b.append(gradient.sum((0, 1)))
             of_product = gradient if loop.d_products is None else loop.d_products[:, :, :, gates]
             parts_w.append(_of_weights(of_product, entering.to(gradient.dtype), call.control.drop, gates))
@@ -150,13 +150,16 @@ def _entering(call: Call, saved: Result) -> Iterator[tuple[Tensor, slice]]:
         yield entering, rows
 
 
-def _runs(program: Program, rows: slice, d_gates: Tensor, d_recurrent: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """The gradients of a stage's products (biases included), in runs of neighbouring gates that lie in the same tensor."""
+def runs(program: Program, rows: slice, of_gates: Tensor, of_recurrent: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """What stands for a stage's products (biases included), in runs of neighbouring gates that lie in the same tensor.
+
+    `of_gates` (T, B, N, G, H) has it for summed gates, `of_recurrent` (T, B, N, number of split gates, H) for the split.
+    """
     for is_sum, run in groupby(range(rows.start, rows.stop), key=lambda g: program.gates[g] in program.summed):
         gates = list(run)
         which = slice(gates[0], gates[-1] + 1)
         if is_sum:
-            yield which, d_gates[..., which, :]
+            yield which, of_gates[..., which, :]
         else:
             start = program.split.index(program.gates[gates[0]])
-            yield which, d_recurrent[..., start : start + len(gates), :]
+            yield which, of_recurrent[..., start : start + len(gates), :]

@@ -30,7 +30,7 @@ def compare(name: str, reverse: str, lengths: tuple[int, ...] | None, device: st
     inputs = support.make(recurrence, reverse=reverse, lengths=lengths, **sizes)  # type: ignore[arg-type]
     truth = support.values_and_gradients(recurrence, inputs, "reference")
     narrow = inputs.to(torch.float32).on(device)
-    assert pointwise.runs(narrow.x, narrow.weights)
+    assert pointwise.runs(narrow.x, narrow.call(recurrence))
     found = support.values_and_gradients(recurrence, narrow, "step")
     support.assert_same({k: v.double().cpu() for k, v in found.items()}, truth, TIGHT)
 

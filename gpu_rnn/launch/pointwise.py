@@ -39,11 +39,11 @@ GRAPHS = 16  # graphs that are kept
 BLOCK = 256  # elements a program of the pointwise kernels
 
 
-def runs(gates: Tensor, weights: Weights) -> bool:
+def runs(gates: Tensor, call: Call) -> bool:
     """Whether this loop takes a call: on a GPU with Triton, or in its interpreter; the rest goes to the loop in torch."""
     narrow = gates.dtype in (torch.float16, torch.bfloat16, torch.float32)
     on_device = interpreter.INTERPRETING or (gates.is_cuda and find_spec("triton") is not None)
-    return on_device and narrow and weights.w_hr is None
+    return on_device and narrow and call.weights.w_hr is None and call.control[1:] == (None,) * 3 and call.weights.norm is None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A stage's partial derivatives by themselves, without the incoming gradients.
+
+A derivative is linear in what comes in. What multiplies it depends on nothing that the backward loop computes, so it is
+found for many steps at once, and the loop is left with a few products and sums, as many for every cell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+from gpu_rnn.derivative import differentiate
+from gpu_rnn.program import Argument, Builder, Op, Program, live, runner
+
+ONE = "one"  # a tensor in the values: torch.where of two plain numbers would be of the default dtype
+
+
+@dataclass(frozen=True)
+class Jacobian:
+    """For each output of a stage, its partial derivative by each of the stage's inputs, where it is not 0."""
+
+    ops: tuple[Op, ...]  # what the stage itself does not compute already
+    partials: tuple[dict[str, Argument], ...]
+
+    @cached_property
+    def run(self) -> Callable[[dict[str, Any]], None]:
+        """The operations in torch, see `program.runner`; the values hold `ONE`."""
+        return runner(self.ops)
+
+
+@lru_cache(maxsize=256)
+def jacobian(program: Program, number: int) -> Jacobian:
+    """Of stage `number`, by the inputs that `Derivative.wrt` names: its derivative with one incoming gradient 1, the rest 0."""
+    stage, derivative = program.stages[number], differentiate(program, number)
+    made = {op.result for op in stage.ops}
+    builder = Builder(prefix=f"j{number}_", given=stage.ops)
+    partials = []
+    for seed in derivative.seeds:
+        known: dict[str, Argument] = {name: float(name == seed) for name in derivative.seeds}
+        for op in derivative.ops:
+            if op.result not in made:
+                known[op.result] = _emit(builder, op, known)
+        found = {
+            name: known.get(output, output) if isinstance(output, str) else output
+            for name, output in zip(derivative.wrt, derivative.outputs, strict=True)
+        }
+        partials.append({name: value for name, value in found.items() if value != 0.0})
+    wanted = [value for found in partials for value in found.values()]
+    return Jacobian(live(builder.ops, wanted), tuple(partials))
+
+
+def _emit(builder: Builder, op: Op, known: dict[str, Argument]) -> Argument:
+    args = [builder.value(known.get(arg, arg) if isinstance(arg, str) else arg) for arg in op.args]
+    if op.name == "div" and args[0].name == 0.0:
+        return 0.0
+    if op.name == "where" and all(isinstance(arg.name, float) for arg in args[1:]):
+        args[1:] = [builder.emit("mul", builder.value(ONE), arg) for arg in args[1:]]
+    return builder.emit(op.name, *args).name

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What steers the steps of a call, in processing order: one kind of flags for masks, resets and lengths.
+
+A step beyond a row's length is a masked one whose output is 0 outside of the loop.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gpu_rnn.layout import RESET, SKIP, Call, bit, processing_order, reorder, reorder_each
+
+
+class Steering(NamedTuple):
+    """All tensors in processing order; `put_back` is the way back to the order of time."""
+
+    order: Tensor | None
+    beyond: Tensor | None  # (T, B, 1, 1) bool: the steps beyond each row's length
+    flags: Tensor | None  # (T, B, N) uint8
+    zone: Tensor | None  # (S, T, B, N, H) bool
+    values: list[Tensor | float]  # what each state is reset to, (1 or T, B, N, ·)
+
+    @staticmethod
+    def of(call: Call, steps: int) -> Steering:
+        control, device = call.control, call.weights.w_hh.device
+        order = processing_order(steps, control.lengths, call.reverse, device)
+        flags, beyond = control.flags, None
+        if flags is not None:
+            flags = reorder(flags, order)
+        if control.lengths is not None:
+            beyond = (torch.arange(steps, device=device)[:, None] >= control.lengths)[:, :, None, None]
+            flags = beyond[..., 0].to(torch.uint8).mul_(SKIP).repeat(1, 1, len(call.reverse))
+        zone = None if control.zone is None else reorder_each(control.zone, order)
+        values = [call.reset_value(k) for k in range(len(call.states))]
+        values = [v if isinstance(v, float) or len(v) == 1 else reorder(v, order) for v in values]
+        return Steering(order, beyond, flags, zone, values)
+
+    @property
+    def skip(self) -> Tensor | None:
+        """(T, B, N, 1): the rows that keep all states."""
+        return None if self.flags is None else bit(self.flags, SKIP)
+
+    @property
+    def reset(self) -> Tensor | None:
+        """(T, B, N, 1): the rows whose states are set before the step. Lengths come without."""
+        return None if self.flags is None or self.beyond is not None else bit(self.flags, RESET)
+
+    @property
+    def keeps(self) -> list[Tensor | None]:
+        """Of each state, (T, B, N, 1 or ·): the units that keep the value they entered with."""
+        skip = self.skip
+        if self.zone is None:
+            return [skip] * len(self.values)
+        return [zone if skip is None else zone | skip for zone in self.zone]
+
+    def output(self, y: Tensor) -> Tensor:
+        """The outputs of all steps (T, B, N, P), overwritten, in the order of time; also for the way there of d_y."""
+        return reorder(y if self.beyond is None else y.masked_fill_(self.beyond, 0), self.order)
+
+    def d_output(self, d_y: Tensor) -> Tensor:
+        """The gradients of `output`'s results -> those of its argument."""
+        d_y = reorder(d_y, self.order)
+        return d_y if self.beyond is None else d_y.masked_fill(self.beyond, 0)
