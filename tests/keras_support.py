@@ -1,9 +1,108 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keras on its PyTorch backend, for the tests that compare with it."""
+"""Keras's own layer beside ours: same weights, same seed, same input, everything that comes out compared.
+
+Keras is imported here, on its PyTorch backend.
+"""
+
+from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 os.environ["KERAS_BACKEND"] = "torch"  # Keras reads it when it is imported
-import keras
 
-__all__ = ["keras"]
+import keras
+import numpy as np
+import pytest
+import torch
+from keras.src.backend.common import dtypes
+from torch import Tensor
+
+import gpu_rnn.keras
+
+__all__ = ["gpu_rnn", "keras"]
+
+BATCH, STEPS, FEATURES, UNITS = 4, 6, 3, 5
+TOLERANCE = {"rtol": 1e-9, "atol": 1e-9}
+# NumPy 2 asks an array-like class for an argument that Keras's variables do not have.
+quiet = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
+
+MASKS = {
+    "right": [[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0]],
+    "left": [[0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1]],
+    "any": [[1, 0, 1, 1, 0, 1], [0, 1, 0, 0, 1, 0], [0, 0, 0, 0, 0, 0], [0, 1, 1, 0, 1, 1]],
+    "none valid": [[0] * STEPS] * BATCH,
+}
+
+
+@pytest.fixture
+def exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keras in float64: its matmul multiplies float64 in float32, unless this table lets it be."""
+    monkeypatch.setitem(dtypes.BIT64_TO_BIT32_DTYPE, "float64", "float64")
+
+
+def mask_of(pattern: str | None) -> Tensor | None:
+    return None if pattern is None else torch.tensor(MASKS[pattern]).bool()
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def pair(name: str, theirs: Mapping[str, Any], ours: Mapping[str, Any] | None = None) -> tuple[Any, Any]:
+    """Keras's layer and ours, of the same weights; their options differ only where Keras's layer has a bug."""
+    common = {"dtype": "float64"}
+    theirs, ours = common | {**theirs}, common | {**(theirs if ours is None else ours)}
+    layers = getattr(keras.layers, name)(UNITS, **theirs), getattr(gpu_rnn.keras, name)(UNITS, **ours)
+    for layer in layers:
+        randomize(layer)
+    return layers
+
+
+def randomize(layer: Any) -> None:
+    """Builds a layer and gives it weights, biases too, that depend on their shapes alone."""
+    if not layer.built:
+        layer.build((BATCH, STEPS, FEATURES))
+    for number, variable in enumerate(layer.trainable_variables):
+        variable.assign(0.5 * draw(*variable.shape, seed=number))
+
+
+def flat(outputs: Any) -> list[Tensor]:
+    """A layer's outputs in order."""
+    return [outputs] if isinstance(outputs, Tensor) else [tensor for part in outputs for tensor in flat(part)]
+
+
+def outcome(
+    layer: Any,
+    mask: Tensor | None = None,
+    initial: Sequence[Tensor] | None = None,
+    training: bool = False,
+    calls: int = 1,
+) -> list[Tensor | None]:
+    """All outputs of the last of some calls, then its gradients: of x, of the initial states and of the weights."""
+    given = None if initial is None else [state.clone().requires_grad_() for state in initial]
+    for call in range(calls):
+        x = draw(BATCH, STEPS, FEATURES, seed=call).requires_grad_()
+        outputs = flat(layer(x, mask=mask, initial_state=given, training=training))
+    wanted = [x, *(given or ()), *(variable.value for variable in layer.trainable_variables)]
+    seeds = [draw(*output.shape, seed=number) for number, output in enumerate(outputs)]
+    gradients = torch.autograd.grad(outputs, wanted, seeds, allow_unused=True)
+    return [*(output.detach() for output in outputs), *gradients]
+
+
+def assert_same(
+    found: Sequence[Tensor | None], expected: Sequence[Tensor | None], tolerance: Mapping[str, float] = TOLERANCE
+) -> None:
+    """As assert_close; a gradient of nothing is 0."""
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        if a is None or b is None:
+            assert all(part is None or not part.any() for part in (a, b))
+        else:
+            torch.testing.assert_close(a, b, **tolerance)
+
+
+def arrays(layer: Any) -> list[np.ndarray]:
+    return [variable.value.detach().numpy().copy() for variable in layer.variables]

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keras's Bidirectional, with both directions in one loop wherever they are alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+from torch import Tensor
+
+from gpu_rnn.keras.layers import TimeLoop, first_mask, last_valid, run
+
+MERGES = {
+    "sum": keras.ops.add,
+    "mul": keras.ops.multiply,
+    "ave": lambda y, backward: (y + backward) / 2,
+    "concat": lambda y, backward: keras.ops.concatenate([y, backward], axis=-1),
+    None: lambda y, backward: (y, backward),
+}
+
+
+@keras.saving.register_keras_serializable(package="gpu_rnn")
+class Bidirectional(keras.layers.Bidirectional):
+    """A layer forwards and one backwards in time, with the constructor, weights and files of `keras.layers.Bidirectional`.
+
+    Layers of this module that are alike run in one loop; what the two do not share, stateful layers and dropout of the
+    inputs in training make it two.
+
+    Args:
+        layer, merge_mode, weights, backward_layer: as Keras documents them.
+
+    Example::
+
+        >>> layer = gpu_rnn.keras.Bidirectional(gpu_rnn.keras.GRU(4, return_sequences=True), merge_mode="sum")
+        >>> tuple(layer(np.ones((2, 5, 3), "float32")).shape)
+        (2, 5, 4)
+    """
+
+    def call(
+        self,
+        sequences: Tensor,
+        initial_state: Sequence[Tensor] | None = None,
+        mask: Any = None,
+        training: bool | None = None,
+    ) -> Any:
+        layers = self.forward_layer, self.backward_layer
+        if not all(isinstance(layer, TimeLoop) for layer in layers):
+            return super().call(sequences, initial_state=initial_state, mask=mask, training=training)
+        half = len(initial_state) // 2 if initial_state is not None else 0
+        initial = (initial_state[:half], initial_state[half:]) if initial_state is not None else (None, None)
+        together = self._one_loop() and not (training and any(layer.cell.dropout for layer in layers))
+        run_both = self._together if together else self._apart
+        y, backward, states = run_both(sequences, initial, mask, bool(training))
+        output = MERGES[self.merge_mode](*(keras.ops.cast(part, self.compute_dtype) for part in (y, backward)))
+        if not self.return_state:
+            return output
+        return (*output, *states) if self.merge_mode is None else (output, *states)
+
+    def _one_loop(self) -> bool:
+        """Whether the layers are so alike that one loop can run both."""
+        forward, backward = self.forward_layer, self.backward_layer
+        same = ("kind", "units", "use_bias", "use_cudnn", "compute_dtype", "recurrence")
+        return (
+            all(getattr(forward, name) == getattr(backward, name) for name in same)
+            and bool(forward.cell.recurrent_dropout) == bool(backward.cell.recurrent_dropout)
+            and forward.compute_dtype == self.compute_dtype
+            and not (forward.go_backwards or forward.stateful)
+            # A layer adds its activity's loss when it is called, and here it is not.
+            and forward.activity_regularizer is backward.activity_regularizer is None
+        )
+
+    def _together(
+        self, sequences: Tensor, initial: Sequence[Any], mask: Any, training: bool
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        layers = self.forward_layer, self.backward_layer
+        mask = first_mask(mask)
+        states = [
+            [keras.ops.convert_to_tensor(state, self.compute_dtype) for state in given]
+            if (given := initial[place]) is not None
+            else layer.get_initial_state(sequences.shape[0])
+            for place, layer in enumerate(layers)
+        ]
+        for layer, own in zip(layers, states, strict=True):  # as a layer's call does, in training or not
+            layer.cell.get_dropout_mask(sequences[:, 0])
+            layer.cell.get_recurrent_dropout_mask(own[0])
+        y, final = run(layers, sequences, states, mask, training)
+        for layer in layers:
+            layer.cell.reset_dropout_mask()
+            layer.cell.reset_recurrent_dropout_mask()
+        forward, backward = y.chunk(2, -1)  # in the order of time, 0 at masked steps
+        if not self.return_sequences:
+            forward, backward = (h if mask is None else last_valid(h, mask) for h in final[0])
+        return forward, backward, [state[place] for place in range(2) for state in final]
+
+    def _apart(
+        self, sequences: Tensor, initial: Sequence[Any], mask: Any, training: bool
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        outputs: list[Tensor] = []
+        states: list[Tensor] = []
+        for layer, given in zip((self.forward_layer, self.backward_layer), initial, strict=True):
+            found = layer(sequences, initial_state=given, mask=mask, training=training)
+            output, *own = found if self.return_state else (found,)
+            outputs.append(output)
+            states += own
+        y, backward = outputs
+        return y, keras.ops.flip(backward, axis=1) if self.return_sequences else backward, states
+
+    def compute_mask(self, inputs: Any, mask: Any) -> Any:
+        """The mask of each output, None for states."""
+        if isinstance(mask, (list, tuple)):
+            mask = mask[0]
+        mask = mask if self.return_sequences else None
+        outputs = (mask,) if self.merge_mode else (mask, mask)
+        if self.return_state:
+            outputs += (None,) * 2 * len(self.forward_layer.state_size)
+        return outputs if len(outputs) > 1 else outputs[0]

@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keras's recurrent layers with another loop over time: `TimeLoop.inner_loop`, the method that their `call` leaves for it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import keras
+import torch
+from torch import Tensor
+
+from gpu_rnn import functional, interop
+from gpu_rnn.keras import recurrences
+from gpu_rnn.recurrence import Recurrence
+
+
+class TimeLoop:
+    """What makes a Keras layer run here, and, being a mixin, everything else stay Keras's."""
+
+    use_cudnn: bool | str = "auto"
+    own_config: tuple[str, ...] = ("use_cudnn",)
+    """Constructor arguments that Keras's get_config leaves out."""
+
+    # Keras's layer, of which this is a part, has the following.
+    cell: Any
+    return_sequences: bool
+    go_backwards: bool
+    zero_output_for_mask: bool
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.recurrence: Recurrence = recurrences.of(self.cell)
+        self.check_cudnn(masked=False)
+
+    @cached_property
+    def loops_only(self) -> Recurrence:
+        """The recurrence for use_cudnn=False."""
+        return recurrences.without_aten(self.recurrence)
+
+    @property
+    def kind(self) -> str:
+        """The cell's name in `gpu_rnn.interop`."""
+        return self.recurrence.name
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), **{name: getattr(self, name) for name in self.own_config}}  # type: ignore[misc]
+
+    def inner_loop(
+        self, sequences: Tensor, initial_state: Sequence[Tensor], mask: Any, training: bool = False
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """All time steps.
+
+        Args:
+            sequences: (B, T, F).
+            initial_state: a tensor (B, units) for each state.
+            mask: (B, T), or a list of one, or None. True: the step counts.
+
+        Returns:
+            The last output (B, units), the outputs (B, T, units) in the order of processing, the final states.
+
+        Raises:
+            ValueError: use_cudnn=True, and cuDNN cannot run this call.
+        """
+        mask = first_mask(mask)
+        if self.go_backwards:
+            sequences, mask = sequences.flip(1), None if mask is None else mask.flip(1)
+        y, final = run([self], sequences, [initial_state], mask, bool(training))
+        states = [state[0] for state in final]
+        return self._last(y, states[0], mask), self._outputs(y, mask), states
+
+    def _outputs(self, y: Tensor, mask: Tensor | None) -> Tensor:
+        """From outputs that are 0 at masked steps those that Keras gives: the last valid step's, before it 0."""
+        if mask is None or self.zero_output_for_mask or not self.return_sequences:
+            return y
+        steps = torch.arange(y.shape[1], device=y.device)
+        valid = torch.where(mask, steps, 0).cummax(1).values  # before the first valid step: 0, a masked step
+        return y.gather(1, valid[..., None].expand_as(y))
+
+    def _last(self, y: Tensor, h: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is None:
+            return h
+        return y[:, -1] if self.zero_output_for_mask else last_valid(h, mask)
+
+    def check_cudnn(self, masked: bool) -> None:
+        """Raises ValueError where use_cudnn=True cannot be had."""
+        if self.use_cudnn is not True:
+            return
+        reasons = {
+            "activation other than tanh, recurrent_activation other than sigmoid, or reset_after=False": not self.recurrence.aten,
+            "recurrent_dropout": bool(self.cell.recurrent_dropout),
+            "mask": masked,
+        }
+        lacking = "; ".join(reason for reason, found in reasons.items() if found)
+        if lacking:
+            raise ValueError(f"use_cudnn=True, and cuDNN has no {lacking}. Use use_cudnn='auto', which runs these elsewhere.")
+
+
+class LSTM(TimeLoop, keras.layers.LSTM):
+    """Long short-term memory with the constructor, weights and files of `keras.layers.LSTM`.
+
+    c' = σ(f)⊙c + σ(i)⊙φ(g), h' = σ(o)⊙φ(c'), with i, f, g, o = x·kernel + h·recurrent_kernel + bias.
+
+    Args:
+        all: as Keras documents them. use_cudnn=False keeps cuDNN (on a CPU oneDNN) out; use_cudnn=True asks for it.
+
+    Inputs: sequences (B, T, F), initial_state a list of two (B, units), mask (B, T) bool, training.
+
+    Returns:
+        (B, units), or (B, T, units) with return_sequences; with return_state a tuple of that and the final h and c.
+
+    Raises:
+        ValueError: use_cudnn=True with options that cuDNN lacks, or an activation that mixes units.
+
+    Example::
+
+        >>> layer = gpu_rnn.keras.LSTM(4, recurrent_dropout=0.5, return_sequences=True)
+        >>> tuple(layer(np.ones((2, 5, 3), "float32")).shape)
+        (2, 5, 4)
+    """
+
+    __signature__ = inspect.signature(keras.layers.LSTM)
+
+
+class GRU(TimeLoop, keras.layers.GRU):
+    """Gated recurrent unit with the constructor, weights and files of `keras.layers.GRU`.
+
+    h' = (1 − z)⊙n + z⊙h with z, r = σ(x·kernel + h·recurrent_kernel + bias) and, with reset_after=True,
+    n = φ(x·kernel_n + bias_n + r⊙(h·recurrent_kernel_n + recurrent_bias_n)), otherwise
+    n = φ(x·kernel_n + bias_n + (r⊙h)·recurrent_kernel_n).
+
+    Args, inputs, returns and raises: as for `LSTM`, with one state.
+
+    Example::
+
+        >>> layer = gpu_rnn.keras.GRU(4, reset_after=False, return_state=True)
+        >>> [tuple(part.shape) for part in layer(np.ones((2, 5, 3), "float32"))]
+        [(2, 4), (2, 4)]
+    """
+
+    __signature__ = inspect.signature(keras.layers.GRU)
+
+
+class SimpleRNN(TimeLoop, keras.layers.SimpleRNN):
+    """Elman's network, h' = φ(x·kernel + bias + h·recurrent_kernel), as `keras.layers.SimpleRNN` but for two things.
+
+    Keras's takes activity_regularizer and drops it, and leaves seed out of its configuration; this one keeps both.
+
+    Args, inputs, returns and raises: as for `LSTM`, with one state and without use_cudnn.
+
+    Example::
+
+        >>> tuple(gpu_rnn.keras.SimpleRNN(4, activation="relu")(np.ones((2, 5, 3), "float32")).shape)
+        (2, 4)
+    """
+
+    __signature__ = inspect.signature(keras.layers.SimpleRNN)
+    own_config = ("seed",)
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        given = self.__signature__.bind(*args, **options).arguments
+        self.activity_regularizer = keras.regularizers.get(given.get("activity_regularizer"))
+
+    @property
+    def seed(self) -> int | None:
+        return self.cell.seed
+
+
+def run(
+    layers: Sequence[Any], x: Tensor, initial: Sequence[Sequence[Tensor]], mask: Tensor | None, training: bool
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """A layer, or a forward and a backward layer of the same kind and size, in one loop.
+
+    Args:
+        layers: one layer or two.
+        x: (B, T, F).
+        initial: for each layer its states, (B, units) each.
+        mask: (B, T) bool or None.
+
+    Returns:
+        The outputs (B, T, D·units) in the order of time, 0 at masked steps, and the final states (D, B, units).
+    """
+    first = layers[0]
+    for layer in layers:
+        layer.check_cudnn(masked=mask is not None)
+    weights = [weight for layer in layers for weight in weights_of(layer)]
+    x = x.to(weights[0].dtype)
+    if training and first.cell.dropout:
+        x, weights[0] = drop_inputs(x, weights[0], gatewise(first, first.cell.get_dropout_mask(x[:, 0])))
+    drop = None
+    if training and first.cell.recurrent_dropout:
+        masks = [layer.cell.get_recurrent_dropout_mask(own[0]) for layer, own in zip(layers, initial, strict=True)]
+        drop = torch.stack([torch.stack(gatewise(layer, m), 1) for layer, m in zip(layers, masks, strict=True)])
+    y, final, *_ = functional.rnn(
+        x,
+        tuple(torch.stack(each) for each in zip(*initial, strict=True)),  # a copy: stateful layers write theirs
+        weights,
+        first.recurrence if first.use_cudnn else first.loops_only,
+        bias=first.cell.use_bias,
+        bidirectional=len(layers) == 2,
+        batch_first=True,
+        backend="aten" if first.use_cudnn is True else "auto",
+        mask=mask,
+        recurrent_mask=drop,
+    )
+    return y, final
+
+
+def weights_of(layer: Any) -> list[Tensor]:
+    """A layer's weights as functional.rnn takes them; in mixed precision they come in the layer's compute dtype."""
+    cell = layer.cell
+    kernel, recurrent_kernel = (keras.ops.convert_to_tensor(w) for w in (cell.kernel, cell.recurrent_kernel))
+    bias = keras.ops.convert_to_tensor(cell.bias) if cell.use_bias else None
+    found = interop.direction_of_keras(kernel, recurrent_kernel, bias, layer.kind)
+    return [found.weight_ih, found.weight_hh, *(() if found.bias is None else found.bias)]
+
+
+def gatewise(layer: Any, masks: Tensor | list[Tensor]) -> list[Tensor]:
+    """Keras's dropout masks, (B, features) each: one for all gates, or one for each in the order of torch's gates."""
+    if isinstance(masks, Tensor):
+        return [masks]
+    orders = interop.ORDERS[layer.kind]
+    named = dict(zip(orders["keras"], masks, strict=True))
+    return [named[gate] for gate in orders["torch"]]
+
+
+def drop_inputs(x: Tensor, w_ih: Tensor, masks: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """x and w_ih whose product is that of the dropped inputs, each gate with its own mask if there are several."""
+    dropped = torch.cat([x * mask[:, None] for mask in masks], -1)
+    return dropped, w_ih if len(masks) == 1 else torch.block_diag(*w_ih.chunk(len(masks)))
+
+
+def first_mask(mask: Any) -> Tensor | None:
+    """The mask of the sequences as bool; Keras may pass one for each input."""
+    if isinstance(mask, (list, tuple)):
+        mask = mask[0]
+    return None if mask is None else keras.ops.convert_to_tensor(mask).bool()
+
+
+def last_valid(h: Tensor, mask: Tensor) -> Tensor:
+    """The output after the last step: the final h, but 0 (not the initial h) in a row whose every step is masked."""
+    return torch.where(mask.any(1, keepdim=True), h, 0)
+
+
+for _layer in (LSTM, GRU, SimpleRNN):
+    keras.saving.register_keras_serializable(package="gpu_rnn")(_layer)
