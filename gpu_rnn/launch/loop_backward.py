@@ -15,7 +15,7 @@ from torch import Tensor
 from gpu_rnn.derivative import carried_values
 from gpu_rnn.launch.jacobian import ONE, jacobian
 from gpu_rnn.launch.loop_forward import parameters, steps_with
-from gpu_rnn.launch.multiply import Normalisation, Product
+from gpu_rnn.launch.multiply import Product, masks, normalised, normalised_back
 from gpu_rnn.launch.steering import Steering
 from gpu_rnn.layout import Call, LoopGradients, Result, reorder, reorder_each, state_dtype
 from gpu_rnn.products import runs
@@ -95,16 +95,17 @@ class _Stage:
         self.same = self.states if last else [""] * len(self.jacobian.partials)
         if last and weights.w_hr is not None:
             self.same = ["", *self.states[1:]]
-        self.sources = [of for _, of in runs(program, rows, d.gates, d.recurrent)]
-        self.products = [Product(call, which) for which, _ in runs(program, rows, d.gates, d.recurrent)]
-        self.norm = None
-        if weights.norm is not None:
-            self.norm = Normalisation(weights.norm[:, rows].to(d.params.dtype))
-            self.products = [Product(call, rows)]
+        found = list(runs(program, rows, d.gates, d.recurrent))
+        self.sources = [source for _, source in found]
+        self.scale = None
+        if weights.norm is not None and d.products is not None:
+            self.scale = weights.norm[:, rows].to(d.params.dtype)
+            found = [(rows, d.products[:, :, :, rows])]
+        self.products = [Product(weights.w_hh[:, which], masks(call.control.drop, which)) for which, _ in found]
+        self.d_products = [source.unbind(0) for _, source in found]
         self.d_gates = d.gates[:, :, :, rows].unbind(0)
         first = program.split.index(self.split[0]) if self.split else 0
         self.d_recurrent = d.recurrent[:, :, :, first : first + len(self.split)].unbind(0)
-        self.d_products = [source.unbind(0) for source in ([d.products[:, :, :, rows]] if d.products is not None else self.sources)]
 
     @property
     def reads(self) -> set[str]:
@@ -129,9 +130,9 @@ class _Stage:
         self.reached = [name for name in self.states if name in reached]
         self.to_states = terms(self.reached)
         self.d_params = like.new_zeros(len(like), *like.shape[1:3], len(self.params), like.shape[3])
-        if self.norm is not None:
+        if self.scale is not None:
             self.raw = self.products[0].over_time(entering).to(like.dtype).contiguous()
-            self.unscaled, self.mean, self.rstd = self.norm(self.raw)
+            self.unscaled, self.mean, self.rstd = normalised(self.raw)
 
     def back(self, t: int, step: int, seeds: list[Tensor]) -> Tensor:
         """Writes what belongs to step t, number `step` of the chunk; returns the gradient of what entered."""
@@ -140,9 +141,9 @@ class _Stage:
             self.to_recurrent.write(step, seeds, self.d_recurrent[t])
         if self.params:
             self.to_params.write(step, seeds, self.d_params[step])
-        if self.norm is not None:
-            d = torch.cat([source[t] for source in self.sources], 2).to(self.raw.dtype)
-            self.d_products[0][t].copy_(self.norm.back(d, self.raw[step], self.mean[step], self.rstd[step]))
+        if self.scale is not None:
+            d = torch.cat([source[t] for source in self.sources], 2) * self.scale
+            self.d_products[0][t].copy_(normalised_back(d, self.raw[step], self.mean[step], self.rstd[step]))
         d_entering, *others = (p.back(of[t]) for p, of in zip(self.products, self.d_products, strict=True))
         for other in others:
             d_entering = d_entering + other
@@ -161,7 +162,7 @@ class _Stage:
     def finish(self, part: slice) -> None:
         """Adds what a chunk gives for the weights."""
         self.d.params.add_(self.d_params.sum((0, 1)))
-        if self.norm is not None and self.d.norm is not None:
+        if self.d.norm is not None:
             d = torch.cat([source[part] for source in self.sources], 3)
             self.d.norm[:, self.rows] += (d * self.unscaled).sum((0, 1))
 

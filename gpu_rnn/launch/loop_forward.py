@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gpu_rnn.launch.multiply import Normalisation, Product
+from gpu_rnn.launch.multiply import Product, masks, normalised
 from gpu_rnn.launch.steering import Steering
 from gpu_rnn.layout import Call, Result, Weights, reorder, reorder_each, state_dtype
 from gpu_rnn.products import runs
@@ -123,13 +123,14 @@ class _Stage:
         program, weights = call.program, call.weights
         rows, stage = program.rows[number], program.stages[number]
         self.run, self.outputs = stage.run, stage.outputs
-        self.product = Product(call, rows)
-        self.norm = None if weights.norm is None else Normalisation(weights.norm[:, rows])
+        drop = call.control.drop
+        self.product = Product(weights.w_hh[:, rows], masks(drop, rows))
+        self.scale = None if weights.norm is None else weights.norm[:, rows]
         self.parts = []
         for which, target in runs(program, rows, gates, recurrent):
             names, projections = program.gates[which], gates[..., which, :]
             own = slice(which.start - rows.start, which.stop - rows.start)
-            product, targets = Product(call, which), target.unbind(0)
+            product, targets = Product(weights.w_hh[:, which], masks(drop, which)), target.unbind(0)
             if names[0] in program.summed:
                 self.parts.append(_Part(product, own, targets, [f"a_{name}" for name in names], (), []))
                 continue
@@ -141,13 +142,13 @@ class _Stage:
 
     def multiply(self, t: int, entering: Tensor) -> None:
         """Adds the products of step t."""
-        if self.norm is None:
+        if self.scale is None:
             for part in self.parts:
                 part.product.add_to(part.targets[t], entering)
             return
-        normalised, _, _ = self.norm(self.product(entering))
+        product, _, _ = normalised(self.product(entering))
         for part in self.parts:
-            part.targets[t].addcmul_(normalised[:, :, part.own], self.norm.scale[:, part.own])
+            part.targets[t].addcmul_(product[:, :, part.own], self.scale[:, part.own])
 
     def values(self, t: int, dtype: torch.dtype) -> dict[str, Tensor]:
         """The gates of step t, with their products, by name."""

@@ -1,57 +1,77 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recurrent products of one stage, there and back: dropped copies of what enters, and layer normalisation."""
+"""The recurrent products of one stage, there and back: with dropped copies of what enters, and layer-normalised."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from gpu_rnn.layout import Call
 from gpu_rnn.reference import NORM_EPSILON
 
 
-class Product:
-    """(B, N, P) -> (B, N, gates, H): what enters a stage, times the rows of W_hh of some of its gates."""
+def masks(drop: Tensor | None, gates: slice) -> Tensor | None:
+    """`Control.drop` of some gates as `Product` takes it, (N, 1 or gates, B, P)."""
+    if drop is None:
+        return None
+    return (drop if drop.shape[2] == 1 else drop[:, :, gates]).permute(1, 2, 0, 3)
 
-    def __init__(self, call: Call, gates: slice) -> None:
-        weights, drop = call.weights.w_hh[:, gates], call.control.drop  # (N, gates, H, P)
-        self.by_gate = drop is not None and drop.shape[2] > 1
-        self.drop: Tensor | None = None  # (N, B, P), by gate (N, gates, B, P)
-        if drop is not None:
-            own = drop[:, :, gates].permute(1, 2, 0, 3) if self.by_gate else drop[:, :, 0].transpose(0, 1)
-            self.drop = own.to(weights.dtype).contiguous()
+
+class Product:
+    """What enters a stage, (B, N, P), times the rows of W_hh of some of its gates: (B, N, gates, H).
+
+    The products themselves lie as (N, B, gates, H), or as (N, gates, B, H) where each gate has a mask of its own: that is
+    the "own layout" below. Nothing is copied of weights and masks that are contiguous and of one dtype.
+    """
+
+    def __init__(self, weights: Tensor, drop: Tensor | None) -> None:
+        """`weights` (N, gates, H, P), `drop` from `masks`."""
+        self.gates, self.dtype = weights.shape[1], weights.dtype
+        self.by_gate = drop is not None and drop.shape[1] > 1
+        self.drop = None if drop is None else drop.to(self.dtype).contiguous()
+        if self.drop is not None and not self.by_gate:
+            self.drop = self.drop[:, 0]
         self.weights = weights.flatten(0, 1) if self.by_gate else weights.flatten(1, 2)  # (N·gates, H, P), (N, gates·H, P)
         self.transposed = self.weights.transpose(1, 2)
-        self.gates, self.dtype = weights.shape[1], weights.dtype
 
     def left(self, entering: Tensor) -> Tensor:
-        """(B, N, P) -> the first factor of the batched product."""
-        entering = entering.to(self.dtype).transpose(0, 1)
+        """(N, B, P) -> the first factor of the batched product."""
         if self.drop is None:
             return entering
         return (entering[:, None] * self.drop).flatten(0, 1) if self.by_gate else entering * self.drop
 
+    def own(self, entering: Tensor) -> Tensor:
+        """(N, B, P) -> the products in their own layout."""
+        found = torch.bmm(self.left(entering), self.transposed)
+        return found.unflatten(0, (-1, self.gates)) if self.by_gate else found.unflatten(2, (self.gates, -1))
+
+    def own_back(self, d_product: Tensor, out: Tensor | None = None) -> Tensor:
+        """From the gradient of the products, in their own layout, that of what entered, (N, B, P)."""
+        if self.drop is None:
+            return torch.bmm(d_product.flatten(2), self.weights, out=out)
+        if not self.by_gate:
+            return torch.mul(torch.bmm(d_product.flatten(2), self.weights), self.drop, out=out)
+        d = torch.bmm(d_product.flatten(0, 1), self.weights).view_as(self.drop)
+        return torch.sum(d.mul_(self.drop), 1, out=out)
+
+    def _turned(self, product: Tensor) -> Tensor:
+        """From the own layout to (B, N, gates, H)."""
+        return product.permute(2, 0, 1, 3) if self.by_gate else product.transpose(0, 1)
+
+    def __call__(self, entering: Tensor) -> Tensor:
+        return self._turned(self.own(entering.to(self.dtype).transpose(0, 1)))
+
     def add_to(self, target: Tensor, entering: Tensor) -> None:
-        """Adds to (B, N, gates, H) in place."""
+        """Adds the products to (B, N, gates, H) in place."""
         if self.by_gate:
             target.add_(self(entering))
         else:
-            target.flatten(2).transpose(0, 1).baddbmm_(self.left(entering), self.transposed)
-
-    def __call__(self, entering: Tensor) -> Tensor:
-        found = torch.bmm(self.left(entering), self.transposed)
-        if self.by_gate:
-            return found.unflatten(0, (-1, self.gates)).permute(2, 0, 1, 3)
-        return found.unflatten(2, (self.gates, -1)).transpose(0, 1)
+            left = self.left(entering.to(self.dtype).transpose(0, 1))
+            target.flatten(2).transpose(0, 1).baddbmm_(left, self.transposed)
 
     def back(self, d_product: Tensor) -> Tensor:
-        """The gradient of what entered, (B, N, P), from that of the product."""
-        if not self.by_gate:
-            d = torch.bmm(d_product.flatten(2).transpose(0, 1), self.weights)
-            return (d if self.drop is None else d.mul_(self.drop)).transpose(0, 1)
-        assert self.drop is not None
-        d = torch.bmm(d_product.permute(1, 2, 0, 3).flatten(0, 1), self.weights)
-        return d.unflatten(0, (-1, self.gates)).mul_(self.drop).sum(1).transpose(0, 1)
+        """(B, N, gates, H) -> (B, N, P)."""
+        turned = d_product.permute(1, 2, 0, 3) if self.by_gate else d_product.transpose(0, 1)
+        return self.own_back(turned).transpose(0, 1)
 
     def over_time(self, entering: Tensor) -> Tensor:
         """(T, B, N, P) -> (T, B, N, gates, H)."""
@@ -66,21 +86,12 @@ class Product:
         return found.view(*dropped.shape[:4], -1).permute(2, 3, 0, 1, 4)
 
 
-class Normalisation:
-    """Layer normalisation of a stage's products over H, gate by gate, times a scale; of one step or of many."""
+def normalised(product: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Products (..., gates, H) normalised over H, and what `normalised_back` wants."""
+    return torch.native_layer_norm(product, product.shape[-1:], None, None, NORM_EPSILON)
 
-    def __init__(self, scale: Tensor) -> None:
-        self.scale = scale  # (N, gates, H)
 
-    def __call__(self, product: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The normalised products, unscaled, and what `back` wants."""
-        return torch.native_layer_norm(product, product.shape[-1:], None, None, NORM_EPSILON)
-
-    def back(self, d: Tensor, product: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-        """The gradient of the products from that of the scaled, normalised ones."""
-        d = d * self.scale
-        shape = list(product.shape[-1:])
-        found, _, _ = torch.ops.aten.native_layer_norm_backward(
-            d, product, shape, mean, rstd, None, None, [True, False, False]
-        )
-        return found
+def normalised_back(d: Tensor, product: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    """The gradient of the products from that of the normalised ones."""
+    which = [True, False, False]  # the product's only: scales are applied outside
+    return torch.ops.aten.native_layer_norm_backward(d, product, product.shape[-1:], mean, rstd, None, None, which)[0]
