@@ -294,6 +294,7 @@ class _Loop:
     def gradients(self) -> LoopGradients:
         """Of all steps, in the order of time."""
         order, d = self.steering.order, self.d
+        d_entered = [torch.stack(each[::-1]) for each in zip(*self.d_entered, strict=True)]
         return LoopGradients(
             reorder(d.gates, order),
             reorder(d.recurrent, order),
@@ -302,14 +303,5 @@ class _Loop:
             self.d_w_hr,
             d.norm,
             None if d.products is None else reorder(d.products, order),
-            self._d_resets(),
+            self.steering.d_values(d_entered) if self.d_entered else [],
         )
-
-    def _d_resets(self) -> list[Tensor]:
-        """Of the reset values, like them."""
-        found = []
-        for k, value in enumerate(self.call.reset_values):
-            assert self.reset is not None
-            each = torch.stack([d[k] for d in reversed(self.d_entered)]).masked_fill(~self.reset, 0.0)
-            found.append(each.sum(0, keepdim=True) if len(value) == 1 else reorder(each, self.steering.order))
-        return found

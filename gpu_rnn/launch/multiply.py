@@ -53,12 +53,16 @@ class Product:
         d = torch.bmm(d_product.flatten(0, 1), self.weights).view_as(self.drop)
         return torch.sum(d.mul_(self.drop), 1, out=out)
 
-    def _turned(self, product: Tensor) -> Tensor:
-        """From the own layout to (B, N, gates, H)."""
-        return product.permute(2, 0, 1, 3) if self.by_gate else product.transpose(0, 1)
+    def turned(self, product: Tensor) -> Tensor:
+        """From the own layout to (..., B, N, gates, H)."""
+        return product.movedim(-2, -4) if self.by_gate else product.transpose(-3, -4)
+
+    def own_layout(self, product: Tensor) -> Tensor:
+        """From (..., B, N, gates, H) to the own layout."""
+        return product.movedim(-4, -2) if self.by_gate else product.transpose(-3, -4)
 
     def __call__(self, entering: Tensor) -> Tensor:
-        return self._turned(self.own(entering.to(self.dtype).transpose(0, 1)))
+        return self.turned(self.own(entering.to(self.dtype).transpose(0, 1)))
 
     def add_to(self, target: Tensor, entering: Tensor) -> None:
         """Adds the products to (B, N, gates, H) in place."""
@@ -70,8 +74,7 @@ class Product:
 
     def back(self, d_product: Tensor) -> Tensor:
         """(B, N, gates, H) -> (B, N, P)."""
-        turned = d_product.permute(1, 2, 0, 3) if self.by_gate else d_product.transpose(0, 1)
-        return self.own_back(turned).transpose(0, 1)
+        return self.own_back(self.own_layout(d_product)).transpose(0, 1)
 
     def over_time(self, entering: Tensor) -> Tensor:
         """(T, B, N, P) -> (T, B, N, gates, H)."""

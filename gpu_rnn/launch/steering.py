@@ -56,6 +56,37 @@ class Steering(NamedTuple):
             return [skip] * len(self.values)
         return [zone if skip is None else zone | skip for zone in self.zone]
 
+    @property
+    def after(self) -> Tensor:
+        """(T, B, N) uint8: SKIP of each step with RESET of the next, which is what comes after the step."""
+        assert self.flags is not None
+        if self.beyond is not None:
+            return self.flags
+        reset = (self.flags[1:] & RESET, torch.zeros_like(self.flags[:1]))
+        return self.flags & SKIP | torch.cat(reset)
+
+    def enter(self, t: int, states: list[Tensor]) -> list[Tensor]:
+        """The states that step t starts from; slow, for a single step."""
+        reset = self.reset
+        if reset is None:
+            return states
+        values = [v if isinstance(v, float) else v[t if len(v) > 1 else 0] for v in self.values]
+        return [torch.where(reset[t], value, state) for value, state in zip(values, states, strict=True)]
+
+    def d_enter(self, t: int, d_states: list[Tensor]) -> list[Tensor]:
+        """The gradients of `enter`'s results -> those of its argument."""
+        reset = self.reset
+        return d_states if reset is None else [d.masked_fill(reset[t], 0) for d in d_states]
+
+    def d_values(self, d_entered: list[Tensor]) -> list[Tensor]:
+        """Those of the reset values, from those of the states that all steps entered with, (T, B, N, ·) each."""
+        found, reset = [], self.reset
+        for value, d in zip(self.values, d_entered, strict=True):
+            assert reset is not None and isinstance(value, Tensor)
+            d = d.masked_fill(~reset, 0)
+            found.append(d.sum(0, keepdim=True) if len(value) == 1 else reorder(d, self.order))
+        return found
+
     def output(self, y: Tensor) -> Tensor:
         """The outputs of all steps (T, B, N, P), overwritten, in the order of time; also for the way there of d_y."""
         return reorder(y if self.beyond is None else y.masked_fill_(self.beyond, 0), self.order)

@@ -39,13 +39,13 @@ def forward(
     all_states: bool,
 ) -> Result:
     """The forward loop; see `reference.forward`, whose results it gives."""
-    if pointwise.runs(gates, call):
-        return pointwise.forward(call, gates, save)
+    if pointwise.takes(gates, call):
+        return pointwise.forward(call, gates, save, all_states)
     return loop_forward.forward(call, gates, save, all_states)
 
 
 def backward(call: Call, saved: Result, d_y: Tensor, d_final: list[Tensor], d_inner: Tensor | None) -> LoopGradients:
     """The backward loop; `d_inner` (S - 1, T, B, N, H) where all states are wanted."""
-    if pointwise.runs(saved.gates, call):
-        return pointwise.backward(call, saved, d_y, d_final)
+    if pointwise.takes(saved.gates, call):
+        return pointwise.backward(call, saved, d_y, d_final, d_inner)
     return loop_backward.backward(call, saved, d_y, d_final, d_inner)

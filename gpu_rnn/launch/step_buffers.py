@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A number of steps on a GPU over fixed buffers: a batched product and one pointwise kernel a stage.
+
+Everything a step reads stands in these buffers, so that a CUDA graph of the steps can be replayed for another call.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gpu_rnn.derivative import carried_values
+from gpu_rnn.launch.generated import triton_module
+from gpu_rnn.launch.multiply import Product, masks, normalised, normalised_back
+from gpu_rnn.layout import Call
+from gpu_rnn.products import runs
+from gpu_rnn.program import Program
+
+BLOCK = 256  # elements a program of the pointwise kernels
+
+
+class Kind(NamedTuple):
+    """What decides which buffers there are, and which instructions in the kernels."""
+
+    bias: bool
+    flags: bool  # masked steps or resets
+    reset_values: int  # 0: none given, 1: the same at each step, 2: of each step
+    zone: bool
+    drop: int  # 0, 1 or the number of gates
+    norm: bool
+    save: bool = False
+    inner: bool = False  # forward: the states of all steps are kept; backward: they have gradients
+
+    @staticmethod
+    def of(call: Call, save: bool = False, inner: bool = False) -> Kind:
+        weights, control, values = call.weights, call.control, call.reset_values
+        flags = control.flags is not None or control.lengths is not None
+        given = min(len(values[0]), 2) if values else 0
+        drop = 0 if control.drop is None else control.drop.shape[2]
+        zone, norm = control.zone is not None, weights.norm is not None
+        return Kind(weights.b_hh is not None, flags, given, zone, drop, norm, save, inner)
+
+
+@dataclass(frozen=True)
+class _StageShape:
+    """The compile-time part of a stage's launch."""
+
+    number: int
+    rows: slice
+    kept: tuple[int, ...]
+    kept_first: int
+    reads: int
+    hands_on: int  # -1 for the last stage
+
+
+def _stages(program: Program) -> list[_StageShape]:
+    shapes, split = [], program.split
+    for number, (stage, rows) in enumerate(zip(program.stages, program.rows, strict=True)):
+        kept = tuple(split.index(gate) if gate in split else -1 for gate in stage.gates)
+        last = number == len(program.stages) - 1
+        hands_on = -1 if last else len(carried_values(program, number + 1))
+        own = [k for k in kept if k >= 0]
+        shapes.append(_StageShape(number, rows, kept, min(own, default=0), len(carried_values(program, number)), hands_on))
+    return shapes
+
+
+class _Steps:
+    """What both directions have: the weights and what steers the steps."""
+
+    def __init__(self, program: Program, like: Tensor, steps: int, kind: Kind) -> None:
+        """`like` (T, B, N, G, H)."""
+        _, batch, n, gates, hidden = like.shape
+        self.program, self.kind, self.steps = program, kind, steps
+        self.shapes, self.module = _stages(program), triton_module(program)
+        self.gates = like.new_empty(steps, batch, n, gates, hidden)
+        self.recurrent = like.new_empty(steps, batch, n, len(program.split), hidden)
+        self.params = like.new_empty(n, len(program.params), hidden)
+        self.flags = torch.empty(steps, batch, n, dtype=torch.uint8, device=like.device) if kind.flags else None
+        self.zone = self.states_over(like, torch.uint8) if kind.zone else None
+        self.weights, self.drops, self.products, self.scales = [], [], [], []
+        for shape in self.shapes:
+            count = len(shape.kept)
+            weights = like.new_empty(n, count, hidden, hidden)
+            drop = like.new_empty(n, min(kind.drop, count), batch, hidden) if kind.drop else None
+            product = Product(weights, drop)
+            scale = (n, count, 1, hidden) if product.by_gate else (n, 1, count, hidden)
+            self.weights.append(weights)
+            self.drops.append(drop)
+            self.products.append(product)
+            self.scales.append(like.new_empty(scale) if kind.norm else None)
+        self.grid = (-(-batch * n * hidden // BLOCK),)
+
+    def states_over(self, like: Tensor, dtype: torch.dtype = torch.float32, count: int | None = None) -> Tensor:
+        """(S or another number, steps, B, N, H)"""
+        _, batch, n, _, hidden = like.shape
+        count = len(self.program.states) if count is None else count
+        return torch.empty(count, self.steps, batch, n, hidden, dtype=dtype, device=like.device)
+
+    def load(self, call: Call) -> None:
+        """What all steps of a call share."""
+        weights, drop = call.weights, call.control.drop
+        for shape, own, kept, scale in zip(self.shapes, self.weights, self.drops, self.scales, strict=True):
+            own.copy_(weights.w_hh[:, shape.rows])
+            given = masks(drop, shape.rows)
+            if kept is not None and given is not None:
+                kept.copy_(given)
+            if scale is not None and weights.norm is not None:
+                scale.copy_(weights.norm[:, shape.rows].view_as(scale))
+        if weights.params is not None:
+            self.params.copy_(weights.params)
+
+    def at(self, t: int, states: Tensor | None) -> Tensor | None:
+        """One step of (S, steps, B, N, H)."""
+        return None if states is None else states[:, t]
+
+    def constants(self, shape: _StageShape) -> dict[str, Any]:
+        """The compile-time arguments of both kernels."""
+        return {
+            "FIRST": shape.rows.start,
+            "KEPT": shape.kept,
+            "G": self.gates.shape[3],
+            "R": len(self.program.split),
+            "S": len(self.program.states),
+            "P": len(self.program.params),
+            "V_IN": shape.reads,
+            "V_OUT": shape.hands_on,
+            "BY_GATE": self.products[shape.number].by_gate,
+            "BLOCK": BLOCK,
+        }
+
+
+class Forward(_Steps):
+    """A number of forward steps."""
+
+    def __init__(self, program: Program, like: Tensor, steps: int, kind: Kind) -> None:
+        super().__init__(program, like, steps, kind)
+        _, batch, n, gates, hidden = like.shape
+        states, values = len(program.states), max(shape.reads for shape in self.shapes)
+        self.inner = self.states_over(like, count=states - 1) if kind.inner else None
+        self.y = like.new_empty(steps, batch, n, hidden)
+        self.states = like.new_empty(states, batch, n, hidden, dtype=torch.float32)
+        self.values = like.new_empty(values, batch, n, hidden, dtype=torch.float32)
+        self.entering = like.new_empty(n, batch, hidden)
+        self.b_hh = like.new_empty(n, gates, hidden) if kind.bias else None
+        each = steps if kind.reset_values > 1 else 1
+        self.reset = like.new_empty(states, each, batch, n, hidden, dtype=torch.float32) if kind.flags else None
+
+    def load(self, call: Call) -> None:
+        super().load(call)
+        if self.b_hh is not None and call.weights.b_hh is not None:
+            self.b_hh.copy_(call.weights.b_hh)
+
+    def start(self, states: list[Tensor]) -> None:
+        """The states that the first step enters with."""
+        for buffer, state in zip(self.states, states, strict=True):
+            buffer.copy_(state)
+        self.entering.copy_(states[0].transpose(0, 1))
+
+    def run(self, steps: int) -> None:
+        from gpu_rnn.kernels.triton.step import step_forward
+
+        _, batch, n, _, hidden = self.gates.shape
+        for t in range(steps):
+            for shape, product, scale in zip(self.shapes, self.products, self.scales, strict=True):
+                multiplied = product.own(self.entering)
+                if scale is not None:
+                    multiplied = normalised(multiplied)[0].mul_(scale)
+                step_forward[self.grid](
+                    self.gates[t],
+                    self.recurrent[t],
+                    self.at(t, self.inner),
+                    self.y[t],
+                    self.states,
+                    self.values,
+                    self.entering,
+                    multiplied,
+                    self.b_hh,
+                    self.params,
+                    None if self.flags is None else self.flags[t],
+                    self.at(t if self.kind.reset_values > 1 else 0, self.reset),
+                    self.at(t, self.zone),
+                    self.steps * batch * n * hidden,
+                    0 if self.reset is None else self.reset.stride(0),
+                    batch,
+                    n,
+                    hidden,
+                    STEP=getattr(self.module, f"step_{shape.number}"),
+                    SAVE=self.kind.save,
+                    **self.constants(shape),
+                )
+
+
+class Backward(_Steps):
+    """A number of backward steps."""
+
+    def __init__(self, program: Program, like: Tensor, steps: int, kind: Kind) -> None:
+        super().__init__(program, like, steps, kind)
+        _, batch, n, _, hidden = like.shape
+        states, values = len(program.states), [shape.reads for shape in self.shapes]
+        self.d_gates, self.d_recurrent = torch.empty_like(self.gates), torch.empty_like(self.recurrent)
+        self.before = self.states_over(like)
+        self.values = [self.states_over(like, count=count) for count in values]
+        self.d_y = like.new_empty(steps, batch, n, hidden)
+        self.d_inner = self.states_over(like, count=states - 1) if kind.inner else None
+        self.d_entered = self.states_over(like) if kind.reset_values else None
+        self.d_states = like.new_empty(states, batch, n, hidden, dtype=torch.float32)
+        self.d_seed = like.new_empty(n, batch, hidden)
+        self.d_values = like.new_empty(max(values), batch, n, hidden, dtype=torch.float32)
+        self.d_params = like.new_empty(batch, n, len(program.params), hidden, dtype=torch.float32)
+        own = [(n, len(s.kept), batch) if p.by_gate else (n, batch, len(s.kept)) for s, p in zip(self.shapes, self.products, strict=True)]
+        self.d_products = [like.new_empty(*size, hidden) for size in own]
+        # With layer normalisation: the products of all steps, their means and their deviations, and the gradients.
+        kept = own if kind.norm else []
+        self.raw = [like.new_empty(steps, *size, hidden, dtype=torch.float32) for size in kept]
+        self.mean, self.rstd = ([like.new_empty(steps, *size, 1, dtype=torch.float32) for size in kept] for _ in range(2))
+        self.d_raw = [like.new_empty(steps, *size, hidden) for size in kept]
+
+    def start(self, d_final: list[Tensor]) -> None:
+        """The gradients of the states after the last step."""
+        for buffer, state in zip(self.d_states, d_final, strict=True):
+            buffer.copy_(state)
+        self.d_seed.zero_()
+        self.d_params.zero_()
+
+    def finish(self) -> Tensor:
+        """(S, B, N, H): the gradients of the states that the first step entered with."""
+        found = self.d_states.clone()
+        found[0] += self.d_seed.transpose(0, 1)
+        return found
+
+    def run(self, steps: int) -> None:
+        for t in reversed(range(steps)):
+            for shape in reversed(self.shapes):
+                self._pointwise(t, shape)
+                d, scale = self.d_products[shape.number], self.scales[shape.number]
+                if scale is not None:
+                    d = self._through_norm(t, shape.number, d, scale)
+                self.products[shape.number].own_back(d, out=self.d_seed)
+
+    def normalise(self, entering: list[Tensor]) -> None:
+        """The products of a chunk again, from what entered each stage, (steps, B, N, H)."""
+        for number, (product, values) in enumerate(zip(self.products, entering, strict=True)):
+            raw = product.own_layout(product.over_time(values).float()).contiguous()
+            _, mean, rstd = normalised(raw)
+            for buffers, found in ((self.raw, raw), (self.mean, mean), (self.rstd, rstd)):
+                buffers[number][: len(values)].copy_(found)
+
+    def of_norm(self, d_gates: Tensor, d_recurrent: Tensor, d_products: Tensor, d_norm: Tensor) -> None:
+        """Writes the gradients of a chunk's products, and adds those of the scales."""
+        count = len(d_gates)
+        for number, (shape, product) in enumerate(zip(self.shapes, self.products, strict=True)):
+            raw, mean, rstd = self.raw[number][:count], self.mean[number][:count], self.rstd[number][:count]
+            d = torch.cat([source for _, source in runs(self.program, shape.rows, d_gates, d_recurrent)], 3)
+            d_norm[:, shape.rows] += (d * product.turned((raw - mean) * rstd)).sum((0, 1))
+            d_products[:, :, :, shape.rows] = product.turned(self.d_raw[number][:count])
+
+    def _through_norm(self, t: int, number: int, d: Tensor, scale: Tensor) -> Tensor:
+        raw, mean, rstd = self.raw[number][t], self.mean[number][t], self.rstd[number][t]
+        return self.d_raw[number][t].copy_(normalised_back(d * scale.float(), raw, mean, rstd))
+
+    def _pointwise(self, t: int, shape: _StageShape) -> None:
+        from gpu_rnn.kernels.triton.step import step_backward
+
+        _, batch, n, _, hidden = self.gates.shape
+        step_backward[self.grid](
+            self.gates[t],
+            self.recurrent[t],
+            self.before[:, t],
+            self.values[shape.number][:, t],
+            self.d_y[t],
+            self.at(t, self.d_inner),
+            self.d_states,
+            self.d_seed,
+            self.d_values,
+            self.d_gates[t],
+            self.d_recurrent[t],
+            self.d_products[shape.number],
+            self.d_params,
+            self.params,
+            None if self.flags is None else self.flags[t],
+            self.at(t, self.zone),
+            self.at(t, self.d_entered),
+            self.steps * batch * n * hidden,
+            batch,
+            n,
+            hidden,
+            STEP=getattr(self.module, f"step_{shape.number}_backward"),
+            KEPT_FIRST=shape.kept_first,
+            **self.constants(shape),
+        )
