@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from cuda_cpu import build
 from loop_support import RECURRENCES, Inputs, draw, make, values_and_gradients
+from option_support import OPTIONS, with_options
+from pairwise import pairwise
 from torch import Tensor
 
 from gpu_rnn import products, reference
@@ -50,10 +52,13 @@ class Case:
     period: int = 1
     bias: bool = True
     save: bool = True
+    options: tuple[str, ...] = ()  # of option_support.OPTIONS
 
     def __str__(self) -> str:
         odd = {k: v for k, v in vars(self).items() if v != getattr(Case("", "", 0), k)}
-        return "-".join(str(v) if k in ("cell", "precision") else f"{k}{v}" for k, v in odd.items())
+        odd["options"] = "+".join(odd.get("options", ())) or None
+        bare = ("cell", "precision", "options")
+        return "-".join(str(v) if k in bare else f"{k}{v}" for k, v in odd.items() if v is not None)
 
     @property
     def hidden(self) -> int:
@@ -62,10 +67,18 @@ class Case:
     def layout(self, backward: bool) -> Layout:
         dtype, precision = PRECISIONS[self.precision]
         share = -(-self.members * self.blocks // self.along)
+        values = {"reset_values", "reset_values_per_step"}.intersection(self.options)
+        options = {
+            "inner": "all_states" in self.options or (self.save and not backward),
+            "flags": bool(values or {"mask", "resets"}.intersection(self.options)),
+            "values": 2 if "reset_values_per_step" in values else len(values),
+            "drop": 2 if "drop_per_gate" in self.options else int("drop" in self.options),
+            "zone": "zone" in self.options,
+        }
         return Layout(
             RECURRENCES[self.cell].program.text, dtype, precision, backward, self.members, self.blocks, self.across,
             self.along, self.columns, self.tiles, math.ceil(share * self.held), self.save and not backward,
-            self.hidden % 2 == 0, self.counter, self.period,
+            self.hidden % 2 == 0, self.counter, self.period, **options,
         )  # fmt: skip
 
     def choice(self, backward: bool) -> Choice:
@@ -78,6 +91,7 @@ class Case:
             RECURRENCES[self.cell], self.T, self.B, 3, self.hidden, self.reverse, self.bias, lengths=lengths,
             scale=1 / math.sqrt(self.hidden),  # as layers start: larger weights blow any rounding up
         )  # fmt: skip
+        given = with_options(given, RECURRENCES[self.cell], self.options)
         return given.to(PRECISIONS[self.precision][0]).to(torch.float64)
 
     def plain(self, inputs: Inputs) -> Inputs:
@@ -112,7 +126,7 @@ def forward(case: Case, inputs: Inputs, **options: Any) -> tuple[Result, Tensor]
     gates = reference.project(low.x, low.weights, program).contiguous()
     error = torch.zeros(1, dtype=torch.int64)
     call = low.call(RECURRENCES[case.cell])
-    launches, result = group.prepare_forward(call, gates, case.save, case.choice(False), error)
+    launches, result = group.prepare_forward(call, gates, case.save, low.all_states, case.choice(False), error)
     for tensor in (result.y, *result.final, result.recurrent, result.inner):
         tensor.fill_(math.nan)
     run_on_cpu(launches, **options)
@@ -122,7 +136,7 @@ def forward(case: Case, inputs: Inputs, **options: Any) -> tuple[Result, Tensor]
 @torch.no_grad()
 def expected_forward(case: Case, inputs: Inputs) -> Result:
     """What the reference gives, in the dtype of its inputs."""
-    return reference.forward(inputs.call(RECURRENCES[case.cell]), inputs.x, save=case.save)
+    return reference.forward(inputs.call(RECURRENCES[case.cell]), inputs.x, case.save, inputs.all_states)
 
 
 @torch.no_grad()
@@ -131,19 +145,19 @@ def gradients(case: Case, inputs: Inputs, **options: Any) -> dict[str, Tensor]:
     program = RECURRENCES[case.cell].program
     saved, _ = forward(case, inputs, **options)
     low = inputs.to(PRECISIONS[case.precision][0])
-    d_y, *d_final = (
-        draw(*out.shape, seed=90 + k).to(low.x.dtype) for k, out in enumerate((saved.y, *saved.final))
-    )
+    outputs = [saved.y, *saved.final, *([saved.inner] if low.all_states else [])]
+    d_y, *d_final = (draw(*out.shape, seed=90 + k).to(low.x.dtype) for k, out in enumerate(outputs))
+    d_inner = d_final.pop() if low.all_states else None
     error = torch.zeros(1, dtype=torch.int64)
     call = low.detached().call(RECURRENCES[case.cell])
-    launches, loop = group.prepare_backward(call, saved, d_y, d_final, case.choice(True), error)
+    launches, loop = group.prepare_backward(call, saved, d_y, d_final, d_inner, case.choice(True), error)
     for tensor in (loop.d_gates, loop.d_recurrent, *loop.d_states):
         tensor.fill_(math.nan)
     run_on_cpu(launches, **options)
     assert not error.item()
     loop = loop._replace(d_params=loop.d_params.sum(0) if program.params else None)
     d_x, d_weights = products.gradients(call, low.x, saved, loop)
-    found = low._replace(x=d_x, weights=d_weights, states=loop.d_states).named()
+    found = low._replace(x=d_x, weights=d_weights, states=loop.d_states, reset_values=loop.d_resets).named()
     return {f"d {name}": value for name, value in found.items()}
 
 
@@ -158,15 +172,19 @@ def expected_gradients(case: Case, inputs: Inputs) -> dict[str, Tensor]:
 TIGHT, FLOORS = 3e-6, {"tf32": 5e-4, "bf16": 4e-3, "fp16": 5e-4}
 
 
+def _error(found: Tensor, exact: Tensor) -> float:
+    """The largest, relative to the largest value; an infinity equals itself."""
+    difference = torch.where(found == exact, 0, found.double() - exact)
+    return difference.abs().max().item() / max(exact[exact.isfinite()].abs().max().item(), 1.0)
+
+
 def assert_close(case: Case, actual: dict[str, Tensor], truth: dict[str, Tensor], plain: dict[str, Tensor]) -> None:
     """fp32 within a tight tolerance; else at most twice plain PyTorch's error, and a small floor."""
     assert actual.keys() == truth.keys() == plain.keys()
     for name, exact in truth.items():
-        scale = max(exact.abs().max().item(), 1.0)
-        error = (actual[name].double() - exact).abs().max().item() / scale
-        allowed = TIGHT
+        error, allowed = _error(actual[name], exact), TIGHT
         if case.precision != "fp32":
-            allowed = 2 * (plain[name].double() - exact).abs().max().item() / scale + FLOORS[case.precision]
+            allowed = 2 * _error(plain[name], exact) + FLOORS[case.precision]
         assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
 
 
@@ -180,15 +198,19 @@ def only_where_used(values: dict[str, Tensor], inputs: Inputs) -> dict[str, Tens
     return values | masked
 
 
+GEOMETRIES: list[dict[str, Any]] = [
+    {},
+    {"along": 2, "columns": 2, "B": 19},
+    {"tiles": 2, "B": 21, "held": 0},
+    {"blocks": 2, "across": 2, "held": 1},
+    {"along": 3, "tiles": 2, "groups": 2, "B": 33},
+]
+SETS: list[tuple[str, ...]] = [*((name,) for name in OPTIONS), ("mask", "resets", "drop"), tuple(OPTIONS)]
+STEERED = ("lstm", "gru", "rnn", "minimal", "slstm")
+
+
 def cases() -> list[Case]:
     """Every group size with every cell and precision; the other options take turns so that pairs of them meet."""
-    geometries: list[dict[str, Any]] = [
-        {},
-        {"along": 2, "columns": 2, "B": 19},
-        {"tiles": 2, "B": 21, "held": 0},
-        {"blocks": 2, "across": 2, "held": 1},
-        {"along": 3, "tiles": 2, "groups": 2, "B": 33},
-    ]
     options: list[dict[str, Any]] = [
         {},
         {"lengths": True},
@@ -203,8 +225,28 @@ def cases() -> list[Case]:
     for m, members in enumerate((1, 2, 3, 8)):
         for c, cell in enumerate(("lstm", "gru", "rnn", "minimal")):
             for p, precision in enumerate(PRECISIONS):
-                geometry = geometries[(m + 2 * c + 3 * p) % len(geometries)]
+                geometry = GEOMETRIES[(m + 2 * c + 3 * p) % len(GEOMETRIES)]
                 option = options[(3 * m + c + 2 * p) % len(options)]
                 found.append(Case(cell, precision, members, **{**geometry, **option}))
     found += [replace(found[0], cell=cell, precision="bf16", members=2) for cell in ("peephole_lstm", "coupled_lstm")]
     return found
+
+
+def steered_cases() -> list[Case]:
+    """Every option alone and all together, twice; cells, precisions, group sizes and geometries take turns."""
+    found = []
+    for k, options in enumerate([*SETS, *SETS]):
+        cell, precision = STEERED[k % len(STEERED)], list(PRECISIONS)[(k + k // len(SETS)) % 4]
+        more = GEOMETRIES[k % len(GEOMETRIES)] | {"reverse": ("0", "01", "10")[k % 3], "counter": k % 7 == 0}
+        found.append(Case(cell, precision, 1 + k % 3, options=options, **more))
+    return [
+        *found,
+        Case("gru", "fp32", 3, lengths=True, reverse="01", options=("drop_per_gate", "zone", "all_states")),
+        Case("slstm", "fp32", 2, options=("mask", "resets")),  # to initial values, of which one is infinite
+    ]
+
+
+def pairs_of_options() -> list[Case]:
+    """Every two values of cell, precision, group size, geometry and options."""
+    axes = pairwise(STEERED, list(PRECISIONS), (1, 2, 3), range(len(GEOMETRIES)), SETS, ("0", "1", "01"))
+    return [Case(c, p, m, options=o, reverse=r, **GEOMETRIES[g]) for c, p, m, g, o, r in axes]

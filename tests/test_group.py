@@ -24,26 +24,30 @@ from group_support import (
     gradients,
     named,
     only_where_used,
+    pairs_of_options,
     run_on_cpu,
+    steered_cases,
 )
 from loop_support import RECURRENCES
 
 from gpu_rnn import Recurrence, devices, reference
 from gpu_rnn.launch import group
 from gpu_rnn.launch.group_layout import source
+from gpu_rnn.layout import SKIP
 from gpu_rnn.problem import Problem
 
 pytestmark = [
     pytest.mark.cuda_cpu,
     pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed; it builds the CUDA sources for the CPU"),
 ]
-CASES = cases()
+CASES = [*cases(), *steered_cases(), *(pytest.param(case, marks=pytest.mark.slow) for case in pairs_of_options())]
 WATCHED = [  # under ThreadSanitizer
     Case("lstm", "bf16", 1, across=2, blocks=2, along=2, T=4),
     Case("gru", "fp16", 3, along=3, tiles=2, B=12, T=6, lengths=True),
     Case("lstm", "fp32", 2, T=7, reverse="01"),
     Case("rnn", "tf32", 2, across=2, blocks=2, along=2, T=7, period=2),
     Case("gru", "bf16", 3, along=3, counter=True, T=6),
+    Case("lstm", "bf16", 2, T=4, options=("mask", "reset_values", "drop_per_gate", "zone", "all_states")),
 ]
 
 
@@ -131,6 +135,32 @@ def test_inference_saves_nothing():
     check_forward(case)
 
 
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_what_masked_steps_are_given_does_not_matter(cell):
+    """Neither to outputs nor to gradients, NaN included."""
+    case = Case(cell, "fp32", 2, reverse="1", options=("mask", "resets"))
+    skipped = (case.inputs().control.flags & SKIP).bool()
+    found = []
+    for value in (0.0, torch.nan):
+        inputs = case.inputs()
+        with torch.no_grad():
+            inputs.x[skipped[..., 0]] = value
+        results = named(forward(case, inputs)[0])
+        found.append({"y": results["y"], "h": results["final 0"]} | gradients(case, inputs))
+    weights = found[1].pop("d w_ih"), found[0].pop("d w_ih")  # a product with x itself, masked by nobody
+    assert weights[0].isnan().any()
+    for name, value in found[0].items():
+        assert torch.equal(value, found[1][name]), name
+    assert not found[0]["d x"][skipped[..., 0]].any()
+
+
+def test_inference_gives_all_states_where_wanted():
+    case = Case("lstm", "bf16", 2, save=False, options=("all_states",))
+    result, _ = forward(case, case.inputs())
+    assert result.inner.numel() and not any(t.numel() for t in (result.gates, result.recurrent))
+    check_forward(case)
+
+
 def test_words_that_look_empty_arrive_as_nan():
     """A NaN in one row stays in that row, whatever its bits, and nobody waits for it."""
     case = Case("lstm", "fp16", 2, T=4)
@@ -196,10 +226,10 @@ def test_gradients_whose_data_never_comes_are_nan(cell, monkeypatch):
         for launch in launches:
             backward = launch.layout.backward
             run_on_cpu([replace(launch, grid=launch.grid - backward)], **options)
-            found.extend(launch.arguments[10:14] if backward else ())
+            found.extend(launch.arguments[15:20] if backward else ())
 
     monkeypatch.setattr(group_support, "run_on_cpu", run)
-    case = Case(cell, "bf16", 3, T=3)
+    case = Case(cell, "bf16", 3, T=3, options=("reset_values",))
     with pytest.raises(AssertionError):  # of the error word
         gradients(case, case.inputs())
-    assert len(found) == 4 and all(value.isnan().all() for value in found)
+    assert len(found) == 5 and all(value.isnan().all() for value in found)

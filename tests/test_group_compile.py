@@ -42,6 +42,7 @@ class Case(NamedTuple):
     kind: str
     cell: str
     H: int  # 0: the largest
+    options: bool = False
 
     @property
     def problem(self) -> Problem:
@@ -50,6 +51,8 @@ class Case(NamedTuple):
         given = Problem(
             support.RECURRENCES[self.cell], 100, 64, 1, 64, self.H or 16, dtype, "cuda", device, self.direction, precision
         )
+        if self.options:
+            given = replace(given, flags=True, reset_values=True, drop=given.G, zone=True, all_states=True)
         return given if self.H else replace(given, H=largest(given))
 
     @property
@@ -62,6 +65,12 @@ class Case(NamedTuple):
 PAIRS = [Case(*case) for case in pairwise(list(DEVICES), DIRECTIONS, list(KINDS), CELLS, [0, 128])]
 EVERY = [Case(*case) for case in product(DEVICES, ("training", "backward"), ("bf16", "tf32", "fp32"), ("lstm", "gru"), [0])]
 
+STEERED = [  # with every option
+    Case(arch, direction, list(KINDS)[(i + k) % 4], ("lstm", "gru")[(i + k) % 2], 0, True)
+    for i, arch in enumerate(DEVICES)
+    for k, direction in enumerate(["training", "backward"])
+]
+
 
 def check(case: Case) -> None:
     layout = group.fit(case.choice.layout, case.arch)  # what ships
@@ -72,7 +81,7 @@ def check(case: Case) -> None:
 
 
 @pytest.mark.compile("nvrtc")
-@pytest.mark.parametrize("case", PAIRS, ids=lambda case: "-".join(map(str, case)))
+@pytest.mark.parametrize("case", [*PAIRS, *STEERED], ids=lambda case: "-".join(map(str, case)))
 def test_builds(case: Case) -> None:
     check(case)
 

@@ -8,6 +8,7 @@ resident at once, unless a group has one member only.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -180,17 +181,31 @@ def _launches(
     return launches
 
 
-def _paired(layout: Layout, hidden: int, strides: list[int], tensors: list[Tensor | int]) -> Layout:
+def _paired(layout: Layout, hidden: int, strides: list[int], tensors: Sequence[Tensor | int]) -> Layout:
     """The layout, told whether two units can be loaded and stored as one word."""
     even = hidden % 2 == 0 and all(stride % 2 == 0 for stride in strides)
     aligned = all(t.data_ptr() % layout.word == 0 for t in tensors if isinstance(t, Tensor))
     return replace(layout, paired=even and aligned)
 
 
+def _steered(layout: Layout, call: Call) -> tuple[Layout, list[Tensor | int]]:
+    """The layout with the call's options, and their tensors as both kernels take them."""
+    control, values = call.control, call.reset_values
+    drop = 0 if control.drop is None else min(control.drop.shape[2], 2)
+    per_step = 1 + (len(values[0]) > 1) if values else 0
+    layout = replace(
+        layout, flags=control.flags is not None, values=per_step, drop=drop, zone=control.zone is not None
+    )
+    scalars = [torch.stack(values) if values else None, control.drop]
+    given, drops = (None if t is None else t.to(layout.dtype) for t in scalars)
+    return layout, [_pointer(t) for t in (control.lengths, control.flags, given, drops, control.zone)]
+
+
 def prepare_forward(
     call: Call,
     gates: Tensor,  # (T, B, N, G, H), the input projection; overwritten when `save`
     save: bool,
+    all_states: bool,
     choice: Choice,
     error: Tensor,  # (1,) int64 in the host's memory
 ) -> tuple[list[Launch], Result]:
@@ -200,12 +215,14 @@ def prepare_forward(
     gates = _rows(gates)
     y = gates.new_empty(steps, batch, n, hidden)
     final = gates.new_empty(len(states), batch, n, hidden)
-    kept = (len(states) - 1, len(program.split)) if save else (0, 0)
-    recurrent = gates.new_empty(steps, batch, n, kept[1], hidden)
-    inner = gates.new_empty(kept[0], steps, batch, n, hidden, dtype=torch.float32)
+    recurrent = gates.new_empty(steps, batch, n, len(program.split) if save else 0, hidden)
+    others = len(states) - 1 if save or all_states else 0
+    inner = gates.new_empty(others, steps, batch, n, hidden, dtype=torch.float32)
     strides = list(gates.stride()[:4])
+    layout, steering = _steered(choice.layout, call)
     vectors = [gates, recurrent, y, final, _pointer(weights.b_hh), _pointer(weights.params)]
-    layout = replace(_paired(choice.layout, hidden, strides, vectors), save=save)
+    layout = _paired(layout, hidden, strides, [*vectors, *steering[2:4]])
+    layout = replace(layout, save=save, inner=save or all_states)
     tensors = [
         gates,
         recurrent,
@@ -215,7 +232,7 @@ def prepare_forward(
         final,
         weights.w_hh.contiguous(),
         *vectors[4:],
-        _pointer(call.lengths),
+        *steering,
     ]
     launches = _launches(replace(choice, layout=layout), tensors, strides, call.reverse, gates.shape, error)
     return launches, Result(y, list(final), gates if save else gates.new_empty(0), recurrent, inner)
@@ -226,6 +243,7 @@ def prepare_backward(
     saved: Result,
     d_y: Tensor,  # (T, B, N, H)
     d_final: list[Tensor],  # each (B, N, H)
+    d_inner: Tensor | None,  # (S - 1, T, B, N, H)
     choice: Choice,
     error: Tensor,  # (1,) int64 in the host's memory
 ) -> tuple[list[Launch], LoopGradients]:
@@ -237,7 +255,10 @@ def prepare_backward(
     d_initial = gates.new_empty(len(states), batch, n, hidden)
     shares = choice.groups * choice.layout.along if program.params else 0
     d_params = gates.new_zeros(shares, n, len(program.params), hidden, dtype=torch.float32)
+    rows = [len(value) for value in call.reset_values]
+    d_values = gates.new_zeros(len(rows), *rows[:1], *d_initial.shape[1:], dtype=torch.float32)
     strides = [*gates.stride()[:4], *d_y.stride()[:3]]
+    layout, steering = _steered(choice.layout, call)
     tensors = [
         gates,
         saved.recurrent.contiguous(),
@@ -246,18 +267,20 @@ def prepare_backward(
         torch.stack(states),
         weights.w_hh.contiguous(),
         _pointer(weights.params),
-        _pointer(call.lengths),
+        *steering,
+        0 if d_inner is None else d_inner.float().contiguous(),
         d_y,
         torch.stack(d_final),
         d_gates,
         d_recurrent,
         d_initial,
         d_params,
+        d_values,
     ]
-    vectors = [t for k, t in enumerate(tensors) if k not in (2, 5, 7, 13)]  # the others are read one by one
-    layout = _paired(choice.layout, hidden, strides, vectors)
+    scalars = [t for t in tensors if isinstance(t, Tensor) and t.dtype == gates.dtype and t is not tensors[5]]
+    layout = replace(_paired(layout, hidden, strides, scalars), inner=d_inner is not None)
     launches = _launches(replace(choice, layout=layout), tensors, strides, call.reverse, gates.shape, error)
-    return launches, LoopGradients(d_gates, d_recurrent, list(d_initial), d_params)
+    return launches, LoopGradients(d_gates, d_recurrent, list(d_initial), d_params, d_resets=list(d_values))
 
 
 def forward(call: Call, gates: Tensor, save: bool, all_states: bool) -> Result:
@@ -269,7 +292,7 @@ def forward(call: Call, gates: Tensor, save: bool, all_states: bool) -> Result:
     check()
     choice = choose(call.problem)
     assert choice is not None
-    launches, result = prepare_forward(call, gates, save, choice, error_word(gates.device))
+    launches, result = prepare_forward(call, gates, save, all_states, choice, error_word(gates.device))
     for launch in launches:
         launch(gates.device)
     return result
@@ -286,7 +309,7 @@ def backward(
     check()
     choice = choose(call.problem)
     assert choice is not None
-    launches, found = prepare_backward(call, saved, d_y, d_final, choice, error_word(d_y.device))
+    launches, found = prepare_backward(call, saved, d_y, d_final, d_inner, choice, error_word(d_y.device))
     for launch in launches:
         launch(d_y.device)
     return found._replace(d_params=found.d_params.sum(0) if call.program.params and found.d_params is not None else None)
@@ -341,7 +364,7 @@ def unsupported(problem: Problem) -> list[str]:
             f"keeps W_hh on chip: on {device.name}, {program.name} fits up to H = {largest(problem)} in this dtype and "
             f"direction, not {problem.H}"
         )
-    reasons += problem.without("lengths")
+    reasons += problem.without("lengths", "flags", "reset_values", "drop", "zone", "all_states")
     if not reasons and _wanted(problem) in _failures:
         reasons.append(_failures[_wanted(problem)])
     return reasons

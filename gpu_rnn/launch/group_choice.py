@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import count, product
+from typing import Any
 
 import torch
 
@@ -60,7 +61,7 @@ def _held(layout: Layout) -> int:
     sums = layout.fragments * layout.columns * (4 if layout.half or layout.precision == "tf32" else 16)
     pairs = own * 2 * (gates + len(layout.parsed.split) + states) * (2 if layout.backward else 1)  # and gradients
     words = 2 * layout.columns * layout.parts * layout.word // 4  # of a block of the depth
-    rows = own * layout.tiles * (2 * states + 4)
+    rows = own * layout.tiles * (2 * states + 4 + 2 * layout.drops)
     working = WORKING[2 - layout.half] if layout.backward else WORKING[0]
     free = REGISTERS - working - sums - pairs - rows - min(32, layout.share * words)
     return min(layout.share, free // (layout.fragments * layout.fragment))
@@ -82,11 +83,17 @@ def _layouts(problem: Problem) -> Iterator[Layout]:
     """Every layout worth a look, whatever it needs."""
     precision = "ieee" if problem.dtype.itemsize == 2 else problem.precision
     backward = problem.direction == "backward"
+    options: dict[str, Any] = {
+        "inner": problem.direction == "training" or problem.all_states,
+        "flags": problem.flags,
+        "values": int(problem.reset_values),
+        "drop": min(problem.drop, 2),
+        "zone": problem.zone,
+    }
     for members, blocks, across, along in _shapes(-(-problem.H // UNITS)):
         for columns, tiles in product(COLUMNS, TILES if members > 1 else (1,)):
-            bare = Layout(
-                problem.program.text, problem.dtype, precision, backward, members, blocks, across, along, columns, tiles
-            )
+            sizes = (members, blocks, across, along, columns, tiles)
+            bare = Layout(problem.program.text, problem.dtype, precision, backward, *sizes, **options)
             held = _held(bare)
             if held >= 0:
                 yield replace(bare, held=held)
@@ -149,8 +156,7 @@ def _busy_cycles(problem: Problem, layout: Layout) -> float:
     multiplying = warps * instructions * 16 * 8 * 16 / _products_per_cycle(problem)
     chained = instructions / min(chains, 4) * TENSOR_LATENCY / 2
     spilled = layout.threads * 4 * layout.fragment * layout.fragments * (layout.share - layout.held)
-    results = 1 if layout.backward else layout.gates
-    sums = 2 * layout.threads * 16 * results * layout.blocks // layout.across * layout.columns
+    sums = 2 * layout.threads * 16 * layout.results * layout.blocks // layout.across * layout.columns
     shared = (spilled + (sums if layout.along > 1 else 0)) / SHARED_BYTES
     words = layout.slot // layout.tiles * layout.word * layout.across
     arriving = words / (L2_BYTES if layout.members > 1 else SHARED_BYTES)

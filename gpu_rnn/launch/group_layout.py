@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib.resources import files
@@ -39,6 +40,11 @@ class Layout:
         paired: units lie in aligned pairs: H and all strides are even.
         counter: exchange by counters instead of by the data itself.
         period: publications between two fences.
+        inner: the states other than h of all steps: forward, they are kept; backward, they have gradients.
+        flags: rows skip steps, or their states are reset before a step.
+        values: to what: 0 the recurrence's initial values, 1 given ones, 2 given ones for each step.
+        drop: factors of what enters the products: 0 none, 1 for all gates, 2 for each gate.
+        zone: units that keep the states with which they entered a step.
     """
 
     program: str
@@ -56,6 +62,11 @@ class Layout:
     paired: bool = False
     counter: bool = False
     period: int = PERIOD
+    inner: bool = False
+    flags: bool = False
+    values: int = 0
+    drop: int = 0
+    zone: bool = False
 
     @cached_property
     def parsed(self) -> Program:
@@ -94,9 +105,19 @@ class Layout:
         return 4 if self.half else 8
 
     @property
+    def drops(self) -> int:
+        """Factors of a unit and row."""
+        return self.gates if self.drop == 2 else self.drop
+
+    @property
     def parts(self) -> int:
-        """Products that enter a unit: h alone, or the d_gates of each gate."""
-        return self.gates if self.backward else 1
+        """Words that enter a unit: h alone, or one for each gate, dropped h or d_gates."""
+        return self.gates if self.backward or self.drop == 2 else 1
+
+    @property
+    def results(self) -> int:
+        """Sums of a unit and row: of each gate, or, backward, one of all."""
+        return 1 if self.backward and self.drop < 2 else self.gates
 
     @property
     def fragments(self) -> int:
@@ -122,8 +143,7 @@ class Layout:
     def shared_bytes(self) -> int:
         """Shared memory: weights beyond the registers, two buffers of partial sums, and a lone block's words."""
         weights = self.threads * 4 * self.fragment * self.fragments * (self.share - self.held)
-        results = 1 if self.backward else self.gates
-        sums = self.threads * 4 * self.blocks // self.across * results * self.columns * 4 if self.along > 1 else 0
+        sums = self.threads * 4 * self.blocks // self.across * self.results * self.columns * 4 if self.along > 1 else 0
         words = 2 * self.word * self.slot if self.members == 1 else 0
         return weights + 2 * sums + words
 
@@ -152,11 +172,22 @@ class Layout:
             "COUNTER": int(self.counter),
             "PERIOD": self.period,
             "SHARED": self.shared_bytes,
+            "INNER": int(self.inner),
+            "FLAGS": int(self.flags),
+            "VALUES": self.values,
+            "DROP": self.drop,
+            "ZONE": int(self.zone),
+            "INITIAL": "{" + ", ".join(map(_literal, program.initial)) + "}",
         }
 
     @property
     def kernel(self) -> str:
         return "group_backward" if self.backward else "group_forward"
+
+
+def _literal(value: float) -> str:
+    """A number in CUDA C++."""
+    return f"{'-' * (value < 0)}INFINITY" if math.isinf(value) else f"{value!r}f"
 
 
 @lru_cache(maxsize=256)

@@ -16,8 +16,9 @@
 // among those, or -1), STATES, PARAMS, MEMBERS, BLOCKS, ACROSS, ALONG, COLUMNS,
 // TILES, HELD (of each warp's blocks of the depth: weights in registers, those
 // beyond in shared memory), BACKWARD, SAVE (forward: keep what the backward
-// direction needs), PAIRED (units lie in aligned pairs), COUNTER, PERIOD,
-// SHARED.
+// direction needs), INNER (states other than h of all steps: forward, keep
+// them; backward, they have gradients), PAIRED (units lie in aligned pairs),
+// COUNTER, PERIOD, SHARED, and the options of group_options.cuh.
 #pragma once
 #include "device.cuh"
 
@@ -50,12 +51,14 @@ static_assert(BLOCKS % ACROSS == 0 && HELD <= SHARE, "the launcher's layout");
 // At least one, so that arrays of them exist.
 constexpr int ANY_SPLITS = SPLITS ? SPLITS : 1;
 constexpr int ANY_PARAMS = PARAMS ? PARAMS : 1;
+constexpr int DROPS = DROP == 2 ? GATES : DROP;
+constexpr int ANY_DROPS = DROPS ? DROPS : 1;
 
 // Shared memory: weights beyond the registers, two buffers of partial sums, and
 // the words of a group of one.
 constexpr int SPILLED = GATES * OWN_BLOCKS * (SHARE - HELD); // fragments a warp
-constexpr int PARTS = BACKWARD ? GATES : 1;   // words entering a unit, of each
-constexpr int RESULTS = BACKWARD ? 1 : GATES; // sums of a unit and batch row
+constexpr int PARTS = BACKWARD || DROP == 2 ? GATES : 1;     // words of a unit
+constexpr int RESULTS = BACKWARD && DROP < 2 ? 1 : GATES;    // sums of a unit
 constexpr int SUM_FLOATS = ALONG > 1 ? OWN_BLOCKS * RESULTS * COLUMNS * 4 : 0;
 constexpr int SLOT = TILES * PARTS * DEPTH * 2 * COLUMNS * 32; // words
 constexpr long long WEIGHT_BYTES = THREADS * 4LL * FRAGMENT * SPILLED;
@@ -196,12 +199,16 @@ struct Sizes {
   long long T, B, N, H;
   bool reversed; // this recurrence runs backwards in time
   long long stride_t, stride_b, stride_n, stride_g; // of gates and d_gates
+  const unsigned char *p_flags;                     // (T, B, N) with FLAGS
+  const Scalar *p_values;      // (S, 1 or T, B, N, H) with VALUES
+  const Scalar *p_drop;        // (B, N, DROPS, H)
+  const unsigned char *p_zone; // (S, T, B, N, H) with ZONE
 };
 
 // One row of a thread's: the states, or in the backward direction their
 // gradients. Beyond B nothing is loaded or stored, and no step is active.
 struct Row {
-  float state[STATES][2];
+  float state[STATES][2], drop[ANY_DROPS][2];
   long long batch, length;
   int count;
 };

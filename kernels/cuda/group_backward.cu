@@ -4,7 +4,7 @@
 // are what the members exchange. A step's gradients are computed, published and
 // only then multiplied, so that one exchange a step is enough. The gradients of
 // weights, biases and input are products over all steps, made elsewhere.
-#include "group_product.cuh"
+#include "group_options.cuh"
 
 struct Backward : Sizes {
   const Scalar *p_gates;     // (T, B, N, G, H) pre-activations
@@ -14,7 +14,9 @@ struct Backward : Sizes {
   const Scalar *p_initial;   // (S, B, N, H)
   const Scalar *p_d_y;       // (T, B, N, H)
   Scalar *p_d_gates;         // (T, B, N, G, H) out
+  const float *p_d_inner;    // (S - 1, T, B, N, H), with INNER
   Scalar *p_d_recurrent;     // (T, B, N, R, H) out
+  float *p_d_values;         // (S, 1 or T, B, N, H) sums, with VALUES
   long long d_y_stride_t, d_y_stride_b, d_y_stride_n;
 };
 
@@ -26,11 +28,13 @@ struct Pair {
 // One step of one pair: what was saved, then the gradients.
 struct Step {
   float a[GATES][2], r[ANY_SPLITS][2], before[STATES][2], d_y[2];
-  float d_a[GATES][2], d_r[ANY_SPLITS][2];
+  float d_a[GATES][2], d_r[ANY_SPLITS][2], d_inner[STATES][2];
   long long time;
+  int flags;
+  unsigned zone;
 };
 
-// The states before a step: what the step before left, or the initial ones.
+// The states that the step before left, or the initial ones.
 DEVICE void load_before(Step &step, const Backward &b, const Seat &seat,
                         const Spot &spot, const Row &row, int t) {
   const long long size = b.B * b.N * b.H;
@@ -67,7 +71,29 @@ DEVICE void prefetch(Step &step, const Backward &b, const Seat &seat,
             b.p_d_y + step.time * b.d_y_stride_t + row.batch * b.d_y_stride_b +
                 seat.n * b.d_y_stride_n + spot.unit,
             row.count);
+  if constexpr (INNER) {
+    const long long size = b.B * b.N * b.H;
+#pragma unroll
+    for (int s = 1; s < STATES; s++)
+      load_pair_f32(step.d_inner[s],
+                    b.p_d_inner + ((s - 1) * b.T * b.B * b.N + place) * b.H +
+                        spot.unit,
+                    row.count);
+  }
+  step.zone = zone_of(b, seat, spot, row, step.time);
+  step.flags = flags_of(b, seat, row, t);
   load_before(step, b, seat, spot, row, t);
+  reset(step.before, step.flags, b, seat, spot, row, t);
+}
+
+// Of a state's gradient that part which the step itself does not change.
+DEVICE float passed(const Step &step, const Row &row, int k, int unit) {
+  float d = row.state[k][unit];
+  if (FLAGS && k == 0) // y is h in a skipped step too
+    d += step.d_y[unit];
+  if (INNER && k > 0)
+    d += step.d_inner[k][unit];
+  return d;
 }
 
 DEVICE void differentiate(Step &step, Pair &pair, Row &row, int unit,
@@ -86,10 +112,15 @@ DEVICE void differentiate(Step &step, Pair &pair, Row &row, int unit,
 #pragma unroll
   for (int k = 0; k < STATES; k++) {
     s[k] = step.before[k][unit];
-    d[k] = row.state[k][unit] + (k == 0 ? step.d_y[unit] : 0.0f);
+    d[k] = passed(step, row, k, unit);
+    if (!FLAGS && k == 0)
+      d[k] += step.d_y[unit];
+    if (step.zone >> (2 * k + unit) & 1)
+      d[k] = 0.0f;
   }
   step_0_backward(a, r, s, p, none, d, d_a, d_r, d_s, d_p, d_none);
-  // Steps beyond a row's length may give anything: it is selected away.
+  // Steps that a row has not may give anything: it is selected away.
+  active = active && !(step.flags & SKIP);
 #pragma unroll
   for (int gate = 0; gate < GATES; gate++)
     step.d_a[gate][unit] = active ? d_a[gate] : 0.0f;
@@ -100,8 +131,13 @@ DEVICE void differentiate(Step &step, Pair &pair, Row &row, int unit,
   for (int k = 0; k < PARAMS; k++)
     pair.d_params[k][unit] += active ? d_p[k] : 0.0f;
 #pragma unroll
-  for (int k = 0; k < STATES; k++)
-    row.state[k][unit] = active ? d_s[k] : row.state[k][unit];
+  for (int k = 0; k < STATES; k++) {
+    float d_before = d_s[k];
+    if (step.zone >> (2 * k + unit) & 1)
+      d_before += passed(step, row, k, unit) +
+                  (!FLAGS && k == 0 ? step.d_y[unit] : 0.0f);
+    row.state[k][unit] = active ? d_before : passed(step, row, k, unit);
+  }
 }
 
 DEVICE void store(const Step &step, const Backward &b, const Seat &seat,
@@ -130,7 +166,30 @@ DEVICE void add_product(Row (&rows)[OWNED], const Seat &seat,
   for (int k = 0; k < OWNED; k++)
 #pragma unroll
     for (int unit = 0; unit < 2; unit++)
-      rows[k].state[0][unit] += totals[k][0][unit];
+#pragma unroll
+      for (int r = 0; r < RESULTS; r++)
+        rows[k].state[0][unit] +=
+            DROPS ? totals[k][r][unit] * rows[k].drop[r][unit]
+                  : totals[k][r][unit];
+}
+
+// Before step t the states were set anew: their gradients go to what they were
+// set to.
+DEVICE void cut(Row &row, int flags, const Backward &b, const Seat &seat,
+                const Spot &spot, int t) {
+  if constexpr (FLAGS) {
+    if (!(flags & RESET))
+      return;
+#pragma unroll
+    for (int k = 0; k < STATES; k++)
+#pragma unroll
+      for (int unit = 0; unit < 2; unit++) {
+        if (VALUES && unit < row.count)
+          b.p_d_values[value_at(b, seat, spot, row, t, k) + unit] +=
+              row.state[k][unit];
+        row.state[k][unit] = 0.0f;
+      }
+  }
 }
 
 // One tile's step: multiplies the publication before `number`, unless it is the
@@ -140,11 +199,18 @@ DEVICE void advance(const Backward &b, const Seat &seat,
                     Row (&rows)[OWNED], const Weights &weights,
                     Exchange &exchange, int t, int number, int tile) {
   Step steps[OWNED];
+  int later[OWNED];
+#pragma unroll
+  for (int k = 0; k < OWNED; k++)
+    later[k] = flags_of(b, seat, rows[k], t + 1);
 #pragma unroll
   for (int k = 0; k < OWNED && t >= 0; k++)
     prefetch(steps[k], b, seat, spots[k], rows[k], t);
   if (t + 1 < b.T)
     add_product(rows, seat, spots, weights, exchange, number - 1, tile);
+#pragma unroll
+  for (int k = 0; k < OWNED; k++)
+    cut(rows[k], later[k], b, seat, spots[k], t + 1);
   if (t < 0)
     return;
 #pragma unroll
@@ -175,9 +241,13 @@ DEVICE void run(const Backward &b, const Seat &seat, const Spot (&spots)[OWNED],
                 long long first, int number) {
   Row rows[TILES][OWNED];
 #pragma unroll
-  for (int tile = 0; tile < TILES; tile++)
+  for (int tile = 0; tile < TILES; tile++) {
     begin(rows[tile], b, seat, spots, p_d_final, p_lengths,
           first + tile * ROWS);
+#pragma unroll
+    for (int k = 0; k < OWNED; k++)
+      load_drop(rows[tile][k], b, seat, spots[k]);
+  }
   for (int i = 0; i <= b.T; i++) {
     if (i > 0)
       exchange.retire(seat, spots, number + i - 1);
@@ -220,23 +290,31 @@ DEVICE void spoil_outputs(const Backward &b, Scalar *p_d_initial,
   spoil(b.p_d_recurrent, b.T * SPLITS * units);
   spoil(p_d_initial, STATES * units);
   spoil(p_d_params, shares * b.N * PARAMS * b.H);
+  if constexpr (VALUES > 0)
+    spoil(b.p_d_values, (VALUES == 2 ? b.T : 1) * STATES * units);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) group_backward(
-    const Scalar *p_gates,       // (T, B, N, G, H) pre-activations
-    const Scalar *p_recurrent,   // (T, B, N, R, H)
-    const float *p_inner,        // (S - 1, T, B, N, H)
-    const Scalar *p_y,           // (T, B, N, H)
-    const Scalar *p_initial,     // (S, B, N, H)
-    const Scalar *p_w,           // (N, G, H, H)
-    const Scalar *p_params,      // (N, P, H) or null
-    const long long *p_lengths,  // (B,) or null
-    const Scalar *p_d_y,         // (T, B, N, H)
-    const Scalar *p_d_final,     // (S, B, N, H)
-    Scalar *p_d_gates,           // (T, B, N, G, H) out
-    Scalar *p_d_recurrent,       // (T, B, N, R, H) out
-    Scalar *p_d_initial,         // (S, B, N, H) out
-    float *p_d_params,           // (groups x ALONG, N, P, H) zeros, out
+    const Scalar *p_gates,        // (T, B, N, G, H) pre-activations
+    const Scalar *p_recurrent,    // (T, B, N, R, H)
+    const float *p_inner,         // (S - 1, T, B, N, H)
+    const Scalar *p_y,            // (T, B, N, H)
+    const Scalar *p_initial,      // (S, B, N, H)
+    const Scalar *p_w,            // (N, G, H, H)
+    const Scalar *p_params,       // (N, P, H) or null
+    const long long *p_lengths,   // (B,) or null
+    const unsigned char *p_flags, // (T, B, N), with FLAGS
+    const Scalar *p_values,       // (S, 1 or T, B, N, H), with VALUES
+    const Scalar *p_drop,         // (B, N, DROPS, H)
+    const unsigned char *p_zone,  // (S, T, B, N, H), with ZONE
+    const float *p_d_inner,       // (S - 1, T, B, N, H), with INNER
+    const Scalar *p_d_y,          // (T, B, N, H)
+    const Scalar *p_d_final,      // (S, B, N, H)
+    Scalar *p_d_gates,            // (T, B, N, G, H) out
+    Scalar *p_d_recurrent,        // (T, B, N, R, H) out
+    Scalar *p_d_initial,          // (S, B, N, H) out
+    float *p_d_params,            // (groups x ALONG, N, P, H) zeros, out
+    float *p_d_values,           // (S, 1 or T, B, N, H) zeros, out, with VALUES
     Word *p_words,               // (groups, RING, SLOT), all bits set
     unsigned *p_left,            // (1,) zero, of all launches of a call
     unsigned *p_counters,        // (1 + groups x TILES,) zeros
@@ -250,19 +328,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) group_backward(
     int launch) {
   const Seat seat(first_n, groups);
   const bool reversed = reverse >> (seat.n % period) & 1;
-  const Backward b = {
-      {T, B, N, H, reversed, stride_t, stride_b, stride_n, stride_g},
-      p_gates,
-      p_recurrent,
-      p_inner,
-      p_y,
-      p_initial,
-      p_d_y,
-      p_d_gates,
-      p_d_recurrent,
-      d_y_stride_t,
-      d_y_stride_b,
-      d_y_stride_n};
+  const Backward b = {{T, B, N, H, reversed, stride_t, stride_b, stride_n,
+                       stride_g, p_flags, p_values, p_drop, p_zone},
+                      p_gates,
+                      p_recurrent,
+                      p_inner,
+                      p_y,
+                      p_initial,
+                      p_d_y,
+                      p_d_gates,
+                      p_d_inner,
+                      p_d_recurrent,
+                      p_d_values,
+                      d_y_stride_t,
+                      d_y_stride_b,
+                      d_y_stride_n};
   Weights weights;
   weights.load(p_w + static_cast<long long>(seat.n) * GATES * H * H, seat, H);
   Exchange exchange(p_words, p_left, p_counters, p_error, limit, launch);

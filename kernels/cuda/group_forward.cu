@@ -4,12 +4,12 @@
 // gates, S states, P per-unit parameters, H hidden units. `step_0` is generated
 // from the recurrence, so nothing in here knows any cell. The grid is (N of
 // this launch) x (groups of each) x MEMBERS blocks, all of which are resident.
-#include "group_product.cuh"
+#include "group_options.cuh"
 
 struct Forward : Sizes {
   Scalar *p_gates;     // (T, B, N, G, H) in: projection; out: pre-activations
   Scalar *p_recurrent; // (T, B, N, R, H) out, with SAVE
-  float *p_inner;      // (S - 1, T, B, N, H) out, with SAVE
+  float *p_inner;      // (S - 1, T, B, N, H) out, with INNER
   Scalar *p_y;         // (T, B, N, H) out
 };
 
@@ -20,8 +20,10 @@ struct Pair {
 
 // One step of one pair: the projection, then what comes of it.
 struct Step {
-  float a[GATES][2], r[ANY_SPLITS][2], y[2];
+  float a[GATES][2], r[ANY_SPLITS][2], y[2], fresh[2];
   long long time;
+  int flags, next; // of this step and of the one after
+  unsigned zone;
 };
 
 // The step's projection, on its way before the wait for the others' words.
@@ -33,6 +35,11 @@ DEVICE void prefetch(Step &step, const Forward &f, const Seat &seat,
 #pragma unroll
   for (int gate = 0; gate < GATES; gate++)
     load_pair(step.a[gate], p + gate * f.stride_g, row.count);
+  step.zone = zone_of(f, seat, spot, row, step.time);
+  step.flags = flags_of(f, seat, row, t);
+  step.next = flags_of(f, seat, row, t + 1);
+  if constexpr (FLAGS)
+    load_value(step.fresh, f, seat, spot, row, t + 1 < f.T ? t + 1 : t, 0);
 }
 
 DEVICE void advance_unit(Step &step, const Pair &pair, Row &row,
@@ -62,9 +69,11 @@ DEVICE void advance_unit(Step &step, const Pair &pair, Row &row,
   for (int k = 0; k < SPLITS; k++)
     step.r[k][unit] = r[k];
 #pragma unroll
-  for (int k = 0; k < STATES; k++)
-    row.state[k][unit] = active ? out[k] : s[k];
-  step.y[unit] = active ? out[0] : 0.0f;
+  for (int k = 0; k < STATES; k++) {
+    const bool kept = step.flags & SKIP || step.zone >> (2 * k + unit) & 1;
+    row.state[k][unit] = active && !kept ? out[k] : s[k];
+  }
+  step.y[unit] = active ? row.state[0][unit] : 0.0f;
 }
 
 DEVICE void store(const Step &step, const Forward &f, const Seat &seat,
@@ -82,12 +91,27 @@ DEVICE void store(const Step &step, const Forward &f, const Seat &seat,
 #pragma unroll
     for (int k = 0; k < SPLITS; k++)
       store_pair(p_recurrent + k * f.H, step.r[k], row.count);
+  }
+  if constexpr (INNER) {
     float *p_inner = f.p_inner + place * f.H + spot.unit;
 #pragma unroll
     for (int k = 1; k < STATES; k++)
       store_pair_f32(p_inner + (k - 1) * f.T * f.B * f.N * f.H, row.state[k],
                      row.count);
   }
+}
+
+// h goes to all members as it enters the next step. (A choice between arrays
+// would put both into memory.)
+DEVICE void publish_next(Exchange &exchange, const Seat &seat, const Spot &spot,
+                         const Step &step, const Row &row, int number,
+                         int tile) {
+  float h[2];
+#pragma unroll
+  for (int unit = 0; unit < 2; unit++)
+    h[unit] =
+        FLAGS && step.next & RESET ? step.fresh[unit] : row.state[0][unit];
+  publish_entering(exchange, seat, spot, row, number, tile, h);
 }
 
 // One tile's step: collects publication `number`, and publishes the next.
@@ -110,13 +134,16 @@ DEVICE void advance(const Forward &f, const Seat &seat,
       advance_unit(steps[k], pairs[k], rows[k], totals[k], unit,
                    t < rows[k].length);
     if (t + 1 < f.T)
-      exchange.publish(seat, spots[k], number + 1, tile, 0, rows[k].state[0]);
+      publish_next(exchange, seat, spots[k], steps[k], rows[k], number + 1,
+                   tile);
   }
   if (t + 1 < f.T)
     exchange.published(tile);
 #pragma unroll
-  for (int k = 0; k < OWNED; k++)
+  for (int k = 0; k < OWNED; k++) {
     store(steps[k], f, seat, spots[k], rows[k]);
+    reset(rows[k].state, steps[k].next, f, seat, spots[k], rows[k], t + 1);
+  }
 }
 
 DEVICE void load_bias(Pair &pair, const Spot &spot, const Scalar *p_b_hh, int n,
@@ -142,8 +169,13 @@ DEVICE void run(const Forward &f, const Seat &seat, const Spot (&spots)[OWNED],
     begin(rows[tile], f, seat, spots, p_initial, p_lengths,
           first + tile * ROWS);
 #pragma unroll
-    for (int k = 0; k < OWNED; k++)
-      exchange.publish(seat, spots[k], number, tile, 0, rows[tile][k].state[0]);
+    for (int k = 0; k < OWNED; k++) {
+      Row &row = rows[tile][k];
+      load_drop(row, f, seat, spots[k]);
+      reset(row.state, flags_of(f, seat, row, 0), f, seat, spots[k], row, 0);
+      publish_entering(exchange, seat, spots[k], row, number, tile,
+                       row.state[0]);
+    }
     exchange.published(tile);
   }
   for (int t = 0; t < f.T; t++) {
@@ -165,39 +197,44 @@ DEVICE void spoil_outputs(const Forward &f, Scalar *p_final) {
   if constexpr (SAVE) {
     spoil_gates(f.p_gates, f);
     spoil(f.p_recurrent, f.T * SPLITS * units);
-    spoil(f.p_inner, (STATES - 1) * f.T * units);
   }
+  if constexpr (INNER)
+    spoil(f.p_inner, (STATES - 1) * f.T * units);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) group_forward(
-    Scalar *p_gates,             // (T, B, N, G, H), overwritten with SAVE
-    Scalar *p_recurrent,         // (T, B, N, R, H) out, with SAVE
-    float *p_inner,              // (S - 1, T, B, N, H) out, with SAVE
-    Scalar *p_y,                 // (T, B, N, H) out
-    const Scalar *p_initial,     // (S, B, N, H)
-    Scalar *p_final,             // (S, B, N, H) out
-    const Scalar *p_w,           // (N, G, H, H)
-    const Scalar *p_b_hh,        // (N, G, H), of which split gates' are read
-    const Scalar *p_params,      // (N, P, H) or null
-    const long long *p_lengths,  // (B,) or null
-    Word *p_words,               // (groups, RING, SLOT), all bits set
-    unsigned *p_left,            // (1,) zero, of all launches of a call
-    unsigned *p_counters,        // (1 + groups x TILES,) zeros
-    unsigned long long *p_error, // (1,) in the host's memory
-    unsigned long long limit,    // nanoseconds that a wait may take
-    unsigned long long reverse,  // bit n % period: n runs backwards in time
+    Scalar *p_gates,              // (T, B, N, G, H), overwritten with SAVE
+    Scalar *p_recurrent,          // (T, B, N, R, H) out, with SAVE
+    float *p_inner,               // (S - 1, T, B, N, H) out, with INNER
+    Scalar *p_y,                  // (T, B, N, H) out
+    const Scalar *p_initial,      // (S, B, N, H)
+    Scalar *p_final,              // (S, B, N, H) out
+    const Scalar *p_w,            // (N, G, H, H)
+    const Scalar *p_b_hh,         // (N, G, H), of which split gates' are read
+    const Scalar *p_params,       // (N, P, H) or null
+    const long long *p_lengths,   // (B,) or null
+    const unsigned char *p_flags, // (T, B, N), with FLAGS
+    const Scalar *p_values,       // (S, 1 or T, B, N, H), with VALUES
+    const Scalar *p_drop,         // (B, N, DROPS, H)
+    const unsigned char *p_zone,  // (S, T, B, N, H), with ZONE
+    Word *p_words,                // (groups, RING, SLOT), all bits set
+    unsigned *p_left,             // (1,) zero, of all launches of a call
+    unsigned *p_counters,         // (1 + groups x TILES,) zeros
+    unsigned long long *p_error,  // (1,) in the host's memory
+    unsigned long long limit,     // nanoseconds that a wait may take
+    unsigned long long reverse,   // bit n % period: n runs backwards in time
     long long stride_t, long long stride_b, long long stride_n,
     long long stride_g, // of gates
     int T, int B, int N, int H, int period, int first_n, int groups,
     int launch) {
   const Seat seat(first_n, groups);
   const bool reversed = reverse >> (seat.n % period) & 1;
-  const Forward f = {
-      {T, B, N, H, reversed, stride_t, stride_b, stride_n, stride_g},
-      p_gates,
-      p_recurrent,
-      p_inner,
-      p_y};
+  const Forward f = {{T, B, N, H, reversed, stride_t, stride_b, stride_n,
+                      stride_g, p_flags, p_values, p_drop, p_zone},
+                     p_gates,
+                     p_recurrent,
+                     p_inner,
+                     p_y};
   Weights weights;
   weights.load(p_w + static_cast<long long>(seat.n) * GATES * H * H, seat, H);
   Exchange exchange(p_words, p_left, p_counters, p_error, limit, launch);

@@ -196,7 +196,7 @@ DEVICE void multiply_chunk(Accumulators &sums, const Weights &weights,
 #pragma unroll
     for (int tile = 0; tile < GATES * OWN_BLOCKS; tile++) {
       const int gate = tile / OWN_BLOCKS, own = tile % OWN_BLOCKS;
-      const int w = 2 * COLUMNS * (k * PARTS + (BACKWARD ? gate : 0));
+      const int w = 2 * COLUMNS * (k * PARTS + (PARTS > 1 ? gate : 0));
       unsigned a[FRAGMENT];
       weights.get(first + k, gate, own, a, spilled_only);
 #pragma unroll
@@ -280,7 +280,8 @@ DEVICE void join_warps(Totals &totals, const Results &results, const Seat &seat,
 }
 
 // The shares of all warps along the depth, for this thread's spots. In the
-// backward direction the products of all gates enter one sum.
+// backward direction the products of all gates enter one sum, unless each has
+// factors of its own.
 DEVICE void join(Totals &totals, Accumulators &sums, const Seat &seat,
                  const Spot (&spots)[OWNED], int pass) {
   Results results;
