@@ -10,7 +10,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-os.environ["KERAS_BACKEND"] = "torch"  # Keras reads it when it is imported
+os.environ["KERAS_BACKEND"] = "torch"  # Keras reads both when it is imported
+os.environ["KERAS_TORCH_DEVICE"] = "cpu"  # the test for a GPU asks for one
 
 import keras
 import numpy as np

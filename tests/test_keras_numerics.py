@@ -235,6 +235,27 @@ def test_whole_numbers_are_taken() -> None:
     torch.testing.assert_close(ours(x), theirs(x), **support.TOLERANCE)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("options", [{}, {"activation": "softsign"}], ids=str)
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "SimpleRNN"])
+def test_a_gpu_computes_the_same(
+    name: str, options: dict[str, Any], masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
+    found = []
+    for device in ("cpu", "gpu:0"):
+        with keras.device(device):
+            layer = getattr(gpu_rnn.keras, name)(support.UNITS, return_sequences=True, **options)
+            both = gpu_rnn.keras.Bidirectional(layer)
+            support.randomize(both)
+            x = keras.ops.convert_to_tensor(support.draw(support.BATCH, support.STEPS, support.FEATURES).float())
+            y = both(x, mask=keras.ops.convert_to_tensor(support.mask_of("any")) if masked else None)
+            y.square().sum().backward()
+            found.append([y.detach().cpu(), *(v.value.grad.cpu() for v in both.trainable_variables)])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "SimpleRNN"])
 def test_nan_at_masked_steps_reaches_nothing(name: str) -> None:
     """In Keras's layers its gradient is NaN."""

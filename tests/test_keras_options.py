@@ -160,6 +160,12 @@ def test_use_cudnn(name: str, use_cudnn: Any, expected: bool, monkeypatch: pytes
     assert aten_runs(both, monkeypatch) is expected
 
 
+def test_use_cudnn_overrules_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPU_RNN_BACKEND", "reference")
+    assert not aten_runs(gpu_rnn.keras.LSTM(3), monkeypatch)
+    assert aten_runs(gpu_rnn.keras.LSTM(3, use_cudnn=True), monkeypatch)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
