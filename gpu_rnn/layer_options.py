@@ -26,8 +26,10 @@ class LayerOptions(TypedDict, total=False):
         layer_norm: layer-normalise the products, gate by gate, LN(W_ih x)·g_ih + b_ih and LN(W_hh h)·g_hh + b_hh (Ba
             et al., arXiv:1607.06450), with parameters norm_ih_l{k} and norm_hh_l{k} (G*H). Default: False
         return_sequences: False: the output is that of each direction's last step, (B, D*H). Default: True
-        kernel_initializer, recurrent_initializer, bias_initializer: initial values of weight_ih, weight_hh and the
-            biases, names or functions as in `gpu_rnn.initializers`. Default: None, uniform in ±1/sqrt(H)
+        kernel_initializer: initial values of weight_ih, a name or function as in `gpu_rnn.initializers`. Default:
+            None, uniform in ±1/sqrt(H)
+        recurrent_initializer: likewise of weight_hh
+        bias_initializer: likewise of the biases
         unit_forget_bias: the forget gate's bias starts at 1. Default: False
     """
 
