@@ -35,16 +35,16 @@ OPTIONS = (
     "batch_first",
 )
 RECURRENCES: dict[str, Recurrence] = {name: cells.CELLS[name]() for name in by_hand.CELLS}
-TIGHT = 1e-9  # float64, sums in another order
+TIGHT, SINGLE = 1e-9, 2e-5  # float64 and float32, sums in another order
 
 counted: Counter[str] = Counter()
 
 
 @st.composite
-def calls(draw: Any) -> dict[str, Any]:
+def calls(draw: Any, cells: tuple[str, ...] = tuple(by_hand.CELLS), without: frozenset[str] = frozenset()) -> dict[str, Any]:
     """A combination of options that makes sense, and sizes."""
-    cell = draw(st.sampled_from(sorted(RECURRENCES)))
-    chosen = draw(st.sets(st.sampled_from(OPTIONS), max_size=6))
+    cell = draw(st.sampled_from(cells))
+    chosen = draw(st.sets(st.sampled_from([name for name in OPTIONS if name not in without]), max_size=6))
     if "proj_size" in chosen:
         cell = "lstm"
         chosen -= {"zoneout"}  # of a projected h there is none
@@ -160,13 +160,6 @@ def compare(call: dict[str, Any], backend: str, dtype: torch.dtype, tolerance: f
     counted.update(f"{backend} {name}" for name in (*options, call["cell"]))
 
 
-def report(backend: str) -> None:
-    """Prints how many calls had each option; an option that none had fails."""
-    found = {name: counted[f"{backend} {name}"] for name in (*OPTIONS, *RECURRENCES)}
-    print(f"\n{backend}: {counted[backend]} calls;", ", ".join(f"{name} {count}" for name, count in found.items()))
-    assert all(found.values()), [name for name, count in found.items() if not count]
-
-
 def combinations(count: int) -> Any:
     """The same `count` combinations at every run."""
     checks = [HealthCheck.too_slow, HealthCheck.data_too_large]
@@ -179,8 +172,43 @@ def test_reference(call: dict[str, Any]) -> None:
     compare(call, "reference", torch.float64, TIGHT)
 
 
-@pytest.mark.parametrize("backend", ["reference"])
-def test_every_option_was_drawn(backend: str) -> None:
-    if not counted[backend]:
+@combinations(400)
+@given(calls())
+def test_step(call: dict[str, Any]) -> None:
+    compare(call, "step", torch.float64, TIGHT)
+
+
+@pytest.mark.interpreter
+@combinations(150)
+@given(calls())
+def test_step_in_the_interpreter(call: dict[str, Any]) -> None:
+    compare(call, "step", torch.float32, SINGLE)
+
+
+@pytest.mark.interpreter
+@combinations(150)
+@given(calls(cells=("lstm", "peephole_lstm", "gru", "rnn"), without=frozenset({"layer_norm", "proj_size"})))
+def test_resident_in_the_interpreter(call: dict[str, Any]) -> None:
+    compare(call, "resident", torch.float32, SINGLE)
+
+
+def report(test: str, without: tuple[str, ...] = ()) -> None:
+    """Prints how many calls had each option; an option that none had fails."""
+    found = {name: counted[f"{test} {name}"] for name in (*OPTIONS, *RECURRENCES) if name not in without}
+    print(f"\n{test}: {counted[test]} calls;", ", ".join(f"{name} {count}" for name, count in found.items()))
+    assert all(found.values()), [name for name, count in found.items() if not count]
+
+
+@pytest.mark.parametrize("test", ["reference", "step"])
+def test_every_option_was_drawn(test: str) -> None:
+    if not counted[test]:
         pytest.skip("counts what the tests above drew in the same run")
-    report(backend)
+    report(test)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("test", ["step", "resident"])
+def test_every_option_was_drawn_in_the_interpreter(test: str) -> None:
+    if not counted[test]:
+        pytest.skip("counts what the tests above drew in the same run")
+    report(test, ("layer_norm", "proj_size", "gru_reset_before") if test == "resident" else ())
