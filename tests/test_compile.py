@@ -37,11 +37,24 @@ KINDS = {
     "tf32": (torch.float32, "tf32"),
     "fp32": (torch.float32, "ieee"),
 }
-CELLS = [name for name, recurrence in support.RECURRENCES.items() if len(recurrence.stage_gates) == 1]
+CELLS = list(support.RECURRENCES)
 MISSING = [0, 4, 1]  # units below the limit: rows of any alignment that matters
 SPILLS = 1  # accesses to local memory in a step: none with Triton 3.7, one in two builds for sm_100 with 3.6's ptxas
-ODD_SPILLS = 160  # accesses to local memory in a step that an odd H is granted, where each value has its own address
-STACK = 64  # bytes; the largest of `test_builds_everywhere` is 16
+OPTION_SPILLS = 16  # likewise with options, for cells of many states and gates: 11 is the most
+ODD_SPILLS = 160  # what an odd H is granted, where each value has its own address; and a mask for each gate in full fp32
+STACK = 64  # bytes; the largest of `test_builds_everywhere` is 48
+GATES = -1  # stands for a cell's number of gates
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "lengths": {"lengths": True},
+    "flags": {"flags": True},
+    "values": {"flags": True, "reset_values": True},
+    "drop": {"drop": 1},
+    "gates": {"drop": GATES},
+    "zone": {"zone": True},
+    "states": {"all_states": True},
+    "everything": {"flags": True, "reset_values": True, "drop": GATES, "zone": True, "all_states": True},
+}
 
 
 @dataclass(frozen=True)
@@ -54,12 +67,17 @@ class Build:
     spills: int  # accesses to local memory in the time loop
 
 
-def problem(cell: str, kind: str, direction: str, architecture: int, hidden: int, lengths: bool = False) -> Problem:
+def problem(
+    cell: str, kind: str, direction: str, architecture: int, hidden: int, options: str = "plain"
+) -> Problem:
     dtype, precision = KINDS[kind]
     device = devices.describe(ARCHITECTURES[architecture])
     recurrence = support.RECURRENCES[cell]
+    changes = dict(OPTIONS[options])
+    if changes.get("drop") == GATES:
+        changes["drop"] = len(recurrence.gates)
     return Problem(
-        recurrence, 100, 64, 2, 8, hidden, dtype, "cuda", device, direction, precision, lengths, reverse="01"
+        recurrence, 100, 64, 2, 8, hidden, dtype, "cuda", device, direction, precision, reverse="01", **changes
     )
 
 
@@ -81,13 +99,20 @@ def launch(given: Problem) -> resident.Launch:
     weights = Weights(empty(N, G, H, given.I), empty(N, G, H, H), empty(N, G, H), empty(N, G, H), params)
     states = [empty(B, N, H) for _ in program.states]
     gates, y = empty(T, B, N, G, H), empty(T, B, N, H)
-    control = Control(empty(B, dtype=torch.int64) if given.lengths else None)
-    call = Call(program, weights, states, control, [], given.reverse, given)
+    control = Control(
+        empty(B, dtype=torch.int64) if given.lengths else None,
+        empty(T, B, N, dtype=torch.uint8) if given.flags else None,
+        empty(B, N, given.drop, H) if given.drop else None,
+        empty(len(states), T, B, N, H, dtype=torch.bool) if given.zone else None,
+    )
+    # Per step where all else is there: their gradients are then stored, else summed in registers.
+    values = [empty(T if given.zone else 1, B, N, H) for _ in states if given.reset_values]
+    call = Call(program, weights, states, control, values, given.reverse, given)
     if given.direction != "backward":
-        return resident.prepare_forward(call, gates, given.direction == "training")[0]
+        return resident.prepare_forward(call, gates, given.direction == "training", given.all_states)[0]
     inner = empty(len(states) - 1, T, B, N, H, dtype=torch.float32)
     saved = Result(y, states, gates, empty(T, B, N, R, H), inner)
-    return resident.prepare_backward(call, saved, y, states)[0]
+    return resident.prepare_backward(call, saved, y, states, inner if given.all_states else None)[0]
 
 
 class NoDevice:
@@ -148,18 +173,25 @@ def build(given: Problem, folder: Path) -> Build:
     return Build(found["REG"], found["STACK"], compiled.metadata.shared, spills)
 
 
-Case = tuple[int, str, str, str, bool, int]  # architecture, direction, kind, cell, lengths, missing
-PAIRS = pairwise(list(ARCHITECTURES), DIRECTIONS, list(KINDS), CELLS, [False, True], MISSING)
-EVERY = list(product(ARCHITECTURES, DIRECTIONS, KINDS, ("lstm", "gru", "minimal"), [False, True], [0]))
+Case = tuple[int, str, str, str, str, int]  # architecture, direction, kind, cell, options, missing
+PAIRS = pairwise(list(ARCHITECTURES), DIRECTIONS, list(KINDS), CELLS, list(OPTIONS), MISSING)
+EVERY = list(product(ARCHITECTURES, DIRECTIONS, KINDS, ("lstm", "gru", "minimal"), ["plain", "everything"], [0]))
+
+
+def spills(kind: str, options: str, missing: int) -> int:
+    """The most accesses to local memory in a step."""
+    if missing == 1 or (kind == "fp32" and options in ("gates", "everything")):
+        return ODD_SPILLS
+    return SPILLS if options in ("plain", "lengths") else OPTION_SPILLS
 
 
 def check(case: Case, folder: Path) -> None:
-    architecture, direction, kind, cell, lengths, missing = case
+    architecture, direction, kind, cell, options, missing = case
     hidden = limit(cell, kind, direction, architecture) - missing
-    given = problem(cell, kind, direction, architecture, hidden, lengths)
-    found = build(given, folder)
-    assert found.spills <= (ODD_SPILLS if missing == 1 else SPILLS)
-    assert found.stack <= STACK or missing == 1
+    given = problem(cell, kind, direction, architecture, hidden, options)
+    found, most = build(given, folder), spills(kind, options, missing)
+    assert found.spills <= most
+    assert found.stack <= STACK or most == ODD_SPILLS
     stages = resident.tile(given).stages
     assert found.shared <= resident.shared_memory(given, stages) <= SHARED_MEMORY[architecture]
 

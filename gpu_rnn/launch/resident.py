@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """W_hh stays on chip for the whole sequence (`kernels/triton/resident.py`): its limits, its cost, its tiles, its launch.
 
-Any recurrence with one product a step. Programs never wait for each other, so any grid is right on any device.
+Any recurrence with one product a step, or two. Programs never wait for each other, so any grid is right on any device.
 """
 
 from __future__ import annotations
@@ -61,9 +61,11 @@ def padded(hidden: int) -> int:
 
 
 def shared_memory(problem: Problem, stages: int) -> int:
-    """Bytes of a block's shared memory, at most: W_hh, the loads under way, and two fp32 blocks to exchange values."""
+    """Bytes of a block's shared memory, at most: W_hh, the loads under way, and fp32 blocks to exchange values: two, and
+    a third where what comes back through the products is dropped."""
     gates, width, itemsize = problem.G, padded(problem.H), problem.dtype.itemsize
-    return gates * width**2 * itemsize + ROWS * width * ((stages - 1) * _loaded(problem) + 2 * 4)
+    exchanged = 3 if problem.drop and problem.direction == "backward" else 2
+    return gates * width**2 * itemsize + ROWS * width * ((stages - 1) * _loaded(problem) + 4 * exchanged)
 
 
 def _loaded(problem: Problem) -> int:
@@ -100,8 +102,8 @@ def unsupported(problem: Problem) -> list[str]:
         reasons.append(f"needs an NVIDIA GPU, not {problem.device_type} (or TRITON_INTERPRET=1, for tests)")
     if device.is_gpu and device.capability < OLDEST:
         reasons.append(f"needs compute capability {OLDEST[0]}.{OLDEST[1]} or newer, which {device.name} has not")
-    if len(program.stages) > 1:
-        reasons.append(f"takes one product a step, {program.name} has {len(program.stages)}")
+    if len(program.stages) > 2:
+        reasons.append(f"takes two products a step at most, {program.name} has {len(program.stages)}")
     if problem.proj_size:
         reasons.append("has no projection of h (proj_size)")
     if problem.dtype not in DTYPES:
@@ -135,7 +137,8 @@ def cost(problem: Problem) -> float:
         return steps * tiles * INTERPRETED
     busy = _busy_cycles(problem, chosen)
     together = device.sms * max(1, _available(problem) // shared_memory(problem, chosen.stages))
-    step = max(busy * -(-tiles // device.sms), (busy + LATENCY) * -(-tiles // together))
+    waits = LATENCY * len(problem.program.stages)
+    step = max(busy * -(-tiles // device.sms), (busy + waits) * -(-tiles // together))
     products = problem.flops * problem.I / (problem.I + problem.H) / (device.tensor_flops * 1e12)
     return START + steps * step / (device.clock * 1e9) + products
 
@@ -147,7 +150,7 @@ def _busy_cycles(problem: Problem, chosen: Tile) -> float:
     multiplications = TENSOR_SHARE * device.tensor_flops * 1e12 / 2 / (device.sms * device.clock * 1e9)
     if problem.dtype == torch.float32:
         multiplications = multiplications / 2 if problem.precision == "tf32" else LANES
-    operations = [op.name for op in program.stages[0].ops]
+    operations = [op.name for stage in program.stages for op in stage.ops]
     special = 2 * sum(name in FUNCTIONS for name in operations)  # an exponential and a root each
     instructions = INSTRUCTIONS * len(operations) * (BACKWARD if problem.direction == "backward" else 1.0)
     return max(
@@ -182,15 +185,23 @@ def _bits(reverse: str) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=256)
-def _constants(text: str, step: str) -> dict[str, Any]:
+def _constants(text: str, backward: bool) -> dict[str, Any]:
     """What a kernel is compiled for, of a program."""
     program = Program.parse(text)
-    return {
-        "STEP": getattr(triton_module(program), step),
-        "KEPT": tuple(program.split.index(gate) if gate in program.split else -1 for gate in program.gates),
-        "R": len(program.split),
+    steps, two = triton_module(program), len(program.stages) == 2
+    first, last, split = program.stages[0], len(program.stages) - 1, program.split
+    found = {
+        "STEP": getattr(steps, f"step_{last}_backward" if backward else f"step_{last}"),
+        "FIRST": steps.step_0 if two else None,
+        "EARLY": len(first.gates),
+        "KEPT": tuple(split.index(gate) if gate in split else -1 for gate in program.gates),
+        "R": len(split),
         "P": len(program.params),
     }
+    if backward:
+        found["FIRST_BACKWARD"] = steps.step_0_backward if two else None
+        found["SPLIT"] = len(set(first.gates) - program.summed)
+    return found
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -290,7 +301,7 @@ def prepare_forward(
         strides=_strides(gates),
         SAVE=save,
         INNER=save or all_states,
-        **_constants(program.text, "step_0"),
+        **_constants(program.text, backward=False),
     )
     return launch, Result(y, final, gates if save else gates.new_empty(0), recurrent, inner)
 
@@ -329,7 +340,7 @@ def prepare_backward(
         p_d_params=d_params,
         p_d_resets=tuple(d_resets) or None,
         strides=_strides(gates) | {f"d_y_{name}": stride for name, stride in _strides(d_y).items()},
-        **_constants(program.text, "step_0_backward"),
+        **_constants(program.text, backward=True),
     )
     return launch, LoopGradients(d_gates, d_recurrent, d_states, d_params, d_resets=d_resets)
 

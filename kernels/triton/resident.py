@@ -4,7 +4,8 @@
 Sizes: T time, B batch, N independent recurrences, G gates, R split gates (those whose recurrent product is kept beside
 the input part), S states, P per-unit parameters, H hidden units. Names: p_ pointers, b_ blocks, i_ ids, o_ offsets,
 m_ masks; gates, states and parameters are tuples of blocks. `STEP` is generated from the recurrence, so nothing in here
-knows any cell. gpu_rnn/launch/resident.py launches with the grid (tiles of the batch, N).
+knows any cell. A recurrence of two products a step has `FIRST` between them, which takes the first `EARLY` gates.
+gpu_rnn/launch/resident.py launches with the grid (tiles of the batch, N).
 """
 
 import triton
@@ -110,6 +111,89 @@ def load_reset_values(p_values, offsets, mask, INITIAL: tl.constexpr):
     return values
 
 
+@triton.jit
+def part(blocks, BEGIN: tl.constexpr, END: tl.constexpr):
+    chosen = ()
+    for i in tl.static_range(BEGIN, END):
+        chosen = chosen + (blocks[i],)
+    return chosen
+
+
+@triton.jit
+def multiply(
+    entering,
+    x,
+    b_w,
+    b_bias,
+    drop,
+    BEGIN: tl.constexpr,
+    END: tl.constexpr,
+    KEPT: tl.constexpr,
+    DROP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Of the gates `BEGIN` to `END`, with the products of what enters them: (sums, or input parts of split gates;
+    products of the split gates)."""
+    b_entering = entering.to(b_w[0].dtype)
+    a, r = (), ()
+    for g in tl.static_range(BEGIN, END):
+        if DROP:
+            b_entering = (entering * drop[g % DROP].to(tl.float32)).to(b_w[0].dtype)
+        product = tl.dot(b_entering, b_w[g], input_precision=PRECISION)
+        if KEPT[g] < 0:
+            a = a + (x[g].to(tl.float32) + product,)
+        else:
+            a = a + (x[g].to(tl.float32),)
+            r = r + (product + b_bias[KEPT[g]] if len(b_bias) > 0 else product,)
+    return a, r
+
+
+@triton.jit
+def pull_back(
+    d_a,
+    d_r,
+    d_entering,
+    active,
+    m,
+    p_d_gates,  # of this step
+    p_d_recurrent,
+    stride_g,
+    H,
+    b_w,
+    drop,
+    BEGIN: tl.constexpr,
+    END: tl.constexpr,
+    SPLIT: tl.constexpr,  # split gates before these
+    KEPT: tl.constexpr,
+    DROP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Stores the gradients of the gates `BEGIN` to `END`; returns `d_entering` with what comes through their products."""
+    dtype: tl.constexpr = b_w[0].dtype
+    # Two sums, so that the tensor cores need not wait for each other's result.
+    even, odd = tl.zeros_like(d_entering), d_entering
+    if DROP == 1:
+        odd = tl.zeros_like(even)
+    for g in tl.static_range(BEGIN, END):
+        # Padded units and rows, and steps that do not count, may hold anything: they are selected away.
+        d_gate = tl.where(active, d_a[g - BEGIN], 0.0).to(dtype)
+        tl.store(p_d_gates + g * stride_g, d_gate, mask=m)
+        d_product = d_gate
+        if KEPT[g] >= 0:
+            d_product = tl.where(active, d_r[KEPT[g] - SPLIT], 0.0).to(dtype)
+            tl.store(p_d_recurrent + KEPT[g] * H, d_product, mask=m)
+        if DROP > 1:
+            product = tl.dot(d_product, b_w[g], input_precision=PRECISION)
+            odd += product * drop[g].to(tl.float32)
+        elif g % 2:
+            odd = tl.dot(d_product, b_w[g], acc=odd, input_precision=PRECISION)
+        else:
+            even = tl.dot(d_product, b_w[g], acc=even, input_precision=PRECISION)
+    if DROP == 1:
+        odd = d_entering + (even + odd) * drop[0].to(tl.float32)
+    return odd if DROP else even + odd
+
+
 @triton.jit(do_not_specialize=GENERAL)
 def resident_forward(
     p_gates,  # (T, B, N, G, H) in: input projection; out, with SAVE: pre-activations
@@ -135,7 +219,9 @@ def resident_forward(
     H,  # over ALIGN
     reverse,  # bit i % period is set where recurrence i runs backwards in time
     period,
-    STEP: tl.constexpr,
+    STEP: tl.constexpr,  # after the last product
+    FIRST: tl.constexpr,  # before it, where there are two; else None
+    EARLY: tl.constexpr,  # gates of the first product
     KEPT: tl.constexpr,  # per gate: its number among the split gates, or -1
     R: tl.constexpr,
     P: tl.constexpr,
@@ -151,7 +237,6 @@ def resident_forward(
     STAGES: tl.constexpr,  # steps whose loads are under way together
 ):
     G: tl.constexpr = len(KEPT)
-    dtype: tl.constexpr = p_w.dtype.element_ty
     H = H * ALIGN
     N = tl.num_programs(1).to(tl.int64)
     i_n = tl.program_id(1).to(tl.int64)
@@ -189,19 +274,15 @@ def resident_forward(
             values = load_reset_values(p_resets, o_value, m, INITIAL)
             states = select((flags & RESET_BIT) != 0, values, states)
         # A recurrence may make anything of the padded units, NaN too, which the product would spread.
-        h = tl.where(m_h, states[0], 0.0)
-        b_h = h.to(dtype)
-        a, r = (), ()
-        for g in tl.static_range(G):
-            if DROP:
-                b_h = (h * drop[g % DROP].to(tl.float32)).to(dtype)
-            product = tl.dot(b_h, b_w[g], input_precision=PRECISION)
-            if KEPT[g] < 0:
-                a = a + (x[g].to(tl.float32) + product,)
-            else:
-                a = a + (x[g].to(tl.float32),)
-                r = r + (product + b_bias[KEPT[g]] if p_b_hh is not None else product,)
-        new = STEP(a, r, states, b_params, ())
+        a, r = multiply(tl.where(m_h, states[0], 0.0), x, b_w, b_bias, drop, 0, EARLY, KEPT, DROP, PRECISION)
+        if FIRST is None:
+            new = STEP(a, r, states, b_params, ())
+        else:
+            handed = FIRST(a, r, states, b_params, ())
+            entering = tl.where(m_h, handed[0], 0.0)
+            late_a, late_r = multiply(entering, x, b_w, b_bias, drop, EARLY, G, KEPT, DROP, PRECISION)
+            new = STEP(late_a, late_r, states, b_params, handed[1:])
+            a, r = a + late_a, r + late_r
         if p_zone is not None:
             o_zone = (o_t * B * N + o_row) * H + o_h[None, :]
             new = select_each(load_blocks(p_zone + o_zone, N * T * B * H, m, len(states)), states, new)
@@ -262,7 +343,11 @@ def resident_backward(
     H,  # over ALIGN
     reverse,  # bit i % period is set where recurrence i runs backwards in time
     period,
-    STEP: tl.constexpr,
+    STEP: tl.constexpr,  # derivative of what comes after the last product
+    FIRST: tl.constexpr,  # what comes before it, where there are two; else None
+    FIRST_BACKWARD: tl.constexpr,
+    EARLY: tl.constexpr,  # gates of the first product
+    SPLIT: tl.constexpr,  # split gates among them
     KEPT: tl.constexpr,  # per gate: its number among the split gates, or -1
     R: tl.constexpr,
     P: tl.constexpr,
@@ -277,7 +362,6 @@ def resident_backward(
 ):
     G: tl.constexpr = len(KEPT)
     S: tl.constexpr = len(p_initial)
-    dtype: tl.constexpr = p_w.dtype.element_ty
     H = H * ALIGN
     N = tl.num_programs(1).to(tl.int64)
     i_n = tl.program_id(1).to(tl.int64)
@@ -337,37 +421,35 @@ def resident_backward(
         if p_zone is not None:
             zone = load_blocks(p_zone + o_y, N * T * B * H, m, S)
             d_computed = select_each(zone, zeros_like_each(d), d)
-        d_a, d_r, d_new, d_p, _nothing = STEP(a, r, before, b_params, (), d_computed)
+        if p_flags is not None:
+            runs = (flags & SKIP_BIT) == 0
+        else:
+            runs = (b_step < b_length)[:, None]
+        p_d_step, p_d_r = p_d_gates + o_gates + o_t * stride_t, p_d_recurrent + o_r
+        if FIRST is None:
+            d_a, d_r, d_new, d_p, _nothing = STEP(a, r, before, b_params, (), d_computed)
+        else:
+            early_a, early_r = part(a, 0, EARLY), part(r, 0, SPLIT)
+            handed = FIRST(early_a, early_r, before, b_params, ())
+            late_a, late_r = part(a, EARLY, G), part(r, SPLIT, R)
+            d_a, d_r, d_new, d_p, d_handed = STEP(late_a, late_r, before, b_params, handed[1:], d_computed)
+            d_entering = pull_back(
+                d_a, d_r, tl.zeros_like(d_y), m & runs, m, p_d_step, p_d_r, stride_g, H, b_w, drop,
+                EARLY, G, SPLIT, KEPT, DROP, PRECISION,
+            )  # fmt: skip
+            d_handed = (d_entering,) + d_handed
+            d_a, d_r, d_early, d_p_early, _nothing = FIRST_BACKWARD(early_a, early_r, before, b_params, (), d_handed)
+            d_new, d_p = add_each(d_new, d_early), add_each(d_p, d_p_early)
         if p_zone is not None:
             d_new = add_each(d_new, select_each(zone, d, zeros_like_each(d)))
-        if p_flags is not None:
-            active = m & ((flags & SKIP_BIT) == 0)
-            d_states = select((flags & SKIP_BIT) == 0, d_new, d)
-        else:
-            active = m & (b_step < b_length)[:, None]
-            d_states = select((b_step < b_length)[:, None], d_new, d_states)
-        # Two sums, so that the tensor cores need not wait for each other's result.
-        even, odd = tl.zeros_like(d_states[0]), d_states[0]
-        if DROP == 1:
-            odd = tl.zeros_like(even)
-        for g in tl.static_range(G):
-            # Padded units and rows, and steps beyond a row's length, may hold anything: they are selected away.
-            d_gate = tl.where(active, d_a[g], 0.0).to(dtype)
-            tl.store(p_d_gates + o_gates + o_t * stride_t + g * stride_g, d_gate, mask=m)
-            d_product = d_gate
-            if KEPT[g] >= 0:
-                d_product = tl.where(active, d_r[KEPT[g]], 0.0).to(dtype)
-                tl.store(p_d_recurrent + o_r + KEPT[g] * H, d_product, mask=m)
-            if DROP > 1:
-                product = tl.dot(d_product, b_w[g], input_precision=PRECISION)
-                odd += product * drop[g].to(tl.float32)
-            elif g % 2:
-                odd = tl.dot(d_product, b_w[g], acc=odd, input_precision=PRECISION)
-            else:
-                even = tl.dot(d_product, b_w[g], acc=even, input_precision=PRECISION)
-        if DROP == 1:
-            odd = d_states[0] + (even + odd) * drop[0].to(tl.float32)
-        d_states = (odd if DROP else even + odd,) + d_states[1:]
+        active = m & runs
+        # Beyond a row's length y is 0 and has no gradient; what a flag skips hands on that of y.
+        d_states = select(runs, d_new, d if p_flags is not None else d_states)
+        d_h = pull_back(
+            d_a, d_r, d_states[0], active, m, p_d_step, p_d_r, stride_g, H, b_w, drop,
+            0, EARLY, 0, KEPT, DROP, PRECISION,
+        )  # fmt: skip
+        d_states = (d_h,) + d_states[1:]
         if p_flags is not None:
             reset = (flags & RESET_BIT) != 0
             nothing = zeros_like_each(d_states)
