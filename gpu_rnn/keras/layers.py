@@ -88,14 +88,12 @@ class TimeLoop:
         """Raises ValueError where use_cudnn=True cannot be had."""
         if self.use_cudnn is not True:
             return
-        reasons = {
-            "activation other than tanh, recurrent_activation other than sigmoid, or reset_after=False": not self.recurrence.aten,
-            "recurrent_dropout": bool(self.cell.recurrent_dropout),
-            "mask": masked,
-        }
-        lacking = "; ".join(reason for reason, found in reasons.items() if found)
+        lacking = recurrences.unknown_to_aten(self.cell)
+        lacking += ["recurrent_dropout"] * bool(self.cell.recurrent_dropout) + ["mask"] * masked
         if lacking:
-            raise ValueError(f"use_cudnn=True, and cuDNN has no {lacking}. Use use_cudnn='auto', which runs these elsewhere.")
+            raise ValueError(
+                f"use_cudnn=True, and cuDNN has no {', no '.join(lacking)}. Use use_cudnn='auto', which runs this elsewhere."
+            )
 
 
 class LSTM(TimeLoop, keras.layers.LSTM):

@@ -66,6 +66,16 @@ def without_aten(recurrence: Recurrence) -> Recurrence:
     return Recurrence.from_program(recurrence.text())
 
 
+def unknown_to_aten(cell: Any) -> list[str]:
+    """What ATen (cuDNN, oneDNN) lacks of a Keras LSTM or GRU cell, in words."""
+    reasons = {
+        "activation other than tanh": KNOWN.get(cell.activation) != "tanh",
+        "recurrent_activation other than sigmoid": KNOWN.get(cell.recurrent_activation) != "sigmoid",
+        "reset_after=False": not getattr(cell, "reset_after", True),
+    }
+    return [reason for reason, found in reasons.items() if found]
+
+
 def _activation(function: Any) -> str | Activation:
     if isinstance(function, torch.nn.Module):  # a layer; if it has weights the trace will say so
         return lambda x: function(x)
