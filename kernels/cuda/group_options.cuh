@@ -12,7 +12,6 @@
 #include "group_product.cuh"
 
 constexpr int SKIP = 1, RESET = 2;
-constexpr float INITIAL_OF[STATES] = INITIAL;
 
 // The flags of a row's step; none beyond the first and the last.
 DEVICE int flags_of(const Sizes &sizes, const Seat &seat, const Row &row,
@@ -36,11 +35,13 @@ DEVICE long long value_at(const Sizes &sizes, const Seat &seat,
 
 DEVICE void load_value(float (&pair)[2], const Sizes &sizes, const Seat &seat,
                        const Spot &spot, const Row &row, int t, int k) {
-  if constexpr (VALUES == 0)
-    pair[0] = pair[1] = INITIAL_OF[k];
-  else
+  if constexpr (VALUES == 0) {
+    const float initial[STATES] = INITIAL; // no constexpr: infinities are calls
+    pair[0] = pair[1] = initial[k];
+  } else {
     load_pair(pair, sizes.p_values + value_at(sizes, seat, spot, row, t, k),
               row.count);
+  }
 }
 
 // The states with which a row enters step t, if it is reset before.
