@@ -122,19 +122,30 @@ def _projection(x: Tensor, weights: Weights, d_gates: Tensor) -> tuple[Tensor, T
     """The gradients of x and w_ih."""
     if weights.w_ih is None:
         return d_gates, None
-    n = "" if x.dim() == 3 else "n"  # one input for all recurrences, or one each
-    d_x = torch.einsum(f"tbngh,nghi->tb{n}i", d_gates, weights.w_ih)
-    return d_x, torch.einsum(f"tbngh,tb{n}i->nghi", d_gates, x)
+    if x.dim() == 3:  # one input for all recurrences
+        d_flat, w_flat = d_gates.flatten(0, 1).flatten(1), weights.w_ih.flatten(0, 2)
+        d_w_ih = (d_flat.T @ x.flatten(0, 1)).view_as(weights.w_ih)
+        return (d_flat @ w_flat).unflatten(0, x.shape[:2]), d_w_ih
+    return torch.einsum("tbngh,nghi->tbni", d_gates, weights.w_ih), over_steps(d_gates, x)
+
+
+def over_steps(d_product: Tensor, entering: Tensor) -> Tensor:
+    """(T, B, N, gates, H) and (T, B, N, P) -> (N, gates, H, P), summed over steps and rows.
+
+    One batched product of views: einsum would move the steps inwards, which copies both.
+    """
+    steps = d_product.flatten(0, 1).flatten(2).permute(1, 2, 0)  # (N, gates·H, T·B)
+    return torch.bmm(steps, entering.flatten(0, 1).transpose(0, 1)).unflatten(1, d_product.shape[3:])
 
 
 def _of_weights(d_product: Tensor, entering: Tensor, drop: Tensor | None, gates: slice) -> Tensor:
     """The gradient of w_hh's rows (N, gates, H, P) from that of their products and what entered them undropped."""
     if drop is None:
-        return torch.einsum("tbngh,tbnp->nghp", d_product, entering)
+        return over_steps(d_product, entering)
     if drop.shape[2] == 1:
-        return torch.einsum("tbngh,tbnp->nghp", d_product, entering * drop[:, :, 0].to(entering.dtype))
-    parts = zip(d_product.unbind(3), drop[:, :, gates].to(entering.dtype).unbind(2), strict=True)
-    return torch.stack([torch.einsum("tbnh,tbnp->nhp", d, entering * factors) for d, factors in parts], 1)
+        return over_steps(d_product, entering * drop[:, :, 0].to(entering.dtype))
+    parts = zip(d_product.split(1, 3), drop[:, :, gates].to(entering.dtype).unbind(2), strict=True)
+    return torch.cat([over_steps(d, entering * factors) for d, factors in parts], 1)
 
 
 def _entering(call: Call, saved: Result) -> Iterator[tuple[Tensor, slice]]:
