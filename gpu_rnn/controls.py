@@ -30,31 +30,30 @@ class Controls(NamedTuple):
     def given(self) -> bool:
         return any(value is not None for value in self)
 
-    def checked(self, steps: int, batch: int, hidden_state: tuple[int, ...], device: torch.device) -> Controls:
-        """The same with lengths as int64 on the input's device; `hidden_state` is the shape (L·D, B, ·) of h.
+    def checked(self, steps: int, shapes: Sequence[tuple[int, ...]], x: Tensor) -> Controls:
+        """The same with lengths as int64 on the input's device; `shapes` are those of the states, (L·D, B, ·).
 
         Raises:
             TypeError: a mask or resets that are not bool, lengths that are not integers.
             ValueError: a wrong shape, lengths out of range, reset_state without resets.
-            RuntimeError: a tensor on another device.
+            RuntimeError: a tensor on another device, reset_state of another dtype.
         """
         for name, value in (("mask", self.mask), ("resets", self.resets)):
-            _check_steps(name, value, (steps, batch))
+            _check_steps(name, value, (steps, shapes[0][1]))
         lengths = self.lengths
         if lengths is not None:
-            lengths = _checked_lengths(lengths, steps, batch).to(device, torch.int64)
+            lengths = _checked_lengths(lengths, steps, shapes[0][1]).to(x.device, torch.int64)
         if self.reset_state is not None and self.resets is None:
             raise ValueError("reset_state is what resets set the states to: give resets too")
-        for value in self.reset_state or ():
-            if value.dim() not in (3, 4) or value.shape[-3:-1] != hidden_state[:2] or (value.dim() == 4 and len(value) != steps):
-                rows, batch = hidden_state[:2]
-                raise ValueError(
-                    f"reset_state has a tensor for each state, ({rows}, {batch}, units) or for each step "
-                    f"({steps}, {rows}, {batch}, units), got {tuple(value.shape)}"
-                )
+        for value, shape in zip(self.reset_state or (), shapes, strict=self.reset_state is not None):
+            if value.shape not in (shape, (steps, *shape)):
+                raise ValueError(f"reset_state is {shape}, or for each step {(steps, *shape)}, got {tuple(value.shape)}")
+            if value.dtype != x.dtype:
+                raise RuntimeError(f"reset_state is {value.dtype} and the input {x.dtype}: convert it with .to(input.dtype)")
         for name, value in zip(self._fields, self, strict=True):
-            if isinstance(value, Tensor) and name != "lengths" and value.device != device:
-                raise RuntimeError(f"{name} is on {value.device} and the input on {device}: move it with .to(input.device)")
+            tensor = value[0] if isinstance(value, tuple) else value
+            if isinstance(tensor, Tensor) and name != "lengths" and tensor.device != x.device:
+                raise RuntimeError(f"{name} is on {tensor.device} and the input on {x.device}: move it with .to(input.device)")
         return self._replace(lengths=lengths)
 
     def transposed(self) -> Controls:
@@ -91,8 +90,10 @@ class Controls(NamedTuple):
         if self.mask is None and self.resets is None and (self.lengths is None or not all_states):
             return Control(self.lengths, None, drop, zone), []
         flags = _flags(self.valid(steps), self.resets, self.lengths, reverse)
-        values = [_reset_values(value, rows, reverse) for value in self.reset_state or ()]
-        return Control(None, flags, drop, zone), values
+        values = self.reset_state or ()
+        if any(value.dim() == 4 for value in values):
+            values = tuple(value if value.dim() == 4 else value.expand(steps, *value.shape) for value in values)
+        return Control(None, flags, drop, zone), [_reset_values(value, rows, reverse) for value in values]
 
 
 NONE = Controls()
@@ -116,7 +117,7 @@ def _check_steps(name: str, value: Tensor | None, shape: tuple[int, int]) -> Non
 def _checked_lengths(lengths: Tensor, steps: int, batch: int) -> Tensor:
     """Lengths on a GPU are clamped instead of looked at: the host would have to wait for them."""
     if not isinstance(lengths, Tensor):
-        lengths = torch.as_tensor(lengths)
+        lengths = torch.as_tensor(lengths, dtype=None if len(lengths) else torch.int64)
     if lengths.dtype.is_floating_point or lengths.dtype == torch.bool or lengths.is_complex():
         raise TypeError(f"lengths are integers, the number of steps of each row, got {lengths.dtype}")
     if lengths.shape != (batch,):
@@ -136,14 +137,16 @@ def _flags(valid: Tensor | None, resets: Tensor | None, lengths: Tensor | None, 
     if lengths is not None:  # what begins after a row's end is none of its episodes
         resets = resets & (torch.arange(resets.shape[0], device=resets.device)[:, None] < lengths)
     forward = resets.to(torch.uint8) * RESET
-    parts = [forward if flag == "0" else _earlier(forward) for flag in reverse]
+    steps = torch.arange(resets.shape[0], device=resets.device)[:, None]
+    backward = _earlier(forward) * (steps < resets.shape[0] - 1)  # nothing comes before the last step
+    parts = [forward if flag == "0" else backward for flag in reverse]
     flags = torch.stack(parts, -1)
     return flags if skip is None else flags | skip.unsqueeze(-1)
 
 
 def _earlier(values: Tensor) -> Tensor:
-    """Values (T, ...) one step earlier, with 0 at the last."""
-    return torch.cat([values[1:], torch.zeros_like(values[:1])])
+    """Values (T, ...) one step earlier. What comes to the last step is of no use there."""
+    return values.roll(-1, 0)
 
 
 def _reset_values(value: Tensor, rows: slice, reverse: str) -> Tensor:

@@ -100,6 +100,9 @@ def rnn(
     controls = Controls(mask, lengths, resets, reset_state, recurrent_mask, zone)
     if batch_first:
         controls = controls.transposed()
+    if controls.given:
+        steps, batch = stack.sizes(x, batch_sizes)
+        controls = controls.checked(steps, stack.state_shapes(weights, batch), x)
     y, states, every = run(stack, x, hx, weights, batch_sizes, controls)
     return (y, states, every) if all_states else (y, states)
 
@@ -112,10 +115,11 @@ def run(
     batch_sizes: Tensor | None,
     controls: Controls = NONE,
 ) -> tuple[Tensor, States, States]:
-    """`rnn` with the arguments that do not change between a layer's calls in one; always with all states, if only ()."""
+    """`rnn` with the arguments that do not change between a layer's calls in one; always with all states, if only ().
+
+    The controls are checked already.
+    """
     steps, batch = stack.sizes(x, batch_sizes)
-    if controls.given:
-        controls = controls.checked(steps, batch, (stack.num_layers * len(stack.reverse), batch), x.device)
     if not torch.compiler.is_compiling():
         if x.is_cpu and _certainly_aten(stack, x, controls):
             return *stack.aten(x, hx or stack.initial(x, weights, batch), weights, batch_sizes), ()

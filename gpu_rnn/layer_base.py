@@ -72,14 +72,14 @@ class RecurrenceHolder(nn.Module):
             f"torch.jit.script cannot compile gpu_rnn.{name}: export the model with torch.export.export"
         )
 
-    def _as_tuple(self, hx: Tensor | Sequence[Tensor]) -> States:
+    def _as_tuple(self, hx: Tensor | Sequence[Tensor], argument: str = "hx") -> States:
         names = self.recurrence.states
         wanted = "a Tensor" if self._one_state else f"a tuple of {len(names)} Tensors ({', '.join(names)})"
         if self._one_state != isinstance(hx, Tensor):
-            raise TypeError(f"{type(self).__name__}: hx should be {wanted}, got {type(hx).__name__}")
+            raise TypeError(f"{type(self).__name__}: {argument} should be {wanted}, got {type(hx).__name__}")
         states = (hx,) if self._one_state else tuple(hx)
         if len(states) != len(names):
-            raise RuntimeError(f"{type(self).__name__}: hx should be {wanted}, got {len(states)}")
+            raise RuntimeError(f"{type(self).__name__}: {argument} should be {wanted}, got {len(states)}")
         return states
 
     def _check_rank(self, states: States, rank: int, kind: str) -> None:
@@ -96,9 +96,7 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
 
     recurrent_dropout: float
     recurrent_dropout_per_gate: bool
-    zoneout: tuple[float, ...]
     weight_drop: float
-    layer_norm: bool
     return_sequences: bool
     kernel_initializer: str | initializers.Initializer | None
     recurrent_initializer: str | initializers.Initializer | None
@@ -143,12 +141,30 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
         self.reset_parameters()
 
     def _take(self, options: dict[str, Any]) -> None:
-        """Keeps the options of `LayerOptions` as attributes; those that differ from torch.nn are shown."""
+        """Keeps the options of `LayerOptions` as attributes."""
+        self._layer_norm = options.pop("layer_norm")
         for name, value in options.items():
             setattr(self, name, value)
-            if value not in (layer_options.DEFAULTS[name], (0.0,) * len(self.recurrence.states)):
-                self._shown[name] = getattr(value, "__name__", value)
-        self._at_evaluation = regularization.expected(self.recurrence, self.zoneout)
+
+    @property
+    def layer_norm(self) -> bool:
+        """Whether products are layer-normalised; the parameters are made for it."""
+        return self._layer_norm
+
+    @property
+    def zoneout(self) -> tuple[float, ...]:
+        """The probability of each state."""
+        return self._zoneout
+
+    @zoneout.setter
+    def zoneout(self, value: float | tuple[float, ...]) -> None:
+        self._zoneout = layer_options.zoneout(value, self.recurrence, self.proj_size)
+        self._at_evaluation = regularization.expected(self.recurrence, self._zoneout)
+
+    def extra_repr(self) -> str:
+        plain = layer_options.DEFAULTS | {"zoneout": (0.0,) * len(self.recurrence.states)}
+        given = {name: getattr(self, name) for name in plain if getattr(self, name) != plain[name]}
+        return super().extra_repr() + "".join(f", {name}={getattr(v, '__name__', v)}" for name, v in given.items())
 
     def _make_parameters(
         self, unit_weight: str, device: torch.device | str | None, dtype: torch.dtype | None
@@ -249,7 +265,7 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
         states = None if hx is None else self._as_tuple(hx)
         controls = NONE
         if not (mask is lengths is resets is reset_state is None):
-            values = None if reset_state is None else self._as_tuple(reset_state)
+            values = None if reset_state is None else self._as_tuple(reset_state, "reset_state")
             controls = Controls(mask, lengths, resets, values)
         if isinstance(input, PackedSequence):
             output, states, every = self._packed(input, states, controls, return_all_states)
@@ -317,8 +333,11 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
         if states is not None:
             self._check_states(input, states, batch_sizes)
         stack = self._stack(batch_sizes is not None, all_states)
-        steps, batch = stack.sizes(input, batch_sizes)
-        controls = self._with_noise(controls, input, steps, batch)
+        if controls is not NONE or (self.training and (self.recurrent_dropout or any(self._zoneout))):
+            steps, batch = stack.sizes(input, batch_sizes)
+            controls = self._with_noise(controls, input, steps, batch)
+            if controls is not NONE:
+                controls = controls.checked(steps, stack.state_shapes(weights, batch), input)
         if self.training and self.weight_drop:
             names = self._flat_weights_names
             weights = [
@@ -327,7 +346,7 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
             ]
         output, states, every = functional.run(stack, input, states, weights, batch_sizes, controls)
         if not self.return_sequences:
-            output = _last(states[0], len(stack.reverse), controls, steps)
+            output = _last(output.transpose(0, 1) if stack.batch_first else output, states[0], len(stack.reverse), controls)
         return output, states, every
 
     def _with_noise(self, controls: Controls, like: Tensor, steps: int, batch: int) -> Controls:
@@ -367,11 +386,21 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
             expected = (*expected[:2], self.hidden_size)  # a projection narrows the first state only
 
 
-def _last(h: Tensor, directions: int, controls: Controls, steps: int) -> Tensor:
-    """(B, D·P): the output of each direction's last step, which is the last layer's final h; 0 where no step counts."""
-    last = h[-directions:].transpose(0, 1).flatten(1)
-    valid = controls.valid(steps)
-    return last if valid is None else torch.where(valid.any(0).unsqueeze(1), last, 0)
+def _last(output: Tensor, h: Tensor, directions: int, controls: Controls) -> Tensor:
+    """(B, D·P): the output (T, B, D·P) of the last step that counts, as each direction meets them; 0 where none does.
+
+    Without a mask that is the last layer's final h. With one, a reset may come later.
+    """
+    if controls.mask is None:
+        last = h[-directions:].transpose(0, 1).flatten(1)
+        return last if controls.lengths is None else torch.where(controls.lengths.unsqueeze(1) > 0, last, 0)
+    valid = controls.valid(output.shape[0])
+    assert valid is not None
+    steps = torch.arange(output.shape[0], device=output.device).unsqueeze(1)
+    ends = [(steps * valid).amax(0), output.shape[0] - 1 - ((output.shape[0] - 1 - steps) * valid).amax(0)]
+    rows = torch.arange(output.shape[1], device=output.device)
+    parts = zip(ends[:directions], output.chunk(directions, 2), strict=True)
+    return torch.cat([part[end, rows] for end, part in parts], 1)  # the output of a step that does not count is 0
 
 
 def refuse_projection(proj_size: int | None) -> None:

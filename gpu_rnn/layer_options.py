@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, TypedDict
 
@@ -65,7 +66,8 @@ def checked(options: Mapping[str, Any], layer: str, recurrence: Recurrence, proj
 
     Raises:
         TypeError: an option that does not exist, or a value of the wrong type.
-        ValueError: a probability outside [0, 1], zoneout for another number of states, zoneout of a projected h.
+        ValueError: a probability outside [0, 1], zoneout for another number of states, of a projected h
+            or of a state that begins at infinity.
     """
     unknown = options.keys() - DEFAULTS.keys()
     if unknown:
@@ -79,12 +81,12 @@ def checked(options: Mapping[str, Any], layer: str, recurrence: Recurrence, proj
             initializers.resolve(found[name])
     for name in ("recurrent_dropout", "weight_drop"):
         found[name] = _probability(name, found[name])
-    found["zoneout"] = _zoneout(found["zoneout"], recurrence, proj_size)
+    found["zoneout"] = zoneout(found["zoneout"], recurrence, proj_size)
     return found
 
 
-def _zoneout(value: Any, recurrence: Recurrence, proj_size: int) -> tuple[float, ...]:
-    """A probability for each state."""
+def zoneout(value: Any, recurrence: Recurrence, proj_size: int) -> tuple[float, ...]:
+    """A probability for each state; errors as `checked`'s."""
     several = isinstance(value, (tuple, list))
     given = tuple(value) if several else (value,) * len(recurrence.states)
     if len(given) != len(recurrence.states):
@@ -93,6 +95,9 @@ def _zoneout(value: Any, recurrence: Recurrence, proj_size: int) -> tuple[float,
     given = tuple(_probability("zoneout", each) for each in given)
     if proj_size and given[0]:
         raise ValueError("zoneout of h is not defined with proj_size: h is a projection; give zoneout=(0.0, p) for c alone")
+    for state, initial, probability in zip(recurrence.states, recurrence.initial, given, strict=True):
+        if probability and not math.isfinite(initial):
+            raise ValueError(f"zoneout of state {state} has no expectation: it begins at {initial}; give it probability 0")
     return given
 
 

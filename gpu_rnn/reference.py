@@ -84,8 +84,8 @@ class _Steering:
         self.flags = None if control.flags is None else reorder(control.flags, order)
         self.zone = None if control.zone is None else reorder_each(control.zone, order)
         self.values: list[Any] = [call.reset_value(k) for k in range(len(call.states))]
-        if call.reset_values and len(call.reset_values[0]) > 1:
-            self.values = [reorder(value, order) for value in call.reset_values]
+        if call.reset_values:
+            self.values = [value if len(value) == 1 else reorder(value, order) for value in call.reset_values]
 
     def enter(self, t: int, states: list[Tensor]) -> list[Tensor]:
         """The states that a step starts from."""

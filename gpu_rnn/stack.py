@@ -58,14 +58,18 @@ class Stack(NamedTuple):
         """H"""
         return weights[0].shape[0] // len(self.recurrence.gates)
 
+    def state_shapes(self, weights: Sequence[Tensor], batch: int) -> list[tuple[int, ...]]:
+        """Of each state, (D·num_layers, B, ·)."""
+        rows, hidden = self.num_layers * len(self.reverse), self.hidden(weights)
+        widths = [self.proj_size or hidden, *[hidden] * (len(self.recurrence.states) - 1)]
+        return [(rows, batch, width) for width in widths]
+
     def initial(self, x: Tensor, weights: Sequence[Tensor], batch: int) -> States:
         """The recurrence's own initial values, (D·num_layers, B, ·); states that are all alike share one tensor."""
-        rows, hidden = self.num_layers * len(self.reverse), self.hidden(weights)
-        first, *others = self.recurrence.initial
-        h = x.new_full((rows, batch, self.proj_size or hidden), first)
-        if not self.proj_size and others == [first] * len(others):
-            return (h,) * (1 + len(others))
-        return (h, *(x.new_full((rows, batch, hidden), value) for value in others))
+        shapes, values = self.state_shapes(weights, batch), self.recurrence.initial
+        if not self.proj_size and values == values[:1] * len(values):
+            return (x.new_full(shapes[0], values[0]),) * len(values)
+        return tuple(x.new_full(shape, value) for shape, value in zip(shapes, values, strict=True))
 
     def problem(
         self,

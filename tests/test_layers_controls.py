@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import layer_support as support
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -116,6 +117,54 @@ def test_return_sequences(batch_first: bool) -> None:
         used = keep[:, row].nonzero()
         torch.testing.assert_close(last[row, :HIDDEN], output[used[-1, 0], row, :HIDDEN], **EXACT)
         torch.testing.assert_close(last[row, HIDDEN:], output[used[0, 0], row, HIDDEN:], **EXACT)
+
+
+def test_the_last_output_is_not_what_a_later_reset_leaves() -> None:
+    found, short = (layer("GRU", bidirectional=True, return_sequences=r) for r in (True, False))
+    keep, resets = (torch.tensor(rows).bool()[:, None] for rows in ([0, 1, 1, 0], [0, 1, 0, 1]))
+    x = support.draw(4, 1, INPUT)
+    state = torch.full((2, 1, HIDDEN), 7.0, dtype=torch.float64)
+    output, _ = found(x, mask=keep, resets=resets, reset_state=state)
+    last, _ = short(x, mask=keep, resets=resets, reset_state=state)
+    torch.testing.assert_close(last, torch.cat((output[2, :, :HIDDEN], output[1, :, HIDDEN:]), 1), **EXACT)
+
+
+@pytest.mark.parametrize("backend", ["reference", "step"])
+@pytest.mark.parametrize("per_step", [0, 1])
+def test_reset_state_of_one_state_for_each_step(backend: str, per_step: int) -> None:
+    found = layer(bidirectional=True, backend=backend)
+    values = [support.draw(2, BATCH, HIDDEN, seed=5), support.draw(2, BATCH, HIDDEN, seed=6)]
+    mixed = [v.expand(STEPS, *v.shape) if k == per_step else v for k, v in enumerate(values)]
+    x, resets = support.draw(STEPS, BATCH, INPUT), mask()
+    results = [found(x, resets=resets, reset_state=tuple(given)) for given in (values, mixed)]
+    torch.testing.assert_close(*results, **EXACT)
+
+
+@pytest.mark.parametrize("lengths", [[4, 0, 6, 3], (4, 0, 6, 3), np.array([4, 0, 6, 3]), torch.tensor([4, 0, 6, 3]).int()])
+def test_lengths_of_any_kind(lengths: Any) -> None:
+    found = layer(return_sequences=False)
+    x = support.draw(STEPS, BATCH, INPUT)
+    torch.testing.assert_close(found(x, lengths=lengths), found(x, lengths=torch.tensor([4, 0, 6, 3])), **EXACT)
+
+
+def test_options_can_be_changed_on_a_layer() -> None:
+    found = layer(zoneout=0.1)
+    found.zoneout, found.recurrent_dropout = 0.25, 0.5
+    assert found.zoneout == (0.25, 0.25)
+    assert repr(found) == f"LSTM({INPUT}, {HIDDEN}, recurrent_dropout=0.5, zoneout=(0.25, 0.25))"
+    with pytest.raises(ValueError, match="range"):
+        found.zoneout = 2.0
+    with pytest.raises(AttributeError):
+        found.layer_norm = True
+    torch.testing.assert_close(found.eval()(x := support.draw(1, BATCH, INPUT))[0], 0.75 * layer().eval()(x)[0], **EXACT)
+
+
+def test_zoneout_of_a_state_that_begins_at_infinity() -> None:
+    cell = gpu_rnn.cells.slstm()
+    with pytest.raises(ValueError, match="state m has no expectation: it begins at -inf"):
+        gpu_rnn.Recurrent(cell, INPUT, HIDDEN, zoneout=0.1)
+    found = gpu_rnn.Recurrent(cell, INPUT, HIDDEN, zoneout=tuple(0.0 if s == "m" else 0.1 for s in cell.states)).eval()
+    assert all(state.isfinite().all() for state in found(torch.randn(STEPS, BATCH, INPUT))[1])
 
 
 def test_all_states_of_packed_input_stand_in_the_given_order() -> None:
@@ -237,14 +286,17 @@ def test_compiled_with_noise_repeats_under_the_seed() -> None:
 
 
 def test_exported_with_a_mask_of_any_size() -> None:
-    found = layer("GRU").eval()
+    found = layer("GRU", bidirectional=True).eval()
     steps, batch = torch.export.Dim("steps"), torch.export.Dim("batch")
     sizes = {0: steps, 1: batch}
     x = torch.randn(STEPS, BATCH, INPUT, dtype=torch.float64)
-    shapes = {"input": sizes, "mask": sizes}
-    exported = torch.export.export(found, (x,), {"mask": mask()}, dynamic_shapes=shapes).module()
-    longer, keep = torch.randn(9, 2, INPUT, dtype=torch.float64), torch.rand(9, 2) > 0.5
-    torch.testing.assert_close(exported(longer, mask=keep), found(longer, mask=keep), **EXACT)
+    shapes = {"input": sizes, "mask": sizes, "resets": sizes}
+    given = {"mask": mask(), "resets": ~mask()}
+    exported = torch.export.export(found, (x,), given, dynamic_shapes=shapes).module()
+    for length in (2, 9):
+        longer, keep = torch.randn(length, 3, INPUT, dtype=torch.float64), torch.rand(length, 3) > 0.5
+        expected = found(longer, mask=keep, resets=~keep)
+        torch.testing.assert_close(exported(longer, mask=keep, resets=~keep), expected, **EXACT)
 
 
 def test_vmap_over_masks_and_over_weights() -> None:
@@ -288,6 +340,8 @@ def test_derivatives_of_every_kind() -> None:
         ({"resets": torch.ones(STEPS, BATCH, dtype=torch.bool), "reset_state": (torch.ones(BATCH, HIDDEN),) * 2}, ValueError, "reset_state"),
         ({"resets": torch.ones(STEPS, BATCH, dtype=torch.bool), "reset_state": torch.ones(1, BATCH, HIDDEN)}, TypeError, "tuple of 2"),
         ({"masks": None}, TypeError, "masks"),
+        ({"resets": mask(), "reset_state": (torch.ones(1, BATCH, HIDDEN),) * 2}, RuntimeError, "reset_state is torch.float32"),
+        ({"resets": mask(), "reset_state": torch.ones(1, BATCH, HIDDEN)}, TypeError, "reset_state should be a tuple"),
     ],
     ids=lambda value: str(list(value)) if isinstance(value, dict) else "",
 )
