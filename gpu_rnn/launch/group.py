@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Groups of blocks share a tile of the batch and keep W_hh on chip between them (`kernels/cuda/group_*.cu`).
 
-Any recurrence with one product a step; `choose` and `cost` are those of `group_choice`. The members of a group wait for each other, so all blocks of a launch are
-resident at once, unless a group has one member only.
+Any recurrence with one product a step; `choose` and `cost` are those of `group_choice`. The members of a group wait for
+each other, so all blocks of a launch are resident at once, unless a group has one member only.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from gpu_rnn.launch.group_choice import Choice, choose, cost, largest
 from gpu_rnn.launch.group_layout import SCALARS, Layout, source
 from gpu_rnn.layout import Call, LoopGradients, Result
 from gpu_rnn.problem import Problem
+
+__all__ = ["Launch", "backward", "check", "choose", "cost", "forward", "prepare", "unsupported"]
 
 OLDEST = (8, 0)  # the first architecture with bfloat16 products and with asynchronous copies
 LONGEST_PATTERN = 64  # bits of the argument that holds the directions
@@ -54,7 +56,8 @@ def _loaded(layout: Layout, device: torch.device) -> nvrtc.Function:
 
 def _refusal(layout: Layout, blocks: int, device: torch.device) -> str:
     """Why so many blocks would wait for ever; empty where they would not."""
-    if layout.members == 1 or blocks <= _resident(_loaded(layout, device), device, layout.threads):
+    function = _loaded(layout, device)
+    if layout.members == 1 or blocks <= _resident(function, device, layout.threads):
         return ""
     return f"{layout.kernel}: its {blocks} blocks are not all resident on {device}, of which others may hold a part"
 
@@ -116,9 +119,6 @@ def exchange(layout: Layout, groups: int, left: Tensor, error: Tensor) -> tuple[
     slots = torch.full((groups * layout.ring * layout.slot,), -1, dtype=words, device=left.device)
     return slots, left, left.new_zeros(1 + groups * layout.tiles), error
 
-
-__all__ = ["Launch", "backward", "check", "choose", "cost", "forward", "unsupported"]
-
 _names: dict[str, int] = {}
 _errors: dict[torch.device, Tensor] = {}
 
@@ -147,6 +147,10 @@ def check() -> None:
 
     Raises:
         RuntimeError: a kernel passed its deadline; the message names it, its shape, the step and the group.
+
+    Example::
+
+        >>> gpu_rnn.check()
     """
     for device, word in _errors.items():
         code = int(word[0]) & 0xFFFFFFFFFFFFFFFF
