@@ -200,6 +200,39 @@ def test_bidirectional_of_layers_that_differ(ours_inside: bool, masked: bool) ->
     support.assert_same(*found)
 
 
+UNLIKE = [
+    ({"activity_regularizer": "l2"}, {"activity_regularizer": "l2"}),
+    ({}, {"recurrent_dropout": 0.4}),
+    ({"recurrent_dropout": 0.4}, {}),
+    ({"activation": "softsign"}, {}),
+    ({}, {"use_bias": False}),
+]
+
+
+@pytest.mark.parametrize(("forward", "backward"), UNLIKE, ids=str)
+def test_what_two_directions_do_not_share(forward: dict[str, Any], backward: dict[str, Any]) -> None:
+    found, losses = [], []
+    for module in (gpu_rnn.keras, keras.layers):
+        options = {"return_sequences": True, "seed": 3, "dtype": "float64"}
+        layer = module.LSTM(support.UNITS, **options | forward)
+        both = module.Bidirectional(
+            layer, backward_layer=module.LSTM(support.UNITS, go_backwards=True, **options | backward), dtype="float64"
+        )
+        support.randomize(both)
+        found.append(support.outcome(both, training=True))
+        losses.append([loss.detach() for loss in both.losses])
+    support.assert_same(*found)
+    torch.testing.assert_close(*losses, **support.TOLERANCE)
+
+
+def test_masks_of_numbers_and_one_for_each_input() -> None:
+    _, ours = support.pair("GRU", {"return_sequences": True})
+    mask = support.mask_of("any")
+    x = support.draw(support.BATCH, support.STEPS, support.FEATURES)
+    for other in (mask.int().numpy(), mask.float(), [mask]):
+        torch.testing.assert_close(ours(x, mask=other), ours(x, mask=mask), rtol=0, atol=0)
+
+
 def test_alike_directions_are_one_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     counts: list[int] = []
     run = gpu_rnn.keras.bidirectional.run
@@ -215,6 +248,8 @@ def test_alike_directions_are_one_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     layer(x)
     layer(x, training=True)
     assert counts == [2, 1, 1]
+    gpu_rnn.keras.Bidirectional(gpu_rnn.keras.GRU(4, dtype="float64"))(x)  # itself in float32
+    assert counts == [2, 1, 1, 1, 1]
 
 
 # bfloat16 has 8 bits: 2 units in the last place of values below 1.
