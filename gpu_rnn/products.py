@@ -15,7 +15,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from gpu_rnn.layout import RESET, Call, LoopGradients, Result, Weights, bit, state_dtype
+from gpu_rnn.layout import RESET, SKIP, Call, LoopGradients, Result, Weights, bit, state_dtype
 from gpu_rnn.program import Program, lookup
 
 
@@ -158,6 +158,8 @@ def _entering(call: Call, saved: Result) -> Iterator[tuple[Tensor, slice]]:
     for stage, rows in zip(program.stages, program.rows[1:], strict=False):
         stage.run(values)
         entering = lookup(values, stage.outputs[0], values["s_" + program.state_names[0]])
+        if call.control.flags is not None:  # masked steps may hold NaN, and their gradient of 0 would multiply it
+            entering = torch.where(bit(call.control.flags, SKIP), 0, entering)
         yield entering, rows
 
 

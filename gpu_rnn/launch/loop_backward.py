@@ -6,7 +6,7 @@ Not for all steps: on a CPU the tensors of a chunk stay in the cache.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from gpu_rnn.launch.multiply import Product, masks, normalised, normalised_back
 from gpu_rnn.launch.steering import Steering
 from gpu_rnn.layout import Call, LoopGradients, Result, reorder, reorder_each, state_dtype
 from gpu_rnn.products import runs
-from gpu_rnn.program import Argument, lookup
+from gpu_rnn.program import lookup
 
 CPU_CHUNK, GPU_CHUNK = 1 << 16, 1 << 22  # elements (T, B, N, H) of a chunk: 256 KiB a tensor in fp32; fewer launches
 
@@ -35,24 +35,43 @@ def backward(call: Call, saved: Result, d_y: Tensor, d_final: list[Tensor], d_in
     return loop.gradients()
 
 
-class _Terms:
-    """The gradients of some of a stage's inputs in one step: sums of partial derivatives times what comes in."""
+class _Output(NamedTuple):
+    """Of one output of a stage, at the steps of a chunk."""
 
-    def __init__(self, partials: list[list[Tensor | None]], like: Tensor) -> None:
-        """`partials`: of each output of the stage, those by each input, (chunk, B, N, H); None for 0."""
+    partials: dict[str, Tensor]  # its partial derivative by each input, (chunk, B, N, H), where it is not 0
+    keep: Tensor | None  # (chunk, B, N, 1 or H): the units that keep their state instead; in earlier stages masked rows
+    same: str  # the input that is the kept state
+
+
+class _Terms:
+    """The gradients of some inputs of a stage in one step: sums of partial derivatives times what comes in."""
+
+    def __init__(self, names: list[str], outputs: list[_Output], like: Tensor) -> None:
         spans = []
-        for index, own in enumerate(partials):
-            there = [i for i, partial in enumerate(own) if partial is not None]
+        for index, (partials, keep, same) in enumerate(outputs):
+            there = [i for i, name in enumerate(names) if name in partials or (keep is not None and name == same)]
             if there:
                 spans.append((there[-1] + 1 - there[0], index, slice(there[0], there[-1] + 1)))
-        self.parts: list[tuple[int, slice, Sequence[Tensor]]] = []
-        for _, index, span in sorted(spans, key=lambda found: -found[0]):
-            span = span if self.parts else slice(0, len(partials[0]))  # the widest is written first, over everything
-            filled = [torch.zeros_like(like) if p is None else p for p in partials[index][span]]
-            self.parts.append((index, span, torch.stack(filled, 3).unbind(0)))
+        spans.sort(key=lambda found: -found[0])
+        # The widest is written first, and over everything.
+        self.parts = [
+            (index, span if number else None, self._joined(names[span] if number else names, outputs[index], like))
+            for number, (_, index, span) in enumerate(spans)
+        ]
+
+    @staticmethod
+    def _joined(names: list[str], output: _Output, like: Tensor) -> Sequence[Tensor]:
+        """Of each step the partial derivatives side by side, (B, N, inputs, H); of what a unit keeps 1, else 0."""
+        partials, keep, same = output
+        joined = torch.stack([partials[name] if name in partials else torch.zeros_like(like) for name in names], 3)
+        if keep is not None:
+            joined.masked_fill_(keep.unsqueeze(3), 0.0)
+            if same in names:
+                joined[:, :, :, names.index(same)].masked_fill_(keep, 1.0)
+        return joined.unbind(0)
 
     def write(self, step: int, seeds: list[Tensor], out: Tensor) -> None:
-        """Into (B, N, inputs, H), of any dtype, for a step of the chunk."""
+        """Into (B, N, inputs, H), of any dtype, for a step of the chunk; what comes in is (B, N, 1, H) each."""
         if not self.parts:
             out.zero_()
         elif out.dtype == seeds[0].dtype:
@@ -62,9 +81,9 @@ class _Terms:
 
     def sum(self, step: int, seeds: list[Tensor], out: Tensor | None = None) -> Tensor:
         (index, _, partials), *others = self.parts
-        found = torch.mul(partials[step], seeds[index].unsqueeze(2), out=out)
+        found = torch.mul(partials[step], seeds[index], out=out)
         for index, span, partials in others:
-            found[:, :, span].addcmul_(partials[step], seeds[index].unsqueeze(2))
+            found[:, :, span].addcmul_(partials[step], seeds[index])
         return found
 
 
@@ -88,6 +107,7 @@ class _Stage:
         self.split = [gate for gate in program.gates[rows] if gate not in program.summed]
         self.gate_names = [f"{'a' if gate in program.summed else 'x'}_{gate}" for gate in program.gates[rows]]
         self.states = [f"s_{name}" for name in program.state_names]
+        self.split_names = [f"r_{gate}" for gate in self.split]
         self.params = [f"p_{name}" for name in program.params]
         self.carried = list(carried_values(program, number))
         # The outputs of the last stage are the states, which masked steps and zoneout keep.
@@ -97,6 +117,7 @@ class _Stage:
             self.same = ["", *self.states[1:]]
         found = list(runs(program, rows, d.gates, d.recurrent))
         self.sources = [source for _, source in found]
+        self.d_of_sources = [source.unbind(0) for source in self.sources]
         self.scale = None
         if weights.norm is not None and d.products is not None:
             self.scale = weights.norm[:, rows].to(d.params.dtype)
@@ -118,17 +139,16 @@ class _Stage:
         self.stage.run(values)
         self.jacobian.run(values)
 
-        def terms(names: list[str]) -> _Terms:
-            outputs = zip(self.jacobian.partials, keeps, self.same, strict=True)
-            return _Terms([[_partial(own.get(n), values, like, keep, n == same) for n in names] for own, keep, same in outputs], like)
-
-        self.to_gates, self.to_recurrent = terms(self.gate_names), terms([f"r_{gate}" for gate in self.split])
-        self.to_params, self.to_carried = terms(self.params), terms(self.carried)
-        reached = {name for own in self.jacobian.partials for name in own}
-        if any(keep is not None for keep in keeps):
-            reached.update(self.same)
-        self.reached = [name for name in self.states if name in reached]
-        self.to_states = terms(self.reached)
+        outputs = [
+            _Output({name: lookup(values, value, like) for name, value in own.items()}, keep, same)
+            for own, keep, same in zip(self.jacobian.partials, keeps, self.same, strict=True)
+        ]
+        reached = {name for own in outputs for name in (*own.partials, own.same if own.keep is not None else "")}
+        self.reached = [k for k, name in enumerate(self.states) if name in reached]
+        self.to_gates, self.to_recurrent, self.to_params, self.to_carried, self.to_states = (
+            _Terms(names, outputs, like)
+            for names in (self.gate_names, self.split_names, self.params, self.carried, [self.states[k] for k in self.reached])
+        )
         self.d_params = like.new_zeros(len(like), *like.shape[1:3], len(self.params), like.shape[3])
         if self.scale is not None:
             self.raw = self.products[0].over_time(entering).to(like.dtype).contiguous()
@@ -142,18 +162,17 @@ class _Stage:
         if self.params:
             self.to_params.write(step, seeds, self.d_params[step])
         if self.scale is not None:
-            d = torch.cat([source[t] for source in self.sources], 2) * self.scale
+            d = self.d_of_sources[0][t] if len(self.sources) == 1 else torch.cat([source[t] for source in self.d_of_sources], 2)
+            d = d * self.scale
             self.d_products[0][t].copy_(normalised_back(d, self.raw[step], self.mean[step], self.rstd[step]))
         d_entering, *others = (p.back(of[t]) for p, of in zip(self.products, self.d_products, strict=True))
         for other in others:
             d_entering = d_entering + other
         return d_entering.to(seeds[0].dtype)
 
-    def d_states(self, step: int, seeds: list[Tensor]) -> dict[str, Tensor]:
-        """The gradients of the states before the step, other than through the product."""
-        if not self.to_states.parts:
-            return {}
-        return dict(zip(self.reached, self.to_states.sum(step, seeds).unbind(2), strict=True))
+    def d_states(self, step: int, seeds: list[Tensor]) -> Iterator[tuple[int, Tensor]]:
+        """The gradients of the states before the step, other than through the product: (number of the state, (B, N, H))."""
+        return zip(self.reached, self.to_states.sum(step, seeds).unbind(2), strict=True) if self.reached else iter(())
 
     def d_carried(self, step: int, seeds: list[Tensor]) -> Sequence[Tensor]:
         """Those of the values of earlier stages."""
@@ -165,14 +184,6 @@ class _Stage:
         if self.d.norm is not None:
             d = torch.cat([source[part] for source in self.sources], 3)
             self.d.norm[:, self.rows] += (d * self.unscaled).sum((0, 1))
-
-
-def _partial(name: Argument | None, values: dict[str, Any], like: Tensor, keep: Tensor | None, same: bool) -> Tensor | None:
-    """One partial derivative, (chunk, B, N, H); where a unit keeps its state, 1 of the same state and 0 of all others."""
-    if name is None:
-        return keep.to(like.dtype).expand(like.shape) if same and keep is not None else None
-    value = lookup(values, name, like)
-    return value if keep is None else torch.where(keep, float(same), value)
 
 
 class _Loop:
@@ -200,8 +211,8 @@ class _Loop:
         self.reads = set().union(*(stage.reads for stage in self.stages))
         if scales is not None:
             self.reads.add(f"s_{program.state_names[0]}")
-        self.reset, self.keeps = steering.reset, steering.keeps
-        self.resets = steps_with(self.reset, len(d_y))
+        self.resets, self.keeps = steps_with(steering.reset, len(d_y)), steering.keeps
+        self.reset = steering.reset if any(self.resets) else None
         self.d_w_hr: Tensor | None = None
         self.d_states: list[Tensor] = []
         self.d_entered: list[list[Tensor]] = []
@@ -267,16 +278,18 @@ class _Loop:
         if self.call.weights.w_hr is not None:
             made, kept = self._kept(t, seeds[0])
             seeds[0] = torch.bmm(made.to(self.gates.dtype).transpose(0, 1), self.call.weights.w_hr).transpose(0, 1).to(self.dtype)
-        found: dict[str, Tensor] = {}
+        found: list[Tensor | None] = [None] * len(seeds)
         for stage in reversed(self.stages):
-            d_entering = stage.back(t, step, seeds)
-            for name, d in stage.d_states(step, seeds).items():
-                found[name] = found[name] + d if name in found else d
-            seeds = [d_entering, *stage.d_carried(step, seeds)]
-        first, *names = self.program.state_names
-        through = kept if self.call.weights.w_hr is not None else found.get(f"s_{first}")
+            wide = [seed.unsqueeze(2) for seed in seeds]
+            d_entering = stage.back(t, step, wide)
+            for k, d in stage.d_states(step, wide):
+                before = found[k]
+                found[k] = d if before is None else before + d
+            seeds = [d_entering, *stage.d_carried(step, wide)]
+        through = found[0] if kept is None else kept
         d_h = d_entering if through is None else d_entering + through
-        self.d_states = [d_h, *(found.get(f"s_{name}", torch.zeros_like(self.d_states[1])) for name in names)]
+        others = zip(found[1:], self.d_states[1:], strict=True)
+        self.d_states = [d_h, *(torch.zeros_like(like) if d is None else d for d, like in others)]
         if self.call.reset_values:
             self.d_entered.append(self.d_states)
         if self.resets[t] and self.reset is not None:

@@ -86,7 +86,7 @@ class Product:
         assert self.drop is not None
         dropped = steps[:, None] * self.drop[:, :, None]  # (N, gates, T, B, P)
         found = torch.bmm(dropped.flatten(2, 3).flatten(0, 1), self.transposed)
-        return found.view(*dropped.shape[:4], -1).permute(2, 3, 0, 1, 4)
+        return found.view(*dropped.shape[:4], found.shape[-1]).permute(2, 3, 0, 1, 4)
 
 
 def normalised(product: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -27,7 +27,7 @@ class Kind(NamedTuple):
 
     bias: bool
     flags: bool  # masked steps or resets
-    reset_values: int  # 0: none given, 1: the same at each step, 2: of each step
+    reset_values: int  # 0: none given, 1: the same at all steps, 2: some of each step
     zone: bool
     drop: int  # 0, 1 or the number of gates
     norm: bool
@@ -38,7 +38,7 @@ class Kind(NamedTuple):
     def of(call: Call, save: bool = False, inner: bool = False) -> Kind:
         weights, control, values = call.weights, call.control, call.reset_values
         flags = control.flags is not None or control.lengths is not None
-        given = min(len(values[0]), 2) if values else 0
+        given = max((min(len(value), 2) for value in values), default=0)
         drop = 0 if control.drop is None else control.drop.shape[2]
         zone, norm = control.zone is not None, weights.norm is not None
         return Kind(weights.b_hh is not None, flags, given, zone, drop, norm, save, inner)
