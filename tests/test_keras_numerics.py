@@ -47,16 +47,19 @@ LAYERS = {
     "GRU": AXES | GATED | {"reset_after": (True, False)},
     "SimpleRNN": AXES,
 }
-RANDOM_CASES = 60  # for each layer
+RANDOM_CASES = 60  # for each layer, and for Bidirectional
+
+
+def combinations(*axes: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+    """Some in which every two values meet, and random ones."""
+    rng = random.Random(0)
+    return [*pairwise(*axes), *(tuple(map(rng.choice, axes)) for _ in range(RANDOM_CASES))]
 
 
 @functools.cache
 def cases(name: str) -> list[dict[str, Any]]:
-    """Combinations in which every two values meet, and random ones."""
     axes = LAYERS[name] | CALLS
-    rng = random.Random(0)
-    drawn = [tuple(rng.choice(values) for values in axes.values()) for _ in range(RANDOM_CASES)]
-    return [dict(zip(axes, case, strict=True)) for case in [*pairwise(*axes.values()), *drawn]]
+    return [dict(zip(axes, case, strict=True)) for case in combinations(*axes.values())]
 
 
 NUMBERED = [(name, number) for name in LAYERS for number in range(len(cases(name)))]
@@ -144,7 +147,7 @@ def test_named_activations_keep_atens_name() -> None:
 
 
 MERGES = ("concat", "sum", "mul", "ave", None)
-BIDIRECTIONAL = pairwise(
+BIDIRECTIONAL = combinations(
     ("LSTM", "GRU", "SimpleRNN"),
     MERGES,
     (False, True),  # return_sequences
@@ -206,6 +209,7 @@ UNLIKE = [
     ({"recurrent_dropout": 0.4}, {}),
     ({"activation": "softsign"}, {}),
     ({}, {"use_bias": False}),
+    ({"go_backwards": True}, {"go_backwards": False}),
 ]
 
 
@@ -215,14 +219,25 @@ def test_what_two_directions_do_not_share(forward: dict[str, Any], backward: dic
     for module in (gpu_rnn.keras, keras.layers):
         options = {"return_sequences": True, "seed": 3, "dtype": "float64"}
         layer = module.LSTM(support.UNITS, **options | forward)
-        both = module.Bidirectional(
-            layer, backward_layer=module.LSTM(support.UNITS, go_backwards=True, **options | backward), dtype="float64"
-        )
+        other = module.LSTM(support.UNITS, **options | {"go_backwards": True} | backward)
+        both = module.Bidirectional(layer, backward_layer=other, dtype="float64")
         support.randomize(both)
         found.append(support.outcome(both, training=True))
         losses.append([loss.detach() for loss in both.losses])
     support.assert_same(*found)
     torch.testing.assert_close(*losses, **support.TOLERANCE)
+
+
+def test_calls_draw_masks_in_training_or_not() -> None:
+    """So that what a layer draws in training does not depend on whether it is one loop or two otherwise."""
+    found = []
+    for module in (gpu_rnn.keras, keras.layers):
+        layer = module.GRU(support.UNITS, dropout=0.4, recurrent_dropout=0.4, seed=3, dtype="float64")
+        both = module.Bidirectional(layer, dtype="float64")
+        support.randomize(both)
+        x = support.draw(support.BATCH, support.STEPS, support.FEATURES)
+        found.append([both(x, training=training) for training in (False, True, False, True, True)])
+    torch.testing.assert_close(*found, **support.TOLERANCE)
 
 
 def test_masks_of_numbers_and_one_for_each_input() -> None:
