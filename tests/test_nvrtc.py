@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from gpu_rnn.launch import nvrtc
 
@@ -98,3 +99,11 @@ def test_where_nothing_can_be_written_a_temporary_folder_serves(tmp_path: Path, 
     path = nvrtc.cubin_path(SOURCE, "sm_80")
     assert path.is_file() and tmp_path not in path.parents
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+
+
+@needs_nvrtc
+@pytest.mark.skipif(torch.cuda.is_available(), reason="an NVIDIA GPU is here, whose driver loads it")
+def test_a_kernel_that_no_driver_loads_is_a_reason():
+    with pytest.raises(nvrtc.CompileError, match="the driver does not load zero for sm_80"):
+        nvrtc.Function(SOURCE, "zero", "sm_80")
+    assert "no usable NVIDIA driver" in nvrtc.no_driver()

@@ -23,7 +23,7 @@ MOST_WARPS = 8  # of a block: each thread may then use 255 registers of a multip
 REGISTERS = 255  # of a thread: CUDA C++ programming guide, table of compute capabilities
 # Registers beside weights, sums, words and the pairs of units, so that no build needs a stack: forward, backward in 16
 # bits, where NVRTC keeps more addresses, and backward in fp32.
-WORKING = (88, 112, 100)
+WORKING = (90, 112, 100)
 COLUMNS = (1, 2)
 TILES = (1, 2, 4)
 

@@ -222,7 +222,7 @@ class Function:
         try:
             module = cupy.RawModule(path=str(path), enable_cooperative_groups=cooperative)
             self.kernel = module.get_function(name)
-        except cupy.cuda.driver.CUDADriverError as error:
+        except (cupy.cuda.driver.CUDADriverError, cupy.cuda.runtime.CUDARuntimeError) as error:
             raise CompileError(f"the driver does not load {name} for {arch}: {error}") from error
         self.shared_bytes = shared_bytes
 
