@@ -40,9 +40,10 @@ KINDS = {
 CELLS = list(support.RECURRENCES)
 MISSING = [0, 4, 1]  # units below the limit: rows of any alignment that matters
 SPILLS = 1  # accesses to local memory in a step: none with Triton 3.7, one in two builds for sm_100 with 3.6's ptxas
-OPTION_SPILLS = 16  # likewise with options, for cells of many states and gates: 11 is the most
+LARGE_SPILLS = 16  # likewise of the cells of most states and parameters, with lengths and options: 11 is the most
+LARGE = ("slstm", "peephole_lstm")
 ODD_SPILLS = 160  # what an odd H is granted, where each value has its own address; and a mask for each gate in full fp32
-STACK = 64  # bytes; the largest of `test_builds_everywhere` is 48
+STACK = 64  # bytes; the largest of `test_builds_everywhere` is 16
 GATES = -1  # stands for a cell's number of gates
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -178,20 +179,20 @@ PAIRS = pairwise(list(ARCHITECTURES), DIRECTIONS, list(KINDS), CELLS, list(OPTIO
 EVERY = list(product(ARCHITECTURES, DIRECTIONS, KINDS, ("lstm", "gru", "minimal"), ["plain", "everything"], [0]))
 
 
-def spills(kind: str, options: str, missing: int) -> int:
+def spills(kind: str, cell: str, options: str, missing: int) -> int:
     """The most accesses to local memory in a step."""
     if missing == 1 or (kind == "fp32" and options in ("gates", "everything")):
         return ODD_SPILLS
-    return SPILLS if options in ("plain", "lengths") else OPTION_SPILLS
+    return LARGE_SPILLS if cell in LARGE else SPILLS
 
 
 def check(case: Case, folder: Path) -> None:
     architecture, direction, kind, cell, options, missing = case
     hidden = limit(cell, kind, direction, architecture) - missing
     given = problem(cell, kind, direction, architecture, hidden, options)
-    found, most = build(given, folder), spills(kind, options, missing)
+    found, most = build(given, folder), spills(kind, cell, options, missing)
     assert found.spills <= most
-    assert found.stack <= STACK or most == ODD_SPILLS
+    assert found.stack <= STACK or most > SPILLS
     stages = resident.tile(given).stages
     assert found.shared <= resident.shared_memory(given, stages) <= SHARED_MEMORY[architecture]
 

@@ -10,6 +10,18 @@ gpu_rnn/launch/resident.py launches with the grid (tiles of the batch, N).
 
 import triton
 import triton.language as tl
+from gpu_rnn.kernels.triton.blocks import (
+    add_each,
+    as_float,
+    load_blocks,
+    load_each,
+    load_reset_values,
+    part,
+    select,
+    select_each,
+    store_each,
+    zeros_like_each,
+)
 
 from gpu_rnn.layout import RESET, SKIP
 
@@ -17,72 +29,6 @@ SKIP_BIT, RESET_BIT = tl.constexpr(SKIP), tl.constexpr(RESET)
 # One build serves all of these; `ALIGN` says what the compiler needs to know of them.
 STRIDES = ("stride_t", "stride_b", "stride_n", "stride_g", "d_y_stride_t", "d_y_stride_b", "d_y_stride_n")
 GENERAL = ("T", "B", "H", "reverse", "period", *STRIDES)
-
-
-@triton.jit
-def load_blocks(p, stride, mask, COUNT: tl.constexpr):
-    """`COUNT` blocks that lie `stride` apart, in the dtype they are stored in."""
-    blocks = ()
-    for _ in tl.static_range(COUNT):
-        blocks = blocks + (tl.load(p, mask=mask, other=0.0),)
-        p += stride
-    return blocks
-
-
-@triton.jit
-def load_each(pointers, offsets, mask):
-    """One block from each tensor, as fp32."""
-    blocks = ()
-    for i in tl.static_range(len(pointers)):
-        blocks = blocks + (tl.load(pointers[i] + offsets, mask=mask, other=0.0).to(tl.float32),)
-    return blocks
-
-
-@triton.jit
-def store_each(pointers, offsets, blocks, mask):
-    for i in tl.static_range(len(pointers)):
-        tl.store(pointers[i] + offsets, blocks[i], mask=mask)
-
-
-@triton.jit
-def as_float(blocks):
-    converted = ()
-    for i in tl.static_range(len(blocks)):
-        converted = converted + (blocks[i].to(tl.float32),)
-    return converted
-
-
-@triton.jit
-def select(condition, new, old):
-    chosen = ()
-    for i in tl.static_range(len(new)):
-        chosen = chosen + (tl.where(condition, new[i], old[i]),)
-    return chosen
-
-
-@triton.jit
-def select_each(conditions, new, old):
-    """`new` where a state's own condition is not 0."""
-    chosen = ()
-    for i in tl.static_range(len(new)):
-        chosen = chosen + (tl.where(conditions[i] != 0, new[i], old[i]),)
-    return chosen
-
-
-@triton.jit
-def add_each(blocks, others):
-    sums = ()
-    for i in tl.static_range(len(blocks)):
-        sums = sums + (blocks[i] + others[i],)
-    return sums
-
-
-@triton.jit
-def zeros_like_each(blocks):
-    zeros = ()
-    for i in tl.static_range(len(blocks)):
-        zeros = zeros + (tl.zeros_like(blocks[i]),)
-    return zeros
 
 
 @triton.jit
@@ -97,26 +43,6 @@ def load_flags(p_flags, o_t, o_row, mask, T, rows):
     """(BLOCK_B, 1): the flags of one step, 0 where there is none. They are read a step ahead: what waits for a single
     byte would wait for it alone, as only loads of 4 bytes go through shared memory."""
     return tl.load(p_flags + o_t * rows + o_row, mask=mask & (o_t >= 0) & (o_t < T), other=0)
-
-
-@triton.jit
-def load_reset_values(p_values, offsets, mask, INITIAL: tl.constexpr):
-    """What a reset sets each state to, as fp32: given values, or the recurrence's initial ones."""
-    values = ()
-    if p_values is not None:
-        values = load_each(p_values, offsets, mask)
-    else:
-        for k in tl.static_range(len(INITIAL)):
-            values = values + (tl.full(mask.shape, INITIAL[k], tl.float32),)
-    return values
-
-
-@triton.jit
-def part(blocks, BEGIN: tl.constexpr, END: tl.constexpr):
-    chosen = ()
-    for i in tl.static_range(BEGIN, END):
-        chosen = chosen + (blocks[i],)
-    return chosen
 
 
 @triton.jit

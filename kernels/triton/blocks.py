@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tuples of blocks: one block for each gate, state or parameter."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_blocks(p, stride, mask, COUNT: tl.constexpr):
+    """`COUNT` blocks that lie `stride` apart, in the dtype they are stored in."""
+    blocks = ()
+    for _ in tl.static_range(COUNT):
+        blocks = blocks + (tl.load(p, mask=mask, other=0.0),)
+        p += stride
+    return blocks
+
+
+@triton.jit
+def load_each(pointers, offsets, mask):
+    """One block from each tensor, as fp32."""
+    blocks = ()
+    for i in tl.static_range(len(pointers)):
+        blocks = blocks + (tl.load(pointers[i] + offsets, mask=mask, other=0.0).to(tl.float32),)
+    return blocks
+
+
+@triton.jit
+def store_each(pointers, offsets, blocks, mask):
+    for i in tl.static_range(len(pointers)):
+        tl.store(pointers[i] + offsets, blocks[i], mask=mask)
+
+
+@triton.jit
+def as_float(blocks):
+    converted = ()
+    for i in tl.static_range(len(blocks)):
+        converted = converted + (blocks[i].to(tl.float32),)
+    return converted
+
+
+@triton.jit
+def select(condition, new, old):
+    chosen = ()
+    for i in tl.static_range(len(new)):
+        chosen = chosen + (tl.where(condition, new[i], old[i]),)
+    return chosen
+
+
+@triton.jit
+def select_each(conditions, new, old):
+    """`new` where a state's own condition is not 0."""
+    chosen = ()
+    for i in tl.static_range(len(new)):
+        chosen = chosen + (tl.where(conditions[i] != 0, new[i], old[i]),)
+    return chosen
+
+
+@triton.jit
+def add_each(blocks, others):
+    sums = ()
+    for i in tl.static_range(len(blocks)):
+        sums = sums + (blocks[i] + others[i],)
+    return sums
+
+
+@triton.jit
+def zeros_like_each(blocks):
+    zeros = ()
+    for i in tl.static_range(len(blocks)):
+        zeros = zeros + (tl.zeros_like(blocks[i]),)
+    return zeros
+
+
+@triton.jit
+def part(blocks, BEGIN: tl.constexpr, END: tl.constexpr):
+    chosen = ()
+    for i in tl.static_range(BEGIN, END):
+        chosen = chosen + (blocks[i],)
+    return chosen
+
+
+@triton.jit
+def load_reset_values(p_values, offsets, mask, INITIAL: tl.constexpr):
+    """What a reset sets each state to, as fp32: given values, or the recurrence's initial ones."""
+    values = ()
+    if p_values is not None:
+        values = load_each(p_values, offsets, mask)
+    else:
+        for k in tl.static_range(len(INITIAL)):
+            values = values + (tl.full(mask.shape, INITIAL[k], tl.float32),)
+    return values
