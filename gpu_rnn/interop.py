@@ -224,7 +224,7 @@ def _tensor(value: Array) -> Tensor:
 def _numpy(value: Tensor) -> np.ndarray:
     if value.dtype == torch.bfloat16:
         raise ValueError("NumPy has no bfloat16: convert the weights with .float() first")
-    return value.detach().cpu().numpy().copy()
+    return value.detach().cpu().numpy()
 
 
 def _expect(found: Tensor, shape: tuple[int | None, ...], what: str) -> None:

@@ -152,6 +152,10 @@ def test_what_comes_back_is_a_copy() -> None:
     state = interop.from_keras([kernel, np.ones((HIDDEN, 4 * HIDDEN)), np.zeros(4 * HIDDEN)], cell="lstm")
     kernel[:] = 7
     assert state["weight_ih_l0"].eq(1).all()
+    node = {"W": torch.ones(1, HIDDEN, INPUT), "R": torch.ones(1, HIDDEN, HIDDEN)}
+    state = interop.from_onnx(node, cell="rnn")
+    node["W"].fill_(7)
+    assert state["weight_ih_l0"].eq(1).all()
     layer = make("rnn")
     (arrays,) = interop.to_keras(layer.state_dict(), cell="rnn")
     arrays[1][:] = 7
