@@ -234,6 +234,20 @@ def test_zoneout_keeps_states_in_training_and_expects_them_at_evaluation() -> No
     torch.testing.assert_close(c_one, 0.5 * c + 0.5 * c_new, **EXACT)
 
 
+@pytest.mark.parametrize("name", support.LAYERS)
+@pytest.mark.parametrize("options", [{}, {"reset_after": False}])
+def test_zoneout_of_everything_at_evaluation_has_gradients_of_zero(name: str, options: dict[str, Any]) -> None:
+    """No output depends on any gate then."""
+    found = layer(name, zoneout=1.0, backend="step", **(options if name == "GRU" else {})).eval()
+    x, h = support.draw(STEPS, BATCH, INPUT), support.states(found)
+    output, _ = found(x, h)
+    first = support.leaves(h)[0]
+    torch.testing.assert_close(output, first.expand(STEPS, -1, -1), **EXACT)
+    grads = torch.autograd.grad(output.sum(), [first, x, *found.parameters()], materialize_grads=True, allow_unused=True)
+    assert grads[0].eq(STEPS).all()
+    assert all(grad.eq(0).all() for grad in grads[1:])
+
+
 def test_layer_norm_makes_the_scale_of_weights_irrelevant() -> None:
     found = layer("GRU", layer_norm=True)
     x = support.draw(STEPS, BATCH, INPUT)

@@ -192,7 +192,9 @@ class _Stage:
 
     def d_carried(self, step: int, seeds: list[Tensor]) -> Sequence[Tensor]:
         """Those of the values of earlier stages."""
-        return self.to_carried.sum(step, seeds).unbind(2) if self.carried else ()
+        if self.to_carried.parts:
+            return self.to_carried.sum(step, seeds).unbind(2)
+        return [torch.zeros_like(seeds[0])] * len(self.carried)
 
     def finish(self, part: slice) -> None:
         """Adds what a chunk gives for the weights."""
