@@ -194,7 +194,7 @@ class _Stage:
         """Those of the values of earlier stages."""
         if self.to_carried.parts:
             return self.to_carried.sum(step, seeds).unbind(2)
-        return [torch.zeros_like(seeds[0])] * len(self.carried)
+        return [torch.zeros_like(seeds[0][:, :, 0])] * len(self.carried)
 
     def finish(self, part: slice) -> None:
         """Adds what a chunk gives for the weights."""
