@@ -116,12 +116,22 @@ class _Steps:
         """One step of (S, steps, B, N, H)."""
         return None if states is None else states[:, t]
 
-    def constants(self, shape: _StageShape) -> dict[str, Any]:
-        """The compile-time arguments of both kernels."""
+    def common(self, t: int, shape: _StageShape) -> dict[str, Any]:
+        """The arguments that both kernels have."""
+        _, batch, n, gates, hidden = self.gates.shape
         return {
+            "p_gates": self.gates[t],
+            "p_recurrent": self.recurrent[t],
+            "p_params": self.params,
+            "p_flags": None if self.flags is None else self.flags[t],
+            "p_zone": self.at(t, self.zone),
+            "state_stride": self.steps * batch * n * hidden,
+            "B": batch,
+            "N": n,
+            "H": hidden,
             "FIRST": shape.rows.start,
             "KEPT": shape.kept,
-            "G": self.gates.shape[3],
+            "G": gates,
             "R": len(self.program.split),
             "S": len(self.program.states),
             "P": len(self.program.params),
@@ -159,38 +169,31 @@ class Forward(_Steps):
             buffer.copy_(state)
         self.entering.copy_(states[0].transpose(0, 1))
 
+    def arguments(self, t: int, shape: _StageShape, product: Tensor) -> dict[str, Any]:
+        """Of `step_forward`, for a stage of a step."""
+        return self.common(t, shape) | {
+            "p_inner": self.at(t, self.inner),
+            "p_y": self.y[t],
+            "p_states": self.states,
+            "p_values": self.values,
+            "p_entering": self.entering,
+            "p_product": product,
+            "p_b_hh": self.b_hh,
+            "p_reset": self.at(t if self.kind.reset_values > 1 else 0, self.reset),
+            "reset_stride": 0 if self.reset is None else self.reset.stride(0),
+            "STEP": getattr(self.module, f"step_{shape.number}"),
+            "SAVE": self.kind.save,
+        }
+
     def run(self, steps: int) -> None:
         from gpu_rnn.kernels.triton.step import step_forward
 
-        _, batch, n, _, hidden = self.gates.shape
         for t in range(steps):
             for shape, product, scale in zip(self.shapes, self.products, self.scales, strict=True):
                 multiplied = product.own(self.entering)
                 if scale is not None:
                     multiplied = normalised(multiplied)[0].mul_(scale)
-                step_forward[self.grid](
-                    self.gates[t],
-                    self.recurrent[t],
-                    self.at(t, self.inner),
-                    self.y[t],
-                    self.states,
-                    self.values,
-                    self.entering,
-                    multiplied,
-                    self.b_hh,
-                    self.params,
-                    None if self.flags is None else self.flags[t],
-                    self.at(t if self.kind.reset_values > 1 else 0, self.reset),
-                    self.at(t, self.zone),
-                    self.steps * batch * n * hidden,
-                    0 if self.reset is None else self.reset.stride(0),
-                    batch,
-                    n,
-                    hidden,
-                    STEP=getattr(self.module, f"step_{shape.number}"),
-                    SAVE=self.kind.save,
-                    **self.constants(shape),
-                )
+                step_forward[self.grid](**self.arguments(t, shape, multiplied))
 
 
 class Backward(_Steps):
@@ -232,9 +235,11 @@ class Backward(_Steps):
         return found
 
     def run(self, steps: int) -> None:
+        from gpu_rnn.kernels.triton.step import step_backward
+
         for t in reversed(range(steps)):
             for shape in reversed(self.shapes):
-                self._pointwise(t, shape)
+                step_backward[self.grid](**self.arguments(t, shape))
                 d, scale = self.d_products[shape.number], self.scales[shape.number]
                 if scale is not None:
                     d = self._through_norm(t, shape.number, d, scale)
@@ -261,33 +266,21 @@ class Backward(_Steps):
         raw, mean, rstd = self.raw[number][t], self.mean[number][t], self.rstd[number][t]
         return self.d_raw[number][t].copy_(normalised_back(d * scale.float(), raw, mean, rstd))
 
-    def _pointwise(self, t: int, shape: _StageShape) -> None:
-        from gpu_rnn.kernels.triton.step import step_backward
-
-        _, batch, n, _, hidden = self.gates.shape
-        step_backward[self.grid](
-            self.gates[t],
-            self.recurrent[t],
-            self.before[:, t],
-            self.values[shape.number][:, t],
-            self.d_y[t],
-            self.at(t, self.d_inner),
-            self.d_states,
-            self.d_seed,
-            self.d_values,
-            self.d_gates[t],
-            self.d_recurrent[t],
-            self.d_products[shape.number],
-            self.d_params,
-            self.params,
-            None if self.flags is None else self.flags[t],
-            self.at(t, self.zone),
-            self.at(t, self.d_entered),
-            self.steps * batch * n * hidden,
-            batch,
-            n,
-            hidden,
-            STEP=getattr(self.module, f"step_{shape.number}_backward"),
-            KEPT_FIRST=shape.kept_first,
-            **self.constants(shape),
-        )
+    def arguments(self, t: int, shape: _StageShape) -> dict[str, Any]:
+        """Of `step_backward`, for a stage of a step."""
+        return self.common(t, shape) | {
+            "p_before": self.before[:, t],
+            "p_values": self.values[shape.number][:, t],
+            "p_d_y": self.d_y[t],
+            "p_d_inner": self.at(t, self.d_inner),
+            "p_d_states": self.d_states,
+            "p_d_seed": self.d_seed,
+            "p_d_values": self.d_values,
+            "p_d_gates": self.d_gates[t],
+            "p_d_recurrent": self.d_recurrent[t],
+            "p_d_product": self.d_products[shape.number],
+            "p_d_params": self.d_params,
+            "p_d_entered": self.at(t, self.d_entered),
+            "STEP": getattr(self.module, f"step_{shape.number}_backward"),
+            "KEPT_FIRST": shape.kept_first,
+        }

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The step loop's kernels built for an old and a new architecture, without a GPU: the launcher's own launches."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import loop_support as support
+import pytest
+import torch
+from test_compile import NoDevice
+
+from gpu_rnn.launch.step_buffers import Backward, Forward, Kind
+
+KINDS = {
+    "plain": Kind(True, False, 0, False, 0, False),
+    "no bias": Kind(False, False, 0, False, 0, False),
+    "flags": Kind(True, True, 0, False, 0, False),
+    "reset values": Kind(True, True, 2, False, 0, False),
+    "zone": Kind(True, False, 0, True, 0, False),
+    "drop": Kind(True, False, 0, False, 1, False),
+    "everything": Kind(True, True, 1, True, 4, True, save=True, inner=True),
+}
+CASES = [
+    (cell, list(KINDS)[number % len(KINDS)], architecture, dtype)
+    for number, (cell, architecture, dtype) in enumerate(
+        product(support.RECURRENCES, (80, 120), (torch.bfloat16, torch.float32))
+    )
+] + [("gru_reset_before", kind, 90, torch.float16) for kind in KINDS]
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize(("cell", "kind", "architecture", "dtype"), CASES, ids=str)
+def test_builds(cell: str, kind: str, architecture: int, dtype: torch.dtype) -> None:
+    from triton.runtime.driver import driver
+
+    from gpu_rnn.kernels.triton.step import step_backward, step_forward
+
+    program, chosen = support.RECURRENCES[cell].program, KINDS[kind]
+    if chosen.drop > 1:
+        chosen = chosen._replace(drop=len(program.gates))
+    like = torch.empty(4, 3, 2, len(program.gates), 40, dtype=dtype, device="meta")
+    forward, backward = Forward(program, like, 4, chosen), Backward(program, like, 4, chosen)
+    before = driver._active
+    driver.set_active(NoDevice(architecture))
+    try:
+        for shape, product_, d in zip(forward.shapes, forward.products, backward.d_products, strict=True):
+            multiplied = product_.own(forward.entering)
+            assert multiplied.shape == d.shape
+            step_forward.warmup(grid=forward.grid, **forward.arguments(1, shape, multiplied))
+            step_backward.warmup(grid=backward.grid, **backward.arguments(1, shape))
+    finally:
+        driver._active = before
