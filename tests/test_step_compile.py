@@ -32,9 +32,8 @@ CASES = [
 @pytest.mark.compile
 @pytest.mark.parametrize(("cell", "kind", "architecture", "dtype"), CASES, ids=str)
 def test_builds(cell: str, kind: str, architecture: int, dtype: torch.dtype) -> None:
-    from triton.runtime.driver import driver
-
     from gpu_rnn.kernels.triton.step import step_backward, step_forward
+    from triton.runtime.driver import driver
 
     program, chosen = support.RECURRENCES[cell].program, KINDS[kind]
     if chosen.drop > 1:
