@@ -86,19 +86,10 @@ DEVICE void prefetch(Step &step, const Backward &b, const Seat &seat,
   reset(step.before, step.flags, b, seat, spot, row, t);
 }
 
-// Of a state's gradient that part which the step itself does not change.
-DEVICE float passed(const Step &step, const Row &row, int k, int unit) {
-  float d = row.state[k][unit];
-  if (FLAGS && k == 0) // y is h in a skipped step too
-    d += step.d_y[unit];
-  if (INNER && k > 0)
-    d += step.d_inner[k][unit];
-  return d;
-}
-
 DEVICE void differentiate(Step &step, Pair &pair, Row &row, int unit,
                           bool active) {
   float a[GATES], r[ANY_SPLITS], s[STATES], p[ANY_PARAMS], none[1], d[STATES];
+  float whole[STATES]; // gradients after the step
   float d_a[GATES], d_r[ANY_SPLITS], d_s[STATES], d_p[ANY_PARAMS], d_none[1];
 #pragma unroll
   for (int gate = 0; gate < GATES; gate++)
@@ -112,11 +103,12 @@ DEVICE void differentiate(Step &step, Pair &pair, Row &row, int unit,
 #pragma unroll
   for (int k = 0; k < STATES; k++) {
     s[k] = step.before[k][unit];
-    d[k] = passed(step, row, k, unit);
-    if (!FLAGS && k == 0)
-      d[k] += step.d_y[unit];
-    if (step.zone >> (2 * k + unit) & 1)
-      d[k] = 0.0f;
+    whole[k] = row.state[k][unit];
+    if (k == 0)
+      whole[k] += step.d_y[unit];
+    if (INNER && k > 0)
+      whole[k] += step.d_inner[k][unit];
+    d[k] = step.zone >> (2 * k + unit) & 1 ? 0.0f : whole[k];
   }
   step_0_backward(a, r, s, p, none, d, d_a, d_r, d_s, d_p, d_none);
   // Steps that a row has not may give anything: it is selected away.
@@ -134,9 +126,10 @@ DEVICE void differentiate(Step &step, Pair &pair, Row &row, int unit,
   for (int k = 0; k < STATES; k++) {
     float d_before = d_s[k];
     if (step.zone >> (2 * k + unit) & 1)
-      d_before += passed(step, row, k, unit) +
-                  (!FLAGS && k == 0 ? step.d_y[unit] : 0.0f);
-    row.state[k][unit] = active ? d_before : passed(step, row, k, unit);
+      d_before += whole[k];
+    if (k > 0 || FLAGS) // else y is 0 beyond a row's length, whatever h is
+      row.state[k][unit] = whole[k];
+    row.state[k][unit] = active ? d_before : row.state[k][unit];
   }
 }
 
