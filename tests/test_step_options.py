@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every option in the step loop, in torch and in its Triton kernels, beside the float64 reference: values and all gradients."""
+"""Every option in the step loop, in torch and in Triton, beside the float64 reference: values and all gradients."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def in_torch(name: str, options: Options, **sizes: int) -> None:
 
 
 def in_triton(name: str, options: Options, device: str = "cpu", **sizes: int) -> None:
-    """Layer normalisation of a few units can lose digits: as many as plain PyTorch loses in float32 are allowed, four times."""
+    """Layer normalisation of a few units loses digits: four times what plain PyTorch loses in float32 is allowed."""
     inputs, recurrence = make(name, options, **sizes), support.RECURRENCES[name]
     truth = support.values_and_gradients(recurrence, inputs, "reference")
     narrow = inputs.to(torch.float32)
@@ -116,9 +116,9 @@ def test_interpreted(name: str, options: Options) -> None:
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize(("number", "options"), list(enumerate(PAIRS)), ids=lambda p: "-".join(p) if isinstance(p, tuple) else "")
-def test_pairs_interpreted(number: int, options: Options) -> None:
-    in_triton(CELLS[number % len(CELLS)], options)
+@pytest.mark.parametrize("options", PAIRS, ids="-".join)
+def test_pairs_interpreted(options: Options) -> None:
+    in_triton(CELLS[PAIRS.index(options) % len(CELLS)], options)
 
 
 @pytest.mark.gpu
@@ -227,6 +227,6 @@ def test_nothing_is_refused_but_complex_numbers(name: str, dtype: torch.dtype) -
     recurrence = support.RECURRENCES[name]
     every = {"flags": True, "reset_values": True, "zone": True, "all_states": True, "norm": True, "lengths": True}
     sizes = {"T": 5, "B": 3, "N": 2, "I": 4, "H": 8, "proj_size": 4, "drop": len(recurrence.gates)}
-    problem = Problem(recurrence, dtype=dtype, device_type="cuda", device=devices.describe("H100"), **sizes, **every)  # type: ignore[arg-type]
-    assert not step.unsupported(problem)
-    assert step.unsupported(Problem(recurrence, **{**sizes, **every, "dtype": torch.complex64}))  # type: ignore[arg-type]
+    on_a_gpu = {"device_type": "cuda", "device": devices.describe("H100"), **sizes, **every}
+    assert not step.unsupported(Problem(recurrence, dtype=dtype, **on_a_gpu))  # type: ignore[arg-type]
+    assert step.unsupported(Problem(recurrence, dtype=torch.complex64, **on_a_gpu))  # type: ignore[arg-type]

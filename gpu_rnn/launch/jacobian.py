@@ -33,7 +33,7 @@ class Jacobian:
 
 @lru_cache(maxsize=256)
 def jacobian(program: Program, number: int) -> Jacobian:
-    """Of stage `number`, by the inputs that `Derivative.wrt` names: its derivative with one incoming gradient 1, the rest 0."""
+    """Of stage `number`: its derivative with one incoming gradient 1, the rest 0."""
     stage, derivative = program.stages[number], differentiate(program, number)
     made = {op.result for op in stage.ops}
     builder = Builder(prefix=f"j{number}_", given=stage.ops)

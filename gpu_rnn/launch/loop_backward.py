@@ -154,17 +154,15 @@ class _Stage:
         """The partial derivatives at the steps of a chunk; `keeps`: of each output."""
         self.stage.run(values)
         self.jacobian.run(values)
-
         outputs = [
             _Output({name: lookup(values, value, like) for name, value in own.items()}, keep, same)
             for own, keep, same in zip(self.jacobian.partials, keeps, self.same, strict=True)
         ]
         reached = {name for own in outputs for name in (*own.partials, own.same if own.keep is not None else "")}
         self.reached = [k for k, name in enumerate(self.states) if name in reached]
-        self.to_gates, self.to_recurrent, self.to_params, self.to_carried, self.to_states = (
-            _Terms(names, outputs, like)
-            for names in (self.gate_names, self.split_names, self.params, self.carried, [self.states[k] for k in self.reached])
-        )
+        groups = self.gate_names, self.split_names, self.params, self.carried, [self.states[k] for k in self.reached]
+        terms = (_Terms(names, outputs, like) for names in groups)
+        self.to_gates, self.to_recurrent, self.to_params, self.to_carried, self.to_states = terms
         self.d_params = like.new_zeros(len(like), *like.shape[1:3], len(self.params), like.shape[3])
         if self.scale is not None:
             self.raw = self.products[0].over_time(entering).to(like.dtype).contiguous()
@@ -178,8 +176,8 @@ class _Stage:
         if self.params:
             self.to_params.write(step, seeds, self.d_params[step])
         if self.scale is not None:
-            d = self.d_of_sources[0][t] if len(self.sources) == 1 else torch.cat([source[t] for source in self.d_of_sources], 2)
-            d = d * self.scale
+            d, *others = (source[t] for source in self.d_of_sources)
+            d = (torch.cat([d, *others], 2) if others else d) * self.scale
             self.d_products[0][t].copy_(normalised_back(d, self.raw[step], self.mean[step], self.rstd[step]))
         d_entering, *others = (p.back(of[t]) for p, of in zip(self.products, self.d_products, strict=True))
         for other in others:
@@ -187,8 +185,9 @@ class _Stage:
         return d_entering.to(seeds[0].dtype)
 
     def d_states(self, step: int, seeds: list[Tensor]) -> Iterator[tuple[int, Tensor]]:
-        """The gradients of the states before the step, other than through the product: (number of the state, (B, N, H))."""
-        return zip(self.reached, self.to_states.sum(step, seeds).unbind(2), strict=True) if self.reached else iter(())
+        """The gradients of the states before the step, (B, N, H), other than through the product, with their numbers."""
+        if self.reached:
+            yield from zip(self.reached, self.to_states.sum(step, seeds).unbind(2), strict=True)
 
     def d_carried(self, step: int, seeds: list[Tensor]) -> Sequence[Tensor]:
         """Those of the values of earlier stages."""
@@ -302,7 +301,8 @@ class _Loop:
         made, kept = seeds[0], None
         if self.call.weights.w_hr is not None:
             made, kept = self._kept(t, seeds[0])
-            seeds[0] = torch.bmm(made.to(self.gates.dtype).transpose(0, 1), self.call.weights.w_hr).transpose(0, 1).to(self.dtype)
+            through = torch.bmm(made.to(self.gates.dtype).transpose(0, 1), self.call.weights.w_hr)
+            seeds[0] = through.transpose(0, 1).to(self.dtype)
         found: list[Tensor | None] = [None] * len(seeds)
         for stage in reversed(self.stages):
             wide = [seed.unsqueeze(2) for seed in seeds]
@@ -311,8 +311,8 @@ class _Loop:
                 before = found[k]
                 found[k] = d if before is None else before + d
             seeds = [d_entering, *stage.d_carried(step, wide)]
-        through = found[0] if kept is None else kept
-        d_h = d_entering if through is None else d_entering + through
+        rest = found[0] if kept is None else kept
+        d_h = d_entering if rest is None else d_entering + rest
         others = zip(found[1:], self.d_states[1:], strict=True)
         self.d_states = [d_h, *(torch.zeros_like(like) if d is None else d for d, like in others)]
         if self.call.reset_values:

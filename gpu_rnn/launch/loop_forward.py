@@ -72,7 +72,9 @@ class _Loop:
         self.resets = steps_with(self.reset, steps)
         self.values = steering.values
         self.keeps = [
-            keep[..., : state.shape[-1]] for keep, state in zip(steering.keeps, self.states, strict=True) if keep is not None
+            keep[..., : state.shape[-1]]
+            for keep, state in zip(steering.keeps, self.states, strict=True)
+            if keep is not None
         ]
         self.kept = [steering.zone is not None or skips for skips in steps_with(steering.skip, steps)]
 

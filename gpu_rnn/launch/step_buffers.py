@@ -90,7 +90,7 @@ class _Steps:
             self.weights.append(weights)
             self.drops.append(drop)
             self.products.append(product)
-            self.scales.append(like.new_empty(scale) if kind.norm else None)
+            self.scales.append(like.new_empty(scale, dtype=torch.float32) if kind.norm else None)
         self.grid = (-(-batch * n * hidden // BLOCK),)
 
     def states_over(self, like: Tensor, dtype: torch.dtype = torch.float32, count: int | None = None) -> Tensor:
@@ -213,12 +213,13 @@ class Backward(_Steps):
         self.d_seed = like.new_empty(n, batch, hidden)
         self.d_values = like.new_empty(max(values), batch, n, hidden, dtype=torch.float32)
         self.d_params = like.new_empty(batch, n, len(program.params), hidden, dtype=torch.float32)
-        own = [(n, len(s.kept), batch) if p.by_gate else (n, batch, len(s.kept)) for s, p in zip(self.shapes, self.products, strict=True)]
+        own = [(n, p.gates, batch) if p.by_gate else (n, batch, p.gates) for p in self.products]
         self.d_products = [like.new_empty(*size, hidden) for size in own]
         # With layer normalisation: the products of all steps, their means and their deviations, and the gradients.
         kept = own if kind.norm else []
         self.raw = [like.new_empty(steps, *size, hidden, dtype=torch.float32) for size in kept]
-        self.mean, self.rstd = ([like.new_empty(steps, *size, 1, dtype=torch.float32) for size in kept] for _ in range(2))
+        means = [(steps, *size, 1) for size in kept]
+        self.mean, self.rstd = ([like.new_empty(size, dtype=torch.float32) for size in means] for _ in range(2))
         self.d_raw = [like.new_empty(steps, *size, hidden) for size in kept]
 
     def start(self, d_final: list[Tensor]) -> None:
@@ -264,7 +265,7 @@ class Backward(_Steps):
 
     def _through_norm(self, t: int, number: int, d: Tensor, scale: Tensor) -> Tensor:
         raw, mean, rstd = self.raw[number][t], self.mean[number][t], self.rstd[number][t]
-        return self.d_raw[number][t].copy_(normalised_back(d * scale.float(), raw, mean, rstd))
+        return self.d_raw[number][t].copy_(normalised_back(d * scale, raw, mean, rstd))
 
     def arguments(self, t: int, shape: _StageShape) -> dict[str, Any]:
         """Of `step_backward`, for a stage of a step."""
