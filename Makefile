@@ -14,22 +14,22 @@ demo:  ## install what is missing, then train on real recordings and time agains
 	@$(PY) -m gpu_rnn demo $(ARGS)
 
 test:  ## the tests, at most 15 minutes on 2 cores
-	@.ci/venv demo test
+	@.ci/venv demo test keras docs
 	@$(PY) tests -m "not slow" $(ARGS)
 
 test-all:  ## the tests with the slow ones, at most 45 minutes on 2 cores
-	@.ci/venv demo test
+	@.ci/venv demo test keras docs
 	@$(PY) tests $(ARGS)
 
 lint:  ## ruff, mypy, clang-format
-	@.ci/venv demo test dev
+	@.ci/venv demo test keras docs dev
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 	find kernels tests \( -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h' \) -print0 \
 		| xargs -0 -r .venv/bin/clang-format --dry-run -Werror
 
 gpu-check:  ## on a machine with a GPU: its tests and a quick benchmark, under 10 minutes
-	@.ci/venv demo test
+	@.ci/venv demo test keras docs
 	@$(PY) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "gpu-check: torch sees no GPU here")'
 	timeout 300 $(PY) -m pytest -m gpu
 	timeout 270 $(PY) benchmarks/run.py --quick
