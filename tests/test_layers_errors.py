@@ -85,7 +85,7 @@ def test_bad_nonlinearity() -> None:
 
 @pytest.mark.parametrize("name", [*support.LAYERS, *support.CELLS])
 def test_unknown_argument(name: str) -> None:
-    with pytest.raises(TypeError, match="unexpected keyword argument .hidden."):
+    with pytest.raises(TypeError, match=r"unexpected keyword argument .hidden."):
         getattr(gpu_rnn, name)(3, 5, hidden=5)
 
 
