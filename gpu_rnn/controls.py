@@ -30,12 +30,12 @@ class Controls(NamedTuple):
     def given(self) -> bool:
         return any(value is not None for value in self)
 
-    def checked(self, steps: int, shapes: Sequence[tuple[int, ...]], x: Tensor) -> Controls:
+    def checked(self, steps: int, shapes: Sequence[tuple[int, ...]], gates: int, x: Tensor) -> Controls:
         """The same with lengths as int64 on the input's device; `shapes` are those of the states, (L·D, B, ·).
 
         Raises:
             TypeError: a mask or resets that are not bool, lengths that are not integers.
-            ValueError: a wrong shape, lengths out of range, reset_state without resets.
+            ValueError: a wrong shape, a zone that is not bool, lengths out of range, reset_state without resets.
             RuntimeError: a tensor on another device, reset_state of another dtype.
         """
         for name, value in (("mask", self.mask), ("resets", self.resets)):
@@ -50,10 +50,17 @@ class Controls(NamedTuple):
                 raise ValueError(f"reset_state is {shape}, or for each step {(steps, *shape)}, got {tuple(value.shape)}")
             if value.dtype != x.dtype:
                 raise RuntimeError(f"reset_state is {value.dtype} and the input {x.dtype}: convert it with .to(input.dtype)")
+        rows, batch, width = shapes[0]
+        drop, zone = self.recurrent_mask, self.zone
+        if drop is not None and drop.shape not in ((rows, batch, 1, width), (rows, batch, gates, width)):
+            raise ValueError(f"recurrent_mask is ({rows}, {batch}, 1 or {gates}, {width}), got {tuple(drop.shape)}")
+        units = (len(shapes), steps, *shapes[-1])
+        if zone is not None and (zone.dtype != torch.bool or zone.shape != units):
+            raise ValueError(f"zone is bool, {units}, got {zone.dtype}, {tuple(zone.shape)}")
         for name, value in zip(self._fields, self, strict=True):
-            tensor = value[0] if isinstance(value, tuple) else value
-            if isinstance(tensor, Tensor) and name != "lengths" and tensor.device != x.device:
-                raise RuntimeError(f"{name} is on {tensor.device} and the input on {x.device}: move it with .to(input.device)")
+            for tensor in value if isinstance(value, tuple) else (value,):
+                if tensor is not None and name != "lengths" and tensor.device != x.device:
+                    raise RuntimeError(f"{name} is on {tensor.device} and the input on {x.device}: use .to(input.device)")
         return self._replace(lengths=lengths)
 
     def transposed(self) -> Controls:
@@ -83,11 +90,15 @@ class Controls(NamedTuple):
         within = torch.arange(steps, device=self.lengths.device)[:, None] < self.lengths
         return within if self.mask is None else within & self.mask
 
+    def flagged(self, all_states: bool) -> bool:
+        """Whether the loops get flags: lengths by themselves stay lengths, unless the states beyond them are wanted."""
+        return self.mask is not None or self.resets is not None or (self.lengths is not None and all_states)
+
     def of_layer(self, rows: slice, reverse: str, steps: int, all_states: bool) -> tuple[Control, list[Tensor]]:
         """The part of one layer, whose directions stand in `rows` of the states, and its reset values."""
         drop = None if self.recurrent_mask is None else self.recurrent_mask[rows].transpose(0, 1)
         zone = None if self.zone is None else self.zone[:, :, rows].transpose(2, 3)
-        if self.mask is None and self.resets is None and (self.lengths is None or not all_states):
+        if not self.flagged(all_states):
             return Control(self.lengths, None, drop, zone), []
         flags = _flags(self.valid(steps), self.resets, self.lengths, reverse)
         values = self.reset_state or ()

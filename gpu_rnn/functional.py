@@ -102,7 +102,7 @@ def rnn(
         controls = controls.transposed()
     if controls.given:
         steps, batch = stack.sizes(x, batch_sizes)
-        controls = controls.checked(steps, stack.state_shapes(weights, batch), x)
+        controls = controls.checked(steps, stack.state_shapes(weights, batch), len(recurrence.gates), x)
     y, states, every = run(stack, x, hx, weights, batch_sizes, controls)
     return (y, states, every) if all_states else (y, states)
 

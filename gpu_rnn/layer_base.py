@@ -337,7 +337,7 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
             steps, batch = stack.sizes(input, batch_sizes)
             controls = self._with_noise(controls, input, steps, batch)
             if controls is not NONE:
-                controls = controls.checked(steps, stack.state_shapes(weights, batch), input)
+                controls = controls.checked(steps, stack.state_shapes(weights, batch), len(self.recurrence.gates), input)
         if self.training and self.weight_drop:
             names = self._flat_weights_names
             weights = [

@@ -41,8 +41,13 @@ def _owned(outputs: Sequence[Tensor], inputs: Sequence[Tensor | None]) -> list[T
 def rnn(*arguments: Any) -> list[Tensor]:
     """One layer: y, the final states, then what the backward pass needs (empty unless saved)."""
     *given, program, options = arguments
-    inputs = Inputs.of(*given)
-    result = execution.run(program, Options.decode(options), inputs)
+    inputs, decoded = Inputs.of(*given), Options.decode(options)
+    result = execution.run(program, decoded, inputs)
+    nothing = result.y.new_empty(0)
+    if not decoded.save:
+        result = result._replace(gates=nothing, recurrent=nothing)
+        if not decoded.all_states:
+            result = result._replace(inner=result.inner.new_empty(0))
     return _owned([result.y, *result.final, result.gates, result.recurrent, result.inner], inputs.row)
 
 

@@ -84,7 +84,7 @@ class Stack(NamedTuple):
         """The call as dispatch sees it."""
         wanting = (x, *weights, *(hx or ()), *(controls.reset_state or ()))
         wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in wanting)
-        flags = controls.mask is not None or controls.resets is not None
+        flags = controls.flagged(self.all_states)
         return Problem(
             self.recurrence,
             steps,
@@ -190,7 +190,7 @@ class Stack(NamedTuple):
         own, norm_ih = self._canonical(weights, number)
         if norm_ih is not None and own.w_ih is not None:
             projected = F.linear(x, own.w_ih.flatten(0, 2)).unflatten(-1, own.w_ih.shape[:3])
-            x = normalised(projected) * norm_ih
+            x = normalised(projected).to(x.dtype) * norm_ih  # CUDA's autocast normalises in float32
             own = own._replace(w_ih=None)
         return Inputs(x, own, control, states, list(reset_values))
 

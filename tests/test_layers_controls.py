@@ -370,6 +370,29 @@ def test_a_packed_sequence_takes_no_mask() -> None:
         layer()(packed, mask=mask())
 
 
+@pytest.mark.parametrize("shape", [(1, BATCH, 3, HIDDEN), (1, BATCH - 1, 1, HIDDEN), (1, BATCH, 1, 1)])
+def test_masks_given_to_functional_are_checked(shape: tuple[int, ...]) -> None:
+    found = layer()
+    weights, x = list(found.parameters()), torch.zeros(STEPS, BATCH, INPUT, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"recurrent_mask is \(1, 4, 1 or 4, 5\)"):
+        gpu_rnn.functional.rnn(x, None, weights, found.recurrence, recurrent_mask=torch.ones(shape).double())
+    for zone in (torch.ones(2, STEPS, 1, BATCH, HIDDEN), torch.ones(1, STEPS, 1, BATCH, HIDDEN, dtype=torch.bool)):
+        with pytest.raises(ValueError, match=r"zone is bool, \(2, 6, 1, 4, 5\)"):
+            gpu_rnn.functional.rnn(x, None, weights, found.recurrence, zone=zone)
+
+
+@pytest.mark.parametrize("options", [{}, {"layer_norm": True}, {"layer_norm": True, "proj_size": 2}])
+def test_autocast_with_options(options: dict[str, Any]) -> None:
+    found = gpu_rnn.LSTM(INPUT, HIDDEN, **options)
+    x = torch.randn(STEPS, BATCH, INPUT)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, _ = found(x, mask=mask())
+        output.float().sum().backward()
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output.float(), found(x, mask=mask())[0], rtol=0, atol=0.05)
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in found.parameters())
+
+
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
