@@ -81,6 +81,25 @@ def test_a_layer_with_options(place: str) -> None:
     gpu_rnn.check()
 
 
+@pytest.mark.parametrize("place", PLACES[:1], indirect=True)
+def test_gradients_of_each_sample_with_lengths_of_its_own(place: str) -> None:
+    """The backward pass then gets views with gaps between their rows."""
+    torch.manual_seed(0)
+    torch.backends.cudnn.rnn.fp32_precision = "ieee"
+    layer = gpu_rnn.GRU(3, 20, device=place)
+    x, lengths = torch.randn(2, 4, 3, 3, device=place), torch.tensor([[4, 1, 0], [2, 4, 3]], device=place)
+
+    def loss(weights: dict[str, torch.Tensor], x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        y, h = torch.func.functional_call(layer, weights, (x,), {"lengths": lengths})
+        return y.square().sum() + h.sum()
+
+    found = []
+    for layer.backend in ("group", "reference"):
+        gradients = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))
+        found.append(gradients({n: w.detach() for n, w in layer.named_parameters()}, x, lengths))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-5)
+
+
 def _any_layout() -> group.Layout:
     recurrence = RECURRENCES["lstm"]
     return group.Layout(recurrence.program.text, torch.float32, "ieee", False, 2, 1, 1, 1)

@@ -255,7 +255,9 @@ def prepare_backward(
     program, weights, states = call.program, call.weights, call.states
     _, batch, n, _, hidden = saved.gates.shape
     gates, d_y = _rows(saved.gates), _rows(d_y)
-    d_gates, d_recurrent = torch.empty_like(gates), gates.new_empty(saved.recurrent.shape)
+    # With the strides of the gates, gaps too: the kernel has one set of offsets for both.
+    d_gates = torch.empty_strided(gates.shape, gates.stride(), dtype=gates.dtype, device=gates.device)
+    d_recurrent = gates.new_empty(saved.recurrent.shape)
     d_initial = gates.new_empty(len(states), batch, n, hidden)
     shares = choice.groups * choice.layout.along if program.params else 0
     d_params = gates.new_zeros(shares, n, len(program.params), hidden, dtype=torch.float32)
@@ -333,7 +335,9 @@ def _wanted(problem: Problem) -> tuple[Choice, str]:
 def prepare(problem: Problem) -> None:
     """Builds the kernel of a problem that is supported so far; where that fails, `unsupported` has a reason more."""
     choice, arch = _wanted(problem)
-    here = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    # Only devices that are in use already: to ask another would make a context there, which takes memory and seconds.
+    used = [index for index in range(torch.cuda.device_count()) if torch._C._cuda_hasPrimaryContext(index)]
+    here = [torch.device("cuda", index) for index in used]
     try:
         fit(choice.layout, arch)
         blocks = choice.layout.members * choice.groups * choice.at_once

@@ -99,9 +99,13 @@ def _layouts(problem: Problem) -> Iterator[Layout]:
                 yield replace(bare, held=held)
 
 
-@lru_cache(maxsize=1024)
 def choose(problem: Problem) -> Choice | None:
-    """The fastest layout that fits on the problem's device, or None."""
+    """The fastest layout that fits on the problem's device, or None. The number of steps does not matter."""
+    return _choose(replace(problem, T=1, I=1, layers=1))
+
+
+@lru_cache(maxsize=1024)
+def _choose(problem: Problem) -> Choice | None:
     return min(_fitting(problem), key=lambda choice: choice.step, default=None)
 
 
@@ -193,7 +197,12 @@ def floor(problem: Problem) -> float | None:
 
 
 def largest(problem: Problem) -> int:
-    """The largest H that fits on the problem's device."""
+    """The largest H that fits on the problem's device, whatever T and B are."""
+    return _largest(replace(problem, T=1, B=1, I=1, layers=1))
+
+
+@lru_cache(maxsize=256)
+def _largest(problem: Problem) -> int:
     fitting = [h for h in range(UNITS, 4096 + 1, UNITS) if choose(replace(problem, H=h)) is not None]
     return max(fitting, default=0)
 

@@ -227,14 +227,21 @@ class Function:
         self.shared_bytes = shared_bytes
 
     def resident(self, device: torch.device, threads: int) -> int:
-        """Blocks of the kernel that are on a device at once, by the driver's count."""
+        """Blocks of the kernel that are on a device at once, by the driver's count.
+
+        Raises:
+            CompileError: the driver of that device does not take the kernel.
+        """
         import cupy
 
-        with cupy.cuda.Device(device.index):
-            self.kernel.max_dynamic_shared_size_bytes = self.shared_bytes
-            count = cupy.cuda.driver.occupancyMaxActiveBlocksPerMultiprocessor(
-                self.kernel.kernel.ptr, threads, self.shared_bytes
-            )
+        try:
+            with cupy.cuda.Device(device.index):
+                self.kernel.max_dynamic_shared_size_bytes = self.shared_bytes
+                count = cupy.cuda.driver.occupancyMaxActiveBlocksPerMultiprocessor(
+                    self.kernel.kernel.ptr, threads, self.shared_bytes
+                )
+        except (cupy.cuda.driver.CUDADriverError, cupy.cuda.runtime.CUDARuntimeError) as error:
+            raise CompileError(f"{device} does not take {self.kernel.name}: {error}") from error
         return count * torch.cuda.get_device_properties(device).multi_processor_count
 
     def __call__(
