@@ -76,7 +76,7 @@ def rnn(
         ValueError: a backend that does not exist or cannot run this call, with every reason.
             A mask, lengths, resets or reset_state of another shape.
         TypeError: a mask or resets that are not bool, lengths that are not integers.
-        RuntimeError: no time steps; tensors on different devices.
+        RuntimeError: no time steps; tensors on different devices; hx or weights of another shape.
 
     Example::
 
@@ -100,8 +100,9 @@ def rnn(
     controls = Controls(mask, lengths, resets, reset_state, recurrent_mask, zone)
     if batch_first:
         controls = controls.transposed()
+    steps, batch = stack.sizes(x, batch_sizes)
+    stack.check(x, hx, weights, batch)
     if controls.given:
-        steps, batch = stack.sizes(x, batch_sizes)
         controls = controls.checked(steps, stack.state_shapes(weights, batch), len(recurrence.gates), x)
     y, states, every = run(stack, x, hx, weights, batch_sizes, controls)
     return (y, states, every) if all_states else (y, states)

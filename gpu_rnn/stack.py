@@ -64,6 +64,25 @@ class Stack(NamedTuple):
         widths = [self.proj_size or hidden, *[hidden] * (len(self.recurrence.states) - 1)]
         return [(rows, batch, width) for width in widths]
 
+    def weight_shapes(self, features: int, hidden: int) -> list[tuple[int, ...]]:
+        """Of each weight, in the order of `functional.rnn`."""
+        gates, directions, width = len(self.recurrence.gates), len(self.reverse), self.proj_size or hidden
+        shapes: list[tuple[int, ...]] = []
+        for number in range(self.num_layers):
+            own = [(gates * hidden, directions * width if number else features), (gates * hidden, width)]
+            own += [(gates * hidden,)] * (2 * self.bias) + [(width, hidden)] * bool(self.proj_size)
+            own += [(len(self.recurrence.params), hidden)] * bool(self.recurrence.params) + [(gates * hidden,)] * (2 * self.norm)
+            shapes += own * directions
+        return shapes
+
+    def check(self, x: Tensor, hx: States | None, weights: Sequence[Tensor], batch: int) -> None:
+        """Raises RuntimeError for shapes that do not fit: ATen's kernels do not look at all of them."""
+        found, expected = [tuple(w.shape) for w in weights], self.weight_shapes(x.shape[-1], self.hidden(weights))
+        if found != expected:
+            raise RuntimeError(f"for an input of {x.shape[-1]} features the weights are {expected}, got {found}")
+        if hx is not None and [tuple(state.shape) for state in hx] != self.state_shapes(weights, batch):
+            raise RuntimeError(f"hx is {self.state_shapes(weights, batch)}, got {[tuple(state.shape) for state in hx]}")
+
     def initial(self, x: Tensor, weights: Sequence[Tensor], batch: int) -> States:
         """The recurrence's own initial values, (D·num_layers, B, ·); states that are all alike share one tensor."""
         shapes, values = self.state_shapes(weights, batch), self.recurrence.initial
