@@ -27,26 +27,45 @@ CASES = [
         product(support.RECURRENCES, (80, 120), (torch.bfloat16, torch.float32))
     )
 ] + [("gru_reset_before", kind, 90, torch.float16) for kind in KINDS]
+PROJECTED = [("peephole_lstm", kind, 90, torch.bfloat16) for kind in KINDS]
 
 
 @pytest.mark.compile
 @pytest.mark.parametrize(("cell", "kind", "architecture", "dtype"), CASES, ids=str)
 def test_builds(cell: str, kind: str, architecture: int, dtype: torch.dtype) -> None:
-    from gpu_rnn.kernels.triton.step import step_backward, step_forward
+    build(cell, KINDS[kind], architecture, dtype)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize(("cell", "kind", "architecture", "dtype"), PROJECTED, ids=str)
+def test_builds_with_a_projection(cell: str, kind: str, architecture: int, dtype: torch.dtype) -> None:
+    build(cell, KINDS[kind]._replace(projection=24), architecture, dtype)
+
+
+def build(cell: str, kind: Kind, architecture: int, dtype: torch.dtype) -> None:
     from triton.runtime.driver import driver
 
-    program, chosen = support.RECURRENCES[cell].program, KINDS[kind]
-    if chosen.drop > 1:
-        chosen = chosen._replace(drop=len(program.gates))
+    program = support.RECURRENCES[cell].program
+    if kind.drop > 1:
+        kind = kind._replace(drop=len(program.gates))
     like = torch.empty(4, 3, 2, len(program.gates), 40, dtype=dtype, device="meta")
-    forward, backward = Forward(program, like, 4, chosen), Backward(program, like, 4, chosen)
+    forward, backward = Forward(program, like, 4, kind), Backward(program, like, 4, kind)
     before = driver._active
     driver.set_active(NoDevice(architecture))
     try:
-        for shape, product_, d in zip(forward.shapes, forward.products, backward.d_products, strict=True):
-            multiplied = product_.own(forward.entering)
-            assert multiplied.shape == d.shape
-            step_forward.warmup(grid=forward.grid, **forward.arguments(1, shape, multiplied))
-            step_backward.warmup(grid=backward.grid, **backward.arguments(1, shape))
+        warm_up(forward, backward, forward.of_h.entering)
+        if kind.projection:
+            warm_up(forward.projection, backward.projection, forward.y[1].transpose(0, 1))
     finally:
         driver._active = before
+
+
+def warm_up(forward: Forward, backward: Backward, entering: torch.Tensor) -> None:
+    """The launches of one step."""
+    from gpu_rnn.kernels.triton.step import step_backward, step_forward
+
+    for shape, product_, d in zip(forward.shapes, forward.products, backward.d_products, strict=True):
+        multiplied = product_.own(entering)
+        assert multiplied.shape == d.shape
+        step_forward.warmup(grid=forward.grid, **forward.arguments(1, shape, multiplied))
+        step_backward.warmup(grid=backward.grid, **backward.arguments(1, shape))

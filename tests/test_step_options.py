@@ -116,6 +116,13 @@ def test_interpreted(name: str, options: Options) -> None:
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize("options", [(), *SINGLE, EVERYTHING], ids="-".join)
+@pytest.mark.parametrize("name", PROJECTED)
+def test_with_a_projection_interpreted(name: str, options: Options) -> None:
+    in_triton(name, options, H=5, proj=3, reverse="10")  # type: ignore[arg-type]
+
+
+@pytest.mark.interpreter
 @pytest.mark.parametrize("options", PAIRS, ids="-".join)
 def test_pairs_interpreted(options: Options) -> None:
     in_triton(CELLS[PAIRS.index(options) % len(CELLS)], options)
@@ -133,11 +140,21 @@ def test_on_a_gpu(name: str, options: Options) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("options", [(), *SINGLE, EVERYTHING], ids="-".join)
+def test_with_a_projection_on_a_gpu(options: Options) -> None:
+    torch.backends.cudnn.rnn.fp32_precision = "ieee"
+    for _ in range(2):
+        in_triton("peephole_lstm", options, "cuda", T=2 * graphs.CHUNK + 6, H=20, proj=7)
+    torch.backends.cudnn.rnn.fp32_precision = "tf32"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("proj", [0, 3])
 @pytest.mark.parametrize("options", [*SINGLE, EVERYTHING], ids="-".join)
-def test_no_waiting_for_a_gpu(options: Options) -> None:
+def test_no_waiting_for_a_gpu(options: Options, proj: int) -> None:
     """Neither loop asks the device for anything."""
     for dtype in (torch.float32, torch.float64):
-        inputs = make("lstm", options, T=graphs.CHUNK + 2).to(dtype).on("cuda")
+        inputs = make("lstm", options, T=graphs.CHUNK + 2, proj=proj).to(dtype).on("cuda")
         support.values_and_gradients(support.RECURRENCES["lstm"], inputs, "step")
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -146,10 +163,10 @@ def test_no_waiting_for_a_gpu(options: Options) -> None:
             torch.cuda.set_sync_debug_mode("default")
 
 
-def sixteen_bits(name: str, options: Options, dtype: torch.dtype) -> None:
+def sixteen_bits(name: str, options: Options, dtype: torch.dtype, proj: int = 0) -> None:
     """At most twice the error of plain PyTorch in the same dtype, plus a small floor."""
     recurrence = support.RECURRENCES[name]
-    inputs = make(name, options, H=8).to(dtype)
+    inputs = make(name, options, H=8, proj=proj).to(dtype)
     truth = support.values_and_gradients(recurrence, inputs.to(torch.float64), "reference")
     plain = support.values_and_gradients(recurrence, inputs, "reference")
     found = support.values_and_gradients(recurrence, inputs, "step")
@@ -174,10 +191,17 @@ def test_sixteen_bits_interpreted(name: str, options: Options, dtype: torch.dtyp
     sixteen_bits(name, options, dtype)
 
 
-def nothing_leaks(name: str, options: Options, dtype: torch.dtype) -> None:
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("options", [(), *SINGLE, EVERYTHING], ids="-".join)
+def test_sixteen_bits_with_a_projection_interpreted(options: Options, dtype: torch.dtype) -> None:
+    sixteen_bits("lstm", options, dtype, proj=5)
+
+
+def nothing_leaks(name: str, options: Options, dtype: torch.dtype, proj: int = 0) -> None:
     """NaN in the input of masked steps reaches no value and no gradient."""
     recurrence = support.RECURRENCES[name]
-    inputs = make(name, ("mask", *options))
+    inputs = make(name, ("mask", *options), proj=proj)
     assert inputs.control.flags is not None
     x = support.draw(5, 3, 2, len(recurrence.gates), 4, seed=6)  # projected already: its gradient is the gates'
     x = torch.where(bit(inputs.control.flags, SKIP).unsqueeze(-1), torch.nan, x).requires_grad_()
@@ -197,6 +221,27 @@ def test_padding_does_not_leak(name: str, options: Options) -> None:
 @pytest.mark.parametrize("name", ["lstm", "gru_reset_before"])
 def test_padding_does_not_leak_interpreted(name: str, options: Options) -> None:
     nothing_leaks(name, options, torch.float32)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("options", [(), *SINGLE[1:-2], ("norm",), EVERYTHING[1:]], ids="-".join)
+def test_padding_does_not_leak_through_a_projection_interpreted(options: Options) -> None:
+    nothing_leaks("lstm", options, torch.float32, proj=3)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", ["gru", "gru_reset_before", "minimal"])
+def test_a_projected_h_that_a_step_reads_goes_to_torch(name: str) -> None:
+    """Only one that enters nothing but the product may be as wide as it likes."""
+    inputs, recurrence = make(name, (), proj=4, H=4), support.RECURRENCES[name]
+    expected = support.values_and_gradients(recurrence, inputs, "reference")
+    narrow = inputs.to(torch.float32)
+    assert not pointwise.takes(narrow.x, narrow.call(recurrence))
+    support.assert_same(
+        {name: value.double() for name, value in support.values_and_gradients(recurrence, narrow, "step").items()},
+        expected,
+        TIGHT,
+    )
 
 
 @pytest.mark.parametrize("name", ["lstm", "gru_reset_before"])

@@ -15,8 +15,8 @@ from gpu_rnn.launch.graphs import Chunks, alone
 from gpu_rnn.launch.steering import Steering
 from gpu_rnn.launch.step_buffers import Backward, Forward, Kind
 from gpu_rnn.layout import Call, LoopGradients, Result, reorder, reorder_each, state_dtype
-from gpu_rnn.products import inputs_over_time
-from gpu_rnn.program import lookup
+from gpu_rnn.products import inputs_over_time, over_steps
+from gpu_rnn.program import Program, lookup
 
 Pairs = Sequence[tuple[Tensor, Tensor]]  # a buffer (steps, ...) and what it holds a chunk of, (T, ...)
 
@@ -25,7 +25,14 @@ def takes(gates: Tensor, call: Call) -> bool:
     """Whether this loop takes a call: on a GPU with Triton, or in its interpreter; the rest goes to the loop in torch."""
     narrow = gates.dtype in (torch.float16, torch.bfloat16, torch.float32)
     on_device = interpreter.INTERPRETING or (gates.is_cuda and find_spec("triton") is not None)
-    return on_device and narrow and call.weights.w_hr is None
+    return on_device and narrow and (call.weights.w_hr is None or _h_only_enters_the_product(call.program))
+
+
+def _h_only_enters_the_product(program: Program) -> bool:
+    """As the h of an LSTM: a projected one has other units than the gates, so that no kernel could read it beside them."""
+    stage, *others = program.stages
+    read = {*stage.outputs, *(arg for op in stage.ops for arg in op.args)}
+    return not others and f"s_{program.state_names[0]}" not in read
 
 
 def _parts(steps: int, chunk: int) -> list[slice]:
@@ -45,15 +52,16 @@ def _empty(pairs: Pairs, part: slice) -> None:
 def _steering_pairs(loop: Forward | Backward, steering: Steering) -> Iterator[tuple[Tensor, Tensor]]:
     if loop.flags is not None:
         yield loop.flags, steering.after
-    if loop.zone is not None and steering.zone is not None:
-        yield from zip(loop.zone, steering.zone, strict=True)
+    if steering.zone is not None:
+        for buffer, zone in zip(loop.each_state("zone"), steering.zone, strict=True):
+            yield buffer, zone[..., : buffer.shape[-1]]
 
 
 def _reset_pairs(loop: Forward, steering: Steering) -> Iterator[tuple[Tensor, Tensor]]:
     """What the states are reset to after each step; values that are the same at all steps are filled in here."""
     if loop.reset is None:
         return
-    for buffer, value in zip(loop.reset, steering.values, strict=True):
+    for buffer, value in zip(loop.each_state("reset"), steering.values, strict=True):
         if isinstance(value, float):
             buffer.fill_(value)
         elif len(value) == 1:
@@ -75,19 +83,19 @@ def forward(call: Call, gates: Tensor, save: bool, all_states: bool) -> Result:
     loop = chunks.loop
     loop.load(call)
     loop.start(steering.enter(0, call.states))
-    y = gates.new_empty(steps, batch, n, hidden)
+    y = gates.new_empty(steps, *call.states[0].shape)
     recurrent = gates.new_empty(steps, batch, n, len(program.split), hidden) if save else gates.new_empty(0)
     inner = gates.new_empty(0, dtype=state_dtype(y.dtype))
     if kind.inner:
-        inner = inner.new_empty(len(call.states) - 1, *y.shape)
+        inner = inner.new_empty(len(call.states) - 1, steps, batch, n, hidden)
     given = [(loop.gates, gates), *_steering_pairs(loop, steering), *_reset_pairs(loop, steering)]
-    wanted = [(loop.y, y), *(zip(loop.inner, inner, strict=True) if kind.inner else ())]
+    wanted = [(loop.of_h.y, y), *(zip(loop.inner, inner, strict=True) if kind.inner else ())]
     wanted += [(loop.gates, gates), (loop.recurrent, recurrent)] if save else []
     for part in _parts(steps, chunks.chunk):
         _fill(given, part)
         chunks.run(part.stop - part.start)
         _empty(wanted, part)
-    final = [state.to(gates.dtype) for state in loop.states.clone()]
+    final = [state.to(gates.dtype, copy=True) for state in loop.each_state("states")]
     y, inner = steering.output(y), reorder_each(inner, steering.order)
     if not save:
         return Result(y, final, y.new_empty(0), recurrent, inner)
@@ -96,7 +104,7 @@ def forward(call: Call, gates: Tensor, save: bool, all_states: bool) -> Result:
 
 @alone
 def backward(call: Call, saved: Result, d_y: Tensor, d_final: list[Tensor], d_inner: Tensor | None) -> LoopGradients:
-    """As `step.backward`, without a projection."""
+    """As `step.backward`."""
     program, weights, steering = call.program, call.weights, Steering.of(call, len(d_y))
     order = steering.order
     before, read, entering = _over_time(call, saved, steering)
@@ -111,18 +119,24 @@ def backward(call: Call, saved: Result, d_y: Tensor, d_final: list[Tensor], d_in
     d_gates, d_recurrent = torch.empty_like(gates), torch.empty_like(recurrent)
     d_products = torch.empty_like(gates) if kind.norm else None
     d_norm = torch.zeros_like(weights.norm, dtype=torch.float32) if weights.norm is not None else None
-    steps, *shape = d_y.shape
-    d_entered = d_y.new_empty(len(before), steps + 1, *shape, dtype=torch.float32) if kind.reset_values else None
-    given = [(loop.gates, gates), (loop.recurrent, recurrent), (loop.d_y, steering.d_output(d_y))]
-    given += [*zip(loop.before, before, strict=True), *_steering_pairs(loop, steering)]
+    of_w_hr = None  # the factors of its gradient, (T, B, N, 1, P) and (T, B, N, H)
+    if kind.projection:
+        of_w_hr = d_y.new_empty(*d_y.shape[:3], 1, kind.projection), entering.pop().to(d_y.dtype)
+    d_entered: list[Tensor] = []  # of each state, (T + 1, B, N, ·): before each step, and after the last
+    if kind.reset_values:
+        d_entered = [state.new_empty(len(d_y) + 1, *state.shape[1:], dtype=torch.float32) for state in before]
+    given = [(loop.gates, gates), (loop.recurrent, recurrent), (loop.of_h.d_y, steering.d_output(d_y))]
+    given += [*zip(loop.each_state("before"), before, strict=True), *_steering_pairs(loop, steering)]
     for buffers, values in zip(loop.values, read, strict=True):
         given += zip(buffers, values, strict=True)
     if d_inner is not None:
         given += zip(loop.d_inner, reorder_each(d_inner, order), strict=True)
     wanted = [(loop.d_gates, d_gates), (loop.d_recurrent, d_recurrent)]
-    if d_entered is not None:  # at each step: of the next one's
-        wanted += [(buffer, values[1:]) for buffer, values in zip(loop.d_entered, d_entered, strict=True)]
-    for part in reversed(_parts(steps, chunks.chunk)):
+    # At each step: of the next one's.
+    wanted += [(buffer, d[1:]) for buffer, d in zip(loop.each_state("d_entered"), d_entered, strict=True)]
+    if of_w_hr is not None:
+        wanted.append((loop.of_h.d_recurrent, of_w_hr[0]))
+    for part in reversed(_parts(len(d_y), chunks.chunk)):
         _fill(given, part)
         if d_norm is not None:
             loop.normalise([values[part] for values in entering])
@@ -131,31 +145,34 @@ def backward(call: Call, saved: Result, d_y: Tensor, d_final: list[Tensor], d_in
         if d_norm is not None and d_products is not None:
             loop.of_norm(d_gates[part], d_recurrent[part], d_products[part], d_norm)
     d_states = loop.finish()
-    if d_entered is not None:
-        d_entered[:, 0] = d_states
+    for d, first in zip(d_entered, d_states, strict=False):
+        d[0] = first
     return LoopGradients(
         reorder(d_gates, order),
         reorder(d_recurrent, order),
-        steering.d_enter(0, list(d_states)),
+        steering.d_enter(0, d_states),
         loop.d_params.sum(0) if program.params else None,
-        None,
+        None if of_w_hr is None else over_steps(*of_w_hr).squeeze(1),
         d_norm,
         None if d_products is None else reorder(d_products, order),
-        [] if d_entered is None else steering.d_values(list(d_entered[:, :-1])),
+        steering.d_values([d[:-1] for d in d_entered]) if d_entered else [],
     )
 
 
 def _over_time(call: Call, saved: Result, steering: Steering) -> tuple[list[Tensor], list[list[Tensor]], list[Tensor]]:
-    """In processing order: the states before each step, what each stage reads of earlier ones, what enters its product."""
+    """In processing order: the states before each step, what each stage reads of earlier ones, what enters its product.
+
+    What enters the projection of h, if it has one, stands after what enters the stages.
+    """
     program, order, values = call.program, steering.order, inputs_over_time(call, saved)
     before = [reorder(values[f"s_{name}"], order) for name in program.state_names]
     read: list[list[Tensor]] = []
     entering = before[:1]
     for number, stage in enumerate(program.stages):
         read.append([reorder(values[name], order) for name in carried_values(program, number)])
-        if number == len(program.stages) - 1:
+        if number == len(program.stages) - 1 and call.weights.w_hr is None:
             break
         stage.run(values)
-        made = reorder(lookup(values, stage.outputs[0], before[0]), order)
+        made = reorder(lookup(values, stage.outputs[0], values[program.gate_inputs(stage)[0]]), order)
         entering.append(made if steering.skip is None else torch.where(steering.skip, 0, made))
     return before, read, entering

@@ -24,11 +24,15 @@ def unsupported(problem: Problem) -> list[str]:
 
 
 def cost(problem: Problem) -> float:
-    """Predicted seconds: the products, and a torch operation for each of the program's, or two launches a stage."""
+    """Predicted seconds: the products, and a torch operation for each of the program's, or two launches a stage.
+
+    On a GPU a projection of h takes two launches more.
+    """
     stages, passes = problem.program.stages, 2.0 if problem.direction == "backward" else 1.0
     steps = passes * problem.T * problem.layers
     if problem.device.is_gpu:
-        return steps * len(stages) * GPU_STEP + problem.flops / (problem.device.tensor_flops * 1e12)
+        pairs = len(stages) + bool(problem.proj_size)
+        return steps * pairs * GPU_STEP + problem.flops / (problem.device.tensor_flops * 1e12)
     return steps * sum(len(stage.ops) + len(stage.gates) for stage in stages) * CPU_OPERATION + problem.flops / CPU_FLOPS
 
 

@@ -2,11 +2,15 @@
 """A number of steps on a GPU over fixed buffers: a batched product and one pointwise kernel a stage.
 
 Everything a step reads stands in these buffers, so that a CUDA graph of the steps can be replayed for another call.
+
+A projection of h is a recurrence of its own, whose one gate is the product with W_hr and whose new h is that product: so
+the kernels that steer states steer a projected h too, of P units. The h of the recurrence itself is the one before its
+projection then, which no mask, zoneout or reset concerns: what the kernels keep of it is never read.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,11 +19,12 @@ from torch import Tensor
 from gpu_rnn.derivative import carried_values
 from gpu_rnn.launch.generated import triton_module
 from gpu_rnn.launch.multiply import Product, masks, normalised, normalised_back
-from gpu_rnn.layout import Call
+from gpu_rnn.layout import PLAIN, Call, Weights
 from gpu_rnn.products import runs
 from gpu_rnn.program import Program
 
 BLOCK = 256  # elements a program of the pointwise kernels
+PROJECTION = Program.parse("program 1 projection\nstate h 0.0\nstage h:split\nreturn r_h\n")
 
 
 class Kind(NamedTuple):
@@ -33,6 +38,7 @@ class Kind(NamedTuple):
     norm: bool
     save: bool = False
     inner: bool = False  # forward: the states of all steps are kept; backward: they have gradients
+    projection: int = 0  # P of a projected h
 
     @staticmethod
     def of(call: Call, save: bool = False, inner: bool = False) -> Kind:
@@ -41,7 +47,13 @@ class Kind(NamedTuple):
         given = max((min(len(value), 2) for value in values), default=0)
         drop = 0 if control.drop is None else control.drop.shape[2]
         zone, norm = control.zone is not None, weights.norm is not None
-        return Kind(weights.b_hh is not None, flags, given, zone, drop, norm, save, inner)
+        projection = 0 if weights.w_hr is None else weights.w_hr.shape[1]
+        return Kind(weights.b_hh is not None, flags, given, zone, drop, norm, save, inner, projection)
+
+    @property
+    def of_projection(self) -> Kind:
+        """What there is of it in a projection's own steps."""
+        return Kind(False, self.flags, self.reset_values, self.zone, 0, False)
 
 
 @dataclass(frozen=True)
@@ -70,9 +82,12 @@ def _stages(program: Program) -> list[_StageShape]:
 class _Steps:
     """What both directions have: the weights and what steers the steps."""
 
-    def __init__(self, program: Program, like: Tensor, steps: int, kind: Kind) -> None:
-        """`like` (T, B, N, G, H)."""
+    projection: Any  # the steps of the projection of h, in the same direction; None without one
+
+    def __init__(self, program: Program, like: Tensor, steps: int, kind: Kind, width: int = 0) -> None:
+        """`like` (T, B, N, G, H); `width` of what enters the products, by default P of a projection, else H."""
         _, batch, n, gates, hidden = like.shape
+        width = width or kind.projection or hidden
         self.program, self.kind, self.steps = program, kind, steps
         self.shapes, self.module = _stages(program), triton_module(program)
         self.gates = like.new_empty(steps, batch, n, gates, hidden)
@@ -83,8 +98,8 @@ class _Steps:
         self.weights, self.drops, self.products, self.scales = [], [], [], []
         for shape in self.shapes:
             count = len(shape.kept)
-            weights = like.new_empty(n, count, hidden, hidden)
-            drop = like.new_empty(n, min(kind.drop, count), batch, hidden) if kind.drop else None
+            weights = like.new_empty(n, count, hidden, width)
+            drop = like.new_empty(n, min(kind.drop, count), batch, width) if kind.drop else None
             product = Product(weights, drop)
             scale = (n, count, 1, hidden) if product.by_gate else (n, 1, count, hidden)
             self.weights.append(weights)
@@ -92,6 +107,27 @@ class _Steps:
             self.products.append(product)
             self.scales.append(like.new_empty(scale, dtype=torch.float32) if kind.norm else None)
         self.grid = (-(-batch * n * hidden // BLOCK),)
+        self.projection = self._with_projection(like) if kind.projection else None
+
+    def _with_projection(self, like: Tensor) -> Any:
+        """The steps of the projection of h. Only there units of h are kept: none of the h that is projected."""
+        _, batch, n, _, hidden = like.shape
+        projected = like.new_empty(0, batch, n, 1, self.kind.projection)
+        projection = type(self)(PROJECTION, projected, self.steps, self.kind.of_projection, hidden)
+        projection.flags = self.flags
+        if self.zone is not None:
+            self.zone[0].zero_()
+        return projection
+
+    @property
+    def of_h(self) -> Any:
+        """The steps whose first state is the h that is steered, handed out, and enters the next step."""
+        return self if self.projection is None else self.projection
+
+    def each_state(self, name: str) -> list[Tensor]:
+        """A buffer (S, ...) by state, with the h that is steered; empty where there is none."""
+        buffer = getattr(self, name)
+        return [] if buffer is None else [getattr(self.of_h, name)[0], *buffer[1:]]
 
     def states_over(self, like: Tensor, dtype: torch.dtype = torch.float32, count: int | None = None) -> Tensor:
         """(S or another number, steps, B, N, H)"""
@@ -111,6 +147,8 @@ class _Steps:
                 scale.copy_(weights.norm[:, shape.rows].view_as(scale))
         if weights.params is not None:
             self.params.copy_(weights.params)
+        if self.projection is not None and weights.w_hr is not None:
+            self.projection.load(replace(call, weights=Weights(None, weights.w_hr.unsqueeze(1)), control=PLAIN))
 
     def at(self, t: int, states: Tensor | None) -> Tensor | None:
         """One step of (S, steps, B, N, H)."""
@@ -145,8 +183,8 @@ class _Steps:
 class Forward(_Steps):
     """A number of forward steps."""
 
-    def __init__(self, program: Program, like: Tensor, steps: int, kind: Kind) -> None:
-        super().__init__(program, like, steps, kind)
+    def __init__(self, program: Program, like: Tensor, steps: int, kind: Kind, width: int = 0) -> None:
+        super().__init__(program, like, steps, kind, width)
         _, batch, n, gates, hidden = like.shape
         states, values = len(program.states), max(shape.reads for shape in self.shapes)
         self.inner = self.states_over(like, count=states - 1) if kind.inner else None
@@ -165,9 +203,9 @@ class Forward(_Steps):
 
     def start(self, states: list[Tensor]) -> None:
         """The states that the first step enters with."""
-        for buffer, state in zip(self.states, states, strict=True):
+        for buffer, state in zip(self.each_state("states"), states, strict=True):
             buffer.copy_(state)
-        self.entering.copy_(states[0].transpose(0, 1))
+        self.of_h.entering.copy_(states[0].transpose(0, 1))
 
     def arguments(self, t: int, shape: _StageShape, product: Tensor) -> dict[str, Any]:
         """Of `step_forward`, for a stage of a step."""
@@ -186,21 +224,27 @@ class Forward(_Steps):
         }
 
     def run(self, steps: int) -> None:
+        for t in range(steps):
+            self.step(t, self.of_h.entering)
+            if self.projection is not None:
+                self.projection.step(t, self.y[t].transpose(0, 1))
+
+    def step(self, t: int, entering: Tensor) -> None:
+        """`entering` (N, B, ·): the buffer of what enters the products."""
         from gpu_rnn.kernels.triton.step import step_forward
 
-        for t in range(steps):
-            for shape, product, scale in zip(self.shapes, self.products, self.scales, strict=True):
-                multiplied = product.own(self.entering)
-                if scale is not None:
-                    multiplied = normalised(multiplied)[0].mul_(scale)
-                step_forward[self.grid](**self.arguments(t, shape, multiplied))
+        for shape, product, scale in zip(self.shapes, self.products, self.scales, strict=True):
+            multiplied = product.own(entering)
+            if scale is not None:
+                multiplied = normalised(multiplied)[0].mul_(scale)
+            step_forward[self.grid](**self.arguments(t, shape, multiplied))
 
 
 class Backward(_Steps):
     """A number of backward steps."""
 
-    def __init__(self, program: Program, like: Tensor, steps: int, kind: Kind) -> None:
-        super().__init__(program, like, steps, kind)
+    def __init__(self, program: Program, like: Tensor, steps: int, kind: Kind, width: int = 0) -> None:
+        super().__init__(program, like, steps, kind, width)
         _, batch, n, _, hidden = like.shape
         states, values = len(program.states), [shape.reads for shape in self.shapes]
         self.d_gates, self.d_recurrent = torch.empty_like(self.gates), torch.empty_like(self.recurrent)
@@ -224,27 +268,34 @@ class Backward(_Steps):
 
     def start(self, d_final: list[Tensor]) -> None:
         """The gradients of the states after the last step."""
-        for buffer, state in zip(self.d_states, d_final, strict=True):
+        self.d_states[0].zero_()  # and stays so with a projection: nothing of a step before is in its h
+        for buffer, state in zip(self.each_state("d_states"), d_final, strict=True):
             buffer.copy_(state)
-        self.d_seed.zero_()
+        for seed in (self.d_seed, self.of_h.d_seed):
+            seed.zero_()
         self.d_params.zero_()
 
-    def finish(self) -> Tensor:
-        """(S, B, N, H): the gradients of the states that the first step entered with."""
-        found = self.d_states.clone()
-        found[0] += self.d_seed.transpose(0, 1)
-        return found
+    def finish(self) -> list[Tensor]:
+        """The gradients of the states that the first step entered with, (B, N, ·) each."""
+        d_h, *others = (d.clone() for d in self.each_state("d_states"))
+        return [d_h.add_(self.of_h.d_seed.transpose(0, 1)), *others]
 
     def run(self, steps: int) -> None:
+        for t in reversed(range(steps)):
+            if self.projection is not None:
+                self.projection.step(t, self.d_y[t].transpose(0, 1))
+            self.step(t, self.of_h.d_seed)
+
+    def step(self, t: int, d_entering: Tensor) -> None:
+        """`d_entering` (N, B, ·): the buffer of the gradients of what entered the products."""
         from gpu_rnn.kernels.triton.step import step_backward
 
-        for t in reversed(range(steps)):
-            for shape in reversed(self.shapes):
-                step_backward[self.grid](**self.arguments(t, shape))
-                d, scale = self.d_products[shape.number], self.scales[shape.number]
-                if scale is not None:
-                    d = self._through_norm(t, shape.number, d, scale)
-                self.products[shape.number].own_back(d, out=self.d_seed)
+        for shape in reversed(self.shapes):
+            step_backward[self.grid](**self.arguments(t, shape))
+            d, scale = self.d_products[shape.number], self.scales[shape.number]
+            if scale is not None:
+                d = self._through_norm(t, shape.number, d, scale)
+            self.products[shape.number].own_back(d, out=d_entering)
 
     def normalise(self, entering: list[Tensor]) -> None:
         """The products of a chunk again, from what entered each stage, (steps, B, N, H)."""
