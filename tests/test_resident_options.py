@@ -145,3 +145,8 @@ def test_loads_of_options_count_as_shared_memory(direction: str) -> None:
     unit = 2 * 2 + 2 * 1 + (4 if direction == "backward" else 0)  # two states: values of 2 bytes, zones of 1; d_inner
     assert more == 16 * 128 * unit
     assert resident.shared_memory(full, 1) == resident.shared_memory(plain, 1)
+
+
+def test_the_bits_of_flags_are_the_layouts() -> None:
+    blocks = pytest.importorskip("gpu_rnn.kernels.triton.blocks", reason="needs Triton")
+    assert (blocks.SKIP_BIT.value, blocks.RESET_BIT.value) == (SKIP, RESET)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gpu_rnn import devices
 from gpu_rnn.launch import nvrtc
+from gpu_rnn.launch.common import bits, rows
 from gpu_rnn.launch.group_choice import Choice, choose, cost, largest
 from gpu_rnn.launch.group_layout import SCALARS, Layout, source
 from gpu_rnn.layout import Call, LoopGradients, Result
@@ -95,18 +96,6 @@ def fit(layout: Layout, arch: str) -> Layout:
 def deadline() -> float:
     """Seconds that a kernel waits for data of another block: long beside time slicing, short beside a hang."""
     return float(os.environ.get("GPU_RNN_DEADLINE", "10"))
-
-
-def bits(reverse: str) -> tuple[int, int]:
-    """`reverse` as a bit mask over its shortest period, and that period."""
-    lengths = (p for p in range(1, len(reverse) + 1) if reverse[:p] * (len(reverse) // p) == reverse)
-    period = next(lengths, 1)
-    return int(reverse[:period][::-1] or "0", 2), period
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """The tensor with its last dimension contiguous, which is all that the kernels ask of it."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _pointer(tensor: Tensor | None) -> Tensor | int:
@@ -216,7 +205,7 @@ def prepare_forward(
     """The launches and the result that they fill."""
     program, weights, states = call.program, call.weights, call.states
     steps, batch, n, _, hidden = gates.shape
-    gates = _rows(gates)
+    gates = rows(gates)
     y = gates.new_empty(steps, batch, n, hidden)
     final = gates.new_empty(len(states), batch, n, hidden)
     recurrent = gates.new_empty(steps, batch, n, len(program.split) if save else 0, hidden)
@@ -254,15 +243,15 @@ def prepare_backward(
     """The launches and the gradients that they fill; those of the parameters (shares, N, P, H) are to be summed."""
     program, weights, states = call.program, call.weights, call.states
     _, batch, n, _, hidden = saved.gates.shape
-    gates, d_y = _rows(saved.gates), _rows(d_y)
+    gates, d_y = rows(saved.gates), rows(d_y)
     # With the strides of the gates, gaps too: the kernel has one set of offsets for both.
     d_gates = torch.empty_strided(gates.shape, gates.stride(), dtype=gates.dtype, device=gates.device)
     d_recurrent = gates.new_empty(saved.recurrent.shape)
     d_initial = gates.new_empty(len(states), batch, n, hidden)
     shares = choice.groups * choice.layout.along if program.params else 0
     d_params = gates.new_zeros(shares, n, len(program.params), hidden, dtype=torch.float32)
-    rows = [len(value) for value in call.reset_values]
-    d_values = gates.new_zeros(len(rows), *rows[:1], *d_initial.shape[1:], dtype=torch.float32)
+    each = [len(value) for value in call.reset_values]
+    d_values = gates.new_zeros(len(each), *each[:1], *d_initial.shape[1:], dtype=torch.float32)
     strides = [*gates.stride()[:4], *d_y.stride()[:3]]
     layout, steering = _steered(choice.layout, call)
     tensors = [

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from gpu_rnn.devices import Device
+from gpu_rnn.launch.common import FUNCTIONS, LANES, SHARED_BYTES, SPECIAL, TENSOR_SHARE
 from gpu_rnn.launch.group_layout import UNITS, Layout
 from gpu_rnn.problem import Problem
 
@@ -29,19 +30,14 @@ TILES = (1, 2, 4)
 
 WEIGHT_REGISTERS = 128 << 10  # bytes of weights in a multiprocessor's registers, half of them
 
-# Rates of a multiprocessor, per cycle: CUDA C++ programming guide, table of arithmetic throughput.
-SHARED_BYTES = 128
-LANES, SPECIAL = 128, 16  # fp32 operations, and exponentials or roots
 SHUFFLED = 1.5  # full fp32: shuffles beside the multiplications
 # By others, on an H100; see kernels/README.md.
-TENSOR_SHARE = 0.6  # of the tensor cores' peak rate that 16-row instructions reach
 TENSOR_LATENCY = 33.0  # cycles from one such instruction to the next that needs its sum
 L2_BYTES = 37.0  # per cycle that reach one multiprocessor while all read
 HOP = 6e-7  # seconds from a store to its sight in another block, beside the words' own way
 LATENCY = 400.0  # cycles in a row that nothing hides: barrier, activations, rounding
 INSTRUCTIONS = 3.0  # for a unit and operation of the program
 START = 1.2e-5  # seconds: launches of projection, of the exchange's clearing and of the kernel
-FUNCTIONS = ("tanh", "sigmoid", "exp", "expm1", "log", "log1p", "sqrt", "erf", "sin", "cos")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gpu_rnn.devices import DEVICES
 from gpu_rnn.launch import interpreter
+from gpu_rnn.launch.common import FUNCTIONS, LANES, SHARED_BYTES, SPECIAL, TENSOR_SHARE, bits, rows
 from gpu_rnn.launch.generated import triton_module
 from gpu_rnn.layout import Call, LoopGradients, Result
 from gpu_rnn.problem import Problem
@@ -33,11 +34,7 @@ WIDEST_FULL = 64  # units in full fp32: without tensor cores a wider product spi
 WARP_BYTES = 128  # of a row of pre-activations, for each warp: 8 values of each of an LSTM's gates for a thread
 MOST_WARPS = 8  # with 16 a thread has 128 registers, and a GRU in tf32 spills
 
-# Predicted, for `cost`. Peak rates of a multiprocessor: CUDA C++ programming guide, table of arithmetic throughput.
-SHARED_BYTES = 128  # per cycle from shared memory
-LANES, SPECIAL = 128, 16  # fp32 operations, and exponentials or roots, per cycle
-TENSOR_SHARE = 0.6  # of the tensor cores' peak rate that 16-row instructions reach
-FUNCTIONS = ("tanh", "sigmoid", "exp", "expm1", "log", "log1p", "sqrt", "erf", "sin", "cos")
+# Predicted, for `cost`.
 INSTRUCTIONS = 10.0  # for a unit and operation: the 90 a unit of an LSTM's time loop, built for sm_90, over 9 operations
 BACKWARD = 1.4  # times as many in the backward loop; likewise
 LATENCY = 700.0  # cycles that nothing hides: the product, two barriers, an exchange of h, the activations in a row
@@ -108,7 +105,7 @@ def unsupported(problem: Problem) -> list[str]:
         reasons.append("has no projection of h (proj_size)")
     if problem.dtype not in DTYPES:
         reasons.append(f"takes float16, bfloat16 and float32, not {str(problem.dtype).removeprefix('torch.')}")
-    if problem.N > MOST_ACROSS or _bits(problem.reverse)[1] > LONGEST_PATTERN:
+    if problem.N > MOST_ACROSS or bits(problem.reverse)[1] > LONGEST_PATTERN:
         reasons.append(f"takes {MOST_ACROSS} recurrences side by side, directions repeating within {LONGEST_PATTERN}")
     reasons += problem.without("lengths", "flags", "reset_values", "drop", "zone", "all_states")
     return reasons + (_too_wide(problem) if runs_here else [])
@@ -177,13 +174,6 @@ class Launch:
             self.kernel[self.grid](**self.arguments)
 
 
-def _bits(reverse: str) -> tuple[int, int]:
-    """`reverse` as a bit mask over its shortest period, and that period."""
-    lengths = (p for p in range(1, len(reverse) + 1) if reverse[:p] * (len(reverse) // p) == reverse)
-    period = next(lengths, 1)
-    return int(reverse[:period][::-1] or "0", 2), period
-
-
 @lru_cache(maxsize=256)
 def _constants(text: str, backward: bool) -> dict[str, Any]:
     """What a kernel is compiled for, of a program."""
@@ -202,11 +192,6 @@ def _constants(text: str, backward: bool) -> dict[str, Any]:
         found["FIRST_BACKWARD"] = steps.step_0_backward if two else None
         found["SPLIT"] = len(set(first.gates) - program.summed)
     return found
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """The tensor with its last dimension contiguous, which is all that the kernels ask of it."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _strides(tensor: Tensor) -> dict[str, int]:
@@ -232,7 +217,7 @@ def _launch(
 ) -> Launch:
     """A launch with what both directions take alike."""
     steps, batch, n, _, hidden = p_gates.shape
-    bits, period = _bits(call.reverse)
+    pattern, period = bits(call.reverse)
     align = math.gcd(VECTOR, hidden, *strides.values())
     chosen = tile(call.problem)
     common = {
@@ -244,7 +229,7 @@ def _launch(
         "T": steps,
         "B": batch,
         "H": hidden // align,
-        "reverse": bits,
+        "reverse": pattern,
         "period": period,
         "PRECISION": call.problem.precision,
         "ALIGN": align,
@@ -283,7 +268,7 @@ def prepare_forward(
 
     program, states = call.program, call.states
     steps, batch, n, _, hidden = gates.shape
-    gates = _rows(gates)
+    gates = rows(gates)
     y = gates.new_empty(steps, batch, n, hidden)
     final = [gates.new_empty(batch, n, hidden) for _ in states]
     saved_products, saved_states = len(program.split) * save, (len(states) - 1) * (save or all_states)
@@ -317,7 +302,7 @@ def prepare_backward(
     from gpu_rnn.kernels.triton.resident import resident_backward
 
     program = call.program
-    gates, d_y = _rows(saved.gates), _rows(d_y)
+    gates, d_y = rows(saved.gates), rows(d_y)
     batch, n, _, hidden = gates.shape[1:]
     d_gates = torch.empty_strided(gates.shape, gates.stride(), dtype=gates.dtype, device=gates.device)
     d_recurrent = gates.new_empty(saved.recurrent.shape)

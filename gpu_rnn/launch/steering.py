@@ -15,7 +15,7 @@ from gpu_rnn.layout import RESET, SKIP, Call, bit, processing_order, reorder, re
 
 
 class Steering(NamedTuple):
-    """All tensors in processing order; `put_back` is the way back to the order of time."""
+    """All tensors in processing order; `layout.reorder` by `order` is the way there and back."""
 
     order: Tensor | None
     beyond: Tensor | None  # (T, B, 1, 1) bool: the steps beyond each row's length

@@ -4,6 +4,9 @@
 import triton
 import triton.language as tl
 
+# Bits of a step's flags, as gpu_rnn/layout.py has them (a test holds the two together).
+SKIP_BIT, RESET_BIT = tl.constexpr(1), tl.constexpr(2)
+
 
 @triton.jit
 def load_blocks(p, stride, mask, COUNT: tl.constexpr):

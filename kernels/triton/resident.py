@@ -11,6 +11,8 @@ gpu_rnn/launch/resident.py launches with the grid (tiles of the batch, N).
 import triton
 import triton.language as tl
 from gpu_rnn.kernels.triton.blocks import (
+    RESET_BIT,
+    SKIP_BIT,
     add_each,
     as_float,
     load_blocks,
@@ -23,9 +25,6 @@ from gpu_rnn.kernels.triton.blocks import (
     zeros_like_each,
 )
 
-from gpu_rnn.layout import RESET, SKIP
-
-SKIP_BIT, RESET_BIT = tl.constexpr(SKIP), tl.constexpr(RESET)
 # One build serves all of these; `ALIGN` says what the compiler needs to know of them.
 STRIDES = ("stride_t", "stride_b", "stride_n", "stride_g", "d_y_stride_t", "d_y_stride_b", "d_y_stride_n")
 GENERAL = ("T", "B", "H", "reverse", "period", *STRIDES)
