@@ -20,7 +20,7 @@ from gpu_rnn.launch import interpreter
 from gpu_rnn.layout import Call
 
 CHUNK = 32  # steps a graph; capture takes CHUNK times the eager loop's launches, once per shape
-GRAPHS = 16  # graphs that are kept
+GRAPHS, BYTES = 16, 1 << 30  # graphs that are kept, and what their buffers may take together besides the newest's
 
 _one_call = threading.RLock()
 
@@ -57,7 +57,7 @@ class Chunks:
         stream = torch.cuda.current_stream(like.device).cuda_stream
         key = (*key, tuple(like.shape[1:]), like.dtype, like.device, stream)
         if key not in cls.kept:
-            while len(cls.kept) >= GRAPHS:
+            while len(cls.kept) >= GRAPHS or sum(_bytes(chunks.loop) for chunks in cls.kept.values()) > BYTES:
                 cls.kept.popitem(last=False)
             with torch.inference_mode(False), torch.no_grad():  # later calls may be in another mode
                 cls.kept[key] = cls(make(CHUNK), CHUNK, graphed=True)
@@ -74,6 +74,15 @@ class Chunks:
             if self.graph is None:
                 self.graph = _capture(self.loop, steps)
             self.graph.replay()
+
+
+def _bytes(value: Any) -> int:
+    """Of the tensors that a loop holds, in lists too."""
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if isinstance(value, (list, tuple)):
+        return sum(map(_bytes, value))
+    return sum(map(_bytes, vars(value).values())) if hasattr(value, "run") else 0
 
 
 def _capture(loop: Any, steps: int) -> torch.cuda.CUDAGraph:
