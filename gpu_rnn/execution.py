@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from gpu_rnn import dispatch, products, reference
+from gpu_rnn import dispatch, onednn, products, reference
 from gpu_rnn.layout import Call, Inputs, Result
 from gpu_rnn.problem import Problem, rnn_precision
 from gpu_rnn.program import Program
@@ -84,7 +84,7 @@ def run(text: str, options: Options, inputs: Inputs) -> Result:
         with record_function("gpu_rnn::reference_forward"):
             return reference.forward(call, inputs.x, options.save, options.all_states)
     with products.fp32_precision(problem.precision, inputs.x):
-        gates = reference.project(inputs.x, inputs.weights, call.program).contiguous()
+        gates = reference.project(inputs.x, inputs.weights, call.program, onednn.linear).contiguous()
         if gates.data_ptr() == inputs.x.data_ptr():  # projected already, and the loop overwrites it
             gates = gates.clone()
         with record_function(f"gpu_rnn::{name}_forward"):

@@ -15,6 +15,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from gpu_rnn import onednn
 from gpu_rnn.layout import RESET, SKIP, Call, LoopGradients, Result, Weights, bit, state_dtype
 from gpu_rnn.program import Program, lookup
 
@@ -101,16 +102,18 @@ def gradients(call: Call, x: Tensor, saved: Result, loop: LoopGradients) -> tupl
     weights, d_gates = call.weights, loop.d_gates
     d_x, d_w_ih = _projection(x, weights, d_gates)
     parts_w, parts_b = [], []
+    d_b_ih = d_gates.sum((0, 1))
     for entering, rows in _entering(call, saved):
         for gates, gradient in runs(call.program, rows, d_gates, loop.d_recurrent):
-            parts_b.append(gradient.sum((0, 1)))
+            summed = call.program.gates[gates.start] in call.program.summed
+            parts_b.append(d_b_ih[:, gates] if summed else gradient.sum((0, 1)))
             of_product = gradient if loop.d_products is None else loop.d_products[:, :, :, gates]
             parts_w.append(_of_weights(of_product, entering.to(gradient.dtype), call.control.drop, gates))
     has_bias = weights.b_ih is not None
     return d_x, Weights(
         d_w_ih,
         torch.cat(parts_w, 1),
-        d_gates.sum((0, 1)) if has_bias else None,
+        d_b_ih if has_bias else None,
         torch.cat(parts_b, 1) if has_bias else None,
         loop.d_params,
         loop.d_w_hr,
@@ -124,8 +127,8 @@ def _projection(x: Tensor, weights: Weights, d_gates: Tensor) -> tuple[Tensor, T
         return d_gates, None
     if x.dim() == 3:  # one input for all recurrences
         d_flat, w_flat = d_gates.flatten(0, 1).flatten(1), weights.w_ih.flatten(0, 2)
-        d_w_ih = (d_flat.T @ x.flatten(0, 1)).view_as(weights.w_ih)
-        return (d_flat @ w_flat).unflatten(0, x.shape[:2]), d_w_ih
+        d_w_ih = onednn.bmm(d_flat.T[None], x.flatten(0, 1)[None]).view_as(weights.w_ih)
+        return onednn.bmm(d_flat[None], w_flat[None]).view_as(x), d_w_ih
     return torch.einsum("tbngh,nghi->tbni", d_gates, weights.w_ih), over_steps(d_gates, x)
 
 
@@ -135,7 +138,7 @@ def over_steps(d_product: Tensor, entering: Tensor) -> Tensor:
     One batched product of views: einsum would move the steps inwards, which copies both.
     """
     steps = d_product.flatten(0, 1).flatten(2).permute(1, 2, 0)  # (N, gates·H, T·B)
-    return torch.bmm(steps, entering.flatten(0, 1).transpose(0, 1)).unflatten(1, d_product.shape[3:])
+    return onednn.bmm(steps, entering.flatten(0, 1).transpose(0, 1)).unflatten(1, d_product.shape[3:])
 
 
 def _of_weights(d_product: Tensor, entering: Tensor, drop: Tensor | None, gates: slice) -> Tensor:

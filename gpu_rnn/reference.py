@@ -6,6 +6,7 @@ Sizes and tensors are named as in `gpu_rnn.layout`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,14 +30,19 @@ from gpu_rnn.program import Program, lookup
 NORM_EPSILON = 1e-5  # as torch.nn.LayerNorm's
 
 
-def project(x: Tensor, weights: Weights, program: Program) -> Tensor:
+def project(
+    x: Tensor,
+    weights: Weights,
+    program: Program,
+    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear,
+) -> Tensor:
     """W_ih x + b_ih for all steps, with b_hh added where a gate is a sum. x (T, B, I) or (T, B, N, I) -> (T, B, N, G, H)."""
     bias = None
     if weights.b_ih is not None and weights.b_hh is not None:
         pairs = zip(program.gates, weights.b_ih.unbind(1), weights.b_hh.unbind(1), strict=True)
         bias = torch.stack([own + other if gate in program.summed else own for gate, own, other in pairs], 1)
     if weights.w_ih is not None and x.dim() == 3:  # one product for all N
-        flat = F.linear(x, weights.w_ih.flatten(0, 2), None if bias is None else bias.flatten())
+        flat = linear(x, weights.w_ih.flatten(0, 2), None if bias is None else bias.flatten())
         return flat.unflatten(-1, weights.w_ih.shape[:3])
     gates = x if weights.w_ih is None else torch.einsum("tbni,nghi->tbngh", x, weights.w_ih)
     return gates if bias is None else gates + bias

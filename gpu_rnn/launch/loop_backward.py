@@ -138,7 +138,8 @@ class _Stage:
         if weights.norm is not None and d.products is not None:
             self.scale = weights.norm[:, rows].to(d.params.dtype)
             found = [(rows, d.products[:, :, :, rows])]
-        self.products = [Product(weights.w_hh[:, which], masks(call.control.drop, which)) for which, _ in found]
+        drop, batch = call.control.drop, d.gates.shape[1]
+        self.products = [Product(weights.w_hh[:, which], masks(drop, which), batch) for which, _ in found]
         self.d_products = [source.unbind(0) for _, source in found]
         self.d_gates = d.gates[:, :, :, rows].unbind(0)
         first = program.split.index(self.split[0]) if self.split else 0
@@ -163,7 +164,8 @@ class _Stage:
         groups = self.gate_names, self.split_names, self.params, self.carried, [self.states[k] for k in self.reached]
         terms = (_Terms(names, outputs, like) for names in groups)
         self.to_gates, self.to_recurrent, self.to_params, self.to_carried, self.to_states = terms
-        self.d_params = like.new_zeros(len(like), *like.shape[1:3], len(self.params), like.shape[3])
+        if self.params:
+            self.d_params = like.new_empty(*like.shape[:3], len(self.params), like.shape[3])
         if self.scale is not None:
             self.raw = self.products[0].over_time(entering).to(like.dtype).contiguous()
             self.unscaled, self.mean, self.rstd = normalised(self.raw)
@@ -197,7 +199,8 @@ class _Stage:
 
     def finish(self, part: slice) -> None:
         """Adds what a chunk gives for the weights."""
-        self.d.params.add_(self.d_params.sum((0, 1)))
+        if self.params:
+            self.d.params.add_(self.d_params.sum((0, 1)))
         if self.d.norm is not None:
             sources = [source[part] for source in self.sources]
             d = sources[0] if len(sources) == 1 else torch.cat(sources, 3)

@@ -126,13 +126,14 @@ class _Stage:
         rows, stage = program.rows[number], program.stages[number]
         self.run, self.outputs = stage.run, stage.outputs
         drop = call.control.drop
-        self.product = Product(weights.w_hh[:, rows], masks(drop, rows))
+        batch = gates.shape[1]
+        self.product = Product(weights.w_hh[:, rows], masks(drop, rows), batch)
         self.scale = None if weights.norm is None else weights.norm[:, rows]
         self.parts = []
         for which, target in runs(program, rows, gates, recurrent):
             names, projections = program.gates[which], gates[..., which, :]
             own = slice(which.start - rows.start, which.stop - rows.start)
-            product, targets = Product(weights.w_hh[:, which], masks(drop, which)), target.unbind(0)
+            product, targets = Product(weights.w_hh[:, which], masks(drop, which), batch), target.unbind(0)
             if names[0] in program.summed:
                 self.parts.append(_Part(product, own, targets, [f"a_{name}" for name in names], (), []))
                 continue

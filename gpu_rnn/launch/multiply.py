@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
+from gpu_rnn import onednn
 from gpu_rnn.reference import NORM_EPSILON
 
 
@@ -23,8 +26,8 @@ class Product:
     the "own layout" below. Nothing is copied of weights and masks that are contiguous and of one dtype.
     """
 
-    def __init__(self, weights: Tensor, drop: Tensor | None) -> None:
-        """`weights` (N, gates, H, P), `drop` from `masks`."""
+    def __init__(self, weights: Tensor, drop: Tensor | None, rows: int = 0) -> None:
+        """`weights` (N, gates, H, P), `drop` from `masks`; `rows` B, or 0 if the weights' values will change."""
         self.gates, self.dtype = weights.shape[1], weights.dtype
         self.by_gate = drop is not None and drop.shape[1] > 1
         self.drop = None if drop is None else drop.to(self.dtype).contiguous()
@@ -32,6 +35,15 @@ class Product:
             self.drop = self.drop[:, 0]
         self.weights = weights.flatten(0, 1) if self.by_gate else weights.flatten(1, 2)  # (N·gates, H, P), (N, gates·H, P)
         self.transposed = self.weights.transpose(1, 2)
+        self.rows = 0 if self.by_gate else rows
+
+    @cached_property
+    def there(self) -> onednn.Factor:
+        return onednn.Factor(self.transposed, self.rows)
+
+    @cached_property
+    def way_back(self) -> onednn.Factor:
+        return onednn.Factor(self.weights, self.rows)
 
     def left(self, entering: Tensor) -> Tensor:
         """(N, B, P) -> the first factor of the batched product."""
@@ -41,15 +53,17 @@ class Product:
 
     def own(self, entering: Tensor) -> Tensor:
         """(N, B, P) -> the products in their own layout."""
-        found = torch.bmm(self.left(entering), self.transposed)
+        found = self.there(self.left(entering))
         return found.unflatten(0, (-1, self.gates)) if self.by_gate else found.unflatten(2, (self.gates, -1))
 
     def own_back(self, d_product: Tensor, out: Tensor | None = None) -> Tensor:
         """From the gradient of the products, in their own layout, that of what entered, (N, B, P)."""
         if self.drop is None:
-            return torch.bmm(d_product.flatten(2), self.weights, out=out)
+            if out is not None:
+                return torch.bmm(d_product.flatten(2), self.weights, out=out)
+            return self.way_back(d_product.flatten(2))
         if not self.by_gate:
-            return torch.mul(torch.bmm(d_product.flatten(2), self.weights), self.drop, out=out)
+            return torch.mul(self.way_back(d_product.flatten(2)), self.drop, out=out)
         d = torch.bmm(d_product.flatten(0, 1), self.weights).view_as(self.drop)
         return torch.sum(d.mul_(self.drop), 1, out=out)
 
@@ -70,7 +84,11 @@ class Product:
             target.add_(self(entering))
         else:
             left = self.left(entering.to(self.dtype).transpose(0, 1))
-            target.flatten(2).transpose(0, 1).baddbmm_(left, self.transposed)
+            products = target.flatten(2).transpose(0, 1)
+            if self.there.packed:
+                products.add_(self.there(left))
+            else:
+                products.baddbmm_(left, self.transposed)
 
     def back(self, d_product: Tensor) -> Tensor:
         """(B, N, gates, H) -> (B, N, P)."""
@@ -81,7 +99,7 @@ class Product:
         steps = entering.to(self.dtype).permute(2, 0, 1, 3)  # (N, T, B, P)
         if not self.by_gate:
             steps = steps if self.drop is None else steps * self.drop[:, None]
-            found = torch.bmm(steps.flatten(1, 2), self.transposed).unflatten(1, steps.shape[1:3])
+            found = onednn.bmm(steps.flatten(1, 2), self.transposed).unflatten(1, steps.shape[1:3])
             return found.unflatten(3, (self.gates, -1)).permute(1, 2, 0, 3, 4)
         assert self.drop is not None
         dropped = steps[:, None] * self.drop[:, :, None]  # (N, gates, T, B, P)
