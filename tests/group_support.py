@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pytest
 import torch
 from cuda_cpu import build
 from loop_support import RECURRENCES, Inputs, draw, make, values_and_gradients
@@ -14,8 +15,8 @@ from option_support import OPTIONS, with_options
 from pairwise import pairwise
 from torch import Tensor
 
-from gpu_rnn import products, reference
-from gpu_rnn.launch import group
+from gpu_rnn import devices, dispatch, products, reference
+from gpu_rnn.launch import group, nvrtc
 from gpu_rnn.launch.group_choice import Choice
 from gpu_rnn.launch.group_layout import Layout, source
 from gpu_rnn.layout import Result
@@ -109,6 +110,14 @@ def run_on_cpu(launches: list[group.Launch], reached: set[int] | None = None, **
         found = build.run(program, layout.kernel, args=launch.arguments, **(size | options))
         if reached is not None:
             reached |= found
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls on the CPU go to the group kernel as on an H100, with only the driver's call replaced."""
+    monkeypatch.setattr(group.Launch, "__call__", lambda launch, device: run_on_cpu([launch]))
+    monkeypatch.setattr(group, "prepare", lambda problem: None)
+    monkeypatch.setattr(nvrtc, "unavailable", lambda: "")
+    monkeypatch.setattr(dispatch, "device_of", lambda device: devices.describe("H100"))
 
 
 def named(result: Result) -> dict[str, Tensor]:

@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 import torch
 from cuda_cpu.machines import NEEDS_COMPILER
-from group_support import FLOORS, PRECISIONS, TIGHT, relative_error, run_on_cpu
+from group_support import FLOORS, PRECISIONS, TIGHT, pretend, relative_error
 from loop_support import RECURRENCES, make, values_and_gradients
 from option_support import OPTIONS, with_options
 
 import gpu_rnn
-from gpu_rnn import devices, dispatch
-from gpu_rnn.launch import group, nvrtc
+from gpu_rnn.launch import group
 
 PLACES = [
     pytest.param("cpu", marks=[pytest.mark.cuda_cpu, NEEDS_COMPILER]),
@@ -36,10 +35,7 @@ CASES: list[tuple[str, str, tuple[int, int, int], str, bool, tuple[str, ...]]] =
 def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The device that tensors lie on; a CPU counts as an H100."""
     if request.param == "cpu":
-        monkeypatch.setattr(group.Launch, "__call__", lambda launch, device: run_on_cpu([launch]))
-        monkeypatch.setattr(group, "prepare", lambda problem: None)
-        monkeypatch.setattr(nvrtc, "unavailable", lambda: "")
-        monkeypatch.setattr(dispatch, "device_of", lambda device: devices.describe("H100"))
+        pretend(monkeypatch)
     before = torch.backends.cudnn.rnn.fp32_precision
     yield request.param
     torch.backends.cudnn.rnn.fp32_precision = before

@@ -9,6 +9,8 @@ from typing import Any
 import options_by_hand as by_hand
 import pytest
 import torch
+from cuda_cpu.machines import NEEDS_COMPILER
+from group_support import pretend
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from options_by_hand import Given
@@ -192,6 +194,31 @@ def test_resident_in_the_interpreter(call: dict[str, Any]) -> None:
     compare(call, "resident", torch.float32, SINGLE)
 
 
+# Each is a build of the group kernel, with every option that it takes in one of them at least.
+BUILDS = (
+    ("lstm", {"mask", "all_states", "bidirectional"}),
+    ("lstm", {"resets", "reset_state", "recurrent_dropout", "num_layers"}),
+    ("lstm", {"zoneout", "all_states", "batch_first"}),
+    ("gru", {"lengths", "recurrent_dropout_per_gate", "no_bias"}),
+    ("gru", {"mask", "resets", "zoneout", "batch_first"}),
+    ("peephole_lstm", {"lengths", "zoneout", "recurrent_dropout"}),
+    ("peephole_lstm", {"mask", "recurrent_dropout_per_gate", "bidirectional", "num_layers"}),
+    ("rnn", {"resets", "reset_state_per_step", "mask", "all_states"}),
+)
+
+
+@pytest.mark.cuda_cpu
+@NEEDS_COMPILER
+@combinations(150)
+@given(st.sampled_from(BUILDS), calls())
+def test_group_on_the_cpu(build: tuple[str, set[str]], call: dict[str, Any]) -> None:
+    cell, options = build
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        pretend(monkeypatch)
+        monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
+        compare(call | {"cell": cell, "options": frozenset(options)}, "group", torch.float32, SINGLE)
+
+
 def report(test: str, without: tuple[str, ...] = ()) -> None:
     """Prints how many calls had each option; an option that none had fails."""
     found = {name: counted[f"{test} {name}"] for name in (*OPTIONS, *RECURRENCES) if name not in without}
@@ -199,11 +226,11 @@ def report(test: str, without: tuple[str, ...] = ()) -> None:
     assert all(found.values()), [name for name, count in found.items() if not count]
 
 
-@pytest.mark.parametrize("test", ["reference", "step"])
+@pytest.mark.parametrize("test", ["reference", "step", "group"])
 def test_every_option_was_drawn(test: str) -> None:
     if not counted[test]:
         pytest.skip("counts what the tests above drew in the same run")
-    report(test)
+    report(test, ("layer_norm", "proj_size", "gru_reset_before") if test == "group" else ())
 
 
 @pytest.mark.interpreter

@@ -70,7 +70,7 @@ def _shapes(total: int) -> Iterator[tuple[int, int, int, int]]:
         wanted = MOST_WARPS // across
         members = -(-total // blocks)
         even = next(m for m in count(members) if m * blocks % wanted == 0)  # idle members, for more warps
-        for m in {members, even if members > 1 else members}:
+        for m in {members, even}:
             along = max(a for a in range(1, wanted + 1) if m * blocks % a == 0)
             yield m, blocks, across, along
 
