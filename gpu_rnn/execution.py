@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -75,6 +76,16 @@ def call_of(text: str, options: Options, inputs: Inputs, problem: Problem | None
     return Call(Program.parse(text), weights, list(states), control, list(reset_values), options.reverse, problem)  # type: ignore[arg-type]
 
 
+@contextmanager
+def _arithmetic(precision: str, like: Tensor) -> Iterator[None]:
+    """Products in the call's own dtype and precision. Autocast has had its say above (`Stack.loops`); in here it would
+    cast once more, and a captured graph would keep that for calls without it."""
+    kind = like.device.type
+    casting = kind != "meta" and torch.is_autocast_enabled(kind)
+    with products.fp32_precision(precision, like), torch.autocast(kind, enabled=False) if casting else nullcontext():
+        yield
+
+
 def run(text: str, options: Options, inputs: Inputs) -> Result:
     """The forward pass of one layer on the backend that dispatch chooses."""
     problem = describe(text, options, inputs, "training" if options.save else "inference")
@@ -83,7 +94,7 @@ def run(text: str, options: Options, inputs: Inputs) -> Result:
     if name == "reference":
         with record_function("gpu_rnn::reference_forward"):
             return reference.forward(call, inputs.x, options.save, options.all_states)
-    with products.fp32_precision(problem.precision, inputs.x):
+    with _arithmetic(problem.precision, inputs.x):
         gates = reference.project(inputs.x, inputs.weights, call.program, onednn.linear).contiguous()
         if gates.data_ptr() == inputs.x.data_ptr():  # projected already, and the loop overwrites it
             gates = gates.clone()
@@ -109,7 +120,7 @@ def run_backward(
     call = call_of(text, options, inputs, problem)
     d_y, *d_final = d_outputs
     d_inner = d_final.pop() if options.all_states else None
-    with products.fp32_precision(problem.precision, inputs.x):
+    with _arithmetic(problem.precision, inputs.x):
         with record_function(f"gpu_rnn::{name}_backward"):
             loop = dispatch.BACKENDS[name].backward(call, saved, d_y, d_final, d_inner)
         d_x, d_weights = products.gradients(call, inputs.x, saved, loop)

@@ -26,10 +26,15 @@ def offsets(B, N, H, BLOCK: tl.constexpr):
     return o, row, row % N, row // N, o % H, o < B.to(tl.int64) * N * H
 
 
+# One build serves every batch. The pointers of a step are multiples of 16 bytes at every step or not at all, where H is;
+# those of bytes, a few a step, are not, so nothing is built for when they happen to be.
+
+
 @triton.jit
 def store_blocks(p, stride, blocks, mask):
     for i in tl.static_range(len(blocks)):
-        tl.store(p + i * stride, blocks[i], mask=mask)
+        tl.store(p, blocks[i], mask=mask)
+        p += stride  # one at a time: a multiple of it may not fit 32 bits
 
 
 @triton.jit
@@ -50,7 +55,7 @@ def zeros(blocks):
     return found
 
 
-@triton.jit(do_not_specialize=["B"])  # one build for every step and every batch
+@triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=["p_flags", "p_zone"])
 def step_forward(
     p_gates,  # (B, N, G, H) of this step; in: input projection, out: sums
     p_recurrent,  # (B, N, R, H) of this step, out, with SAVE
@@ -126,7 +131,7 @@ def step_forward(
         store_blocks(p_states + o, size, new, m)
 
 
-@triton.jit(do_not_specialize=["B"])  # one build for every step and every batch
+@triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=["p_flags", "p_zone"])
 def step_backward(
     p_gates,  # (B, N, G, H) of this step
     p_recurrent,  # (B, N, R, H) of this step
