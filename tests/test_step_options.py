@@ -128,6 +128,18 @@ def test_pairs_interpreted(options: Options) -> None:
     in_triton(CELLS[PAIRS.index(options) % len(CELLS)], options)
 
 
+@pytest.mark.interpreter
+@pytest.mark.parametrize("proj", [0, 3])
+@pytest.mark.parametrize("options", [(), EVERYTHING], ids="-".join)
+def test_buffers_are_used_again(options: Options, proj: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call finds nothing of the one before it in the buffers, which a graph keeps."""
+    kept, chunks = {}, graphs.Chunks
+    monkeypatch.setattr(chunks, "get", lambda key, make, like: kept.setdefault(key, chunks(make(2), 2, graphed=False)))
+    for steps in (5, 4, 5):
+        in_triton("lstm", options, T=steps, proj=proj)
+    assert len(kept) == 2
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", [*SINGLE, *PAIRS, EVERYTHING], ids="-".join)
 @pytest.mark.parametrize("name", ["lstm", "gru", "gru_reset_before"])
@@ -144,7 +156,7 @@ def test_on_a_gpu(name: str, options: Options) -> None:
 def test_with_a_projection_on_a_gpu(options: Options) -> None:
     torch.backends.cudnn.rnn.fp32_precision = "ieee"
     for _ in range(2):
-        in_triton("peephole_lstm", options, "cuda", T=2 * graphs.CHUNK + 6, H=20, proj=7)
+        in_triton("lstm", options, "cuda", T=2 * graphs.CHUNK + 6, H=20, proj=7)
     torch.backends.cudnn.rnn.fp32_precision = "tf32"
 
 
