@@ -69,7 +69,8 @@ class Stack(NamedTuple):
         gates, directions, width = len(self.recurrence.gates), len(self.reverse), self.proj_size or hidden
         shapes: list[tuple[int, ...]] = []
         for number in range(self.num_layers):
-            own = [(gates * hidden, directions * width if number else features), (gates * hidden, width)]
+            inputs = directions * width if number else features
+            own: list[tuple[int, ...]] = [(gates * hidden, inputs), (gates * hidden, width)]
             own += [(gates * hidden,)] * (2 * self.bias) + [(width, hidden)] * bool(self.proj_size)
             own += [(len(self.recurrence.params), hidden)] * bool(self.recurrence.params) + [(gates * hidden,)] * (2 * self.norm)
             shapes += own * directions
