@@ -16,7 +16,7 @@ GRU and RNN, Haste's `lstm.py`. A stack is a list of layers everywhere but in to
 
 `cell` is "lstm", "gru" (the reset gate after the product: torch, Keras's reset_after=True, ONNX's
 linear_before_reset=1), "gru_reset_before" (reset_after=False, linear_before_reset=0), or "rnn" (Elman's, Keras's
-SimpleRNN). All functions copy.
+SimpleRNN). All functions copy, and raise TypeError for weights that are no arrays of floating-point numbers.
 """
 
 from __future__ import annotations
@@ -98,7 +98,8 @@ def from_keras(*layers: Sequence[Array], cell: str) -> State:
         A state_dict for `gpu_rnn.LSTM`, `GRU` or `RNN`, also those of torch.nn, with ``bias=False`` if there were none.
 
     Raises:
-        ValueError: an unknown cell; weights whose number or shapes are not that cell's.
+        TypeError: a layer that is no list of arrays of floating-point numbers.
+        ValueError: an unknown cell; weights whose number or shapes are not that cell's, or not alike in both directions.
 
     Example::
 
@@ -218,7 +219,10 @@ def _check_cell(cell: str) -> None:
 
 def _tensor(value: Array) -> Tensor:
     """A copy, which is nobody's parameter."""
-    return value.detach().clone() if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+    found = value.detach().clone() if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+    if not found.is_floating_point():
+        raise TypeError(f"weights are floating-point numbers, got {found.dtype}")
+    return found
 
 
 def _numpy(value: Tensor) -> np.ndarray:
@@ -237,6 +241,8 @@ def _expect(found: Tensor, shape: tuple[int | None, ...], what: str) -> None:
 
 def _split_keras(layer: Sequence[Array]) -> list[Sequence[Array]]:
     """The weights of a layer, or of the two in a Bidirectional."""
+    if not isinstance(layer, (list, tuple)):
+        raise TypeError(f"a Keras layer is given as the list layer.get_weights(), got {type(layer).__name__}")
     if len(layer) in (2, 3):
         return [layer]
     if len(layer) in (4, 6):
@@ -250,6 +256,7 @@ def _split_keras(layer: Sequence[Array]) -> list[Sequence[Array]]:
 def _from_keras(arrays: Sequence[Array], cell: str) -> Direction:
     kernel, recurrent_kernel, *rest = map(_tensor, arrays)
     gates = len(ORDERS[cell]["keras"])
+    _expect(recurrent_kernel, (None, None), f"a {cell}'s recurrent_kernel")
     _expect(recurrent_kernel, (recurrent_kernel.shape[0], gates * recurrent_kernel.shape[0]), f"a {cell}'s recurrent_kernel")
     rows = recurrent_kernel.shape[1]
     _expect(kernel, (None, rows), f"a {cell}'s kernel")
@@ -333,16 +340,16 @@ def _join(layers: Sequence[Layer]) -> State:
     """The state_dict of a stack."""
     if not layers:
         raise ValueError("give the weights of at least one layer")
-    if len({(len(layer), layer[0].weight_hh.shape, layer[0].bias is None) for layer in layers}) > 1:
+    if len({(len(layer), part.weight_hh.shape, part.bias is None) for layer in layers for part in layer}) > 1:
         raise ValueError(
-            "the layers of a stack in one module have the same size, directions and biases: convert these one by one, "
-            "for a module each"
+            "the layers of a stack in one module have the same size, directions and biases, and so have the directions of a "
+            "layer: convert these one by one, for a module each"
         )
     state: State = {}
     for number, layer in enumerate(layers):
-        width = len(layer) * layer[0].weight_hh.shape[1]
-        if number:
-            _expect(layer[0].weight_ih, (None, width), f"the input weights of layer {number}, in torch's layout,")
+        width = len(layer) * layer[0].weight_hh.shape[1] if number else layer[0].weight_ih.shape[1]
+        for direction in layer:
+            _expect(direction.weight_ih, (None, width), f"the input weights of layer {number}, in torch's layout,")
         for suffix, direction in zip(SUFFIXES, layer, strict=False):
             state |= {f"{name}_l{number}{suffix}": part for name, part in _named(direction).items()}
     return state

@@ -192,11 +192,27 @@ def test_states_that_cannot_be_converted(words: str) -> None:
         ("lstm", [], "at least one layer"),
         ("lstm", [LSTM, LSTM], "input weights of layer 1"),
         ("lstm", [LSTM, LSTM[:2]], "the same size, directions and biases"),
+        ("lstm", [[*LSTM, *(np.zeros(shape) for shape in ((3, 8), (2, 8), 8))]], "and so have the directions"),
+        ("lstm", [[*LSTM, np.zeros((5, 16)), *LSTM[1:]]], "input weights of layer 0"),
+        ("lstm", [[np.float64(1), np.float64(1)]], "recurrent_kernel should have shape"),
     ],
 )
 def test_keras_weights_that_cannot_be_converted(cell: str, layers: list[Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         interop.from_keras(*layers, cell=cell)
+
+
+@pytest.mark.parametrize(
+    ("layer", "words"),
+    [
+        (None, r"given as the list layer\.get_weights\(\), got NoneType"),
+        (LSTM[0], "got ndarray"),
+        ([part.astype("int32") for part in LSTM], r"floating-point numbers, got torch\.int32"),
+    ],
+)
+def test_what_is_no_list_of_weights(layer: Any, words: str) -> None:
+    with pytest.raises(TypeError, match=words):
+        interop.from_keras(layer, cell="lstm")
 
 
 @pytest.mark.parametrize(
