@@ -100,6 +100,20 @@ def test_a_models_layers_are_exchanged_in_memory(written_by: str) -> None:
     np.testing.assert_allclose(predict(exchanged), predict(model), rtol=1e-5, atol=1e-6)
 
 
+@BOTH
+def test_an_exchanged_model_draws_what_the_model_would(written_by: str) -> None:
+    model = reader(MODULES[written_by])
+    train(model)
+    exchanged = gpu_rnn.keras.exchange(model, layers=OTHER[written_by])
+    np.testing.assert_allclose(train(exchanged), train(model), rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_no_model_is_not_exchanged() -> None:
+    for given in (keras.layers.LSTM(2), torch.nn.LSTM(2, 3), "model.keras", None):
+        with pytest.raises(TypeError, match=f"exchange takes a keras.Model, got {type(given).__name__}"):
+            gpu_rnn.keras.exchange(given)
+
+
 def test_our_models_are_saved_and_loaded_as_ours(tmp_path: Path) -> None:
     model = reader(gpu_rnn.keras)
     train(model)
@@ -153,6 +167,8 @@ def test_other_layers_of_the_same_name_stay(tmp_path: Path) -> None:
 def test_load_model_says_what_it_takes(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="layers must be one of gpu_rnn, keras"):
         gpu_rnn.keras.load_model("model.keras", layers="torch")
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*missing\.keras"):
+        gpu_rnn.keras.load_model(tmp_path / "missing.keras")
     (tmp_path / "old.h5").write_bytes(b"no archive")
     with pytest.raises(ValueError, match=r"old\.h5 is not a \.keras file"):
         gpu_rnn.keras.load_model(tmp_path / "old.h5")

@@ -30,6 +30,7 @@ def load_model(filepath: str | Path, *, layers: str = "gpu_rnn", **options: Any)
         options: of `keras.models.load_model`.
 
     Raises:
+        FileNotFoundError: there is no such file.
         ValueError: another value of `layers`, or a file that is no .keras archive.
 
     Example::
@@ -41,6 +42,8 @@ def load_model(filepath: str | Path, *, layers: str = "gpu_rnn", **options: Any)
     """
     if layers not in MODULES:
         raise ValueError(f"layers must be one of {', '.join(MODULES)}, got {layers!r}")
+    if not Path(filepath).exists():
+        raise FileNotFoundError(f"there is no file {filepath}")
     if not zipfile.is_zipfile(filepath):
         raise ValueError(f"{filepath} is not a .keras file: load it with keras.models.load_model and exchange() the model")
     with tempfile.TemporaryDirectory() as folder:
@@ -53,9 +56,15 @@ def load_model(filepath: str | Path, *, layers: str = "gpu_rnn", **options: Any)
 
 
 def exchange(model: Any, *, layers: str = "gpu_rnn", **options: Any) -> Any:
-    """A copy of a model, of its weights and of its optimizer's state, with its recurrent layers exchanged.
+    """A copy of a model, its weights, its optimizer's and its random generators' states, with its recurrent layers exchanged.
 
-    Args and Raises: as for `load_model`.
+    Args:
+        model: a `keras.Model`.
+        layers, options: as for `load_model`.
+
+    Raises:
+        TypeError: `model` is none.
+        ValueError: another value of `layers`.
 
     Example::
 
@@ -63,12 +72,25 @@ def exchange(model: Any, *, layers: str = "gpu_rnn", **options: Any) -> Any:
         >>> type(gpu_rnn.keras.exchange(model).layers[0]) is gpu_rnn.keras.GRU
         True
     """
+    if not isinstance(model, keras.Model):
+        raise TypeError(
+            f"exchange takes a keras.Model, got {type(model).__name__}; a layer by itself is made anew, such as "
+            "gpu_rnn.keras.LSTM.from_config(layer.get_config())"
+        )
     if model.compiled and model.optimizer is not None and not model.optimizer.built:
         model.optimizer.build(model.trainable_variables)  # Keras warns when it loads the state of one that is not
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.keras"
         model.save(path)
-        return load_model(path, layers=layers, **options)
+        copy = load_model(path, layers=layers, **options)
+    for new, old in zip(_seeds(copy), _seeds(model), strict=True):  # files hold none of these
+        new.assign(old)
+    return copy
+
+
+def _seeds(model: Any) -> list[Any]:
+    """The states of a model's random generators, in the order of its layers."""
+    return [variable for variable in model.variables if variable.name == "seed_generator_state"]
 
 
 def _renamed(content: bytes, layers: str) -> bytes:
