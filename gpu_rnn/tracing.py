@@ -316,7 +316,9 @@ class _Lines(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         frame = sys._getframe(1)
-        while frame.f_back is not None and frame.f_code.co_filename.startswith((_LIBRARY[0], __file__)):
+        while frame.f_back is not None and (
+            frame.f_code.co_filename.startswith((_LIBRARY[0], __file__)) or frame.f_code.co_name == "__torch_function__"
+        ):  # a mode inside this one calls for what somebody else called it for
             frame = frame.f_back
         torch.fx.traceback.set_stack_trace([_show(frame.f_code.co_filename, frame.f_lineno)])
         if not torch.is_grad_enabled() or func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]

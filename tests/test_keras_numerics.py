@@ -9,6 +9,7 @@ import random
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -128,10 +129,60 @@ def swish(x: Any) -> Any:
     return x * keras.ops.sigmoid(1.5 * x)
 
 
-@pytest.mark.parametrize("activation", [swish, keras.layers.LeakyReLU(0.1, dtype="float64"), torch.tanh, keras.ops.tanh, None])
+def twice(x: Any) -> Any:
+    return 2 * x
+
+
+# The numbers in these are exact in float32, in which Keras's layers have them; so each is the same function here.
+@pytest.mark.parametrize(
+    "activation",
+    [
+        swish,
+        torch.tanh,
+        keras.ops.tanh,
+        None,
+        keras.layers.LeakyReLU(0.1, dtype="float64"),
+        keras.layers.ReLU(max_value=0.5, negative_slope=0.125, threshold=0.25, dtype="float64"),
+        keras.layers.Rescaling(0.5, 0.125, dtype="float64"),
+        keras.layers.Lambda(twice, dtype="float64"),
+        keras.layers.TorchModuleWrapper(torch.nn.Softplus(), dtype="float64"),
+        lambda x: keras.ops.clip(x, -0.25, np.float32(0.5)),
+        lambda x: keras.ops.maximum(x, keras.ops.cast(0.25, "float32")),
+        lambda x: keras.ops.where(x > 0, keras.ops.power(x, 2), 0.5),
+    ],
+)
 def test_functions_and_layers_as_activations(activation: Any) -> None:
     theirs, ours = support.pair("LSTM", {"activation": activation, "return_sequences": True})
     support.assert_same(support.outcome(ours), support.outcome(theirs))
+
+
+class Wrapped(keras.layers.Layer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = keras.layers.Dropout(0.5)
+
+    def call(self, x: Any) -> Any:
+        return self.inner(x)
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [
+        keras.layers.Dropout(0.5),
+        keras.layers.GaussianNoise(0.5),
+        keras.layers.Lambda(lambda x, training=False: 2 * x if training else x),
+        Wrapped(),
+    ],
+)
+def test_an_activation_that_is_another_in_training_is_refused(activation: Any) -> None:
+    for options in ({"activation": activation}, {"recurrent_activation": activation}):
+        with pytest.raises(ValueError, match="may be another function in training"):
+            gpu_rnn.keras.GRU(3, **options)
+
+
+def test_an_error_names_the_line_of_the_activation() -> None:
+    with pytest.raises(ValueError, match=r"test_keras_numerics\.py:\d+ `.*torch\.cumsum"):
+        gpu_rnn.keras.LSTM(3, activation=lambda x: torch.cumsum(x, 0))
 
 
 def test_a_layer_with_weights_is_no_activation() -> None:
@@ -246,6 +297,79 @@ def test_masks_of_numbers_and_one_for_each_input() -> None:
     x = support.draw(support.BATCH, support.STEPS, support.FEATURES)
     for other in (mask.int().numpy(), mask.float(), [mask]):
         torch.testing.assert_close(ours(x, mask=other), ours(x, mask=mask), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(1, support.STEPS), (support.BATCH, support.STEPS, 1), (1, support.STEPS, 1)])
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "SimpleRNN", "Bidirectional"])
+def test_masks_are_broadcast(name: str, shape: tuple[int, ...]) -> None:
+    found = []
+    for module in (gpu_rnn.keras, keras.layers):
+        inside = module.GRU if name == "Bidirectional" else getattr(module, name)
+        layer = inside(support.UNITS, return_sequences=True, return_state=True, dtype="float64")
+        if name == "Bidirectional":
+            layer = module.Bidirectional(layer, dtype="float64")
+        support.randomize(layer)
+        found.append(support.outcome(layer, support.mask_of("any")[: shape[0]].reshape(shape)))
+    support.assert_same(*found)
+
+
+@pytest.mark.parametrize("shape", [(2, 6), (4, 5), (4, 1), (6,), (4, 6, 5)])
+def test_masks_of_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
+    for layer in (gpu_rnn.keras.GRU(3), gpu_rnn.keras.Bidirectional(gpu_rnn.keras.GRU(3))):
+        with pytest.raises(ValueError, match=r"a mask has shape \(B, T\) = \(4, 6\)"):
+            layer(support.draw(support.BATCH, support.STEPS, support.FEATURES), mask=torch.ones(shape))
+
+
+@pytest.mark.parametrize("recurrent_dropout", [0.0, 0.4])
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "SimpleRNN", "Bidirectional"])
+def test_states_for_all_samples(name: str, recurrent_dropout: float) -> None:
+    """As Keras's layers take a state that is learnt: (1, units)."""
+    found = []
+    for module in (gpu_rnn.keras, keras.layers):
+        inside = module.LSTM if name == "Bidirectional" else getattr(module, name)
+        options = {"recurrent_dropout": recurrent_dropout, "seed": 3, "dtype": "float64"}
+        layer = inside(support.UNITS, return_state=True, return_sequences=True, **options)
+        if name == "Bidirectional":
+            layer = module.Bidirectional(layer, dtype="float64")
+        support.randomize(layer)
+        count = {"LSTM": 2, "Bidirectional": 4}.get(name, 1)
+        states = [support.draw(1, support.UNITS, seed=k) for k in range(count)]
+        found.append(support.outcome(layer, initial=states, training=True))
+    support.assert_same(*found)
+
+
+WRONG = [[(3, 3)], [(2, 2)], [(4, 2)], [(3, 2, 1)], [(3, 1)], [(2,)], [(3, 2)]]
+
+
+@pytest.mark.parametrize("shapes", WRONG, ids=str)
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "SimpleRNN"])
+def test_other_states_are_refused(name: str, shapes: list[tuple[int, ...]]) -> None:
+    layer = getattr(gpu_rnn.keras, name)(2, recurrent_dropout=0.1)
+    count = 1 + (name == "LSTM")
+    states = [torch.ones(shape) for shape in shapes] * count
+    if shapes == [(3, 2)]:  # one too many
+        states.append(torch.ones(3, 2))
+    with pytest.raises(ValueError, match=rf"initial_state of .* is {count} of shape \(B, units\) = \(3, 2\)"):
+        layer(torch.ones(3, 5, 4), initial_state=states)
+    layer(torch.ones(7, 5, 4), training=True)  # an error leaves nothing behind
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 5])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_bidirectional_needs_the_states_of_both_directions(count: int, dropout: float) -> None:
+    layer = gpu_rnn.keras.Bidirectional(gpu_rnn.keras.LSTM(2, dropout=dropout))
+    with pytest.raises(ValueError, match=f"is a list of 4 states, .*; got {count}"):
+        layer(torch.ones(3, 5, 4), initial_state=[torch.ones(3, 2)] * count, training=True)
+
+
+@pytest.mark.parametrize("wrap", [lambda layer: layer, gpu_rnn.keras.Bidirectional])
+def test_another_number_of_features_is_refused(wrap: Any) -> None:
+    layer = wrap(gpu_rnn.keras.LSTM(2, dropout=0.5))
+    layer(torch.ones(3, 5, 4))
+    for features in (1, 3, 1000):
+        with pytest.raises(ValueError, match=f"expected 4 features, got {features}"):
+            layer(torch.ones(3, 5, features), training=True)
+    layer(torch.ones(2, 5, 4), training=True)  # an error leaves nothing behind
 
 
 def test_alike_directions_are_one_loop(monkeypatch: pytest.MonkeyPatch) -> None:

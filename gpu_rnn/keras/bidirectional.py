@@ -9,7 +9,7 @@ from typing import Any
 import keras
 from torch import Tensor
 
-from gpu_rnn.keras.layers import TimeLoop, first_mask, last_valid, run
+from gpu_rnn.keras.layers import TimeLoop, last_valid, run, step_mask
 
 MERGES = {
     "sum": keras.ops.add,
@@ -47,8 +47,7 @@ class Bidirectional(keras.layers.Bidirectional):
         layers = self.forward_layer, self.backward_layer
         if not all(isinstance(layer, TimeLoop) for layer in layers):
             return super().call(sequences, initial_state=initial_state, mask=mask, training=training)
-        half = len(initial_state) // 2 if initial_state is not None else 0
-        initial = (initial_state[:half], initial_state[half:]) if initial_state is not None else (None, None)
+        initial = self._halves(initial_state)
         together = self._one_loop() and not (training and any(layer.cell.dropout for layer in layers))
         run_both = self._together if together else self._apart
         y, backward, states = run_both(sequences, initial, mask, bool(training))
@@ -56,6 +55,19 @@ class Bidirectional(keras.layers.Bidirectional):
         if not self.return_state:
             return output
         return (*output, *states) if self.merge_mode is None else (output, *states)
+
+    def _halves(self, initial_state: Any) -> tuple[Any, Any]:
+        """The states of each direction."""
+        if initial_state is None:
+            return None, None
+        half, count = (len(layer.state_size) for layer in (self.forward_layer, self.backward_layer))
+        given = len(initial_state) if isinstance(initial_state, (list, tuple)) else "no list"
+        if given != half + count:
+            raise ValueError(
+                f"initial_state of {self.name} is a list of {half + count} states, the forward layer's and then the backward "
+                f"layer's; got {given}"
+            )
+        return initial_state[:half], initial_state[half:]
 
     def _one_loop(self) -> bool:
         """Whether the layers are so alike that one loop can run both."""
@@ -74,7 +86,7 @@ class Bidirectional(keras.layers.Bidirectional):
         self, sequences: Tensor, initial: Sequence[Any], mask: Any, training: bool
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         layers = self.forward_layer, self.backward_layer
-        mask = first_mask(mask)
+        mask = step_mask(mask, sequences)
         states = [
             [keras.ops.convert_to_tensor(state, self.compute_dtype) for state in given]
             if (given := initial[place]) is not None
@@ -85,9 +97,6 @@ class Bidirectional(keras.layers.Bidirectional):
             layer.cell.get_dropout_mask(sequences[:, 0])
             layer.cell.get_recurrent_dropout_mask(own[0])
         y, final = run(layers, sequences, states, mask, training)
-        for layer in layers:
-            layer.cell.reset_dropout_mask()
-            layer.cell.reset_recurrent_dropout_mask()
         forward, backward = y.chunk(2, -1)  # in the order of time, 0 at masked steps
         if not self.return_sequences:
             forward, backward = (h if mask is None else last_valid(h, mask) for h in final[0])

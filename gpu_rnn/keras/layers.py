@@ -55,16 +55,16 @@ class TimeLoop:
 
         Args:
             sequences: (B, T, F).
-            initial_state: a tensor (B, units) for each state.
-            mask: (B, T), or a list of one, or None. True: the step counts.
+            initial_state: for each state a tensor (B, units), or (1, units) for all samples.
+            mask: (B, T), (1, T), the same with a last axis of 1, or a list of one of these, or None. True: the step counts.
 
         Returns:
             The last output (B, units), the outputs (B, T, units) in the order of processing, the final states.
 
         Raises:
-            ValueError: use_cudnn=True, and cuDNN cannot run this call.
+            ValueError: another shape, or use_cudnn=True, and cuDNN cannot run this call.
         """
-        mask = first_mask(mask)
+        mask = step_mask(mask, sequences)
         if self.go_backwards:
             sequences, mask = sequences.flip(1), None if mask is None else mask.flip(1)
         y, final = run([self], sequences, [initial_state], mask, bool(training))
@@ -175,15 +175,31 @@ def run(
     Args:
         layers: one layer or two.
         x: (B, T, F).
-        initial: for each layer its states, (B, units) each.
+        initial: for each layer its states, (B, units) or (1, units) each.
         mask: (B, T) bool or None.
 
     Returns:
         The outputs (B, T, D·units) in the order of time, 0 at masked steps, and the final states (D, B, units).
+
+    Raises:
+        ValueError: features or states of another shape than the layers', or use_cudnn=True and cuDNN cannot run this call.
     """
+    try:
+        return _run(layers, x, initial, mask, training)
+    finally:  # after an error, too: the next call may have another shape
+        for layer in layers:
+            layer.cell.reset_dropout_mask()
+            layer.cell.reset_recurrent_dropout_mask()
+
+
+def _run(
+    layers: Sequence[Any], x: Tensor, initial: Sequence[Sequence[Tensor]], mask: Tensor | None, training: bool
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     first = layers[0]
     for layer in layers:
         layer.check_cudnn(masked=mask is not None)
+        check_features(layer, x)
+    initial = [states_of(layer, own, x.shape[0]) for layer, own in zip(layers, initial, strict=True)]
     weights = [weight for layer in layers for weight in weights_of(layer)]
     x = x.to(weights[0].dtype)
     if training and first.cell.dropout:
@@ -192,6 +208,7 @@ def run(
     if training and first.cell.recurrent_dropout:
         masks = [layer.cell.get_recurrent_dropout_mask(own[0]) for layer, own in zip(layers, initial, strict=True)]
         drop = torch.stack([torch.stack(gatewise(layer, m), 1) for layer, m in zip(layers, masks, strict=True)])
+        drop = drop.expand(-1, x.shape[0], -1, -1)  # Keras draws one for all samples where a state is one for all
     y, final, *_ = functional.rnn(
         x,
         tuple(torch.stack(each) for each in zip(*initial, strict=True)),  # a copy: stateful layers write theirs
@@ -231,11 +248,42 @@ def drop_inputs(x: Tensor, w_ih: Tensor, masks: list[Tensor]) -> tuple[Tensor, T
     return dropped, w_ih if len(masks) == 1 else torch.block_diag(*w_ih.chunk(len(masks)))
 
 
-def first_mask(mask: Any) -> Tensor | None:
-    """The mask of the sequences as bool; Keras may pass one for each input."""
+def check_features(layer: Any, x: Tensor) -> None:
+    features = layer.cell.kernel.shape[0]
+    if x.shape[-1] != features:
+        raise ValueError(
+            f"{layer.name} was built for inputs (B, T, {features}), got {tuple(x.shape)}: expected {features} features, "
+            f"got {x.shape[-1]}"
+        )
+
+
+def states_of(layer: Any, states: Sequence[Tensor], batch: int) -> list[Tensor]:
+    """A layer's initial states as (B, units)."""
+    units = layer.cell.units
+    shapes = [tuple(state.shape) for state in states]
+    if len(states) != len(layer.state_size) or not set(shapes) <= {(batch, units), (1, units)}:
+        raise ValueError(
+            f"initial_state of {layer.name} is {len(layer.state_size)} of shape (B, units) = ({batch}, {units}), or "
+            f"(1, {units}) for all samples; got {len(states)}: {', '.join(map(str, shapes)) or 'none'}"
+        )
+    return [state.expand(batch, -1) for state in states]
+
+
+def step_mask(mask: Any, sequences: Tensor) -> Tensor | None:
+    """The mask of the sequences (B, T, F) as bool (B, T); Keras may pass one for each input."""
     if isinstance(mask, (list, tuple)):
         mask = mask[0]
-    return None if mask is None else keras.ops.convert_to_tensor(mask).bool()
+    if mask is None:
+        return None
+    given = keras.ops.convert_to_tensor(mask).bool()
+    batch, steps = sequences.shape[:2]
+    two = given.squeeze(-1) if given.dim() == 3 else given
+    if tuple(two.shape) not in ((batch, steps), (1, steps)):
+        raise ValueError(
+            f"a mask has shape (B, T) = ({batch}, {steps}), or (1, {steps}) for all samples, and may have a last axis of 1; "
+            f"got {tuple(given.shape)}"
+        )
+    return two.expand(batch, -1)
 
 
 def last_valid(h: Tensor, mask: Tensor) -> Tensor:

@@ -3,28 +3,20 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import keras
+import numpy as np
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from gpu_rnn import cells
 from gpu_rnn.activations import Activation
 from gpu_rnn.recurrence import Recurrence
 from gpu_rnn.tracing import TraceError
-
-
-def squareplus(x: Tensor) -> Tensor:
-    """(x + sqrt(x² + 4)) / 2"""
-    return (x + torch.sqrt(x * x + 4)) / 2
-
-
-def sparse_sigmoid(x: Tensor) -> Tensor:
-    """clip((x + 1) / 2, 0, 1)"""
-    return ((x + 1) / 2).clamp(0, 1)
-
 
 # The functions that are the same in both libraries go by this library's names: a recurrence of names is shared, and
 # ATen knows it. Keras's leaky_relu is not torch's (its slope is 0.2), so it is traced, as every other function is.
@@ -32,8 +24,6 @@ SAME = ("tanh", "sigmoid", "hard_sigmoid", "relu", "elu", "selu", "softsign", "s
 KNOWN: dict[Callable[..., Any], str | Activation] = {
     **{getattr(keras.activations, name): name for name in SAME},
     keras.activations.exponential: "exp",
-    keras.activations.squareplus: squareplus,  # Keras makes tensors of the constants in these two, which a trace refuses
-    keras.activations.sparse_sigmoid: sparse_sigmoid,
     keras.ops.tanh: "tanh",
     keras.ops.sigmoid: "sigmoid",
     torch.tanh: "tanh",
@@ -45,7 +35,8 @@ def of(cell: Any) -> Recurrence:
     """The recurrence of a Keras cell.
 
     Raises:
-        ValueError: an activation that does not work on each unit by itself, or that cannot be traced.
+        ValueError: an activation that does not work on each unit by itself, that is another in training, or that cannot
+            be traced.
     """
     own = [_activation(cell.activation)]
     if not isinstance(cell, keras.layers.SimpleRNNCell):
@@ -76,10 +67,53 @@ def unknown_to_aten(cell: Any) -> list[str]:
     return [reason for reason, found in reasons.items() if found]
 
 
+class Numbers(TorchFunctionMode):
+    """Keras makes tensors of the numbers in a function. A trace takes those for somebody's weights, and these for numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: dict[Tensor, float] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.as_tensor, torch.tensor) and not isinstance(args[0], Tensor) and np.ndim(args[0]) == 0:
+            number = np.asarray(args[0]).item()
+            tensor = torch.full((), number, **kwargs)
+            self.made[tensor] = number
+            return tensor
+        if func in (torch.clip, torch.pow):  # a recurrence's bounds and exponents are numbers
+            args, kwargs = keras.tree.map_structure(self._number, (tuple(args), kwargs))
+        return func(*args, **kwargs)
+
+    def _number(self, value: Any) -> Any:
+        return self.made.get(value, value) if isinstance(value, Tensor) else value
+
+
 def _activation(function: Any) -> str | Activation:
-    if isinstance(function, torch.nn.Module):  # a layer; if it has weights the trace will say so
-        return lambda x: function(x)
-    return KNOWN.get(function, function)
+    known = KNOWN.get(function)
+    if known is not None:
+        return known
+    _refuse_training(function)
+
+    def activation(x: Tensor) -> Any:
+        with keras.device("cpu"), Numbers():  # a trace is on the CPU, whatever the layer will be on
+            return function(x)
+
+    return activation
+
+
+def _refuse_training(function: Any) -> None:
+    layers = function.modules() if isinstance(function, torch.nn.Module) else ()
+    for layer in layers:
+        # These two layers take `training` for any function or module. A trace finds what is random in a module.
+        if not isinstance(layer, keras.Layer) or isinstance(layer, keras.layers.TorchModuleWrapper):
+            continue
+        call = layer.function if isinstance(layer, keras.layers.Lambda) else layer.call
+        if "training" in inspect.signature(call).parameters:
+            raise ValueError(
+                f"{type(layer).__name__} as an activation: it may be another function in training, and here an activation "
+                "is one. Give it as a layer of its own, use dropout= or recurrent_dropout=, or keras.layers' own layer."
+            )
 
 
 def _trace(recurrence: Recurrence) -> None:
@@ -87,6 +121,7 @@ def _trace(recurrence: Recurrence) -> None:
         recurrence.program  # noqa: B018  (traced on first use; better here than in the first call)
     except TraceError as error:
         raise ValueError(
-            f"{error}\nActivations run inside the kernels, unit by unit: one that mixes units (softmax) or has weights "
-            "cannot. Write it as plain torch arithmetic, or use keras.layers' own layer here."
+            f"{error}\nActivations run inside the kernels, unit by unit: one that mixes units (softmax) or has weights, "
+            "variables or tensors of its own cannot. Write it as arithmetic of x and numbers, or use keras.layers' own "
+            "layer here."
         ) from error
