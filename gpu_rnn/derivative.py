@@ -26,6 +26,7 @@ class Derivative:
         wrt: the inputs, `Program.inputs(stage)` followed by `carried`.
         ops: the operations, recomputation included.
         outputs: the gradient of each of `wrt`; the constant 0.0 where there is none.
+        totals: of each output, the gradient that includes what it gets through other outputs.
     """
 
     seeds: tuple[str, ...]
@@ -33,6 +34,7 @@ class Derivative:
     wrt: tuple[str, ...]
     ops: tuple[Op, ...]
     outputs: tuple[Argument, ...]
+    totals: tuple[Argument, ...]
 
     @cached_property
     def run(self) -> Callable[[dict[str, Any]], None]:
@@ -72,17 +74,19 @@ def differentiate(program: Program, number: int) -> Derivative:
 
     for name, seed in zip(outputs, seeds, strict=True):
         add(name, builder.value(seed))
+    totals: dict[Argument, Argument] = dict(zip(outputs, seeds, strict=True))
     for op in reversed(live(stage.ops, outputs)):
         if op.result not in adjoint or OPERATIONS[op.name].derivative is None:
             continue
         builder.line = op.line
+        totals[op.result] = adjoint[op.result].name
         for arg, gradient in zip(op.args, _rule(builder, op, adjoint.pop(op.result)), strict=True):
             if gradient is not None:
                 add(arg, gradient)
     wrt = (*program.inputs(stage), *carried)
     results = tuple(adjoint[name].name if name in adjoint else 0.0 for name in wrt)
     ops = live((*stage.ops, *builder.ops), results)
-    return Derivative(seeds, carried, wrt, ops, results)
+    return Derivative(seeds, carried, wrt, ops, results, tuple(totals[name] for name in outputs))
 
 
 def stage_outputs(program: Program, number: int) -> tuple[Argument, ...]:

@@ -76,8 +76,10 @@ def entered(call: Call, saved: Result, state: int) -> Tensor:
     before = previous(after, call.states[state], call.control.lengths, call.reverse)
     if call.control.flags is None:
         return before
-    value = call.reset_value(state)
-    return torch.where(bit(call.control.flags, RESET), value if isinstance(value, float) else value.to(before.dtype), before)
+    value, reset = call.reset_value(state), bit(call.control.flags, RESET)
+    if reset.is_cpu and not reset.any():
+        return before
+    return torch.where(reset, value if isinstance(value, float) else value.to(before.dtype), before)
 
 
 def inputs_over_time(call: Call, saved: Result) -> dict[str, Tensor]:

@@ -20,10 +20,15 @@ ONE = "one"  # a tensor in the values: torch.where of two plain numbers would be
 
 @dataclass(frozen=True)
 class Jacobian:
-    """For each output of a stage, its partial derivative by each of the stage's inputs, where it is not 0."""
+    """For each output of a stage, its partial derivative by each of the stage's inputs, where it is not 0.
+
+    With `links`, outputs that go into others, as c of an LSTM does into h, count as held fixed in the others' partial
+    derivatives: what comes in for them is first made complete, in the order of the links.
+    """
 
     ops: tuple[Op, ...]  # what the stage itself does not compute already
     partials: tuple[dict[str, Argument], ...]
+    links: tuple[tuple[int, int, Argument], ...] = ()  # (output, other output, the other's derivative by it)
 
     @cached_property
     def run(self) -> Callable[[dict[str, Any]], None]:
@@ -32,24 +37,32 @@ class Jacobian:
 
 
 @lru_cache(maxsize=256)
-def jacobian(program: Program, number: int) -> Jacobian:
-    """Of stage `number`: its derivative with one incoming gradient 1, the rest 0."""
+def jacobian(program: Program, number: int, linked: bool) -> Jacobian:
+    """Of stage `number`: its derivative with one incoming gradient 1, the rest 0; `linked` to have links if it can."""
     stage, derivative = program.stages[number], differentiate(program, number)
     made = {op.result for op in stage.ops}
     builder = Builder(prefix=f"j{number}_", given=stage.ops)
-    partials = []
-    for seed in derivative.seeds:
-        known: dict[str, Argument] = {name: float(name == seed) for name in derivative.seeds}
+    distinct = len(set(derivative.totals)) == len(derivative.totals)
+    totals = derivative.totals if linked and distinct else derivative.seeds
+    places = {op.result: place for place, op in enumerate(derivative.ops)}
+    partials, links = [], []
+    for index, total in enumerate(totals):
+        known: dict[str, Argument] = {str(name): float(name == total) for name in (*derivative.seeds, *totals)}
         for op in derivative.ops:
-            if op.result not in made:
+            if op.result in made:
+                continue
+            if op.result not in totals:
                 known[op.result] = _emit(builder, op, known)
+            elif op.result != total and (value := _emit(builder, op, known)) != 0.0:
+                links.append((places[op.result], totals.index(op.result), index, value))
         found = {
             name: known.get(output, output) if isinstance(output, str) else output
             for name, output in zip(derivative.wrt, derivative.outputs, strict=True)
         }
         partials.append({name: value for name, value in found.items() if value != 0.0})
-    wanted = [value for found in partials for value in found.values()]
-    return Jacobian(live(builder.ops, wanted), tuple(partials))
+    wanted = [value for found in partials for value in found.values()] + [link[-1] for link in links]
+    ordered = tuple(link[1:] for link in sorted(links, key=lambda link: link[0]))
+    return Jacobian(live(builder.ops, wanted), tuple(partials), ordered)
 
 
 def _emit(builder: Builder, op: Op, known: dict[str, Argument]) -> Argument:

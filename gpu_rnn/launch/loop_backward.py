@@ -63,17 +63,17 @@ class _Terms:
     """The gradients of some inputs of a stage in one step: sums of partial derivatives times what comes in."""
 
     def __init__(self, names: list[str], outputs: list[_Output], like: Tensor) -> None:
-        spans = []
+        self.width, spans = len(names), []
         for index, (partials, keep, same) in enumerate(outputs):
             there = [i for i, name in enumerate(names) if name in partials or (keep is not None and name == same)]
             if there:
                 spans.append((there[-1] + 1 - there[0], index, slice(there[0], there[-1] + 1)))
         spans.sort(key=lambda found: -found[0])
-        # The widest is written first, and over everything.
-        self.parts = [
-            (index, span if number else None, self._joined(names[span] if number else names, outputs[index], like))
-            for number, (_, index, span) in enumerate(spans)
-        ]
+        covered = sorted(i for *_, span in spans for i in range(span.start, span.stop))
+        self.apart = covered == list(range(len(names)))  # each is written once
+        if not self.apart and spans:  # the widest is written first, and over everything
+            spans[0] = (len(names), spans[0][1], slice(0, len(names)))
+        self.parts = [(index, span, self._joined(names[span], outputs[index], like)) for _, index, span in spans]
 
     @staticmethod
     def _joined(names: list[str], output: _Output, like: Tensor) -> Sequence[Tensor]:
@@ -97,6 +97,14 @@ class _Terms:
 
     def sum(self, step: int, seeds: list[Tensor], out: Tensor | None = None) -> Tensor:
         (index, _, partials), *others = self.parts
+        if not others:
+            return torch.mul(partials[step], seeds[index], out=out)
+        if self.apart:
+            batch, n, _, hidden = seeds[0].shape
+            out = seeds[0].new_empty(batch, n, self.width, hidden) if out is None else out
+            for index, span, partials in self.parts:
+                torch.mul(partials[step], seeds[index], out=out[:, :, span])
+            return out
         found = torch.mul(partials[step], seeds[index], out=out)
         for index, span, partials in others:
             found[:, :, span].addcmul_(partials[step], seeds[index])
@@ -119,7 +127,7 @@ class _Stage:
     def __init__(self, call: Call, number: int, d: _Gradients) -> None:
         program, weights = call.program, call.weights
         self.rows = rows = program.rows[number]
-        self.stage, self.jacobian, self.d = program.stages[number], jacobian(program, number), d
+        self.stage, self.jacobian, self.d = program.stages[number], jacobian(program, number, call.control.zone is None), d
         self.split = [gate for gate in program.gates[rows] if gate not in program.summed]
         self.gate_names = [f"{'a' if gate in program.summed else 'x'}_{gate}" for gate in program.gates[rows]]
         self.states = [f"s_{name}" for name in program.state_names]
@@ -149,6 +157,7 @@ class _Stage:
     def reads(self) -> set[str]:
         """The names of all values that it takes."""
         args = {arg for op in (*self.stage.ops, *self.jacobian.ops) for arg in op.args}
+        args.update(value for *_, value in self.jacobian.links)
         return {str(name) for name in args.union(*(own.values() for own in self.jacobian.partials))}
 
     def prepare(self, values: dict[str, Any], like: Tensor, entering: Tensor, keeps: list[_Keep | None]) -> None:
@@ -161,6 +170,10 @@ class _Stage:
         ]
         reached = {name for own in outputs for name in (*own.partials, own.same if own.keep is not None else "")}
         self.reached = [k for k, name in enumerate(self.states) if name in reached]
+        self.links = [
+            (k, other, _Terms._joined([""], _Output({"": lookup(values, value, like)}, keeps[other], "none"), like))
+            for k, other, value in self.jacobian.links
+        ]
         groups = self.gate_names, self.split_names, self.params, self.carried, [self.states[k] for k in self.reached]
         terms = (_Terms(names, outputs, like) for names in groups)
         self.to_gates, self.to_recurrent, self.to_params, self.to_carried, self.to_states = terms
@@ -169,6 +182,11 @@ class _Stage:
         if self.scale is not None:
             self.raw = self.products[0].over_time(entering).to(like.dtype).contiguous()
             self.unscaled, self.mean, self.rstd = normalised(self.raw)
+
+    def complete(self, step: int, seeds: list[Tensor]) -> None:
+        """Adds to the gradients of outputs what they get through other outputs."""
+        for k, other, partials in self.links:
+            seeds[k] = torch.addcmul(seeds[k], partials[step], seeds[other])
 
     def back(self, t: int, step: int, seeds: list[Tensor]) -> Tensor:
         """Writes what belongs to step t, number `step` of the chunk; returns the gradient of what entered."""
@@ -309,6 +327,7 @@ class _Loop:
         found: list[Tensor | None] = [None] * len(seeds)
         for stage in reversed(self.stages):
             wide = [seed.unsqueeze(2) for seed in seeds]
+            stage.complete(step, wide)
             d_entering = stage.back(t, step, wide)
             for k, d in stage.d_states(step, wide):
                 before = found[k]
