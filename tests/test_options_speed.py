@@ -19,7 +19,7 @@ from gpu_rnn import cells, functional
 from gpu_rnn.recurrence import Recurrence
 
 T, B, I, H = 100, 32, 64, 128  # noqa: E741
-ROUNDS, ATTEMPTS, LIMIT = 40, 3, 3.0
+ROUNDS, ATTEMPTS, LIMIT = 20, 3, 3.0
 RATE = 0.2  # of masked steps, dropped and kept units
 
 
@@ -80,15 +80,15 @@ def calls(
 
 
 def measure(*functions: Callable[[], Any]) -> list[float]:
-    """Milliseconds of each: the fastest of calls in turn and in random order, as others' load only ever adds."""
+    """Milliseconds of this thread: the fastest of calls in turn and in random order, as others' load only ever adds."""
     order, shuffler = list(range(len(functions))), random.Random(0)
     best = [float("inf")] * len(functions)
     for _ in range(ROUNDS):
         shuffler.shuffle(order)
         for which in order:
-            start = time.perf_counter()
+            start = time.thread_time()
             functions[which]()
-            best[which] = min(best[which], (time.perf_counter() - start) * 1e3)
+            best[which] = min(best[which], (time.thread_time() - start) * 1e3)
     return best
 
 
@@ -104,31 +104,45 @@ def settled(name: str) -> tuple[float, float]:
 
 
 @pytest.fixture
-def two_threads() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
 
-# torch's products of dense matrices are MKL's, its LSTM is oneDNN's. Where MKL is the slower of the two, the products
-# alone take twice what the whole LSTM takes: seen on an AMD EPYC, 24 ms of one core beside 13 ms.
-SLOWER = pytest.mark.xfail(strict=False, reason="MKL's products may run at half of oneDNN's rate (AMD processors)")
+# The highest ratios measured on an AMD EPYC with torch 2.13 (other programs ran there, too) of what is not below the limit.
+# torch.nn's LSTM is one call of oneDNN, 13 ms; here products alone take 12 ms, and each step is some thirty operations.
+ABOVE = {
+    "LSTM peephole": (3.2, "its parameters' derivatives take operations of their own"),
+    "LSTM mask": (3.2, "states are selected at each step"),
+    "LSTM lengths": (3.2, "lengths are masks"),
+    "LSTM resets": (3.3, "states are selected at each step"),
+    "LSTM reset_state": (3.4, "states are selected at each step, and have gradients at each"),
+    "LSTM recurrent dropout per gate": (3.6, "a product for each gate, too small for oneDNN"),
+    "LSTM zoneout": (3.4, "states are selected at each step"),
+    "LSTM layer norm": (4.7, "the input projection is MKL's, and a step normalises and takes the products once more"),
+}
+
+
+def row(name: str) -> Any:
+    if name not in ABOVE:
+        return name
+    ratio, reason = ABOVE[name]
+    return pytest.param(name, marks=pytest.mark.xfail(strict=False, reason=f"measured: {ratio} times; {reason}"))
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("two_threads")
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=SLOWER if name.startswith("LSTM") else ()) for name in options()]
-)
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("name", [row(name) for name in options()])
 def test_at_most_three_times_the_default(name: str) -> None:
     theirs, ours = settled(name)
     assert ours <= LIMIT * theirs, f"{ours:.1f} ms, torch.nn without the option {theirs:.1f} ms"
 
 
 def main() -> None:
-    torch.set_num_threads(2)
-    print(f"T={T} B={B} I={I} H={H}, float32, forward and backward, {torch.get_num_threads()} threads")
+    torch.set_num_threads(1)
+    print(f"T={T} B={B} I={I} H={H}, float32, forward and backward, CPU time of one thread")
     print(f"{'option':32} {'torch.nn ms':>12} {'gpu_rnn ms':>12} {'ratio':>6}")
     for name in options():
         theirs, ours = settled(name)
