@@ -12,7 +12,7 @@ from torch.nn.modules.rnn import RNNCellBase
 
 from gpu_rnn import cells, functional
 from gpu_rnn.activations import Activation
-from gpu_rnn.layer_base import Option, RecurrenceHolder, States, elman_activation
+from gpu_rnn.holder import Option, RecurrenceHolder, States, elman_activation
 from gpu_rnn.recurrence import Recurrence
 
 

@@ -12,7 +12,8 @@ import torch
 
 from gpu_rnn import cells
 from gpu_rnn.activations import Activation
-from gpu_rnn.layer_base import LayerBase, elman_activation, refuse_projection
+from gpu_rnn.holder import elman_activation, refuse_projection
+from gpu_rnn.layer_base import LayerBase
 from gpu_rnn.layer_options import LayerOptions
 from gpu_rnn.recurrence import Recurrence
 
