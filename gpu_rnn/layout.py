@@ -32,7 +32,8 @@ class Weights(NamedTuple):
     b_hh: Tensor | None = None  # (N, G, H)
     params: Tensor | None = None  # (N, number of params, H)
     w_hr: Tensor | None = None  # (N, P, H): projection of h
-    norm: Tensor | None = None  # (N, G, H): products are normalised over H, gate by gate, and scaled by this
+    norm: Tensor | None = None  # (N, G, H): recurrent products are normalised over H, gate by gate, and scaled by this
+    norm_ih: Tensor | None = None  # (N, G, H): likewise the input products
 
 
 class Control(NamedTuple):

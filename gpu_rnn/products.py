@@ -15,9 +15,10 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from gpu_rnn import onednn
+from gpu_rnn import normalisation, onednn
 from gpu_rnn.layout import RESET, SKIP, Call, LoopGradients, Result, Weights, bit, state_dtype
 from gpu_rnn.program import Program, lookup
+from gpu_rnn.reference import project
 
 
 class _Setting:
@@ -102,7 +103,10 @@ def inputs_over_time(call: Call, saved: Result) -> dict[str, Tensor]:
 def gradients(call: Call, x: Tensor, saved: Result, loop: LoopGradients) -> tuple[Tensor, Weights]:
     """The gradients of x, (T, B, I) or (T, B, N, I) or (T, B, N, G, H), and of the weights."""
     weights, d_gates = call.weights, loop.d_gates
-    d_x, d_w_ih = _projection(x, weights, d_gates)
+    d_input, d_norm_ih = d_gates, None
+    if weights.norm_ih is not None:
+        d_input, d_norm_ih = _through_norm(call, x, weights.norm_ih, d_gates)
+    d_x, d_w_ih = _projection(x, weights, d_input)
     parts_w, parts_b = [], []
     d_b_ih = d_gates.sum((0, 1))
     for entering, rows in _entering(call, saved):
@@ -120,7 +124,17 @@ def gradients(call: Call, x: Tensor, saved: Result, loop: LoopGradients) -> tupl
         loop.d_params,
         loop.d_w_hr,
         loop.d_norm,
+        d_norm_ih,
     )
+
+
+def _through_norm(call: Call, x: Tensor, scale: Tensor, d_gates: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of the input products, which are taken once more, and of their scales."""
+    bare = call.weights._replace(b_ih=None, b_hh=None, norm_ih=None)
+    raw = project(x, bare, call.program, onednn.linear)
+    values, mean, rstd = normalisation.with_statistics(raw)
+    d_scale = (d_gates * values).sum((0, 1), dtype=state_dtype(raw.dtype))
+    return normalisation.back(d_gates * scale, raw, mean, rstd), d_scale
 
 
 def _projection(x: Tensor, weights: Weights, d_gates: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -25,9 +25,8 @@ from gpu_rnn.layout import (
     reorder_each,
     state_dtype,
 )
+from gpu_rnn.normalisation import normalised
 from gpu_rnn.program import Program, lookup
-
-NORM_EPSILON = 1e-5  # as torch.nn.LayerNorm's
 
 
 def project(
@@ -36,21 +35,23 @@ def project(
     program: Program,
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear,
 ) -> Tensor:
-    """W_ih x + b_ih for all steps, with b_hh added where a gate is a sum. x (T, B, I) or (T, B, N, I) -> (T, B, N, G, H)."""
+    """W_ih x + b_ih for all steps, with b_hh added where a gate is a sum; with `norm_ih`, the product normalised.
+
+    x (T, B, I) or (T, B, N, I) -> (T, B, N, G, H).
+    """
     bias = None
     if weights.b_ih is not None and weights.b_hh is not None:
         pairs = zip(program.gates, weights.b_ih.unbind(1), weights.b_hh.unbind(1), strict=True)
         bias = torch.stack([own + other if gate in program.summed else own for gate, own, other in pairs], 1)
     if weights.w_ih is not None and x.dim() == 3:  # one product for all N
-        flat = linear(x, weights.w_ih.flatten(0, 2), None if bias is None else bias.flatten())
-        return flat.unflatten(-1, weights.w_ih.shape[:3])
-    gates = x if weights.w_ih is None else torch.einsum("tbni,nghi->tbngh", x, weights.w_ih)
+        within = None if bias is None or weights.norm_ih is not None else bias.flatten()
+        gates = linear(x, weights.w_ih.flatten(0, 2), within).unflatten(-1, weights.w_ih.shape[:3])
+        bias = bias if within is None else None
+    else:
+        gates = x if weights.w_ih is None else torch.einsum("tbni,nghi->tbngh", x, weights.w_ih)
+    if weights.norm_ih is not None:
+        gates = normalised(gates) * weights.norm_ih
     return gates if bias is None else gates + bias
-
-
-def normalised(values: Tensor) -> Tensor:
-    """Layer normalisation over the last dimension, without scale and shift."""
-    return F.layer_norm(values, values.shape[-1:], eps=NORM_EPSILON)
 
 
 def forward(call: Call, x: Tensor, save: bool = False, all_states: bool = False) -> Result:

@@ -17,7 +17,6 @@ from gpu_rnn.launch import aten
 from gpu_rnn.layout import PLAIN, Control, Inputs, Weights
 from gpu_rnn.problem import Problem, rnn_precision
 from gpu_rnn.recurrence import Recurrence
-from gpu_rnn.reference import normalised
 
 States = tuple[Tensor, ...]
 
@@ -206,16 +205,11 @@ class Stack(NamedTuple):
         control: Control = PLAIN,
         reset_values: Sequence[Tensor] = (),
     ) -> Inputs:
-        """What one layer of the stack takes; with `norm`, x is projected and normalised here."""
-        own, norm_ih = self._canonical(weights, number)
-        if norm_ih is not None and own.w_ih is not None:
-            projected = F.linear(x, own.w_ih.flatten(0, 2)).unflatten(-1, own.w_ih.shape[:3])
-            x = normalised(projected).to(x.dtype) * norm_ih  # CUDA's autocast normalises in float32
-            own = own._replace(w_ih=None)
-        return Inputs(x, own, control, states, list(reset_values))
+        """What one layer of the stack takes."""
+        return Inputs(x, self._canonical(weights, number), control, states, list(reset_values))
 
-    def _canonical(self, weights: Sequence[Tensor], number: int) -> tuple[Weights, Tensor | None]:
-        """The weights of one layer, the directions stacked along N, and the scales (N, G, H) of the input products."""
+    def _canonical(self, weights: Sequence[Tensor], number: int) -> Weights:
+        """The weights of one layer, the directions stacked along N."""
         gates, params, projected = len(self.recurrence.gates), bool(self.recurrence.params), bool(self.proj_size)
         count = 2 + 2 * self.bias + projected + params + 2 * self.norm
         first = number * len(self.reverse) * count
@@ -229,7 +223,7 @@ class Stack(NamedTuple):
         w_ih, w_hh, b_ih, b_hh = (by_gate(there) for there in (True, True, self.bias, self.bias))
         w_hr, values = (next(rest) if there else None for there in (projected, params))
         norm_ih, norm_hh = by_gate(self.norm), by_gate(self.norm)
-        return Weights(w_ih, w_hh, b_ih, b_hh, values, w_hr, norm_hh), norm_ih
+        return Weights(w_ih, w_hh, b_ih, b_hh, values, w_hr, norm_hh, norm_ih)
 
 
 def _check_alike(x: Tensor, weights: Sequence[Tensor], states: States) -> None:

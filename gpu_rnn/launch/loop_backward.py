@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gpu_rnn import normalisation
 from gpu_rnn.derivative import carried_values
 from gpu_rnn.launch.jacobian import ONE, jacobian
 from gpu_rnn.launch.loop_forward import parameters, steps_with
-from gpu_rnn.launch.multiply import Product, masks, normalised, normalised_back
+from gpu_rnn.launch.multiply import Product, masks
 from gpu_rnn.launch.steering import Steering
 from gpu_rnn.layout import Call, LoopGradients, Result, reorder, reorder_each, state_dtype
 from gpu_rnn.products import over_steps, runs
@@ -181,7 +182,7 @@ class _Stage:
             self.d_params = like.new_empty(*like.shape[:3], len(self.params), like.shape[3])
         if self.scale is not None:
             self.raw = self.products[0].over_time(entering).to(like.dtype).contiguous()
-            self.unscaled, self.mean, self.rstd = normalised(self.raw)
+            self.unscaled, self.mean, self.rstd = normalisation.with_statistics(self.raw)
 
     def complete(self, step: int, seeds: list[Tensor]) -> None:
         """Adds to the gradients of outputs what they get through other outputs."""
@@ -198,7 +199,7 @@ class _Stage:
         if self.scale is not None:
             d, *others = (source[t] for source in self.d_of_sources)
             d = (torch.cat([d, *others], 2) if others else d) * self.scale
-            self.d_products[0][t].copy_(normalised_back(d, self.raw[step], self.mean[step], self.rstd[step]))
+            self.d_products[0][t].copy_(normalisation.back(d, self.raw[step], self.mean[step], self.rstd[step]))
         d_entering, *others = (p.back(of[t]) for p, of in zip(self.products, self.d_products, strict=True))
         for other in others:
             d_entering = d_entering + other

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gpu_rnn.launch.multiply import Product, masks, normalised
+from gpu_rnn import normalisation
+from gpu_rnn.launch.multiply import Product, masks
 from gpu_rnn.launch.steering import Steering
 from gpu_rnn.layout import Call, Result, Weights, reorder, reorder_each, state_dtype
 from gpu_rnn.products import runs
@@ -149,7 +150,7 @@ class _Stage:
             for part in self.parts:
                 part.product.add_to(part.targets[t], entering)
             return
-        product, _, _ = normalised(self.product(entering))
+        product, _, _ = normalisation.with_statistics(self.product(entering))
         for part in self.parts:
             part.targets[t].addcmul_(product[:, :, part.own], self.scale[:, part.own])
 

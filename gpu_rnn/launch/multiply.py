@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recurrent products of one stage, there and back: with dropped copies of what enters, and layer-normalised."""
+"""The recurrent products of one stage, there and back, with dropped copies of what enters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from gpu_rnn import onednn
-from gpu_rnn.reference import NORM_EPSILON
 
 
 def masks(drop: Tensor | None, gates: slice) -> Tensor | None:
@@ -105,14 +104,3 @@ class Product:
         dropped = steps[:, None] * self.drop[:, :, None]  # (N, gates, T, B, P)
         found = torch.bmm(dropped.flatten(2, 3).flatten(0, 1), self.transposed)
         return found.view(*dropped.shape[:4], found.shape[-1]).permute(2, 3, 0, 1, 4)
-
-
-def normalised(product: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Products (..., gates, H) normalised over H, and what `normalised_back` wants."""
-    return torch.native_layer_norm(product, product.shape[-1:], None, None, NORM_EPSILON)
-
-
-def normalised_back(d: Tensor, product: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-    """The gradient of the products from that of the normalised ones."""
-    which = [True, False, False]  # the product's only: scales are applied outside
-    return torch.ops.aten.native_layer_norm_backward(d, product, product.shape[-1:], mean, rstd, None, None, which)[0]

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gpu_rnn import normalisation
 from gpu_rnn.derivative import carried_values
 from gpu_rnn.launch.generated import triton_module
-from gpu_rnn.launch.multiply import Product, masks, normalised, normalised_back
+from gpu_rnn.launch.multiply import Product, masks
 from gpu_rnn.layout import PLAIN, Call, Weights
 from gpu_rnn.products import runs
 from gpu_rnn.program import Program
@@ -236,7 +237,7 @@ class Forward(_Steps):
         for shape, product, scale in zip(self.shapes, self.products, self.scales, strict=True):
             multiplied = product.own(entering)
             if scale is not None:
-                multiplied = normalised(multiplied)[0].mul_(scale)
+                multiplied = normalisation.with_statistics(multiplied)[0].mul_(scale)
             step_forward[self.grid](**self.arguments(t, shape, multiplied))
 
 
@@ -301,7 +302,7 @@ class Backward(_Steps):
         """The products of a chunk again, from what entered each stage, (steps, B, N, H)."""
         for number, (product, values) in enumerate(zip(self.products, entering, strict=True)):
             raw = product.own_layout(product.over_time(values).float()).contiguous()
-            _, mean, rstd = normalised(raw)
+            _, mean, rstd = normalisation.with_statistics(raw)
             for buffers, found in ((self.raw, raw), (self.mean, mean), (self.rstd, rstd)):
                 buffers[number][: len(values)].copy_(found)
 
@@ -316,7 +317,7 @@ class Backward(_Steps):
 
     def _through_norm(self, t: int, number: int, d: Tensor, scale: Tensor) -> Tensor:
         raw, mean, rstd = self.raw[number][t], self.mean[number][t], self.rstd[number][t]
-        return self.d_raw[number][t].copy_(normalised_back(d * scale, raw, mean, rstd))
+        return self.d_raw[number][t].copy_(normalisation.back(d * scale, raw, mean, rstd))
 
     def arguments(self, t: int, shape: _StageShape) -> dict[str, Any]:
         """Of `step_backward`, for a stage of a step."""
