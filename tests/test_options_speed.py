@@ -117,11 +117,11 @@ ABOVE = {
     "LSTM peephole": (3.2, "its parameters' derivatives take operations of their own"),
     "LSTM mask": (3.2, "states are selected at each step"),
     "LSTM lengths": (3.2, "lengths are masks"),
-    "LSTM resets": (3.2, "states are selected at each step"),
+    "LSTM resets": (3.3, "states are selected at each step"),
     "LSTM reset_state": (3.4, "states are selected at each step, and have gradients at each"),
-    "LSTM recurrent dropout per gate": (3.5, "a product for each gate, too small for oneDNN"),
+    "LSTM recurrent dropout per gate": (3.6, "a product for each gate, too small for oneDNN"),
     "LSTM zoneout": (3.4, "states are selected at each step"),
-    "LSTM layer norm": (4.2, "the input projection is MKL's, and a step normalises and takes the products once more"),
+    "LSTM layer norm": (4.3, "each step normalises, and the backward pass takes all products once more"),
 }
 
 
