@@ -43,5 +43,5 @@ docs:  ## the documentation site, into build/docs
 	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
 
 clean:  ## remove .venv and everything built
-	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
