@@ -169,6 +169,7 @@ def test_an_empty_batch_launches_nothing() -> None:
 
 
 @pytest.mark.interpreter
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")  # of torch 2.11
 def test_a_users_recurrence_shows_in_the_profiler() -> None:
     recurrence = support.minimal_gated_unit(slope=2.0)
     inputs = inputs_of(recurrence, (3, 2, 4), "0", True).to(torch.float32)
