@@ -169,11 +169,10 @@ def test_an_empty_batch_launches_nothing() -> None:
 
 
 @pytest.mark.interpreter
-@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")  # of torch 2.11
 def test_a_users_recurrence_shows_in_the_profiler() -> None:
     recurrence = support.minimal_gated_unit(slope=2.0)
     inputs = inputs_of(recurrence, (3, 2, 4), "0", True).to(torch.float32)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
         support.values_and_gradients(recurrence, inputs, "resident")
     assert {"gpu_rnn::resident_forward", "gpu_rnn::resident_backward"} <= {event.key for event in profile.key_averages()}
 
