@@ -7,7 +7,7 @@ are contiguous. `STEP` is generated from the recurrence.
 
 import triton
 import triton.language as tl
-from gpu_rnn.kernels.triton.resident import (
+from gpu_rnn.kernels.triton.blocks import (
     RESET_BIT,
     SKIP_BIT,
     add_each,
@@ -15,6 +15,7 @@ from gpu_rnn.kernels.triton.resident import (
     load_blocks,
     select,
     select_each,
+    zeros_like_each,
 )
 
 
@@ -44,15 +45,6 @@ def product_rows(i_b, i_n, B, count: tl.constexpr, BY_GATE: tl.constexpr):
         return i_n * count * B + i_b, B.to(tl.int64)
     else:
         return (i_n * B + i_b) * count, tl.full((), 1, tl.int64)
-
-
-@triton.jit
-def zeros(blocks):
-    """A block of zeros for each."""
-    found = ()
-    for i in tl.static_range(len(blocks)):
-        found = found + (tl.zeros_like(blocks[i]),)
-    return found
 
 
 @triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=["p_flags", "p_zone"])
@@ -193,7 +185,7 @@ def step_backward(
         if p_d_entered is not None:
             store_blocks(p_d_entered + o, state_stride, d_states, m)
         if p_flags is not None:
-            d_states = select((flags & RESET_BIT) != 0, zeros(d_states), d_states)
+            d_states = select((flags & RESET_BIT) != 0, zeros_like_each(d_states), d_states)
         d_y = tl.load(p_d_y + o, mask=m, other=0.0).to(tl.float32)
         d_states = (d_states[0] + d_y,) + d_states[1:]
         if p_d_inner is not None:
@@ -202,7 +194,7 @@ def step_backward(
         d = d_states
         if p_zone is not None:
             zone = load_blocks(p_zone + o, state_stride, m, S)
-            d = select_each(zone, zeros(d_states), d_states)
+            d = select_each(zone, zeros_like_each(d_states), d_states)
     d_a, d_r, d_s, d_p, d_v = STEP(a, r, before, params, values, d)
     for g in tl.static_range(count):
         d_gate = tl.where(active, d_a[g], 0.0)
