@@ -1,15 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the launchers of the persistent kernels share: forms of their arguments, and the rates that their models count with."""
+"""What the launchers of the persistent kernels share: limits, forms of arguments, and the rates that their models count with."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+from gpu_rnn.layout import Call, LoopGradients
+from gpu_rnn.problem import Problem
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# The first architecture with bfloat16 products, asynchronous copies, and a maximum that passes NaN on.
+OLDEST = (8, 0)
 
 # Rates of a multiprocessor, per cycle: CUDA C++ programming guide, table of arithmetic throughput.
 SHARED_BYTES = 128  # from shared memory
 LANES, SPECIAL = 128, 16  # fp32 operations, and exponentials or roots
 FUNCTIONS = ("tanh", "sigmoid", "exp", "expm1", "log", "log1p", "sqrt", "erf", "sin", "cos")  # an exponential and a root each
 TENSOR_SHARE = 0.6  # of the tensor cores' peak rate that 16-row instructions reach; by others, on an H100
+
+
+def unsupported(problem: Problem) -> list[str]:
+    """What speaks against both kernels."""
+    device, reasons = problem.device, []
+    if device.is_gpu and device.capability < OLDEST:
+        reasons.append(f"needs compute capability {OLDEST[0]}.{OLDEST[1]} or newer, which {device.name} has not")
+    if problem.proj_size:
+        reasons.append("has no projection of h (proj_size)")
+    if problem.dtype not in DTYPES:
+        reasons.append(f"takes float16, bfloat16 and float32, not {str(problem.dtype).removeprefix('torch.')}")
+    return reasons + problem.without("lengths", "flags", "reset_values", "drop", "zone", "all_states")
+
+
+def summed(call: Call, found: LoopGradients) -> LoopGradients:
+    """The gradients, those of per-unit parameters summed over the kernel's shares (shares, N, P, H)."""
+    shares = found.d_params if call.program.params else None
+    return found._replace(d_params=None if shares is None else shares.sum(0))
 
 
 def bits(reverse: str) -> tuple[int, int]:

@@ -16,16 +16,15 @@ import torch
 from torch import Tensor
 
 from gpu_rnn import devices
-from gpu_rnn.launch import nvrtc
+from gpu_rnn.launch import common, nvrtc
 from gpu_rnn.launch.common import bits, rows
 from gpu_rnn.launch.group_choice import Choice, choose, cost, largest
-from gpu_rnn.launch.group_layout import SCALARS, Layout, source
+from gpu_rnn.launch.group_layout import Layout, source
 from gpu_rnn.layout import Call, LoopGradients, Result
 from gpu_rnn.problem import Problem
 
 __all__ = ["Launch", "backward", "check", "choose", "cost", "forward", "prepare", "unsupported"]
 
-OLDEST = (8, 0)  # the first architecture with bfloat16 products and with asynchronous copies
 LONGEST_PATTERN = 64  # bits of the argument that holds the directions
 
 
@@ -307,7 +306,7 @@ def backward(
     launches, found = prepare_backward(call, saved, d_y, d_final, d_inner, choice, error_word(d_y.device))
     for launch in launches:
         launch(d_y.device)
-    return found._replace(d_params=found.d_params.sum(0) if call.program.params and found.d_params is not None else None)
+    return common.summed(call, found)
 
 
 _failures: dict[tuple[Choice, str], str] = {}
@@ -346,25 +345,19 @@ def unsupported(problem: Problem) -> list[str]:
     reasons = []
     if not device.is_gpu:
         reasons.append(f"needs an NVIDIA GPU, not {problem.device_type}")
-    elif device.capability < OLDEST:
-        reasons.append(f"needs compute capability {OLDEST[0]}.{OLDEST[1]} or newer, which {device.name} has not")
-    else:
+    elif device.capability >= common.OLDEST:
         missing = nvrtc.no_driver() if torch.cuda.is_available() else nvrtc.unavailable()
         reasons += [missing] if missing else []
     if len(program.stages) > 1:
         reasons.append(f"takes one product a step, {program.name} has {len(program.stages)}")
-    if problem.proj_size:
-        reasons.append("has no projection of h (proj_size)")
-    if problem.dtype not in SCALARS:
-        reasons.append(f"takes float16, bfloat16 and float32, not {str(problem.dtype).removeprefix('torch.')}")
+    reasons += common.unsupported(problem)
     if bits(problem.reverse)[1] > LONGEST_PATTERN:
         reasons.append(f"takes directions that repeat within {LONGEST_PATTERN} recurrences")
-    if device.is_gpu and problem.dtype in SCALARS and len(program.stages) == 1 and choose(problem) is None:
+    if device.is_gpu and problem.dtype in common.DTYPES and len(program.stages) == 1 and choose(problem) is None:
         reasons.append(
             f"keeps W_hh on chip: on {device.name}, {program.name} fits up to H = {largest(problem)} in this dtype and "
             f"direction, not {problem.H}"
         )
-    reasons += problem.without("lengths", "flags", "reset_values", "drop", "zone", "all_states")
     if not reasons and _wanted(problem) in _failures:
         reasons.append(_failures[_wanted(problem)])
     return reasons

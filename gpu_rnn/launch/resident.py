@@ -17,15 +17,13 @@ import torch
 from torch import Tensor
 
 from gpu_rnn.devices import DEVICES
-from gpu_rnn.launch import interpreter
+from gpu_rnn.launch import common, interpreter
 from gpu_rnn.launch.common import FUNCTIONS, LANES, SHARED_BYTES, SPECIAL, TENSOR_SHARE, bits, rows
 from gpu_rnn.launch.generated import triton_module
 from gpu_rnn.layout import Call, LoopGradients, Result
 from gpu_rnn.problem import Problem
 from gpu_rnn.program import Program
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-OLDEST = (8, 0)  # the first architecture with bfloat16 products and with a maximum that passes NaN on
 MOST_ACROSS = 65535  # blocks in the second dimension of a CUDA grid, which is N
 LONGEST_PATTERN = 62  # bits of a signed 64-bit argument that can be shifted and tested
 ROWS = 16  # of the batch in a tile: what a tensor-core instruction takes; fewer would be computed all the same
@@ -97,17 +95,11 @@ def unsupported(problem: Problem) -> list[str]:
     runs_here = device.is_gpu or (interpreter.INTERPRETING and problem.device_type == "cpu")
     if not runs_here:
         reasons.append(f"needs an NVIDIA GPU, not {problem.device_type} (or TRITON_INTERPRET=1, for tests)")
-    if device.is_gpu and device.capability < OLDEST:
-        reasons.append(f"needs compute capability {OLDEST[0]}.{OLDEST[1]} or newer, which {device.name} has not")
     if len(program.stages) > 2:
         reasons.append(f"takes two products a step at most, {program.name} has {len(program.stages)}")
-    if problem.proj_size:
-        reasons.append("has no projection of h (proj_size)")
-    if problem.dtype not in DTYPES:
-        reasons.append(f"takes float16, bfloat16 and float32, not {str(problem.dtype).removeprefix('torch.')}")
+    reasons += common.unsupported(problem)
     if problem.N > MOST_ACROSS or bits(problem.reverse)[1] > LONGEST_PATTERN:
         reasons.append(f"takes {MOST_ACROSS} recurrences side by side, directions repeating within {LONGEST_PATTERN}")
-    reasons += problem.without("lengths", "flags", "reset_values", "drop", "zone", "all_states")
     return reasons + (_too_wide(problem) if runs_here else [])
 
 
@@ -220,7 +212,7 @@ def _launch(
     pattern, period = bits(call.reverse)
     align = math.gcd(VECTOR, hidden, *strides.values())
     chosen = tile(call.problem)
-    common = {
+    both = {
         "p_gates": p_gates,
         "p_initial": _each_whole(call.states),
         "p_w": call.weights.w_hh.contiguous(),
@@ -239,7 +231,7 @@ def _launch(
         "num_warps": chosen.warps,
         "enable_fp_fusion": True,  # Triton is about to change its default, and 3.9 warns of it
     }
-    return Launch(kernel, (-(-batch // chosen.rows), n), common | _controls(call) | arguments)
+    return Launch(kernel, (-(-batch // chosen.rows), n), both | _controls(call) | arguments)
 
 
 def _controls(call: Call) -> dict[str, Any]:
@@ -343,4 +335,4 @@ def backward(
     """The backward loop in one launch. Shapes: `prepare_backward`."""
     launch, found = prepare_backward(call, saved, d_y, d_final, d_inner)
     launch(d_y)
-    return found._replace(d_params=found.d_params.sum(0) if call.program.params and found.d_params is not None else None)
+    return common.summed(call, found)
