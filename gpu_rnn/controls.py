@@ -94,13 +94,16 @@ class Controls(NamedTuple):
         """Whether the loops get flags: lengths by themselves stay lengths, unless the states beyond them are wanted."""
         return self.mask is not None or self.resets is not None or (self.lengths is not None and all_states)
 
-    def of_layer(self, rows: slice, reverse: str, steps: int, all_states: bool) -> tuple[Control, list[Tensor]]:
+    def flags(self, reverse: str, steps: int, all_states: bool) -> Tensor | None:
+        """`Control.flags`, which are those of every layer."""
+        return _flags(self.valid(steps), self.resets, self.lengths, reverse) if self.flagged(all_states) else None
+
+    def of_layer(self, rows: slice, reverse: str, steps: int, flags: Tensor | None) -> tuple[Control, list[Tensor]]:
         """The part of one layer, whose directions stand in `rows` of the states, and its reset values."""
         drop = None if self.recurrent_mask is None else self.recurrent_mask[rows].transpose(0, 1)
         zone = None if self.zone is None else self.zone[:, :, rows].transpose(2, 3)
-        if not self.flagged(all_states):
+        if flags is None:
             return Control(self.lengths, None, drop, zone), []
-        flags = _flags(self.valid(steps), self.resets, self.lengths, reverse)
         values = self.reset_state or ()
         if any(value.dim() == 4 for value in values):
             values = tuple(value if value.dim() == 4 else value.expand(steps, *value.shape) for value in values)

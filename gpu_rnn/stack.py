@@ -179,12 +179,13 @@ class Stack(NamedTuple):
         """x (T, B, I), states (D·layers, B, ·) -> y (T, B, D·P), final states, all states (T, D·layers, B, ·)."""
         text = self.recurrence.text(self.recurrence.identity)
         options = Options(self.backend, self.reverse, all_states=self.all_states)
+        flags = controls.flags(self.reverse, x.shape[0], self.all_states)
         final: list[list[Tensor]] = []
         every: list[list[Tensor]] = []
         for number in range(self.num_layers):
             rows = slice(number * len(self.reverse), (number + 1) * len(self.reverse))
             entering = [state[rows].transpose(0, 1) for state in states]  # (B, N, ·)
-            control, reset_values = controls.of_layer(rows, self.reverse, x.shape[0], self.all_states)
+            control, reset_values = controls.of_layer(rows, self.reverse, x.shape[0], flags)
             inputs = self.inputs(x, weights, number, entering, control, reset_values)
             y, after, inner = autograd.layer(text, options, inputs)
             final.append([state.transpose(0, 1) for state in after])
