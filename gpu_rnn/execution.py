@@ -96,8 +96,6 @@ def run(text: str, options: Options, inputs: Inputs) -> Result:
             return reference.forward(call, inputs.x, options.save, options.all_states)
     with _arithmetic(problem.precision, inputs.x):
         gates = reference.project(inputs.x, inputs.weights, call.program, onednn.linear).contiguous()
-        if gates.data_ptr() == inputs.x.data_ptr():  # projected already, and the loop overwrites it
-            gates = gates.clone()
         with record_function(f"gpu_rnn::{name}_forward"):
             return dispatch.BACKENDS[name].forward(call, gates, options.save, options.all_states)
 

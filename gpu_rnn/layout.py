@@ -26,7 +26,7 @@ SKIP, RESET = 1, 2  # bits of `Control.flags`
 class Weights(NamedTuple):
     """The weights of one layer; None where the layer has none."""
 
-    w_ih: Tensor | None  # (N, G, H, I); None where x is projected already, (T, B, N, G, H)
+    w_ih: Tensor  # (N, G, H, I)
     w_hh: Tensor  # (N, G, H, P)
     b_ih: Tensor | None = None  # (N, G, H)
     b_hh: Tensor | None = None  # (N, G, H)
@@ -56,7 +56,7 @@ PLAIN = Control()
 class Inputs(NamedTuple):
     """Every tensor that a layer's forward pass takes."""
 
-    x: Tensor  # (T, B, I) or (T, B, N, I), or projected (T, B, N, G, H)
+    x: Tensor  # (T, B, I) or (T, B, N, I)
     weights: Weights
     control: Control
     states: list[Tensor]  # before the first step: h (B, N, P), others (B, N, H)

@@ -18,9 +18,9 @@ from gpu_rnn.execution import Options
 from gpu_rnn.layout import FIRST_CONTROL, FIRST_STATE, Control, Inputs, Result, Weights, state_dtype
 from gpu_rnn.program import Program
 
-OPTIONAL = [f"Tensor? {name}" for name in (*Weights._fields, *Control._fields)]
-OPTIONAL[Weights._fields.index("w_hh")] = "Tensor w_hh"
-INPUTS = ", ".join(["Tensor x", *OPTIONAL, "Tensor[] states", "Tensor[] reset_values"])
+REQUIRED = ("w_ih", "w_hh")
+NAMED = [f"Tensor{'' if name in REQUIRED else '?'} {name}" for name in (*Weights._fields, *Control._fields)]
+INPUTS = ", ".join(["Tensor x", *NAMED, "Tensor[] states", "Tensor[] reset_values"])
 IDENTITY = "str program, str options"
 SAVED = 4  # y, gates, recurrent, inner
 

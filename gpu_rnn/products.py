@@ -101,7 +101,7 @@ def inputs_over_time(call: Call, saved: Result) -> dict[str, Tensor]:
 
 
 def gradients(call: Call, x: Tensor, saved: Result, loop: LoopGradients) -> tuple[Tensor, Weights]:
-    """The gradients of x, (T, B, I) or (T, B, N, I) or (T, B, N, G, H), and of the weights."""
+    """The gradients of x, (T, B, I) or (T, B, N, I), and of the weights."""
     weights, d_gates = call.weights, loop.d_gates
     d_input, d_norm_ih = d_gates, None
     if weights.norm_ih is not None:
@@ -137,10 +137,8 @@ def _through_norm(call: Call, x: Tensor, scale: Tensor, d_gates: Tensor) -> tupl
     return normalisation.back(d_gates * scale, raw, mean, rstd), d_scale
 
 
-def _projection(x: Tensor, weights: Weights, d_gates: Tensor) -> tuple[Tensor, Tensor | None]:
+def _projection(x: Tensor, weights: Weights, d_gates: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of x and w_ih."""
-    if weights.w_ih is None:
-        return d_gates, None
     if x.dim() == 3:  # one input for all recurrences
         d_flat, w_flat = d_gates.flatten(0, 1).flatten(1), weights.w_ih.flatten(0, 2)
         d_w_ih = onednn.bmm(d_flat.T[None], x.flatten(0, 1)[None]).view_as(weights.w_ih)

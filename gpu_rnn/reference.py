@@ -43,19 +43,19 @@ def project(
     if weights.b_ih is not None and weights.b_hh is not None:
         pairs = zip(program.gates, weights.b_ih.unbind(1), weights.b_hh.unbind(1), strict=True)
         bias = torch.stack([own + other if gate in program.summed else own for gate, own, other in pairs], 1)
-    if weights.w_ih is not None and x.dim() == 3:  # one product for all N
+    if x.dim() == 3:  # one product for all N
         within = None if bias is None or weights.norm_ih is not None else bias.flatten()
         gates = linear(x, weights.w_ih.flatten(0, 2), within).unflatten(-1, weights.w_ih.shape[:3])
         bias = bias if within is None else None
     else:
-        gates = x if weights.w_ih is None else torch.einsum("tbni,nghi->tbngh", x, weights.w_ih)
+        gates = torch.einsum("tbni,nghi->tbngh", x, weights.w_ih)
     if weights.norm_ih is not None:
         gates = normalised(gates) * weights.norm_ih
     return gates if bias is None else gates + bias
 
 
 def forward(call: Call, x: Tensor, save: bool = False, all_states: bool = False) -> Result:
-    """Runs a recurrence over x, (T, B, I), (T, B, N, I) or projected (T, B, N, G, H). See `Result` and `Control`."""
+    """Runs a recurrence over x, (T, B, I) or (T, B, N, I). See `Result` and `Control`."""
     program, control = call.program, call.control
     order = processing_order(x.shape[0], control.lengths, call.reverse, x.device)
     gates = reorder(project(x, call.weights, program), order)

@@ -11,7 +11,7 @@ import option_support
 import pytest
 import torch
 
-from gpu_rnn import devices
+from gpu_rnn import devices, execution, products, reference
 from gpu_rnn.launch import graphs, loop_backward, pointwise, step
 from gpu_rnn.layout import SKIP, bit
 from gpu_rnn.problem import Problem
@@ -211,15 +211,20 @@ def test_sixteen_bits_with_a_projection_interpreted(options: Options, dtype: tor
 
 
 def nothing_leaks(name: str, options: Options, dtype: torch.dtype, proj: int = 0) -> None:
-    """NaN in the input of masked steps reaches no value and no gradient."""
+    """NaN in the projected input of masked steps reaches no value and no gradient."""
     recurrence = support.RECURRENCES[name]
-    inputs = make(name, ("mask", *options), proj=proj)
+    inputs = make(name, ("mask", *options), proj=proj).to(dtype).detached()
     assert inputs.control.flags is not None
-    x = support.draw(5, 3, 2, len(recurrence.gates), 4, seed=6)  # projected already: its gradient is the gates'
-    x = torch.where(bit(inputs.control.flags, SKIP).unsqueeze(-1), torch.nan, x).requires_grad_()
-    inputs = inputs._replace(x=x, weights=inputs.weights._replace(w_ih=None)).to(dtype)
-    found = support.values_and_gradients(recurrence, inputs, "step")
-    assert not [key for key, value in found.items() if value.isnan().any()]
+    problem = execution.describe(recurrence.text(), inputs.options("step"), inputs.layer, "training")
+    call = inputs.call(recurrence, problem)
+    gates = reference.project(inputs.x, inputs.weights, recurrence.program)
+    gates = torch.where(bit(inputs.control.flags, SKIP).unsqueeze(-1), torch.nan, gates)
+    saved = step.forward(call, gates, True, inputs.all_states)
+    d_inner = torch.ones_like(saved.inner) if inputs.all_states else None
+    loop = step.backward(call, saved, torch.ones_like(saved.y), [torch.ones_like(f) for f in saved.final], d_inner)
+    d_x, d_weights = products.gradients(call, inputs.x, saved, loop)
+    found = [saved.y, *saved.final, saved.inner, loop.d_gates, d_x, *d_weights, *loop.d_states, *loop.d_resets]
+    assert not [k for k, value in enumerate(found) if value is not None and value.isnan().any()]
 
 
 @pytest.mark.parametrize("options", [(), *SINGLE[1:-2], ("norm",), EVERYTHING[1:]], ids="-".join)

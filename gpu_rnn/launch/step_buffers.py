@@ -20,7 +20,7 @@ from gpu_rnn import normalisation
 from gpu_rnn.derivative import carried_values
 from gpu_rnn.launch.generated import triton_module
 from gpu_rnn.launch.multiply import Product, masks
-from gpu_rnn.layout import PLAIN, Call, Weights
+from gpu_rnn.layout import PLAIN, Call
 from gpu_rnn.products import runs
 from gpu_rnn.program import Program
 
@@ -149,7 +149,8 @@ class _Steps:
         if weights.params is not None:
             self.params.copy_(weights.params)
         if self.projection is not None and weights.w_hr is not None:
-            self.projection.load(replace(call, weights=Weights(None, weights.w_hr.unsqueeze(1)), control=PLAIN))
+            own_weights = weights._replace(w_hh=weights.w_hr.unsqueeze(1), params=None, w_hr=None, norm=None)
+            self.projection.load(replace(call, weights=own_weights, control=PLAIN))
 
     def at(self, t: int, states: Tensor | None) -> Tensor | None:
         """One step of (S, steps, B, N, H)."""
