@@ -36,7 +36,7 @@ def expected(recurrence: Recurrence, probabilities: tuple[float, ...]) -> Recurr
 def _expected(text: str, probabilities: tuple[float, ...]) -> Recurrence:
     program = Program.parse(text)
     last = program.stages[-1]
-    builder = Builder(start=sum(len(stage.ops) for stage in program.stages))
+    builder = Builder(start=1 + max((int(op.result[1:]) for stage in program.stages for op in stage.ops), default=-1))
     outputs = [
         (builder.value(f"s_{state}") * p + builder.value(output) * (1 - p)).name
         for state, output, p in zip(program.state_names, last.outputs, probabilities, strict=True)
