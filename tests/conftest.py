@@ -3,6 +3,7 @@
 
 import importlib.util
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -35,3 +36,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("Triton is not installed (it exists for Linux only)")
     if "nvrtc" in compilers and nvrtc.unavailable():
         pytest.skip(nvrtc.unavailable())
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """With more, the threads' waiting for each other on a busy machine is what is measured."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

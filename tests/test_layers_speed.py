@@ -97,15 +97,6 @@ def calls(
         yield "forward+backward", training(theirs), training(ours)
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """With more, the threads' waiting for each other on a busy machine is what is measured."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(("name", "options", "steps", "batch", "size"), CASES)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -101,14 +101,6 @@ def settled(name: str) -> tuple[float, float]:
         if best[1] <= LIMIT * best[0]:
             break
     return best[0], best[1]
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # The highest ratios measured on an AMD EPYC with torch 2.13 (other programs ran there, too) of what is not below the limit.
