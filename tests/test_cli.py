@@ -146,6 +146,11 @@ def test_the_quick_demo_runs_to_its_picture(tmp_path: Path) -> None:
     assert "OUTSIDE" not in done.stdout
 
 
+def _heed_ctrl_c() -> None:
+    """A shell that runs the tests in the background has its children ignore SIGINT, and theirs after them."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @needs_extras
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGINT as POSIX has it")
 def test_ctrl_c_ends_the_demo_with_one_line(tmp_path: Path) -> None:
@@ -156,6 +161,7 @@ def test_ctrl_c_ends_the_demo_with_one_line(tmp_path: Path) -> None:
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        preexec_fn=_heed_ctrl_c,
     ) as demo:
         assert demo.stdout is not None
         assert any(line.startswith("JapaneseVowels") for line in demo.stdout)  # waits until training begins
