@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gpu_rnn import cache
 from gpu_rnn.launch import nvrtc
 
 SOURCE = 'extern "C" __global__ void zero(float *p) { *p = 0.0f; }'
@@ -21,7 +22,7 @@ needs_nvrtc = pytest.mark.skipif(
 def folder(tmp_path, monkeypatch):
     """An empty cache of its own for each test."""
     monkeypatch.setenv("GPU_RNN_CACHE", str(tmp_path / "kernels"))
-    cached = (nvrtc._folder, nvrtc.cubin_path, nvrtc._binding)
+    cached = (cache.folder, nvrtc.cubin_path, nvrtc._binding)
     for function in cached:
         function.cache_clear()
     yield tmp_path / "kernels"

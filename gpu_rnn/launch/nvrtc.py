@@ -7,22 +7,20 @@ Compiling needs no driver, so tests build exactly what ships. CuPy's own `RawMod
 
 from __future__ import annotations
 
-import atexit
 import hashlib
 import importlib.util
-import os
 import re
-import shutil
 import struct
-import tempfile
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+
+from gpu_rnn import cache
 
 OPTIONS = ("--std=c++17",)
 INSTALL = "pip install 'gpu-rnn[cuda12]' or 'gpu-rnn[cuda13]', by the CUDA version of the driver"
@@ -62,7 +60,7 @@ def no_driver() -> str:
     return "" if count else "CuPy sees no NVIDIA GPU"
 
 
-@cache
+@lru_cache(maxsize=1)
 def _binding() -> Any:
     if importlib.util.find_spec("cupy_backends") is None:
         raise CompileError(f"CuPy is not installed: {INSTALL}")
@@ -121,10 +119,14 @@ def cubin_path(source: str, arch: str, options: tuple[str, ...] = OPTIONS) -> Pa
     version = _binding().getVersion()
     key = "\0".join([__version__, repr(version), arch, *options, text])
     name = f"{hashlib.sha256(key.encode()).hexdigest()}.cubin"
-    found = _folder() / name
-    if not found.is_file():
-        found = _write(name, _compile(text, arch, options))
-    return found
+    found = cache.folder() / name
+    if found.is_file():
+        return found
+    cubin = _compile(text, arch, options)
+    try:
+        return cache.write(name, cubin)
+    except OSError as error:
+        raise CompileError(f"no folder to write compiled kernels to: {error}; set GPU_RNN_CACHE") from error
 
 
 def _compile(text: str, arch: str, options: tuple[str, ...]) -> bytes:
@@ -168,39 +170,6 @@ def usage(cubin: bytes) -> Usage:
                 found[attribute] = max(found[attribute], struct.unpack_from("<I", cubin, position + 8)[0])
             position += 4 + (length if kind == 4 else 0)  # else the value is `length` itself
     return Usage(found[0x2F], found[0x11])
-
-
-@cache
-def _folder() -> Path:
-    """The cache: GPU_RNN_CACHE, else the user's cache folder; where nothing can be written, a temporary one."""
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    wanted = Path(os.environ.get("GPU_RNN_CACHE") or f"{home}/gpu_rnn").expanduser()
-    try:
-        wanted.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=wanted):
-            return wanted
-    except OSError:
-        return _temporary_folder()
-
-
-@cache
-def _temporary_folder() -> Path:
-    folder = tempfile.mkdtemp(prefix="gpu_rnn_")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Path(folder)
-
-
-def _write(name: str, content: bytes) -> Path:
-    """Written whole or not at all, whoever else writes it; a full disk sends it to the temporary folder."""
-    for folder in (_folder(), _temporary_folder()):
-        try:
-            handle, part = tempfile.mkstemp(dir=folder)  # readable by its owner only
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-            return Path(part).replace(folder / name)
-        except OSError as error:
-            failure = error
-    raise CompileError(f"no folder to write compiled kernels to: {failure}; set GPU_RNN_CACHE") from failure
 
 
 class _Stream(NamedTuple):

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The folder in which compiled kernels and tuned choices stay from process to process."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+from functools import cache
+from pathlib import Path
+
+
+def wanted() -> Path:
+    """GPU_RNN_CACHE, else the user's cache folder, whether it is there or not."""
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("GPU_RNN_CACHE") or f"{home}/gpu_rnn").expanduser()
+
+
+@cache
+def folder() -> Path:
+    """`wanted`, made; where nothing can be written, a temporary one."""
+    found = wanted()
+    try:
+        found.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=found):
+            return found
+    except OSError:
+        return _temporary()
+
+
+@cache
+def _temporary() -> Path:
+    found = tempfile.mkdtemp(prefix="gpu_rnn_")
+    atexit.register(shutil.rmtree, found, ignore_errors=True)
+    return Path(found)
+
+
+def write(name: str, content: bytes) -> Path:
+    """Written whole or not at all, whoever else writes it; a full disk sends it to the temporary folder.
+
+    Raises:
+        OSError: no folder takes it.
+    """
+    for place in (folder(), _temporary()):
+        try:
+            handle, part = tempfile.mkstemp(dir=place)  # readable by its owner only
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+            return Path(part).replace(place / name)
+        except OSError as error:
+            failure = error
+    raise failure
