@@ -4,14 +4,24 @@
 from __future__ import annotations
 
 import csv
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 TORCH = "torch.nn"
+PEERS = ("flashrnn", "torchrl")  # other libraries' kernels, which run.py measures beside ours
 NOISE = 0.97  # what the same call differs by between runs; a ratio below it is a loss
+OPTION_LIMIT = 1.10  # an option may take this many times the default's time; more is a loss
+DTYPES = ("bf16", "fp16", "fp32", "ieee")
+DIRECTIONS = ("forward", "training")
 
-Row = dict[str, str]
+KEY = ("set", "problem", "dtype", "direction")
+SHAPE = ("cell", "T", "B", "I", "H", "layers", "bidirectional", "heads")
+NEEDED = (*KEY, *SHAPE, "variant", "chosen", "status", "median_us", "ratio", "device", "date")
+
+Row = defaultdict[str, str]  # by column; empty where an older file lacks the column
 
 
 @dataclass(frozen=True)
@@ -20,67 +30,80 @@ class Case:
 
     rows: tuple[Row, ...]
 
-    @property
-    def set(self) -> str:
-        return self.rows[0]["set"]
-
-    @property
-    def problem(self) -> str:
-        return self.rows[0]["problem"]
-
-    @property
-    def dtype(self) -> str:
-        return self.rows[0]["dtype"]
-
-    @property
-    def direction(self) -> str:
-        return self.rows[0]["direction"]
+    def __getitem__(self, column: str) -> str:
+        """A column that all rows share, such as "set", "dtype" or "H"."""
+        return self.rows[0][column]
 
     def __str__(self) -> str:
-        return f"{self.set}/{self.problem} {self.dtype} {self.direction}"
+        return f"{self['set']}/{self['problem']} {self['dtype']} {self['direction']}"
 
-    @property
-    def theirs(self) -> Row:
-        """torch.nn's row."""
-        return next(row for row in self.rows if row["variant"] == TORCH)
+    @cached_property
+    def theirs(self) -> Row | None:
+        """torch.nn's row, without the option where there is one; None where the run left it out."""
+        return next((row for row in self.rows if row["variant"] == TORCH), None)
 
-    @property
+    @cached_property
     def ours(self) -> Row | None:
         """The row of the backend that a layer takes by itself; None where the run left it out."""
         return next((row for row in self.rows if row["chosen"]), None)
 
-    @property
+    @cached_property
     def fastest(self) -> Row | None:
         """The fastest of our backends."""
-        timed = [row for row in self.rows if row["status"] == "ok" and row["variant"] != TORCH]
-        return min(timed, key=lambda row: float(row["median_us"]), default=None)
+        own = [row for row in self.rows if timed(row) and row["variant"] not in (TORCH, *PEERS)]
+        return min(own, key=per_step, default=None)
 
-    @property
+    @cached_property
+    def peers(self) -> list[Row]:
+        """The other libraries' rows that have a time."""
+        return [row for row in self.rows if row["variant"] in PEERS and timed(row)]
+
+    @cached_property
     def ratio(self) -> float | None:
-        """torch.nn's time by ours; None where one of them has none."""
-        return float(self.ours["ratio"]) if self.ours and self.ours["ratio"] else None
+        """torch.nn's time by ours; None where one of them has none, and with an option, which torch.nn does without."""
+        both = timed(self.ours) and timed(self.theirs)
+        return float(self.ours["ratio"]) if both and not self["option"] else None
 
     @property
-    def hidden(self) -> int:
-        return int(self.theirs["H"])
+    def lost(self) -> bool:
+        """Whether torch.nn is faster by more than noise."""
+        return self.ratio is not None and self.ratio < NOISE
+
+    def shape(self, *without: str) -> tuple[str, ...]:
+        """What else is measured at the same sizes, whatever the columns of `without` hold, has the same shape."""
+        return tuple(self[name] for name in (*SHAPE, "dtype", "direction") if name not in without)
 
 
-def per_step(row: Row) -> tuple[float, float, float]:
-    """Microseconds a time step: 20th percentile, median, 80th percentile."""
-    low, middle, high = (float(row[name]) / int(row["T"]) for name in ("p20_us", "median_us", "p80_us"))
-    return low, middle, high
+def timed(row: Row | None) -> bool:
+    """Whether a row holds a time: not what is missing, wrong, failed, out of memory or emulated."""
+    return row is not None and row["status"] == "ok"
+
+
+def per_step(row: Row, column: str = "median_us") -> float:
+    """Microseconds a time step, all layers together."""
+    return float(row[column]) / int(row["T"])
+
+
+def against_default(cases: Iterable[Case]) -> list[tuple[Case, float]]:
+    """Each case with an option, and its time by that of the same layer without, where both have one."""
+    cases = list(cases)
+    plain = {(case["set"], case.shape()): case for case in cases if not case["option"] and timed(case.ours)}
+    found = []
+    for case in cases:
+        default = plain.get((case["set"], case.shape()))
+        if case["option"] and default and timed(case.ours):
+            found.append((case, per_step(case.ours) / per_step(default.ours)))
+    return found
 
 
 def read(files: Iterable[Path]) -> list[Case]:
     """The cases in results files of one device, each from the newest run that has it, in the order first seen.
 
     Raises:
-        ValueError: results of several devices; no rows.
+        ValueError: results of several devices; no rows; a file that lacks columns.
     """
-    rows: list[Row] = []
-    for path in sorted(files):
-        with path.open(newline="") as file:
-            rows += csv.DictReader(file)
+    files = sorted(files)
+    rows = [row for path in files for row in _rows(path)]
     devices = {row["device"] for row in rows}
     if len(devices) != 1:
         found = ", ".join(sorted(devices)) or "none"
@@ -89,8 +112,17 @@ def read(files: Iterable[Path]) -> list[Case]:
         )
     by_case: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        by_case.setdefault((row["set"], row["problem"], row["dtype"], row["direction"]), []).append(row)
+        by_case.setdefault(tuple(row[name] for name in KEY), []).append(row)
     newest = {key: max(row["date"] for row in found) for key, found in by_case.items()}
     cases = [Case(tuple(r for r in found if r["date"] == newest[key])) for key, found in by_case.items()]
     sets, problems = (list(dict.fromkeys(row[name] for row in rows)) for name in ("set", "problem"))
-    return sorted(cases, key=lambda case: (sets.index(case.set), problems.index(case.problem)))
+    return sorted(cases, key=lambda case: (sets.index(case["set"]), problems.index(case["problem"])))
+
+
+def _rows(path: Path) -> list[Row]:
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        missing = [name for name in NEEDED if name not in (reader.fieldnames or ())]
+        if missing:
+            raise ValueError(f"{path} is no file of run.py: it lacks the columns {', '.join(missing)}")
+        return [defaultdict(str, row) for row in reader]

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torch.nn's time by ours over H and B: a heat map for each dtype and direction of a cell."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from results import DIRECTIONS, DTYPES, NOISE, Case
+
+from . import style
+
+FAR = 4.0  # the colours end at this ratio and its inverse
+ONE_STEP = "one step"  # T of 1 or 2 is a question of latency: apart from the loops
+CELL_WIDTH, CELL_HEIGHT = 0.36, 0.24  # inches
+
+Grid = dict[tuple[int, int], float]  # ratio by H and B
+
+
+def draw(cases: Sequence[Case], cell: str) -> Figure | None:
+    """One layer, one direction, no heads. Where several shapes share H and B, the lowest of their ratios."""
+    grids: dict[tuple[str, str], Grid] = {}
+    for case in cases:
+        single = (case["layers"], case["bidirectional"], case["heads"]) == ("1", "False", "1")
+        if case.ratio is None or case["cell"] != cell or not single:
+            continue
+        kind = ONE_STEP if int(case["T"]) <= 2 and case["direction"] == "forward" else case["direction"]
+        grid, place = grids.setdefault((case["dtype"], kind), {}), (int(case["H"]), int(case["B"]))
+        grid[place] = min(case.ratio, grid.get(place, case.ratio))
+    if not grids:
+        return None
+    dtypes = [name for name in DTYPES if any(key[0] == name for key in grids)]
+    kinds = [name for name in (*DIRECTIONS, ONE_STEP) if any(key[1] == name for key in grids)]
+    heights = {d: sorted({H for key, grid in grids.items() if key[0] == d for H, _ in grid}) for d in dtypes}
+    widths = {k: sorted({B for key, grid in grids.items() if key[1] == k for _, B in grid}) for k in kinds}
+    across, down = [len(widths[k]) for k in kinds], [len(heights[d]) for d in dtypes]
+    size = CELL_WIDTH * sum(across) + 0.8 * len(kinds), CELL_HEIGHT * sum(down) + 0.7 * len(dtypes)
+    figure = style.new(*size)
+    panels = figure.subplots(len(dtypes), len(kinds), squeeze=False, width_ratios=across, height_ratios=down)
+    for row, dtype in zip(panels, dtypes, strict=True):
+        for axes, kind in zip(row, kinds, strict=True):
+            if (dtype, kind) in grids:
+                _panel(axes, grids[dtype, kind], heights[dtype], widths[kind])
+                axes.set(title=f"{dtype}, {kind}", xlabel="B", ylabel="H")
+            else:
+                axes.set_axis_off()
+    return figure
+
+
+def _panel(axes: Axes, grid: Grid, heights: list[int], widths: list[int]) -> None:
+    """Blue where ours is the faster, red and bold where it is the slower, grey where nothing was measured."""
+    ratios = [[grid.get((H, B), float("nan")) for B in widths] for H in heights]
+    colours = colormaps["RdBu"].with_extremes(bad="0.94")
+    axes.imshow(ratios, cmap=colours, norm=LogNorm(1 / FAR, FAR), aspect="auto")
+    for y, row in enumerate(ratios):
+        for x, ratio in enumerate(row):
+            if ratio == ratio:
+                _write(axes, x, y, ratio)
+    axes.set_xticks(range(len(widths)), [str(B) for B in widths])
+    axes.set_yticks(range(len(heights)), [str(H) for H in heights])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+
+
+def _write(axes: Axes, x: int, y: int, ratio: float) -> None:
+    colour, weight = "k" if 0.5 < ratio < 2 else "w", "bold" if ratio < NOISE else "normal"
+    text = f"{ratio:.2f}" if ratio < 10 else f"{ratio:.1f}"
+    axes.text(x, y, text, color=colour, weight=weight, ha="center", va="center", fontsize=7)

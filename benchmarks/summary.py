@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many cases in a few figures: the tables of README.md and docs/performance.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import geometric_mean
+
+from results import DIRECTIONS, DTYPES, NOISE, Case
+from tables import ratio, table
+
+LARGE = 1024  # units; larger layers are summarised apart, because their weights do not fit on a GPU's chip
+SIZES = (f"H ≤ {LARGE}", f"H > {LARGE}")
+BEGIN, END = '<!-- performance: written by "make report" -->', "<!-- end of performance -->"
+WORST = 3  # losses that README.md names
+HOW = "`python benchmarks/run.py` on a machine with an NVIDIA GPU, then `make report`"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The results of one GPU, and the name of its page."""
+
+    name: str
+    cases: Sequence[Case]
+
+    @property
+    def device(self) -> str:
+        return self.cases[0]["device"]
+
+    @property
+    def date(self) -> str:
+        return max(case["date"] for case in self.cases)[:10]
+
+    @property
+    def ratios(self) -> list[float]:
+        return ratios(self.cases)
+
+    @property
+    def lost(self) -> list[Case]:
+        """Where torch.nn is faster, the worst first."""
+        return sorted((case for case in self.cases if case.lost), key=lambda case: case.ratio or 0)
+
+
+def ratios(cases: Iterable[Case]) -> list[float]:
+    return [case.ratio for case in cases if case.ratio is not None]
+
+
+def size(case: Case) -> str:
+    return SIZES[int(case["H"]) > LARGE]
+
+
+def figure(found: Sequence[float]) -> str:
+    """The geometric mean, the range, and how many are losses."""
+    if not found:
+        return "not measured"
+    slower = sum(value < NOISE for value in found)
+    return f"{geometric_mean(found):.2f}× ({min(found):.2f} to {max(found):.2f}), {slower} of {len(found)} slower"
+
+
+def by_dtype(cases: Iterable[Case]) -> list[str]:
+    """A row for each dtype, a column for each direction and size."""
+    cases = list(cases)
+    columns = [(direction, large) for direction in DIRECTIONS for large in SIZES]
+    rows = []
+    for dtype in DTYPES:
+        own = [case for case in cases if case["dtype"] == dtype]
+        cells = [figure(ratios(c for c in own if (c["direction"], size(c)) == column)) for column in columns]
+        rows += [[dtype, *cells]] if ratios(own) else []
+    return table(["", *(", ".join(column) for column in columns)], rows)
+
+
+def block(gpus: Sequence[Measured], docs: str) -> list[str]:
+    """What README.md says: the GPU with the most cases in a table, the others in a line each. `docs` is the folder's name."""
+    if not gpus:
+        return [
+            "**Nothing has been measured on a GPU yet.** Where the library is faster than torch.nn, by how much, and where it is not, is",
+            f"still to be measured, by {HOW}. [Performance]({docs}/performance.md)",
+            "says how. Until then there are only predictions, called so: in [kernels/README.md](kernels/README.md), and from `explain`.",
+        ]
+    first, *others = sorted(gpus, key=lambda gpu: -len(gpu.ratios))
+    page = f"{docs}/performance/{first.name}.md"
+    lines = [
+        f"On **{first.device}** ({first.date}), torch.nn's time by ours: geometric mean (lowest to highest) of "
+        f"[{len(first.ratios)} cases]({page}).",
+        "",
+        *by_dtype(first.cases),
+        "",
+        _slower(first, page),
+    ]
+    for gpu in others:
+        lines.append(f"On [{gpu.device}]({docs}/performance/{gpu.name}.md): {figure(gpu.ratios)}.")
+    return lines
+
+
+def _slower(gpu: Measured, page: str) -> str:
+    """Where it is not faster, in a sentence."""
+    if not gpu.lost:
+        return f"Slower than torch.nn in none of {len(gpu.ratios)} cases, by more than noise (a ratio below {NOISE})."
+    worst = ", ".join(f"{case} {ratio(case.ratio)}" for case in gpu.lost[:WORST])
+    every = f"[all {len(gpu.lost)}]({page}#where-it-is-slower)"
+    return f"**Slower** in {len(gpu.lost)} of {len(gpu.ratios)} cases, at worst {worst}: {every}."
+
+
+def inserted(text: str, lines: Sequence[str], path: Path) -> str:
+    """The text with the lines between the two markers.
+
+    Raises:
+        ValueError: the markers are not there, each once and in order.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"{path} needs these two lines, once, in this order, for the report between them:\n{BEGIN}\n{END}")
+    before, _, rest = text.partition(BEGIN)
+    return before + "\n".join([BEGIN, *lines, END]) + rest.partition(END)[2]
+
+
+def index(gpus: Sequence[Measured]) -> str:
+    """docs/performance.md."""
+    lines = ["# Performance", ""]
+    if gpus:
+        lines += ["What was measured, by GPU: torch.nn's time by ours, as the geometric mean (lowest to highest).", ""]
+        rows = [[f"[{gpu.device}](performance/{gpu.name}.md)", gpu.date, figure(gpu.ratios)] for gpu in gpus]
+        lines += table(["GPU", "measured", "ratio to torch.nn"], rows)
+    else:
+        lines += ["**Nothing has been measured on a GPU yet.** All figures are still to be measured, by", f"{HOW}."]
+    return "\n".join([*lines, "", ABOUT])
+
+
+ABOUT = f'''## What is measured
+
+`benchmarks/run.py` times torch.nn and every backend on the same weights and input, in turns, in one run; other libraries'
+kernels beside them where they are installed. Before a result is timed, all its outputs and gradients are compared with
+float64; what is wrong has no time and is listed as such. The ratio is torch.nn's time by that of the backend which a layer
+takes by itself: above 1 ours is the faster, below {NOISE}, which is more than noise, it is a loss, and set in bold. All losses of a GPU
+are listed in one place on its page. `forward` is inference, `training` forward and backward; `fp32` multiplies in tf32, which is
+torch's default for recurrent layers, `ieee` in full precision. `benchmarks/README.md` in the source has the details.
+
+`make report` rebuilds these pages, their pictures and README's figures from `benchmarks/results`, and nothing else goes into
+them.
+
+## What is predicted
+
+A layer takes the backend that is predicted cheapest. The cost models' figures for H100 stand in `kernels/README.md` in the
+source; for a layer of yours, on a GPU that need not be there:
+
+```python
+import torch, gpu_rnn
+
+x = torch.empty(100, 32, 64, dtype=torch.bfloat16)
+print(gpu_rnn.explain(gpu_rnn.LSTM(64, 512).bfloat16(), x, device="H100"))
+```
+'''
