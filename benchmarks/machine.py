@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
+import peers
 import torch
 
 import gpu_rnn
@@ -19,18 +20,19 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("gpu_rnn", "kernels", "benchmarks/*.py")  # what a measurement depends on
 
 
-def columns(device: torch.device, commit: str | None) -> dict[str, str]:
+def columns(device: torch.device, commit: str | None, emulated: bool = False) -> dict[str, str]:
     """Device, versions, commit and date; empty where there is none. `commit` names one where git does not know it."""
     gpu = device.type == "cuda"
     found, dirty = _commit()
     return {
-        "device": doctor.device_name(device),
+        "device": f"{'emulated GPU on ' * emulated}{doctor.device_name(device)}",
         "driver": doctor._driver() if gpu else "",
         "cuda": torch.version.cuda or "" if gpu else "",
         "cudnn": str(torch.backends.cudnn.version()) if gpu else "",
         "torch": torch.__version__,
         "triton": _version("triton"),
         "cupy": _version("cupy-cuda13x") or _version("cupy-cuda12x"),
+        **{name: _version(name) for name in peers.PEERS},
         "gpu_rnn": gpu_rnn.__version__,
         "commit": commit or found,
         "dirty": dirty,

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-ALL = ("bf16", "fp32", "fp16")
-HALF = ("bf16", "fp16")
-BOTH = ("forward", "training")
+from options import BOTH, OPTIONS
+
+ALL = ("bf16", "fp16", "fp32", "ieee")
+ROUGH = ("bf16", "fp16", "fp32")  # where full fp32 would tell nothing that fp32 does not
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Problem:
         layers, bidirectional: as torch.nn has them.
         heads: independent recurrences side by side, each with weights and input features of its own: what a
             block-diagonal recurrent matrix is.
+        option: what ours runs with, of `options.OPTIONS`; torch.nn, which has none of them, runs without.
         dtypes: what the problem is measured in, by default; see `variants.DTYPES`.
         directions: "forward" is inference, "training" is forward and backward.
         note: where the shape comes from, and what of it is our choice.
@@ -35,6 +37,7 @@ class Problem:
     layers: int = 1
     bidirectional: bool = False
     heads: int = 1
+    option: str = ""
     dtypes: tuple[str, ...] = ALL
     directions: tuple[str, ...] = BOTH
     note: str = ""
@@ -49,7 +52,7 @@ def named(cell: str, *, T: int, B: int, H: int, I: int | None = None, **more: ob
         f"x{more.get('heads')}" * (more.get("heads", 1) != 1),
     ]
     parts += [f"L{more.get('layers')}" * ("layers" in more), "bi" * bool(more.get("bidirectional"))]
-    name = "-".join([part for part in parts if part] + [f"B{B}-T{T}"])
+    name = "-".join(part for part in [*parts, f"B{B}-T{T}", more.get("option", "")] if part)
     return Problem(name, cell, T, B, width, H, **more)  # type: ignore[arg-type]
 
 
@@ -61,9 +64,9 @@ def _flashrnn() -> list[Problem]:
     for dim, heads in ((64, 12), (768, 1)):
         sizes += [(dim, heads, batch, 1024) for batch in (2, 4, 8, 32, 64, 128, 256)]
         sizes += [(dim, heads, 16, steps) for steps in (256, 512, 2048)]
-    # fp16 besides the paper's bf16 only for one head: there cuDNN's persistent kernel is what to beat.
     return [
-        named("LSTM", T=T, B=B, H=dim, heads=heads, dtypes=HALF if heads == 1 else ("bf16",), note=note)
+        named(cell, T=T, B=B, H=dim, heads=heads, note=note)
+        for cell in ("LSTM", "GRU")
         for dim, heads, B, T in sizes
     ]
 
@@ -93,7 +96,7 @@ def _deepbench() -> list[Problem]:
 def _haste() -> list[Problem]:
     note = "Haste (github.com/lmnt-com/haste), its charts' batch and input sizes; the hidden sizes are ours"
     return [
-        named(cell, T=50, B=B, I=I, H=H, dtypes=("fp32",), note=note)
+        named(cell, T=50, B=B, I=I, H=H, note=note)
         for cell in ("LSTM", "GRU")
         for H in (128, 512, 1024)
         for I in (64, 128, 256, 512)  # noqa: E741
@@ -105,7 +108,7 @@ def _applications() -> dict[str, list[Problem]]:
     rnnt = "RNN-T of MLPerf inference; batch and lengths are ours: 15 s of speech, stacked by 3, then by 2"
     gnmt = "GNMT of MLPerf training; the sentence length is ours"
     bonito = "Bonito's basecaller; its layers alternate in direction, here all run forward: the same work"
-    rollout = "128 environments, rollouts of 128 steps; without resets, which torch.nn has not"
+    rollout = "128 environments, rollouts of 128 steps; with resets beside torch.nn without, which has none"
     served = "one step at a time, as in serving; timed as a CUDA graph on a GPU, and forward only"
     return {
         "rnnt": [
@@ -118,8 +121,12 @@ def _applications() -> dict[str, list[Problem]]:
             Problem("encoder-first", "LSTM", 50, 128, 1024, 1024, bidirectional=True, note=gnmt),
             Problem("decoder", "LSTM", 50, 128, 2048, 1024, layers=4, note=gnmt),
         ],
-        "nanopore": [Problem("bonito", "LSTM", 1600, 64, 384, 384, layers=5, dtypes=("fp16",), note=bonito)],
-        "rl": [named(cell, T=128, B=128, H=128, note=rollout) for cell in ("LSTM", "GRU")],
+        "nanopore": [Problem("bonito", "LSTM", 1600, 64, 384, 384, layers=5, note=bonito)],
+        "rl": [
+            named(cell, T=128, B=128, H=128, option=option, note=rollout)
+            for cell in ("LSTM", "GRU")
+            for option in ("", "resets")
+        ],
         "streaming": [
             named(cell, T=1, B=B, H=H, directions=("forward",), note=served)
             for cell in ("LSTM", "GRU")
@@ -129,20 +136,40 @@ def _applications() -> dict[str, list[Problem]]:
     }
 
 
+def _options(sizes: list[dict[str, int]], dtypes: tuple[str, ...], note: str) -> list[Problem]:
+    """Each layer without an option, and with each that it has."""
+    return [
+        named(cell, **size, option=name, dtypes=dtypes, directions=directions, note=note)  # type: ignore[arg-type]
+        for cell in ("LSTM", "GRU")
+        for size in sizes
+        for name, directions in {"": BOTH, **{n: o.directions for n, o in OPTIONS.items() if o.on(cell)}}.items()
+    ]
+
+
+def _scaling() -> list[Problem]:
+    note = "how the time grows with the steps, and with layers on top of each other"
+    sizes = [(T, 1) for T in (16, 32, 64, 128, 256, 512, 1024, 2048)] + [(256, layers) for layers in (2, 4, 8)]
+    return [
+        named(cell, T=T, B=64, H=512, **({"layers": layers} if layers > 1 else {}), dtypes=ROUGH, note=note)
+        for cell in ("LSTM", "GRU")
+        for T, layers in sizes
+    ]
+
+
 def _quick() -> list[Problem]:
     note = (
         "one of each kind: small, stacked, both directions, heads, large, cuDNN's persistent corner, one step"
     )
     return [
-        named("LSTM", T=256, B=32, H=64, note=note),
-        named("LSTM", T=256, B=32, H=128, note=note),
-        named("GRU", T=256, B=32, H=128, note=note),
-        named("LSTM", T=128, B=32, H=128, layers=2, bidirectional=True, note=note),
-        named("LSTM", T=256, B=16, H=64, heads=12, note=note),
-        named("LSTM", T=50, B=64, H=1024, note=note),
-        named("GRU", T=50, B=64, H=1024, note=note),
-        named("LSTM", T=256, B=16, H=768, note=note),
-        named("LSTM", T=1, B=1, H=256, directions=("forward",), note=note),
+        named("LSTM", T=256, B=32, H=64, dtypes=ROUGH, note=note),
+        named("LSTM", T=256, B=32, H=128, dtypes=ROUGH, note=note),
+        named("GRU", T=256, B=32, H=128, dtypes=ROUGH, note=note),
+        named("LSTM", T=128, B=32, H=128, layers=2, bidirectional=True, dtypes=ROUGH, note=note),
+        named("LSTM", T=256, B=16, H=64, heads=12, dtypes=ROUGH, note=note),
+        named("LSTM", T=50, B=64, H=1024, dtypes=ROUGH, note=note),
+        named("GRU", T=50, B=64, H=1024, dtypes=ROUGH, note=note),
+        named("LSTM", T=256, B=16, H=768, dtypes=ROUGH, note=note),
+        named("LSTM", T=1, B=1, H=256, directions=("forward",), dtypes=ROUGH, note=note),
     ]
 
 
@@ -156,6 +183,9 @@ def _tiny() -> list[Problem]:
         named("LSTM", T=5, B=2, H=8, heads=3, dtypes=("fp32",), note=note),
         named("GRU", T=1, B=1, H=8, directions=("forward",), dtypes=("fp32",), note=note),
     ]
+
+
+SWEEP = "the options at sizes between the small kernels' and the large ones'; torch.nn, without, is the yardstick of all"
 
 
 def _demo() -> list[Problem]:
@@ -174,7 +204,17 @@ SETS: dict[str, tuple[Problem, ...]] = {
         "deepbench": _deepbench(),
         "haste": _haste(),
         **_applications(),
+        "options": _options([{"T": 256, "B": 64, "H": H} for H in (128, 512)], ROUGH, SWEEP),
+        "scaling": _scaling(),
         "demo": _demo(),
         "tiny": _tiny(),
+        "tiny-options": _options([{"T": 6, "B": 3, "I": 5, "H": 16}], ("fp32",), "the set options, for a CPU"),
     }.items()
 }
+
+# What `--all` measures, most valuable first, because a run may be cut short: the real networks, then FlashRNN's figures,
+# options and scaling, then the large grids. Before them comes `quick`, in bf16 alone.
+ORDER = (
+    *("rl", "nanopore", "gnmt", "rnnt", "streaming"),
+    *("flashrnn", "options", "scaling", "deepbench", "haste", "demo"),
+)

@@ -21,6 +21,11 @@ from gpu_rnn.launch import step
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))  # a folder of scripts, which import each other by name
 
+import checking  # noqa: E402
+import comparison  # noqa: E402
+import emulation  # noqa: E402
+import machine  # noqa: E402
+import options  # noqa: E402
 import problems  # noqa: E402
 import run  # noqa: E402
 import timing  # noqa: E402
@@ -153,26 +158,56 @@ def test_layers_are_in_the_mode_of_the_direction(direction: str, monkeypatch: py
 
         monkeypatch.setattr(library.LSTM, "forward", noted)
     case = variants.Case("tiny", problems.SETS["tiny"][0], "fp32", direction)
-    compared = variants.build(case, torch.device("cpu"), ["aten", "step"])
-    for variant in (*compared.variants, compared.truth):
-        variant.results(compared.inputs.to(next(iter(variant.weights.values()))[0].dtype))
+    compared = comparison.build(case, torch.device("cpu"), ["aten", "step"])
+    (side,) = compared.sides
+    for variant in (*side.variants, side.truth):
+        variant.results(side.inputs.to(next(iter(variant.weights.values()))[0].dtype))
     assert modes == [direction == "training"] * 4
 
 
-def test_the_check_leaves_torch_as_it_was() -> None:
+def test_the_check_leaves_torch_and_the_layers_as_they_were() -> None:
     case = variants.Case("tiny", problems.SETS["tiny"][0], "fp32", "training")
-    before = torch.backends.cudnn.rnn.fp32_precision
-    with variants.products_as(case):
-        inputs, compared, truth, _ = variants.build(case, torch.device("cpu"), ["step"])
-        exact = truth.results(inputs.to(torch.float64))
-        assert variants.errors(compared[0], inputs, exact).keys() >= {
-            "y",
-            "final state 1",
-            "d_x",
-            "d_weight_hh_l0",
-        }
+    before, mask = torch.backends.cudnn.rnn.fp32_precision, gpu_rnn.regularization.recurrent_mask
+    with checking.products_as(case):
+        (side,) = comparison.build(case, torch.device("cpu"), ["step"]).sides
+        exact = checking.exact(side.truth, side.inputs, 0)
+        names = {"y", "state 1", "d_x", "d_weight_hh_l0"}
+        assert checking.errors(side.variants[0], side.inputs, exact, 0).keys() >= names
     assert not torch.are_deterministic_algorithms_enabled()
     assert torch.backends.cudnn.rnn.fp32_precision == before
+    assert gpu_rnn.regularization.recurrent_mask is mask
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_every_option_is_checked_against_the_truth_with_the_option(dtype: str, tmp_path: Path) -> None:
+    arguments = f"--device cpu --set tiny-options --dtype {dtype} --trials 1 --backend step,reference --direction training"
+    status, rows = measured(tmp_path, *arguments.split())
+    assert status == 0, [row for row in rows if row["status"] != "ok"]
+    assert {row["option"] for row in rows} == {"", *options.OPTIONS}
+    assert {row["worst"] for row in rows} & {"d_weight_peephole_l0", "d_norm_hh_l0"} or dtype == "bf16"
+    assert all(row["median_us"] for row in rows)
+    # Without a GPU there is no floor, and the models' predictions are none of a GPU.
+    assert not any(row["floor_us"] or row["of_floor"] for row in rows)
+
+
+@pytest.mark.parametrize("option", ["recurrent_dropout_per_gate", "zoneout"])
+def test_other_random_masks_are_refused(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = problems.named("LSTM", T=5, B=3, H=16, option=option)
+    case = variants.Case("tiny-options", problem, "fp32", "training")
+    side = comparison.build(case, torch.device("cpu"), ["step"]).sides[1]
+    exact = checking.exact(side.truth, side.inputs, 1)
+    same, other = (max(checking.errors(side.variants[0], side.inputs, exact, seed).values()) for seed in (1, 2))
+    assert same < 1e-5 and other > 0.1
+
+
+def test_an_option_is_no_option_of_torch_nn() -> None:
+    problem = problems.named("GRU", T=5, B=3, H=16, option="reset_before")
+    case = variants.Case("tiny-options", problem, "fp32", "forward")
+    theirs, ours = comparison.build(case, torch.device("cpu"), ["step"]).sides
+    assert [variant.name for variant in theirs.variants] == ["torch.nn"] and theirs.yardstick == "torch.nn"
+    assert [variant.name for variant in ours.variants] == ["step"] and ours.yardstick == "reference"
+    default, option = (checking.exact(side.truth, side.inputs, 0)["y"] for side in (theirs, ours))
+    assert (default - option).norm() > 1e-3 * default.norm()
 
 
 @pytest.mark.parametrize(
@@ -196,10 +231,69 @@ def test_without_tqdm_and_matplotlib_and_within_seconds(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert "[1/11] tiny/" in done.stdout
-    assert "left out after 0.05 s: 10 of 11 cases" in done.stdout
-    assert (
-        len(out.read_text().splitlines()) == 5
-    )  # the header and the first case's torch.nn, aten, step, reference
+    assert f"left out for want of time: 10 of 11 cases; go on with --resume {out}\n  tiny fp32: 10" in done.stdout
+    assert len(out.read_text().splitlines()) == 5  # the header; the first case's torch.nn, aten, step, reference
+
+
+@pytest.mark.usefixtures("two_problems")
+def test_a_run_goes_on_where_one_of_the_same_commit_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, again = tmp_path / "rows.csv", [*ON_CPU, "--backend", "step", "--commit"]
+    monkeypatch.setattr(machine, "_commit", lambda: ("", ""))
+    assert run.main([*again, "one", "--resume", str(out), "--seconds", "0.01"]) == 0
+    first = out.read_text()
+    assert first.count("torch.nn") == 1
+    assert run.main([*again, "one", "--resume", str(out)]) == 0
+    assert "1 of 4 cases are in" in capsys.readouterr().out
+    rows = list(csv.DictReader(out.read_text().splitlines()))
+    assert out.read_text().startswith(first)
+    assert len({tuple(row[n] for n in ("problem", "direction", "variant")) for row in rows}) == len(rows) == 8
+    assert run.main([*again, "two", "--resume", str(out)]) == 0  # all of it anew
+    assert out.read_text().count("\n") == 1 + 8 + 8
+    assert run.main([*again[:-1], "--resume", str(out)]) == 2
+    assert "give --commit" in capsys.readouterr().err
+    out.write_text(first.replace("floor_us", "ground_us"))
+    assert run.main([*again, "one", "--resume", str(out)]) == 2
+    assert "other columns" in capsys.readouterr().err
+
+
+def test_all_sets_in_the_order_of_their_value() -> None:
+    asked = run.arguments.parser("").parse_args(["--all"])
+    cases = run.arguments.cases(asked, torch.device("cuda"))
+    order = list(dict.fromkeys((case.set, case.dtype) for case in cases))
+    assert order[:5] == [("quick", "bf16"), ("rl", "bf16"), ("rl", "fp16"), ("rl", "fp32"), ("rl", "ieee")]
+    assert {case.set for case in cases} == problems.SETS.keys() - {"tiny", "tiny-options"}
+    assert len({case.key for case in cases}) == len(cases)
+    with pytest.raises(ValueError, match="--all"):
+        run.arguments.cases(run.arguments.parser("").parse_args(["--all", "--set", "rl"]), torch.device("cuda"))
+
+
+@pytest.mark.skipif(emulation.unavailable() != "", reason=emulation.unavailable() or "all is here")
+def test_the_gpus_kernels_are_checked_on_the_cpu(tmp_path: Path) -> None:
+    out = tmp_path / "rows.csv"
+    command = [sys.executable, "benchmarks/run.py", "--emulate", "--dtype", "bf16", "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = list(csv.DictReader(out.read_text().splitlines()))
+    assert {row["status"] for row in rows} == {"emulated"}
+    assert {row["variant"] for row in rows} >= {"resident", "group", "step"}
+    assert all(row["device"].startswith("emulated GPU on ") and row["error"] for row in rows)
+    of_time = ("median_us", "p20_us", "p80_us", "us_per_step", "floor_us", "of_floor", "predicted_us", "ratio")
+    assert not any(row[name] for row in rows for name in of_time)
+
+
+def test_rows_have_the_floor_of_all_layers_and_the_predictions(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = problems.named("LSTM", T=10, B=64, H=512, layers=3)
+    case = variants.Case("scaling", problem, "bf16", "training")
+    monkeypatch.setattr(gpu_rnn.dispatch, "device_of", lambda device: gpu_rnn.devices.describe("H100"))
+    compared = comparison.build(case, torch.device("cpu"), ["step"])
+    rows = run.table.begin(case, compared, predictions=True)
+    one = compared.explanation.floor_us
+    assert one is not None and float(rows["step"]["floor_us"]) == pytest.approx(3 * one, abs=1e-3)
+    assert float(rows["step"]["predicted_us"]) > 3 * one and rows["torch.nn"]["predicted_us"] == ""
+    run.table.enter(rows, {"step": timing.Timing("clock", 1, [1e-3])}, problem.T)
+    assert float(rows["step"]["of_floor"]) == pytest.approx(3 * one / 100, rel=0.01)  # 1 ms / 10 steps
 
 
 def test_names_are_unique_and_known() -> None:

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line of run.py, and the cases that it asks for."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import peers
+import problems
+import torch
+import variants
+from variants import Case
+
+from gpu_rnn import dispatch
+
+NAMES = (*dispatch.BACKENDS, *peers.PEERS)
+QUICK_TRIALS, TRIALS = 7, 15
+QUICK_SECONDS = 180  # less than `make gpu-check` gives: importing and the case in hand come on top
+
+
+def cases(options: argparse.Namespace, device: torch.device) -> list[Case]:
+    """What to measure, in the order in which to measure it.
+
+    Ordered by dtype first, so that a run that is cut short has seen every problem; with --all as `problems.ORDER` says.
+
+    Raises:
+        ValueError: a name that does not exist, --all beside --set, or nothing left to measure.
+    """
+    if options.all and options.set:
+        raise ValueError("--all measures every set: leave --set out, or --all")
+    if options.quick and options.set is None and not options.all and device.type == "cpu":
+        print("no GPU: --quick runs the set tiny, and its times say nothing of a GPU")
+    sets = options.set or ["quick" if device.type == "cuda" else "tiny"]
+    _check_names(options, sets)
+    if options.all:
+        found = _of(options, ["quick"], ["bf16"])
+        for name in problems.ORDER:
+            found += _of(options, [name], problems.ALL)
+    else:
+        found = _of(options, sets, options.dtype or problems.ALL)
+    if not found:
+        raise ValueError("nothing to measure: the sets' problems are not meant for these dtypes and directions")
+    return found
+
+
+def _of(options: argparse.Namespace, sets: Iterable[str], dtypes: Iterable[str]) -> list[Case]:
+    return [
+        Case(name, problem, dtype, direction)
+        for dtype in dtypes
+        for name in sets
+        for problem in problems.SETS[name]
+        for direction in options.direction or problems.BOTH
+        if direction in problem.directions and dtype in (options.dtype or problem.dtypes)
+    ]
+
+
+def _check_names(options: argparse.Namespace, sets: list[str]) -> None:
+    """Raises ValueError for the first name that does not exist."""
+    asked = {"set": sets, "dtype": options.dtype, "direction": options.direction, "backend": options.backend}
+    known: dict[str, Iterable[str]] = {
+        "set": problems.SETS,
+        "dtype": variants.DTYPES,
+        "direction": problems.BOTH,
+        "backend": NAMES,
+    }
+    for what, names in known.items():
+        for name in asked[what] or ():
+            if name not in names:
+                raise ValueError(f"no {what} {name!r}; there are {', '.join(names)}")
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        value = kind(text)
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"must be more than 0, not {text}")
+        return value
+
+    return number
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """The options of run.py."""
+    found = argparse.ArgumentParser(
+        prog="run.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    _add_what(found)
+    _add_how(found)
+    return found
+
+
+def _add_what(parser: argparse.ArgumentParser) -> None:
+    """Which cases."""
+    sets = ", ".join(problems.SETS)
+    parser.add_argument(
+        "--set", type=_names, metavar="NAME,...", help=f"of {sets} (default: quick; on a CPU tiny)"
+    )
+    parser.add_argument(
+        "--all", action="store_true", help="every set, most valuable cases first; see --seconds and --resume"
+    )
+    parser.add_argument(
+        "--dtype", type=_names, metavar="NAME,...", help="of bf16, fp16, fp32, ieee (default: each problem's)"
+    )
+    parser.add_argument(
+        "--direction", type=_names, metavar="NAME,...", help="of forward, training (default: both)"
+    )
+    parser.add_argument(
+        "--backend",
+        type=_names,
+        metavar="NAME,...",
+        help=f"besides torch.nn, of {', '.join(NAMES)} (default: all that can run)",
+    )
+
+
+def _add_how(parser: argparse.ArgumentParser) -> None:
+    """How long, how, and where the results go."""
+    parser.add_argument(
+        "--trials",
+        type=_positive(int),
+        metavar="N",
+        help=f"rounds of samples (default: {TRIALS}; quick {QUICK_TRIALS})",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=_positive(float),
+        metavar="S",
+        help="for the whole run, about; says what was left out",
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"few trials, and --seconds {QUICK_SECONDS}: does all work, roughly how fast?",
+    )
+    parser.add_argument(
+        "--emulate",
+        action="store_true",
+        help="on the CPU, the GPU's kernels in Triton's interpreter and as C++: checks results, times nothing",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="default: benchmarks/results/<GPU>/, for a CPU build/benchmarks/",
+    )
+    parser.add_argument(
+        "--resume",
+        type=Path,
+        metavar="FILE",
+        help="append to FILE, without the cases that it has of this commit and device",
+    )
+    parser.add_argument("--device", help="cpu, cuda or cuda:1 (default: the GPU if there is one)")
+    parser.add_argument(
+        "--seed", type=int, help="of weights and inputs (default: a new one, written into the rows)"
+    )
+    parser.add_argument("--commit", help="to write into the rows where the code is no git checkout")

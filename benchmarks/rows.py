@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rows of a results file: their columns, how they are filled, and how one looks on a terminal."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import peers
+import timing
+from comparison import Comparison
+from variants import TORCH, Case
+
+Row = dict[str, object]
+SIZES = ("cell", "T", "B", "I", "H", "layers", "bidirectional", "heads", "option")
+COLUMNS = (
+    *("set", "problem", *SIZES, "dtype", "precision", "direction", "variant", "chosen", "status"),
+    *("median_us", "p20_us", "p80_us", "us_per_step", "floor_us", "of_floor", "predicted_us", "ratio"),
+    *("trials", "calls", "timing", "peak_mib"),
+    *("error", "worst", "tolerance", "checked_against", "detail", "seed"),
+    *("device", "driver", "cuda", "cudnn", "torch", "triton", "cupy", *peers.PEERS, "gpu_rnn", "commit", "dirty", "date"),
+)
+CASE = ("set", "problem", "dtype", "direction")  # what names a case, see `Case.key`
+
+
+def empty(case: Case, variant: str = TORCH) -> Row:
+    """A row of a case, with nothing known of it yet."""
+    sizes = {name: getattr(case.problem, name) for name in SIZES}
+    named = dict(zip(CASE, case.key, strict=True))
+    return {**dict.fromkeys(COLUMNS[: COLUMNS.index("seed")], ""), **sizes, **named, "variant": variant}
+
+
+def begin(case: Case, compared: Comparison, predictions: bool) -> dict[str, Row]:
+    """A row for each variant; with what was predicted of the device, unless that is only played."""
+    explanation, rows = compared.explanation, {}
+    floor = explanation.floor_us if predictions else None
+    predicted = {row.backend: row.predicted_us for row in explanation.rows if predictions}
+    for side in compared.sides:
+        for variant in side.variants:
+            rows[variant.name] = empty(case, variant.name) | {
+                "chosen": "yes" if variant.name == explanation.chosen else "",
+                "checked_against": f"{side.truth.name} float64",
+                "detail": variant.note,
+                "floor_us": text(None if floor is None else floor * case.problem.layers, ".3f"),
+                "predicted_us": text(predicted.get(variant.name), ".3f"),
+            }
+    return rows
+
+
+def enter(rows: dict[str, Row], timings: dict[str, timing.Timing], steps: int) -> None:
+    """The times, their ratio to torch.nn's (above 1 the variant is the faster), and the share of the floor's speed."""
+    theirs = timings.get(TORCH)
+    for name, found in timings.items():
+        low, high = found.spread
+        a_step, floor = 1e6 * found.median / steps, str(rows[name]["floor_us"])
+        rows[name].update(
+            status="ok",
+            median_us=f"{1e6 * found.median:.2f}",
+            p20_us=f"{1e6 * low:.2f}",
+            p80_us=f"{1e6 * high:.2f}",
+            us_per_step=f"{a_step:.3f}",
+            of_floor=f"{float(floor) / a_step:.3g}" if floor else "",
+            trials=len(found.samples),
+            calls=found.calls,
+            timing=found.how,
+            ratio=f"{theirs.median / found.median:.4g}" if theirs else "",
+        )
+
+
+def failed(row: Row) -> bool:
+    """Whether the row says that something is wrong here. What a peer gets wrong is no fault of ours."""
+    return row["status"] in ("wrong", "failed") and row["variant"] not in peers.PEERS
+
+
+def short(row: Row) -> str:
+    """A few words for the terminal."""
+    name = f"{row['variant']}{'*' * bool(row['chosen'])}"
+    if row["status"] == "emulated":
+        return f"{name} right"
+    if row["status"] != "ok":
+        return f"{name} {str(row['status']).upper()} {row['detail']}".rstrip()
+    ratio = f" ({float(str(row['ratio'])):.2f}x)" if row["ratio"] and row["variant"] != TORCH else ""
+    return f"{name} {float(str(row['median_us'])):.0f} µs{ratio}"
+
+
+def text(value: float | None, form: str) -> str:
+    """The number, or nothing where there is none."""
+    return "" if value is None else format(value, form)
+
+
+def finished(path: Path, facts: dict[str, str]) -> set[tuple[str, ...]]:
+    """The keys of the cases that a results file has of the same commit on the same device.
+
+    Raises:
+        ValueError: the file is none of this version's; the commit is not known.
+    """
+    if not facts["commit"]:
+        raise ValueError("--resume leaves out what was measured of the same commit, which is not known here: give --commit")
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            raise ValueError(f"{path} has other columns than are written now: start a new file with --out")
+        same = [row for row in reader if all(row[name] == facts[name] for name in ("device", "commit", "dirty"))]
+    return {tuple(row[name] for name in CASE) for row in same}
