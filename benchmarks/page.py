@@ -6,23 +6,37 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 
-from results import DIRECTIONS, DTYPES, NOISE, OPTION_LIMIT, PEERS, TORCH, Case, Row, against_default, per_step, timed
+from results import (
+    DIRECTIONS,
+    DTYPES,
+    NOISE,
+    OPTION_LIMIT,
+    PEERS,
+    TORCH,
+    Case,
+    Row,
+    against_default,
+    per_step,
+    timed,
+)
 from summary import SIZES, Measured, figure, ratios, size
 from tables import number, ratio, table, time
 
 COUNTED = ("ratio to torch.nn: geometric mean (lowest to highest)", "cases without:")
+CERTIFIED = "The [certificate]({}/certificate.md) says what was checked on this GPU, and how that ended."
+UNCERTIFIED = "No certificate of this GPU is there: `make gpu-check` writes it."
 VERSIONS = ("driver", "cuda", "cudnn", "torch", "triton", "cupy")
 
 
-def markdown(gpu: Measured, pictures: Mapping[str, tuple[str, list[str]]], certificate: Sequence[str]) -> str:
+def markdown(gpu: Measured, pictures: Mapping[str, tuple[str, list[str]]], certified: bool) -> str:
     """The page. `pictures`: by title, what to say about them and their paths."""
     cases = gpu.cases
-    lines = [f"# {gpu.device}", "", *_provenance(cases), *certificate, "", "## Summary", "", *_summary(cases)]
+    lines = [f"# {gpu.device}", "", *_provenance(cases), "", CERTIFIED.format(gpu.name) if certified else UNCERTIFIED, "", "## Summary", "", *_summary(cases)]
     lines += ["", "## Where it is slower", "", *_slower(gpu)]
     for title, (caption, paths) in pictures.items():
         lines += ["", f"## {title}", "", caption]
         for path in paths:
-            lines += ["", f"![{title}]({path})"]
+            lines += ["", f"![{title}: {path.rpartition('/')[2]}]({path})"]
         lines += [] if paths else ["", "Not measured."]
     rows = [[f"[{name}]({gpu.name}/{name}.md)", *_counted(own)] for name, own in by_set(cases).items()]
     lines += ["", "## Every case", "", *table(["set", *COUNTED], rows)]
@@ -104,7 +118,7 @@ def _line(case: Case, cost: float | None) -> list[str]:
     ours, theirs = case.ours, case.theirs
     line = [case["problem"], case["dtype"], case["direction"], ours["variant"] if ours else ""]
     line += [time(ours), time(theirs), ratio(case.ratio), _cost(cost)]
-    line += [number(per_step(ours, "floor_us")) if ours and ours["floor_us"] else "", _percent(ours)]
+    line += [number(float(ours["floor_us"])) if ours and ours["floor_us"] else "", _percent(ours)]
     line += [row["peak_mib"] if row else "" for row in (ours, theirs)]
     others = [row for row in case.rows if timed(row) and not row["chosen"] and row["variant"] != TORCH]
     return [*line, ", ".join(_other(row, ours) for row in others)]

@@ -66,7 +66,7 @@ def publish(results: Iterable[Path], docs: Path, readme: Path | None = None) -> 
 
 
 def _write(gpu: Measured, folder: Path, pages: Path) -> list[Path]:
-    """The page of a GPU and its pictures."""
+    """The page of a GPU, with its pictures, a page for each set, and the certificate that lies beside the results."""
     try:
         import pictures
     except ModuleNotFoundError as error:
@@ -74,7 +74,10 @@ def _write(gpu: Measured, folder: Path, pages: Path) -> list[Path]:
     images = pages / gpu.name
     images.mkdir(parents=True, exist_ok=True)
     shown = pictures.draw(gpu.cases, images)
-    texts = {pages / f"{gpu.name}.md": page.markdown(gpu, shown, [])}
+    certificate = folder / "certificate.md"
+    texts = {pages / f"{gpu.name}.md": page.markdown(gpu, shown, certificate.exists())}
+    if certificate.exists():
+        texts[images / certificate.name] = certificate.read_text()
     texts |= {images / f"{name}.md": page.of_set(gpu, name, own) for name, own in page.by_set(gpu.cases).items()}
     for path, text in texts.items():
         path.write_text(text)

@@ -90,7 +90,7 @@ def _variants(case: Row, ratio: float, rng: random.Random) -> list[Row]:
     def timed(variant: str, step: float, chosen: str = "", share: float = 1.0) -> Row:
         us = T * step
         times = {"median_us": f"{us:.2f}", "p20_us": f"{us * 0.98:.2f}", "p80_us": f"{us * 1.04:.2f}"}
-        floors = {"floor_us": f"{T * floor:.2f}", "of_floor": f"{floor / step:.3f}"}
+        floors = {"floor_us": f"{floor:.3f}", "of_floor": f"{floor / step:.3f}"}
         found = times | floors | {"us_per_step": f"{step:.3f}", "peak_mib": f"{memory * share:.1f}"}
         return case | found | {"variant": variant, "chosen": chosen, "status": "ok", "ratio": f"{theirs / step:.4g}"}
 

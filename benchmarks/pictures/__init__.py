@@ -15,23 +15,32 @@ from . import against, options, ratio, scaling, style
 # By title: what to say, and the function that draws each file.
 PICTURES: dict[str, tuple[str, dict[str, Callable[[Sequence[Case]], Figure | None]]]] = {
     "Ratio to torch.nn": (
-        "torch.nn's time by ours over hidden units H and batch B, of one layer in one direction. Where several shapes share H and B,\n"
-        "the lowest of their ratios. Blue: ours is the faster; red, with losses in bold: the slower; grey: not measured.",
-        {f"ratio-{cell.lower()}": partial(ratio.draw, cell=cell) for cell in style.OF_CELL},
+        "torch.nn's time by ours over hidden units H and batch B, of one layer in one direction. Where several shapes\n"
+        "share H and B, the lowest of their ratios. Blue: ours is the faster; red, with losses in bold: the slower; grey:\n"
+        "not measured.",
+        {
+            f"ratio-{cell.lower()}{'-few-steps' * few}": partial(ratio.draw, cell=cell, few=few)
+            for cell in style.OF_CELL
+            for few in (False, True)
+        },
     ),
     "Time of a step and its floor": (
-        "The floor is the least that the GPU's units, memories and synchronisation allow, whoever writes the kernel. The lines are\n"
-        "fractions of the floor's speed.",
+        "The floor is the least that the GPU's units, memories and synchronisation allow, whoever writes the kernel. The\n"
+        "lines are fractions of the floor's speed.",
         {"floor": against.floor},
     ),
     "Scaling with T and layers": ("Time of a step, all layers together.", {"scaling": scaling.draw}),
-    "Memory": ("The most that a call takes on top of its input and weights.", {"memory": against.memory}),
+    "Memory": (
+        "The most that a call takes on top of its input and weights. The lines are multiples of what torch.nn's takes.",
+        {"memory": against.memory},
+    ),
     "Options": (
         f"Time with an option by that of the same layer without. Shaded: at most {100 * (OPTION_LIMIT - 1):.0f} % more.",
         {"options": options.draw},
     ),
     "Other libraries": (
-        'Ours against the kernels of FlashRNN and torchrl, in the same run. Below the line "equal" ours is the faster.',
+        "Ours against the kernels of FlashRNN and torchrl, in the same run. The lines are multiples of the other library's\n"
+        "time: below 1× ours is the faster.",
         {"peers": against.peers},
     ),
 }

@@ -31,7 +31,7 @@ def floor(cases: Iterable[Case]) -> Figure | None:
         for row in (case.theirs, case.ours):
             if row and timed(row) and row["floor_us"]:
                 name, look = (_name(case), _look(case)) if row is case.ours else ("torch.nn", ("0.7", "o"))
-                dots.append(Dot(case["direction"], per_step(row, "floor_us"), per_step(row), name, look))
+                dots.append(Dot(case["direction"], float(row["floor_us"]), per_step(row), name, look))
     lines = {1.0: "100 %", 2.0: "50 %", 4.0: "25 %", 10.0: "10 %"}
     return _draw(dots, "floor, µs a step", "measured, µs a step", lines)
 
@@ -44,18 +44,18 @@ def memory(cases: Iterable[Case]) -> Figure | None:
             x, y = (float(row["peak_mib"] or 0) for row in (case.theirs, case.ours) if row)
             dots.append(Dot(case["direction"], x, y, _name(case), _look(case)))
     dots = [dot for dot in dots if dot.x > 0 and dot.y > 0]
-    return _draw(dots, "torch.nn, peak MiB", "ours, peak MiB", {0.5: "half", 1.0: "equal", 2.0: "double"})
+    return _draw(dots, "torch.nn, peak MiB", "ours, peak MiB", {0.5: "½×", 1.0: "1×", 2.0: "2×"})
 
 
 def peers(cases: Iterable[Case]) -> Figure | None:
-    """The time of a step against other libraries'; below the line "equal" ours is the faster."""
+    """The time of a step against other libraries'; below the line 1× ours is the faster."""
     dots = [
         Dot(case["direction"], per_step(row), per_step(case.ours), row["variant"], OF_PEER[row["variant"]])
         for case in cases
         for row in case.peers
         if case.ours and timed(case.ours)
     ]
-    lines = {0.25: "a quarter", 0.5: "half", 1.0: "equal", 2.0: "double"}
+    lines = {0.25: "¼×", 0.5: "½×", 1.0: "1×", 2.0: "2×"}
     return _draw(dots, "the other library, µs a step", "ours, µs a step", lines)
 
 
@@ -71,11 +71,11 @@ def _draw(dots: list[Dot], x: str, y: str, lines: Mapping[float, str]) -> Figure
     if not dots:
         return None
     directions = [name for name in DIRECTIONS if any(dot.direction == name for dot in dots)]
-    figure = style.new(4.2 * len(directions) + 0.4, 4.7)
+    figure = style.new(3.5 * len(directions) + 0.4, 4.2)
     shown = {}
     for axes, direction in zip(figure.subplots(1, len(directions), squeeze=False)[0], directions, strict=True):
         _panel(axes, [dot for dot in dots if dot.direction == direction], lines)
-        axes.set_title(direction, pad=16)  # above the names of the lines
+        axes.set_title(direction, pad=20)  # above the names of the lines
         axes.set(xlabel=x, ylabel=y)
         shown |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
     style.legend(figure, shown)
@@ -90,13 +90,13 @@ def _panel(axes: Axes, dots: list[Dot], lines: Mapping[float, str]) -> None:
         axes.plot([left, right], [left * factor, right * factor], color="0.8", lw=0.8, zorder=0)
         look = {"textcoords": "offset points", "color": "0.4", "fontsize": 7}
         if factor * left < high <= factor * right:
-            axes.annotate(name, (high / factor, high), (0, 3), ha="center", **look)
+            axes.annotate(name, (high / factor, high), (1, 2), rotation=50, **look)
         elif low < factor * right < high:
             axes.annotate(name, (right, right * factor), (3, 0), va="center", **look)
     for name in sorted({dot.name for dot in dots}, key=lambda name: (name != "torch.nn", name)):
         own = [dot for dot in dots if dot.name == name]
         colour, marker = own[0].look
-        look = {"color": colour, "marker": marker, "alpha": 0.7, "linewidths": 0, "s": 18}
+        look = {"color": colour, "marker": marker, "alpha": 0.6, "linewidths": 0, "s": 14}
         axes.scatter([dot.x for dot in own], [dot.y for dot in own], label=name, **look)
     axes.set(xscale="log", yscale="log", xlim=(left, right), ylim=(low, high))
     for axis in (axes.xaxis, axes.yaxis):

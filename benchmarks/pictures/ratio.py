@@ -14,31 +14,31 @@ from results import DIRECTIONS, DTYPES, NOISE, Case
 from . import style
 
 FAR = 4.0  # the colours end at this ratio and its inverse
-ONE_STEP = "one step"  # T of 1 or 2 is a question of latency: apart from the loops
+FEW = 2  # a T up to it is a question of latency: apart from the loops
 CELL_WIDTH, CELL_HEIGHT = 0.36, 0.24  # inches
+NARROWEST = 3  # cells, as wide as a panel's title
 
 Grid = dict[tuple[int, int], float]  # ratio by H and B
 
 
-def draw(cases: Sequence[Case], cell: str) -> Figure | None:
-    """One layer, one direction, no heads. Where several shapes share H and B, the lowest of their ratios."""
+def draw(cases: Sequence[Case], cell: str, few: bool) -> Figure | None:
+    """One layer, one direction, no heads, T up to FEW or above. Where shapes share H and B, the lowest of their ratios."""
     grids: dict[tuple[str, str], Grid] = {}
     for case in cases:
         single = (case["layers"], case["bidirectional"], case["heads"]) == ("1", "False", "1")
-        if case.ratio is None or case["cell"] != cell or not single:
-            continue
-        kind = ONE_STEP if int(case["T"]) <= 2 and case["direction"] == "forward" else case["direction"]
-        grid, place = grids.setdefault((case["dtype"], kind), {}), (int(case["H"]), int(case["B"]))
-        grid[place] = min(case.ratio, grid.get(place, case.ratio))
+        if case.ratio is not None and case["cell"] == cell and single and (int(case["T"]) <= FEW) == few:
+            grid, place = grids.setdefault((case["dtype"], case["direction"]), {}), (int(case["H"]), int(case["B"]))
+            grid[place] = min(case.ratio, grid.get(place, case.ratio))
     if not grids:
         return None
     dtypes = [name for name in DTYPES if any(key[0] == name for key in grids)]
-    kinds = [name for name in (*DIRECTIONS, ONE_STEP) if any(key[1] == name for key in grids)]
+    kinds = [name for name in DIRECTIONS if any(key[1] == name for key in grids)]
     heights = {d: sorted({H for key, grid in grids.items() if key[0] == d for H, _ in grid}) for d in dtypes}
     widths = {k: sorted({B for key, grid in grids.items() if key[1] == k for _, B in grid}) for k in kinds}
-    across, down = [len(widths[k]) for k in kinds], [len(heights[d]) for d in dtypes]
-    size = CELL_WIDTH * sum(across) + 0.8 * len(kinds), CELL_HEIGHT * sum(down) + 0.7 * len(dtypes)
+    across, down = [max(len(widths[k]), NARROWEST) for k in kinds], [len(heights[d]) for d in dtypes]
+    size = CELL_WIDTH * sum(across) + 0.8 * len(kinds), CELL_HEIGHT * sum(down) + 0.7 * len(dtypes) + 0.2
     figure = style.new(*size)
+    figure.suptitle(f"{cell}, T ≤ {FEW}" if few else cell, weight="bold")
     panels = figure.subplots(len(dtypes), len(kinds), squeeze=False, width_ratios=across, height_ratios=down)
     for row, dtype in zip(panels, dtypes, strict=True):
         for axes, kind in zip(row, kinds, strict=True):

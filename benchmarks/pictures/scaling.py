@@ -12,6 +12,7 @@ from results import DIRECTIONS, Case, per_step
 
 from . import style
 
+SET = "scaling"  # the set that is made for it; others have such shapes by chance
 AXES = {"T": "T, steps", "layers": "layers"}
 FEWEST = 3  # points that make a line
 ACROSS = 3  # panels
@@ -52,8 +53,8 @@ def _lines(cases: Iterable[Case], axis: str) -> list[tuple[str, str, Line]]:
     """Title of the panel, direction and points of every line over T or layers."""
     found: dict[tuple[str, ...], dict[int, Case]] = {}
     for case in cases:
-        if case.ratio is not None:
-            found.setdefault((case["set"], *case.shape(axis)), {})[int(case[axis])] = case
+        if case.ratio is not None and case["set"] == SET:
+            found.setdefault(case.shape(axis), {})[int(case[axis])] = case
     lines = []
     for points in found.values():
         if len(points) < FEWEST:
@@ -86,8 +87,8 @@ def _panel(axes: Axes, lines: dict[str, Line]) -> None:
 
 
 def _apart(values: Sequence[int]) -> list[int]:
-    """Those that leave room for their labels on a logarithmic axis, which has room for about ten."""
-    least = (values[-1] / values[0]) ** (1 / 10)
+    """Those that leave room for their labels on a logarithmic axis, which has room for about eight."""
+    least = (values[-1] / values[0]) ** (1 / 8)
     kept = [values[0]]
     for value in values[1:]:
         if value >= least * kept[-1]:
