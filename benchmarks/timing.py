@@ -1,44 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times calls in turns, so that a change of clock or load meets all of them alike."""
+"""What measuring needs beside `gpu_rnn.timing`: replays of CUDA graphs, and peak memory."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from statistics import median, quantiles
+from collections.abc import Mapping
 
 import torch
 
-Call = Callable[[], object]
+from gpu_rnn import timing
+from gpu_rnn.timing import FEWEST, WARM_UP, Call, Timing
 
-FEWEST = 3  # rounds, for a call too slow for more
-WARM_UP = 3  # calls before the first sample: the first compiles, the next fill caches and graph pools
-# Calls are queued until a sample lasts this long: a thousand times the resolution of CUDA's events (0.5 µs, by their
-# documentation) and of the host's clock under a busy scheduler.
-SAMPLE_SECONDS = {"cuda": 5e-3, "cpu": 2e-2}
+__all__ = ["FEWEST", "WARM_UP", "Call", "Timing", "interleave", "peak_memory"]
+
 GRAPH_CALLS = 20  # in one graph, so that launching the graph is a small part of its time
-
-
-@dataclass
-class Timing:
-    """Seconds a call: one value a round."""
-
-    how: str  # "events", "graph" or "clock"
-    calls: int  # in one sample
-    samples: list[float]
-
-    @property
-    def median(self) -> float:
-        return median(self.samples)
-
-    @property
-    def spread(self) -> tuple[float, float]:
-        """The 20th and the 80th percentile."""
-        if len(self.samples) == 1:
-            return self.samples[0], self.samples[0]
-        cuts = quantiles(self.samples, n=5, method="inclusive")
-        return cuts[0], cuts[-1]
 
 
 def interleave(
@@ -50,54 +24,19 @@ def interleave(
     deadline: float,
     graph: bool = False,
 ) -> dict[str, Timing]:
-    """Times every call in turn, who is first changing from round to round.
-
-    Args:
-        calls: at least one.
-        trials: rounds at most. A call whose samples exceed its share of `seconds` gets fewer, but `FEWEST`.
-        seconds: for all the calls together, about.
-        deadline: of time.monotonic(); after it no round begins but the first.
-        graph: on a GPU, time replays of a CUDA graph, which leaves out what the host takes to launch. All calls or
-            none: where one of them cannot be captured, all are timed by events.
-    """
-    how = "events" if device.type == "cuda" else "clock"
-    scale = 1
+    """`gpu_rnn.timing.interleave`, on a GPU with `graph` of replays of a CUDA graph, which leaves out what the host takes
+    to launch. All calls or none: where one of them cannot be captured, all are timed by events."""
+    limits = {"trials": trials, "seconds": seconds, "deadline": deadline}
     if graph and device.type == "cuda":
         captured = {name: replay for name, call in calls.items() if (replay := _captured(call))}
         if captured.keys() == calls.keys():
-            calls, how, scale = captured, "graph", GRAPH_CALLS
-    counts = {name: _count(call, device) for name, call in calls.items()}
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    spent = dict.fromkeys(calls, 0.0)
-    names = list(calls)
-    for trial in range(trials):
-        if trial and time.monotonic() > deadline:
-            break
-        turn = trial % len(names)
-        for name in names[turn:] + names[:turn]:
-            if trial >= FEWEST and spent[name] > seconds / len(names):
-                continue
-            took = sample(calls[name], counts[name], device)
-            spent[name] += took
-            samples[name].append(took / counts[name] / scale)
-    return {name: Timing(how, counts[name] * scale, samples[name]) for name in names}
+            found = timing.interleave(captured, device, **limits)
+            return {name: _of_one_call(replays) for name, replays in found.items()}
+    return timing.interleave(calls, device, **limits)
 
 
-def sample(call: Call, count: int, device: torch.device) -> float:
-    """Seconds that `count` calls take, queued without waiting in between."""
-    if device.type != "cuda":
-        start = time.perf_counter()
-        for _ in range(count):
-            call()
-        return time.perf_counter() - start
-    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize(device)
-    before.record()
-    for _ in range(count):
-        call()
-    after.record()
-    after.synchronize()
-    return before.elapsed_time(after) / 1e3
+def _of_one_call(replays: Timing) -> Timing:
+    return Timing("graph", replays.calls * GRAPH_CALLS, [seconds / GRAPH_CALLS for seconds in replays.samples])
 
 
 def peak_memory(call: Call, device: torch.device) -> float | None:
@@ -109,13 +48,6 @@ def peak_memory(call: Call, device: torch.device) -> float | None:
     call()
     torch.cuda.synchronize(device)
     return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-
-
-def _count(call: Call, device: torch.device) -> int:
-    """How many calls make a sample; warms up."""
-    sample(call, 1, device)
-    took = sample(call, WARM_UP - 1, device) / (WARM_UP - 1)
-    return max(1, round(SAMPLE_SECONDS[device.type] / took))
 
 
 def _captured(call: Call) -> Call | None:

@@ -9,6 +9,7 @@ from gpu_rnn.launch.group import check
 from gpu_rnn.layers import GRU, LSTM, RNN, Recurrent
 from gpu_rnn.recurrence import Recurrence
 from gpu_rnn.tracing import TraceError
+from gpu_rnn.tuning import Tuned, tune
 
 __version__ = "0.1.0"
 
@@ -22,10 +23,12 @@ __all__ = [
     "Recurrence",
     "Recurrent",
     "TraceError",
+    "Tuned",
     "__version__",
     "activations",
     "cells",
     "check",
     "debug",
     "explain",
+    "tune",
 ]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gpu-rnn command: doctor, explain, demo, bench. Each command imports what it needs when it runs."""
+"""The gpu-rnn command: doctor, explain, tune, demo, bench. Each command imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
+
     from gpu_rnn.layer_base import LayerBase
 
 __all__ = ["main"]
@@ -76,18 +78,32 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _explain(options: argparse.Namespace) -> int:
-    import torch
-
     import gpu_rnn
     from gpu_rnn import doctor
 
-    here, dtype = doctor.pick_device(None), getattr(torch, DTYPES[options.dtype])
-    sizes = (options.steps, options.batch, options.input or options.hidden)
-    with torch.device("meta" if options.device else here):  # a described device needs no memory
-        layer = _described_layer(options).to(dtype)
-        x = torch.empty(sizes, dtype=dtype)
+    # A described device needs no memory.
+    layer, x = _described_call(options, "meta" if options.device else doctor.pick_device(None))
     print(gpu_rnn.explain(layer, x, device=options.device))
     return 0
+
+
+def _tune(options: argparse.Namespace) -> int:
+    import gpu_rnn
+    from gpu_rnn import doctor
+
+    layer, x = _described_call(options, doctor.pick_device(options.device))
+    print(gpu_rnn.tune(layer.train(options.training), x, seconds=options.seconds))
+    return 0
+
+
+def _described_call(options: argparse.Namespace, device: torch.device | str) -> tuple[LayerBase, torch.Tensor]:
+    """The layer that the options describe, and an input for it."""
+    import torch
+
+    dtype = getattr(torch, DTYPES[options.dtype])
+    with torch.device(device):
+        layer = _described_layer(options).to(dtype)
+        return layer, torch.randn(options.steps, options.batch, options.input or options.hidden, dtype=dtype)
 
 
 def _described_layer(options: argparse.Namespace) -> LayerBase:
@@ -118,7 +134,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog="examples:\n"
         "  gpu-rnn demo                     train on real recordings beside torch.nn, and draw a picture\n"
         "  gpu-rnn doctor                   what is here, and which backends can run\n"
-        "  gpu-rnn explain --hidden 512 --batch 64 --dtype bf16 --device H100",
+        "  gpu-rnn explain --hidden 512 --batch 64 --dtype bf16 --device H100\n"
+        "  gpu-rnn tune --hidden 512 --batch 64 --dtype bf16 --training",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -129,6 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--device", help=DEVICE_HELP)
     doctor.set_defaults(command=_doctor)
     _add_explain(commands)
+    _add_tune(commands)
     _add_bench(commands)
     return parser
 
@@ -192,25 +210,49 @@ def _add_explain(commands: argparse._SubParsersAction) -> None:
         "  gpu-rnn explain --cell gru --hidden 100 --reset-before --recurrent-activation hard_sigmoid",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    explain.add_argument("--cell", choices=("lstm", "gru", "rnn"), default="lstm")
-    explain.add_argument("--hidden", type=_count, required=True, metavar="H", help="units")
-    explain.add_argument("--input", type=_count, metavar="I", help="input features (default: as hidden)")
-    explain.add_argument("--batch", type=_count, default=32, metavar="B", help="(default: %(default)s)")
-    explain.add_argument("--steps", type=_count, default=100, metavar="T", help="(default: %(default)s)")
-    explain.add_argument("--layers", type=_count, default=1, metavar="L", help="(default: %(default)s)")
-    explain.add_argument("--bidirectional", action="store_true")
-    explain.add_argument("--proj", type=_count, metavar="P", help="proj_size, LSTM only")
-    explain.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="(default: %(default)s)")
-    explain.add_argument("--activation", metavar="NAME", help="such as relu or softsign")
-    explain.add_argument("--recurrent-activation", metavar="NAME", help="such as hard_sigmoid")
-    explain.add_argument(
-        "--reset-before", action="store_true", help="GRU with the reset gate before the product"
-    )
-    explain.add_argument("--peephole", action="store_true", help="LSTM with peepholes")
+    _add_description(explain)
     explain.add_argument(
         "--device", metavar="NAME", help="one you need not have: H100, A100, RTX 4090 (default: this one)"
     )
     explain.set_defaults(command=_explain)
+
+
+def _add_tune(commands: argparse._SubParsersAction) -> None:
+    tune = commands.add_parser(
+        "tune",
+        help="measure every backend on a layer here, and have the fastest chosen from then on",
+        description="Measures, for a layer described by its sizes, every backend that can run it on this device, and keeps "
+        "the choice in the cache folder (GPU_RNN_CACHE), where every process on this machine finds it.",
+        epilog="examples:\n"
+        "  gpu-rnn tune --cell lstm --hidden 512 --batch 64 --steps 100 --dtype bf16 --training",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_description(tune)
+    tune.add_argument("--training", action="store_true", help="forward and backward too")
+    tune.add_argument(
+        "--seconds", type=float, default=2.0, help="for each kind of call, about (default: %(default)s)"
+    )
+    tune.add_argument("--device", help=DEVICE_HELP)
+    tune.set_defaults(command=_tune)
+
+
+def _add_description(command: argparse.ArgumentParser) -> None:
+    """The options that describe a layer and its input."""
+    command.add_argument("--cell", choices=("lstm", "gru", "rnn"), default="lstm")
+    command.add_argument("--hidden", type=_count, required=True, metavar="H", help="units")
+    command.add_argument("--input", type=_count, metavar="I", help="input features (default: as hidden)")
+    command.add_argument("--batch", type=_count, default=32, metavar="B", help="(default: %(default)s)")
+    command.add_argument("--steps", type=_count, default=100, metavar="T", help="(default: %(default)s)")
+    command.add_argument("--layers", type=_count, default=1, metavar="L", help="(default: %(default)s)")
+    command.add_argument("--bidirectional", action="store_true")
+    command.add_argument("--proj", type=_count, metavar="P", help="proj_size, LSTM only")
+    command.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="(default: %(default)s)")
+    command.add_argument("--activation", metavar="NAME", help="such as relu or softsign")
+    command.add_argument("--recurrent-activation", metavar="NAME", help="such as hard_sigmoid")
+    command.add_argument(
+        "--reset-before", action="store_true", help="GRU with the reset gate before the product"
+    )
+    command.add_argument("--peephole", action="store_true", help="LSTM with peepholes")
 
 
 def _count(text: str) -> int:

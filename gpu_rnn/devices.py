@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import sys
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 
@@ -85,3 +89,12 @@ def of(device: torch.device) -> Device:
         nearest.tensor_flops * share,
         nearest.memory_rate,
     )
+
+
+def cpu_name() -> str:
+    """The CPU at hand by a name that a person would use, with the number of torch's threads."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if sys.platform == "linux" and cpuinfo.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    model = models[0] if models else platform.processor() or f"{platform.machine()} CPU with {os.cpu_count()} cores"
+    return f"{model}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"

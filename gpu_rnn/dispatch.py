@@ -2,20 +2,28 @@
 """The ordered table of backends, and the choice among them.
 
 A backend is a module of `gpu_rnn.launch` that answers ``unsupported(problem) -> list[str]`` (empty: it can run) and
-``cost(problem) -> seconds`` (a prediction until a results file is named beside its constants). One that compiles has
+``cost(problem) -> seconds``, by a model whose constants are in `launch/rates.py`. One that compiles has
 ``prepare(problem)`` too: it is asked before it is taken, and what fails there is a reason of `unsupported` from then on.
+Where `gpu_rnn.tune` has measured the answer to a question (`choices`), the models are not asked.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from types import ModuleType
 
-from gpu_rnn import devices
+from gpu_rnn import choices, devices
+from gpu_rnn.choices import Question, Times
 from gpu_rnn.launch import aten, group, plain, resident, step
+from gpu_rnn.launch.rates import Rates
 from gpu_rnn.problem import Problem, rnn_precision
 
 BACKENDS: dict[str, ModuleType] = {
@@ -41,7 +49,9 @@ class Row:
     chosen: bool
     reasons: tuple[str, ...]
     predicted_us: float | None
-    """Predicted microseconds per time step."""
+    """Microseconds per time step by the cost model."""
+    measured_us: float | None = None
+    """Microseconds per time step as `gpu_rnn.tune` measured them on this device; None where it did not."""
 
 
 def check_name(backend: str) -> None:
@@ -53,12 +63,64 @@ def check_name(backend: str) -> None:
 def select(problem: Problem, backend: str = "auto", among: tuple[str, ...] = tuple(BACKENDS)) -> str:
     """The name of the cheapest backend that can run a problem, or of the one asked for.
 
-    With "auto", the environment's GPU_RNN_BACKEND names a preference.
+    With "auto", the environment's GPU_RNN_BACKEND names a preference; then comes what `gpu_rnn.tune` measured to be the
+    fastest, then what the cost models say.
 
     Raises:
         ValueError: the backend asked for does not exist, or cannot run the problem; every reason is given.
     """
+    if backend == "auto" and _trial.backend:
+        return _on_trial(problem, among)
     return _select(problem, backend, among, os.environ.get("GPU_RNN_BACKEND", ""))
+
+
+class _Trial(threading.local):
+    """What "auto" stands for in this thread while it is measured, and what was asked and answered meanwhile."""
+
+    backend = ""
+    answers: dict[Question, str]
+
+
+_trial = _Trial()
+
+
+@contextmanager
+def trial(backend: str) -> Iterator[dict[Question, str]]:
+    """In this thread "auto" is this backend wherever it can run. Yields every question that is asked, with its answer."""
+    _trial.backend, _trial.answers = backend, {}
+    try:
+        yield _trial.answers
+    finally:
+        _trial.backend = ""
+
+
+def _on_trial(problem: Problem, among: tuple[str, ...]) -> str:
+    can_run = _trial.backend in among and not _prepared(problem, _trial.backend)
+    answer = _trial.backend if can_run else _select(problem, "auto", among, "")
+    _trial.answers[problem, among] = answer
+    return answer
+
+
+def remember(device: devices.Device, found: Mapping[Question, Times]) -> Path:
+    """Keeps what was measured on a device: `select` goes by it from now on. Returns the file.
+
+    Raises:
+        OSError: no folder takes it.
+    """
+    path = choices.keep(device, found)
+    _select.cache_clear()
+    return path
+
+
+def forget() -> None:
+    """Removes everything that `gpu_rnn.tune` ever kept, for every device and version. Also `gpu_rnn.tuning.forget`."""
+    choices.forget()
+    _select.cache_clear()
+
+
+def only_predicted_on_cpu() -> bool:
+    """Whether no measurement decides on a CPU: none is kept, and none is being made in this thread."""
+    return not (_trial.backend or choices.any_on_cpu())
 
 
 @lru_cache(maxsize=4096)
@@ -78,7 +140,8 @@ def _select(problem: Problem, backend: str, among: tuple[str, ...], preferred: s
             raise ValueError(f"GPU_RNN_BACKEND is {preferred!r} in the environment, not one of {', '.join(BACKENDS)}")
         if preferred in able and not _prepared(problem, preferred):
             return preferred
-    able.sort(key=lambda name: _total_cost(problem, name))
+    measured = choices.find(problem, among)
+    able.sort(key=lambda name: (measured.get(name, math.inf), total_cost(problem, name)))
     chosen = next(name for name in able if not _prepared(problem, name))
     if chosen == "reference":
         for name in among:
@@ -97,15 +160,27 @@ def _prepared(problem: Problem, name: str) -> list[str]:
     return list(reasons)
 
 
-def _total_cost(problem: Problem, name: str) -> float:
-    """Seconds for a call and, in training, for its backward pass, which may run on another loop than the forward."""
-    cost = float(BACKENDS[name].cost(problem))
+def total_cost(
+    problem: Problem, name: str, loops: Sequence[str] | None = None, given: Rates | None = None
+) -> float:
+    """Seconds for a call and, in training, for its backward pass, which may run on another loop than the forward.
+
+    Args:
+        loops: those that may run the backward pass; None: all that can.
+        given: constants for the cost models; None: the device's own.
+    """
+    cost = _cost(problem, name, given)
     if problem.direction != "training":
         return cost
     after = replace(problem, direction="backward")
     if name not in LOOPS:
-        return cost + float(BACKENDS[name].cost(after))
-    return cost + min(float(BACKENDS[n].cost(after)) for n in LOOPS if not BACKENDS[n].unsupported(after))
+        return cost + _cost(after, name, given)
+    loops = [n for n in LOOPS if not BACKENDS[n].unsupported(after)] if loops is None else loops
+    return cost + min(_cost(after, n, given) for n in loops)
+
+
+def _cost(problem: Problem, name: str, given: Rates | None) -> float:
+    return float(BACKENDS[name].cost(problem, given))
 
 
 @lru_cache(maxsize=1024)
@@ -118,14 +193,15 @@ def explain(problem: Problem, backend: str = "auto") -> list[Row]:
     """Every backend's verdict on a problem, in the order of the table; of training calls, both passes' time."""
     chosen = select(problem, backend) if backend == "auto" or not _prepared(problem, backend) else None
     verdicts = {name: tuple(module.unsupported(problem)) for name, module in BACKENDS.items()}
+    measured = choices.find(problem, tuple(BACKENDS))
     rows = []
     for name, reasons in verdicts.items():
         runs = not reasons
-        predicted = _total_cost(problem, name) * 1e6 / max(problem.T, 1) if runs else None
+        predicted = total_cost(problem, name) * 1e6 / max(problem.T, 1) if runs else None
         if runs and problem.direction == "training" and name in LOOPS:
             against = BACKENDS[name].unsupported(replace(problem, direction="backward"))
             reasons = tuple(f"backward on another loop: {reason}" for reason in against)
-        rows.append(Row(name, runs, name == chosen, reasons, predicted))
+        rows.append(Row(name, runs, name == chosen, reasons, predicted, measured.get(name) if runs else None))
     return rows
 
 

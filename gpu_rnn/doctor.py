@@ -3,17 +3,15 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 import subprocess
-import sys
 from importlib import metadata
-from pathlib import Path
 
 import torch
 
 import gpu_rnn
+from gpu_rnn import devices
 
 __all__ = ["device_name", "pick_device", "report"]
 
@@ -45,7 +43,7 @@ def device_name(device: torch.device) -> str:
     """A name a person would use, with the number of threads for a CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_cpu_model()}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+    return devices.cpu_name()
 
 
 def report(device: torch.device) -> str:
@@ -109,12 +107,3 @@ def _driver() -> str:
     query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
     done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
     return done.stdout.splitlines()[0] if done.returncode == 0 else "of unknown version (nvidia-smi failed)"
-
-
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if sys.platform == "linux" and cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return (
-        names[0] if names else platform.processor() or f"{platform.machine()} CPU with {os.cpu_count()} cores"
-    )

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 from gpu_rnn import dispatch
 from gpu_rnn.controls import Controls
 from gpu_rnn.dispatch import Row
+from gpu_rnn.launch import rates
 from gpu_rnn.launch.group_choice import floor
 from gpu_rnn.problem import Problem
 
@@ -42,23 +43,33 @@ class Explanation:
         return None if None in floors else 1e6 * sum(seconds or 0.0 for seconds in floors)
 
     def __str__(self) -> str:
-        p = self.problem
-        both = ", both directions" if p.N == 2 else ""
-        what = "forward and backward" if p.training else "inference"
-        head = (
-            f"{p.recurrence.name}: T {p.T}, B {p.B}, input {p.I}, hidden {p.H}, layers {p.layers}{both}, "
-            f"{str(p.dtype).removeprefix('torch.')}, {what}, on {p.device.name}"
-        )
+        what = "forward and backward" if self.problem.training else "inference"
+        head = f"{sizes(self.problem)}, {what}, on {self.problem.device.name}"
         lines = [head, f"{'backend':10} {'verdict':8} {'µs/step':>8}  why not"]
         for row in self.rows:
             verdict = "chosen" if row.chosen else "can run" if row.runs else "no"
-            predicted = "" if row.predicted_us is None else f"{row.predicted_us:.2f}"
-            first, *others = row.reasons or ("",)
-            lines.append(f"{row.backend:10} {verdict:8} {predicted:>8}  {first}".rstrip())
+            figure = row.predicted_us if row.measured_us is None else row.measured_us
+            notes = ("measured by tune on this device",) if row.measured_us is not None else ()
+            first, *others = (*notes, *row.reasons) or ("",)
+            lines.append(f"{row.backend:10} {verdict:8} {'' if figure is None else f'{figure:.2f}':>8}  {first}".rstrip())
             lines += [f"{'':30}{reason}" for reason in others]
         if self.floor_us is not None:
             lines.append(f"{'floor':10} {'':8} {self.floor_us:8.2f}  of a layer's time loop, with W_hh on chip")
-        return "\n".join([*lines, "µs/step: predicted by each backend's cost model, not measured"])
+        return "\n".join([*lines, f"µs/step: {self._origin}"])
+
+    @property
+    def _origin(self) -> str:
+        """Where the figures come from."""
+        known = rates.of(self.problem.device)
+        model = f"by cost models {known.source}" if known.fitted else "predicted by each backend's cost model, not measured"
+        return model + ", unless a line says otherwise" * any(row.measured_us is not None for row in self.rows)
+
+
+def sizes(p: Problem) -> str:
+    """What a problem computes, in a line."""
+    both = ", both directions" if p.N == 2 else ""
+    dtype = str(p.dtype).removeprefix("torch.")
+    return f"{p.recurrence.name}: T {p.T}, B {p.B}, input {p.I}, hidden {p.H}, layers {p.layers}{both}, {dtype}"
 
 
 CONTROLS = ("mask", "lengths", "resets", "reset_state")
@@ -75,7 +86,7 @@ def explain(
             batch_first (B, T, input_size), unbatched (T, input_size), or a PackedSequence. None: 100 steps of one
             sample.
         device: a described device to answer for, such as "H100" (`gpu_rnn.devices.DEVICES`); None: x's own.
-        call: the layer's other arguments that would come with x: mask, lengths, resets, reset_state,
+        call: the layer's other arguments that would come with x: hx, mask, lengths, resets, reset_state,
             return_all_states. Their values do not matter, so True stands for any of them.
 
     Raises:
@@ -87,10 +98,18 @@ def explain(
         >>> layer = gpu_rnn.LSTM(64, 64, dtype=torch.bfloat16)
         >>> print(gpu_rnn.explain(layer, torch.empty(100, 32, 64, device="meta"), device="H100"))
     """
+    problem = problem_of(layer, x, call, "explain")
+    if device is not None:
+        problem = dispatch.described(problem, device)
+    return Explanation(problem, tuple(dispatch.explain(problem, layer.backend)))
+
+
+def problem_of(layer: LayerBase, x: Tensor | PackedSequence | None, call: dict[str, Any], asker: str) -> Problem:
+    """``layer(x, **call)`` as dispatch sees it; arguments and errors as those of `explain`, in the asker's name."""
     from gpu_rnn.layer_base import LayerBase
 
     if not isinstance(layer, LayerBase):
-        raise TypeError(f"explain takes a layer of this package, such as gpu_rnn.LSTM, not {type(layer).__name__}")
+        raise TypeError(f"{asker} takes a layer of this package, such as gpu_rnn.LSTM, not {type(layer).__name__}")
     weights = layer._flat_weights
     batch_sizes = None
     if isinstance(x, PackedSequence):
@@ -101,17 +120,14 @@ def explain(
         x = x.transpose(0, 1) if layer.batch_first else x
     elif x.dim() == 2:
         x = x.unsqueeze(0 if layer.batch_first else 1)
-    packed, unknown = batch_sizes is not None, call.keys() - {*CONTROLS, "return_all_states"}
+    packed, unknown = batch_sizes is not None, call.keys() - {*CONTROLS, "hx", "return_all_states"}
     if unknown:
         raise TypeError(f"a layer's call has no argument {', '.join(sorted(unknown))}")
-    stack = layer._stack(packed, bool(call.pop("return_all_states", False)))
+    stack = layer._stack(packed, bool(call.get("return_all_states", False)))
     steps, batch = stack.sizes(x, batch_sizes)
     nothing = torch.empty(0, device="meta")
     mask, lengths, resets, reset_state = (None if call.get(name) is None else nothing for name in CONTROLS)
     controls = Controls(mask, lengths, resets, None if reset_state is None else (reset_state,))
     controls = layer._with_noise(controls, nothing, steps, batch)
     problem = stack.problem(x, None, weights, steps, batch, packed, controls)
-    problem = replace(problem, dtype=weights[0].dtype)
-    if device is not None:
-        problem = dispatch.described(problem, device)
-    return Explanation(problem, tuple(dispatch.explain(problem, layer.backend)))
+    return replace(problem, dtype=weights[0].dtype)

@@ -4,10 +4,12 @@
 import importlib.util
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
+from gpu_rnn import cache, tuning
 from gpu_rnn.launch import nvrtc
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it at import: one kind a process
@@ -15,6 +17,12 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it at i
 
 def marked(item: pytest.Item, *names: str) -> bool:
     return any(item.get_closest_marker(name) for name in names)
+
+
+def pytest_configure() -> None:
+    """What a developer tuned decides no test, and tests, which tune and forget, change nothing of the developer's."""
+    os.environ["GPU_RNN_CACHE"] = str(Path(__file__).resolve().parent.parent / "build" / "cache")
+    tuning.forget()
 
 
 def pytest_report_header() -> str:
@@ -36,6 +44,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("Triton is not installed (it exists for Linux only)")
     if "nvrtc" in compilers and nvrtc.unavailable():
         pytest.skip(nvrtc.unavailable())
+
+
+@pytest.fixture(autouse=True)
+def nothing_tuned() -> Iterator[None]:
+    """What a test tuned decides no other."""
+    yield
+    if any(cache.wanted().glob("tuned-*.json")):
+        tuning.forget()
 
 
 @pytest.fixture

@@ -88,7 +88,7 @@ def test_the_cheapest_that_can_run(given: Problem, expected: str) -> None:
 
 def test_the_choice_follows_costs_and_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     given = problem()
-    monkeypatch.setattr(step, "cost", lambda problem: 0.0)
+    monkeypatch.setattr(step, "cost", lambda problem, given: 0.0)
     assert dispatch.select(given) == "step"
     dispatch._select.cache_clear()
     monkeypatch.setattr(step, "unsupported", lambda problem: ["broken"])
@@ -99,7 +99,7 @@ def test_the_choice_follows_costs_and_limits(monkeypatch: pytest.MonkeyPatch) ->
 def test_in_training_both_passes_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """A loop with a free forward pass is not chosen for its backward pass, which may run on another loop."""
     costs = {"inference": 0.0, "training": 0.0, "backward": 1e9}
-    monkeypatch.setattr(step, "cost", lambda problem: costs[problem.direction])
+    monkeypatch.setattr(step, "cost", lambda problem, given: costs[problem.direction])
     assert dispatch.select(problem(cells.lstm("relu"))) == "step"
     training = problem(cells.lstm("relu"), direction="training")
     assert dispatch.select(replace(training, direction="backward")) == "reference"

@@ -3,19 +3,18 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import median
 
 import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
+from gpu_rnn.timing import interleave
+
 __all__ = ["Case", "Timing", "measure", "table"]
 
-FEWEST, MOST = 3, 15  # interleaved rounds; the median of 15 is steady to a few percent on a busy desk machine
-SAMPLE_SECONDS = 0.02  # calls are repeated until a sample lasts this long, far above a timer's resolution
+TRIALS = 15  # rounds; the median of 15 is steady to a few percent on a busy desk machine
 # Of the largest output. The CPU computes in full fp32. A GPU in tf32 or bf16: over PLAID's steps plain bf16 is off by
 # 1.4 % from fp32 (this demo's layers, on a CPU), and both sides may be.
 TOLERANCE = {"cpu": 1e-4, "cuda": 5e-2}
@@ -64,7 +63,9 @@ def measure(case: Case, *, seconds: float) -> Timing:
     def both(kind: Callable[[nn.Module], Callable[[], object]]) -> tuple[float, float]:
         for module in (case.ours, case.theirs):  # oneDNN keeps more in training mode, also without gradients
             module.train(kind is training)
-        return _interleave(kind(case.ours), kind(case.theirs), case.inputs.data.device, seconds)
+        calls = {"ours": kind(case.ours), "theirs": kind(case.theirs)}
+        found = interleave(calls, case.inputs.data.device, trials=TRIALS, seconds=seconds)
+        return found["ours"].median, found["theirs"].median
 
     return Timing(case, both(forward), both(training))
 
@@ -94,36 +95,3 @@ def _check(case: Case) -> None:
         raise RuntimeError(
             f"{case.label} differs from {case.theirs_label} by {error:.1e} of the largest output: not timed"
         )
-
-
-def _interleave(
-    ours: Callable[[], object], theirs: Callable[[], object], device: torch.device, seconds: float
-) -> tuple[float, float]:
-    """Median seconds a call of each, measured in turns so that a change of clock or load meets both alike."""
-    counts = []
-    for call in (ours, theirs):
-        call()  # compiles, fills caches
-        counts.append(max(1, round(SAMPLE_SECONDS / _sample(call, 1, device))))
-    samples: list[tuple[float, float]] = []
-    end = time.perf_counter() + seconds
-    while len(samples) < FEWEST or (len(samples) < MOST and time.perf_counter() < end):
-        our, their = (_sample(call, n, device) / n for call, n in zip((ours, theirs), counts, strict=True))
-        samples.append((our, their))
-    our_times, their_times = zip(*samples, strict=True)
-    return median(our_times), median(their_times)
-
-
-def _sample(call: Callable[[], object], count: int, device: torch.device) -> float:
-    if device.type != "cuda":
-        start = time.perf_counter()
-        for _ in range(count):
-            call()
-        return time.perf_counter() - start
-    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    with torch.cuda.device(device):
-        before.record()
-        for _ in range(count):  # queued without waiting: the device is timed, where it is slower than the host
-            call()
-        after.record()
-        after.synchronize()
-    return before.elapsed_time(after) / 1e3

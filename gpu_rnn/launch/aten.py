@@ -12,16 +12,13 @@ from torch import _VF as VF
 from torch import Tensor
 
 from gpu_rnn.devices import CPU_FLOPS
+from gpu_rnn.launch import rates
 from gpu_rnn.problem import Problem
 
 Output = tuple[Tensor, tuple[Tensor, ...]]
 
 # cudnnRNNMode_t
 CUDNN_MODES = {"RNN_RELU": 0, "RNN_TANH": 1, "LSTM": 2, "GRU": 3}
-
-# Predicted. GPU: two launches a step outside cuDNN's persistent kernels, and inside them the published 1.96 µs
-# (fp16, H 768, B 16, T 1024 on an H100, FlashRNN's table).
-GPU_STEP, GPU_PERSISTENT_STEP = 6e-6, 2e-6
 
 
 def unsupported(problem: Problem) -> list[str]:
@@ -52,13 +49,15 @@ def _persistent(problem: Problem) -> bool:
     return not problem.packed and not problem.proj_size and (small or static)
 
 
-def cost(problem: Problem) -> float:
-    """Predicted seconds; on a CPU the products alone, which every other row adds to."""
+def cost(problem: Problem, given: rates.Rates | None = None) -> float:
+    """Seconds by the cost model (see `resident.cost`); on a CPU the products alone, which every other row adds to."""
     if not problem.device.is_gpu:
         return problem.flops / CPU_FLOPS
-    step = GPU_PERSISTENT_STEP if _persistent(problem) else GPU_STEP * problem.N
+    known = (given or rates.of(problem.device)).aten
+    step = known.persistent_step if _persistent(problem) else known.step * problem.N
     passes = 2.0 if problem.direction == "backward" else 1.0
-    return passes * problem.T * problem.layers * step + problem.flops / (problem.device.tensor_flops * 1e12)
+    products = known.products * problem.flops / (problem.device.tensor_flops * 1e12)
+    return passes * problem.T * problem.layers * step + products
 
 
 def stack(

@@ -17,7 +17,6 @@ OLDEST = (8, 0)
 SHARED_BYTES = 128  # from shared memory
 LANES, SPECIAL = 128, 16  # fp32 operations, and exponentials or roots
 FUNCTIONS = ("tanh", "sigmoid", "exp", "expm1", "log", "log1p", "sqrt", "erf", "sin", "cos")  # an exponential and a root each
-TENSOR_SHARE = 0.6  # of the tensor cores' peak rate that 16-row instructions reach; by others, on an H100
 
 
 def unsupported(problem: Problem) -> list[str]:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which layout of the group kernel a problem gets: what fits, and of that the fastest by a model of one step.
 
-The model's figures are predicted until measurements replace them. It adds up what kernels/README.md names: tensor
-cores, weights read from shared memory, words that come in, and what synchronisation takes.
+The model adds up what kernels/README.md names: tensor cores, weights read from shared memory, words that come in, and
+what synchronisation takes. Layouts are ranked, and the floor is counted, by the predicted constants: a results file holds
+the times of the layouts so chosen, so constants fitted to it say what those take and nothing of any other.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from typing import Any
 import torch
 
 from gpu_rnn.devices import Device
-from gpu_rnn.launch.common import FUNCTIONS, LANES, SHARED_BYTES, SPECIAL, TENSOR_SHARE
+from gpu_rnn.launch import rates
+from gpu_rnn.launch.common import FUNCTIONS, LANES, SHARED_BYTES, SPECIAL
 from gpu_rnn.launch.group_layout import UNITS, Layout
 from gpu_rnn.problem import Problem
 
@@ -30,15 +32,7 @@ TILES = (1, 2, 4)
 
 WEIGHT_REGISTERS = 128 << 10  # bytes of weights in a multiprocessor's registers, half of them
 
-SHUFFLED = 1.5  # full fp32: shuffles beside the multiplications
-# By others, on an H100; see kernels/README.md.
-TENSOR_LATENCY = 33.0  # cycles from one such instruction to the next that needs its sum
-L2_BYTES = 37.0  # per cycle that reach one multiprocessor while all read
-HOP = 6e-7  # seconds from a store to its sight in another block, beside the words' own way
-LATENCY = 400.0  # cycles in a row that nothing hides: barrier, activations, rounding
-INSTRUCTIONS = 3.0  # for a unit and operation of the program
-START = 1.2e-5  # seconds: launches of projection, of the exchange's clearing and of the kernel
-
+RANKING = rates.PREDICTED.group
 
 @dataclass(frozen=True)
 class Choice:
@@ -117,14 +111,14 @@ def _fitting(problem: Problem) -> Iterator[Choice]:
         else:
             at_once = min(problem.N, device.sms // layout.members)
             groups = min(wanted, device.sms // (layout.members * at_once))
-        yield Choice(layout, groups, at_once, _step(problem, layout, groups, at_once))
+        yield Choice(layout, groups, at_once, _step(problem, layout, groups, at_once, RANKING))
 
 
-def _step(problem: Problem, layout: Layout, groups: int, at_once: int) -> float:
-    """Predicted seconds for a step of all rows of all of N."""
+def _step(problem: Problem, layout: Layout, groups: int, at_once: int, known: rates.Group) -> float:
+    """Seconds for a step of all rows of all of N."""
     device = problem.device
-    busy = _busy_cycles(problem, layout) / (device.clock * 1e9)
-    rest = LATENCY / (device.clock * 1e9) + (HOP if layout.members > 1 else 0.0)
+    busy = _busy_cycles(problem, layout, known) / (device.clock * 1e9)
+    rest = known.latency / (device.clock * 1e9) + (known.hop if layout.members > 1 else 0.0)
     one = max(layout.tiles * busy, busy + rest)
     rounds = -(-problem.B // (layout.rows * groups)) * -(-problem.N // at_once)
     if layout.members == 1:  # blocks that wait for nobody; several may share a multiprocessor
@@ -138,33 +132,33 @@ def _blocks_by_memory(device: Device, layout: Layout) -> int:
     return device.shared_memory // max(layout.shared_bytes, 1)
 
 
-def _products_per_cycle(problem: Problem) -> float:
+def _products_per_cycle(problem: Problem, known: rates.Group) -> float:
     """Multiplications that a multiprocessor does in a cycle."""
     device = problem.device
-    rate = TENSOR_SHARE * device.tensor_flops * 1e12 / 2 / (device.sms * device.clock * 1e9)
+    rate = known.tensor_share * device.tensor_flops * 1e12 / 2 / (device.sms * device.clock * 1e9)
     if problem.dtype.itemsize == 2:
         return rate
-    return rate / 2 if problem.precision == "tf32" else LANES / SHUFFLED
+    return rate / 2 if problem.precision == "tf32" else LANES / known.shuffled
 
 
-def _busy_cycles(problem: Problem, layout: Layout) -> float:
+def _busy_cycles(problem: Problem, layout: Layout, known: rates.Group) -> float:
     """Cycles for one tile of a step, if nothing has to be waited for."""
     program = problem.program
     warps = layout.across * layout.along
     instructions = layout.share * layout.fragments * layout.columns  # of a warp, each 16 x 8 x 16
     chains = layout.fragments * layout.columns
-    multiplying = warps * instructions * 16 * 8 * 16 / _products_per_cycle(problem)
-    chained = instructions / min(chains, 4) * TENSOR_LATENCY / 2
+    multiplying = warps * instructions * 16 * 8 * 16 / _products_per_cycle(problem, known)
+    chained = instructions / min(chains, 4) * known.tensor_latency / 2
     spilled = layout.threads * 4 * layout.fragment * layout.fragments * (layout.share - layout.held)
     sums = 2 * layout.threads * 16 * layout.results * layout.blocks // layout.across * layout.columns
     shared = (spilled + (sums if layout.along > 1 else 0)) / SHARED_BYTES
     words = layout.slot // layout.tiles * layout.word * layout.across
-    arriving = words / (L2_BYTES if layout.members > 1 else SHARED_BYTES)
+    arriving = words / (known.l2_bytes if layout.members > 1 else SHARED_BYTES)
     operations = [op.name for op in program.stages[0].ops]
     units = UNITS * layout.blocks * 8 * layout.columns
     special = 2 * sum(name in FUNCTIONS for name in operations) / SPECIAL
     passes = 2 if layout.backward else 1
-    pointwise = units * max(special, passes * INSTRUCTIONS * len(operations) / LANES)
+    pointwise = units * max(special, passes * known.instructions * len(operations) / LANES)
     return max(multiplying, chained, shared) + arriving + pointwise
 
 
@@ -183,12 +177,12 @@ def floor(problem: Problem) -> float | None:
         for members in {1, min(device.sms // groups, -(-problem.H // UNITS))}:
             if weights / members > WEIGHT_REGISTERS + device.shared_memory:
                 continue
-            multiplying = gates * problem.H**2 * rows / members / _products_per_cycle(problem)
+            multiplying = gates * problem.H**2 * rows / members / _products_per_cycle(problem, RANKING)
             reading = max(weights / members - WEIGHT_REGISTERS, 0) / SHARED_BYTES
-            arriving = parts * problem.H * rows * problem.dtype.itemsize / L2_BYTES if members > 1 else 0.0
+            arriving = parts * problem.H * rows * problem.dtype.itemsize / RANKING.l2_bytes if members > 1 else 0.0
             rounds = -(-problem.N // max(1, device.sms // (groups * members)))
             busy = max(multiplying, reading, arriving) / (device.clock * 1e9)
-            found.append(rounds * (busy + (HOP if members > 1 else 0.0)))
+            found.append(rounds * (busy + (RANKING.hop if members > 1 else 0.0)))
     return min(found, default=None)
 
 
@@ -203,15 +197,17 @@ def _largest(problem: Problem) -> int:
     return max(fitting, default=0)
 
 
-def cost(problem: Problem) -> float:
-    """Predicted seconds of a call; 0 layouts, and no answer, where `choose` finds none."""
+def cost(problem: Problem, given: rates.Rates | None = None) -> float:
+    """Seconds of a call by the cost model (see `resident.cost`), of a problem that `choose` finds a layout for."""
     choice, device = choose(problem), problem.device
     assert choice is not None
+    known = (given or rates.of(device)).group
     gates = len(problem.recurrence.gates)
     weights = gates * (UNITS * choice.layout.blocks) * choice.layout.width * problem.dtype.itemsize
-    loading = weights / L2_BYTES / (device.clock * 1e9)
+    loading = weights / known.l2_bytes / (device.clock * 1e9)
     rate = device.tensor_flops * 1e12 / (1 if problem.dtype.itemsize == 2 else 2)
     if problem.dtype == torch.float32 and problem.precision == "ieee":
         rate = 2 * LANES * device.sms * device.clock * 1e9
     projection = problem.flops * problem.I / (problem.I + problem.H) / rate
-    return START + loading + problem.layers * problem.T * choice.step + projection
+    step = _step(problem, choice.layout, choice.groups, choice.at_once, known)
+    return known.start + loading + problem.layers * problem.T * step + known.projection * projection

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from gpu_rnn.devices import DEVICES
-from gpu_rnn.launch import common, interpreter
-from gpu_rnn.launch.common import FUNCTIONS, LANES, SHARED_BYTES, SPECIAL, TENSOR_SHARE, bits, rows
+from gpu_rnn.launch import common, interpreter, rates
+from gpu_rnn.launch.common import FUNCTIONS, LANES, SHARED_BYTES, SPECIAL, bits, rows
 from gpu_rnn.launch.generated import triton_module
 from gpu_rnn.layout import Call, LoopGradients, Result
 from gpu_rnn.problem import Problem
@@ -32,12 +32,7 @@ WIDEST_FULL = 64  # units in full fp32: without tensor cores a wider product spi
 WARP_BYTES = 128  # of a row of pre-activations, for each warp: 8 values of each of an LSTM's gates for a thread
 MOST_WARPS = 8  # with 16 a thread has 128 registers, and a GRU in tf32 spills
 
-# Predicted, for `cost`.
-INSTRUCTIONS = 10.0  # for a unit and operation: the 90 a unit of an LSTM's time loop, built for sm_90, over 9 operations
-BACKWARD = 1.4  # times as many in the backward loop; likewise
-LATENCY = 700.0  # cycles that nothing hides: the product, two barriers, an exchange of h, the activations in a row
-START = 1e-5  # seconds: launches of projection and kernel
-INTERPRETED = 5e-3  # seconds for a tile's step in Triton's interpreter
+INTERPRETED = 5e-3  # seconds for a tile's step in Triton's interpreter; predicted
 
 
 @dataclass(frozen=True)
@@ -117,31 +112,32 @@ def _too_wide(problem: Problem) -> list[str]:
     return reasons
 
 
-def cost(problem: Problem) -> float:
-    """Predicted seconds."""
+def cost(problem: Problem, given: rates.Rates | None = None) -> float:
+    """Seconds by the cost model, with the device's own constants or those given."""
     device, chosen = problem.device, tile(problem)
+    known = (given or rates.of(device)).resident
     tiles = -(-problem.B // chosen.rows) * problem.N
     steps = problem.T * problem.layers
     if not device.is_gpu:
         return steps * tiles * INTERPRETED
-    busy = _busy_cycles(problem, chosen)
+    busy = _busy_cycles(problem, chosen, known)
     together = device.sms * max(1, _available(problem) // shared_memory(problem, chosen.stages))
-    waits = LATENCY * len(problem.program.stages)
+    waits = known.latency * len(problem.program.stages)
     step = max(busy * -(-tiles // device.sms), (busy + waits) * -(-tiles // together))
     products = problem.flops * problem.I / (problem.I + problem.H) / (device.tensor_flops * 1e12)
-    return START + steps * step / (device.clock * 1e9) + products
+    return known.start + steps * step / (device.clock * 1e9) + known.projection * products
 
 
-def _busy_cycles(problem: Problem, chosen: Tile) -> float:
+def _busy_cycles(problem: Problem, chosen: Tile, known: rates.Resident) -> float:
     """Cycles of the busiest unit of a multiprocessor, for a step of one tile."""
     device, program = problem.device, problem.program
     units, weights = chosen.rows * chosen.width, len(program.gates) * chosen.width**2
-    multiplications = TENSOR_SHARE * device.tensor_flops * 1e12 / 2 / (device.sms * device.clock * 1e9)
+    multiplications = known.tensor_share * device.tensor_flops * 1e12 / 2 / (device.sms * device.clock * 1e9)
     if problem.dtype == torch.float32:
         multiplications = multiplications / 2 if problem.precision == "tf32" else LANES
     operations = [op.name for stage in program.stages for op in stage.ops]
     special = 2 * sum(name in FUNCTIONS for name in operations)  # an exponential and a root each
-    instructions = INSTRUCTIONS * len(operations) * (BACKWARD if problem.direction == "backward" else 1.0)
+    instructions = known.instructions * len(operations) * (known.backward if problem.direction == "backward" else 1.0)
     return max(
         chosen.rows * weights / multiplications,
         weights * problem.dtype.itemsize / SHARED_BYTES,

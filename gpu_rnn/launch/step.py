@@ -10,12 +10,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from gpu_rnn.devices import CPU_FLOPS
-from gpu_rnn.launch import loop_backward, loop_forward, pointwise
+from gpu_rnn.launch import loop_backward, loop_forward, pointwise, rates
 from gpu_rnn.layout import Call, LoopGradients, Result
 from gpu_rnn.problem import Problem
 
-# Seconds, predicted. The GPU's is above ATen's on purpose: as long as nothing is measured, what cuDNN can run stays there.
-CPU_OPERATION, GPU_STEP = 3e-6, 8e-6
+CPU_OPERATION = 3e-6  # seconds, predicted
 
 
 def unsupported(problem: Problem) -> list[str]:
@@ -23,8 +22,8 @@ def unsupported(problem: Problem) -> list[str]:
     return ["complex numbers run on the reference only"] * problem.dtype.is_complex
 
 
-def cost(problem: Problem) -> float:
-    """Predicted seconds: the products, and a torch operation for each of the program's, or two launches a stage.
+def cost(problem: Problem, given: rates.Rates | None = None) -> float:
+    """Seconds by the cost model (see `resident.cost`): the products, and a torch operation for each of the program's, or two launches a stage.
 
     On a GPU a projection of h takes two launches more.
     """
@@ -32,7 +31,8 @@ def cost(problem: Problem) -> float:
     steps = passes * problem.T * problem.layers
     if problem.device.is_gpu:
         pairs = len(stages) + bool(problem.proj_size)
-        return steps * pairs * GPU_STEP + problem.flops / (problem.device.tensor_flops * 1e12)
+        known = (given or rates.of(problem.device)).step
+        return steps * pairs * known.step + known.products * problem.flops / (problem.device.tensor_flops * 1e12)
     return steps * sum(len(stage.ops) + len(stage.gates) for stage in stages) * CPU_OPERATION + problem.flops / CPU_FLOPS
 
 

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The constants of the backends' cost models that a fit may change, for each GPU architecture.
+
+Here they stand as predicted. `benchmarks/fit.py --write` puts those fitted to a results file into `rates.json` beside
+this file, under the compute capability of the GPU that was measured; an architecture that is not in there keeps the
+predicted ones.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
+from importlib.resources import files
+from typing import Any
+
+from gpu_rnn.devices import Device
+
+
+@dataclass(frozen=True)
+class Resident:
+    """Of `launch/resident.py`."""
+
+    instructions: float = 10.0  # for a unit and operation: the 90 a unit of an LSTM's time loop, built for sm_90, over 9
+    backward: float = 1.4  # times as many in the backward loop; likewise
+    latency: float = 700.0  # cycles that nothing hides: product, two barriers, exchange of h, activations in a row
+    start: float = 1e-5  # seconds: launches of projection and kernel
+    tensor_share: float = 0.6  # of the tensor cores' peak rate that 16-row instructions reach; by others, on an H100
+    projection: float = 1.0  # times what the projection takes at the peak rate, which is the least
+
+
+@dataclass(frozen=True)
+class Group:
+    """Of `launch/group_choice.py`."""
+
+    # By others, on an H100; see kernels/README.md.
+    tensor_latency: float = 33.0  # cycles from one such instruction to the next that needs its sum
+    tensor_share: float = 0.6  # as the resident kernel's
+    l2_bytes: float = 37.0  # per cycle that reach one multiprocessor while all read
+    hop: float = 6e-7  # seconds from a store to its sight in another block, beside the words' own way
+    latency: float = 400.0  # cycles in a row that nothing hides: barrier, activations, rounding
+    instructions: float = 3.0  # for a unit and operation of the program
+    shuffled: float = 1.5  # full fp32: times the multiplications alone, for the shuffles beside them
+    start: float = 1.2e-5  # seconds: launches of projection, of the exchange's clearing and of the kernel
+    projection: float = 1.0  # as the resident kernel's
+
+
+@dataclass(frozen=True)
+class Aten:
+    """Of `launch/aten.py`."""
+
+    # Seconds: two launches a step outside cuDNN's persistent kernels, and inside them the published 1.96 µs (fp16, H 768,
+    # B 16, T 1024 on an H100, FlashRNN's table).
+    step: float = 6e-6
+    persistent_step: float = 2e-6
+    products: float = 1.0  # times what all products take at the peak rate
+
+
+@dataclass(frozen=True)
+class Step:
+    """Of `launch/step.py`."""
+
+    step: float = 8e-6  # seconds; above ATen's on purpose: while nothing is measured, what cuDNN can run stays there
+    products: float = 1.0  # as ATen's
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Of `launch/plain.py`."""
+
+    operation: float = 8e-6  # seconds for a small torch operation: a call on a CPU, a launch on a GPU
+
+
+@dataclass(frozen=True)
+class Rates:
+    """The constants of all models on one architecture. `source` says where from, in words for a user."""
+
+    source: str = "predicted"
+    resident: Resident = field(default_factory=Resident)
+    group: Group = field(default_factory=Group)
+    aten: Aten = field(default_factory=Aten)
+    step: Step = field(default_factory=Step)
+    reference: Reference = field(default_factory=Reference)
+
+    @property
+    def fitted(self) -> bool:
+        return self != PREDICTED
+
+    def having(self, constants: Mapping[str, Mapping[str, float]], source: str) -> Rates:
+        """The same with other constants of some backends.
+
+        Raises:
+            TypeError: a backend or a constant that no model has.
+        """
+        changed: dict[str, Any] = {name: replace(getattr(self, name), **given) for name, given in constants.items()}
+        return replace(self, source=source, **changed)
+
+
+PREDICTED = Rates()
+BACKENDS = tuple(each.name for each in fields(Rates) if each.name != "source")
+FILE = files("gpu_rnn.launch") / "rates.json"
+
+
+def of(device: Device) -> Rates:
+    """The constants on a device: those fitted on its architecture, or the predicted ones."""
+    return _by_capability().get(device.capability, PREDICTED)
+
+
+@lru_cache(maxsize=1)
+def _by_capability() -> dict[tuple[int, int], Rates]:
+    found = {}
+    for capability, entry in json.loads(FILE.read_text()).items():
+        major, minor = map(int, capability.split("."))
+        found[major, minor] = PREDICTED.having(entry["constants"], source_of(entry))
+    return found
+
+
+def source_of(entry: Mapping[str, Any]) -> str:
+    """Where an entry of the file comes from, such as "fitted to benchmarks/results/…/….csv (NVIDIA H100, commit 0123abc)"."""
+    return f"fitted to {', '.join(entry['results'])} ({entry['device']}, commit {entry['commit'][:7]})"
