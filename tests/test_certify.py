@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`benchmarks/certify.py` and the soak: what is broken is found and said, and nothing that was not run counts."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cuda_cpu.machines import NEEDS_COMPILER
+
+from gpu_rnn.launch import step
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "benchmarks"))  # a folder of scripts, which import each other by name
+
+import certificate  # noqa: E402
+import certify  # noqa: E402
+import record  # noqa: E402
+import soak  # noqa: E402
+import soak_cases  # noqa: E402
+from certificate import FAILED, NOT_RUN, PASSED, Outcome  # noqa: E402
+from certify import Command, Step  # noqa: E402
+
+PRIMITIVES = ("-m", "cuda_cpu", "tests/test_cuda_primitives.py", "-k")
+CRASH = "import record, os; w = record.Writer(os.environ[record.RECORD]); w.end('a', 'passed'); w.begin('b'); os.abort()"
+
+
+def certified(steps: tuple[Step, ...], folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, Any]:
+    """certify.py's exit status and its certificate, with these steps in the place of the emulated ones."""
+    monkeypatch.setattr(certify, "steps_on_cpu", lambda soak: steps)
+    status = certify.main(["--device", "cpu", "--out", str(folder), *arguments])
+    return status, json.loads((folder / "certificate.json").read_text())
+
+
+def code(text: str) -> Command:
+    return Command(("-c", text))
+
+
+@pytest.mark.cuda_cpu
+@NEEDS_COMPILER
+def test_all_steps_with_an_emulated_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = tuple(certify.pytest(*PRIMITIVES, "shuffles", **{record.SHARD: f"{k}/2"}) for k in (0, 1))
+    steps = (
+        Step("primitives", "", (certify.pytest(*PRIMITIVES, "indices"),), 100, decisive=True),
+        Step("matrix", "", shards, 100),
+        Step("sanitizer", "", (), 100, impossible="no such tool"),
+        certify.steps_on_cpu(0.1)[-1],
+    )
+    status, found = certified(steps, tmp_path, monkeypatch)
+    assert status == 0
+    assert [s["status"] for s in found["steps"]] == [PASSED, PASSED, NOT_RUN, PASSED]
+    assert [s["passed"] for s in found["steps"][:3]] == [1, 3, 0]
+    assert found["steps"][3]["passed"] >= 1 and found["steps"][3]["notes"]["seed"] >= 0
+    assert found["steps"][3]["notes"]["compared"]["step alone"] >= 1
+    assert found["torch"] == torch.__version__ and found["date"] and found["device"]
+    text = (tmp_path / "certificate.md").read_text()
+    assert text.startswith("**emulated: no GPU, not a certificate, no timings; sanitizer not run**")
+    assert "no such tool" in text and f"seed: {found['steps'][3]['notes']['seed']}" in text
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_every_step_names_a_file_that_is_there(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = certify.steps_on_gpu(60) if device == "gpu" else certify.steps_on_cpu(60)
+    assert [s.name for s in steps] == ["primitives", "matrix", "sanitizer", "deadline", "soak"]
+    named = [a for s in steps for command in s.commands for a in command.arguments if a.endswith(".py")]
+    assert named and all((ROOT / name).exists() for name in named)
+    if device == "gpu":
+        assert sum(s.limit for s in steps) <= 600 - 130  # the Makefile's time for the benchmark
+        assert len(steps[1].outcome.commands) == 1  # of all shards
+
+
+def test_a_step_that_fails_ends_what_depends_on_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "test_broken.py"
+    broken.write_text("import pytest\ndef test_a(): pass\ndef test_b(): assert 1 == 2\n@pytest.mark.skip(reason='no x')\ndef test_c(): 0\n")
+    steps = (
+        Step("primitives", "", (certify.pytest(str(broken), "-p", "no:cacheprovider"),), 60, decisive=True),
+        Step("matrix", "", (code("raise SystemExit('never')"),), 60),
+    )
+    status, found = certified(steps, tmp_path, monkeypatch)
+    first, second = found["steps"]
+    assert status == 1
+    assert (first["status"], first["passed"], first["failed"], first["skips"]) == (FAILED, 1, 1, {"no x": 1})
+    assert "assert 1 == 2" in first["failures"][0]["detail"] and "test_b" in first["failures"][0]["repeat"]
+    assert (second["status"], second["reason"]) == (NOT_RUN, "primitives failed")
+    assert found["verdict"].endswith("primitives failed, matrix not run")
+    assert "nothing else is checked" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "reason"),
+    [
+        (CRASH, FAILED, "crashed, SIGABRT in b"),
+        ("import time; time.sleep(60)", FAILED, "not done after 2 s"),
+        ("raise SystemExit(3)", FAILED, "exit status 3, and nothing that failed was named"),
+        ("pass", NOT_RUN, "nothing ran"),
+    ],
+)
+def test_a_step_that_does_not_end_well(
+    command: str, status: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(certify, "GRACE", 0.5)
+    _, found = certified((Step("matrix", "", (code(command),), 2),), tmp_path, monkeypatch)
+    assert (found["steps"][0]["status"], found["steps"][0]["reason"]) == (status, reason)
+    assert found["verdict"].endswith(f"matrix {status}")
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_says_so(sent: signal.Signals, tmp_path: Path) -> None:
+    script = (
+        "import sys, signal; sys.path.insert(0, 'benchmarks'); import certify;"
+        "signal.signal(signal.SIGINT, signal.default_int_handler);"  # a shell's background children ignore it
+        "wait = certify.Command(('-c', 'import time; print(1, flush=True); time.sleep(60)'));"
+        "certify.steps_on_cpu = lambda soak: tuple(certify.Step(n, '', (wait,), 60, own_bar=True) for n in 'ab');"
+        f"sys.exit(certify.main(['--device', 'cpu', '--out', {str(tmp_path)!r}]))"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        while process.stdout.readline() != "1\n":
+            assert process.poll() is None
+        partial = json.loads((tmp_path / "certificate.json").read_text())
+        assert partial["verdict"].endswith("a failed, b not run")  # even if nothing more were written
+        time.sleep(0.1)
+        process.send_signal(sent)
+        assert process.wait(30) == 130
+    found = json.loads((tmp_path / "certificate.json").read_text())
+    assert [s["reason"] for s in found["steps"]] == ["interrupted", "not reached"]
+    assert found["verdict"].endswith("a failed, b not run")
+
+
+@pytest.mark.parametrize(
+    ("statuses", "said"),
+    [
+        ((PASSED, PASSED), "certified"),
+        ((PASSED, NOT_RUN), "not certified: b not run"),
+        ((FAILED, NOT_RUN), "not certified: a failed, b not run"),
+        ((), "not certified: no step"),
+    ],
+)
+def test_the_verdict(statuses: tuple[str, ...], said: str) -> None:
+    outcomes = [Outcome(name, "", [], status) for name, status in zip("ab", statuses, strict=False)]
+    assert certificate.verdict(outcomes, emulated=False) == said
+    assert certificate.verdict(outcomes, emulated=True).startswith(certificate.EMULATED)
+
+
+def test_steps_that_are_left_out_were_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = (Step("matrix", "", (code("raise SystemExit(1)"),), 9), Step("soak", "", (code("pass"),), 9))
+    _, found = certified(steps, tmp_path, monkeypatch, "--only", "soak")
+    assert [s["reason"] for s in found["steps"]] == ["left out by --only", "nothing ran"]
+    assert certify.main(["--device", "cpu", "--only", "sok"]) == 2
+    assert "no step 'sok'; there are matrix, soak" in capsys.readouterr().err
+
+
+def scaled(*arguments: Any, forward: Callable[..., Any] = step.forward) -> Any:
+    result = forward(*arguments)
+    return result._replace(y=result.y * 1.05)
+
+
+def unwritten(*arguments: Any, forward: Callable[..., Any] = step.forward) -> Any:
+    result = forward(*arguments)
+    y = result.y.new_empty(result.y.shape)  # full of NaN in the soak
+    y[:-1] = result.y[:-1]
+    return result._replace(y=y)
+
+
+def wrong_gradient(*arguments: Any, backward: Callable[..., Any] = step.backward) -> Any:
+    found = backward(*arguments)
+    return found._replace(d_gates=found.d_gates * 1.05)
+
+
+def raises(*arguments: Any) -> Any:
+    raise RuntimeError("the device is on fire\nand more")
+
+
+@pytest.mark.parametrize(
+    ("what", "replacement", "said"),
+    [
+        ("forward", scaled, "step alone: "),
+        ("forward", unwritten, "is off by nan"),
+        ("backward", wrong_gradient, "step alone: d "),
+        ("forward", raises, "step: RuntimeError: the device is on fire"),
+    ],
+)
+def test_the_soak_finds_a_broken_backend(
+    what: str, replacement: Callable[..., Any], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(soak, "BACKENDS", ("step",))
+    path = tmp_path / "record"
+    monkeypatch.setenv(record.RECORD, str(path))
+    arguments = ["--device", "cpu", "--seed", "1", "--seconds", "0.5"]
+    assert soak.main(arguments) == 0
+    assert record.read(path).count("passed") >= 3
+    path.unlink()
+    monkeypatch.setattr(step, what, replacement)
+    assert soak.main(arguments) == 1
+    failures = record.read(path).of("failed")
+    assert len(failures) >= 0.8 * len(record.read(path).ends)  # a case without gates' gradients may hide one
+    assert said in failures[0]["detail"]
+    path.unlink()
+    again = failures[-1]["repeat"].split("soak.py ")[1].split()
+    assert soak.main(again) == 1
+    assert record.read(path).of("failed") == failures[-1:]
+
+
+def test_a_case_follows_from_its_seed_and_number() -> None:
+    cases = [soak_cases.draw(5, number, "cuda") for number in range(300)]
+    assert cases == [soak_cases.draw(5, number, "cuda") for number in range(300)]
+    assert cases != [soak_cases.draw(6, number, "cuda") for number in range(300)]
+    assert {name for case in cases for name in case.options} == set(soak_cases.option_calls.OPTIONS)
+    assert {case.precision for case in cases} == set(soak.PRECISIONS)
+    assert {case.heads for case in cases} == {1, 2, 3} and {case.captured for case in cases} == {False, True}
+    for case in cases:
+        assert case.recurrence.gates  # every combination of cell and activations exists
+
+
+@pytest.mark.gpu
+def test_the_soak_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "record"
+    monkeypatch.setenv(record.RECORD, str(path))
+    assert soak.main(["--seconds", "10"]) == 0, record.read(path).of("failed")
+    ways = record.read(path).notes["compared"]
+    assert any(name.endswith("replayed") for name in ways) or any(name.endswith("stream") for name in ways)
