@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import subprocess
 import sys
 import time
@@ -184,10 +185,19 @@ def test_every_option_is_checked_against_the_truth_with_the_option(dtype: str, t
     status, rows = measured(tmp_path, *arguments.split())
     assert status == 0, [row for row in rows if row["status"] != "ok"]
     assert {row["option"] for row in rows} == {"", *options.OPTIONS}
-    assert {row["worst"] for row in rows} & {"d_weight_peephole_l0", "d_norm_hh_l0"} or dtype == "bf16"
     assert all(row["median_us"] for row in rows)
-    # Without a GPU there is no floor, and the models' predictions are none of a GPU.
-    assert not any(row["floor_us"] or row["of_floor"] for row in rows)
+    assert not any(row["floor_us"] or row["of_floor"] for row in rows)  # which only a GPU has
+
+
+def test_masks_of_the_check_are_drawn_in_one_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    def drawn(like: torch.Tensor, probability: float, shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.full(shape, float(like.dtype == torch.float32), dtype=like.dtype)  # a GPU's draws differ by dtype
+
+    monkeypatch.setattr(gpu_rnn.regularization, "recurrent_mask", drawn)
+    with options.same_masks(0):
+        for dtype in (torch.bfloat16, torch.float64):
+            mask = gpu_rnn.regularization.recurrent_mask(torch.empty(1, dtype=dtype), 0.5, (2, 3))
+            assert mask.dtype == dtype and bool((mask == 1).all())
 
 
 @pytest.mark.parametrize("option", ["recurrent_dropout_per_gate", "zoneout"])
@@ -313,6 +323,16 @@ def test_names_are_unique_and_known() -> None:
             assert (
                 set(p.dtypes) <= variants.DTYPES.keys() and set(p.directions) <= set(problems.BOTH) and p.note
             )
+
+
+def test_the_table_of_sets_counts_their_cases() -> None:
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    table = [line.split("|")[1:3] for line in text.split("| set |")[1].split("\n\n")[0].splitlines()[2:]]
+    counts = {tuple(re.findall(r"`(.+?)`", names)): int(count) for names, count in table}
+    assert {name for names in counts for name in names} == problems.SETS.keys()
+    for names, count in counts.items():
+        found = (p for name in names for p in problems.SETS[name])
+        assert sum(len(p.dtypes) * len(p.directions) for p in found) == count
 
 
 def test_calls_take_turns() -> None:
