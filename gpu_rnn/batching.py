@@ -13,11 +13,11 @@ from gpu_rnn.execution import Options
 from gpu_rnn.layout import FIRST_CONTROL, FIRST_STATE, WEIGHTS
 from gpu_rnn.program import Program
 
-W_HH, LENGTHS = 2, FIRST_CONTROL
+W_HH, W_BETWEEN, LENGTHS = 2, WEIGHTS, FIRST_CONTROL
 Dims = Sequence[int | None]
 
-BATCH: list[int | None] = [0, 1, 0, 2]  # where B stands in each of `Control`
-MEMBERS: list[int | None] = [None, 2, 1, 3]  # where N stands
+BATCH: list[int | None] = [0, 1, 0, 2, 2]  # where B stands in each of `Control`
+MEMBERS: list[int | None] = [None, 2, 1, 3, None]  # where N stands; a stack's members run one by one
 
 
 def split(text: str, options: Options, tensors: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], list[Any]]:
@@ -46,7 +46,7 @@ def backward(
     function: Any, size: int, in_dims: Dims, text: str, options: Options, tensors: Sequence[Any]
 ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
     """Backward over a mapped axis: always into N, since each member has weight gradients of its own."""
-    if in_dims[LENGTHS] is not None:
+    if in_dims[LENGTHS] is not None or tensors[W_BETWEEN] is not None:
         return _one_by_one(function, size, in_dims, text, options, tensors)
     states = len(Program.parse(text).states)
     row, _, _ = split(text, options, tensors)
@@ -114,7 +114,7 @@ def _into_batch(size: int, in_dims: Dims, row: Sequence[Any], states: int) -> li
 def _one_by_one(
     function: Any, size: int, in_dims: Dims, text: str, options: Options, tensors: Sequence[Any]
 ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
-    """Where the members have lengths and weights of their own: no one launch holds them."""
+    """Where no one launch holds the members: they have lengths and weights of their own, or are whole stacks."""
     found = []
     for index in range(size):
         own = [t if dim is None else t.select(dim, index) for t, dim in zip(tensors, in_dims, strict=True)]

@@ -20,7 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 
-from gpu_rnn import choices, devices
+from gpu_rnn import choices, devices, diagonals
 from gpu_rnn.choices import Question, Times
 from gpu_rnn.launch import aten, group, plain, resident, step
 from gpu_rnn.launch.rates import Rates
@@ -33,7 +33,8 @@ BACKENDS: dict[str, ModuleType] = {
     "step": step,
     "reference": plain,
 }
-LOOPS = ("resident", "group", "step", "reference")
+KERNELS = ("resident", "group", "step")
+LOOPS = (*KERNELS, "reference")
 """The backends that run one layer's time loop; the ATen row takes whole stacks."""
 
 log = logging.getLogger("gpu_rnn")
@@ -180,7 +181,60 @@ def total_cost(
 
 
 def _cost(problem: Problem, name: str, given: Rates | None) -> float:
-    return float(BACKENDS[name].cost(problem, given))
+    """Seconds for one pass; of a stack on a loop the less of layer after layer and of a wavefront."""
+    module = BACKENDS[name]
+    alone = float(module.cost(problem, given))
+    if name not in KERNELS or not diagonals.possible(problem):
+        return alone
+    if module.unsupported(diagonals.launched(problem, problem.T, problem.layers)):
+        return alone
+    return min(alone, diagonals.plan(problem, lambda part: module.cost(part, given))[1])
+
+
+def wavefront(problem: Problem, backend: str = "auto") -> tuple[str, int]:
+    """The loop that a stack runs on as a wavefront in one pass, and the chunk of steps that is predicted to be the best.
+
+    Where none is predicted to gain, the chunk is the whole: layer after layer.
+    """
+    plans = _plans(problem, backend)
+    best = min(plans, key=lambda name: plans[name][1], default=None)
+    if best is None or plans[best][1] >= _one_by_one(problem, backend):
+        return select(diagonals.launched(problem, problem.T, 1), backend, LOOPS), problem.T
+    name = select(diagonals.launched(problem, plans[best][0], problem.layers), backend, LOOPS)
+    return name, plans.get(name, plans[best])[0]
+
+
+def staggers(problem: Problem, backend: str = "auto") -> bool:
+    """Whether the loops run a stack as a wavefront: where that is predicted to be faster than layer after layer."""
+    return diagonals.possible(problem) and backend != "reference" and _gain(problem, backend) > 0
+
+
+@lru_cache(maxsize=1024)
+def _gain(problem: Problem, backend: str) -> float:
+    """Seconds that a wavefront is predicted to save, of both passes in training."""
+    gain = 0.0
+    for direction in ("training", "backward") if problem.training else ("inference",):
+        one_pass = replace(problem, direction=direction)
+        plans = _plans(one_pass, backend).values()
+        gain += _one_by_one(one_pass, backend) - min((seconds for _, seconds in plans), default=math.inf)
+    return gain
+
+
+def _plans(problem: Problem, backend: str) -> dict[str, tuple[int, float]]:
+    """Of each loop that can run a stack as a wavefront, the best chunk and the seconds predicted."""
+    able = _able(diagonals.launched(problem, problem.T, problem.layers), backend)
+    return {name: diagonals.plan(problem, BACKENDS[name].cost) for name in able}
+
+
+def _one_by_one(problem: Problem, backend: str) -> float:
+    """Seconds predicted for a stack's pass layer after layer."""
+    one = replace(problem, layers=1)
+    return problem.layers * min((float(BACKENDS[name].cost(one)) for name in _able(one, backend)), default=0.0)
+
+
+def _able(problem: Problem, backend: str) -> list[str]:
+    """The loops with kernels that a backend's name may stand for and that can run a problem."""
+    return [name for name in KERNELS if backend in ("auto", name) and not BACKENDS[name].unsupported(problem)]
 
 
 @lru_cache(maxsize=1024)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from gpu_rnn import dispatch, onednn, products, reference
+from gpu_rnn import dispatch, onednn, products, reference, wavefront
 from gpu_rnn.layout import Call, Inputs, Result
 from gpu_rnn.problem import Problem, rnn_precision
 from gpu_rnn.program import Program
@@ -43,9 +43,10 @@ def _recurrence(text: str) -> Recurrence:
 
 
 def describe(text: str, options: Options, inputs: Inputs, direction: str) -> Problem:
-    """One layer as dispatch sees it."""
+    """One layer, or a stack that runs as a wavefront, as dispatch sees it."""
     x, weights, control, _, reset_values = inputs
     n, _, hidden, width = weights.w_hh.shape
+    layers, n = (1, n) if weights.w_between is None else (n, 1)
     return Problem(
         recurrence=_recurrence(text),
         T=x.shape[0],
@@ -59,8 +60,9 @@ def describe(text: str, options: Options, inputs: Inputs, direction: str) -> Pro
         direction=direction,
         precision=rnn_precision(),
         lengths=control.lengths is not None,
-        reverse=options.reverse,
+        reverse=options.reverse[:n],
         proj_size=width if weights.w_hr is not None else 0,
+        layers=layers,
         flags=control.flags is not None,
         reset_values=bool(reset_values),
         drop=0 if control.drop is None else control.drop.shape[2],
@@ -87,10 +89,14 @@ def _arithmetic(precision: str, like: Tensor) -> Iterator[None]:
 
 
 def run(text: str, options: Options, inputs: Inputs) -> Result:
-    """The forward pass of one layer on the backend that dispatch chooses."""
+    """The forward pass of one layer, or of a stack, on the backend that dispatch chooses."""
     problem = describe(text, options, inputs, "training" if options.save else "inference")
-    name = dispatch.select(problem, options.backend, dispatch.LOOPS)
     call = call_of(text, options, inputs, problem)
+    if problem.layers > 1:
+        name, chunk = dispatch.wavefront(problem, options.backend)
+        with _arithmetic(problem.precision, inputs.x), record_function(f"gpu_rnn::{name}_forward"):
+            return wavefront.forward(call, inputs.x, chunk, dispatch.BACKENDS[name], options.save, options.all_states)
+    name = dispatch.select(problem, options.backend, dispatch.LOOPS)
     if name == "reference":
         with record_function("gpu_rnn::reference_forward"):
             return reference.forward(call, inputs.x, options.save, options.all_states)
@@ -109,7 +115,11 @@ def run_backward(
 ) -> list[Tensor | None]:
     """The gradients of `Inputs.primals`."""
     problem = describe(text, options, inputs, "backward")
-    name = dispatch.select(problem, options.backend, dispatch.LOOPS)
+    stacked = problem.layers > 1
+    if stacked:
+        name, chunk = dispatch.wavefront(problem, options.backend)
+    else:
+        name = dispatch.select(problem, options.backend, dispatch.LOOPS)
     if name == "reference":
         with record_function("gpu_rnn::reference_backward"):
             return vjp(text, options, inputs, d_outputs)
@@ -120,7 +130,11 @@ def run_backward(
     d_inner = d_final.pop() if options.all_states else None
     with _arithmetic(problem.precision, inputs.x):
         with record_function(f"gpu_rnn::{name}_backward"):
-            loop = dispatch.BACKENDS[name].backward(call, saved, d_y, d_final, d_inner)
+            if stacked:
+                loop = wavefront.backward(call, saved, chunk, dispatch.BACKENDS[name], d_y, d_final, d_inner)
+                saved = wavefront.steps_first(saved)
+            else:
+                loop = dispatch.BACKENDS[name].backward(call, saved, d_y, d_final, d_inner)
         d_x, d_weights = products.gradients(call, inputs.x, saved, loop)
     found = [d_x, *d_weights, *loop.d_states, *loop.d_resets]
     return [
@@ -150,7 +164,8 @@ def pure(text: str, options: Options, inputs: Inputs) -> Callable[..., tuple[Ten
     def function(*given: Tensor) -> tuple[Tensor, ...]:
         call_inputs = filled(inputs, given)
         call = call_of(text, options, call_inputs)
-        result = reference.forward(call, call_inputs.x, all_states=options.all_states)
+        forward = reference.forward if call.weights.w_between is None else wavefront.in_torch
+        result = forward(call, call_inputs.x, all_states=options.all_states)
         return (result.y, *result.final, *([result.inner] if options.all_states else []))
 
     return function

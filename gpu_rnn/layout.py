@@ -24,9 +24,12 @@ SKIP, RESET = 1, 2  # bits of `Control.flags`
 
 
 class Weights(NamedTuple):
-    """The weights of one layer; None where the layer has none."""
+    """The weights of one layer; None where the layer has none.
 
-    w_ih: Tensor  # (N, G, H, I)
+    With `w_between`, N are the layers of a stack, which run as a wavefront (`gpu_rnn.wavefront`).
+    """
+
+    w_ih: Tensor  # (N, G, H, I); of a stack the first layer's, (1, G, H, I)
     w_hh: Tensor  # (N, G, H, P)
     b_ih: Tensor | None = None  # (N, G, H)
     b_hh: Tensor | None = None  # (N, G, H)
@@ -34,6 +37,7 @@ class Weights(NamedTuple):
     w_hr: Tensor | None = None  # (N, P, H): projection of h
     norm: Tensor | None = None  # (N, G, H): recurrent products are normalised over H, gate by gate, and scaled by this
     norm_ih: Tensor | None = None  # (N, G, H): likewise the input products
+    w_between: Tensor | None = None  # (N - 1, G, H, H): the input weights of a stack's layers after the first
 
 
 class Control(NamedTuple):
@@ -48,6 +52,7 @@ class Control(NamedTuple):
     flags: Tensor | None = None  # (T, B, N) uint8, in the order of time, each as its direction meets it
     drop: Tensor | None = None  # (B, N, 1 or G, P): factors of what enters the products
     zone: Tensor | None = None  # (S, T, B, N, H) bool: units that keep the state they entered with
+    between: Tensor | None = None  # (N - 1, T, B, H): factors of what a stack's layers take from the layers below
 
 
 PLAIN = Control()
@@ -114,6 +119,7 @@ class Call:
     reset_values: list[Tensor] = field(default_factory=list)
     reverse: str = "0"
     problem: Problem = None  # type: ignore[assignment]  # the reference needs none
+    d_gates: Tensor | None = None  # where a backward loop may put `LoopGradients.d_gates`, laid out as the saved gates
 
     @property
     def lengths(self) -> Tensor | None:

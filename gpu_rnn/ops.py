@@ -56,17 +56,19 @@ def _(*arguments: Any) -> list[Tensor]:
     *given, program, text = arguments
     x, weights, _, states, _ = Inputs.of(*given)
     options = Options.decode(text)
-    steps, batch = x.shape[:2]
     n, gates, hidden, width = weights.w_hh.shape
+    steps, batch = x.shape[:2]
+    # The layers of a stack stand first.
+    over_time = (steps, batch, n) if weights.w_between is None else (n, steps, batch)
     final = [x.new_empty(batch, n, width), *(x.new_empty(batch, n, hidden) for _ in states[1:])]
-    y = x.new_empty(steps, batch, n, width)
     inner = x.new_empty(0, dtype=state_dtype(x.dtype))
     if options.save or options.all_states:
-        inner = inner.new_empty(len(states) - 1, steps, batch, n, hidden)
+        inner = inner.new_empty(len(states) - 1, *over_time, hidden)
+    outputs = [x.new_empty(*over_time, width), *final]
     if not options.save:
-        return [y, *final, x.new_empty(0), x.new_empty(0), inner]
+        return [*outputs, x.new_empty(0), x.new_empty(0), inner]
     split = len(Program.parse(program).split)
-    return [y, *final, x.new_empty(steps, batch, n, gates, hidden), x.new_empty(steps, batch, n, split, hidden), inner]
+    return [*outputs, x.new_empty(*over_time, gates, hidden), x.new_empty(*over_time, split, hidden), inner]
 
 
 @torch.library.custom_op(

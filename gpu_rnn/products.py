@@ -106,7 +106,7 @@ def gradients(call: Call, x: Tensor, saved: Result, loop: LoopGradients) -> tupl
     d_input, d_norm_ih = d_gates, None
     if weights.norm_ih is not None:
         d_input, d_norm_ih = _through_norm(call, x, weights.norm_ih, d_gates)
-    d_x, d_w_ih = _projection(x, weights, d_input)
+    d_x, d_w_ih = _projection(x, weights, d_input[:, :, : len(weights.w_ih)])
     parts_w, parts_b = [], []
     d_b_ih = d_gates.sum((0, 1))
     for entering, rows in _entering(call, saved):
@@ -125,6 +125,7 @@ def gradients(call: Call, x: Tensor, saved: Result, loop: LoopGradients) -> tupl
         loop.d_w_hr,
         loop.d_norm,
         d_norm_ih,
+        None if weights.w_between is None else _of_layers(call, saved.y, d_gates),
     )
 
 
@@ -144,6 +145,12 @@ def _projection(x: Tensor, weights: Weights, d_gates: Tensor) -> tuple[Tensor, T
         d_w_ih = onednn.bmm(d_flat.T[None], x.flatten(0, 1)[None]).view_as(weights.w_ih)
         return onednn.bmm(d_flat[None], w_flat[None]).view_as(x), d_w_ih
     return torch.einsum("tbngh,nghi->tbni", d_gates, weights.w_ih), over_steps(d_gates, x)
+
+
+def _of_layers(call: Call, y: Tensor, d_gates: Tensor) -> Tensor:
+    """The gradient of a stack's input weights between its layers."""
+    between, below = call.control.between, y[:, :, :-1]
+    return over_steps(d_gates[:, :, 1:], below if between is None else below * between.movedim(0, 2))
 
 
 def over_steps(d_product: Tensor, entering: Tensor) -> Tensor:

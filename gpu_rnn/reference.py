@@ -29,6 +29,14 @@ from gpu_rnn.normalisation import normalised
 from gpu_rnn.program import Program, lookup
 
 
+def input_bias(weights: Weights, program: Program) -> Tensor | None:
+    """(N, G, H): b_ih, with b_hh added where a gate is a sum."""
+    if weights.b_ih is None or weights.b_hh is None:
+        return None
+    pairs = zip(program.gates, weights.b_ih.unbind(1), weights.b_hh.unbind(1), strict=True)
+    return torch.stack([own + other if gate in program.summed else own for gate, own, other in pairs], 1)
+
+
 def project(
     x: Tensor,
     weights: Weights,
@@ -39,10 +47,7 @@ def project(
 
     x (T, B, I) or (T, B, N, I) -> (T, B, N, G, H).
     """
-    bias = None
-    if weights.b_ih is not None and weights.b_hh is not None:
-        pairs = zip(program.gates, weights.b_ih.unbind(1), weights.b_hh.unbind(1), strict=True)
-        bias = torch.stack([own + other if gate in program.summed else own for gate, own, other in pairs], 1)
+    bias = input_bias(weights, program)
     if x.dim() == 3:  # one product for all N
         within = None if bias is None or weights.norm_ih is not None else bias.flatten()
         gates = linear(x, weights.w_ih.flatten(0, 2), within).unflatten(-1, weights.w_ih.shape[:3])

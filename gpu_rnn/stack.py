@@ -177,6 +177,8 @@ class Stack(NamedTuple):
         self, x: Tensor, states: States, weights: Sequence[Tensor], controls: Controls
     ) -> tuple[Tensor, States, States]:
         """x (T, B, I), states (D·layers, B, ·) -> y (T, B, D·P), final states, all states (T, D·layers, B, ·)."""
+        if self._staggered(x, weights, controls):
+            return self._wavefront(x, states, weights, controls)
         text = self.recurrence.text(self.recurrence.identity)
         options = Options(self.backend, self.reverse, all_states=self.all_states)
         flags = controls.flags(self.reverse, x.shape[0], self.all_states)
@@ -196,6 +198,40 @@ class Stack(NamedTuple):
                 x = F.dropout(x, self.dropout)
         joined = tuple(torch.cat(parts) for parts in zip(*final, strict=True))
         return x, joined, tuple(torch.cat(parts, 1) for parts in zip(*every, strict=True))
+
+    def _staggered(self, x: Tensor, weights: Sequence[Tensor], controls: Controls) -> bool:
+        """Whether the layers run as a wavefront. What is compiled decides as it runs: its T may be any."""
+        if self.num_layers == 1 or self.bidirectional or self.norm or self.proj_size:
+            return False
+        if torch.compiler.is_compiling():
+            return x.is_cuda and self.backend != "reference" and not x.is_complex()
+        problem = self.problem(x, None, weights, x.shape[0], x.shape[1], False, controls)
+        return dispatch.staggers(problem, self.backend)
+
+    def _wavefront(
+        self, x: Tensor, states: States, weights: Sequence[Tensor], controls: Controls
+    ) -> tuple[Tensor, States, States]:
+        """As `_layers`: all layers by one operation, along N."""
+        steps, reverse = x.shape[0], "0" * self.num_layers
+        flags = controls.flags(self.reverse, steps, all_states=True)  # each layer of a launch is at other steps
+        control, reset_values = controls.of_layer(slice(None), reverse, steps, flags)
+        lowest, *others = (self._canonical(weights, number) for number in range(self.num_layers))
+        own = zip(*(each[1:] for each in (lowest, *others)), strict=True)
+        rest: list[Any] = [None if parts[0] is None else torch.cat(parts) for parts in own]
+        joined = Weights(lowest.w_ih, *rest)._replace(w_between=torch.cat([each.w_ih for each in others]))
+        if self.dropout:  # drawn as layer after layer would draw it
+            like = x.new_ones(*x.shape[:2], self.hidden(weights))
+            control = control._replace(between=torch.stack([F.dropout(like, self.dropout) for _ in others]))
+        inputs = Inputs(x, joined, control, [state.transpose(0, 1) for state in states], list(reset_values))
+        options = Options(self.backend, reverse, all_states=self.all_states)
+        every, after, inner = autograd.layer(self.recurrence.text(self.recurrence.identity), options, inputs)
+        y, final = every[-1], tuple(state.transpose(0, 1) for state in after)
+        if controls.lengths is not None:
+            valid = controls.valid(steps)
+            y = y if valid is None else torch.where(valid.unsqueeze(-1), y, 0)
+        if not self.all_states:
+            return y, final, ()
+        return y, final, tuple(state.transpose(0, 1) for state in (every, *inner.to(y.dtype)))
 
     def inputs(
         self,

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpu_rnn import cache, tuning
-from gpu_rnn.launch import nvrtc
+from gpu_rnn import cache, dispatch, tuning
+from gpu_rnn.launch import group, nvrtc
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it at import: one kind a process
 
@@ -61,3 +61,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def with_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The choice on a described GPU does not depend on what is installed here."""
+    monkeypatch.setattr(nvrtc, "unavailable", lambda: "")
+    monkeypatch.setattr(group, "prepare", lambda problem: None)
+    dispatch._select.cache_clear()
+    dispatch._gain.cache_clear()

@@ -14,7 +14,6 @@ import torch
 
 import gpu_rnn
 from gpu_rnn import cells, dispatch
-from gpu_rnn.launch import group, nvrtc
 from gpu_rnn.launch.group_choice import choose, floor
 from gpu_rnn.problem import Problem
 
@@ -27,14 +26,6 @@ STEPS = 1000
 def problem(hidden: int, batch: int, direction: str) -> Problem:
     given = Problem(cells.lstm(), STEPS, batch, 1, hidden, hidden, torch.bfloat16, direction=direction)
     return dispatch.described(given, "H100")
-
-
-@pytest.fixture
-def with_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The choice does not depend on what is installed here."""
-    monkeypatch.setattr(nvrtc, "unavailable", lambda: "")
-    monkeypatch.setattr(group, "prepare", lambda problem: None)
-    dispatch._select.cache_clear()
 
 
 @pytest.mark.parametrize(("shape", "bounds"), list(zip(SHAPES, FLOORS, strict=True)))

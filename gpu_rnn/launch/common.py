@@ -37,6 +37,13 @@ def summed(call: Call, found: LoopGradients) -> LoopGradients:
     return found._replace(d_params=None if shares is None else shares.sum(0))
 
 
+def like_gates(call: Call, gates: Tensor) -> Tensor:
+    """Where the gradients of the gates go. With their strides, gaps too: the kernels have one set of offsets for both."""
+    if call.d_gates is not None and call.d_gates.stride() == gates.stride():
+        return call.d_gates
+    return torch.empty_strided(gates.shape, gates.stride(), dtype=gates.dtype, device=gates.device)
+
+
 def bits(reverse: str) -> tuple[int, int]:
     """`reverse` as a bit mask over its shortest period, and that period."""
     lengths = (p for p in range(1, len(reverse) + 1) if reverse[:p] * (len(reverse) // p) == reverse)

@@ -243,8 +243,7 @@ def prepare_backward(
     program, weights, states = call.program, call.weights, call.states
     _, batch, n, _, hidden = saved.gates.shape
     gates, d_y = rows(saved.gates), rows(d_y)
-    # With the strides of the gates, gaps too: the kernel has one set of offsets for both.
-    d_gates = torch.empty_strided(gates.shape, gates.stride(), dtype=gates.dtype, device=gates.device)
+    d_gates = common.like_gates(call, gates)
     d_recurrent = gates.new_empty(saved.recurrent.shape)
     d_initial = gates.new_empty(len(states), batch, n, hidden)
     shares = choice.groups * choice.layout.along if program.params else 0
