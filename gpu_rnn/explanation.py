@@ -27,6 +27,8 @@ class Explanation:
 
     problem: Problem
     rows: tuple[Row, ...]
+    backend: str = "auto"
+    """What the layer was made with."""
 
     @property
     def chosen(self) -> str | None:
@@ -34,12 +36,19 @@ class Explanation:
         return next((row.backend for row in self.rows if row.chosen), None)
 
     @property
+    def chunks(self) -> tuple[int, ...]:
+        """The steps that a stack's layers run together, forward and in training backward; none where each runs alone."""
+        problem = self.problem
+        if self.chosen not in dispatch.KERNELS or not dispatch.staggers(problem, self.backend):
+            return ()
+        return tuple(dispatch.wavefront(replace(problem, direction=d), self.backend)[1] for d in _passes(problem))
+
+    @property
     def floor_us(self) -> float | None:
         """The least microseconds per time step of one layer's loop with W_hh on chip; None where that does not fit."""
         if not self.problem.device.is_gpu:
             return None
-        passes = ("training", "backward") if self.problem.direction == "training" else (self.problem.direction,)
-        floors = [floor(replace(self.problem, direction=direction)) for direction in passes]
+        floors = [floor(replace(self.problem, direction=direction)) for direction in _passes(self.problem)]
         return None if None in floors else 1e6 * sum(seconds or 0.0 for seconds in floors)
 
     def __str__(self) -> str:
@@ -53,6 +62,8 @@ class Explanation:
             first, *others = (*notes, *row.reasons) or ("",)
             lines.append(f"{row.backend:10} {verdict:8} {'' if figure is None else f'{figure:.2f}':>8}  {first}".rstrip())
             lines += [f"{'':30}{reason}" for reason in others]
+        if self.chunks:
+            lines.append(f"layers run as a wavefront, steps at a time: {', '.join(map(str, self.chunks))}")
         if self.floor_us is not None:
             lines.append(f"{'floor':10} {'':8} {self.floor_us:8.2f}  of a layer's time loop, with W_hh on chip")
         return "\n".join([*lines, f"µs/step: {self._origin}"])
@@ -63,6 +74,11 @@ class Explanation:
         known = rates.of(self.problem.device)
         model = f"by cost models {known.source}" if known.fitted else "predicted by each backend's cost model, not measured"
         return model + ", unless a line says otherwise" * any(row.measured_us is not None for row in self.rows)
+
+
+def _passes(problem: Problem) -> tuple[str, ...]:
+    """The directions of the passes that a call makes."""
+    return ("training", "backward") if problem.direction == "training" else (problem.direction,)
 
 
 def sizes(p: Problem) -> str:
@@ -101,7 +117,7 @@ def explain(
     problem = problem_of(layer, x, call, "explain")
     if device is not None:
         problem = dispatch.described(problem, device)
-    return Explanation(problem, tuple(dispatch.explain(problem, layer.backend)))
+    return Explanation(problem, tuple(dispatch.explain(problem, layer.backend)), layer.backend)
 
 
 def problem_of(layer: LayerBase, x: Tensor | PackedSequence | None, call: dict[str, Any], asker: str) -> Problem:

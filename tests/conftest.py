@@ -21,7 +21,8 @@ def marked(item: pytest.Item, *names: str) -> bool:
 
 def pytest_configure() -> None:
     """What a developer tuned decides no test, and tests, which tune and forget, change nothing of the developer's."""
-    os.environ["GPU_RNN_CACHE"] = str(Path(__file__).resolve().parent.parent / "build" / "cache")
+    kind = "interpreter" if INTERPRETING else "compiled"  # whose processes run side by side
+    os.environ["GPU_RNN_CACHE"] = str(Path(__file__).resolve().parent.parent / "build" / f"cache-{kind}")
     tuning.forget()
 
 

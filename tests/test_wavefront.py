@@ -293,6 +293,15 @@ def test_where_a_stack_is_staggered() -> None:
     assert dispatch.total_cost(inference, name) == diagonals.plan(inference, dispatch.BACKENDS[name].cost)[1]
 
 
+def test_explain_says_so() -> None:
+    layer = gpu_rnn.LSTM(384, 384, 5, dtype=torch.float16, device="meta")
+    x = torch.empty(1600, 64, 384, dtype=torch.float16, device="meta")
+    found = gpu_rnn.explain(layer, x, device="H100")
+    assert len(found.chunks) == 2 and all(1 < chunk < 1600 for chunk in found.chunks)
+    assert f"layers run as a wavefront, steps at a time: {found.chunks[0]}, {found.chunks[1]}" in str(found)
+    assert gpu_rnn.explain(layer, x).chunks == gpu_rnn.explain(layer, x, device="CPU").chunks == ()
+
+
 # Of the applications in benchmarks/problems.py: (input, hidden, layers, T, B), LSTM, fp16.
 STACKS = {
     "nanopore": (384, 384, 5, 1600, 64),
