@@ -117,5 +117,6 @@ def _by_capability() -> dict[tuple[int, int], Rates]:
 
 
 def source_of(entry: Mapping[str, Any]) -> str:
-    """Where an entry of the file comes from, such as "fitted to benchmarks/results/…/….csv (NVIDIA H100, commit 0123abc)"."""
-    return f"fitted to {', '.join(entry['results'])} ({entry['device']}, commit {entry['commit'][:7]})"
+    """Where an entry of the file comes from, in words."""
+    commits = ", ".join(commit[:7] for commit in entry["commits"])
+    return f"fitted to {', '.join(entry['results'])} ({entry['device']}, measured of {commits})"

@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fits the constants of the cost models to results of one GPU, and says what the choices that follow from them lose.
+
+python benchmarks/fit.py benchmarks/results/<gpu>/*.csv            prints errors, constants and regret, before and after
+python benchmarks/fit.py benchmarks/results/<gpu>/*.csv --write    and writes gpu_rnn/launch/rates.json
+
+Regret is the time of the backend that dispatch would choose by that of the fastest measured of ours, less 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import groupby
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import comparison
+import numpy as np
+import results
+import torch
+import variants
+from machine import ROOT
+from problems import Problem as Layer
+from scipy.optimize import least_squares
+
+from gpu_rnn import devices, dispatch
+from gpu_rnn.devices import Device
+from gpu_rnn.launch import nvrtc, rates
+from gpu_rnn.launch.rates import Rates
+from gpu_rnn.problem import Problem
+
+RESULTS = ROOT / "benchmarks" / "results"
+SCATTER = 0.05  # an error of a row that counts as one unit: a few times what the same call differs by between runs
+DOUBT = math.log(2)  # a change of a constant that counts as much: predictions are trusted to a factor of 2
+FARTHEST = 4.0  # times more or less than predicted; a fit that ends there says that the model is wrong
+DIGITS = 4  # of a constant that is written
+REGRET = 0.05  # that a choice may have
+WORST = 8  # rows that are listed
+# Of one family, but with other rates than the device described under that name.
+UNLIKE = re.compile(r"\b(MIG|PCIe|NVL|Laptop|Ti|D|Max-Q)\b")
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A measured row of one of our backends."""
+
+    case: results.Case
+    backend: str
+    problem: Problem
+    seconds: float
+
+    def predicted(self, given: Rates) -> float:
+        """Seconds by the model; a row asks for its backend by name, so that both passes run on it."""
+        return dispatch.total_cost(self.problem, self.backend, (self.backend,), given)
+
+    def error(self, given: Rates) -> float:
+        """The logarithm of predicted by measured."""
+        return math.log(self.predicted(given) / self.seconds)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The backend that dispatch would choose for a case, of those measured."""
+
+    case: results.Case
+    chosen: str
+    fastest: str
+    regret: float
+
+    @property
+    def ratio(self) -> float | None:
+        """torch.nn's time by that of the chosen; None where torch.nn has none."""
+        theirs = self.case.theirs
+        return _seconds(theirs) / _seconds(self._row) if results.timed(theirs) else None
+
+    @property
+    def _row(self) -> results.Row:
+        return next(row for row in self.case.rows if row["variant"] == self.chosen)
+
+    @property
+    def complaint(self) -> str:
+        """What is wrong with the choice; empty where it is right."""
+        if self.regret > REGRET:
+            return f"{self.case}: {self.chosen} is chosen, {100 * self.regret:.0f} % above {self.fastest}"
+        if self.ratio is not None and self.ratio < results.NOISE:
+            return f"{self.case}: {self.chosen} is chosen, at {self.ratio:.2f} times torch.nn's speed"
+        return ""
+
+
+def read(files: Iterable[Path]) -> list[Timed]:
+    """The measured rows of our backends in results files of one GPU.
+
+    Raises:
+        ValueError: results of several devices, or of one that `gpu_rnn.devices` does not describe; columns are missing; no
+            row has a time; rows of the group kernel, where there is no CuPy to say what it can run.
+    """
+    files = list(files)
+    cases = results.read(files)
+    device = describe(cases[0]["device"])
+    found = [
+        Timed(case, row["variant"], problem, _seconds(row))
+        for case in cases
+        for problem in [problem_of(case, device)]
+        for row in case.rows
+        if row["variant"] in dispatch.BACKENDS and results.timed(row)
+    ]
+    if not found:
+        raise ValueError(f"{', '.join(map(str, files))}: no row of our backends has a time (status ok)")
+    if nvrtc.unavailable() and any(timed.backend == "group" for timed in found):
+        raise ValueError(f"there are rows of the group kernel, and no telling what it can run here: {nvrtc.unavailable()}")
+    return found
+
+
+def _seconds(row: results.Row) -> float:
+    return float(row["median_us"]) / 1e6
+
+
+def describe(name: str) -> Device:
+    """The described device that a driver's name means, such as "NVIDIA H100 80GB HBM3".
+
+    Raises:
+        ValueError: there is none.
+    """
+    known = [key for key in devices.DEVICES if re.search(rf"\b{key}\b", name)]
+    if not known or UNLIKE.search(name):
+        listed = ", ".join(devices.DEVICES)
+        raise ValueError(f"no rates of {name!r} to count with: describe it in gpu_rnn/devices.py, where {listed} are")
+    return devices.DEVICES[known[0]]
+
+
+def problem_of(case: results.Case, device: Device) -> Problem:
+    """The case as dispatch sees it on a device."""
+    sizes = {name: int(case[name]) for name in ("T", "B", "I", "H", "layers", "heads")}
+    both = case["bidirectional"] == "True"
+    layer = Layer(case["problem"], case["cell"], **sizes, bidirectional=both, option=case["option"])
+    asked = variants.Case(case["set"], layer, case["dtype"], case["direction"])
+    meta = torch.device("meta")
+    heads = (layer.heads,) if layer.heads > 1 else ()
+    x = torch.empty(layer.T, layer.B, *heads, layer.I, dtype=variants.DTYPES[asked.dtype], device=meta)
+    problem = comparison.explain(asked, x, asked.option.arguments(layer.T, layer.B, meta)).problem
+    precision = "ieee" if asked.dtype == "ieee" else "tf32"
+    return replace(problem, device=device, device_type="cuda", precision=precision)
+
+
+def fit(rows: Sequence[Timed]) -> dict[str, dict[str, float]]:
+    """The constants of each backend that has rows: least squares of the logarithm of time, robust against single rows,
+    held within `FARTHEST` and drawn towards what was predicted, so that few rows change little."""
+    found = {}
+    for backend in rates.BACKENDS:
+        own = [row for row in rows if row.backend == backend]
+        if own:
+            found[backend] = _fit(backend, own)
+    return found
+
+
+def _fit(backend: str, rows: Sequence[Timed]) -> dict[str, float]:
+    start = getattr(rates.PREDICTED, backend)
+    names = [each.name for each in fields(start)]
+    predicted = np.array([getattr(start, name) for name in names])
+
+    def constants(logs: np.ndarray) -> dict[str, float]:
+        return dict(zip(names, (predicted * np.exp(logs)).tolist(), strict=True))
+
+    def residuals(logs: np.ndarray) -> np.ndarray:
+        given = rates.PREDICTED.having({backend: constants(logs)}, "on trial")
+        return np.array([*(row.error(given) / SCATTER for row in rows), *(logs / DOUBT)])
+
+    bound = math.log(FARTHEST)
+    best = least_squares(residuals, np.zeros(len(names)), bounds=(-bound, bound), loss="soft_l1", x_scale=DOUBT)
+    return {name: float(f"{value:.{DIGITS}g}") for name, value in constants(best.x).items()}
+
+
+def decisions(rows: Sequence[Timed], given: Rates) -> list[Decision]:
+    """What dispatch would choose for each case, had it the backends that were measured."""
+    by_case = [list(own) for _, own in groupby(rows, key=lambda row: id(row.case))]  # as `read` has them
+    return [_decision(own, given) for own in by_case]
+
+
+def _decision(rows: Sequence[Timed], given: Rates) -> Decision:
+    loops = [row.backend for row in rows if row.backend in dispatch.LOOPS]
+    chosen = min(rows, key=lambda row: dispatch.total_cost(row.problem, row.backend, loops, given))
+    fastest = min(rows, key=lambda row: row.seconds)
+    return Decision(chosen.case, chosen.backend, fastest.backend, chosen.seconds / fastest.seconds - 1)
+
+
+def report(rows: Sequence[Timed], before: Rates, after: Rates) -> str:
+    """Errors, constants and choices, before and after."""
+    lines = [f"{rows[0].case['device']}: {len(rows)} rows. Before: {before.source}. Errors: median, 90th percentile."]
+    choices = [decisions(rows, given) for given in (before, after)]
+    for backend in rates.BACKENDS:
+        own = [row for row in rows if row.backend == backend]
+        if own:
+            spreads = " → ".join(_spread([row.error(given) for row in own]) for given in (before, after))
+            lines += [f"{backend:10} {len(own):4} rows, error {spreads}", *_changes(backend, before, after)]
+            lines += ["  chosen in " + " → ".join(_regrets(found, backend) for found in choices)]
+    worst = sorted(rows, key=lambda row: -abs(row.error(after)))[:WORST]
+    lines += ["", "The worst rows after the fit:"]
+    lines += [f"  {100 * (math.exp(row.error(after)) - 1):+4.0f} % {row.backend}, {row.case}" for row in worst]
+    for title, found in zip(("before", "after"), choices, strict=True):
+        wrong = [each.complaint for each in found if each.complaint]
+        lines += ["", f"Choices {title}: {len(found)} cases, {len(wrong)} wrong.", *(f"  {each}" for each in wrong)]
+    return "\n".join(lines)
+
+
+def _spread(errors: Sequence[float]) -> str:
+    sizes = sorted(math.exp(abs(error)) - 1 for error in errors)
+    most = quantiles(sizes, n=10, method="inclusive")[-1] if len(sizes) > 1 else sizes[0]
+    return f"{100 * median(sizes):.0f} %, {100 * most:.0f} %"
+
+
+def _changes(backend: str, before: Rates, after: Rates) -> list[str]:
+    old, new = getattr(before, backend), getattr(after, backend)
+    pairs = {each.name: (getattr(old, each.name), getattr(new, each.name)) for each in fields(old)}
+    return [f"  {name}: {was:g} → {now:g}" for name, (was, now) in pairs.items() if was != now]
+
+
+def _regrets(found: Sequence[Decision], backend: str) -> str:
+    own = [each.regret for each in found if each.chosen == backend]
+    if not own:
+        return "0 cases"
+    return f"{len(own)} cases, regret {100 * sum(own) / len(own):.1f} % on average, {100 * max(own):.0f} % at most"
+
+
+def entry(rows: Sequence[Timed], files: Sequence[Path], constants: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """What rates.json says of a GPU.
+
+    Raises:
+        ValueError: files that are not in benchmarks/results, or rows that were not measured of a commit.
+    """
+    apart = [str(path) for path in files if RESULTS not in path.resolve().parents]
+    if apart:
+        raise ValueError(f"constants are written from what lies in benchmarks/results: {', '.join(apart)} does not")
+    measured = [row for timed in rows for row in timed.case.rows if row["variant"] == timed.backend]
+    if any(row["dirty"] != "no" or not row["commit"] for row in measured):
+        raise ValueError("rows were measured with changes that no commit has: measure from a clean checkout, then --write")
+    return {
+        "device": rows[0].case["device"],
+        "results": [path.resolve().relative_to(ROOT).as_posix() for path in files],
+        "commits": sorted({row["commit"] for row in measured}),
+        "constants": constants,
+    }
+
+
+def write(device: Device, found: dict[str, Any]) -> None:
+    """Puts an entry into rates.json, in the place of an older one of the same architecture."""
+    path = Path(str(rates.FILE))
+    known = json.loads(path.read_text()) | {"{}.{}".format(*device.capability): found}
+    path.write_text(json.dumps(dict(sorted(known.items())), indent=2) + "\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Fits, prints, and writes if that is asked for. Returns 1 where the files cannot be fitted, else 0."""
+    parser = argparse.ArgumentParser(
+        prog="fit.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="what run.py wrote, of one GPU")
+    parser.add_argument("--write", action="store_true", help="write the constants into gpu_rnn/launch/rates.json")
+    options = parser.parse_args(arguments)
+    try:
+        rows = read(options.files)
+        constants = fit(rows)
+        found = entry(rows, options.files, constants) if options.write else None
+    except (OSError, ValueError) as error:
+        print(f"fit.py: {error}", file=sys.stderr)
+        return 1
+    device = rows[0].problem.device
+    print(report(rows, rates.of(device), rates.PREDICTED.having(constants, "fitted")))
+    if found:
+        write(device, found)
+        print(f"\nwrote {rates.FILE}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
