@@ -82,7 +82,7 @@ def block(gpus: Sequence[Measured], docs: str) -> list[str]:
     first, *others = sorted(gpus, key=lambda gpu: -len(gpu.ratios))
     page = f"{docs}/performance/{first.name}.md"
     lines = [
-        f"On **{first.device}** ({first.date}), torch.nn's time by ours: geometric mean (lowest to highest) of "
+        f"On **{first.device}** ({first.date}), this many times as fast as torch.nn: geometric mean (lowest to highest) of "
         f"[{len(first.ratios)} cases]({page}).",
         "",
         *by_dtype(first.cases),
@@ -119,9 +119,9 @@ def index(gpus: Sequence[Measured]) -> str:
     """docs/performance.md."""
     lines = ["# Performance", ""]
     if gpus:
-        lines += ["What was measured, by GPU: torch.nn's time by ours, as the geometric mean (lowest to highest).", ""]
+        lines += ["How many times as fast as torch.nn: geometric mean (lowest to highest) of all cases.", ""]
         rows = [[f"[{gpu.device}](performance/{gpu.name}.md)", gpu.date, figure(gpu.ratios)] for gpu in gpus]
-        lines += table(["GPU", "measured", "ratio to torch.nn"], rows)
+        lines += table(["GPU", "measured", "times as fast"], rows)
     else:
         lines += ["**Nothing has been measured on a GPU yet.** All figures are still to be measured, by", f"{HOW}."]
     return "\n".join([*lines, "", ABOUT])
