@@ -26,8 +26,10 @@ def cases(options: argparse.Namespace, device: torch.device) -> list[Case]:
     Ordered by dtype first, so that a run that is cut short has seen every problem; with --all as `problems.ORDER` says.
 
     Raises:
-        ValueError: a name that does not exist, --all beside --set, or nothing left to measure.
+        ValueError: a name that does not exist, arguments that exclude each other, or nothing left to measure.
     """
+    if options.emulate and options.device not in (None, "cpu"):
+        raise ValueError(f"--emulate runs on the CPU: leave --device {options.device} out, or --emulate")
     if options.all and options.set:
         raise ValueError("--all measures every set: leave --set out, or --all")
     if options.quick and options.set is None and not options.all and device.type == "cpu":

@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import peers
 import timing
 from comparison import Comparison
 from variants import TORCH, Case
+
+from gpu_rnn.explanation import Explanation
 
 Row = dict[str, object]
 SIZES = ("cell", "T", "B", "I", "H", "layers", "bidirectional", "heads", "option")
@@ -33,7 +36,7 @@ def empty(case: Case, variant: str = TORCH) -> Row:
 def begin(case: Case, compared: Comparison, predictions: bool) -> dict[str, Row]:
     """A row for each variant; with what was predicted of the device, unless that is only played."""
     explanation, rows = compared.explanation, {}
-    floor = explanation.floor_us if predictions else None
+    floor = text(_floor_us(explanation) if predictions else None, ".3f")
     predicted = {row.backend: row.predicted_us for row in explanation.rows if predictions}
     for side in compared.sides:
         for variant in side.variants:
@@ -41,10 +44,21 @@ def begin(case: Case, compared: Comparison, predictions: bool) -> dict[str, Row]
                 "chosen": "yes" if variant.name == explanation.chosen else "",
                 "checked_against": f"{side.truth.name} float64",
                 "detail": variant.note,
-                "floor_us": text(None if floor is None else floor * case.problem.layers, ".3f"),
+                "floor_us": floor,
                 "predicted_us": text(predicted.get(variant.name), ".3f"),
             }
     return rows
+
+
+def _floor_us(explanation: Explanation) -> float | None:
+    """The least microseconds a step for all layers: one after another or, unless a layer waits for the whole of the one
+    below because it runs backwards in time, side by side, each a step behind."""
+    problem, one = explanation.problem, explanation.floor_us
+    if one is None or problem.layers == 1 or "1" in problem.reverse:
+        return one and one * problem.layers
+    together = replace(explanation, problem=replace(problem, N=problem.N * problem.layers)).floor_us
+    assert together is not None  # what fits alone fits in turns
+    return min(problem.layers * one, (1 + (problem.layers - 1) / problem.T) * together)
 
 
 def enter(rows: dict[str, Row], timings: dict[str, timing.Timing], steps: int) -> None:

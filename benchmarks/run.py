@@ -243,9 +243,10 @@ def _say_left_out(left_out: list[Case], cases: list[Case], path: Path) -> None:
     """How much of each set there was no time for."""
     if not left_out:
         return
-    sets = Counter(f"{case.set} {case.dtype}" for case in left_out)
     print(f"left out for want of time: {len(left_out)} of {len(cases)} cases; go on with --resume {path}")
-    print("\n".join(f"  {name}: {count}" for name, count in sets.items()))
+    for name in dict.fromkeys(case.set for case in left_out):
+        counts = Counter(case.dtype for case in left_out if case.set == name)
+        print(f"  {name}: {', '.join(f'{count} in {dtype}' for dtype, count in counts.items())}")
 
 
 def _file_name(options: argparse.Namespace, cases: list[Case], facts: dict[str, str]) -> str:
