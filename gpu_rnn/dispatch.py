@@ -109,14 +109,19 @@ def remember(device: devices.Device, found: Mapping[Question, Times]) -> Path:
         OSError: no folder takes it.
     """
     path = choices.keep(device, found)
-    _select.cache_clear()
+    _forget_answers()
     return path
 
 
 def forget() -> None:
     """Removes everything that `gpu_rnn.tune` ever kept, for every device and version. Also `gpu_rnn.tuning.forget`."""
     choices.forget()
-    _select.cache_clear()
+    _forget_answers()
+
+
+def _forget_answers() -> None:
+    for cached in (_select, _fastest_loop):
+        cached.cache_clear()
 
 
 def only_predicted_on_cpu() -> bool:
@@ -196,17 +201,46 @@ def wavefront(problem: Problem, backend: str = "auto") -> tuple[str, int]:
 
     Where none is predicted to gain, the chunk is the whole: layer after layer.
     """
-    plans = _plans(problem, backend)
+    settled = _settled(problem, backend)
+    plans = _plans(problem, settled or backend)
     best = min(plans, key=lambda name: plans[name][1], default=None)
-    if best is None or plans[best][1] >= _one_by_one(problem, backend):
-        return select(diagonals.launched(problem, problem.T, 1), backend, LOOPS), problem.T
-    name = select(diagonals.launched(problem, plans[best][0], problem.layers), backend, LOOPS)
-    return name, plans.get(name, plans[best])[0]
+    chunk, layers = problem.T, 1
+    if best is not None and plans[best][1] < _one_by_one(problem, settled or backend):
+        chunk, layers = plans[best][0], problem.layers
+    name = _select(diagonals.launched(problem, chunk, layers), backend, KERNELS, settled)
+    if layers > 1 and name in plans:
+        chunk = plans[name][0]
+    if backend == "auto" and _trial.backend:
+        _trial.answers[problem, LOOPS] = name
+    return name, chunk
 
 
 def staggers(problem: Problem, backend: str = "auto") -> bool:
     """Whether the loops run a stack as a wavefront: where that is predicted to be faster than layer after layer."""
-    return diagonals.possible(problem) and backend != "reference" and _gain(problem, backend) > 0
+    if not diagonals.possible(problem):
+        return False
+    loop = _settled(problem, backend) or backend
+    return loop != "reference" and _gain(problem, loop) > 0
+
+
+def _settled(problem: Problem, backend: str) -> str:
+    """The loop that "auto" is for a stack before a cost model is asked: the one on trial, the environment's, or the one
+    measured to be the fastest; empty where there is none."""
+    if backend != "auto":
+        return ""
+    if not _trial.backend:
+        preferred = os.environ.get("GPU_RNN_BACKEND", "")
+        return preferred if preferred in LOOPS else _fastest_loop(problem)
+    if _trial.backend not in LOOPS:
+        return ""
+    _trial.answers[problem, LOOPS] = _trial.backend
+    return _trial.backend
+
+
+@lru_cache(maxsize=1024)
+def _fastest_loop(problem: Problem) -> str:
+    measured = choices.find(problem, LOOPS)
+    return min(measured, key=lambda name: measured[name], default="")
 
 
 @lru_cache(maxsize=1024)

@@ -185,6 +185,27 @@ def test_a_forward_and_a_backward_pass_on_two_loops(monkeypatch: pytest.MonkeyPa
     assert ran(lambda: layer(x())[0].sum().backward()) == {"step_forward", "reference_backward"}
 
 
+def test_a_stack_goes_by_it_as_a_wavefront_too(with_cupy: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether its layers run so, in which chunks and on which loop: asked of a described GPU, as none need be here."""
+    layer, given = LSTM(384, 384, 5, dtype=torch.float16, device="meta"), torch.empty(1600, 64, 384, device="meta")
+    stack = gpu_rnn.explain(layer, given.half(), device="H100").problem
+    assert dispatch.staggers(stack) and dispatch.wavefront(stack)[0] == "group"
+    with dispatch.trial("step") as asked:
+        assert dispatch.wavefront(stack)[0] == "step"
+    assert asked == {(stack, dispatch.LOOPS): "step"}
+    with dispatch.trial("reference") as asked:
+        assert not dispatch.staggers(stack)
+    assert asked == {(stack, dispatch.LOOPS): "reference"}
+    dispatch.remember(stack.device, {(stack, dispatch.LOOPS): {"group": 2.0, "step": 1.0}})
+    assert dispatch.wavefront(stack) == dispatch.wavefront(stack, "step")
+    dispatch.remember(stack.device, {(stack, dispatch.LOOPS): {"step": 1.0, "reference": 0.5}})
+    assert not dispatch.staggers(stack) and dispatch.staggers(stack, "group")
+    dispatch.forget()
+    assert dispatch.wavefront(stack)[0] == "group"
+    monkeypatch.setenv("GPU_RNN_BACKEND", "reference")
+    assert not dispatch.staggers(stack)
+
+
 def test_evaluation_and_calls_without_gradients_are_measured_forward_only() -> None:
     layer = GRU(I, 4)
     directions = [[each.problem.direction for each in gpu_rnn.tune(layer.eval(), x(), **QUICK).passes]]
