@@ -69,7 +69,7 @@ def markdown(said: str, facts: dict[str, str], outcomes: list[Outcome]) -> str:
         for o in outcomes
     ]
     lines = [
-        f"**{said}**",
+        f"# {said[0].upper()}{said[1:]}",
         "",
         "| step | checks | status | passed | failed | skipped | took |",
         "|---|---|---|---|---|---|---|",

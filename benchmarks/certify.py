@@ -25,6 +25,7 @@ from pathlib import Path
 from types import FrameType
 
 import certificate
+import emulation
 import machine
 import record
 import sanitize
@@ -108,13 +109,13 @@ def steps_on_cpu(soak: float) -> tuple[Step, ...]:
              (pytest("-m", "cuda_cpu", "tests/test_group.py", "-k", watched),), 180),
         Step("deadline", "waiting for a block that never comes ends in NaN and an error",
              (pytest("-m", "cuda_cpu", "tests/test_group_deadline.py"),), 120),
-        soak_step(soak, Command(arguments, interpreted)),
+        soak_step(soak, Command(arguments, interpreted), emulation.unavailable().removeprefix("--emulate ")),
     )  # fmt: skip
 
 
-def soak_step(seconds: float, command: Command) -> Step:
+def soak_step(seconds: float, command: Command, impossible: str = "") -> Step:
     what = "random calls of every backend beside the float64 reference"
-    return Step("soak", what, (command,), seconds + LAST_CASE, own_bar=True)
+    return Step("soak", what, (command,), seconds + LAST_CASE, impossible=impossible, own_bar=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

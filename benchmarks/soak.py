@@ -17,40 +17,33 @@ import os
 import signal
 import sys
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
-import pytest
+import checking
+import emulation
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(
-    str(ROOT / "tests")
-)  # where calls are drawn, and the GPU that the group kernel finds on a CPU
+sys.path.append(str(emulation.TESTS))  # where calls are drawn
 
-import soak_cases  # noqa: E402
-from group_support import FLOORS, PRECISIONS, TIGHT, pretend  # noqa: E402
-from options_by_hand import Given  # noqa: E402
-from record import RECORD, Writer  # noqa: E402
-from soak_cases import Case, Run  # noqa: E402
-from torch import Tensor  # noqa: E402
+import soak_cases
+from group_support import FLOORS, PRECISIONS, TIGHT
+from options_by_hand import Given
+from record import RECORD, Writer
+from soak_cases import Case, Run
+from torch import Tensor
 
-import gpu_rnn  # noqa: E402
-from gpu_rnn import dispatch, doctor  # noqa: E402
+import gpu_rnn
+from gpu_rnn import dispatch, doctor
 
 BACKENDS = tuple(name for name in dispatch.BACKENDS if name != "reference")  # which is the truth
 FULL = 10 * TIGHT  # the floor in full float32: longer sums than those of the tests that TIGHT is from
 ROUNDINGS = 8
 MOST = 25  # floors: where plain PyTorch is off by more, nothing can be said
 REPEATS = 2  # calls of each backend on its stream, so that streams are busy at once
-ERRORS: tuple[type[Exception], ...] = (
-    RuntimeError,
-    ValueError,
-    AssertionError,
-)  # the last of the CPU's CUDA runtime
+# Of a call that fails; AssertionError is what the CPU's CUDA runtime raises.
+ERRORS: tuple[type[Exception], ...] = (RuntimeError, ValueError, AssertionError)
 if importlib.util.find_spec("triton"):  # it exists for Linux only
     ERRORS += (importlib.import_module("triton.errors").TritonError,)
 
@@ -205,18 +198,17 @@ class Comparison:
     def _beyond(self, errors: dict[str, float]) -> dict[str, float]:
         """How many times too far off each wrong result is."""
         found = {name: off / self._allowed(name) for name, off in errors.items() if self._known(name)}
-        return {
-            name: math.inf if math.isnan(times) else times for name, times in found.items() if not times <= 1
-        }
+        return {name: times for name, times in found.items() if times > 1}
 
 
 @torch.no_grad()
 def error(found: Tensor, exact: Tensor) -> float:
-    """‖found − exact‖ / ‖exact‖; an infinity equals itself."""
+    """‖found − exact‖ / ‖exact‖; an infinity equals itself, and a NaN is infinitely far off."""
     if not exact.numel():
         return 0.0
     difference = torch.where(found == exact, 0, found - exact).norm()
-    return float(difference / exact[exact.isfinite()].norm().clamp_min(1e-30))
+    off = float(difference / exact[exact.isfinite()].norm().clamp_min(1e-30))
+    return math.inf if math.isnan(off) else off
 
 
 def _at_once(
@@ -284,8 +276,7 @@ def _pretending(run: Run, backend: str, device: torch.device) -> Run:
         return run
 
     def pretending() -> Results:
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            pretend(monkeypatch)
+        with emulation.gpu():
             return run()
 
     return pretending
@@ -308,18 +299,10 @@ def _until(end: float) -> Iterator[int]:
 
 @contextmanager
 def _settings() -> Iterator[None]:
-    """New memory is filled with NaN, so that an element nothing wrote shows."""
     before = torch.backends.cudnn.rnn.fp32_precision
-    with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # torch says which operations have no deterministic form; none is needed
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        try:
-            yield
-        finally:
-            torch.use_deterministic_algorithms(False)
-            torch.backends.cudnn.rnn.fp32_precision = before
+    with checking._poisoned():
+        yield
+    torch.backends.cudnn.rnn.fp32_precision = before
 
 
 @contextmanager

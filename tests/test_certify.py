@@ -62,7 +62,7 @@ def test_all_steps_with_an_emulated_gpu(tmp_path: Path, monkeypatch: pytest.Monk
     assert found["steps"][3]["notes"]["compared"]["step alone"] >= 1
     assert found["torch"] == torch.__version__ and found["date"] and found["device"]
     text = (tmp_path / "certificate.md").read_text()
-    assert text.startswith("**emulated: no GPU, not a certificate, no timings; sanitizer not run**")
+    assert text.startswith("# Emulated: no GPU, not a certificate, no timings; sanitizer not run\n")
     assert "no such tool" in text and f"seed: {found['steps'][3]['notes']['seed']}" in text
 
 
@@ -187,7 +187,7 @@ def raises(*arguments: Any) -> Any:
     ("what", "replacement", "said"),
     [
         ("forward", scaled, "step alone: "),
-        ("forward", unwritten, "is off by nan"),
+        ("forward", unwritten, "is off by inf"),
         ("backward", wrong_gradient, "step alone: d "),
         ("forward", raises, "step: RuntimeError: the device is on fire"),
     ],
