@@ -201,7 +201,7 @@ def judge(outcome: Outcome, found: Record, statuses: Sequence[int | None], ended
     elif bad and not outcome.failed:
         outcome.reason = f"exit status {bad[0]}{during}, and nothing that failed was named"
     elif not bad and not outcome.failed and not outcome.passed:
-        outcome.status, outcome.reason = NOT_RUN, "nothing ran"
+        outcome.status, outcome.reason = NOT_RUN, "all were skipped" if outcome.skips else "nothing ran"
     elif not bad and not outcome.failed and not begun:
         outcome.status = PASSED
 
@@ -274,7 +274,10 @@ class Running:
 def _said(outcome: Outcome) -> list[str]:
     """A step's outcome for the terminal."""
     if outcome.status == NOT_RUN:
-        return [f"    not run: {outcome.reason}"]
+        return [
+            f"    not run: {outcome.reason}",
+            *(f"    {count}: {why}" for why, count in outcome.skips.items()),
+        ]
     lines = [f"    {outcome.status}: {outcome.counts}, {outcome.seconds:.0f} s"]
     lines += [f"    {outcome.reason}"] if outcome.reason else []
     for failure in outcome.failures[: certificate.FAILURES]:
@@ -332,7 +335,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="certify.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", help="cpu, cuda or cuda:1 (default: the GPU if there is one)")
+    which = "default: the GPU if there is one, of several the first of CUDA_VISIBLE_DEVICES"
+    parser.add_argument("--device", choices=("cpu", "cuda"), help=which)
     parser.add_argument(
         "--only",
         type=lambda text: [name.strip() for name in text.split(",") if name.strip()],

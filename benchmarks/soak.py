@@ -330,7 +330,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=60, metavar="S", help="how long (default: 60)")
     parser.add_argument("--seed", type=int, help="of all cases (default: a new one, which is printed)")
     parser.add_argument("--case", type=int, metavar="K", help="only this case of the seed")
-    parser.add_argument("--device", help="cpu, cuda or cuda:1 (default: the GPU if there is one)")
+    which = "default: the GPU if there is one, of several the first of CUDA_VISIBLE_DEVICES"
+    parser.add_argument("--device", choices=("cpu", "cuda"), help=which)
     return parser
 
 

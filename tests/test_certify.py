@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ sys.path.append(str(ROOT / "benchmarks"))  # a folder of scripts, which import e
 import certificate  # noqa: E402
 import certify  # noqa: E402
 import record  # noqa: E402
+import sanitize  # noqa: E402
 import soak  # noqa: E402
 import soak_cases  # noqa: E402
 from certificate import FAILED, NOT_RUN, PASSED, Outcome  # noqa: E402
@@ -160,6 +162,31 @@ def test_steps_that_are_left_out_were_not_run(
     assert [s["reason"] for s in found["steps"]] == ["left out by --only", "nothing ran"]
     assert certify.main(["--device", "cpu", "--only", "sok"]) == 2
     assert "no step 'sok'; there are matrix, soak" in capsys.readouterr().err
+
+
+TOOL = """#!/bin/sh
+while [ $# -gt 0 ]; do case $1 in --tool) tool=$2 ;; --log-file) log=$2 ;; --kernels) done=$2 ;; esac; shift; done
+echo '{"name": "group LSTM", "outcome": "begun"}' >> "$done"
+[ $tool = memcheck ] && exit 0
+printf '========= Error: Race reported at group_forward\\n========= RACECHECK SUMMARY: 1 hazard\\n' > "$log"
+exit 86
+"""
+
+
+def test_what_a_sanitizer_reports_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a script in the place of NVIDIA's tool, which finds nothing, and then something."""
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(TOOL)
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv(record.RECORD, str(tmp_path / "record"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert sanitize.main([]) == 1
+    found = record.read(tmp_path / "record")
+    assert [end["name"] for end in found.of("passed")] == ["memcheck group LSTM"]
+    assert [(end["name"], end["detail"]) for end in found.of("failed")] == [
+        ("racecheck", "exit status 86: Error: Race reported at group_forward")
+    ]
 
 
 def scaled(*arguments: Any, forward: Callable[..., Any] = step.forward) -> Any:
