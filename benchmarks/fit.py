@@ -37,8 +37,8 @@ from gpu_rnn.launch.rates import Rates
 from gpu_rnn.problem import Problem
 
 RESULTS = ROOT / "benchmarks" / "results"
-SCATTER = 0.05  # an error of a row that counts as one unit: a few times what the same call differs by between runs
-DOUBT = math.log(2)  # a change of a constant that counts as much: predictions are trusted to a factor of 2
+SCATTER = 0.05  # an error of a row that counts as one unit, beyond which it counts less and less
+DOUBT = math.log(1.25)  # a change of a constant that counts as much: one row alone moves none by more than 3 times
 FARTHEST = 4.0  # times more or less than predicted; a fit that ends there says that the model is wrong
 DIGITS = 4  # of a constant that is written
 REGRET = 0.05  # that a choice may have
@@ -170,10 +170,12 @@ def _fit(backend: str, rows: Sequence[Timed]) -> dict[str, float]:
 
     def residuals(logs: np.ndarray) -> np.ndarray:
         given = rates.PREDICTED.having({backend: constants(logs)}, "on trial")
-        return np.array([*(row.error(given) / SCATTER for row in rows), *(logs / DOUBT)])
+        errors = np.array([row.error(given) for row in rows]) / SCATTER
+        robust = np.sign(errors) * np.sqrt(2 * (np.hypot(1, errors) - 1))  # squared, the soft form of an absolute value
+        return np.concatenate([robust, logs / DOUBT])
 
     bound = math.log(FARTHEST)
-    best = least_squares(residuals, np.zeros(len(names)), bounds=(-bound, bound), loss="soft_l1", x_scale=DOUBT)
+    best = least_squares(residuals, np.zeros(len(names)), bounds=(-bound, bound), x_scale=DOUBT)
     return {name: float(f"{value:.{DIGITS}g}") for name, value in constants(best.x).items()}
 
 

@@ -32,7 +32,7 @@ NOISE = 0.01  # standard deviation of a time's logarithm
 SEED = 0
 TRUE = {
     "resident": {"latency": 1000.0, "instructions": 7.0},
-    "group": {"latency": 600.0, "hop": 9e-7, "instructions": 4.5},
+    "group": {"latency": 600.0, "hop": 9e-7},
     "aten": {"step": 4.5e-6, "persistent_step": 2.6e-6},
     "step": {"step": 6e-6},
     "reference": {"operation": 5e-6},

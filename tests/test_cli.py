@@ -35,7 +35,7 @@ def _run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("command", ["doctor", "explain", "demo", "bench"])
+@pytest.mark.parametrize("command", ["doctor", "explain", "tune", "demo", "bench"])
 def test_each_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as leave:
         cli.main([command, "--help"])
@@ -46,7 +46,7 @@ def test_each_command_has_help(command: str, capsys: pytest.CaptureFixture[str])
 def test_help_names_every_command_and_gives_examples(tmp_path: Path) -> None:
     done = _run("--help", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert all(word in done.stdout for word in ("doctor", "explain", "demo", "bench", "examples:"))
+    assert all(word in done.stdout for word in ("doctor", "explain", "tune", "demo", "bench", "examples:"))
 
 
 def test_the_command_line_loads_nothing_before_it_is_asked() -> None:

@@ -88,7 +88,7 @@ def test_a_fit_finds_the_constants_again(fitted: rates.Rates) -> None:
     for backend, constants in synthetic.TRUE.items():
         for name, true in constants.items():
             assert getattr(getattr(fitted, backend), name) == pytest.approx(true, rel=0.1)
-    moved = [name for name in ("tensor_share", "l2_bytes", "start", "projection")
+    moved = [name for name in ("tensor_share", "l2_bytes", "instructions", "start", "projection")
              if abs(math.log(getattr(fitted.group, name) / getattr(rates.PREDICTED.group, name))) > 0.2]
     assert not moved  # what was as predicted
 
@@ -103,13 +103,15 @@ def test_a_fit_makes_the_choices_right(timed: list[fit.Timed], fitted: rates.Rat
 
 
 def test_few_rows_do_not_run_away(timed: list[fit.Timed]) -> None:
-    """One row that is 100 times off moves no constant further than the bound, and beside others next to nothing."""
+    """One row that is 100 times off is not believed, and beside others it changes next to nothing."""
     aten = [row for row in timed if row.backend == "aten"]
     odd = replace(aten[0], seconds=100 * aten[0].seconds)
     alone = fit.fit([odd])
     assert alone.keys() == {"aten"}
     for name, value in alone["aten"].items():
-        assert 1 / fit.FARTHEST <= value / getattr(rates.PREDICTED.aten, name) <= fit.FARTHEST * 1.001
+        assert value / getattr(rates.PREDICTED.aten, name) < 3
+    far = fit.fit([replace(row, seconds=100 * row.seconds) for row in aten])["aten"]
+    assert max(value / getattr(rates.PREDICTED.aten, name) for name, value in far.items()) == pytest.approx(fit.FARTHEST, 0.01)
     with_it, without = fit.fit([odd, *aten[1:]])["aten"], fit.fit(aten)["aten"]
     assert with_it == {name: pytest.approx(value, rel=0.02) for name, value in without.items()}
 

@@ -216,16 +216,19 @@ def test_evaluation_and_calls_without_gradients_are_measured_forward_only() -> N
     assert directions == [["inference"]] * 3
 
 
-def test_all_else_stays_as_it_was(capfd: pytest.CaptureFixture[str]) -> None:
+def test_all_else_stays_as_it_was(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     layer = LSTM(I, 4, 2, dropout=0.5, recurrent_dropout=0.5, zoneout=0.2, weight_drop=0.5)
     parametrizations.spectral_norm(layer, "weight_hh_l0")  # its buffers move with each call in training mode
-    called = []
+    called, steps = [], []
+    backward = step.backward
+    monkeypatch.setattr(step, "backward", lambda *given: steps.append(torch._C._is_multithreading_enabled()) or backward(*given))
     layer.register_forward_hook(lambda *_: called.append("layer"))
     layer.bias_ih_l0.register_hook(lambda _: called.append("gradient"))
     given, state = x().requires_grad_(), (torch.randn(2, B, 4), torch.randn(2, B, 4, requires_grad=True))
     before = {name: value.clone() for name, value in layer.state_dict().items()}
     attributes, random, versions = set(vars(layer)), torch.get_rng_state(), [p._version for p in layer.parameters()]
     gpu_rnn.tune(layer, given, hx=state, **QUICK)
+    assert steps and not any(steps)  # it did run backward, in this thread, which is the one on trial
     assert layer.training and layer.backend == "auto" and set(vars(layer)) == attributes and not called
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
