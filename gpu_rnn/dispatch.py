@@ -71,7 +71,9 @@ def select(problem: Problem, backend: str = "auto", among: tuple[str, ...] = tup
         ValueError: the backend asked for does not exist, or cannot run the problem; every reason is given.
     """
     if backend == "auto" and _trial.backend:
-        return _on_trial(problem, among)
+        answer = _select(problem, backend, among, _trial.backend)
+        _trial.answers[problem, among] = answer
+        return answer
     return _select(problem, backend, among, os.environ.get("GPU_RNN_BACKEND", ""))
 
 
@@ -93,13 +95,6 @@ def trial(backend: str) -> Iterator[dict[Question, str]]:
         yield _trial.answers
     finally:
         _trial.backend = ""
-
-
-def _on_trial(problem: Problem, among: tuple[str, ...]) -> str:
-    can_run = _trial.backend in among and not _prepared(problem, _trial.backend)
-    answer = _trial.backend if can_run else _select(problem, "auto", among, "")
-    _trial.answers[problem, among] = answer
-    return answer
 
 
 def remember(device: devices.Device, found: Mapping[Question, Times]) -> Path:
