@@ -41,12 +41,12 @@ def takes(b: Tensor, rows: int) -> bool:
 
 def _dense(values: Tensor) -> Tensor:
     """A matrix without gaps: for others oneDNN has but a plain loop, fifty times slower."""
-    return values if values.is_contiguous() or values.T.is_contiguous() else values.contiguous()
+    return values.contiguous() if values.stride(1) == 1 else values.T.contiguous().T
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
     """(M, K) times (K, X). oneDNN's first factor is copied where its rows are not contiguous: let that be the smaller."""
-    if a.stride(1) != 1 and a.numel() > b.numel():
+    if a.stride(1) != 1 and a.numel() >= b.numel():
         return _linear(b.T, _dense(a), None, "none", [], "").T.contiguous()
     return _linear(a, _dense(b).T, None, "none", [], "")
 
@@ -84,3 +84,9 @@ class Factor:
             pairs = zip(a, self.packed, strict=True)
             return torch.stack([_linear(one, packed, None, "none", [], "") for one, packed in pairs])
         return torch.bmm(a, self.values)
+
+    def by_row(self, a: Tensor) -> Tensor:
+        """The same with what is multiplied before the recurrences, (B, N, K) -> (B, N, X)."""
+        if len(self.packed) == 1:
+            return _linear(a, self.packed[0], None, "none", [], "")
+        return self(a.transpose(0, 1)).transpose(0, 1)

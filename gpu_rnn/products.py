@@ -168,8 +168,12 @@ def _of_weights(d_product: Tensor, entering: Tensor, drop: Tensor | None, gates:
         return over_steps(d_product, entering)
     if drop.shape[2] == 1:
         return over_steps(d_product, entering * drop[:, :, 0].to(entering.dtype))
-    parts = zip(d_product.split(1, 3), drop[:, :, gates].to(entering.dtype).unbind(2), strict=True)
-    return torch.cat([over_steps(d, entering * factors) for d, factors in parts], 1)
+    across, parts = entering.permute(2, 3, 0, 1).contiguous(), []  # (N, P, T, B): turned once for all gates
+    factors = drop[:, :, gates].to(entering.dtype).permute(2, 1, 3, 0).contiguous()  # (gates, N, P, B)
+    for d, own in zip(d_product.unbind(3), factors.unsqueeze(3), strict=True):
+        dropped = (across * own).flatten(2)
+        parts.append(onednn.bmm(dropped, d.flatten(0, 1).transpose(0, 1)).transpose(1, 2))
+    return torch.stack(parts, 1)
 
 
 def _entering(call: Call, saved: Result) -> Iterator[tuple[Tensor, slice]]:

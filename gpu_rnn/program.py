@@ -336,7 +336,7 @@ def live(ops: Iterable[Op], outputs: Iterable[Argument]) -> tuple[Op, ...]:
 
 
 @lru_cache(maxsize=1024)
-def runner(ops: tuple[Op, ...]) -> Callable[[dict[str, Any]], None]:
+def runner(ops: tuple[Op, ...], **replaced: Callable[..., Any]) -> Callable[[dict[str, Any]], None]:
     """Operations in torch as one function of a dict, which holds tensors of any one shape and receives the results.
 
     Interpreting them one by one takes longer than a small tensor's arithmetic.
@@ -350,7 +350,7 @@ def runner(ops: tuple[Op, ...]) -> Callable[[dict[str, Any]], None]:
         lines.append(f"    {op.result} = {op.name}_({', '.join(args)})")
     lines.append(f"    values.update({', '.join(f'{name}={name}' for name in made)})")
     names: dict[str, Any] = {f"{name}_": operation.torch for name, operation in OPERATIONS.items()}
-    names |= {"inf": float("inf"), "nan": float("nan")}
+    names |= {"inf": float("inf"), "nan": float("nan")} | {f"{name}_": function for name, function in replaced.items()}
     exec("\n".join(["def run(values):", *lines]), names)
     return names["run"]
 

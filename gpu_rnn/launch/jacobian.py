@@ -37,13 +37,13 @@ class Jacobian:
 
 
 @lru_cache(maxsize=256)
-def jacobian(program: Program, number: int, linked: bool) -> Jacobian:
-    """Of stage `number`: its derivative with one incoming gradient 1, the rest 0; `linked` to have links if it can."""
+def jacobian(program: Program, number: int) -> Jacobian:
+    """Of stage `number`: its derivative with one incoming gradient 1, the rest 0; with links if it can."""
     stage, derivative = program.stages[number], differentiate(program, number)
     made = {op.result for op in stage.ops}
     builder = Builder(prefix=f"j{number}_", given=stage.ops)
     distinct = len(set(derivative.totals)) == len(derivative.totals)
-    totals = derivative.totals if linked and distinct else derivative.seeds
+    totals = derivative.totals if distinct else derivative.seeds
     places = {op.result: place for place, op in enumerate(derivative.ops)}
     partials, links = [], []
     for index, total in enumerate(totals):

@@ -3,18 +3,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gpu_rnn import normalisation
+from gpu_rnn.launch import host
 from gpu_rnn.launch.multiply import Product, masks
-from gpu_rnn.launch.steering import Steering
+from gpu_rnn.launch.steering import Steering, selected, words
 from gpu_rnn.layout import Call, Result, Weights, reorder, reorder_each, state_dtype
 from gpu_rnn.products import runs
-from gpu_rnn.program import Program, lookup
+from gpu_rnn.program import Program, lookup, runner
 
 
 def forward(call: Call, gates: Tensor, save: bool, all_states: bool) -> Result:
@@ -63,17 +64,18 @@ class _Loop:
 
     def __init__(self, call: Call, gates: Tensor, recurrent: Tensor, steering: Steering) -> None:
         program, weights = call.program, call.weights
-        self.program, self.dtype = program, state_dtype(gates.dtype)
+        self.dtype = state_dtype(gates.dtype)
+        self.names = [f"s_{name}" for name in program.state_names]
         self.states = [state.to(self.dtype) for state in call.states]
         self.params = parameters(program, weights, self.dtype)
         self.stages = [_Stage(call, number, gates, recurrent) for number in range(len(program.stages))]
         self.projection = None if weights.w_hr is None else weights.w_hr.transpose(1, 2)
         steps = len(gates)
-        self.reset = steering.reset
-        self.resets = steps_with(self.reset, steps)
-        self.values = steering.values
+        self.resets, self.entered = steps_with(steering.reset, steps), []
+        if any(self.resets):
+            self.entered = [_reset(steering, value, self.dtype) for value in steering.values]
         self.keeps = [
-            keep[..., : state.shape[-1]]
+            keep[..., : state.shape[-1]].unbind(0)
             for keep, state in zip(steering.keeps, self.states, strict=True)
             if keep is not None
         ]
@@ -82,13 +84,13 @@ class _Loop:
     def step(self, t: int) -> list[Tensor]:
         """The states after step t."""
         if self.resets[t]:
-            self.states = [self._set(t, value, s) for value, s in zip(self.values, self.states, strict=True)]
-        entered, program = self.states, self.program
-        values = {f"s_{name}": s for name, s in zip(program.state_names, entered, strict=True)} | self.params
+            self.states = [reset(t, state) for reset, state in zip(self.entered, self.states, strict=True)]
+        entered = self.states
+        values = {**self.params, **dict(zip(self.names, entered, strict=True))}
         entering = entered[0]
         for stage in self.stages:
             stage.multiply(t, entering)
-            values |= stage.values(t, self.dtype)
+            values.update(stage.values(t))
             stage.run(values)
             entering = lookup(values, stage.outputs[0], entered[-1])
         new = [lookup(values, out, entered[-1]) for out in self.stages[-1].outputs]
@@ -100,12 +102,19 @@ class _Loop:
         self.states = new
         return new
 
-    def _set(self, t: int, value: Tensor | float, state: Tensor) -> Tensor:
-        """A state where its rows are reset to a value."""
-        assert self.reset is not None
-        if isinstance(value, Tensor):
-            value = value[t if len(value) > 1 else 0].to(self.dtype)
-        return torch.where(self.reset[t], value, state)
+
+def _reset(steering: Steering, value: Tensor | float, dtype: torch.dtype) -> Callable[[int, Tensor], Tensor]:
+    """What sets the rows of a state before a step to a value where they are reset."""
+    reset = steering.reset
+    assert reset is not None
+    if isinstance(value, float) and value == 0.0:
+        stays = words(~reset, dtype).unbind(0)
+        return lambda t, state: selected(state, stays[t])
+    flags = reset.unbind(0)
+    if isinstance(value, float):
+        return lambda t, state: torch.where(flags[t], value, state)
+    values = value.to(dtype).expand(len(flags), *value.shape[1:]).unbind(0)
+    return lambda t, state: torch.where(flags[t], values[t], state)
 
 
 class _Part(NamedTuple):
@@ -113,10 +122,7 @@ class _Part(NamedTuple):
 
     product: Product
     own: slice  # among the stage's gates
-    targets: Sequence[Tensor]  # of each step (B, N, gates, H): the projection of summed gates, the biases of split ones
-    names: list[str]
-    projections: Sequence[Tensor]  # of split gates
-    projection_names: list[str]
+    targets: Sequence[Tensor]  # of each step (B, N, gates·H): the projection of summed gates, the biases of split ones
 
 
 class _Stage:
@@ -125,24 +131,28 @@ class _Stage:
     def __init__(self, call: Call, number: int, gates: Tensor, recurrent: Tensor) -> None:
         program, weights = call.program, call.weights
         rows, stage = program.rows[number], program.stages[number]
-        self.run, self.outputs = stage.run, stage.outputs
+        self.run, self.outputs = runner(stage.ops, tanh=host.tanh), stage.outputs
+        self.dtype = state_dtype(gates.dtype)
+        self.narrow = gates.dtype != self.dtype
         drop = call.control.drop
         batch = gates.shape[1]
         self.product = Product(weights.w_hh[:, rows], masks(drop, rows), batch)
         self.scale = None if weights.norm is None else weights.norm[:, rows]
-        self.parts = []
+        self.parts: list[_Part] = []
+        values: dict[str, Sequence[Tensor]] = {}
         for which, target in runs(program, rows, gates, recurrent):
-            names, projections = program.gates[which], gates[..., which, :]
-            own = slice(which.start - rows.start, which.stop - rows.start)
-            product, targets = Product(weights.w_hh[:, which], masks(drop, which), batch), target.unbind(0)
-            if names[0] in program.summed:
-                self.parts.append(_Part(product, own, targets, [f"a_{name}" for name in names], (), []))
-                continue
-            if weights.b_hh is not None:
+            names = program.gates[which]
+            is_sum = names[0] in program.summed
+            if not is_sum and weights.b_hh is not None:
                 target += weights.b_hh[:, which]
-            each = [f"{kind}_{name}" for kind in "rx" for name in names]
-            split = each[: len(names)], projections.unbind(0), each[len(names) :]
-            self.parts.append(_Part(product, own, targets, *split))
+            product = Product(weights.w_hh[:, which], masks(drop, which), batch)
+            own = slice(which.start - rows.start, which.stop - rows.start)
+            self.parts.append(_Part(product, own, target.flatten(3).unbind(0)))
+            sources = {"a": target} if is_sum else {"r": target, "x": gates[..., which, :]}
+            for kind, source in sources.items():
+                each = (gate.unbind(0) for gate in source.unbind(3))
+                values.update(zip((f"{kind}_{name}" for name in names), each, strict=True))
+        self.names, self.gates = tuple(values), list(zip(*values.values(), strict=True))
 
     def multiply(self, t: int, entering: Tensor) -> None:
         """Adds the products of step t."""
@@ -152,13 +162,9 @@ class _Stage:
             return
         product, _, _ = normalisation.with_statistics(self.product(entering))
         for part in self.parts:
-            part.targets[t].addcmul_(product[:, :, part.own], self.scale[:, part.own])
+            part.targets[t].addcmul_(product[:, :, part.own].flatten(2), self.scale[:, part.own].flatten(1))
 
-    def values(self, t: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    def values(self, t: int) -> Iterator[tuple[str, Tensor]]:
         """The gates of step t, with their products, by name."""
-        found: dict[str, Tensor] = {}
-        for part in self.parts:
-            found.update(zip(part.names, part.targets[t].to(dtype).unbind(2), strict=True))
-            if part.projections:
-                found.update(zip(part.projection_names, part.projections[t].to(dtype).unbind(2), strict=True))
-        return found
+        gates = self.gates[t]
+        return zip(self.names, [gate.to(self.dtype) for gate in gates] if self.narrow else gates, strict=True)

@@ -27,7 +27,7 @@ class Product:
 
     def __init__(self, weights: Tensor, drop: Tensor | None, rows: int = 0) -> None:
         """`weights` (N, gates, H, P), `drop` from `masks`; `rows` B, or 0 if the weights' values will change."""
-        self.gates, self.dtype = weights.shape[1], weights.dtype
+        self.gates, self.hidden, self.dtype = *weights.shape[1:3], weights.dtype
         self.by_gate = drop is not None and drop.shape[1] > 1
         self.drop = None if drop is None else drop.to(self.dtype).contiguous()
         if self.drop is not None and not self.by_gate:
@@ -53,7 +53,7 @@ class Product:
     def own(self, entering: Tensor) -> Tensor:
         """(N, B, P) -> the products in their own layout."""
         found = self.there(self.left(entering))
-        return found.unflatten(0, (-1, self.gates)) if self.by_gate else found.unflatten(2, (self.gates, -1))
+        return found.unflatten(0, (-1, self.gates)) if self.by_gate else found.unflatten(2, (self.gates, self.hidden))
 
     def own_back(self, d_product: Tensor, out: Tensor | None = None) -> Tensor:
         """From the gradient of the products, in their own layout, that of what entered, (N, B, P)."""
@@ -78,29 +78,37 @@ class Product:
         return self.turned(self.own(entering.to(self.dtype).transpose(0, 1)))
 
     def add_to(self, target: Tensor, entering: Tensor) -> None:
-        """Adds the products to (B, N, gates, H) in place."""
+        """Adds the products of what entered to (B, N, gates·H) in place."""
+        entering = entering.to(self.dtype)
         if self.by_gate:
-            target.add_(self(entering))
+            own = self.own_layout(target.view(*target.shape[:2], self.gates, self.hidden))
+            factors = self.left(entering.transpose(0, 1)).split(self.gates), self.transposed.split(self.gates)
+            for products, left, weights in zip(own.unbind(0), *factors, strict=True):
+                products.baddbmm_(left, weights)
+        elif self.there.packed:
+            target.add_(self.there.by_row(self.dropped(entering)))
         else:
-            left = self.left(entering.to(self.dtype).transpose(0, 1))
-            products = target.flatten(2).transpose(0, 1)
-            if self.there.packed:
-                products.add_(self.there(left))
-            else:
-                products.baddbmm_(left, self.transposed)
+            target.transpose(0, 1).baddbmm_(self.dropped(entering).transpose(0, 1), self.transposed)
 
     def back(self, d_product: Tensor) -> Tensor:
-        """(B, N, gates, H) -> (B, N, P)."""
-        return self.own_back(self.own_layout(d_product)).transpose(0, 1)
+        """(B, N, gates·H) -> (B, N, P)."""
+        if self.by_gate:
+            return self.own_back(self.own_layout(d_product.view(*d_product.shape[:2], self.gates, self.hidden))).transpose(0, 1)
+        return self.dropped(self.way_back.by_row(d_product))
+
+    def dropped(self, values: Tensor) -> Tensor:
+        """(B, N, P) times the one mask, if there is one."""
+        return values if self.drop is None else values * self.drop.transpose(0, 1)
 
     def over_time(self, entering: Tensor) -> Tensor:
         """(T, B, N, P) -> (T, B, N, gates, H)."""
-        steps = entering.to(self.dtype).permute(2, 0, 1, 3)  # (N, T, B, P)
+        entering = entering.to(self.dtype)
         if not self.by_gate:
-            steps = steps if self.drop is None else steps * self.drop[:, None]
-            found = onednn.bmm(steps.flatten(1, 2), self.transposed).unflatten(1, steps.shape[1:3])
-            return found.unflatten(3, (self.gates, -1)).permute(1, 2, 0, 3, 4)
+            rows = self.dropped(entering).flatten(0, 1)
+            packed = bool(self.there.packed)
+            found = self.there.by_row(rows) if packed else onednn.bmm(rows.transpose(0, 1), self.transposed).transpose(0, 1)
+            return found.unflatten(0, entering.shape[:2]).unflatten(3, (self.gates, self.hidden))
         assert self.drop is not None
-        dropped = steps[:, None] * self.drop[:, :, None]  # (N, gates, T, B, P)
+        dropped = entering.permute(2, 0, 1, 3)[:, None] * self.drop[:, :, None]  # (N, gates, T, B, P)
         found = torch.bmm(dropped.flatten(2, 3).flatten(0, 1), self.transposed)
         return found.view(*dropped.shape[:4], found.shape[-1]).permute(2, 3, 0, 1, 4)
