@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gpu_rnn.devices import CPU_FLOPS
 from gpu_rnn.layout import Call, LoopGradients
 from gpu_rnn.problem import Problem
 
@@ -17,6 +18,18 @@ OLDEST = (8, 0)
 SHARED_BYTES = 128  # from shared memory
 LANES, SPECIAL = 128, 16  # fp32 operations, and exponentials or roots
 FUNCTIONS = ("tanh", "sigmoid", "exp", "expm1", "log", "log1p", "sqrt", "erf", "sin", "cos")  # an exponential and a root each
+
+
+def product_rate(problem: Problem) -> float:
+    """Floating-point operations a second that large products of a problem reach at most."""
+    device = problem.device
+    if not device.is_gpu:
+        return CPU_FLOPS
+    if problem.dtype.itemsize == 2:
+        return device.tensor_flops * 1e12
+    if problem.dtype == torch.float32 and problem.precision == "tf32":
+        return device.tensor_flops * 1e12 / 2
+    return 2 * LANES * device.sms * device.clock * 1e9
 
 
 def unsupported(problem: Problem) -> list[str]:

@@ -14,11 +14,9 @@ from functools import lru_cache
 from itertools import count, product
 from typing import Any
 
-import torch
-
 from gpu_rnn.devices import Device
 from gpu_rnn.launch import rates
-from gpu_rnn.launch.common import FUNCTIONS, LANES, SHARED_BYTES, SPECIAL
+from gpu_rnn.launch.common import FUNCTIONS, LANES, SHARED_BYTES, SPECIAL, product_rate
 from gpu_rnn.launch.group_layout import UNITS, Layout
 from gpu_rnn.problem import Problem
 
@@ -205,9 +203,6 @@ def cost(problem: Problem, given: rates.Rates | None = None) -> float:
     gates = len(problem.recurrence.gates)
     weights = gates * (UNITS * choice.layout.blocks) * choice.layout.width * problem.dtype.itemsize
     loading = weights / known.l2_bytes / (device.clock * 1e9)
-    rate = device.tensor_flops * 1e12 / (1 if problem.dtype.itemsize == 2 else 2)
-    if problem.dtype == torch.float32 and problem.precision == "ieee":
-        rate = 2 * LANES * device.sms * device.clock * 1e9
-    projection = problem.flops * problem.I / (problem.I + problem.H) / rate
+    projection = problem.flops * problem.I / (problem.I + problem.H) / product_rate(problem)
     step = _step(problem, choice.layout, choice.groups, choice.at_once, known)
     return known.start + loading + problem.layers * problem.T * step + known.projection * projection

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from gpu_rnn.devices import CPU_FLOPS
 from gpu_rnn.launch import rates
+from gpu_rnn.launch.common import product_rate
 from gpu_rnn.problem import Problem
 
 
@@ -17,5 +17,4 @@ def cost(problem: Problem, given: rates.Rates | None = None) -> float:
     """Seconds by the cost model (see `resident.cost`): every operation of every step is one torch call, and autograd records each."""
     operations = sum(len(stage.ops) + 4 * len(stage.gates) for stage in problem.program.stages)
     steps = problem.T * problem.layers * (3 if problem.training else 1)
-    rate = problem.device.tensor_flops * 1e12 if problem.device.is_gpu else CPU_FLOPS
-    return steps * operations * (given or rates.of(problem.device)).reference.operation + problem.flops / rate
+    return steps * operations * (given or rates.of(problem.device)).reference.operation + problem.flops / product_rate(problem)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gpu_rnn.devices import DEVICES
 from gpu_rnn.launch import common, interpreter, rates
-from gpu_rnn.launch.common import FUNCTIONS, LANES, SHARED_BYTES, SPECIAL, bits, rows
+from gpu_rnn.launch.common import FUNCTIONS, LANES, SHARED_BYTES, SPECIAL, bits, product_rate, rows
 from gpu_rnn.launch.generated import triton_module
 from gpu_rnn.layout import Call, LoopGradients, Result
 from gpu_rnn.problem import Problem
@@ -124,7 +124,7 @@ def cost(problem: Problem, given: rates.Rates | None = None) -> float:
     together = device.sms * max(1, _available(problem) // shared_memory(problem, chosen.stages))
     waits = known.latency * len(problem.program.stages)
     step = max(busy * -(-tiles // device.sms), (busy + waits) * -(-tiles // together))
-    products = problem.flops * problem.I / (problem.I + problem.H) / (device.tensor_flops * 1e12)
+    products = problem.flops * problem.I / (problem.I + problem.H) / product_rate(problem)
     return known.start + steps * step / (device.clock * 1e9) + known.projection * products
 
 
