@@ -36,13 +36,13 @@ class Diagonal(NamedTuple):
 
     def of(self, whole: Tensor) -> Tensor:
         """A view (chunk, B, layers, …) of (L, T, B, …)."""
-        layer, step, batch, *rest = whole.stride()
+        layer, step, batch, *rest = _strides(whole)
         size = (self.chunk, whole.shape[2], self.count, *whole.shape[3:])
         return whole.as_strided(size, (step, batch, layer - self.chunk * step, *rest), self._offset(whole, self.start))
 
     def rows(self, whole: Tensor) -> Tensor:
         """The same as matrices (layers, chunk·B, …)."""
-        layer, step, batch, *_ = whole.stride()
+        layer, step, batch, *_ = _strides(whole)
         size = (self.count, self.chunk * whole.shape[2], batch)
         return whole.as_strided(size, (layer - self.chunk * step, batch, 1), self._offset(whole, self.start))
 
@@ -50,7 +50,7 @@ class Diagonal(NamedTuple):
         """(B, layers, ·): of a state after each step, (L, T, B, ·), what each layer's chunk begins with."""
         if self.start == 0:
             return initial[:, self.layers]
-        layer, step, batch, unit = whole.stride()
+        layer, step, batch, unit = _strides(whole)
         size = (whole.shape[2], self.count, whole.shape[3])
         found = whole.as_strided(size, (batch, layer - self.chunk * step, unit), self._offset(whole, self.start - 1))
         found = found.to(initial.dtype, copy=True)
@@ -59,8 +59,8 @@ class Diagonal(NamedTuple):
         return found
 
     def _offset(self, whole: Tensor, step: int) -> int:
-        assert whole.is_contiguous()
-        return int(whole.storage_offset()) + self.first * whole.stride(0) + step * whole.stride(1)
+        layer, of_step, *_ = _strides(whole)
+        return int(whole.storage_offset()) + self.first * layer + step * of_step
 
     def above(self, layer: int) -> Diagonal:
         """The part above a layer."""
@@ -75,6 +75,15 @@ class Diagonal(NamedTuple):
     def shifted(self, layers: int) -> Diagonal:
         """The same steps of the layers so many above."""
         return self._replace(first=self.first + layers, last=self.last + layers)
+
+
+def _strides(whole: Tensor) -> list[int]:
+    """Of a contiguous tensor, by its shape: along axes of size 1, as of T or B, `Tensor.stride` may give anything."""
+    assert whole.is_contiguous()
+    found = [1]
+    for size in reversed(whole.shape[1:]):
+        found.append(found[-1] * size)
+    return found[::-1]
 
 
 def diagonals(layers: int, steps: int, chunk: int) -> list[Diagonal]:

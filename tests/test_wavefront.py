@@ -101,6 +101,15 @@ def test_the_same_as_torch(cell: str, chunk: int, force: Force) -> None:
         torch.testing.assert_close(found, right, rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize(("steps", "batch"), [(1, 3), (7, 1), (1, 1)])
+def test_one_step_or_one_row(steps: int, batch: int, force: Force) -> None:
+    """Along an axis of size 1 the strides of a contiguous tensor may be any."""
+    torch.manual_seed(1)
+    layer = gpu_rnn.LSTM(5, 6, 3, dtype=torch.float64, backend="step", zoneout=0.3, dropout=0.4)
+    call = {"resets": torch.rand(steps, batch) < 0.5, "return_all_states": True}
+    compare(layer, torch.randn(steps, batch, 5, dtype=torch.float64, requires_grad=True), call, force, min(2, steps))
+
+
 @pytest.mark.parametrize("of_steps", [(), (T,)], ids=["learnt", "of each step"])
 def test_reset_values(of_steps: tuple[int, ...], force: Force) -> None:
     """Their gradients are sums over all chunks, or stand at the steps of each."""
@@ -249,6 +258,8 @@ def test_views() -> None:
         assert diagonal.rows(whole).equal(torch.stack([part.flatten(0, 1) for part in parts]))
         before = [whole[la, start - 1] if start else initial[:, la] for la, start in zip(layers, starts, strict=True)]
         assert diagonal.before(whole, initial).equal(torch.stack(before, 1))
+    row = torch.arange(30).view(1, 2, 3, 5).permute(1, 2, 0, 3)  # contiguous, though a row is 30 away from the next
+    assert row.stride(2) == 30 and Diagonal(0, 2, 1, 1).rows(row).equal(torch.stack([row[0, 1], row[1, 0]]))
     assert Diagonal(0, 3, 4, 2).above(0) == Diagonal(1, 3, 2, 2)
     assert Diagonal(1, 3, 4, 2).above(0) == Diagonal(1, 3, 4, 2)
     assert Diagonal(0, 1, 4, 2).above(0).count == Diagonal(2, 3, 4, 2).below(2).count == 0
