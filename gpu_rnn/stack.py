@@ -225,7 +225,8 @@ class Stack(NamedTuple):
         inputs = Inputs(x, joined, control, [state.transpose(0, 1) for state in states], list(reset_values))
         options = Options(self.backend, reverse, all_states=self.all_states)
         every, after, inner = autograd.layer(self.recurrence.text(self.recurrence.identity), options, inputs)
-        y, final = every[-1], tuple(state.transpose(0, 1) for state in after)
+        # A copy, as what is handed out would share memory, and y by itself hold that of all layers.
+        y, final = every[-1].clone(), tuple(state.transpose(0, 1) for state in after)
         if controls.lengths is not None:
             valid = controls.valid(steps)
             y = y if valid is None else torch.where(valid.unsqueeze(-1), y, 0)

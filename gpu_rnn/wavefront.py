@@ -18,7 +18,6 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gpu_rnn import reference
@@ -80,18 +79,27 @@ class _Stack:
             values = [_of_resets(diagonal, value) for value in self.values]
         return Call(call.program, call.weights, states, control, values, call.reverse, call.problem, d_gates)
 
-    def enter(self, diagonal: Diagonal, y: Tensor, gates: Tensor) -> None:
-        """Writes the input products of those layers of a diagonal that have others below them."""
+    def enter(self, diagonal: Diagonal, y: Tensor, gates: Tensor) -> Tensor:
+        """(chunk, B, layers, G, H): the input products. `gates` (L or 1, T, B, G, H) holds those of the lowest layer; those
+        of the others are written there, or where it has no room for them to a place of their own."""
         upper = diagonal.above(0)
+        if len(gates) == self.count:
+            found, products = diagonal.of(gates), upper.rows(gates)
+        else:
+            own = gates.new_empty(diagonal.count, diagonal.chunk, *gates.shape[2:])
+            if diagonal.first == 0:
+                own[0] = gates[0, diagonal.start : diagonal.start + diagonal.chunk]
+            found, products = own.movedim(0, 2), own[diagonal.count - upper.count :].flatten(1, 2).flatten(2)
         if not upper.count:
-            return
+            return found
         _, into, bias = self.layers(diagonal)
         lower, between = upper.shifted(-1), self.call.control.between
         entering = lower.rows(y) if between is None else lower.rows(y) * lower.rows(between)
         if bias is None:
-            torch.bmm(entering, into.transpose(1, 2), out=upper.rows(gates))
+            torch.bmm(entering, into.transpose(1, 2), out=products)
         else:
-            torch.baddbmm(bias, entering, into.transpose(1, 2), out=upper.rows(gates))
+            torch.baddbmm(bias, entering, into.transpose(1, 2), out=products)
+        return found
 
     def leave(self, diagonal: Diagonal, d_y: Tensor, d_gates: Tensor) -> Tensor:
         """(chunk, B, layers, H): the gradients of the layers' h, with those that come back from the layers above."""
@@ -126,16 +134,15 @@ def forward(call: Call, x: Tensor, chunk: int, backend: ModuleType, save: bool, 
     stack, program = _Stack(call, len(x), chunk), call.program
     layers, gate_count, hidden, _ = call.weights.w_hh.shape
     shape = layers, *x.shape[:2]
-    gates = x.new_empty(*shape, gate_count, hidden)
-    gates[0] = _lowest(call.weights, stack.bias, x)
+    gates = x.new_empty(layers if save else 1, *shape[1:], gate_count, hidden)
+    _lowest(call.weights, stack.bias, x, out=gates[0])
     y = x.new_empty(*shape, hidden)
     recurrent = x.new_empty(*shape, len(program.split), hidden) if save else x.new_empty(0)
     others = len(call.states) - 1 if save or all_states else 0
     inner = x.new_empty(others, *shape, hidden, dtype=state_dtype(x.dtype))
     states = [state.clone() for state in call.states]
     for diagonal in stack.diagonals:
-        stack.enter(diagonal, y, gates)
-        entering, own = diagonal.of(gates), diagonal.layers
+        entering, own = stack.enter(diagonal, y, gates), diagonal.layers
         found = backend.forward(stack.part(diagonal, [s[:, own] for s in states]), entering, save, all_states)
         diagonal.of(y).copy_(found.y)
         for whole, values in zip(inner, found.inner, strict=True):
@@ -148,10 +155,13 @@ def forward(call: Call, x: Tensor, chunk: int, backend: ModuleType, save: bool, 
     return Result(y, states, gates if save else x.new_empty(0), recurrent, inner)
 
 
-def _lowest(weights: Weights, bias: Tensor | None, x: Tensor) -> Tensor:
-    """(T, B, G, H): the input products of the lowest layer."""
-    own = None if bias is None else bias[0].flatten()
-    return F.linear(x, weights.w_ih.flatten(0, 2), own).unflatten(-1, weights.w_ih.shape[1:3])
+def _lowest(weights: Weights, bias: Tensor | None, x: Tensor, out: Tensor) -> None:
+    """Writes the input products of the lowest layer, (T, B, G, H)."""
+    rows, into, products = x.flatten(0, 1), weights.w_ih.flatten(0, 2).T, out.flatten(0, 1).flatten(1)
+    if bias is None:
+        torch.mm(rows, into, out=products)
+    else:
+        torch.addmm(bias[0].flatten(), rows, into, out=products)
 
 
 def backward(

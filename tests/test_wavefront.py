@@ -228,6 +228,34 @@ def test_number_of_launches(force: Force, monkeypatch: pytest.MonkeyPatch) -> No
     assert launches == [(1, 1)] * 3 + [(3, 1), (3, 2), (3, 3), (3, 2), (3, 1)]
 
 
+def test_what_is_handed_out_holds_no_more(force: Force) -> None:
+    """A view would keep the outputs of all layers alive, and change with the states of all steps."""
+    force(2)
+    layer = gpu_rnn.LSTM(3, 4, 3, backend="step")
+    y, _, (h, _) = layer(torch.randn(5, 2, 3), return_all_states=True)
+    assert y.untyped_storage().nbytes() == y.nbytes
+    before = h.clone()
+    with torch.no_grad():
+        y.zero_()
+    assert h.equal(before)
+
+
+def test_inference_keeps_no_input_products(force: Force, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside those of the lowest layer, which are made at once, only a diagonal's are there."""
+    kept: list[bool] = []
+    kernel = step.forward
+    monkeypatch.setattr(
+        step, "forward", lambda call, gates, *rest: kept.append(gates.untyped_storage().nbytes() > gates.nbytes) or kernel(call, gates, *rest)
+    )
+    force(2)
+    layer = gpu_rnn.LSTM(3, 4, 3, backend="step")
+    with torch.no_grad():
+        layer(torch.randn(6, 2, 3))
+    assert kept == [False] * 5
+    layer(torch.randn(6, 2, 3))
+    assert kept == [False] * 5 + [True] * 5
+
+
 @pytest.mark.parametrize(("layers", "steps", "chunk"), [*product((2, 3, 5), (1, 4, 7, 12), (1, 2, 3, 7, 12))])
 def test_every_chunk_finds_what_it_needs(layers: int, steps: int, chunk: int) -> None:
     if chunk > steps:
