@@ -22,7 +22,7 @@ from results import (
 from summary import SIZES, Measured, figure, ratios, size
 from tables import number, ratio, table, time
 
-COUNTED = ("ratio to torch.nn: geometric mean (lowest to highest)", "cases without:")
+COUNTED = ("ratio to torch.nn: geometric mean (lowest to highest)", "cases without a ratio:")
 CERTIFIED = "The [certificate]({}/certificate.md) says what was checked on this GPU, and how that ended."
 UNCERTIFIED = "No certificate of this GPU is there: `make gpu-check` writes it."
 VERSIONS = ("driver", "cuda", "cudnn", "torch", "triton", "cupy")
@@ -49,6 +49,8 @@ def of_set(gpu: Measured, name: str, cases: Sequence[Case]) -> str:
         f"Of the report on [{gpu.device}](../{gpu.name}.md). Times are µs a step, all layers together: median (20th to 80th",
         "percentile). The backend is the one that a layer takes by itself. **Bold** is a loss: a ratio to torch.nn below",
         f"{NOISE}, an option that takes more than {OPTION_LIMIT:.2f} times the default's time, or another variant that is faster.",
+        "The floor is the least that the GPU allows a step, whoever writes the kernel, and \"of it\" that by our time. MiB are the",
+        "most that a call takes on top of its input and weights.",
     ]
     return "\n".join([f"# The set {name}", "", *about, "", *_cases(cases)]) + "\n"
 

@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             publish(options.results or [RESULTS], options.out)
         else:
             publish([RESULTS], ROOT / "docs", ROOT / "README.md")
-    except (ValueError, ModuleNotFoundError) as error:
+    except (OSError, ValueError, ModuleNotFoundError) as error:
         print(f"report.py: {error}", file=sys.stderr)
         return 1
     return 0

@@ -100,7 +100,8 @@ def read(files: Iterable[Path]) -> list[Case]:
     """The cases in results files of one device, each from the newest run that has it, in the order first seen.
 
     Raises:
-        ValueError: results of several devices; no rows; a file that lacks columns.
+        ValueError: results of several devices; no rows; a file that lacks columns, or that was cut off within a row.
+        OSError: a file that cannot be read.
     """
     files = sorted(files)
     rows = [row for path in files for row in _rows(path)]
@@ -108,7 +109,7 @@ def read(files: Iterable[Path]) -> list[Case]:
     if len(devices) != 1:
         found = ", ".join(sorted(devices)) or "none"
         raise ValueError(
-            f"results of exactly one device make a report; {', '.join(map(str, files))} hold: {found}"
+            f"results of exactly one device are wanted; in {', '.join(map(str, files))} there are: {found}"
         )
     by_case: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
@@ -120,9 +121,16 @@ def read(files: Iterable[Path]) -> list[Case]:
 
 
 def _rows(path: Path) -> list[Row]:
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        missing = [name for name in NEEDED if name not in (reader.fieldnames or ())]
-        if missing:
-            raise ValueError(f"{path} is no file of run.py: it lacks the columns {', '.join(missing)}")
-        return [defaultdict(str, row) for row in reader]
+    try:
+        reader = csv.DictReader(path.read_text().splitlines())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no file of run.py: it is no text") from error
+    missing = [name for name in NEEDED if name not in (reader.fieldnames or ())]
+    if missing:
+        raise ValueError(f"{path} is no file of run.py: it lacks the columns {', '.join(missing)}")
+    rows = []
+    for row in reader:
+        if None in row or None in row.values():  # too many values, or too few: the run was killed while it wrote
+            raise ValueError(f"{path}, line {reader.line_num}: a row that was cut off; delete the rows of its case")
+        rows.append(defaultdict(str, row))
+    return rows

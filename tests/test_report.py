@@ -303,6 +303,20 @@ def test_a_file_that_is_none_of_the_benchmarks_is_refused(tmp_path: Path, capsys
     (tmp_path / "a.csv").write_text("set,problem\nquick,one\n")
     assert report.main([str(tmp_path), "--out", str(tmp_path)]) == 1
     assert "a.csv is no file of run.py: it lacks the columns dtype," in capsys.readouterr().err
+    (tmp_path / "a.csv").write_bytes(b"\x7fELF\xd0\x00")
+    assert report.main([str(tmp_path), "--out", str(tmp_path)]) == 1
+    assert "a.csv is no file of run.py: it is no text" in capsys.readouterr().err
+    assert report.main([str(tmp_path / "b.csv"), "--out", str(tmp_path)]) == 1
+    assert "b.csv" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", ["grid,LSTM-H64", "grid,LSTM-H64" + synthetic.text().splitlines()[1]])
+def test_a_row_that_was_cut_off_is_refused(more: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run that was killed while it wrote; and one that went on behind it."""
+    lines = synthetic.text().splitlines()[:3]
+    (tmp_path / "a.csv").write_text("\n".join([*lines, more]))
+    assert report.main([str(tmp_path), "--out", str(tmp_path)]) == 1
+    assert "a.csv, line 4: a row that was cut off" in capsys.readouterr().err
 
 
 def test_a_newer_run_replaces_an_older_one() -> None:
