@@ -106,7 +106,7 @@ def finished(path: Path, facts: dict[str, str]) -> set[tuple[str, ...]]:
     """The keys of the cases that a results file has of the same commit on the same device.
 
     Raises:
-        ValueError: the file is none of this version's; the commit is not known.
+        ValueError: the file is none of this version's, or ends within a row; the commit is not known.
     """
     if not facts["commit"]:
         raise ValueError("--resume leaves out what was measured of the same commit, which is not known here: give --commit")
@@ -114,5 +114,7 @@ def finished(path: Path, facts: dict[str, str]) -> set[tuple[str, ...]]:
         reader = csv.DictReader(file)
         if tuple(reader.fieldnames or ()) != COLUMNS:
             raise ValueError(f"{path} has other columns than are written now: start a new file with --out")
+        if not path.read_text().endswith("\n"):
+            raise ValueError(f"{path} ends within a row, of a run that was killed: delete the rows of its last case")
         same = [row for row in reader if all(row[name] == facts[name] for name in ("device", "commit", "dirty"))]
     return {tuple(row[name] for name in CASE) for row in same}

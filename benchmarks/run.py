@@ -36,6 +36,7 @@ from variants import TORCH, Case, Inputs, Variant
 from gpu_rnn import doctor
 
 CASE_SECONDS = {"quick": 1.0, "full": 4.0}  # of samples, for all variants of a case
+SIGNS = "* is the backend that a layer takes by itself; (2.00x) is twice as fast as torch.nn"
 INTERRUPTED = 130  # 128 + SIGINT, what a shell reports for Ctrl-C
 
 
@@ -93,7 +94,7 @@ def _write(cases: list[Case], settings: Settings, facts: dict[str, str], path: P
         with path.open(mode, newline="") as file, emulation.gpu() if settings.emulated else nullcontext():
             bad, left_out = _run(cases, settings, facts, file)
     except KeyboardInterrupt:
-        print(f"stopped; what was measured until now is in {path}", file=sys.stderr)
+        print(f"stopped; what was measured until now is in {path}: go on with --resume {path}", file=sys.stderr)
         return INTERRUPTED
     print(f"wrote {path}")
     _say_left_out(left_out, cases, path)
@@ -110,6 +111,8 @@ def _run(
     if not file.tell():
         writer.writeheader()
     bad, longest, left_out = 0, 0.0, []
+    if cases:
+        print(SIGNS)
     for title, case, say in _progress(cases):
         start = time.monotonic()
         if start + longest > settings.deadline:

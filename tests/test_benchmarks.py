@@ -263,6 +263,9 @@ def test_a_run_goes_on_where_one_of_the_same_commit_ended(
     assert out.read_text().count("\n") == 1 + 8 + 8
     assert run.main([*again[:-1], "--resume", str(out)]) == 2
     assert "give --commit" in capsys.readouterr().err
+    out.write_text(first[:-9])
+    assert run.main([*again, "one", "--resume", str(out)]) == 2
+    assert "ends within a row" in capsys.readouterr().err
     out.write_text(first.replace("floor_us", "ground_us"))
     assert run.main([*again, "one", "--resume", str(out)]) == 2
     assert "other columns" in capsys.readouterr().err
