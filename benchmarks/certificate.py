@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 EMULATED = "emulated: no GPU, not a certificate, no timings"
-PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
+PASSED, FAILED, INTERRUPTED, NOT_RUN = "passed", "failed", "interrupted", "not run"
 FAILURES = 20  # in certificate.md; certificate.json has all
 
 
@@ -20,7 +20,7 @@ class Outcome:
     name: str
     what: str
     commands: list[str]
-    status: str = NOT_RUN  # or passed, failed
+    status: str = NOT_RUN  # or passed, failed, interrupted
     reason: str = "not reached"  # why it was not run, or did not end by itself
     seconds: float = 0.0
     passed: int = 0

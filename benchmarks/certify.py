@@ -30,7 +30,7 @@ import machine
 import record
 import sanitize
 import torch
-from certificate import FAILED, NOT_RUN, PASSED, Outcome
+from certificate import FAILED, INTERRUPTED, NOT_RUN, PASSED, Outcome
 from record import Record
 
 from gpu_rnn import doctor
@@ -173,7 +173,7 @@ def _run(step: Step, outcome: Outcome) -> None:
     """Runs a step and fills in its outcome, also where it is interrupted."""
     with tempfile.TemporaryDirectory() as scratch:
         running = Running(step, Path(scratch))
-        ended = "interrupted"
+        ended = INTERRUPTED
         start = time.monotonic()
         try:
             ended = running.wait(start + step.limit)
@@ -193,7 +193,8 @@ def judge(outcome: Outcome, found: Record, statuses: Sequence[int | None], ended
     during = f" in {begun[-1]}" if begun else ""
     crashed = [status for status in statuses if status is not None and status < 0]
     bad = [status for status in statuses if status not in (0, NO_TESTS)]
-    outcome.status, outcome.reason = FAILED, ""
+    outcome.status = INTERRUPTED if ended == INTERRUPTED and not outcome.failed else FAILED
+    outcome.reason = ""
     if ended:
         outcome.reason = f"{ended}{during}"
     elif crashed:
