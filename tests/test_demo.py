@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -131,6 +132,9 @@ def test_the_table_gives_their_time_over_ours() -> None:
     lines = table([Timing(case, forward=(0.002, 0.003), training=(0.004, 0.002))]).splitlines()
     assert lines[-2].split() == ["GRU", "2.00", "3.00", "1.50x", "4.00", "2.00", "0.50x"]
     assert lines[-1].split() == "beside torch.nn.GRU; backend aten".split()
+    longer = replace(case, label=60 * "x")
+    rows = table([Timing(each, (0.002, 0.003), (0.004, 0.002)) for each in (case, longer)]).splitlines()
+    assert len({len(line) for line in rows[1::2]}) == 1  # the heads and the figures line up
 
 
 def test_the_verdict_compares_with_the_range_of_torch() -> None:

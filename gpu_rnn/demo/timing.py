@@ -72,8 +72,10 @@ def measure(case: Case, *, seconds: float) -> Timing:
 
 def table(timings: Sequence[Timing]) -> str:
     """The ratio table: above 1.00x ours is the faster."""
-    head = f"{'':44}{'forward, ms':>22}{'':8}{'forward + backward, ms':>24}"
-    names = f"{'layer, compared with':44}{'ours':>10}{'theirs':>10}{'ratio':>10}{'ours':>10}{'theirs':>10}{'ratio':>10}"
+    title = "layer, compared with"
+    wide = max(len(title), *(len(timing.case.label) for timing in timings))
+    head = f"{'':{wide}}{'forward, ms':>22}{'':8}{'forward + backward, ms':>24}"
+    names = f"{title:{wide}}{'ours':>10}{'theirs':>10}{'ratio':>10}{'ours':>10}{'theirs':>10}{'ratio':>10}"
     lines = [head, names, "-" * len(names)]
     for timing in timings:
         cells = "".join(
@@ -81,7 +83,7 @@ def table(timings: Sequence[Timing]) -> str:
             for ours, theirs in (timing.forward, timing.training)
         )
         lines += [
-            f"{timing.case.label:44}{cells}",
+            f"{timing.case.label:{wide}}{cells}",
             f"  beside {timing.case.theirs_label}; backend {timing.case.backend}",
         ]
     return "\n".join(lines)
