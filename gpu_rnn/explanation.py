@@ -63,7 +63,8 @@ class Explanation:
             lines.append(f"{row.backend:10} {verdict:8} {'' if figure is None else f'{figure:.2f}':>8}  {first}".rstrip())
             lines += [f"{'':30}{reason}" for reason in others]
         if self.chunks:
-            lines.append(f"layers run as a wavefront, steps at a time: {', '.join(map(str, self.chunks))}")
+            chunks = ", ".join(f"{steps} {way}" for steps, way in zip(self.chunks, ("forward", "backward"), strict=False))
+            lines.append(f"layers run as a wavefront, steps at a time: {chunks}")
         if self.floor_us is not None:
             lines.append(f"{'floor':10} {'':8} {self.floor_us:8.2f}  of a layer's time loop, with W_hh on chip")
         return "\n".join([*lines, f"µs/step: {self._origin}"])

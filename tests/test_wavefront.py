@@ -337,7 +337,7 @@ def test_explain_says_so() -> None:
     x = torch.empty(1600, 64, 384, dtype=torch.float16, device="meta")
     found = gpu_rnn.explain(layer, x, device="H100")
     assert len(found.chunks) == 2 and all(1 < chunk < 1600 for chunk in found.chunks)
-    assert f"layers run as a wavefront, steps at a time: {found.chunks[0]}, {found.chunks[1]}" in str(found)
+    assert f"layers run as a wavefront, steps at a time: {found.chunks[0]} forward, {found.chunks[1]} backward" in str(found)
     assert gpu_rnn.explain(layer, x).chunks == gpu_rnn.explain(layer, x, device="CPU").chunks == ()
 
 
