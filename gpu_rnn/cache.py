@@ -14,7 +14,11 @@ from pathlib import Path
 def wanted() -> Path:
     """GPU_RNN_CACHE, else the user's cache folder, whether it is there or not."""
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("GPU_RNN_CACHE") or f"{home}/gpu_rnn").expanduser()
+    found = Path(os.environ.get("GPU_RNN_CACHE") or f"{home}/gpu_rnn")
+    try:
+        return found.expanduser()
+    except RuntimeError:  # as in containers: a user without a home
+        return _temporary()
 
 
 @cache

@@ -23,7 +23,7 @@ Question = tuple[Problem, tuple[str, ...]]  # what is to run, and the backends t
 Times = dict[str, float]  # µs per time step of the whole call, by backend
 
 # What reading a file may raise that is none of ours, or broken.
-FAULTS = (OSError, ValueError, TypeError, KeyError, AttributeError)
+FAULTS = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
 
 log = logging.getLogger("gpu_rnn")
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from gpu_rnn.devices import Device
 from gpu_rnn.problem import Problem
 
 BETWEEN = 1.5e-5  # predicted seconds of a diagonal beside its launch: a product, and some copies of what it leaves
@@ -97,9 +98,14 @@ def diagonals(layers: int, steps: int, chunk: int) -> list[Diagonal]:
 
 
 def possible(problem: Problem) -> bool:
-    """Whether a stack can run so. On a CPU nothing waits, so that nothing would be gained."""
+    """Whether a stack can run so, and its device may gain by it."""
     plain = not (problem.proj_size or problem.norm or problem.transforms or problem.dtype.is_complex)
-    return problem.layers > 1 and problem.N == 1 and problem.device.is_gpu and plain
+    return problem.layers > 1 and problem.N == 1 and plain and idles(problem.device)
+
+
+def idles(device: Device) -> bool:
+    """Whether one layer may leave a part of the device idle. On a CPU a product takes all of it."""
+    return device.is_gpu
 
 
 def launched(problem: Problem, steps: int, layers: int) -> Problem:

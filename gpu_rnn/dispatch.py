@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 from gpu_rnn import choices, devices, diagonals
 from gpu_rnn.choices import Question, Times
@@ -34,6 +35,9 @@ BACKENDS: dict[str, ModuleType] = {
     "reference": plain,
 }
 KERNELS = ("resident", "group", "step")
+# A stack may run as a wavefront on these. The step loop would need a graph for each number of layers, and run chunks of
+# fewer steps than a graph has outside of graphs.
+WAVEFRONTS = ("resident", "group")
 LOOPS = (*KERNELS, "reference")
 """The backends that run one layer's time loop; the ATen row takes whole stacks."""
 
@@ -90,11 +94,12 @@ _trial = _Trial()
 @contextmanager
 def trial(backend: str) -> Iterator[dict[Question, str]]:
     """In this thread "auto" is this backend wherever it can run. Yields every question that is asked, with its answer."""
+    before = _trial.backend
     _trial.backend, _trial.answers = backend, {}
     try:
         yield _trial.answers
     finally:
-        _trial.backend = ""
+        _trial.backend = before
 
 
 def remember(device: devices.Device, found: Mapping[Question, Times]) -> Path:
@@ -115,7 +120,7 @@ def forget() -> None:
 
 
 def _forget_answers() -> None:
-    for cached in (_select, _fastest_loop):
+    for cached in (_select, _fastest_loop, _gain, _plan):
         cached.cache_clear()
 
 
@@ -184,7 +189,7 @@ def _cost(problem: Problem, name: str, given: Rates | None) -> float:
     """Seconds for one pass; of a stack on a loop the less of layer after layer and of a wavefront."""
     module = BACKENDS[name]
     alone = float(module.cost(problem, given))
-    if name not in KERNELS or not diagonals.possible(problem):
+    if name not in WAVEFRONTS or not diagonals.possible(problem):
         return alone
     if module.unsupported(diagonals.launched(problem, problem.T, problem.layers)):
         return alone
@@ -192,22 +197,16 @@ def _cost(problem: Problem, name: str, given: Rates | None) -> float:
 
 
 def wavefront(problem: Problem, backend: str = "auto") -> tuple[str, int]:
-    """The loop that a stack runs on as a wavefront in one pass, and the chunk of steps that is predicted to be the best.
+    """The loop that a stack runs on in one pass as a wavefront, and how many steps its layers run together.
 
-    Where none is predicted to gain, the chunk is the whole: layer after layer.
+    Where a wavefront is not predicted to gain in this pass, these are all steps: layer after layer.
     """
     settled = _settled(problem, backend)
-    plans = _plans(problem, settled or backend)
-    best = min(plans, key=lambda name: plans[name][1], default=None)
-    chunk, layers = problem.T, 1
-    if best is not None and plans[best][1] < _one_by_one(problem, settled or backend):
-        chunk, layers = plans[best][0], problem.layers
-    name = _select(diagonals.launched(problem, chunk, layers), backend, KERNELS, settled)
-    if layers > 1 and name in plans:
-        chunk = plans[name][0]
+    plan = _plan(problem, settled or backend)
+    name = _select(plan.launch, backend, KERNELS, settled)
     if backend == "auto" and _trial.backend:
         _trial.answers[problem, LOOPS] = name
-    return name, chunk
+    return name, plan.chunk
 
 
 def staggers(problem: Problem, backend: str = "auto") -> bool:
@@ -239,31 +238,36 @@ def _fastest_loop(problem: Problem) -> str:
 
 
 @lru_cache(maxsize=1024)
-def _gain(problem: Problem, backend: str) -> float:
+def _gain(problem: Problem, loop: str) -> float:
     """Seconds that a wavefront is predicted to save, of both passes in training."""
-    gain = 0.0
-    for direction in ("training", "backward") if problem.training else ("inference",):
-        one_pass = replace(problem, direction=direction)
-        plans = _plans(one_pass, backend).values()
-        gain += _one_by_one(one_pass, backend) - min((seconds for _, seconds in plans), default=math.inf)
-    return gain
+    directions = ("training", "backward") if problem.training else ("inference",)
+    return sum(_plan(replace(problem, direction=direction), loop).gain for direction in directions)
 
 
-def _plans(problem: Problem, backend: str) -> dict[str, tuple[int, float]]:
-    """Of each loop that can run a stack as a wavefront, the best chunk and the seconds predicted."""
-    able = _able(diagonals.launched(problem, problem.T, problem.layers), backend)
-    return {name: diagonals.plan(problem, BACKENDS[name].cost) for name in able}
+class _Plan(NamedTuple):
+    """How a stack runs in one pass."""
+
+    gain: float  # seconds that a wavefront is predicted to save
+    chunk: int  # all steps where it saves none
+    launch: Problem  # what a loop sees
 
 
-def _one_by_one(problem: Problem, backend: str) -> float:
-    """Seconds predicted for a stack's pass layer after layer."""
-    one = replace(problem, layers=1)
-    return problem.layers * min((float(BACKENDS[name].cost(one)) for name in _able(one, backend)), default=0.0)
+@lru_cache(maxsize=1024)
+def _plan(problem: Problem, loop: str) -> _Plan:
+    """For a loop, or the best of them."""
+    one, whole = replace(problem, layers=1), diagonals.launched(problem, problem.T, problem.layers)
+    alone = problem.layers * min((float(BACKENDS[name].cost(one)) for name in _able(one, loop)), default=0.0)
+    able = [name for name in _able(whole, loop) if name in WAVEFRONTS]
+    plans = [diagonals.plan(problem, BACKENDS[name].cost) for name in able]
+    chunk, seconds = min(plans, key=lambda plan: plan[1], default=(0, math.inf))
+    if seconds < alone:
+        return _Plan(alone - seconds, chunk, diagonals.launched(problem, chunk, problem.layers))
+    return _Plan(alone - seconds, problem.T, diagonals.launched(problem, problem.T, 1))
 
 
-def _able(problem: Problem, backend: str) -> list[str]:
+def _able(problem: Problem, loop: str) -> list[str]:
     """The loops with kernels that a backend's name may stand for and that can run a problem."""
-    return [name for name in KERNELS if backend in ("auto", name) and not BACKENDS[name].unsupported(problem)]
+    return [name for name in KERNELS if loop in ("auto", name) and not BACKENDS[name].unsupported(problem)]
 
 
 @lru_cache(maxsize=1024)

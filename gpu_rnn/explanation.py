@@ -37,7 +37,10 @@ class Explanation:
 
     @property
     def chunks(self) -> tuple[int, ...]:
-        """The steps that a stack's layers run together, forward and in training backward; none where each runs alone."""
+        """The steps that a stack's layers run together, forward and in training backward; none where each runs alone.
+
+        Where it is all steps, the layers of that pass run one after the other.
+        """
         problem = self.problem
         if self.chosen not in dispatch.KERNELS or not dispatch.staggers(problem, self.backend):
             return ()
@@ -63,7 +66,8 @@ class Explanation:
             lines.append(f"{row.backend:10} {verdict:8} {'' if figure is None else f'{figure:.2f}':>8}  {first}".rstrip())
             lines += [f"{'':30}{reason}" for reason in others]
         if self.chunks:
-            chunks = ", ".join(f"{steps} {way}" for steps, way in zip(self.chunks, ("forward", "backward"), strict=False))
+            each = [str(steps) if steps < self.problem.T else "all" for steps in self.chunks]
+            chunks = ", ".join(f"{steps} {way}" for steps, way in zip(each, ("forward", "backward"), strict=False))
             lines.append(f"layers run as a wavefront, steps at a time: {chunks}")
         if self.floor_us is not None:
             lines.append(f"{'floor':10} {'':8} {self.floor_us:8.2f}  of a layer's time loop, with W_hh on chip")

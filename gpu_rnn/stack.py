@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -177,7 +178,7 @@ class Stack(NamedTuple):
         self, x: Tensor, states: States, weights: Sequence[Tensor], controls: Controls
     ) -> tuple[Tensor, States, States]:
         """x (T, B, I), states (D·layers, B, ·) -> y (T, B, D·P), final states, all states (T, D·layers, B, ·)."""
-        if self._staggered(x, weights, controls):
+        if self._staggered(x, states, weights, controls):
             return self._wavefront(x, states, weights, controls)
         text = self.recurrence.text(self.recurrence.identity)
         options = Options(self.backend, self.reverse, all_states=self.all_states)
@@ -199,13 +200,18 @@ class Stack(NamedTuple):
         joined = tuple(torch.cat(parts) for parts in zip(*final, strict=True))
         return x, joined, tuple(torch.cat(parts, 1) for parts in zip(*every, strict=True))
 
-    def _staggered(self, x: Tensor, weights: Sequence[Tensor], controls: Controls) -> bool:
+    def _staggered(self, x: Tensor, states: States, weights: Sequence[Tensor], controls: Controls) -> bool:
         """Whether the layers run as a wavefront. What is compiled decides as it runs: its T may be any."""
         if self.num_layers == 1 or self.bidirectional or self.norm or self.proj_size:
             return False
+        lowest, wanting = weights[: len(weights) // self.num_layers], (x, *states, *weights)
+        frozen = not any(t.requires_grad for t in (x, *lowest)) and any(t.requires_grad for t in wanting)
+        if frozen and torch.is_grad_enabled():  # a wavefront would run its layers backward all the same
+            return False
         if torch.compiler.is_compiling():
-            return x.is_cuda and self.backend != "reference" and not x.is_complex()
-        problem = self.problem(x, None, weights, x.shape[0], x.shape[1], False, controls)
+            asked = (self.backend, os.environ.get("GPU_RNN_BACKEND"))
+            return x.is_cuda and "reference" not in asked and not x.is_complex()
+        problem = self.problem(x, states, weights, x.shape[0], x.shape[1], False, controls)
         return dispatch.staggers(problem, self.backend)
 
     def _wavefront(

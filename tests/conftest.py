@@ -69,5 +69,4 @@ def with_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
     """The choice on a described GPU does not depend on what is installed here."""
     monkeypatch.setattr(nvrtc, "unavailable", lambda: "")
     monkeypatch.setattr(group, "prepare", lambda problem: None)
-    dispatch._select.cache_clear()
-    dispatch._gain.cache_clear()
+    dispatch._forget_answers()

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import Tensor
 import gpu_rnn
 from gpu_rnn import diagonals, dispatch
 from gpu_rnn.diagonals import Diagonal
-from gpu_rnn.launch import step
+from gpu_rnn.launch import group, resident, step
 from gpu_rnn.layer_base import LayerBase
 from gpu_rnn.problem import Problem
 from gpu_rnn.stack import Stack
@@ -28,14 +28,19 @@ Force = Callable[[int], None]
 
 
 @pytest.fixture
-def force(monkeypatch: pytest.MonkeyPatch) -> Force:
-    """A function that makes every stack run as a wavefront from then on, in chunks of so many steps."""
+def force(monkeypatch: pytest.MonkeyPatch) -> Iterator[Force]:
+    """A function that makes every stack that can run as a wavefront do so from then on, in chunks of so many steps."""
 
     def every_stack(chunk: int) -> None:
-        monkeypatch.setattr(Stack, "_staggered", lambda stack, *_: stack.num_layers > 1)
-        monkeypatch.setattr(diagonals, "plan", lambda *_: (chunk, 0.0))
+        def plan(problem: Problem, loop: str) -> dispatch._Plan:
+            return dispatch._Plan(1.0, chunk, diagonals.launched(problem, chunk, problem.layers))
 
-    return every_stack
+        monkeypatch.setattr(diagonals, "idles", lambda device: True)
+        monkeypatch.setattr(dispatch, "_plan", plan)
+        dispatch._gain.cache_clear()
+
+    yield every_stack
+    dispatch._gain.cache_clear()
 
 
 def masks() -> dict[str, dict[str, Any]]:
@@ -194,11 +199,12 @@ def test_derivatives_of_higher_order(force: Force) -> None:
         torch.testing.assert_close(found, right, rtol=0, atol=1e-12)
 
 
-def test_compiled(force: Force) -> None:
+def test_compiled(force: Force, monkeypatch: pytest.MonkeyPatch) -> None:
     """With T as it comes: the chunk is chosen when the operation runs."""
     torch.manual_seed(0)
     layer = gpu_rnn.GRU(3, 4, 3, dtype=torch.float64, backend="step", dropout=0.3)
     force(2)
+    monkeypatch.setattr(Stack, "_staggered", lambda stack, *_: True)  # what is compiled asks for a GPU
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
     for steps in (5, 8):
         x = torch.randn(steps, 2, 3, dtype=torch.float64, requires_grad=True)
@@ -332,6 +338,22 @@ def test_where_a_stack_is_staggered() -> None:
     assert dispatch.total_cost(inference, name) == diagonals.plan(inference, dispatch.BACKENDS[name].cost)[1]
 
 
+def test_frozen_lower_layers_run_no_backward_pass(force: Force, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which a wavefront would give them: layer after layer, only the layers above run backward."""
+    passes: list[int] = []
+    kernel = step.backward
+    monkeypatch.setattr(step, "backward", lambda call, *rest: passes.append(call.problem.N) or kernel(call, *rest))
+    layer, x = gpu_rnn.LSTM(3, 4, 3, backend="step"), torch.randn(4, 2, 3)
+    force(2)
+    for name, weight in layer.named_parameters():
+        weight.requires_grad_(name.endswith("l2"))
+    layer(x)[0].sum().backward()
+    assert passes == [1]
+    layer.weight_hh_l0.requires_grad_()
+    layer(x)[0].sum().backward()
+    assert passes == [1, *(1, 2, 2, 1)]
+
+
 def test_explain_says_so() -> None:
     layer = gpu_rnn.LSTM(384, 384, 5, dtype=torch.float16, device="meta")
     x = torch.empty(1600, 64, 384, dtype=torch.float16, device="meta")
@@ -360,8 +382,9 @@ def table() -> str:
         figures = []
         for direction in ("training", "backward"):
             of_pass = replace(problem, direction=direction)
-            chunk, seconds = min(dispatch._plans(of_pass, "auto").values(), key=lambda plan: plan[1])
-            one_by_one = dispatch._one_by_one(of_pass, "auto")
+            loops = [loop for loop in (group, resident) if not loop.unsupported(of_pass)]
+            chunk, seconds = min((diagonals.plan(of_pass, loop.cost) for loop in loops), key=lambda plan: plan[1])
+            one_by_one = layers * min(loop.cost(replace(of_pass, layers=1)) for loop in loops)
             figures += [f"{1e6 * one_by_one / steps:.2f}", f"{1e6 * seconds / steps:.2f}, {chunk}"]
         way = "as a wavefront" if dispatch.staggers(problem) else "one by one"
         sizes = ", ".join(map(str, (features, hidden, layers, steps, batch)))
