@@ -46,6 +46,14 @@ def problem(recurrence: gpu_rnn.Recurrence | None = None, device: str = "cpu", *
     return dispatch.described(Problem(recurrence or cells.lstm(), **sizes), device)
 
 
+def test_large_weights_are_read_at_each_step() -> None:
+    """No prediction lies below the time in which memory delivers W_hh, where it does not stay on chip."""
+    layer = gpu_rnn.LSTM(8, 8000, device="meta")
+    found = gpu_rnn.explain(layer, torch.empty(10, 1, 8, device="meta"), device="H100")
+    least = 1e6 * 4 * 4 * 8000**2 / (found.problem.device.memory_rate * 1e9)
+    assert all(row.predicted_us >= 2 * least for row in found.rows if row.backend in ("aten", "step"))  # both passes
+
+
 def test_order_of_the_table() -> None:
     assert [name for name in dispatch.BACKENDS if name in NAMES] == NAMES
     assert "aten" not in dispatch.LOOPS and dispatch.LOOPS[-1] == "reference"

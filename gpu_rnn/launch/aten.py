@@ -12,7 +12,7 @@ from torch import _VF as VF
 from torch import Tensor
 
 from gpu_rnn.launch import rates
-from gpu_rnn.launch.common import product_rate
+from gpu_rnn.launch.common import products
 from gpu_rnn.problem import Problem
 
 Output = tuple[Tensor, tuple[Tensor, ...]]
@@ -52,12 +52,11 @@ def _persistent(problem: Problem) -> bool:
 def cost(problem: Problem, given: rates.Rates | None = None) -> float:
     """Seconds by the cost model (see `resident.cost`); on a CPU the products alone, which every other row adds to."""
     if not problem.device.is_gpu:
-        return problem.flops / product_rate(problem)
+        return products(problem)
     known = (given or rates.of(problem.device)).aten
     step = known.persistent_step if _persistent(problem) else known.step * problem.N
     passes = 2.0 if problem.direction == "backward" else 1.0
-    products = known.products * problem.flops / product_rate(problem)
-    return passes * problem.T * problem.layers * step + products
+    return passes * problem.T * problem.layers * step + known.products * products(problem)
 
 
 def stack(

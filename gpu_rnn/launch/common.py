@@ -16,6 +16,7 @@ OLDEST = (8, 0)
 
 # Rates of a multiprocessor, per cycle: CUDA C++ programming guide, table of arithmetic throughput.
 SHARED_BYTES = 128  # from shared memory
+L2 = 50 << 20  # bytes that stay near from step to step: an H100's; an A100 has 40 MB
 LANES, SPECIAL = 128, 16  # fp32 operations, and exponentials or roots
 FUNCTIONS = ("tanh", "sigmoid", "exp", "expm1", "log", "log1p", "sqrt", "erf", "sin", "cos")  # an exponential and a root each
 
@@ -30,6 +31,15 @@ def product_rate(problem: Problem) -> float:
     if problem.dtype == torch.float32 and problem.precision == "tf32":
         return device.tensor_flops * 1e12 / 2
     return 2 * LANES * device.sms * device.clock * 1e9
+
+
+def products(problem: Problem) -> float:
+    """Seconds that all products of a pass take at least, one a step, which reads a large W_hh from memory each time."""
+    operations = problem.flops / product_rate(problem)
+    weights = problem.N * problem.G * problem.H * (problem.proj_size or problem.H) * problem.dtype.itemsize
+    if not problem.device.is_gpu or weights < L2:
+        return operations
+    return max(operations, problem.T * problem.layers * weights / (problem.device.memory_rate * 1e9))
 
 
 def unsupported(problem: Problem) -> list[str]:

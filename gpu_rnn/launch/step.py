@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from gpu_rnn.launch import loop_backward, loop_forward, pointwise, rates
-from gpu_rnn.launch.common import product_rate
+from gpu_rnn.launch.common import products
 from gpu_rnn.layout import Call, LoopGradients, Result
 from gpu_rnn.problem import Problem
 
@@ -28,12 +28,12 @@ def cost(problem: Problem, given: rates.Rates | None = None) -> float:
     On a GPU a projection of h takes two launches more.
     """
     stages, passes = problem.program.stages, 2.0 if problem.direction == "backward" else 1.0
-    steps, products = passes * problem.T * problem.layers, problem.flops / product_rate(problem)
+    steps = passes * problem.T * problem.layers
     if problem.device.is_gpu:
         pairs = len(stages) + bool(problem.proj_size)
         known = (given or rates.of(problem.device)).step
-        return steps * pairs * known.step + known.products * products
-    return steps * sum(len(stage.ops) + len(stage.gates) for stage in stages) * CPU_OPERATION + products
+        return steps * pairs * known.step + known.products * products(problem)
+    return steps * sum(len(stage.ops) + len(stage.gates) for stage in stages) * CPU_OPERATION + products(problem)
 
 
 def forward(
