@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from gpu_rnn import dispatch, onednn, products, reference, wavefront
+from gpu_rnn import dispatch, products, reference, wavefront
 from gpu_rnn.layout import Call, Inputs, Result
 from gpu_rnn.problem import Problem, rnn_precision
 from gpu_rnn.program import Program
@@ -101,7 +101,7 @@ def run(text: str, options: Options, inputs: Inputs) -> Result:
         with record_function("gpu_rnn::reference_forward"):
             return reference.forward(call, inputs.x, options.save, options.all_states)
     with _arithmetic(problem.precision, inputs.x):
-        gates = reference.project(inputs.x, inputs.weights, call.program, onednn.linear).contiguous()
+        gates = products.project(inputs.x, inputs.weights, call.program).contiguous()
         with record_function(f"gpu_rnn::{name}_forward"):
             return dispatch.BACKENDS[name].forward(call, gates, options.save, options.all_states)
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from gpu_rnn.problem import Problem
 
 SKIP, RESET = 1, 2  # bits of `Control.flags`
+CPU_CHUNK, GPU_CHUNK = 1 << 15, 1 << 22  # elements (T, B, N, H) of a chunk: 128 KiB a tensor in fp32; fewer launches
 
 
 class Weights(NamedTuple):
@@ -162,6 +163,11 @@ class LoopGradients(NamedTuple):
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which states live and sums are taken: fp32 for 16-bit storage."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def chunk_of(gates: Tensor) -> int:
+    """How many steps of (T, B, N, G, H) are handled at once where that is not all of them."""
+    return max(1, (CPU_CHUNK if gates.is_cpu else GPU_CHUNK) // max(1, gates[0, :, :, 0].numel()))
 
 
 def processing_order(steps: int, lengths: Tensor | None, reverse: str, device: torch.device) -> Tensor | None:

@@ -15,10 +15,9 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from gpu_rnn import normalisation, onednn
-from gpu_rnn.layout import RESET, SKIP, Call, LoopGradients, Result, Weights, bit, state_dtype
+from gpu_rnn import normalisation, onednn, reference
+from gpu_rnn.layout import RESET, SKIP, Call, LoopGradients, Result, Weights, bit, chunk_of, state_dtype
 from gpu_rnn.program import Program, lookup
-from gpu_rnn.reference import project
 
 
 class _Setting:
@@ -48,6 +47,30 @@ def fp32_precision(precision: str, like: Tensor) -> Iterator[None]:
             _Setting.calls -= 1
             if not _Setting.calls:
                 matmul.fp32_precision = _Setting.before
+
+
+def project(x: Tensor, weights: Weights, program: Program) -> Tensor:
+    """`reference.project` without a derivative."""
+    if weights.norm_ih is None:
+        return reference.project(x, weights, program, onednn.linear)
+    bias = reference.input_bias(weights, program)
+    gates, with_statistics = _bare(x, weights, program)
+    for part in gates.split(chunk_of(gates)):
+        values, _, _ = with_statistics(part)
+        torch.mul(values, weights.norm_ih, out=part)
+        if bias is not None:
+            part.add_(bias)
+    return gates
+
+
+def _bare(x: Tensor, weights: Weights, program: Program) -> tuple[Tensor, normalisation.WithStatistics]:
+    """The input products before their normalisation, and what normalises them.
+
+    What comes of them takes their place, chunk by chunk: each tensor of all steps costs a CPU more than the arithmetic.
+    """
+    w_ih, with_statistics = normalisation.centred(weights.w_ih)
+    bare = weights._replace(w_ih=w_ih, b_ih=None, b_hh=None, norm_ih=None)
+    return reference.project(x, bare, program, onednn.linear), with_statistics
 
 
 def previous(
@@ -131,11 +154,14 @@ def gradients(call: Call, x: Tensor, saved: Result, loop: LoopGradients) -> tupl
 
 def _through_norm(call: Call, x: Tensor, scale: Tensor, d_gates: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of the input products, which are taken once more, and of their scales."""
-    bare = call.weights._replace(b_ih=None, b_hh=None, norm_ih=None)
-    raw = project(x, bare, call.program, onednn.linear)
-    values, mean, rstd = normalisation.with_statistics(raw)
-    d_scale = (d_gates * values).sum((0, 1), dtype=state_dtype(raw.dtype))
-    return normalisation.back(d_gates * scale, raw, mean, rstd), d_scale
+    d_scale = torch.zeros_like(scale, dtype=state_dtype(scale.dtype))
+    d_input, with_statistics = _bare(x, call.weights, call.program)
+    chunk = chunk_of(d_input)
+    for d, part in zip(d_gates.split(chunk), d_input.split(chunk), strict=True):
+        values, mean, rstd = with_statistics(part)
+        d_scale += values.mul_(d).sum((0, 1), dtype=d_scale.dtype)
+        part.copy_(normalisation.back(d * scale, part, mean, rstd))
+    return d_input, d_scale
 
 
 def _projection(x: Tensor, weights: Weights, d_gates: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,8 +11,8 @@ import option_support
 import pytest
 import torch
 
-from gpu_rnn import devices, execution, products, reference
-from gpu_rnn.launch import graphs, loop_backward, pointwise, step
+from gpu_rnn import devices, execution, layout, products, reference
+from gpu_rnn.launch import graphs, pointwise, step
 from gpu_rnn.layout import SKIP, bit
 from gpu_rnn.problem import Problem
 
@@ -41,8 +41,8 @@ def uninitialised_memory_is_nan() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of a few steps, and some left over, in both loops."""
-    monkeypatch.setattr(loop_backward, "CPU_CHUNK", 50)
+    """Chunks of a few steps, and some left over, in both loops and in the input products."""
+    monkeypatch.setattr(layout, "CPU_CHUNK", 50)
     chunks = graphs.Chunks
 
     def get(key: tuple, make, like: torch.Tensor) -> graphs.Chunks:  # type: ignore[no-untyped-def, type-arg]

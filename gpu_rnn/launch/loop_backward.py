@@ -19,19 +19,16 @@ from gpu_rnn.launch.jacobian import ONE, jacobian
 from gpu_rnn.launch.loop_forward import parameters, steps_with
 from gpu_rnn.launch.multiply import Product, masks
 from gpu_rnn.launch.steering import Steering, selected, words
-from gpu_rnn.layout import Call, LoopGradients, Result, reorder, reorder_each, state_dtype
+from gpu_rnn.layout import Call, LoopGradients, Result, chunk_of, reorder, reorder_each, state_dtype
 from gpu_rnn.products import over_steps, runs
 from gpu_rnn.program import Argument, lookup, runner
-
-CPU_CHUNK, GPU_CHUNK = 1 << 15, 1 << 22  # elements (T, B, N, H) of a chunk: 128 KiB a tensor in fp32; fewer launches
 
 
 def backward(call: Call, saved: Result, d_y: Tensor, d_final: list[Tensor], d_inner: Tensor | None) -> LoopGradients:
     """As `step.backward`."""
     loop = _Loop(call, saved, d_y, d_inner)
     loop.d_states = [d.to(loop.dtype) for d in d_final]
-    steps, batch, n, _, hidden = saved.gates.shape
-    chunk = max(1, (CPU_CHUNK if d_y.is_cpu else GPU_CHUNK) // max(1, batch * n * hidden))
+    steps, chunk = len(d_y), chunk_of(saved.gates)
     for start in reversed(range(0, steps, chunk)):
         loop.run(slice(start, min(start + chunk, steps)))
     return loop.gradients()
@@ -105,12 +102,13 @@ class _Stage:
         found = list(runs(program, rows, d.gates, d.recurrent))
         self.sources = [source for _, source in found]
         self.d_of_sources = [source.unbind(0) for source in self.sources]
-        self.scale = None
+        w_hh, self.scale = weights.w_hh, None
         if weights.norm is not None and d.products is not None:
             self.scale = weights.norm[:, rows].to(d.dtype)
             found = [(rows, d.products[:, :, :, rows])]
+            w_hh, self.with_statistics = normalisation.centred(w_hh)
         drop, batch = call.control.drop, d.gates.shape[1]
-        self.products = [Product(weights.w_hh[:, which], masks(drop, which), batch) for which, _ in found]
+        self.products = [Product(w_hh[:, which], masks(drop, which), batch) for which, _ in found]
         self.d_products = [source.flatten(3).unbind(0) for _, source in found]
 
     @property
@@ -137,7 +135,7 @@ class _Stage:
         )
         if self.scale is not None:
             self.raw = self.products[0].over_time(entering).to(like.dtype).contiguous()
-            self.unscaled, self.mean, self.rstd = normalisation.with_statistics(self.raw)
+            self.unscaled, self.mean, self.rstd = self.with_statistics(self.raw)
 
     def back(self, t: int, step: int, seeds: list[Tensor]) -> Tensor:
         """Writes what belongs to step t, number `step` of the chunk; returns the gradient of what entered.
@@ -173,7 +171,7 @@ class _Stage:
         if self.d.norm is not None:
             sources = [source[part] for source in self.sources]
             d = sources[0] if len(sources) == 1 else torch.cat(sources, 3)
-            self.d.norm[:, self.rows] += (d * self.unscaled).sum((0, 1))
+            self.d.norm[:, self.rows] += self.unscaled.mul_(d).sum((0, 1))
 
 
 class _Loop:

@@ -136,8 +136,10 @@ class _Stage:
         self.narrow = gates.dtype != self.dtype
         drop = call.control.drop
         batch = gates.shape[1]
-        self.product = Product(weights.w_hh[:, rows], masks(drop, rows), batch)
         self.scale = None if weights.norm is None else weights.norm[:, rows]
+        if self.scale is not None:
+            w_hh, self.with_statistics = normalisation.centred(weights.w_hh[:, rows])
+            self.product = Product(w_hh, masks(drop, rows), batch)
         self.parts: list[_Part] = []
         values: dict[str, Sequence[Tensor]] = {}
         for which, target in runs(program, rows, gates, recurrent):
@@ -160,7 +162,7 @@ class _Stage:
             for part in self.parts:
                 part.product.add_to(part.targets[t], entering)
             return
-        product, _, _ = normalisation.with_statistics(self.product(entering))
+        product, _, _ = self.with_statistics(self.product(entering))
         for part in self.parts:
             part.targets[t].addcmul_(product[:, :, part.own].flatten(2), self.scale[:, part.own].flatten(1))
 
