@@ -21,6 +21,16 @@ def wanted() -> Path:
         return _temporary()
 
 
+def places() -> tuple[Path, ...]:
+    """The folders that hold anything this process may find: `wanted` and, once it was needed, the temporary one."""
+    return tuple({wanted(), *([_temporary()] if _temporary.cache_info().currsize else [])})
+
+
+def outlives_the_process(path: Path) -> bool:
+    """Whether a file that `write` wrote is there for others; the temporary folder goes when this process ends."""
+    return not (_temporary.cache_info().currsize and path.parent == _temporary())
+
+
 @cache
 def folder() -> Path:
     """`wanted`, made; where nothing can be written, a temporary one."""
@@ -46,7 +56,8 @@ def write(name: str, content: bytes) -> Path:
     Raises:
         OSError: no folder takes it.
     """
-    for place in (folder(), _temporary()):
+    for choose in (folder, _temporary):
+        place = choose()
         try:
             handle, part = tempfile.mkstemp(dir=place)  # readable by its owner only
             with os.fdopen(handle, "wb") as file:

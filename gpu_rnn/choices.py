@@ -6,12 +6,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import fields
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -47,6 +49,7 @@ def keep(device: Device, found: Mapping[Question, Times]) -> Path:
         OSError: no folder takes it.
     """
     setting = _setting(device)
+    cache.folder()  # made now, so that little time passes between reading the file and replacing it
     path = _path(setting)
     kept = _kept(device)
     with suppress(*FAULTS):
@@ -58,10 +61,36 @@ def keep(device: Device, found: Mapping[Question, Times]) -> Path:
 
 def forget() -> None:
     """Removes everything that is kept, for every device and version."""
-    for path in cache.wanted().glob("tuned-*.json"):
+    for path in _files():
         path.unlink(missing_ok=True)
     _kept.cache_clear()
     any_on_cpu.cache_clear()
+
+
+class Held(NamedTuple):
+    """What the cache holds."""
+
+    here: int  # choices for a device and the versions that run
+    others: int  # for other devices and versions
+    broken: list[Path]
+
+
+def held(device: Device) -> Held:
+    """Reads every file, for `gpu-rnn doctor`."""
+    own, here, others, broken = _path(_setting(device)).name, 0, 0, []
+    for path in sorted(_files()):
+        try:
+            count = len(_parsed(path, _setting(device) if path.name == own else {}))
+        except FAULTS:
+            broken.append(path)
+            continue
+        here, others = (here + count, others) if path.name == own else (here, others + count)
+    return Held(here, others, broken)
+
+
+def _files() -> Iterator[Path]:
+    for place in cache.places():
+        yield from place.glob("tuned-*.json")
 
 
 @lru_cache(maxsize=16)
@@ -73,9 +102,11 @@ def _kept(device: Device) -> dict[str, Times]:
         return _parsed(path, setting)
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except FAULTS as error:
-        log.warning("tuned choices in %s are not used (%r): run gpu_rnn.tune again", path, error)
-        return {}
+    except OSError as error:
+        log.warning("tuned choices in %s are not used, for it cannot be read (%s): make it readable, or tune again", path, error)
+    except FAULTS:
+        log.warning("tuned choices in %s are not used, for it is damaged: tune again, which writes it anew, or delete it", path)
+    return {}
 
 
 def _setting(device: Device) -> dict[str, str]:
@@ -96,7 +127,10 @@ def _parsed(path: Path, setting: dict[str, str]) -> dict[str, Times]:
     found = json.loads(path.read_text())
     if any(found[name] != value for name, value in setting.items()):
         raise ValueError("it is of another device or version")
-    return {key: {name: float(us) for name, us in times.items()} for key, times in found["choices"].items()}
+    choices = {key: {name: float(us) for name, us in times.items()} for key, times in found["choices"].items()}
+    if not all(0 < us < math.inf for times in choices.values() for us in times.values()):
+        raise ValueError("a time is no time")
+    return choices
 
 
 def _key(problem: Problem, among: tuple[str, ...]) -> str:

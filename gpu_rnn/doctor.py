@@ -11,7 +11,7 @@ from importlib import metadata
 import torch
 
 import gpu_rnn
-from gpu_rnn import devices
+from gpu_rnn import cache, choices, devices
 
 __all__ = ["device_name", "pick_device", "report"]
 
@@ -53,6 +53,7 @@ def report(device: torch.device) -> str:
         f"device   {device_name(device)}",
         *_device_details(device),
         *_packages(),
+        *_cache(device),
         "",
         *_backends(device),
     ]
@@ -97,6 +98,16 @@ def _packages() -> list[str]:
     present = ", ".join(f"{name} {found[0]}" for name, found in versions.items() if found)
     absent = ", ".join(name for name, found in versions.items() if not found)
     return [f"packages {present}"] + [f"absent   {absent}"] * bool(absent)
+
+
+def _cache(device: torch.device) -> list[str]:
+    """Where compiled kernels and tuned choices are kept, and what is wrong there."""
+    held = choices.held(devices.of(device))
+    others = f", {held.others} for other devices or versions" if held.others else ""
+    lines = [f"cache    {cache.wanted()}: tuned choices: {held.here} for this device and these versions{others}"]
+    if cache.folder() != cache.wanted() or not cache.outlives_the_process(cache.wanted() / "any"):
+        lines.append("         cannot be written to, so nothing is kept: set GPU_RNN_CACHE to a folder that can be")
+    return lines + [f"         {path.name} is damaged or cannot be read: tune again, or delete it" for path in held.broken]
 
 
 def _driver() -> str:

@@ -78,7 +78,8 @@ class Explanation:
         """Where the figures come from."""
         known = rates.of(self.problem.device)
         model = f"by cost models {known.source}" if known.fitted else "predicted by each backend's cost model, not measured"
-        return model + ", unless a line says otherwise" * any(row.measured_us is not None for row in self.rows)
+        but = ", unless a line says otherwise" * any(row.measured_us is not None for row in self.rows)
+        return model + but + "; on a CPU predictions only rank the backends" * (not self.problem.device.is_gpu)
 
 
 def _passes(problem: Problem) -> tuple[str, ...]:
@@ -89,10 +90,13 @@ def _passes(problem: Problem) -> tuple[str, ...]:
 def sizes(p: Problem) -> str:
     """What a problem computes, in a line."""
     both = ", both directions" if p.N == 2 else ""
-    dtype = str(p.dtype).removeprefix("torch.")
-    return f"{p.recurrence.name}: T {p.T}, B {p.B}, input {p.I}, hidden {p.H}, layers {p.layers}{both}, {dtype}"
+    projected = f" projected to {p.proj_size}" if p.proj_size else ""
+    words = [str(p.dtype).removeprefix("torch."), *["packed"] * p.packed, *p.options.values()]
+    shape = f"T {p.T}, B {p.B}, input {p.I}, hidden {p.H}{projected}, layers {p.layers}{both}"
+    return f"{p.recurrence.name}: {shape}, {', '.join(words)}"
 
 
+NO_INPUT = "{} takes a tensor or a PackedSequence as x, not {}"
 CONTROLS = ("mask", "lengths", "resets", "reset_state")
 
 
@@ -111,8 +115,8 @@ def explain(
             return_all_states. Their values do not matter, so True stands for any of them.
 
     Raises:
-        TypeError: not a layer of this package.
-        ValueError: no description of that device.
+        TypeError: not a layer of this package, or x is no tensor.
+        ValueError: no description of that device; x is neither 2D nor 3D.
 
     Example::
 
@@ -131,6 +135,8 @@ def problem_of(layer: LayerBase, x: Tensor | PackedSequence | None, call: dict[s
 
     if not isinstance(layer, LayerBase):
         raise TypeError(f"{asker} takes a layer of this package, such as gpu_rnn.LSTM, not {type(layer).__name__}")
+    if not isinstance(x, Tensor | PackedSequence | None):
+        raise TypeError(NO_INPUT.format(asker, type(x).__name__))
     weights = layer._flat_weights
     batch_sizes = None
     if isinstance(x, PackedSequence):
@@ -141,6 +147,8 @@ def problem_of(layer: LayerBase, x: Tensor | PackedSequence | None, call: dict[s
         x = x.transpose(0, 1) if layer.batch_first else x
     elif x.dim() == 2:
         x = x.unsqueeze(0 if layer.batch_first else 1)
+    elif x.dim() != 3:
+        raise ValueError(f"{asker} takes x with 2 or 3 dimensions, as the layer does, not {x.dim()}")
     packed, unknown = batch_sizes is not None, call.keys() - {*CONTROLS, "hx", "return_all_states"}
     if unknown:
         raise TypeError(f"a layer's call has no argument {', '.join(sorted(unknown))}")

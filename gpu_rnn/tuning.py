@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from gpu_rnn import autograd, devices, dispatch
+from gpu_rnn import autograd, cache, devices, dispatch
 from gpu_rnn.choices import Question, Times
 from gpu_rnn.dispatch import forget
-from gpu_rnn.explanation import problem_of, sizes
+from gpu_rnn.explanation import NO_INPUT, problem_of, sizes
 from gpu_rnn.launch import aten
 from gpu_rnn.problem import Problem
 from gpu_rnn.timing import Timing, interleave
@@ -66,17 +66,22 @@ class Tuned:
         device: the name of the device it was measured on.
         passes: forward, and in training forward and backward.
         path: the file in the cache folder that the choice is kept in.
+        lasting: whether other processes find it. False where nothing can be written to the cache folder: `path` is then in
+            a temporary one, which goes when this process ends.
     """
 
     device: str
     passes: tuple[Pass, ...]
     path: Path
+    lasting: bool = True
 
     def __str__(self) -> str:
-        problem = self.passes[0].problem
+        problem = self.passes[-1].problem  # in training it names regularization too
         ranges = ", ".join(f"{name} {_alike(getattr(problem, name))}" for name in ("T", "B"))
         head = f"{sizes(problem)}, measured on {self.device}"
-        return "\n".join([head, *map(str, self.passes), f"kept for {ranges} in {self.path}"])
+        where = f"in {self.path}" if self.lasting else "in this process only, for nothing can be written to the cache folder;"
+        advice = "" if self.lasting else "\nto keep it, set GPU_RNN_CACHE to a folder that can be written to, and tune again"
+        return "\n".join([head, *map(str, self.passes), f"kept for {ranges} {where}{advice}"])
 
 
 def _alike(size: int) -> str:
@@ -98,12 +103,13 @@ def tune(layer: LayerBase, x: Tensor | PackedSequence, *, seconds: float = 2.0, 
     Args:
         layer: a layer of this package.
         x: an input such as the layer will get, on the device it will get it on; only its shape, dtype and lengths matter.
-        seconds: for the samples of each kind of call, about; every backend is run a few times whatever that takes.
+        seconds: for the samples of each kind of call, about, more than 0; every backend is run a few times whatever that takes.
         call: the layer's other arguments that come with x: hx, mask, lengths, resets, reset_state, return_all_states.
 
     Raises:
-        TypeError: not a layer of this package, or an argument that its call does not have.
-        ValueError: x is neither on a CPU nor on a CUDA device.
+        TypeError: not a layer of this package, x is no tensor, an argument that its call does not have, or True for one that
+            is a tensor; seconds is no number.
+        ValueError: x is neither on a CPU nor on a CUDA device, or without samples; seconds is not more than 0; autocast is on.
         RuntimeError: under torch.compile or a torch.func transform, where there is no time to measure.
 
     Example::
@@ -117,9 +123,9 @@ def tune(layer: LayerBase, x: Tensor | PackedSequence, *, seconds: float = 2.0, 
     """
     if torch.compiler.is_compiling() or autograd.transforms_active():
         raise RuntimeError("tune measures calls: run it before torch.compile and outside of torch.func transforms")
+    _check(x, call, seconds)
     device = x.data.device
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"tune measures on a CPU or a CUDA device, and x is on {device}: move the layer and x there")
+    _check_place(device)
     with _left_as_it_is(layer, device):
         runs = _runs(layer, x, call)
         problems = [run.problem for run in runs]
@@ -130,7 +136,30 @@ def tune(layer: LayerBase, x: Tensor | PackedSequence, *, seconds: float = 2.0, 
         found |= each.by_question()
     path = dispatch.remember(problems[0].device, found)
     passes = [each.result(was) for each, was in zip(measured, before, strict=True)]
-    return Tuned(problems[0].device.name if device.type == "cuda" else devices.cpu_name(), tuple(passes), path)
+    name = problems[0].device.name if device.type == "cuda" else devices.cpu_name()
+    return Tuned(name, tuple(passes), path, cache.outlives_the_process(path))
+
+
+def _check(x: object, call: dict[str, Any], seconds: object) -> None:
+    """Refuses what `problem_of`, which needs no values, takes."""
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float):
+        raise TypeError(f"seconds is a number, such as 2.0, not {seconds!r}")
+    if not seconds > 0:
+        raise ValueError(f"seconds must be more than 0, not {seconds}")
+    if not isinstance(x, Tensor | PackedSequence):
+        raise TypeError(NO_INPUT.format("tune", type(x).__name__))
+    for name, value in call.items():
+        if isinstance(value, bool) and name != "return_all_states":
+            raise TypeError(f"tune runs the layer: it takes a tensor as {name}, as the layer does; explain takes {value} for it")
+
+
+def _check_place(device: torch.device) -> None:
+    """Refuses where what is measured would say nothing of other calls."""
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"tune measures on a CPU or a CUDA device, and x is on {device}: move the layer and x there")
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+        raise ValueError(f"tune does not measure under autocast: leave it, and give the layer and x in its dtype, .to({dtype})")
 
 
 @dataclass(frozen=True)
@@ -211,6 +240,8 @@ def _bar(title: str) -> Callable[[range], Iterable[int]]:
 def _runs(layer: LayerBase, x: Tensor | PackedSequence, call: dict[str, Any]) -> list[_Run]:
     """Forward in evaluation and, where it is wanted, forward and backward in training."""
     wanted = problem_of(layer, x, call, "tune")
+    if wanted.B == 0:
+        raise ValueError("tune needs samples to measure, and x has none: B is 0")
     leaf = x.data.detach().requires_grad_(x.data.requires_grad)
     given = x._replace(data=leaf) if isinstance(x, PackedSequence) else leaf
     weights = [weight.detach().requires_grad_(weight.requires_grad) for weight in layer._weights()]

@@ -56,6 +56,18 @@ def nothing_tuned() -> Iterator[None]:
 
 
 @pytest.fixture
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> Iterator[Path]:
+    """An empty cache, and none of its choices for the next test."""
+    monkeypatch.setenv("GPU_RNN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("GPU_RNN_BACKEND", raising=False)
+    cache.folder.cache_clear()
+    tuning.forget()
+    yield tmp_path / "cache"
+    cache.folder.cache_clear()
+    tuning.forget()
+
+
+@pytest.fixture
 def one_thread() -> Iterator[None]:
     """With more, the threads' waiting for each other on a busy machine is what is measured."""
     threads = torch.get_num_threads()

@@ -3,15 +3,15 @@
 
 from __future__ import annotations
 
-import json
-import logging
+import math
 import os
+import re
 import stat
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,27 +20,16 @@ import pytest
 import torch
 from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
+from tune_support import QUICK, B, I, T, decide, x
 
 import gpu_rnn
-from gpu_rnn import cache, choices, cli, dispatch, reference, tuning
+from gpu_rnn import choices, cli, dispatch, reference, tuning
 from gpu_rnn.launch import aten, step
-from gpu_rnn.timing import Timing
 
-T, B, I = 5, 3, 2  # noqa: E741
-QUICK = {"seconds": 0.0}  # the fewest rounds
 DELAY = 0.03  # seconds of a backend that a test slows down: many times a call's time here
 
 
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> Iterator[Path]:
-    """An empty cache for each test, and none of its choices for the next."""
-    monkeypatch.setenv("GPU_RNN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("GPU_RNN_BACKEND", raising=False)
-    cache.folder.cache_clear()
-    tuning.forget()
-    yield tmp_path / "cache"
-    cache.folder.cache_clear()
-    tuning.forget()
+pytestmark = pytest.mark.usefixtures("cache_folder")
 
 
 def slow(monkeypatch: pytest.MonkeyPatch, *backends: str) -> None:
@@ -58,17 +47,6 @@ def delayed(function: Callable[..., Any]) -> Callable[..., Any]:
     return late
 
 
-def decide(monkeypatch: pytest.MonkeyPatch, fastest: str) -> None:
-    """Has every backend called, and one found the fastest: no clock."""
-
-    def once(calls: dict[str, Callable[[], object]], device: torch.device, **_: Any) -> dict[str, Timing]:
-        for call in calls.values():
-            call()
-        return {name: Timing("clock", 1, [1e-3 if name == fastest else 2e-3]) for name in calls}
-
-    monkeypatch.setattr(tuning, "interleave", once)
-
-
 def ran(call: Callable[[], object]) -> set[str]:
     """The backends that a call ran on, forward and backward."""
     with torch.profiler.profile(acc_events=True) as profile:
@@ -76,10 +54,6 @@ def ran(call: Callable[[], object]) -> set[str]:
     names = {event.name for event in profile.events()}
     loops = {name.removeprefix("gpu_rnn::") for name in names if name.startswith("gpu_rnn::")}
     return loops | ({"aten"} if names & {"aten::lstm", "aten::gru"} else set())
-
-
-def x(steps: int = T, batch: int = B) -> torch.Tensor:
-    return torch.randn(steps, batch, I)
 
 
 PACKED = pack_sequence([torch.randn(length, I) for length in (5, 4, 1)])
@@ -140,16 +114,16 @@ def fresh() -> list[str]:
     return done.stdout.split()
 
 
-def test_other_processes_go_by_it(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+def test_other_processes_go_by_it(monkeypatch: pytest.MonkeyPatch, cache_folder: Path) -> None:
     layer = LSTM(I, 4, 2)
     assert gpu_rnn.explain(layer, x()).chosen == "aten"
     slow(monkeypatch, "aten", "reference")
     tuned = gpu_rnn.tune(layer, x(), **QUICK)
     assert gpu_rnn.explain(layer, x()).chosen == "step"
-    assert tuned.path.parent == folder and stat.S_IMODE(tuned.path.stat().st_mode) == 0o600
+    assert tuned.path.parent == cache_folder and stat.S_IMODE(tuned.path.stat().st_mode) == 0o600
     assert fresh() == ["step", "gpu_rnn::step_backward", "gpu_rnn::step_forward"]
     tuning.forget()
-    assert not list(folder.glob("tuned-*")) and gpu_rnn.explain(layer, x()).chosen == "aten"
+    assert not list(cache_folder.glob("tuned-*")) and gpu_rnn.explain(layer, x()).chosen == "aten"
     assert fresh() == ["aten"]
 
 
@@ -247,67 +221,13 @@ def test_explain_says_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None
     assert {row.backend: row.measured_us for row in found.rows if row.measured_us} == medians
     assert medians["reference"] > 1e6 * DELAY / T
     assert f"{medians['aten']:8.2f}  measured by tune on this device" in str(found)
-    assert str(found).endswith("not measured, unless a line says otherwise")
+    assert str(found).endswith("not measured, unless a line says otherwise; on a CPU predictions only rank the backends")
+    elsewhere = str(gpu_rnn.explain(layer, x(), device="H100"))
+    assert elsewhere.endswith("not measured")
     table = str(tuned).splitlines()
     assert table[0].startswith("lstm: T 5, B 3, input 2, hidden 4, layers 1, float32, measured on ")
     assert [line.split()[0] for line in table[1:]][:6] == ["forward", *tuned.passes[0].us_per_step, "resident", "group"]
     assert sum("now" in line for line in table) == 2 and "needs an NVIDIA GPU" in str(tuned)
-
-
-BROKEN = {
-    "text": "no JSON",
-    "a list": "[]",
-    "nothing": "{}",
-    "no times": '{{"device": "{device}", "gpu_rnn": "{gpu_rnn}", "torch": "{torch}", "triton": "{triton}", "choices": 3}}',
-    "another version": '{{"device": "{device}", "gpu_rnn": "0", "torch": "{torch}", "triton": "{triton}", "choices": {{}}}}',
-}
-
-
-@pytest.mark.parametrize("kind", BROKEN)
-def test_a_broken_file_is_ignored_and_rewritten(
-    kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    layer = LSTM(I, 4)
-    decide(monkeypatch, "step")
-    path = gpu_rnn.tune(layer, x()).path
-    setting = {name: value for name, value in json.loads(path.read_text()).items() if name != "choices"}
-    path.write_text(BROKEN[kind].format(**setting) if "{{" in BROKEN[kind] else BROKEN[kind])
-    for cached in (choices._kept, choices.any_on_cpu, dispatch._select):  # as in a new process
-        cached.cache_clear()
-    with caplog.at_level(logging.INFO, logger="gpu_rnn"):
-        assert gpu_rnn.explain(layer, x()).chosen == "aten"
-        assert gpu_rnn.tune(layer, x()).path == path
-    assert [record.getMessage().split(" (")[0] for record in caplog.records] == [f"tuned choices in {path} are not used"]
-    assert json.loads(path.read_text())["choices"] and gpu_rnn.explain(layer, x()).chosen == "step"
-
-
-def test_processes_add_to_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    decide(monkeypatch, "step")
-    path = gpu_rnn.tune(LSTM(I, 4), x()).path
-    kept = json.loads(path.read_text())["choices"]
-    other = {"by another process": {"step": 1.0}}
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"choices": kept | other}))
-    gpu_rnn.tune(GRU(I, 4), x())
-    assert kept.keys() | other.keys() < json.loads(path.read_text())["choices"].keys()
-
-
-def test_where_nothing_can_be_written_this_process_goes_by_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    blocked = tmp_path / "file"
-    blocked.write_text("not a folder")
-    monkeypatch.setenv("GPU_RNN_CACHE", str(blocked / "cache"))
-    cache.folder.cache_clear()
-    decide(monkeypatch, "step")
-    assert tmp_path not in gpu_rnn.tune(LSTM(I, 4), x(), **QUICK).path.parents
-    assert gpu_rnn.explain(LSTM(I, 4), x()).chosen == "step"
-
-
-def test_the_file_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    read, parsed = [], choices._parsed
-    monkeypatch.setattr(choices, "_parsed", lambda *arguments: read.append(1) or parsed(*arguments))
-    for steps in (3, 4, 5):
-        LSTM(I, 4)(x(steps))
-        GRU(I, 4, activation="relu")(x(steps))[0].sum().backward()
-    assert len(read) == 1
 
 
 def test_other_threads_are_not_on_trial() -> None:
@@ -349,10 +269,45 @@ def test_what_cannot_be_tuned() -> None:
         gpu_rnn.tune(LSTM(I + 1, 4), x())
 
 
+@pytest.mark.parametrize(
+    ("given", "call", "error", "words"),
+    [
+        (x(), {"seconds": 0}, ValueError, "seconds must be more than 0, not 0"),
+        (x(), {"seconds": -1.0}, ValueError, "more than 0, not -1"),
+        (x(), {"seconds": math.nan}, ValueError, "more than 0, not nan"),
+        (x(), {"seconds": "2"}, TypeError, "seconds is a number, such as 2.0, not '2'"),
+        (x(), {"lengths": True}, TypeError, "takes a tensor as lengths, as the layer does; explain takes True for it"),
+        (x(), {"hx": True}, TypeError, "takes a tensor as hx"),
+        (x().numpy(), {}, TypeError, "tune takes a tensor or a PackedSequence as x, not ndarray"),
+        (None, {}, TypeError, "tune takes a tensor or a PackedSequence as x, not NoneType"),
+        (x(T, 0), {}, ValueError, "needs samples to measure, and x has none: B is 0"),
+        (x(0), {}, RuntimeError, "sequence length to be larger than 0"),
+        (x()[0, 0], {}, ValueError, "2 or 3 dimensions, as the layer does, not 1"),
+    ],
+)
+def test_what_it_refuses(given: Any, call: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=re.escape(words)):
+        gpu_rnn.tune(LSTM(I, 4), given, **call)
+    assert not choices.any_on_cpu()
+
+
+def test_it_refuses_autocast() -> None:
+    with torch.autocast("cpu"), pytest.raises(ValueError, match=r"leave it, and give .* \.to\(torch\.bfloat16\)"):
+        gpu_rnn.tune(LSTM(I, 4), x())
+
+
+def test_the_head_names_the_options() -> None:
+    layer = LSTM(I, 4, zoneout=0.1, layer_norm=True)
+    head = str(gpu_rnn.tune(layer, x(), lengths=torch.tensor([5, 0, 2]), **QUICK)).splitlines()[0]
+    assert "hidden 4, layers 1, float32, lengths of rows, zoneout, layer normalisation, measured on " in head
+    assert "float32, packed, measured on" in str(gpu_rnn.tune(LSTM(I, 4), PACKED, **QUICK))
+    assert "hidden 4 projected to 3, layers 1" in str(gpu_rnn.explain(LSTM(I, 4, proj_size=3)))
+
+
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ["--cell", "gru", "--hidden", "4", "--input", "2", "--steps", "5", "--batch", "3"]
-    assert cli.main(["tune", *sizes, "--training", "--seconds", "0", "--device", "cpu"]) == 0
+    assert cli.main(["tune", *sizes, "--training", "--seconds", "1e-9", "--device", "cpu"]) == 0
     assert "forward and backward" in capsys.readouterr().out
     assert gpu_rnn.explain(GRU(I, 4), x()).rows[2].measured_us
-    assert cli.main(["tune", *sizes, "--seconds", "0"]) == 0
-    assert "forward and backward" not in capsys.readouterr().out
+    assert cli.main(["tune", *sizes, "--seconds", "1e-9"]) == 0
+    assert "forward and backward" not in "".join(capsys.readouterr())
