@@ -25,13 +25,14 @@ from tables import number, ratio, table, time
 COUNTED = ("ratio to torch.nn: geometric mean (lowest to highest)", "cases without a ratio:")
 CERTIFIED = "The [certificate]({}/certificate.md) says what was checked on this GPU, and how that ended."
 UNCERTIFIED = "No certificate of this GPU is there: `make gpu-check` writes it."
+ON_A_CPU = "These are times on a CPU. They say nothing of a GPU."
 VERSIONS = ("driver", "cuda", "cudnn", "torch", "triton", "cupy")
 
 
 def markdown(gpu: Measured, pictures: Mapping[str, tuple[str, list[str]]], certified: bool) -> str:
     """The page. `pictures`: by title, what to say about them and their paths."""
     cases = gpu.cases
-    lines = [f"# {gpu.device}", "", *_provenance(cases), "", CERTIFIED.format(gpu.name) if certified else UNCERTIFIED, "", "## Summary", "", *_summary(cases)]
+    lines = [f"# {gpu.device}", "", *_provenance(cases), "", _standing(gpu, certified), "", "## Summary", "", *_summary(cases)]
     lines += ["", "## Where it is slower", "", *_slower(gpu)]
     for title, (caption, paths) in pictures.items():
         lines += ["", f"## {title}", "", caption]
@@ -43,13 +44,20 @@ def markdown(gpu: Measured, pictures: Mapping[str, tuple[str, list[str]]], certi
     return "\n".join([*lines, "", "## Not timed", "", *_refused(cases)]) + "\n"
 
 
+def _standing(gpu: Measured, certified: bool) -> str:
+    """What the times are worth."""
+    if not gpu.is_gpu:
+        return ON_A_CPU
+    return CERTIFIED.format(gpu.name) if certified else UNCERTIFIED
+
+
 def of_set(gpu: Measured, name: str, cases: Sequence[Case]) -> str:
     """The page with every case of a set."""
     about = [
         f"Of the report on [{gpu.device}](../{gpu.name}.md). Times are µs a step, all layers together: median (20th to 80th",
         "percentile). The backend is the one that a layer takes by itself. **Bold** is a loss: a ratio to torch.nn below",
         f"{NOISE}, an option that takes more than {OPTION_LIMIT:.2f} times the default's time, or another variant that is faster.",
-        "The floor is the least that the GPU allows a step, whoever writes the kernel, and \"of it\" that by our time. MiB are the",
+        "The floor is the least that a GPU allows a step, whoever writes the kernel, and \"of it\" that by our time. MiB are the",
         "most that a call takes on top of its input and weights.",
     ]
     return "\n".join([f"# The set {name}", "", *about, "", *_cases(cases)]) + "\n"

@@ -75,8 +75,9 @@ def _write(gpu: Measured, folder: Path, pages: Path) -> list[Path]:
     images.mkdir(parents=True, exist_ok=True)
     shown = pictures.draw(gpu.cases, images)
     certificate = folder / "certificate.md"
-    texts = {pages / f"{gpu.name}.md": page.markdown(gpu, shown, certificate.exists())}
-    if certificate.exists():
+    certified = gpu.is_gpu and certificate.exists()  # beside a CPU's results it is of an emulated GPU
+    texts = {pages / f"{gpu.name}.md": page.markdown(gpu, shown, certified)}
+    if certified:
         texts[images / certificate.name] = certificate.read_text()
     texts |= {images / f"{name}.md": page.of_set(gpu, name, own) for name, own in page.by_set(gpu.cases).items()}
     for path, text in texts.items():

@@ -20,7 +20,7 @@ HOW = "`python benchmarks/run.py` on a machine with an NVIDIA GPU, then `make re
 
 @dataclass(frozen=True)
 class Measured:
-    """The results of one GPU, and the name of its page."""
+    """The results of one GPU, or with --out of a CPU, and the name of its page."""
 
     name: str
     cases: Sequence[Case]
@@ -28,6 +28,11 @@ class Measured:
     @property
     def device(self) -> str:
         return self.cases[0]["device"]
+
+    @property
+    def is_gpu(self) -> bool:
+        """Only the rows of a GPU name a driver."""
+        return any(case["driver"] for case in self.cases)
 
     @property
     def date(self) -> str:
@@ -121,7 +126,7 @@ def index(gpus: Sequence[Measured]) -> str:
     if gpus:
         lines += ["How many times as fast as torch.nn: geometric mean (lowest to highest) of all cases.", ""]
         rows = [[f"[{gpu.device}](performance/{gpu.name}.md)", gpu.date, figure(gpu.ratios)] for gpu in gpus]
-        lines += table(["GPU", "measured", "times as fast"], rows)
+        lines += table(["GPU" if all(gpu.is_gpu for gpu in gpus) else "device", "measured", "times as fast"], rows)
     else:
         lines += ["**Nothing has been measured on a GPU yet.** All figures are still to be measured, by", f"{HOW}."]
     return "\n".join([*lines, "", ABOUT])

@@ -104,6 +104,18 @@ def test_what_is_committed_is_what_the_results_say(tmp_path: Path) -> None:
     assert not stale, "run: make report"
 
 
+def test_results_of_a_cpu_speak_of_no_gpu(tmp_path: Path) -> None:
+    rows = [row | {"device": "Synthetic CPU (made-up numbers)", "driver": "", "cuda": "", "cudnn": ""} for row in synthetic_rows()]
+    (tmp_path / "results" / "synthetic-cpu").mkdir(parents=True)
+    (tmp_path / "results" / "synthetic-cpu" / "certificate.md").write_text("of an emulated GPU")
+    page = publish(tmp_path, {"synthetic-cpu": rows})
+    assert "times on a CPU. They say nothing of a GPU." in page
+    pages = [page, *(path.read_text() for path in (tmp_path / "docs" / "performance" / "synthetic-cpu").glob("*.md"))]
+    assert not list((tmp_path / "docs").rglob("certificate.md"))
+    assert not [text for text in pages if re.search("(this|the) GPU", text)]
+    assert "| device | measured |" in (tmp_path / "docs" / "performance.md").read_text()
+
+
 def test_the_same_results_make_the_same_bytes(made: Path, tmp_path: Path) -> None:
     before = files(made)
     report.publish([made / "results"], made / "docs", made / "README.md")

@@ -25,7 +25,7 @@ PICTURES: dict[str, tuple[str, dict[str, Callable[[Sequence[Case]], Figure | Non
         },
     ),
     "Time of a step and its floor": (
-        "The floor is the least that the GPU's units, memories and synchronisation allow, whoever writes the kernel. The\n"
+        "The floor is the least that a GPU's units, memories and synchronisation allow, whoever writes the kernel. The\n"
         "lines are fractions of the floor's speed.",
         {"floor": against.floor},
     ),
