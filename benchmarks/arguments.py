@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import peers
@@ -14,6 +14,7 @@ import variants
 from variants import Case
 
 from gpu_rnn import dispatch
+from gpu_rnn.cli import positive
 
 NAMES = (*dispatch.BACKENDS, *peers.PEERS)
 QUICK_TRIALS, TRIALS = 7, 15
@@ -77,16 +78,6 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
-    def number(text: str) -> float:
-        value = kind(text)
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f"must be more than 0, not {text}")
-        return value
-
-    return number
-
-
 def parser(description: str) -> argparse.ArgumentParser:
     """The options of run.py."""
     found = argparse.ArgumentParser(
@@ -124,13 +115,13 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
     """How long, how, and where the results go."""
     parser.add_argument(
         "--trials",
-        type=_positive(int),
+        type=positive(int),
         metavar="N",
         help=f"rounds of samples (default: {TRIALS}; quick {QUICK_TRIALS})",
     )
     parser.add_argument(
         "--seconds",
-        type=_positive(float),
+        type=positive(float),
         metavar="S",
         help="for the whole run, about; says what was left out",
     )

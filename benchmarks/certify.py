@@ -34,6 +34,7 @@ from certificate import FAILED, INTERRUPTED, NOT_RUN, PASSED, Outcome
 from record import Record
 
 from gpu_rnn import doctor
+from gpu_rnn.cli import positive
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = Path(__file__).resolve().parent
@@ -345,7 +346,7 @@ def _parser() -> argparse.ArgumentParser:
         help="of primitives, matrix, sanitizer, deadline, soak",
     )
     parser.add_argument(
-        "--soak", type=float, default=SOAK_SECONDS, metavar="S", help=f"default: {SOAK_SECONDS}"
+        "--soak", type=positive(float), default=SOAK_SECONDS, metavar="S", help=f"default: {SOAK_SECONDS}"
     )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the certificate goes")
     parser.add_argument("--commit", help="to write down where the code is no git checkout")

@@ -36,6 +36,7 @@ from torch import Tensor
 
 import gpu_rnn
 from gpu_rnn import dispatch, doctor
+from gpu_rnn.cli import positive
 
 BACKENDS = tuple(name for name in dispatch.BACKENDS if name != "reference")  # which is the truth
 FULL = 10 * TIGHT  # the floor in full float32: longer sums than those of the tests that TIGHT is from
@@ -327,7 +328,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="soak.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seconds", type=float, default=60, metavar="S", help="how long (default: 60)")
+    parser.add_argument("--seconds", type=positive(float), default=60, metavar="S", help="how long (default: 60)")
     parser.add_argument("--seed", type=int, help="of all cases (default: a new one, which is printed)")
     parser.add_argument("--case", type=int, metavar="K", help="only this case of the seed")
     which = "default: the GPU if there is one, of several the first of CUDA_VISIBLE_DEVICES"

@@ -7,25 +7,31 @@ import argparse
 import inspect
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from gpu_rnn import __version__
 
 if TYPE_CHECKING:
     import torch
 
     from gpu_rnn.layer_base import LayerBase
 
-__all__ = ["main"]
+__all__ = ["main", "positive"]
 
 INTERRUPTED = 130  # 128 + SIGINT, what a shell reports for Ctrl-C
 DEVICE_HELP = "cpu, cuda or cuda:1 (default: the GPU if there is one)"
+FLAGS = {"reset_after": "--reset-before", "proj_size": "--proj"}  # those that are not named as the layers' arguments
+BENCH_SECONDS = 2.0
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
-    parsed = _parser().parse_args(arguments)
+    parsed, unknown = _parser().parse_known_args(arguments)
+    if unknown:  # argparse itself would show the usage of gpu-rnn, which does not list a command's options
+        parsed.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         return parsed.command(parsed)
     except KeyboardInterrupt:
@@ -66,6 +72,8 @@ def _bench(options: argparse.Namespace) -> int:
 
     benchmarks = Path(__file__).parents[1] / "benchmarks" / "run.py"
     if benchmarks.exists() and not options.demo:
+        if options.long or options.seconds:
+            raise ValueError("bench in a checkout runs benchmarks/run.py: --long and --seconds are for --demo; give it too")
         device = ["--device", options.device] if options.device else []
         return subprocess.run([sys.executable, benchmarks, "--quick", *device], check=False).returncode
 
@@ -73,7 +81,7 @@ def _bench(options: argparse.Namespace) -> int:
     from gpu_rnn.demo.datasets import japanese_vowels, plaid
 
     data = plaid() if options.long else japanese_vowels()
-    command.bench(data.to(doctor.pick_device(options.device)), options.seconds)
+    command.bench(data.to(doctor.pick_device(options.device)), options.seconds or BENCH_SECONDS)
     return 0
 
 
@@ -82,7 +90,8 @@ def _explain(options: argparse.Namespace) -> int:
     from gpu_rnn import doctor
 
     # A described device needs no memory.
-    layer, x = _described_call(options, "meta" if options.device else doctor.pick_device(None))
+    device = "meta" if options.device else doctor.pick_device(None)
+    layer, x = _described_call(options, device, training=not options.inference)
     print(gpu_rnn.explain(layer, x, device=options.device))
     return 0
 
@@ -91,18 +100,29 @@ def _tune(options: argparse.Namespace) -> int:
     import gpu_rnn
     from gpu_rnn import doctor
 
-    layer, x = _described_call(options, doctor.pick_device(options.device))
-    print(gpu_rnn.tune(layer.train(options.training), x, seconds=options.seconds))
-    return 0
+    layer, x = _described_call(options, doctor.pick_device(options.device), options.training)
+    able = sum(row.runs for row in gpu_rnn.explain(layer, x).rows)
+    passes = ["forward", "then forward and backward"] if options.training else ["forward"]
+    about = f"about {len(passes) * options.seconds:g} s"
+    print(f"measuring {able} backends, {', '.join(passes)}, {about}", file=sys.stderr, flush=True)
+    try:
+        tuned = gpu_rnn.tune(layer, x, seconds=options.seconds)
+    except KeyboardInterrupt:
+        print("gpu-rnn: stopped; nothing was kept.", file=sys.stderr)
+        return INTERRUPTED
+    print(tuned)
+    return int(not tuned.lasting)  # what no other process finds was in vain
 
 
-def _described_call(options: argparse.Namespace, device: torch.device | str) -> tuple[LayerBase, torch.Tensor]:
+def _described_call(
+    options: argparse.Namespace, device: torch.device | str, training: bool
+) -> tuple[LayerBase, torch.Tensor]:
     """The layer that the options describe, and an input for it."""
     import torch
 
     dtype = getattr(torch, DTYPES[options.dtype])
     with torch.device(device):
-        layer = _described_layer(options).to(dtype)
+        layer = _described_layer(options).to(dtype).train(training).requires_grad_(training)
         return layer, torch.randn(options.steps, options.batch, options.input or options.hidden, dtype=dtype)
 
 
@@ -114,15 +134,15 @@ def _described_layer(options: argparse.Namespace) -> LayerBase:
         "recurrent_activation": options.recurrent_activation,
         "reset_after": False if options.reset_before else None,
         "peephole": options.peephole or None,
-        "proj_size": options.proj or None,
+        "proj_size": options.proj,
     }
     given = {name: value for name, value in extra.items() if value is not None}
-    make = getattr(gpu_rnn, options.cell.upper())
-    unknown = (
-        given.keys() - inspect.signature(make).parameters.keys() - {"proj_size"}
-    )  # which layers refuse themselves
+    cell = options.cell.upper()
+    make = getattr(gpu_rnn, cell)
+    known = set(inspect.signature(make).parameters) - ({"proj_size"} if cell != "LSTM" else set())  # there to be refused
+    unknown = [FLAGS.get(name, f"--{name.replace('_', '-')}") for name in given if name not in known]
     if unknown:
-        raise ValueError(f"a {options.cell} has no {', '.join(sorted(unknown))}")
+        raise ValueError(f"{'a' if cell == 'GRU' else 'an'} {cell} has no {', '.join(unknown)}")
     features = options.input or options.hidden
     return make(features, options.hidden, options.layers, bidirectional=options.bidirectional, **given)
 
@@ -138,13 +158,14 @@ def _parser() -> argparse.ArgumentParser:
         "  gpu-rnn tune --hidden 512 --batch 64 --dtype bf16 --training",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"gpu-rnn {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_demo(commands)
     doctor = commands.add_parser(
         "doctor", help="what is here, and which backends can run and why not the others"
     )
     doctor.add_argument("--device", help=DEVICE_HELP)
-    doctor.set_defaults(command=_doctor)
+    doctor.set_defaults(command=_doctor, parser=doctor)
     _add_explain(commands)
     _add_tune(commands)
     _add_bench(commands)
@@ -166,10 +187,10 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     )
     demo.add_argument("--device", help=DEVICE_HELP)
     demo.add_argument(
-        "--seeds", type=_count, default=3, help="trainings of each layer (default: %(default)s)"
+        "--seeds", type=positive(int), default=3, help="trainings of each layer (default: %(default)s)"
     )
     demo.add_argument(
-        "--epochs", type=_count, help="default: 30 on JapaneseVowels; on PLAID 15 on a GPU, 3 on a CPU"
+        "--epochs", type=positive(int), help="default: 30 on JapaneseVowels; on PLAID 15 on a GPU, 3 on a CPU"
     )
     demo.add_argument(
         "--long",
@@ -182,7 +203,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     demo.add_argument(
         "--out", type=Path, default=Path("gpu-rnn-demo.png"), help="the picture (default: %(default)s)"
     )
-    demo.set_defaults(command=_demo)
+    demo.set_defaults(command=_demo, parser=demo)
 
 
 def _add_bench(commands: argparse._SubParsersAction) -> None:
@@ -195,9 +216,9 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     bench.add_argument("--demo", action="store_true", help="the demo's layers, in a checkout too")
     bench.add_argument("--long", action="store_true", help="those on PLAID (pip install 'gpu-rnn[long]')")
     bench.add_argument(
-        "--seconds", type=float, default=2.0, help="those, each this long (default: %(default)s)"
+        "--seconds", type=positive(float), help=f"those, each this long (default: {BENCH_SECONDS})"
     )
-    bench.set_defaults(command=_bench)
+    bench.set_defaults(command=_bench, parser=bench)
 
 
 def _add_explain(commands: argparse._SubParsersAction) -> None:
@@ -214,7 +235,8 @@ def _add_explain(commands: argparse._SubParsersAction) -> None:
     explain.add_argument(
         "--device", metavar="NAME", help="one you need not have: H100, A100, RTX 4090 (default: this one)"
     )
-    explain.set_defaults(command=_explain)
+    explain.add_argument("--inference", action="store_true", help="without gradients (default: training)")
+    explain.set_defaults(command=_explain, parser=explain)
 
 
 def _add_tune(commands: argparse._SubParsersAction) -> None:
@@ -230,22 +252,25 @@ def _add_tune(commands: argparse._SubParsersAction) -> None:
     _add_description(tune)
     tune.add_argument("--training", action="store_true", help="forward and backward too")
     tune.add_argument(
-        "--seconds", type=float, default=2.0, help="for each kind of call, about (default: %(default)s)"
+        "--seconds",
+        type=positive(float),
+        default=2.0,
+        help="for each kind of call, about (default: %(default)s)",
     )
     tune.add_argument("--device", help=DEVICE_HELP)
-    tune.set_defaults(command=_tune)
+    tune.set_defaults(command=_tune, parser=tune)
 
 
 def _add_description(command: argparse.ArgumentParser) -> None:
     """The options that describe a layer and its input."""
     command.add_argument("--cell", choices=("lstm", "gru", "rnn"), default="lstm")
-    command.add_argument("--hidden", type=_count, required=True, metavar="H", help="units")
-    command.add_argument("--input", type=_count, metavar="I", help="input features (default: as hidden)")
-    command.add_argument("--batch", type=_count, default=32, metavar="B", help="(default: %(default)s)")
-    command.add_argument("--steps", type=_count, default=100, metavar="T", help="(default: %(default)s)")
-    command.add_argument("--layers", type=_count, default=1, metavar="L", help="(default: %(default)s)")
+    command.add_argument("--hidden", type=positive(int), required=True, metavar="H", help="units")
+    command.add_argument("--input", type=positive(int), metavar="I", help="input features (default: as hidden)")
+    command.add_argument("--batch", type=positive(int), default=32, metavar="B", help="(default: %(default)s)")
+    command.add_argument("--steps", type=positive(int), default=100, metavar="T", help="(default: %(default)s)")
+    command.add_argument("--layers", type=positive(int), default=1, metavar="L", help="(default: %(default)s)")
     command.add_argument("--bidirectional", action="store_true")
-    command.add_argument("--proj", type=_count, metavar="P", help="proj_size, LSTM only")
+    command.add_argument("--proj", type=positive(int), metavar="P", help="proj_size, LSTM only")
     command.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="(default: %(default)s)")
     command.add_argument("--activation", metavar="NAME", help="such as relu or softsign")
     command.add_argument("--recurrent-activation", metavar="NAME", help="such as hard_sigmoid")
@@ -255,8 +280,17 @@ def _add_description(command: argparse.ArgumentParser) -> None:
     command.add_argument("--peephole", action="store_true", help="LSTM with peepholes")
 
 
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-    return value
+def positive(kind: type[int] | type[float]) -> Callable[[str], float]:
+    """What makes a number of an argument, and refuses what is none or not more than 0."""
+
+    def number(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"must be {what}, not {text!r}") from None
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"must be more than 0, not {text}")
+        return value
+
+    return number

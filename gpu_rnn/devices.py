@@ -57,17 +57,23 @@ CPU_FLOPS = 5e10  # fp32 products on one core, rough; predicted times on a CPU o
 
 
 def describe(name: str) -> Device:
-    """The described device of that name, such as "H100".
+    """The described device of that name, such as "H100", in any case and with or without spaces.
 
     Raises:
         ValueError: a name that is not in `DEVICES`; the known ones are listed.
     """
+    wanted = _bare(name)
     for known, device in DEVICES.items():
-        if name.casefold() in (known.casefold(), device.name.casefold()):
+        if wanted in (_bare(known), _bare(device.name)):
             return device
-    if name.casefold() == "cpu":
+    if wanted == "cpu":
         return CPU
     raise ValueError(f"no description of a device {name!r}; described are {', '.join(DEVICES)} and CPU")
+
+
+def _bare(name: str) -> str:
+    """In lower case and without spaces: "RTX 4090" as "rtx4090"."""
+    return "".join(name.split()).casefold()
 
 
 @lru_cache(maxsize=16)

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -66,6 +67,14 @@ def test_all_steps_with_an_emulated_gpu(tmp_path: Path, monkeypatch: pytest.Monk
     text = (tmp_path / "certificate.md").read_text()
     assert text.startswith("# Emulated: no GPU, not a certificate, no timings; sanitizer not run\n")
     assert "no such tool" in text and f"seed: {found['steps'][3]['notes']['seed']}" in text
+
+
+@pytest.mark.parametrize(("script", "option"), [(certify, "--soak"), (soak, "--seconds")])
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan"])
+def test_no_time_is_refused(script: ModuleType, option: str, seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        script.main([option, seconds])
+    assert f"{option}: must be more than 0, not {seconds}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("device", ["cpu", "gpu"])

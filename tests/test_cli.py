@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import gpu_rnn
 from gpu_rnn import cli, dispatch
 
 COMMAND = [sys.executable, "-m", "gpu_rnn"]
@@ -102,8 +103,11 @@ def test_explain_prints_a_row_for_every_backend(
         (["doctor", "--device", "cuda:99"], "leave --device out"),
         (["explain", "--hidden", "8", "--device", "Abacus 1"], "Abacus 1"),
         (["explain", "--hidden", "8", "--activation", "wavy"], "wavy"),
-        (["explain", "--hidden", "8", "--cell", "gru", "--peephole"], "a gru has no peephole"),
-        (["explain", "--hidden", "8", "--cell", "gru", "--proj", "4"], "only supported for LSTM"),
+        (["explain", "--hidden", "8", "--cell", "gru", "--peephole"], "a GRU has no --peephole"),
+        (["explain", "--hidden", "8", "--cell", "gru", "--proj", "4"], "a GRU has no --proj"),
+        (["explain", "--hidden", "8", "--cell", "lstm", "--reset-before"], "an LSTM has no --reset-before"),
+        (["explain", "--hidden", "8", "--cell", "rnn", "--peephole"], "an RNN has no --peephole"),
+        (["explain", "--hidden", "8", "--proj", "8"], "proj_size has to be smaller than hidden_size"),
     ],
     ids=" ".join,
 )
@@ -116,10 +120,53 @@ def test_mistakes_get_one_line(
     assert error.startswith("gpu-rnn: ")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["doctor", "--x"], "gpu-rnn doctor: error: unrecognized arguments: --x"),
+        (["explain", "--hidden", "abc"], "must be a whole number, not 'abc'"),
+        (["explain", "--hidden", "-3"], "must be more than 0, not -3"),
+        (["tune", "--hidden", "4", "--seconds", "0"], "must be more than 0, not 0"),
+        (["bench", "--seconds", "soon"], "must be a number, not 'soon'"),
+    ],
+    ids=" ".join,
+)
+def test_mistakes_in_options_show_the_usage_of_the_command(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as leave:
+        cli.main(arguments)
+    assert leave.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"usage: gpu-rnn {arguments[0]} ") and words in error
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leave:
+        cli.main(["--version"])
+    assert (leave.value.code, capsys.readouterr().out) == (0, f"gpu-rnn {gpu_rnn.__version__}\n")
+
+
+def test_devices_in_any_case_and_for_inference(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["explain", "--hidden", "8", "--device", "rtx4090", "--inference"]) == 0
+    assert "float32, inference, on RTX 4090" in capsys.readouterr().out
+    assert cli.main(["explain", "--hidden", "8", "--device", "h100 SXM 80gb"]) == 0
+    assert "forward and backward, on H100 SXM 80GB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options", [["--long"], ["--seconds", "1"]], ids=" ".join)
+def test_bench_in_a_checkout_ignores_no_option(
+    options: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("it ran"))
+    assert cli.main(["bench", *options]) == 1
+    assert "--long and --seconds are for --demo; give it too" in capsys.readouterr().err
+
+
 def test_no_seeds_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["demo", "--seeds", "0"])
-    assert "must be at least 1" in capsys.readouterr().err
+    assert "must be more than 0, not 0" in capsys.readouterr().err
 
 
 def test_missing_extras_are_named(

@@ -307,7 +307,19 @@ def test_the_head_names_the_options() -> None:
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ["--cell", "gru", "--hidden", "4", "--input", "2", "--steps", "5", "--batch", "3"]
     assert cli.main(["tune", *sizes, "--training", "--seconds", "1e-9", "--device", "cpu"]) == 0
-    assert "forward and backward" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "forward and backward" in said.out
+    assert said.err.splitlines()[0] == "measuring 3 backends, forward, then forward and backward, about 2e-09 s"
     assert gpu_rnn.explain(GRU(I, 4), x()).rows[2].measured_us
     assert cli.main(["tune", *sizes, "--seconds", "1e-9"]) == 0
     assert "forward and backward" not in "".join(capsys.readouterr())
+
+
+def test_ctrl_c_keeps_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cache_folder: Path) -> None:
+    def interrupted(*arguments: Any, **named: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tuning, "interleave", interrupted)
+    assert cli.main(["tune", "--hidden", "4", "--batch", "2", "--steps", "3", "--device", "cpu"]) == 130
+    assert capsys.readouterr().err.endswith("gpu-rnn: stopped; nothing was kept.\n")
+    assert not list(cache_folder.glob("tuned-*"))
