@@ -7,8 +7,13 @@ import atexit
 import os
 import shutil
 import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+
+PATIENCE = 2.0  # seconds; reading a file of choices and writing it takes milliseconds
 
 
 def wanted() -> Path:
@@ -48,6 +53,27 @@ def _temporary() -> Path:
     found = tempfile.mkdtemp(prefix="gpu_rnn_")
     atexit.register(shutil.rmtree, found, ignore_errors=True)
     return Path(found)
+
+
+@contextmanager
+def alone(name: str) -> Iterator[None]:
+    """One process at a time for a name. A file says so, for want of a lock that every system and network disk has; one left
+    by a process that was killed holds the others up for `PATIENCE`, once."""
+    lock = folder() / f"{name}.lock"
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        try:
+            lock.touch(exist_ok=False)
+            break
+        except FileExistsError:
+            time.sleep(0.01)
+        except OSError:  # no disk to keep anything on
+            break
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            lock.unlink()
 
 
 def write(name: str, content: bytes) -> Path:

@@ -49,14 +49,14 @@ def keep(device: Device, found: Mapping[Question, Times]) -> Path:
         OSError: no folder takes it.
     """
     setting = _setting(device)
-    cache.folder()  # made now, so that little time passes between reading the file and replacing it
     path = _path(setting)
     kept = _kept(device)
-    with suppress(*FAULTS):
-        kept |= _parsed(path, setting)  # other processes may have added to it meanwhile
-    kept |= {_key(*question): times for question, times in found.items()}
-    any_on_cpu.cache_clear()
-    return cache.write(path.name, json.dumps(setting | {"choices": kept}, indent=1).encode())
+    with cache.alone(path.name):
+        with suppress(*FAULTS):
+            kept |= _parsed(path, setting)  # other processes may have added to it meanwhile
+        kept |= {_key(*question): times for question, times in found.items()}
+        any_on_cpu.cache_clear()
+        return cache.write(path.name, json.dumps(setting | {"choices": kept}, indent=1).encode())
 
 
 def forget() -> None:

@@ -79,9 +79,11 @@ class Tuned:
         problem = self.passes[-1].problem  # in training it names regularization too
         ranges = ", ".join(f"{name} {_alike(getattr(problem, name))}" for name in ("T", "B"))
         head = f"{sizes(problem)}, measured on {self.device}"
-        where = f"in {self.path}" if self.lasting else "in this process only, for nothing can be written to the cache folder;"
-        advice = "" if self.lasting else "\nto keep it, set GPU_RNN_CACHE to a folder that can be written to, and tune again"
-        return "\n".join([head, *map(str, self.passes), f"kept for {ranges} {where}{advice}"])
+        kept = f"kept for {ranges} in {self.path}"
+        if not self.lasting:
+            kept = f"holds for {ranges} in this process only, as nothing can be written to the cache folder:\n"
+            kept += "to keep it, set GPU_RNN_CACHE to a folder that can be written to, and tune again"
+        return "\n".join([head, *map(str, self.passes), kept])
 
 
 def _alike(size: int) -> str:

@@ -10,6 +10,8 @@ import logging
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -82,6 +84,37 @@ def test_processes_add_to_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kept.keys() | other.keys() < json.loads(path.read_text())["choices"].keys()
 
 
+def test_one_process_waits_for_another_that_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    decide(monkeypatch, "step")
+    path = gpu_rnn.tune(LSTM(I, 4), x()).path
+    before = json.loads(path.read_text())["choices"].keys()
+    reading, other = threading.Event(), {"by another process": {"step": 1.0}}
+
+    def another_process() -> None:
+        with cache.alone(path.name):
+            found = json.loads(path.read_text())
+            reading.set()
+            time.sleep(0.3)
+            path.write_text(json.dumps(found | {"choices": found["choices"] | other}))
+
+    thread = threading.Thread(target=another_process)
+    thread.start()
+    reading.wait()
+    gpu_rnn.tune(GRU(I, 4), x())
+    thread.join()
+    assert before | other.keys() < json.loads(path.read_text())["choices"].keys()
+    assert not list(path.parent.glob("*.lock"))
+
+
+def test_a_lock_that_a_killed_process_left_holds_nobody_up_for_long(monkeypatch: pytest.MonkeyPatch, cache_folder: Path) -> None:
+    decide(monkeypatch, "step")
+    monkeypatch.setattr(cache, "PATIENCE", 0.1)
+    path = gpu_rnn.tune(LSTM(I, 4), x()).path
+    lock = path.with_name(f"{path.name}.lock")
+    lock.touch()
+    assert gpu_rnn.tune(GRU(I, 4), x()).lasting and not lock.exists()
+
+
 def test_where_nothing_can_be_written_this_process_goes_by_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
@@ -91,7 +124,7 @@ def test_where_nothing_can_be_written_this_process_goes_by_it(tmp_path: Path, mo
     tuned = gpu_rnn.tune(LSTM(I, 4), x(), **QUICK)
     assert tmp_path not in tuned.path.parents and not tuned.lasting
     said = " ".join(str(tuned).splitlines()[-2:])
-    assert "kept for T 5 to 8, B 3 to 4 in this process only" in said and "set GPU_RNN_CACHE to a folder" in said
+    assert "holds for T 5 to 8, B 3 to 4 in this process only" in said and "set GPU_RNN_CACHE to a folder" in said
     assert str(tuned.path) not in said
     assert gpu_rnn.explain(LSTM(I, 4), x()).chosen == "step"
     tuning.forget()
