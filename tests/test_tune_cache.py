@@ -19,7 +19,7 @@ import torch
 from tune_support import QUICK, I, decide, x
 
 import gpu_rnn
-from gpu_rnn import GRU, LSTM, cache, choices, dispatch, doctor, tuning
+from gpu_rnn import GRU, LSTM, cache, choices, cli, dispatch, doctor, tuning
 
 pytestmark = pytest.mark.usefixtures("cache_folder")
 
@@ -129,6 +129,18 @@ def test_where_nothing_can_be_written_this_process_goes_by_it(tmp_path: Path, mo
     assert gpu_rnn.explain(LSTM(I, 4), x()).chosen == "step"
     tuning.forget()
     assert not tuned.path.exists() and gpu_rnn.explain(LSTM(I, 4), x()).chosen == "aten"
+
+
+def test_a_command_whose_choice_nobody_finds_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["tune", "--hidden", "4", "--batch", "2", "--steps", "3", "--seconds", "1e-9", "--device", "cpu"]
+    assert cli.main(command) == 0
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setenv("GPU_RNN_CACHE", str(tmp_path / "file"))
+    cache.folder.cache_clear()
+    assert cli.main(command) == 1
+    assert "in this process only" in capsys.readouterr().out
 
 
 def test_a_full_disk_is_said_too(monkeypatch: pytest.MonkeyPatch, cache_folder: Path) -> None:
