@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -14,14 +15,21 @@ import peers
 import torch
 
 import gpu_rnn
-from gpu_rnn import doctor
+from gpu_rnn import choices, devices, doctor
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("gpu_rnn", "kernels", "benchmarks/*.py")  # what a measurement depends on
 
 
 def columns(device: torch.device, commit: str | None, emulated: bool = False) -> dict[str, str]:
-    """Device, versions, commit and date; empty where there is none. `commit` names one where git does not know it."""
+    """Device, versions, commit and date; empty where there is none. `commit` names one where git does not know it.
+
+    Raises:
+        ValueError: it is not this checkout's package that is imported, so that the commit would name other code.
+    """
+    imported = Path(gpu_rnn.__file__).resolve().parent.parent
+    if imported != ROOT:
+        raise ValueError(f"gpu_rnn is imported from {imported}, not from this checkout: pip install -e {ROOT}")
     gpu = device.type == "cuda"
     found, dirty = _commit()
     return {
@@ -34,10 +42,25 @@ def columns(device: torch.device, commit: str | None, emulated: bool = False) ->
         "cupy": _version("cupy-cuda13x") or _version("cupy-cuda12x"),
         **{name: _version(name) for name in peers.PEERS},
         "gpu_rnn": gpu_rnn.__version__,
-        "commit": commit or found,
+        "commit": found or commit or "",
         "dirty": dirty,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def check_nothing_chooses(device: torch.device) -> None:
+    """What this machine's user prefers or has tuned must not stand for what a layer takes by itself.
+
+    Raises:
+        ValueError: GPU_RNN_BACKEND is set, or `gpu_rnn.tune` has kept choices for the device.
+    """
+    if os.environ.get("GPU_RNN_BACKEND"):
+        raise ValueError("GPU_RNN_BACKEND chooses the backend here, and the models are to: unset it")
+    if count := choices.held(devices.of(device)).here:
+        raise ValueError(
+            f"what gpu_rnn.tune kept here ({count} choices) would stand for what a layer takes by itself: set GPU_RNN_CACHE "
+            "to another folder, or gpu_rnn.tuning.forget()"
+        )
 
 
 def folder(device: torch.device) -> Path:

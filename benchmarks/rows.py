@@ -103,18 +103,20 @@ def text(value: float | None, form: str) -> str:
 
 
 def finished(path: Path, facts: dict[str, str]) -> set[tuple[str, ...]]:
-    """The keys of the cases that a results file has of the same commit on the same device.
+    """The keys of the cases that a results file has of the same commit, device and versions.
 
     Raises:
-        ValueError: the file is none of this version's, or ends within a row; the commit is not known.
+        ValueError: the file is none of this version's, or ends within a row; the code has no commit, or is not known to.
     """
     if not facts["commit"]:
         raise ValueError("--resume leaves out what was measured of the same commit, which is not known here: give --commit")
+    if facts["dirty"] == "yes":  # two changed checkouts of one commit need not be the same
+        raise ValueError("--resume leaves out what was measured of the same code, which no commit names here: commit the changes")
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
         if tuple(reader.fieldnames or ()) != COLUMNS:
             raise ValueError(f"{path} has other columns than are written now: start a new file with --out")
         if not path.read_text().endswith("\n"):
             raise ValueError(f"{path} ends within a row, of a run that was killed: delete the rows of its last case")
-        same = [row for row in reader if all(row[name] == facts[name] for name in ("device", "commit", "dirty"))]
+        same = [row for row in reader if all(row[name] == fact for name, fact in facts.items() if name != "date")]
     return {tuple(row[name] for name in CASE) for row in same}

@@ -64,6 +64,7 @@ def main(given: Sequence[str] | None = None) -> int:
         return emulation.again(__file__, sys.argv[1:] if given is None else given)
     try:
         device = doctor.pick_device("cpu" if options.emulate else options.device)
+        machine.check_nothing_chooses(device)
         facts = machine.columns(device, options.commit, options.emulate)
         cases = arguments.cases(options, device)
         path = options.resume or options.out or machine.folder(device) / _file_name(options, cases, facts)

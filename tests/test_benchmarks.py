@@ -168,14 +168,18 @@ def test_layers_are_in_the_mode_of_the_direction(direction: str, monkeypatch: py
 
 def test_the_check_leaves_torch_and_the_layers_as_they_were() -> None:
     case = variants.Case("tiny", problems.SETS["tiny"][0], "fp32", "training")
-    before, mask = torch.backends.cudnn.rnn.fp32_precision, gpu_rnn.regularization.recurrent_mask
+    settings = (torch.backends.cudnn.rnn, torch.backends.cuda.matmul)  # of peers' products, too
+    before, mask = [each.fp32_precision for each in settings], gpu_rnn.regularization.recurrent_mask
+    for dtype, precision in {"ieee": "ieee", "fp32": "tf32"}.items():
+        with checking.products_as(variants.Case("tiny", case.problem, dtype, "forward")):
+            assert {each.fp32_precision for each in settings} == {precision}
     with checking.products_as(case):
         (side,) = comparison.build(case, torch.device("cpu"), ["step"]).sides
         exact = checking.exact(side.truth, side.inputs, 0)
         names = {"y", "state 1", "d_x", "d_weight_hh_l0"}
         assert checking.errors(side.variants[0], side.inputs, exact, 0).keys() >= names
     assert not torch.are_deterministic_algorithms_enabled()
-    assert torch.backends.cudnn.rnn.fp32_precision == before
+    assert [each.fp32_precision for each in settings] == before
     assert gpu_rnn.regularization.recurrent_mask is mask
 
 
@@ -269,6 +273,59 @@ def test_a_run_goes_on_where_one_of_the_same_commit_ended(
     out.write_text(first.replace("floor_us", "ground_us"))
     assert run.main([*again, "one", "--resume", str(out)]) == 2
     assert "other columns" in capsys.readouterr().err
+
+
+def test_what_was_measured_of_other_code_or_versions_is_not_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, case = tmp_path / "rows.csv", variants.Case("tiny", problems.SETS["tiny"][0], "fp32", "forward")
+    monkeypatch.setattr(machine, "_commit", lambda: ("one", "no"))
+    facts = machine.columns(torch.device("cpu"), "two")
+    assert facts["commit"] == "one"  # git knows better
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, run.table.COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerow({"seed": 0, **run.table.empty(case), **facts})
+    assert run.table.finished(path, facts | {"date": "later"}) == {case.key}
+    for name in ("device", "driver", "cudnn", "torch", "triton", "flashrnn", "commit"):
+        assert not run.table.finished(path, facts | {name: "another"}), name
+    with pytest.raises(ValueError, match="commit the changes"):
+        run.table.finished(path, facts | {"dirty": "yes"})
+
+
+def test_no_other_package_is_measured_under_this_commit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(gpu_rnn, "__file__", "/usr/lib/python3/site-packages/gpu_rnn/__init__.py")
+    assert run.main(ON_CPU) == 2
+    assert "gpu_rnn is imported from /usr/lib/python3/site-packages" in capsys.readouterr().err
+
+
+def test_what_a_user_prefers_or_tuned_is_not_what_a_layer_takes_by_itself(
+    cache_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("GPU_RNN_BACKEND", "reference")
+    assert run.main(ON_CPU) == 2
+    assert "GPU_RNN_BACKEND chooses" in capsys.readouterr().err
+    monkeypatch.delenv("GPU_RNN_BACKEND")
+    gpu_rnn.tune(gpu_rnn.GRU(3, 4), torch.randn(2, 1, 3), seconds=1e-3)
+    assert run.main(ON_CPU) == 2
+    assert "gpu_rnn.tuning.forget()" in capsys.readouterr().err
+
+
+def test_graphs_are_captured_before_new_memory_is_poisoned() -> None:
+    poisoned = []
+
+    class OnGPU(variants.Inputs):
+        x = type("x", (), {"is_cuda": True})()  # type: ignore[assignment]
+
+        def __init__(self) -> None: ...
+
+    class Noted(variants.Variant):
+        def call(self, inputs: variants.Inputs) -> Callable[[], tuple[torch.Tensor, ...]]:
+            return lambda: poisoned.append(torch.are_deterministic_algorithms_enabled()) or (torch.ones(1),)  # type: ignore[func-returns-value]
+
+        def results(self, inputs: variants.Inputs) -> dict[str, torch.Tensor]:
+            return {"y": self.call(inputs)()[0]}
+
+    assert checking.errors(Noted("step", lambda x: (x,), {}), OnGPU(), {"y": torch.ones(1)}, 0) == {"y": 0}
+    assert poisoned == [False, False, True]  # launch/graphs.py captures at a shape's second call
 
 
 def test_all_sets_in_the_order_of_their_value() -> None:
