@@ -32,6 +32,7 @@ WEIGHT_REGISTERS = 128 << 10  # bytes of weights in a multiprocessor's registers
 
 RANKING = rates.PREDICTED.group
 
+
 @dataclass(frozen=True)
 class Choice:
     """A layout and how many groups each of N gets; `step` is the predicted time of a step of all rows."""
