@@ -8,7 +8,7 @@
 
 Between two launches one batched product makes the input products of the layers above from what the launch has written.
 Tensors of all layers stand layer first, (L, T, B, …): each diagonal is a view of them, since to be a chunk behind is a
-matter of strides. The idea for stacks of recurrent layers is cuDNN's (Appleyard et al., arXiv:1604.01946, section 3.3).
+matter of strides. The idea for stacks of recurrent layers is cuDNN's (Appleyard et al., arXiv:1604.01946).
 """
 
 from __future__ import annotations
