@@ -161,6 +161,8 @@ class Comparison:
         self.plain = dict.fromkeys(self.exact, 0.0)
         self.asked = False
         self._ask(self.members)
+        # Settled before anything is asked again: what is then found to be sensitive is compared all the same.
+        self.known = {name for name, off in self.plain.items() if off <= MOST * self.floor}
 
     def _ask(self, members: list[Given]) -> None:
         """Takes what plain PyTorch makes of these for what an honest result may be."""
@@ -172,10 +174,7 @@ class Comparison:
     @property
     def useful(self) -> bool:
         """Whether plain PyTorch gets the outputs at all; a gradient may vanish in what cancels."""
-        return self._known("y")
-
-    def _known(self, name: str) -> bool:
-        return self.plain[name] <= MOST * self.floor
+        return "y" in self.known
 
     def wrong(self, backend: str, way: str, found: Results, compared: Counter[str]) -> list[str]:
         """The worst of the results that are wrong, in words; counts what is right."""
@@ -198,7 +197,7 @@ class Comparison:
 
     def _beyond(self, errors: dict[str, float]) -> dict[str, float]:
         """How many times too far off each wrong result is."""
-        found = {name: off / self._allowed(name) for name, off in errors.items() if self._known(name)}
+        found = {name: off / self._allowed(name) for name, off in errors.items() if name in self.known}
         return {name: times for name, times in found.items() if times > 1}
 
 

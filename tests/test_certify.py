@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -247,6 +248,20 @@ def test_the_soak_finds_a_broken_backend(
     again = failures[-1]["repeat"].split("soak.py ")[1].split()
     assert soak.main(again) == 1
     assert record.read(path).of("failed") == failures[-1:]
+
+
+def test_asking_again_excuses_no_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A case whose gradients plain PyTorch gets less and less right, the more roundings it is asked for."""
+    case, exact = soak_cases.draw(11, 24, "cpu"), {"y": torch.ones(4), "d x": torch.ones(4)}
+    compared = soak.Comparison(case, torch.device("cpu"))
+    compared.exact, compared.plain, compared.known = exact, {"y": 0.0, "d x": 0.01}, {"y", "d x"}
+
+    def less_right(members: Any) -> None:
+        compared.plain["d x"] += soak.MOST * compared.floor
+
+    monkeypatch.setattr(compared, "_ask", less_right)
+    (said,) = compared.wrong("step", "alone", exact | {"d x": torch.full((4,), torch.nan)}, Counter())
+    assert said.startswith("step alone: d x is off by inf")
 
 
 def test_a_case_follows_from_its_seed_and_number() -> None:
