@@ -68,6 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with _settings():
             soak.run(numbers, options.seconds)
+        if options.case is None:
+            soak.miss()
     except KeyboardInterrupt:
         print("soak: stopped", file=sys.stderr)
         return 128 + signal.SIGINT  # what a shell reports for Ctrl-C
@@ -109,6 +111,17 @@ class Soak:
             say("\n".join([f"{name} FAILED", *(f"    {line}" for line in bad), f"    again: {repeat}"]))
         if bad and self.device.type == "cuda":
             torch.cuda.synchronize()  # raises where the device is lost: all that followed would fail of that
+
+    def miss(self) -> None:
+        """Fails for each backend that had no result, where nothing else says why."""
+        if self.outcomes["failed"] or not self.outcomes["passed"]:
+            return
+        for backend in BACKENDS:
+            if not any(way.startswith(f"{backend} ") for way in self.compared):
+                said = "took no case, not even of a plain LSTM: python -m gpu_rnn doctor says what is missing"
+                self.writer.end(backend, "failed", said, self.repeat(0))
+                self.outcomes["failed"] += 1
+                print(f"{backend} {said}")
 
     def repeat(self, number: int) -> str:
         emulated = self.device.type == "cpu"

@@ -250,6 +250,19 @@ def test_the_soak_finds_a_broken_backend(
     assert record.read(path).of("failed") == failures[-1:]
 
 
+def test_a_backend_that_never_ran_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "record"
+    monkeypatch.setenv(record.RECORD, str(path))
+    monkeypatch.setattr(soak, "BACKENDS", ("step", "group"))  # group finds no GPU
+    monkeypatch.setattr(soak, "_pretending", lambda run, backend, device: run)
+    assert soak.main(["--device", "cpu", "--seconds", "0.1"]) == 1
+    found = record.read(path)
+    assert found.notes["compared"].keys() == {"step alone"}
+    assert [end["name"] for end in found.of("failed")] == ["group"]
+    monkeypatch.setattr(soak, "BACKENDS", ("step", "aten"))
+    assert soak.main(["--device", "cpu", "--seconds", "0.1"]) == 0  # at once, whatever the seed
+
+
 def test_asking_again_excuses_no_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     """A case whose gradients plain PyTorch gets less and less right, the more roundings it is asked for."""
     case, exact = soak_cases.draw(11, 24, "cpu"), {"y": torch.ones(4), "d x": torch.ones(4)}
