@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -132,5 +133,15 @@ def _rows(path: Path) -> list[Row]:
     for row in reader:
         if None in row or None in row.values():  # too many values, or too few: the run was killed while it wrote
             raise ValueError(f"{path}, line {reader.line_num}: a row that was cut off; delete the rows of its case")
+        for name in ("median_us", "ratio"):
+            if row["status"] == "ok" and (row[name] or name == "median_us") and not _is_time(row[name]):
+                raise ValueError(f"{path}, line {reader.line_num}: status is ok, and {name} is {row[name]!r}: run.py wrote no such row")
         rows.append(defaultdict(str, row))
     return rows
+
+
+def _is_time(text: str) -> bool:
+    try:
+        return 0 < float(text) < math.inf
+    except ValueError:
+        return False

@@ -331,6 +331,16 @@ def test_a_row_that_was_cut_off_is_refused(more: str, tmp_path: Path, capsys: py
     assert "a.csv, line 4: a row that was cut off" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["median_us", "ratio"])
+@pytest.mark.parametrize("value", ["nan", "inf", "0", "quick"])
+def test_what_is_no_time_is_in_no_mean(name: str, value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = synthetic_rows()
+    rows[5][name] = value
+    write(tmp_path / "a.csv", rows)
+    assert report.main([str(tmp_path), "--out", str(tmp_path)]) == 1
+    assert f"a.csv, line 7: status is ok, and {name} is '{value}'" in capsys.readouterr().err
+
+
 def test_a_newer_run_replaces_an_older_one() -> None:
     first = results.read([synthetic.FILE])[0]
     older = next(row for row in synthetic_rows() if row["chosen"])
