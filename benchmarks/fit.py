@@ -208,7 +208,14 @@ def report(rows: Sequence[Timed], before: Rates, after: Rates) -> str:
     for title, found in zip(("before", "after"), choices, strict=True):
         wrong = [each.complaint for each in found if each.complaint]
         lines += ["", f"Choices {title}: {len(found)} cases, {len(wrong)} wrong.", *(f"  {each}" for each in wrong)]
+    cases = {id(row.case): row.case for row in rows}.values()
+    untimed = [f"  {case}: {row['variant']} is {row['status']}" for case in cases for row in case.rows if _refused(row)]
+    lines += ["", "No choice could fall on what has no time, though dispatch may take it:", *untimed] if untimed else []
     return "\n".join(lines)
+
+
+def _refused(row: results.Row) -> bool:
+    return row["variant"] in dispatch.BACKENDS and not results.timed(row)
 
 
 def _spread(errors: Sequence[float]) -> str:

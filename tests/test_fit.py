@@ -153,6 +153,16 @@ def test_what_cannot_be_fitted(kind: str, tmp_path: Path, capsys: pytest.Capture
     assert capsys.readouterr().err.startswith("fit.py: ")
 
 
+def test_a_backend_that_was_refused_is_named(tmp_path: Path) -> None:
+    """Dispatch may take it, but a choice among times cannot fall on it: regret alone would say that all is well."""
+    path = changed(tmp_path, lambda row: row.update(status="wrong", median_us="") if row["variant"] == "group" else None)
+    rows = fit.read([path])
+    said = fit.report(rows, rates.PREDICTED, rates.PREDICTED)
+    assert f"No choice could fall on what has no time, though dispatch may take it:\n  {rows[0].case}: group is wrong" in said
+    everything = fit.read([changed(tmp_path, lambda row: None)])
+    assert "No choice could fall" not in fit.report(everything, rates.PREDICTED, rates.PREDICTED)
+
+
 def test_files_that_lack_something(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fewer = tuple(name for name in synthetic.COLUMNS if name not in ("median_us", "H"))
     with pytest.raises(ValueError, match="lacks the columns H, median_us"):
