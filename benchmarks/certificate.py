@@ -35,9 +35,10 @@ class Outcome:
         return f"{self.passed} passed, {self.failed} failed, {self.skipped} skipped"
 
 
-def verdict(outcomes: list[Outcome], emulated: bool) -> str:
-    """ "certified" only if every step ran and passed, on a GPU."""
-    lacking = [f"{outcome.name} {outcome.status}" for outcome in outcomes if outcome.status != PASSED]
+def verdict(outcomes: list[Outcome], emulated: bool, changed: bool = False) -> str:
+    """ "certified" only if every step ran and passed, on a GPU, and the commit that is named is what ran."""
+    lacking = ["uncommitted changes"] * changed
+    lacking += [f"{outcome.name} {outcome.status}" for outcome in outcomes if outcome.status != PASSED]
     said = ", ".join(lacking) or ("all steps passed" if outcomes else "no step")
     if emulated:
         return f"{EMULATED}; {said}"
@@ -46,7 +47,7 @@ def verdict(outcomes: list[Outcome], emulated: bool) -> str:
 
 def write(folder: Path, facts: dict[str, str], outcomes: list[Outcome], emulated: bool) -> str:
     """Writes both files and returns the verdict."""
-    said = verdict(outcomes, emulated)
+    said = verdict(outcomes, emulated, facts["dirty"] == "yes")
     content = {"verdict": said, **facts, "steps": [asdict(outcome) for outcome in outcomes]}
     folder.mkdir(parents=True, exist_ok=True)
     _replace(folder / "certificate.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")

@@ -26,6 +26,7 @@ sys.path.append(str(ROOT / "benchmarks"))  # a folder of scripts, which import e
 
 import certificate  # noqa: E402
 import certify  # noqa: E402
+import machine  # noqa: E402
 import record  # noqa: E402
 import sanitize  # noqa: E402
 import soak  # noqa: E402
@@ -40,6 +41,7 @@ CRASH = "import record, os; w = record.Writer(os.environ[record.RECORD]); w.end(
 def certified(steps: tuple[Step, ...], folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, Any]:
     """certify.py's exit status and its certificate, with these steps in the place of the emulated ones."""
     monkeypatch.setattr(certify, "steps_on_cpu", lambda soak: steps)
+    monkeypatch.setattr(machine, "_commit", lambda: ("0" * 40, "no"))  # whatever is being edited here
     status = certify.main(["--device", "cpu", "--out", str(folder), *arguments])
     return status, json.loads((folder / "certificate.json").read_text())
 
@@ -162,6 +164,13 @@ def test_the_verdict(statuses: tuple[str, ...], said: str) -> None:
     outcomes = [Outcome(name, "", [], status) for name, status in zip("ab", statuses, strict=False)]
     assert certificate.verdict(outcomes, emulated=False) == said
     assert certificate.verdict(outcomes, emulated=True).startswith(certificate.EMULATED)
+    assert certificate.verdict(outcomes, emulated=False, changed=True).startswith("not certified: ")
+
+
+def test_a_certificate_of_uncommitted_changes_is_none(tmp_path: Path) -> None:
+    passed = [Outcome("a", "", [], PASSED)]
+    assert certificate.write(tmp_path, {"dirty": "no"}, passed, emulated=False) == "certified"
+    assert certificate.write(tmp_path, {"dirty": "yes"}, passed, emulated=False) == "not certified: uncommitted changes"
 
 
 def test_steps_that_are_left_out_were_not_run(
