@@ -33,7 +33,7 @@ gpu-check:  ## on a machine with a GPU: a certificate and a quick benchmark, und
 	@$(PY) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else \
 		"gpu-check: torch sees no GPU here; the same checks with an emulated one: $(PY) benchmarks/certify.py --device cpu")'
 	$(PY) benchmarks/certify.py
-	timeout 130 $(PY) benchmarks/run.py --quick --seconds 110
+	timeout 85 $(PY) benchmarks/run.py --quick --seconds 70
 
 report:  ## tables and pictures from benchmarks/results
 	@.ci/venv demo

@@ -127,13 +127,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         steps = _chosen(
             steps_on_gpu(options.soak) if device.type == "cuda" else steps_on_cpu(options.soak), options.only
         )
+        facts = machine.columns(device, options.commit)
     except ValueError as error:
         print(f"certify.py: {error}", file=sys.stderr)
         return 2
     emulated = device.type != "cuda"
     kept = torch.device("cpu") if options.only else device
     folder = options.out or machine.folder(kept)
-    facts = machine.columns(device, options.commit)
     outcomes = [step.outcome for step in steps]
     print(
         f"{'emulating a GPU on' if emulated else 'certifying'} {facts['device']}; the certificate goes to {folder}"

@@ -18,7 +18,7 @@ import gpu_rnn
 from gpu_rnn import choices, devices, doctor
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("gpu_rnn", "kernels", "benchmarks/*.py")  # what a measurement depends on
+SOURCES = ("gpu_rnn", "kernels", "benchmarks/*.py", "tests")  # what a measurement or a certificate depends on
 
 
 def columns(device: torch.device, commit: str | None, emulated: bool = False) -> dict[str, str]:
