@@ -187,13 +187,17 @@ def total_cost(
 
 def _cost(problem: Problem, name: str, given: Rates | None) -> float:
     """Seconds for one pass; of a stack on a loop the less of layer after layer and of a wavefront."""
+    return min(float(BACKENDS[name].cost(problem, given)), _staggered(problem, name, given)[1])
+
+
+def _staggered(problem: Problem, name: str, given: Rates | None = None) -> tuple[int, float]:
+    """The best chunk of a wavefront on a loop and its seconds for one pass, infinitely many where it cannot run so."""
     module = BACKENDS[name]
-    alone = float(module.cost(problem, given))
     if name not in WAVEFRONTS or not diagonals.possible(problem):
-        return alone
+        return problem.T, math.inf
     if module.unsupported(diagonals.launched(problem, problem.T, problem.layers)):
-        return alone
-    return min(alone, diagonals.plan(problem, lambda part: module.cost(part, given))[1])
+        return problem.T, math.inf
+    return diagonals.plan(problem, lambda part: module.cost(part, given))
 
 
 def wavefront(problem: Problem, backend: str = "auto") -> tuple[str, int]:
@@ -255,19 +259,14 @@ class _Plan(NamedTuple):
 @lru_cache(maxsize=1024)
 def _plan(problem: Problem, loop: str) -> _Plan:
     """For a loop, or the best of them."""
-    one, whole = replace(problem, layers=1), diagonals.launched(problem, problem.T, problem.layers)
-    alone = problem.layers * min((float(BACKENDS[name].cost(one)) for name in _able(one, loop)), default=0.0)
-    able = [name for name in _able(whole, loop) if name in WAVEFRONTS]
-    plans = [diagonals.plan(problem, BACKENDS[name].cost) for name in able]
+    one, named = replace(problem, layers=1), [name for name in KERNELS if loop in ("auto", name)]
+    each = [float(BACKENDS[name].cost(one)) for name in named if not BACKENDS[name].unsupported(one)]
+    alone = problem.layers * min(each, default=0.0)
+    plans = (_staggered(problem, name) for name in named)
     chunk, seconds = min(plans, key=lambda plan: plan[1], default=(0, math.inf))
     if seconds < alone:
         return _Plan(alone - seconds, chunk, diagonals.launched(problem, chunk, problem.layers))
     return _Plan(alone - seconds, problem.T, diagonals.launched(problem, problem.T, 1))
-
-
-def _able(problem: Problem, loop: str) -> list[str]:
-    """The loops with kernels that a backend's name may stand for and that can run a problem."""
-    return [name for name in KERNELS if loop in ("auto", name) and not BACKENDS[name].unsupported(problem)]
 
 
 @lru_cache(maxsize=1024)

@@ -233,9 +233,9 @@ class Stack(NamedTuple):
         every, after, inner = autograd.layer(self.recurrence.text(self.recurrence.identity), options, inputs)
         # A copy, as what is handed out would share memory, and y by itself hold that of all layers.
         y, final = every[-1].clone(), tuple(state.transpose(0, 1) for state in after)
-        if controls.lengths is not None:
-            valid = controls.valid(steps)
-            y = y if valid is None else torch.where(valid.unsqueeze(-1), y, 0)
+        valid = controls.valid(steps)
+        if valid is not None and not controls.flagged(self.all_states):  # lengths alone: of the others `loops` takes care
+            y = torch.where(valid.unsqueeze(-1), y, 0)
         if not self.all_states:
             return y, final, ()
         return y, final, tuple(state.transpose(0, 1) for state in (every, *inner.to(y.dtype)))

@@ -53,18 +53,11 @@ class _Stack:
         return self.known[key]
 
     def _layers(self, diagonal: Diagonal) -> _Layers:
-        own, weights, drop = diagonal.layers, self.call.weights, self.call.control.drop
-        b_ih, b_hh, params = (None if w is None else w[own] for w in (weights.b_ih, weights.b_hh, weights.params))
-        call = replace(
-            self.call,
-            weights=Weights(weights.w_ih, weights.w_hh[own], b_ih, b_hh, params),
-            control=Control(drop=None if drop is None else drop[:, own]),
-            reverse="0" * diagonal.count,
-            problem=launched(self.call.problem, diagonal.chunk, diagonal.count),
-        )
-        upper = diagonal.above(0).layers
-        assert weights.w_between is not None
-        into = weights.w_between[upper.start - 1 : upper.stop - 1].flatten(1, 2)
+        call = _of_layers(self.call, diagonal.layers)
+        call = replace(call, problem=launched(call.problem, diagonal.chunk, diagonal.count))
+        upper, between = diagonal.above(0).layers, self.call.weights.w_between
+        assert between is not None
+        into = between[upper.start - 1 : upper.stop - 1].flatten(1, 2)
         return _Layers(call, into, None if self.bias is None else self.bias[upper].flatten(1).unsqueeze(1))
 
     def part(self, diagonal: Diagonal, states: list[Tensor], d_gates: Tensor | None = None) -> Call:
@@ -116,6 +109,18 @@ class _Stack:
             else:
                 found[: lower.count] = lower.rows(d_y) + torch.bmm(coming, back) * lower.rows(between)
         return found.unflatten(1, (diagonal.chunk, -1)).movedim(0, 2)
+
+
+def _of_layers(call: Call, own: slice) -> Call:
+    """What some neighbouring layers take, but for their input weights and what differs from step to step."""
+    weights, drop = call.weights, call.control.drop
+    b_ih, b_hh, params = (None if w is None else w[own] for w in (weights.b_ih, weights.b_hh, weights.params))
+    return replace(
+        call,
+        weights=Weights(weights.w_ih, weights.w_hh[own], b_ih, b_hh, params),
+        control=Control(drop=None if drop is None else drop[:, own]),
+        reverse=call.reverse[own],
+    )
 
 
 def _of_resets(diagonal: Diagonal, values: Tensor) -> Tensor:
@@ -213,16 +218,13 @@ def in_torch(call: Call, x: Tensor, all_states: bool) -> Result:
     found: list[Result] = []
     for layer in range(len(weights.w_hh)):
         own = slice(layer, layer + 1)
-        w_ih = weights.w_between[layer - 1 : layer] if layer else weights.w_ih
-        sliced = [None if w is None else w[own] for w in (weights.w_hh, weights.b_ih, weights.b_hh, weights.params)]
-        drop, zone = (None if t is None else t[:, own] if t is control.drop else t[:, :, :, own] for t in (control.drop, control.zone))
+        one = _of_layers(call, own)
         one = replace(
-            call,
-            weights=Weights(w_ih, *sliced),  # type: ignore[arg-type]
+            one,
+            weights=one.weights._replace(w_ih=weights.w_between[layer - 1 : layer] if layer else weights.w_ih),
             states=[state[:, own] for state in call.states],
-            control=Control(None, control.flags, drop, zone),
+            control=one.control._replace(flags=control.flags, zone=None if control.zone is None else control.zone[:, :, :, own]),
             reset_values=[value[:, :, own] for value in call.reset_values],
-            reverse="0",
         )
         if layer:
             x = found[-1].y.squeeze(2) if control.between is None else found[-1].y.squeeze(2) * control.between[layer - 1]
