@@ -10,8 +10,9 @@ from contextlib import contextmanager
 
 import options
 import torch
+from results import TORCH
 from torch import Tensor
-from variants import TORCH, Case, Inputs, Outputs, Variant
+from variants import Case, Inputs, Outputs, Variant
 
 PLAIN = (TORCH, "reference")
 # Largest ‖result − reference‖ / ‖reference‖ of any output or gradient: some times the unit roundoff of the products'

@@ -12,9 +12,10 @@ from typing import Any
 import peers
 import torch
 from problems import Problem
+from results import TORCH
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
-from variants import DTYPES, TORCH, Case, Inputs, Variant
+from variants import DTYPES, Case, Inputs, Variant
 
 import gpu_rnn
 from gpu_rnn import dispatch

@@ -10,7 +10,8 @@ from pathlib import Path
 import peers
 import timing
 from comparison import Comparison
-from variants import TORCH, Case
+from results import TORCH
+from variants import Case
 
 from gpu_rnn.explanation import Explanation
 

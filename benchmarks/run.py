@@ -30,8 +30,9 @@ import rows as table
 import timing
 import torch
 from comparison import Comparison, Side
+from results import TORCH
 from rows import Row
-from variants import TORCH, Case, Inputs, Variant
+from variants import Case, Inputs, Variant
 
 from gpu_rnn import doctor
 

@@ -11,7 +11,6 @@ import torch
 from problems import Problem
 from torch import Tensor
 
-TORCH = "torch.nn"
 # "fp32" multiplies as torch's recurrent layers do by default (tf32 on a GPU), "ieee" in full precision.
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16, "ieee": torch.float32}
 
