@@ -197,13 +197,14 @@ def _right(side: Side, limits: checking.Limits, rows: dict[str, Row], seed: int)
         except (RuntimeError, ValueError, *_errors_of(variant)) as error:
             row.update(status="failed", detail=str(error).strip().split("\n")[0])
             continue
-        worst, allowed = checking.worst(errors), limits.allowed(variant.name)
+        worst = limits.worst(variant.name, errors)
+        allowed = limits.allowed(variant.name, worst)
         row.update(precision=limits.precision, worst=worst, error=f"{errors[worst]:.1e}", tolerance=f"{allowed:.1e}")
         if not errors[worst] <= allowed:
             row.update(status="wrong", detail=f"{worst} is off by {errors[worst]:.1e}: not timed")
             continue
         if variant.name == side.yardstick:
-            limits.widen(errors[worst])
+            limits.widen(errors)
         yield variant
 
 

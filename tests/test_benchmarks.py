@@ -22,7 +22,6 @@ from gpu_rnn.launch import step
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))  # a folder of scripts, which import each other by name
 
-import checking  # noqa: E402
 import comparison  # noqa: E402
 import emulation  # noqa: E402
 import machine  # noqa: E402
@@ -166,23 +165,6 @@ def test_layers_are_in_the_mode_of_the_direction(direction: str, monkeypatch: py
     assert modes == [direction == "training"] * 4
 
 
-def test_the_check_leaves_torch_and_the_layers_as_they_were() -> None:
-    case = variants.Case("tiny", problems.SETS["tiny"][0], "fp32", "training")
-    settings = (torch.backends.cudnn.rnn, torch.backends.cuda.matmul)  # of peers' products, too
-    before, mask = [each.fp32_precision for each in settings], gpu_rnn.regularization.recurrent_mask
-    for dtype, precision in {"ieee": "ieee", "fp32": "tf32"}.items():
-        with checking.products_as(variants.Case("tiny", case.problem, dtype, "forward")):
-            assert {each.fp32_precision for each in settings} == {precision}
-    with checking.products_as(case):
-        (side,) = comparison.build(case, torch.device("cpu"), ["step"]).sides
-        exact = checking.exact(side.truth, side.inputs, 0)
-        names = {"y", "state 1", "d_x", "d_weight_hh_l0"}
-        assert checking.errors(side.variants[0], side.inputs, exact, 0).keys() >= names
-    assert not torch.are_deterministic_algorithms_enabled()
-    assert [each.fp32_precision for each in settings] == before
-    assert gpu_rnn.regularization.recurrent_mask is mask
-
-
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_every_option_is_checked_against_the_truth_with_the_option(dtype: str, tmp_path: Path) -> None:
     arguments = f"--device cpu --set tiny-options --dtype {dtype} --trials 1 --backend step,reference --direction training"
@@ -191,37 +173,6 @@ def test_every_option_is_checked_against_the_truth_with_the_option(dtype: str, t
     assert {row["option"] for row in rows} == {"", *options.OPTIONS}
     assert all(row["median_us"] for row in rows)
     assert not any(row["floor_us"] or row["of_floor"] for row in rows)  # which only a GPU has
-
-
-def test_masks_of_the_check_are_drawn_in_one_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
-    def drawn(like: torch.Tensor, probability: float, shape: tuple[int, ...]) -> torch.Tensor:
-        return torch.full(shape, float(like.dtype == torch.float32), dtype=like.dtype)  # a GPU's draws differ by dtype
-
-    monkeypatch.setattr(gpu_rnn.regularization, "recurrent_mask", drawn)
-    with options.same_masks(0):
-        for dtype in (torch.bfloat16, torch.float64):
-            mask = gpu_rnn.regularization.recurrent_mask(torch.empty(1, dtype=dtype), 0.5, (2, 3))
-            assert mask.dtype == dtype and bool((mask == 1).all())
-
-
-@pytest.mark.parametrize("option", ["recurrent_dropout_per_gate", "zoneout"])
-def test_other_random_masks_are_refused(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = problems.named("LSTM", T=5, B=3, H=16, option=option)
-    case = variants.Case("tiny-options", problem, "fp32", "training")
-    side = comparison.build(case, torch.device("cpu"), ["step"]).sides[1]
-    exact = checking.exact(side.truth, side.inputs, 1)
-    same, other = (max(checking.errors(side.variants[0], side.inputs, exact, seed).values()) for seed in (1, 2))
-    assert same < 1e-5 and other > 0.1
-
-
-def test_an_option_is_no_option_of_torch_nn() -> None:
-    problem = problems.named("GRU", T=5, B=3, H=16, option="reset_before")
-    case = variants.Case("tiny-options", problem, "fp32", "forward")
-    theirs, ours = comparison.build(case, torch.device("cpu"), ["step"]).sides
-    assert [variant.name for variant in theirs.variants] == ["torch.nn"] and theirs.yardstick == "torch.nn"
-    assert [variant.name for variant in ours.variants] == ["step"] and ours.yardstick == "reference"
-    default, option = (checking.exact(side.truth, side.inputs, 0)["y"] for side in (theirs, ours))
-    assert (default - option).norm() > 1e-3 * default.norm()
 
 
 @pytest.mark.parametrize(
@@ -307,25 +258,6 @@ def test_what_a_user_prefers_or_tuned_is_not_what_a_layer_takes_by_itself(
     gpu_rnn.tune(gpu_rnn.GRU(3, 4), torch.randn(2, 1, 3), seconds=1e-3)
     assert run.main(ON_CPU) == 2
     assert "gpu_rnn.tuning.forget()" in capsys.readouterr().err
-
-
-def test_graphs_are_captured_before_new_memory_is_poisoned() -> None:
-    poisoned = []
-
-    class OnGPU(variants.Inputs):
-        x = type("x", (), {"is_cuda": True})()  # type: ignore[assignment]
-
-        def __init__(self) -> None: ...
-
-    class Noted(variants.Variant):
-        def call(self, inputs: variants.Inputs) -> Callable[[], tuple[torch.Tensor, ...]]:
-            return lambda: poisoned.append(torch.are_deterministic_algorithms_enabled()) or (torch.ones(1),)  # type: ignore[func-returns-value]
-
-        def results(self, inputs: variants.Inputs) -> dict[str, torch.Tensor]:
-            return {"y": self.call(inputs)()[0]}
-
-    assert checking.errors(Noted("step", lambda x: (x,), {}), OnGPU(), {"y": torch.ones(1)}, 0) == {"y": 0}
-    assert poisoned == [False, False, True]  # launch/graphs.py captures at a shape's second call
 
 
 def test_all_sets_in_the_order_of_their_value() -> None:

@@ -288,6 +288,21 @@ def test_asking_again_excuses_no_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     assert said.startswith("step alone: d x is off by inf")
 
 
+def test_the_soak_sees_one_wrong_element_of_many() -> None:
+    case = soak_cases.draw(11, 24, "cpu")
+    compared = soak.Comparison(case, torch.device("cpu"))
+    exact = {name: torch.randn(1000, 1000, dtype=torch.float64) for name in ("y", "final h")}
+    compared.exact, compared.asked = exact, True
+    compared.plain = soak.errors(exact, exact)
+    compared.known = {*compared.plain}
+    assert compared.wrong("step", "alone", exact, Counter()) == []
+    for name, value in exact.items():
+        found = value.clone()
+        found[500, 500] += 2
+        (said,) = compared.wrong("step", "alone", exact | {name: found}, Counter())
+        assert said.startswith(f"step alone: an element of {name} is off by 2.0e+00")
+
+
 def test_a_case_follows_from_its_seed_and_number() -> None:
     cases = [soak_cases.draw(5, number, "cuda") for number in range(300)]
     assert cases == [soak_cases.draw(5, number, "cuda") for number in range(300)]
