@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -43,8 +42,6 @@ FARTHEST = 4.0  # times more or less than predicted; a fit that ends there says 
 DIGITS = 4  # of a constant that is written
 REGRET = 0.05  # that a choice may have
 WORST = 8  # rows that are listed
-# Of one family, but with other rates than the device described under that name.
-UNLIKE = re.compile(r"\b(MIG|PCIe|NVL|Laptop|Ti|D|Max-Q)\b")
 
 
 @dataclass(frozen=True)
@@ -128,11 +125,11 @@ def describe(name: str) -> Device:
     Raises:
         ValueError: there is none.
     """
-    known = [key for key in devices.DEVICES if re.search(rf"\b{key}\b", name)]
-    if not known or UNLIKE.search(name):
+    key = devices.known_as(name)
+    if key is None:
         listed = ", ".join(devices.DEVICES)
         raise ValueError(f"no rates of {name!r} to count with: describe it in gpu_rnn/devices.py, where {listed} are")
-    return devices.DEVICES[known[0]]
+    return devices.DEVICES[key]
 
 
 def problem_of(case: results.Case, device: Device) -> Problem:
@@ -257,10 +254,10 @@ def entry(rows: Sequence[Timed], files: Sequence[Path], constants: dict[str, dic
     }
 
 
-def write(device: Device, found: dict[str, Any]) -> None:
-    """Puts an entry into rates.json, in the place of an older one of the same architecture."""
+def write(found: dict[str, Any]) -> None:
+    """Puts an entry into rates.json, in the place of an older one of the same GPU."""
     path = Path(str(rates.FILE))
-    known = json.loads(path.read_text()) | {"{}.{}".format(*device.capability): found}
+    known = json.loads(path.read_text()) | {devices.known_as(found["device"]): found}
     path.write_text(json.dumps(dict(sorted(known.items())), indent=2) + "\n")
 
 
@@ -279,10 +276,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"fit.py: {error}", file=sys.stderr)
         return 1
-    device = rows[0].problem.device
-    print(report(rows, rates.of(device), rates.PREDICTED.having(constants, "fitted")))
+    print(report(rows, rates.of(rows[0].problem.device), rates.PREDICTED.having(constants, "fitted")))
     if found:
-        write(device, found)
+        write(found)
         print(f"\nwrote {rates.FILE}")
     return 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import sys
 from dataclasses import dataclass
 from functools import lru_cache
@@ -69,6 +70,16 @@ def describe(name: str) -> Device:
     if wanted == "cpu":
         return CPU
     raise ValueError(f"no description of a device {name!r}; described are {', '.join(DEVICES)} and CPU")
+
+
+# Of one family, but with other rates than the device described under that name.
+_UNLIKE = re.compile(r"\b(MIG|PCI[Ee]|NVL|Laptop|Ti|D|Max-Q)\b")
+
+
+def known_as(name: str) -> str | None:
+    """The key in `DEVICES` of a driver's name, such as "H100" of "NVIDIA H100 80GB HBM3"; None of what is not described."""
+    found = [key for key in DEVICES if re.search(rf"\b{key}\b", name)]
+    return found[0] if found and not _UNLIKE.search(name) else None
 
 
 def _bare(name: str) -> str:

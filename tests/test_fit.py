@@ -11,7 +11,7 @@ import json
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,12 +75,14 @@ def test_the_choice_holds_against_the_results(
 def test_what_says_fitted_names_results_that_are_here() -> None:
     """And what is predicted says so: all of it, as long as there are no results."""
     known = json.loads(rates.FILE.read_text())
-    for entry in known.values():
+    for key, entry in known.items():
+        assert devices.known_as(entry["device"]) == key
         assert entry["results"] and all((ROOT / path).parent in FOLDERS for path in entry["results"])
-    for device in devices.DEVICES.values():
-        capability = "{}.{}".format(*device.capability)
-        assert rates.of(device).fitted == (capability in known)
-        assert rates.of(device).source == ("predicted" if capability not in known else rates.source_of(known[capability]))
+    measured = {devices.DEVICES[key].capability for key in known}
+    for key, device in devices.DEVICES.items():
+        assert rates.of(device).fitted == (device.capability in measured)
+        if key in known:
+            assert rates.of(device).source == rates.source_of(known[key])
     assert rates.of(devices.CPU) is rates.PREDICTED
 
 
@@ -140,6 +142,7 @@ BAD: dict[str, tuple[Callable[[dict[str, str]], None], str]] = {
     "a CPU": (of("AMD EPYC, 1 thread"), r"no rates of 'AMD EPYC, 1 thread'.*describe it in gpu_rnn/devices.py, where A100"),
     "a slice of a GPU": (of("NVIDIA H100 80GB HBM3 MIG 1g.10gb"), "no rates of"),
     "a relative": (of("NVIDIA H100 PCIe"), "no rates of"),
+    "an older relative": (of("NVIDIA A100-PCIE-40GB"), "no rates of"),
 }
 
 
@@ -175,10 +178,13 @@ def test_files_that_lack_something(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize(
     ("name", "key"),
-    [("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA A100-SXM4-80GB", "A100"), ("NVIDIA GeForce RTX 4090", "RTX 4090")],
-)
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA A100-SXM4-80GB", "A100"), ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        *((device.name, key) for key, device in devices.DEVICES.items()),
+    ],
+)  # fmt: skip
 def test_a_drivers_name_means_a_described_device(name: str, key: str) -> None:
-    assert fit.describe(name) is devices.DEVICES[key]
+    assert devices.known_as(name) == key and fit.describe(name) is devices.DEVICES[key]
 
 
 def case(**columns: str) -> results.Case:
@@ -218,7 +224,7 @@ def test_a_choice_slower_than_torch_is_found(timed: list[fit.Timed], fitted: rat
 def test_what_is_written_is_what_dispatch_counts_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "rates.json").write_text('{"8.0": {"device": "a", "results": [], "commits": [], "constants": {}}}')
+    (tmp_path / "rates.json").write_text('{"A100": {"device": "a", "results": [], "commits": [], "constants": {}}}')
     monkeypatch.setattr(rates, "FILE", tmp_path / "rates.json")
     assert fit.main([str(synthetic.FILE), "--write"]) == 1
     assert "constants are written from what lies in benchmarks/results" in capsys.readouterr().err
@@ -227,15 +233,46 @@ def test_what_is_written_is_what_dispatch_counts_with(
     monkeypatch.setattr(fit, "fit", lambda rows: {"step": {"step": 1e-6}})
     assert fit.main([str(synthetic.FILE), "--write"]) == 0
     assert "step: 8e-06 → 1e-06" in capsys.readouterr().out
-    assert list(json.loads((tmp_path / "rates.json").read_text())) == ["8.0", "9.0"]
-    rates._by_capability.cache_clear()
+    assert list(json.loads((tmp_path / "rates.json").read_text())) == ["A100", "H100"]
+    rates._fitted.cache_clear()
     try:
         assert rates.of(H100).step.step == 1e-6 and rates.of(devices.DEVICES["RTX 4090"]) is rates.PREDICTED
         text = str(gpu_rnn.explain(gpu_rnn.LSTM(8, 8), torch.empty(9, 2, 8, device="meta"), device="H100"))
         assert "µs/step: by cost models fitted to tests/data/costs_synthetic.csv (Synthetic H100 (made-up" in text
     finally:
-        rates._by_capability.cache_clear()
+        rates._fitted.cache_clear()
         dispatch._select.cache_clear()
+
+
+@pytest.fixture
+def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, float], None]]:
+    """A function that writes a constant fitted to a device's made-up results."""
+    (tmp_path / "rates.json").write_text("{}")
+    monkeypatch.setattr(rates, "FILE", tmp_path / "rates.json")
+    for name in ("RESULTS", "ROOT"):
+        monkeypatch.setattr(fit, name, tmp_path)
+
+    def write(device: str, value: float) -> None:
+        monkeypatch.setattr(fit, "fit", lambda rows: {"step": {"step": value}})
+        assert fit.main([str(changed(tmp_path, of(device))), "--write"]) == 0
+        rates._fitted.cache_clear()
+
+    yield write
+    rates._fitted.cache_clear()
+    dispatch._select.cache_clear()
+
+
+def test_devices_of_one_capability_have_each_their_own_constants(written: Callable[[str, float], None]) -> None:
+    written("NVIDIA H200", 2e-6)
+    h200 = devices.DEVICES["H200"]
+    sliced = replace(H100, name="NVIDIA H100 80GB HBM3 MIG 1g.10gb", sms=16)  # not described: a relative's
+    assert [rates.of(each).step.step for each in (h200, H100, sliced)] == [2e-6] * 3
+    written("NVIDIA H100 80GB HBM3", 1e-6)
+    at_hand = replace(H100, name="NVIDIA H100 80GB HBM3")  # as the driver names it
+    assert [rates.of(each).step.step for each in (h200, H100, at_hand, sliced)] == [2e-6, 1e-6, 1e-6, 1e-6]
+    written("NVIDIA H200", 3e-6)
+    assert [rates.of(each).step.step for each in (h200, H100)] == [3e-6, 1e-6]
+    assert rates.of(devices.DEVICES["A100"]) is rates.of(devices.CPU) is rates.PREDICTED
 
 
 def test_what_no_commit_has_is_not_written(timed: list[fit.Timed], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The constants of the backends' cost models that a fit may change, for each GPU architecture.
+"""The constants of the backends' cost models that a fit may change, for each GPU.
 
 Here they stand as predicted. `benchmarks/fit.py --write` puts those fitted to a results file into `rates.json` beside
-this file, under the compute capability of the GPU that was measured; an architecture that is not in there keeps the
-predicted ones.
+this file, under the name in `gpu_rnn.devices` of the GPU that was measured. A GPU that is not in there has those of one
+with the same compute capability or, where none was measured, the predicted ones.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from functools import lru_cache
 from importlib.resources import files
 from typing import Any
 
-from gpu_rnn.devices import Device
+from gpu_rnn.devices import DEVICES, Device, known_as
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Rates:
-    """The constants of all models on one architecture. `source` says where from, in words for a user."""
+    """The constants of all models on one device. `source` says where from, in words for a user."""
 
     source: str = "predicted"
     resident: Resident = field(default_factory=Resident)
@@ -103,17 +103,16 @@ FILE = files("gpu_rnn.launch") / "rates.json"
 
 
 def of(device: Device) -> Rates:
-    """The constants on a device: those fitted on its architecture, or the predicted ones."""
-    return _by_capability().get(device.capability, PREDICTED)
+    """The constants on a device: those fitted on it, else on one of its capability, or the predicted ones."""
+    fitted = _fitted()
+    alike = [key for key, each in DEVICES.items() if each.capability == device.capability]
+    return next((fitted[key] for key in (known_as(device.name), *alike) if key in fitted), PREDICTED)
 
 
 @lru_cache(maxsize=1)
-def _by_capability() -> dict[tuple[int, int], Rates]:
-    found = {}
-    for capability, entry in json.loads(FILE.read_text()).items():
-        major, minor = map(int, capability.split("."))
-        found[major, minor] = PREDICTED.having(entry["constants"], source_of(entry))
-    return found
+def _fitted() -> dict[str, Rates]:
+    entries = json.loads(FILE.read_text())
+    return {key: PREDICTED.having(entry["constants"], source_of(entry)) for key, entry in entries.items()}
 
 
 def source_of(entry: Mapping[str, Any]) -> str:
