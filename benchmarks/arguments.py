@@ -7,16 +7,16 @@ import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
-import peers
 import problems
 import torch
 import variants
+from results import PEERS
 from variants import Case
 
 from gpu_rnn import dispatch
 from gpu_rnn.cli import positive
 
-NAMES = (*dispatch.BACKENDS, *peers.PEERS)
+NAMES = (*dispatch.BACKENDS, *PEERS)
 QUICK_TRIALS, TRIALS = 7, 15
 QUICK_SECONDS = 180  # less than `make gpu-check` gives: importing and the case in hand come on top
 

@@ -11,8 +11,8 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
-import peers
 import torch
+from results import PEERS
 
 import gpu_rnn
 from gpu_rnn import choices, devices, doctor
@@ -40,7 +40,7 @@ def columns(device: torch.device, commit: str | None, emulated: bool = False) ->
         "torch": torch.__version__,
         "triton": _version("triton"),
         "cupy": _version("cupy-cuda13x") or _version("cupy-cuda12x"),
-        **{name: _version(name) for name in peers.PEERS},
+        **{name: _version(name) for name in PEERS},
         "gpu_rnn": gpu_rnn.__version__,
         "commit": found or commit or "",
         "dirty": dirty,

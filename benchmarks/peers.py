@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from results import FLASHRNN, PEERS, TORCHRL
 from torch import Tensor, nn
 from variants import DTYPES, Case, Variant
 
@@ -31,7 +32,7 @@ def find(
     """The named peers' variants of a case, and for each of the others why there is none."""
     found, left_out = [], {}
     for name in [name for name in PEERS if name in names]:
-        refuse, build = PEERS[name]
+        refuse, build = ADAPTERS[name]
         reason = _absent(name, layers) or refuse(case)
         if reason:
             left_out[name] = reason
@@ -107,7 +108,7 @@ def _flashrnn(case: Case, layers: list[nn.Module], call: Call) -> Variant:
         final_h, final_c = torch.stack(last, 2)  # (N, layers, B, D) each
         return (h.squeeze(2), final_h[0], final_c[0]) if single else (h, final_h, final_c)
 
-    return Variant("flashrnn", forward, {name: (w,) for name, w in weights.items()}, f"backend {kernel}")
+    return Variant(FLASHRNN, forward, {name: (w,) for name, w in weights.items()}, f"backend {kernel}")
 
 
 # torchrl 0.14: lstm_triton(x (B, T, I), h and c (B, T, H) after resets, torch.nn's weights, is_init (B, T)) gives h and
@@ -146,12 +147,9 @@ def _torchrl(case: Case, layers: list[nn.Module], call: Call) -> Variant:
             last.append(final)
         return h.transpose(0, 1), *(torch.stack(each) for each in zip(*last, strict=True))
 
-    return Variant("torchrl", forward, {name: (w,) for name, w in layer.named_parameters()}, "its Triton kernels")
+    return Variant(TORCHRL, forward, {name: (w,) for name, w in layer.named_parameters()}, "its Triton kernels")
 
 
 NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 Adapter = tuple[Callable[[Case], str], Callable[[Case, list[nn.Module], Call], Variant]]
-PEERS: dict[str, Adapter] = {
-    "flashrnn": (_flashrnn_refuses, _flashrnn),
-    "torchrl": (_torchrl_refuses, _torchrl),
-}
+ADAPTERS: dict[str, Adapter] = {FLASHRNN: (_flashrnn_refuses, _flashrnn), TORCHRL: (_torchrl_refuses, _torchrl)}

@@ -7,10 +7,9 @@ import csv
 from dataclasses import replace
 from pathlib import Path
 
-import peers
 import timing
 from comparison import Comparison
-from results import TORCH
+from results import PEERS, TORCH
 from variants import Case
 
 from gpu_rnn.explanation import Explanation
@@ -22,7 +21,7 @@ COLUMNS = (
     *("median_us", "p20_us", "p80_us", "us_per_step", "floor_us", "of_floor", "predicted_us", "ratio"),
     *("trials", "calls", "timing", "peak_mib"),
     *("error", "worst", "tolerance", "checked_against", "detail", "seed"),
-    *("device", "driver", "cuda", "cudnn", "torch", "triton", "cupy", *peers.PEERS, "gpu_rnn", "commit", "dirty", "date"),
+    *("device", "driver", "cuda", "cudnn", "torch", "triton", "cupy", *PEERS, "gpu_rnn", "commit", "dirty", "date"),
 )
 CASE = ("set", "problem", "dtype", "direction")  # what names a case, see `Case.key`
 
@@ -84,7 +83,7 @@ def enter(rows: dict[str, Row], timings: dict[str, timing.Timing], steps: int) -
 
 def failed(row: Row) -> bool:
     """Whether the row says that something is wrong here. What a peer gets wrong is no fault of ours."""
-    return row["status"] in ("wrong", "failed") and row["variant"] not in peers.PEERS
+    return row["status"] in ("wrong", "failed") and row["variant"] not in PEERS
 
 
 def short(row: Row) -> str:

@@ -30,7 +30,7 @@ import rows as table
 import timing
 import torch
 from comparison import Comparison, Side
-from results import TORCH
+from results import PEERS, TORCH
 from rows import Row
 from variants import Case, Inputs, Variant
 
@@ -210,7 +210,7 @@ def _right(side: Side, limits: checking.Limits, rows: dict[str, Row], seed: int)
 
 def _errors_of(variant: Variant) -> tuple[type[Exception], ...]:
     """What a kernel that does not compile, or does not fit, raises besides; Triton exists for Linux only."""
-    others = peers.ERRORS if variant.name in peers.PEERS else ()
+    others = peers.ERRORS if variant.name in PEERS else ()
     try:
         from triton.errors import TritonError
     except ModuleNotFoundError:

@@ -25,6 +25,7 @@ import comparison  # noqa: E402
 import peers  # noqa: E402
 import problems  # noqa: E402
 import run  # noqa: E402
+from results import PEERS  # noqa: E402
 from variants import Case  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -132,7 +133,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 SIZES: dict[str, Any] = {"T": 9, "B": 3, "H": 16}
-BOTH = {"flashrnn", "torchrl"}
+BOTH = {*PEERS}
 CASES = [
     (problems.named("LSTM", **SIZES, I=7), "fp32", BOTH),
     (problems.named("LSTM", **SIZES, I=7), "ieee", {"torchrl"}),
@@ -156,7 +157,7 @@ def test_peers_compute_what_we_do_from_the_same_weights(
     problem: problems.Problem, dtype: str, taken: set[str], direction: str
 ) -> None:
     case = Case("tiny", problem, dtype, direction)
-    compared = comparison.build(case, CPU, list(peers.PEERS))
+    compared = comparison.build(case, CPU, list(PEERS))
     side = compared.sides[-1]
     found = {variant.name: variant for variant in side.variants if variant.name != "torch.nn"}
     assert found.keys() == taken and compared.left_out.keys() == BOTH - taken
@@ -198,7 +199,7 @@ def test_what_a_peer_gets_wrong_is_a_row_and_no_failure_of_ours(
 def test_a_peer_that_is_not_there_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case("tiny", problems.named("LSTM", **SIZES), "fp32", "forward")
     nothing = {"flashrnn": "needs an NVIDIA GPU", "torchrl": "needs an NVIDIA GPU"}
-    assert comparison.build(case, CPU, list(peers.PEERS)).left_out == nothing
+    assert comparison.build(case, CPU, list(PEERS)).left_out == nothing
     assert comparison.build(case, CPU, ["step"]).left_out == {}
     monkeypatch.setattr(peers, "runs_on", lambda device: True)
     monkeypatch.setattr(peers, "find_spec", lambda name: None)
