@@ -24,14 +24,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 
-import certificate
-import emulation
-import machine
-import record
 import sanitize
 import torch
-from certificate import FAILED, INTERRUPTED, NOT_RUN, PASSED, Outcome
-from record import Record
+from certifying import certificate, record
+from certifying.certificate import FAILED, INTERRUPTED, NOT_RUN, PASSED, Outcome
+from certifying.record import Record
+from measuring import emulation, machine
 
 from gpu_rnn import doctor
 from gpu_rnn.cli import positive
@@ -224,7 +222,7 @@ class Running:
         environment = {
             **os.environ,
             "PYTHONPATH": path,
-            "PYTEST_PLUGINS": "record",
+            "PYTEST_PLUGINS": "certifying.record",
             record.RECORD: str(written),
         }
         with output.open("wb") as file:

@@ -20,13 +20,12 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-import comparison
 import numpy as np
-import results
 import torch
-import variants
-from machine import ROOT
-from problems import Problem as Layer
+from cases import comparison, variants
+from cases.problems import Problem as Layer
+from measuring.machine import ROOT
+from reporting import results
 from scipy.optimize import least_squares
 
 from gpu_rnn import devices, dispatch

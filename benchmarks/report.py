@@ -12,10 +12,9 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import page
-import summary
-from results import read
-from summary import Measured
+from reporting import page, summary
+from reporting.results import read
+from reporting.summary import Measured
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -68,7 +67,7 @@ def publish(results: Iterable[Path], docs: Path, readme: Path | None = None) -> 
 def _write(gpu: Measured, folder: Path, pages: Path) -> list[Path]:
     """The page of a GPU, with its pictures, a page for each set, and the certificate that lies beside the results."""
     try:
-        import pictures
+        from reporting import pictures
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"a report needs matplotlib ({error}): pip install matplotlib") from error
     images = pages / gpu.name

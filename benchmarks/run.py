@@ -20,19 +20,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
-import arguments
-import checking
-import comparison
-import emulation
-import machine
-import peers
-import rows as table
-import timing
 import torch
-from comparison import Comparison, Side
-from results import PEERS, TORCH
-from rows import Row
-from variants import Case, Inputs, Variant
+from cases import comparison, peers
+from cases.comparison import Comparison, Side
+from cases.names import PEERS, TORCH
+from cases.variants import Case, Inputs, Variant
+from measuring import arguments, checking, emulation, machine, timing
+from measuring import rows as table
+from measuring.rows import Row
 
 from gpu_rnn import doctor
 

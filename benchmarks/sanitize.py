@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from record import RECORD, Writer, read
+from certifying.record import RECORD, Writer, read
 
 import gpu_rnn
 

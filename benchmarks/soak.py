@@ -20,18 +20,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-import checking
-import emulation
 import torch
-from checking import ELEMENT, OUTPUT, Errors
+from measuring import checking, emulation
+from measuring.checking import ELEMENT, OUTPUT, Errors
 
 sys.path.append(str(emulation.TESTS))  # where calls are drawn
 
-import soak_cases
+from certifying import soak_cases
+from certifying.record import RECORD, Writer
+from certifying.soak_cases import Case, Run
 from group_support import FLOORS, PRECISIONS, TIGHT
 from options_by_hand import Given
-from record import RECORD, Writer
-from soak_cases import Case, Run
 from torch import Tensor
 
 import gpu_rnn

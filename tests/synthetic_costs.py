@@ -17,11 +17,12 @@ from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "benchmarks"))  # a folder of scripts, which import each other by name
+sys.path.append(str(ROOT / "benchmarks"))  # its scripts import what lies beside them
 
 import fit  # noqa: E402
-import problems  # noqa: E402
-import results  # noqa: E402
+from cases import problems  # noqa: E402
+from cases.names import TORCH  # noqa: E402
+from reporting import results  # noqa: E402
 
 from gpu_rnn import dispatch  # noqa: E402
 from gpu_rnn.launch import group, nvrtc, rates  # noqa: E402
@@ -61,7 +62,7 @@ def _of_case(
     asked = fit.problem_of(case, fit.describe(DEVICE))
     one = replace(asked, N=asked.N // problem.heads, reverse=asked.reverse, transforms=False)
     # torch.nn is ATen with a little around it, for each head in turn.
-    times = {results.TORCH: 1.1 * problem.heads * dispatch.total_cost(one, "aten", given=given)}
+    times = {TORCH: 1.1 * problem.heads * dispatch.total_cost(one, "aten", given=given)}
     passes = [asked, replace(asked, direction="backward")] if asked.training else [asked]
     for backend, module in dispatch.BACKENDS.items():
         if not any(module.unsupported(each) for each in passes):

@@ -20,16 +20,11 @@ from gpu_rnn import reference
 from gpu_rnn.launch import step
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "benchmarks"))  # a folder of scripts, which import each other by name
+sys.path.append(str(ROOT / "benchmarks"))  # its scripts import what lies beside them
 
-import comparison  # noqa: E402
-import emulation  # noqa: E402
-import machine  # noqa: E402
-import options  # noqa: E402
-import problems  # noqa: E402
 import run  # noqa: E402
-import timing  # noqa: E402
-import variants  # noqa: E402
+from cases import comparison, options, problems, variants  # noqa: E402
+from measuring import emulation, machine, timing  # noqa: E402
 
 ON_CPU = [
     "--device",
@@ -332,6 +327,17 @@ def test_the_table_of_sets_counts_their_cases() -> None:
     for names, count in counts.items():
         found = (p for name in names for p in problems.SETS[name])
         assert sum(len(p.dtypes) * len(p.directions) for p in found) == count
+
+
+def test_the_tables_of_files_name_each_of_them() -> None:
+    folder = ROOT / "benchmarks"
+    table = (folder / "README.md").read_text().split("## What is compared")[0]
+    named = set()
+    for line in table.splitlines():
+        first, *others = re.findall(r"`([\w/]+(?:\.py|/))`", line.split("|")[1]) if line.startswith("| `") else [""]
+        named |= {folder / name for name in (first, *(Path(first).parent / other for other in others)) if name}
+    parts = {path for path in folder.rglob("*.py") if path.name != "__init__.py" and path.parent.name != "pictures"}
+    assert named == parts | {folder / "reporting" / "pictures"}
 
 
 def test_calls_take_turns() -> None:

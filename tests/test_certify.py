@@ -23,20 +23,18 @@ from cuda_cpu.machines import NEEDS_COMPILER
 from gpu_rnn.launch import step
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "benchmarks"))  # a folder of scripts, which import each other by name
+sys.path.append(str(ROOT / "benchmarks"))  # its scripts import what lies beside them
 
-import certificate  # noqa: E402
 import certify  # noqa: E402
-import machine  # noqa: E402
-import record  # noqa: E402
 import sanitize  # noqa: E402
 import soak  # noqa: E402
-import soak_cases  # noqa: E402
-from certificate import FAILED, NOT_RUN, PASSED, Outcome  # noqa: E402
 from certify import Command, Step  # noqa: E402
+from certifying import certificate, record, soak_cases  # noqa: E402
+from certifying.certificate import FAILED, NOT_RUN, PASSED, Outcome  # noqa: E402
+from measuring import machine  # noqa: E402
 
 PRIMITIVES = ("-m", "cuda_cpu", "tests/test_cuda_primitives.py", "-k")
-CRASH = "import record, os; w = record.Writer(os.environ[record.RECORD]); w.end('a', 'passed'); w.begin('b'); os.abort()"
+CRASH = "import os; from certifying import record; w = record.Writer(os.environ[record.RECORD]); w.end('a', 'passed'); w.begin('b'); os.abort()"
 
 
 def certified(steps: tuple[Step, ...], folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, Any]:

@@ -17,14 +17,11 @@ import gpu_rnn
 from gpu_rnn.launch import step
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "benchmarks"))  # a folder of scripts, which import each other by name
+sys.path.append(str(ROOT / "benchmarks"))  # its scripts import what lies beside them
 
-import checking  # noqa: E402
-import comparison  # noqa: E402
-import options  # noqa: E402
-import problems  # noqa: E402
 import run  # noqa: E402
-import variants  # noqa: E402
+from cases import comparison, options, problems, variants  # noqa: E402
+from measuring import checking  # noqa: E402
 
 
 def flipped(value: torch.Tensor) -> torch.Tensor:

@@ -24,10 +24,11 @@ from gpu_rnn import devices, dispatch
 from gpu_rnn.launch import group, nvrtc, rates
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "benchmarks"))  # a folder of scripts, which import each other by name
+sys.path.append(str(ROOT / "benchmarks"))  # its scripts import what lies beside them
 
 import fit  # noqa: E402
-import results  # noqa: E402
+from cases.names import TORCH  # noqa: E402
+from reporting import results  # noqa: E402
 
 H100 = devices.DEVICES["H100"]
 FOLDERS = sorted({path.parent for path in (ROOT / "benchmarks" / "results").glob("*/*.csv")})
@@ -216,7 +217,7 @@ def test_a_wrong_choice_is_found(timed: list[fit.Timed], fitted: rates.Rates) ->
 
 def test_a_choice_slower_than_torch_is_found(timed: list[fit.Timed], fitted: rates.Rates) -> None:
     first = timed[0].case
-    rows = tuple(row | {"median_us": "1.00"} if row["variant"] == results.TORCH else row for row in first.rows)
+    rows = tuple(row | {"median_us": "1.00"} if row["variant"] == TORCH else row for row in first.rows)
     (found,) = complaints([replace(row, case=results.Case(rows)) for row in timed if row.case is first][:1], fitted)
     assert "times torch.nn's speed" in found
 

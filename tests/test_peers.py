@@ -18,15 +18,13 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "benchmarks"))  # a folder of scripts, which import each other by name
+sys.path.append(str(ROOT / "benchmarks"))  # its scripts import what lies beside them
 
-import checking  # noqa: E402
-import comparison  # noqa: E402
-import peers  # noqa: E402
-import problems  # noqa: E402
 import run  # noqa: E402
-from results import PEERS  # noqa: E402
-from variants import Case  # noqa: E402
+from cases import comparison, peers, problems  # noqa: E402
+from cases.names import PEERS  # noqa: E402
+from cases.variants import Case  # noqa: E402
+from measuring import checking  # noqa: E402
 
 CPU = torch.device("cpu")
 

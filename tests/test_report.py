@@ -14,12 +14,11 @@ import pytest
 import synthetic_benchmarks as synthetic
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "benchmarks"))  # a folder of scripts, which import each other by name
+sys.path.append(str(ROOT / "benchmarks"))  # its scripts import what lies beside them
 
 import report  # noqa: E402
-import results  # noqa: E402
 import run  # noqa: E402
-import summary  # noqa: E402
+from reporting import results, summary  # noqa: E402
 
 matplotlib = pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install matplotlib")
 

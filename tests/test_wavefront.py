@@ -363,7 +363,7 @@ def test_explain_says_so() -> None:
     assert gpu_rnn.explain(layer, x).chunks == gpu_rnn.explain(layer, x, device="CPU").chunks == ()
 
 
-# Of the applications in benchmarks/problems.py: (input, hidden, layers, T, B), LSTM, fp16.
+# Of the applications in benchmarks/cases/problems.py: (input, hidden, layers, T, B), LSTM, fp16.
 STACKS = {
     "nanopore": (384, 384, 5, 1600, 64),
     "RNN-T encoder, lower": (240, 1024, 2, 500, 32),

@@ -9,15 +9,15 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import peers
 import torch
-from problems import Problem
-from results import TORCH
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
-from variants import DTYPES, Case, Inputs, Variant
 
 import gpu_rnn
+from cases import peers
+from cases.names import TORCH
+from cases.problems import Problem
+from cases.variants import DTYPES, Case, Inputs, Variant
 from gpu_rnn import dispatch
 from gpu_rnn.explanation import Explanation
 

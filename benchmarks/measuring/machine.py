@@ -12,13 +12,14 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-from results import PEERS
+from cases.names import PEERS
 
 import gpu_rnn
 from gpu_rnn import choices, devices, doctor
 
-ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("gpu_rnn", "kernels", "benchmarks/*.py", "tests")  # what a measurement or a certificate depends on
+ROOT = Path(__file__).resolve().parents[2]
+# What a measurement or a certificate depends on; git's * crosses folders.
+SOURCES = ("gpu_rnn", "kernels", "benchmarks/*.py", "tests")
 
 
 def columns(device: torch.device, commit: str | None, emulated: bool = False) -> dict[str, str]:

@@ -6,21 +6,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 
-from results import (
+from cases.names import PEERS, TORCH
+
+from reporting.results import (
     DIRECTIONS,
     DTYPES,
     NOISE,
     OPTION_LIMIT,
-    PEERS,
-    TORCH,
     Case,
     Row,
     against_default,
     per_step,
     timed,
 )
-from summary import SIZES, Measured, figure, ratios, size
-from tables import number, ratio, table, time
+from reporting.summary import SIZES, Measured, figure, ratios, size
+from reporting.tables import number, ratio, table, time
 
 COUNTED = ("ratio to torch.nn: geometric mean (lowest to highest)", "cases without a ratio:")
 CERTIFIED = "The [certificate]({}/certificate.md) says what was checked on this GPU, and how that ended."

@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from results import OPTION_LIMIT, Case
+
+from reporting.results import OPTION_LIMIT, Case
 
 from . import against, options, ratio, scaling, style
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from options import BOTH, OPTIONS
+from cases.options import BOTH, OPTIONS
 
 ALL = ("bf16", "fp16", "fp32", "ieee")
 ROUGH = ("bf16", "fp16", "fp32")  # where full fp32 would tell nothing that fp32 does not

@@ -7,11 +7,10 @@ import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
-import problems
 import torch
-import variants
-from results import PEERS
-from variants import Case
+from cases import problems, variants
+from cases.names import PEERS
+from cases.variants import Case
 
 from gpu_rnn import dispatch
 from gpu_rnn.cli import positive

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from results import FLASHRNN, PEERS, TORCHRL
 from torch import Tensor, nn
-from variants import DTYPES, Case, Variant
+
+from cases.names import FLASHRNN, PEERS, TORCHRL
+from cases.variants import DTYPES, Case, Variant
 
 Call = Mapping[str, Any]
 # What they raise for a shape that they cannot take or build, besides what our own backends raise.

@@ -8,11 +8,11 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import options
 import torch
-from results import TORCH
+from cases import options
+from cases.names import TORCH
+from cases.variants import Case, Inputs, Outputs, Variant
 from torch import Tensor
-from variants import Case, Inputs, Outputs, Variant
 
 PLAIN = (TORCH, "reference")
 # Largest ‖result − reference‖ / ‖reference‖ of any output or gradient: some times the unit roundoff of the products'

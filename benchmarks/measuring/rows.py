@@ -7,12 +7,12 @@ import csv
 from dataclasses import replace
 from pathlib import Path
 
-import timing
-from comparison import Comparison
-from results import PEERS, TORCH
-from variants import Case
+from cases.comparison import Comparison
+from cases.names import PEERS, TORCH
+from cases.variants import Case
 
 from gpu_rnn.explanation import Explanation
+from measuring import timing
 
 Row = dict[str, object]
 SIZES = ("cell", "T", "B", "I", "H", "layers", "bidirectional", "heads", "option")

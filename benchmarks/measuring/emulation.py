@@ -17,7 +17,7 @@ from pathlib import Path
 
 from gpu_rnn.launch import interpreter
 
-TESTS = Path(__file__).resolve().parent.parent / "tests"
+TESTS = Path(__file__).resolve().parents[2] / "tests"
 
 
 def unavailable() -> str:

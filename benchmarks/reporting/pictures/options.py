@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
-from results import DIRECTIONS, DTYPES, OPTION_LIMIT, Case, against_default
+
+from reporting.results import DIRECTIONS, DTYPES, OPTION_LIMIT, Case, against_default
 
 from . import style
 

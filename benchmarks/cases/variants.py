@@ -6,10 +6,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import options
 import torch
-from problems import Problem
 from torch import Tensor
+
+from cases import options
+from cases.problems import Problem
 
 # "fp32" multiplies as torch's recurrent layers do by default (tf32 on a GPU), "ieee" in full precision.
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16, "ieee": torch.float32}

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a step of `certify.py` did, a JSON line for each thing checked, so that a crash leaves all that came before.
 
-As a plugin of pytest (PYTEST_PLUGINS=record, and GPU_RNN_RECORD names the file) it writes such lines for tests, and with
+As a plugin of pytest (PYTEST_PLUGINS=certifying.record, and GPU_RNN_RECORD names the file) it writes such lines for tests, and with
 GPU_RNN_SHARD, "k/n", it keeps only every n-th test, so that n processes share a suite.
 """
 

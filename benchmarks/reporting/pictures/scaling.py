@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from results import DIRECTIONS, Case, per_step
+
+from reporting.results import DIRECTIONS, Case, per_step
 
 from . import style
 

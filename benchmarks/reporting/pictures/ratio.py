@@ -9,7 +9,8 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from results import DIRECTIONS, DTYPES, NOISE, Case
+
+from reporting.results import DIRECTIONS, DTYPES, NOISE, Case
 
 from . import style
 

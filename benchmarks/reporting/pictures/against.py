@@ -6,9 +6,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from cases.names import PEERS
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from results import DIRECTIONS, PEERS, Case, per_step, timed
+
+from reporting.results import DIRECTIONS, Case, per_step, timed
 
 from . import style
 

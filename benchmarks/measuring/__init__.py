@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How variants are compared: checked, timed and written down."""
