@@ -336,19 +336,25 @@ def live(ops: Iterable[Op], outputs: Iterable[Argument]) -> tuple[Op, ...]:
 
 
 @lru_cache(maxsize=1024)
-def runner(ops: tuple[Op, ...], **replaced: Callable[..., Any]) -> Callable[[dict[str, Any]], None]:
+def runner(
+    ops: tuple[Op, ...], wanted: tuple[Argument, ...] | None = None, **replaced: Callable[..., Any]
+) -> Callable[[dict[str, Any]], None]:
     """Operations in torch as one function of a dict, which holds tensors of any one shape and receives the results.
 
-    Interpreting them one by one takes longer than a small tensor's arithmetic.
+    Interpreting them one by one takes longer than a small tensor's arithmetic. Of the results, the dict receives those
+    that are `wanted`, by default all; others are freed after their last use, so that the next take their memory, which
+    is in the cache. `replaced`: other functions for operations, or for some that only these operations have.
     Its text is made of names that the parser let through and of operations' names, nothing else.
     """
     made = [op.result for op in ops]
+    kept = made if wanted is None else [name for name in made if name in wanted]
     taken = dict.fromkeys(arg for op in ops for arg in op.args if isinstance(arg, str) and arg not in made)
+    last = {arg: op for op in ops for arg in op.args if arg in made and arg not in kept}
     lines = [f"    {name} = values['{name}']" for name in taken]
     for op in ops:
-        args = [str(arg) for arg in op.args]
-        lines.append(f"    {op.result} = {op.name}_({', '.join(args)})")
-    lines.append(f"    values.update({', '.join(f'{name}={name}' for name in made)})")
+        lines.append(f"    {op.result} = {op.name}_({', '.join(map(str, op.args))})")
+        lines += [f"    del {name}" for name, reader in last.items() if reader is op]
+    lines.append(f"    values.update({', '.join(f'{name}={name}' for name in kept)})")
     names: dict[str, Any] = {f"{name}_": operation.torch for name, operation in OPERATIONS.items()}
     names |= {"inf": float("inf"), "nan": float("nan")} | {f"{name}_": function for name, function in replaced.items()}
     exec("\n".join(["def run(values):", *lines]), names)

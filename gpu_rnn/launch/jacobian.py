@@ -7,13 +7,11 @@ found for many steps at once, and the loop is left with a few products and sums,
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from gpu_rnn.derivative import differentiate
-from gpu_rnn.program import Argument, Builder, Op, Program, live, runner
+from gpu_rnn.program import Argument, Builder, Op, Program, live
 
 ONE = "one"  # a tensor in the values: torch.where of two plain numbers would be of the default dtype
 
@@ -30,10 +28,10 @@ class Jacobian:
     partials: tuple[dict[str, Argument], ...]
     links: tuple[tuple[int, int, Argument], ...] = ()  # (output, other output, the other's derivative by it)
 
-    @cached_property
-    def run(self) -> Callable[[dict[str, Any]], None]:
-        """The operations in torch, see `program.runner`; the values hold `ONE`."""
-        return runner(self.ops)
+    @property
+    def results(self) -> tuple[Argument, ...]:
+        """All of them."""
+        return *(value for own in self.partials for value in own.values()), *(value for *_, value in self.links)
 
 
 @lru_cache(maxsize=256)
@@ -60,9 +58,9 @@ def jacobian(program: Program, number: int) -> Jacobian:
             for name, output in zip(derivative.wrt, derivative.outputs, strict=True)
         }
         partials.append({name: value for name, value in found.items() if value != 0.0})
-    wanted = [value for found in partials for value in found.values()] + [link[-1] for link in links]
     ordered = tuple(link[1:] for link in sorted(links, key=lambda link: link[0]))
-    return Jacobian(live(builder.ops, wanted), tuple(partials), ordered)
+    complete = Jacobian(tuple(builder.ops), tuple(partials), ordered)
+    return replace(complete, ops=live(builder.ops, complete.results))
 
 
 def _emit(builder: Builder, op: Op, known: dict[str, Argument]) -> Argument:
