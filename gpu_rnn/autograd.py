@@ -18,7 +18,7 @@ from torch._C._functorch import TransformType, get_interpreter_stack, peek_inter
 import gpu_rnn.ops  # noqa: F401  # registers the ops
 from gpu_rnn import batching, execution
 from gpu_rnn.execution import Options
-from gpu_rnn.layout import Inputs, Result, like_row, primals
+from gpu_rnn.layout import SAVED, Inputs, Result, like_row, primals
 from gpu_rnn.program import Program
 
 
@@ -64,31 +64,33 @@ def _states(text: str) -> int:
 
 
 class Forward(torch.autograd.Function):
-    """(text, options, *Inputs.row) -> (y, *final states, gates, recurrent, inner)."""
+    """(text, options, *Inputs.row) -> (y, *final states, *Result.saved)."""
 
     @staticmethod
     def forward(text: str, options: Options, *tensors: Any) -> tuple[Tensor, ...]:
-        result = execution.run(text, options, Inputs.flat(tensors, _states(text)))
-        return (result.y, *result.final, result.gates, result.recurrent, result.inner)
+        result = execution.run(text, options, Inputs.flat(tensors, _states(text)), keep=options.save)
+        return (result.y, *result.final, *result.saved)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.text, ctx.options, *tensors = inputs
-        ctx.mark_non_differentiable(*(output[-3:-1] if ctx.options.all_states else output[-3:]))
-        ctx.save_for_backward(*tensors, output[0], *output[-3:])
+        saved = output[-SAVED:]
+        ctx.mark_non_differentiable(*(saved[:-1] if ctx.options.all_states else saved))
+        ctx.save_for_backward(*tensors, output[0], *saved)
         ctx.set_materialize_grads(False)  # zeros for the saved gates would take as long as 5 % of a pass on a CPU
         ctx.save_for_forward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        *tensors, y, gates, recurrent, inner = ctx.saved_tensors
-        likes = [y, *Inputs.flat(tensors, _states(ctx.text)).states, *([inner] if ctx.options.all_states else [])]
-        given = [*grads[:-3], *([grads[-1]] if ctx.options.all_states else [])]
+        *tensors, y = ctx.saved_tensors[:-SAVED]
+        saved = ctx.saved_tensors[-SAVED:]
+        likes = [y, *Inputs.flat(tensors, _states(ctx.text)).states, *([saved[-1]] if ctx.options.all_states else [])]
+        given = [*grads[:-SAVED], *([grads[-1]] if ctx.options.all_states else [])]
         d_outputs = [torch.zeros_like(like) if d is None else d for d, like in zip(given, likes, strict=True)]
         if any(torch._C._functorch.is_legacy_batchedtensor(g) for g in d_outputs):  # is_grads_batched: no rule is asked
             d = execution.vjp(ctx.text, ctx.options, Inputs.flat(tensors, _states(ctx.text)), d_outputs)
             return None, None, *like_row(d)
-        found = Backward.apply(ctx.text, ctx.options, *tensors, y, gates, recurrent, inner, *d_outputs)
+        found = Backward.apply(ctx.text, ctx.options, *tensors, y, *saved, *d_outputs)
         rest = iter(found)
         return None, None, *like_row([next(rest) if t is not None else None for t in primals(tensors)])
 
@@ -103,8 +105,8 @@ class Forward(torch.autograd.Function):
         ]
         found = pushforward(execution.pure(ctx.text, ctx.options, inputs), present, along)
         if ctx.options.all_states:
-            return *found[:-1], None, None, found[-1]
-        return (*found, None, None, None)
+            return *found[:-1], *[None] * (SAVED - 1), found[-1]
+        return (*found, *[None] * SAVED)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], text: str, options: Options, *tensors: Any) -> Any:
@@ -112,13 +114,13 @@ class Forward(torch.autograd.Function):
 
 
 class Backward(torch.autograd.Function):
-    """(text, options, *Inputs.row, y, gates, recurrent, inner, *d_outputs) -> gradients of the primals that are given."""
+    """(text, options, *Inputs.row, y, *Result.saved, *d_outputs) -> gradients of the primals that are given."""
 
     @staticmethod
     def forward(text: str, options: Options, *tensors: Any) -> tuple[Tensor, ...]:
         row, saved, d_outputs = batching.split(text, options, tensors)
         inputs = Inputs.flat(row, _states(text))
-        found = execution.run_backward(text, options, d_outputs, inputs, Result(saved[0], [], *saved[1:]))
+        found = execution.run_backward(text, options, d_outputs, inputs, Result.of_saved(*saved))
         return tuple(d for d in found if d is not None)
 
     @staticmethod

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gpu_rnn.execution import Options
-from gpu_rnn.layout import FIRST_CONTROL, FIRST_STATE, WEIGHTS
+from gpu_rnn.layout import FIRST_CONTROL, FIRST_STATE, SAVED, WEIGHTS
 from gpu_rnn.program import Program
 
 W_HH, W_BETWEEN, LENGTHS = 2, WEIGHTS, FIRST_CONTROL
@@ -18,12 +18,13 @@ Dims = Sequence[int | None]
 
 BATCH: list[int | None] = [0, 1, 0, 2, 2]  # where B stands in each of `Control`
 MEMBERS: list[int | None] = [None, 2, 1, 3, None]  # where N stands; a stack's members run one by one
+BATCH_OF_SAVED, MEMBERS_OF_SAVED = [1, 1, 2, 2, 2], [2, 2, 3, 3, 3]  # B and N in `Result.saved`
 
 
 def split(text: str, options: Options, tensors: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], list[Any]]:
-    """Backward's tensors: the row of Forward's inputs, what it saved (y, gates, recurrent, inner), the incoming gradients."""
+    """Backward's tensors: the row of Forward's inputs, y with what it saved, the incoming gradients."""
     gradients = 1 + len(Program.parse(text).states) + options.all_states
-    end = len(tensors) - gradients - 4
+    end = len(tensors) - gradients - 1 - SAVED
     return tensors[:end], tensors[end:-gradients], list(tensors[-gradients:])
 
 
@@ -34,12 +35,12 @@ def forward(
     states = len(Program.parse(text).states)
     if all(dim is None for dim in in_dims[1:FIRST_CONTROL]):
         folded = _into_batch(size, in_dims, tensors, states)
-        return _unfold(function.apply(text, options, *folded), [1, *[0] * states, 1, 1, 2], size)
+        return _unfold(function.apply(text, options, *folded), [1, *[0] * states, *BATCH_OF_SAVED], size)
     if in_dims[LENGTHS] is not None:
         return _one_by_one(function, size, in_dims, text, options, tensors)
     folded = _into_members(size, in_dims, tensors, states)
     outputs = function.apply(text, options._replace(reverse=options.reverse * size), *folded)
-    return _unfold(outputs, [2, *[1] * states, 2, 2, 3], size)  # N in y, the final states, gates, recurrent, inner
+    return _unfold(outputs, [2, *[1] * states, *MEMBERS_OF_SAVED], size)
 
 
 def backward(
@@ -51,7 +52,7 @@ def backward(
     states = len(Program.parse(text).states)
     row, _, _ = split(text, options, tensors)
     folded = _into_members(size, in_dims[: len(row)], row, states)
-    axes = [2, 2, 2, 3, 2, *[1] * states, 3]  # of N in y, gates, recurrent, inner, d_y, d_final, d_inner
+    axes = [2, *MEMBERS_OF_SAVED, 2, *[1] * states, 3]  # of N in y, what is saved, d_y, d_final, d_inner
     for tensor, dim, axis in zip(tensors[len(row) :], in_dims[len(row) :], axes, strict=False):
         folded.append(tensor if tensor.dim() == 1 and dim is None else _fold(tensor, dim, axis, size))
     outputs = list(function.apply(text, options._replace(reverse=options.reverse * size), *folded))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gpu_rnn.normalisation import Normalised
 from gpu_rnn.program import Program
 
 if TYPE_CHECKING:
@@ -121,6 +122,8 @@ class Call:
     reverse: str = "0"
     problem: Problem = None  # type: ignore[assignment]  # the reference needs none
     d_gates: Tensor | None = None  # where a backward loop may put `LoopGradients.d_gates`, laid out as the saved gates
+    # Where a forward pass may keep its normalised products for the backward pass: (2, T, B, N, G, H), input and recurrent.
+    kept: Normalised | None = None
 
     @property
     def lengths(self) -> Tensor | None:
@@ -137,7 +140,7 @@ class Result(NamedTuple):
     `gates` and `recurrent` are what the backward pass needs, empty in inference: pre-activations (the sum x + r of a
     summed gate, else x) and the products of the split gates. `inner`, the states other than h after each step, is
     empty where neither the backward pass nor the caller wants it. The steps of a reversed recurrence stand at the
-    times they belong to.
+    times they belong to. `kept` is `Call.kept`, filled.
     """
 
     y: Tensor  # (T, B, N, P)
@@ -145,6 +148,20 @@ class Result(NamedTuple):
     gates: Tensor  # (T, B, N, G, H)
     recurrent: Tensor  # (T, B, N, number of split gates, H)
     inner: Tensor  # (S - 1, T, B, N, H)
+    kept: Normalised | None = None
+
+    @property
+    def saved(self) -> list[Tensor]:
+        """In a row with `inner` last, what the backward pass takes besides y; `of_saved` reads it."""
+        nothing = self.y.new_empty(0)
+        return [self.gates, self.recurrent, *(self.kept or (nothing, nothing)), self.inner]
+
+    @staticmethod
+    def of_saved(y: Tensor, gates: Tensor, recurrent: Tensor, values: Tensor, rstd: Tensor, inner: Tensor) -> Result:
+        return Result(y, [], gates, recurrent, inner, Normalised(values, rstd) if values.numel() else None)
+
+
+SAVED = 5  # of `Result.saved`
 
 
 class LoopGradients(NamedTuple):
@@ -165,9 +182,15 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def chunk_of(gates: Tensor) -> int:
-    """How many steps of (T, B, N, G, H) are handled at once where that is not all of them."""
-    return max(1, (CPU_CHUNK if gates.is_cpu else GPU_CHUNK) // max(1, gates[0, :, :, 0].numel()))
+def chunks(gates: Tensor) -> list[slice]:
+    """The steps of (T, B, N, G, H) that are handled at once where that is not all of them."""
+    steps, one = len(gates), gates[:1, :, :, 0].numel()
+    return parts(steps, max(1, (CPU_CHUNK if gates.is_cpu else GPU_CHUNK) // max(1, one)))
+
+
+def parts(steps: int, chunk: int) -> list[slice]:
+    """So many steps at a time."""
+    return [slice(start, min(start + chunk, steps)) for start in range(0, steps, chunk)]
 
 
 def processing_order(steps: int, lengths: Tensor | None, reverse: str, device: torch.device) -> Tensor | None:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,20 @@ from torch import Tensor
 
 EPSILON = 1e-5  # as torch.nn.LayerNorm's
 
-WithStatistics = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+
+class Normalised(NamedTuple):
+    """Normalised values (..., H), and 1 over the deviations of those that they were, (..., 1), which `Back` wants."""
+
+    values: Tensor
+    rstd: Tensor
+
+    def at(self, index: Any) -> Normalised:
+        """A part of both, by what indexes their first dimensions."""
+        return Normalised(self.values[index], self.rstd[index])
+
+
+class Normalise(Protocol):
+    def __call__(self, values: Tensor, out: Normalised | None = None, /) -> Normalised: ...
 
 
 def normalised(values: Tensor) -> Tensor:
@@ -19,29 +32,42 @@ def normalised(values: Tensor) -> Tensor:
     return F.layer_norm(values, values.shape[-1:], eps=EPSILON)
 
 
-def with_statistics(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The normalised values, and the means and deviations that `back` wants."""
-    return torch.native_layer_norm(values, values.shape[-1:], None, None, EPSILON)
+def normalise(values: Tensor, out: Normalised | None = None, /) -> Normalised:
+    """Without a derivative."""
+    found, _, rstd = torch.native_layer_norm(values, values.shape[-1:], None, None, EPSILON)
+    if out is None:
+        return Normalised(found, rstd)
+    return Normalised(out.values.copy_(found), out.rstd.copy_(rstd))
 
 
-def centred(weights: Tensor) -> tuple[Tensor, WithStatistics]:
-    """Weights (..., H, K) whose products have mean 0 over H, and `with_statistics` of such products, which is cheaper.
+def centred(weights: Tensor) -> tuple[Tensor, Normalise]:
+    """Weights (..., H, K) whose products have mean 0 over H, and `normalise` of such products, which is cheaper.
 
     A product less its mean over H is the product of the weights less theirs. In 16 bits the weights stay as they are:
     to round the differences would add an error.
     """
     if weights.dtype.itemsize < 4:
-        return weights, with_statistics
-    return weights - weights.mean(-2, keepdim=True), _of_mean_zero
+        return weights, normalise
+    epsilon = weights.new_full((), EPSILON)
+
+    def of_mean_zero(values: Tensor, out: Normalised | None = None, /) -> Normalised:
+        into, rstd = out or (None, None)
+        length = torch.linalg.vector_norm(values, dim=-1, keepdim=True)
+        rstd = torch.addcmul(epsilon, length, length, value=1 / values.shape[-1], out=rstd).rsqrt_()
+        return Normalised(torch.mul(values, rstd, out=into), rstd)
+
+    return weights - weights.mean(-2, keepdim=True), of_mean_zero
 
 
-def _of_mean_zero(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    length = torch.linalg.vector_norm(values, dim=-1, keepdim=True)
-    rstd = torch.addcmul(length.new_full((), EPSILON), length, length, value=1 / values.shape[-1]).rsqrt_()
-    return values * rstd, torch.zeros_like(rstd), rstd
+class Back:
+    """From the gradient of normalised values that of the values."""
 
+    def __init__(self, rstd: Tensor) -> None:
+        """`rstd`: as those will be that it is called with."""
+        self.mean, self.rstd = torch.zeros_like(rstd), torch.ones_like(rstd)
 
-def back(d: Tensor, values: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-    """The gradient of the values from that of the normalised ones."""
-    which = [True, False, False]  # the values' only: scales are applied outside
-    return torch.ops.aten.native_layer_norm_backward(d, values, values.shape[-1:], mean, rstd, None, None, which)[0]
+    def __call__(self, d: Tensor, given: Normalised, out: Tensor | None = None) -> Tensor:
+        which = [True, False, False]  # the values' only: scales are applied outside
+        values, (mean, rstd) = given.values, (self.mean, self.rstd)
+        found = torch.ops.aten.native_layer_norm_backward(d, values, values.shape[-1:], mean, rstd, None, None, which)[0]
+        return torch.mul(found, given.rstd, out=out)

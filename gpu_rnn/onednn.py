@@ -45,10 +45,10 @@ def _dense(values: Tensor) -> Tensor:
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    """(M, K) times (K, X). oneDNN's first factor is copied where its rows are not contiguous: let that be the smaller."""
+    """(M, K) times (K, X). oneDNN wants the rows of its first factor contiguous: if one is to be copied, the smaller."""
     if a.stride(1) != 1 and a.numel() >= b.numel():
-        return _linear(b.T, _dense(a), None, "none", [], "").T.contiguous()
-    return _linear(a, _dense(b).T, None, "none", [], "")
+        return _linear(b.T.contiguous(), _dense(a), None, "none", [], "").T.contiguous()
+    return _linear(a.contiguous(), _dense(b).T, None, "none", [], "")
 
 
 def bmm(a: Tensor, b: Tensor) -> Tensor:

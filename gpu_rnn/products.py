@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from gpu_rnn import normalisation, onednn, reference
-from gpu_rnn.layout import RESET, SKIP, Call, LoopGradients, Result, Weights, bit, chunk_of, state_dtype
+from gpu_rnn.layout import RESET, SKIP, Call, LoopGradients, Result, Weights, bit, chunks, state_dtype
+from gpu_rnn.normalisation import Normalised
 from gpu_rnn.program import Program, lookup
 
 
@@ -49,28 +50,27 @@ def fp32_precision(precision: str, like: Tensor) -> Iterator[None]:
                 matmul.fp32_precision = _Setting.before
 
 
-def project(x: Tensor, weights: Weights, program: Program) -> Tensor:
-    """`reference.project` without a derivative."""
+def project(x: Tensor, weights: Weights, program: Program, kept: Normalised | None = None) -> Tensor:
+    """`reference.project` without a derivative; `kept` as in `Call`."""
     if weights.norm_ih is None:
         return reference.project(x, weights, program, onednn.linear)
     bias = reference.input_bias(weights, program)
-    gates, with_statistics = _bare(x, weights, program)
-    for part in gates.split(chunk_of(gates)):
-        values, _, _ = with_statistics(part)
-        torch.mul(values, weights.norm_ih, out=part)
-        if bias is not None:
-            part.add_(bias)
+    gates, normalise = _bare(x, weights, program)
+    bias = gates.new_zeros(()) if bias is None else bias
+    for part in chunks(gates):
+        found = normalise(gates[part], None if kept is None else kept.at((0, part)))
+        torch.addcmul(bias, found.values, weights.norm_ih, out=gates[part])
     return gates
 
 
-def _bare(x: Tensor, weights: Weights, program: Program) -> tuple[Tensor, normalisation.WithStatistics]:
+def _bare(x: Tensor, weights: Weights, program: Program) -> tuple[Tensor, normalisation.Normalise]:
     """The input products before their normalisation, and what normalises them.
 
     What comes of them takes their place, chunk by chunk: each tensor of all steps costs a CPU more than the arithmetic.
     """
-    w_ih, with_statistics = normalisation.centred(weights.w_ih)
+    w_ih, normalise = normalisation.centred(weights.w_ih)
     bare = weights._replace(w_ih=w_ih, b_ih=None, b_hh=None, norm_ih=None)
-    return reference.project(x, bare, program, onednn.linear), with_statistics
+    return reference.project(x, bare, program, onednn.linear), normalise
 
 
 def previous(
@@ -128,7 +128,7 @@ def gradients(call: Call, x: Tensor, saved: Result, loop: LoopGradients) -> tupl
     weights, d_gates = call.weights, loop.d_gates
     d_input, d_norm_ih = d_gates, None
     if weights.norm_ih is not None:
-        d_input, d_norm_ih = _through_norm(call, x, weights.norm_ih, d_gates)
+        d_input, d_norm_ih = _through_norm(call, x, saved.kept, d_gates)
     d_x, d_w_ih = _projection(x, weights, d_input[:, :, : len(weights.w_ih)])
     parts_w, parts_b = [], []
     d_b_ih = d_gates.sum((0, 1))
@@ -152,15 +152,20 @@ def gradients(call: Call, x: Tensor, saved: Result, loop: LoopGradients) -> tupl
     )
 
 
-def _through_norm(call: Call, x: Tensor, scale: Tensor, d_gates: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of the input products, which are taken once more, and of their scales."""
-    d_scale = torch.zeros_like(scale, dtype=state_dtype(scale.dtype))
-    d_input, with_statistics = _bare(x, call.weights, call.program)
-    chunk = chunk_of(d_input)
-    for d, part in zip(d_gates.split(chunk), d_input.split(chunk), strict=True):
-        values, mean, rstd = with_statistics(part)
-        d_scale += values.mul_(d).sum((0, 1), dtype=d_scale.dtype)
-        part.copy_(normalisation.back(d * scale, part, mean, rstd))
+def _through_norm(call: Call, x: Tensor, kept: Normalised | None, d_gates: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of the input products, which are taken once more if they were not kept, and of their scales."""
+    assert call.weights.norm_ih is not None
+    scale = call.weights.norm_ih.to(state_dtype(d_gates.dtype))
+    d_scale = torch.zeros_like(scale)
+    if kept is None:
+        d_input, normalise = _bare(x, call.weights, call.program)
+    else:
+        d_input = torch.empty_like(d_gates)
+    for part in chunks(d_gates):
+        found = kept.at((0, part)) if kept is not None else normalise(d_input[part].to(scale.dtype))
+        d = d_gates[part]
+        normalisation.Back(found.rstd)(d * scale, found, d_input[part])
+        d_scale += (found.values * d).sum((0, 1))
     return d_input, d_scale
 
 

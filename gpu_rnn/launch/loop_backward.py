@@ -13,24 +13,24 @@ import torch
 from torch import Tensor
 
 from gpu_rnn import normalisation
-from gpu_rnn.derivative import carried_values
+from gpu_rnn.derivative import carried_values, stage_outputs
 from gpu_rnn.launch import host
 from gpu_rnn.launch.jacobian import ONE, jacobian
 from gpu_rnn.launch.loop_forward import parameters, steps_with
-from gpu_rnn.launch.multiply import Product, masks
+from gpu_rnn.launch.multiply import Product, cast, masks
 from gpu_rnn.launch.steering import Steering, selected, words
-from gpu_rnn.layout import Call, LoopGradients, Result, chunk_of, reorder, reorder_each, state_dtype
+from gpu_rnn.layout import Call, LoopGradients, Result, chunks, reorder, reorder_each, state_dtype
+from gpu_rnn.normalisation import Back, Normalised
 from gpu_rnn.products import over_steps, runs
-from gpu_rnn.program import Argument, lookup, runner
+from gpu_rnn.program import Argument, lookup
 
 
 def backward(call: Call, saved: Result, d_y: Tensor, d_final: list[Tensor], d_inner: Tensor | None) -> LoopGradients:
     """As `step.backward`."""
     loop = _Loop(call, saved, d_y, d_inner)
     loop.d_states = [d.to(loop.dtype) for d in d_final]
-    steps, chunk = len(d_y), chunk_of(saved.gates)
-    for start in reversed(range(0, steps, chunk)):
-        loop.run(slice(start, min(start + chunk, steps)))
+    for part in reversed(chunks(saved.gates)):
+        loop.run(part)
     return loop.gradients()
 
 
@@ -63,7 +63,6 @@ class _Gradients(NamedTuple):
     recurrent: Tensor  # (T, B, N, number of split gates, H)
     products: Tensor | None  # (T, B, N, G, H), with layer normalisation
     params: list[Tensor]  # of each, (B, N, H)
-    norm: Tensor | None  # (N, G, H)
     dtype: torch.dtype  # of the sums
 
 
@@ -89,7 +88,10 @@ class _Stage:
         program, weights = call.program, call.weights
         self.rows = rows = program.rows[number]
         self.stage, self.jacobian, self.d = program.stages[number], jacobian(program, number), d
-        self.run = runner((*self.stage.ops, *self.jacobian.ops), tanh=host.tanh)
+        last = number == len(program.stages) - 1
+        handed_on = self.stage.outputs[:1] if last else stage_outputs(program, number)
+        wanted = (*handed_on, *self.jacobian.results)
+        self.run = host.compiled((*self.stage.ops, *self.jacobian.ops), wanted)
         split = [gate for gate in program.gates[rows] if gate not in program.summed]
         self.names = [f"{'a' if gate in program.summed else 'x'}_{gate}" for gate in program.gates[rows]]
         self.names += [f"r_{gate}" for gate in split]
@@ -100,13 +102,15 @@ class _Stage:
         self.params = [f"p_{name}" for name in program.params]
         self.carried = list(carried_values(program, number))
         found = list(runs(program, rows, d.gates, d.recurrent))
-        self.sources = [source for _, source in found]
-        self.d_of_sources = [source.unbind(0) for source in self.sources]
+        self.d_of_sources = [source.unbind(0) for _, source in found]
         w_hh, self.scale = weights.w_hh, None
         if weights.norm is not None and d.products is not None:
             self.scale = weights.norm[:, rows].to(d.dtype)
             found = [(rows, d.products[:, :, :, rows])]
-            w_hh, self.with_statistics = normalisation.centred(w_hh)
+            self.d_normalised = found[0][1].unbind(0)
+            self.d_scale = torch.zeros_like(self.d_normalised[0], dtype=d.dtype)
+            self.through = Back(self.d_scale[..., :1])
+            w_hh, self.of_products = normalisation.centred(w_hh)
         drop, batch = call.control.drop, d.gates.shape[1]
         self.products = [Product(w_hh[:, which], masks(drop, which), batch) for which, _ in found]
         self.d_products = [source.flatten(3).unbind(0) for _, source in found]
@@ -115,10 +119,9 @@ class _Stage:
     def reads(self) -> set[str]:
         """The names of all values that it takes."""
         args = {arg for op in (*self.stage.ops, *self.jacobian.ops) for arg in op.args}
-        args.update(value for *_, value in self.jacobian.links)
-        return {str(name) for name in args.union(*(own.values() for own in self.jacobian.partials))}
+        return {str(name) for name in args.union(self.jacobian.results)}
 
-    def prepare(self, values: dict[str, Any], like: Tensor, entering: Tensor, alive: Tensor | None) -> None:
+    def prepare(self, values: dict[str, Any], like: Tensor, alive: Tensor | None) -> None:
         """The partial derivatives at the steps of a chunk, 0 where a row is masked; `alive`: the words of the others."""
         self.run(values)
 
@@ -133,9 +136,16 @@ class _Stage:
         self.to_gates, self.to_params, self.to_carried, self.to_states = (
             [_Term(name, outputs) for name in names] for names in groups
         )
-        if self.scale is not None:
-            self.raw = self.products[0].over_time(entering).to(like.dtype).contiguous()
-            self.unscaled, self.mean, self.rstd = self.with_statistics(self.raw)
+
+    def normalise(self, entering: Tensor, kept: Normalised | None) -> None:
+        """The normalised products of a chunk, taken once more if they were not kept."""
+        if self.scale is None:
+            return
+        if kept is None:
+            found = self.of_products(self.products[0].over_time(entering).to(self.d.dtype).contiguous())
+        else:
+            found = kept.at((..., self.rows, slice(None)))
+        self.normalised = [Normalised(*pair) for pair in zip(*(part.unbind(0) for part in found), strict=True)]
 
     def back(self, t: int, step: int, seeds: list[Tensor]) -> Tensor:
         """Writes what belongs to step t, number `step` of the chunk; returns the gradient of what entered.
@@ -150,12 +160,13 @@ class _Stage:
             term.add_to(total, step, seeds)
         if self.scale is not None:
             d, *others = (source[t] for source in self.d_of_sources)
-            d = (torch.cat([d, *others], 2) if others else d) * self.scale
-            self.d_products[0][t].copy_(normalisation.back(d, self.raw[step], self.mean[step], self.rstd[step]).flatten(2))
+            d = torch.cat([d, *others], 2) if others else d
+            self.d_scale.addcmul_(d, self.normalised[step].values)
+            self.through(d * self.scale, self.normalised[step], self.d_normalised[t])
         d_entering, *others = (p.back(of[t]) for p, of in zip(self.products, self.d_products, strict=True))
         for other in others:
             d_entering = d_entering + other
-        return d_entering.to(seeds[0].dtype)
+        return cast(d_entering, self.d.dtype)
 
     def d_states(self, step: int, seeds: list[Tensor]) -> Iterator[tuple[int, Tensor]]:
         """The gradients of the states before the step, (B, N, H), other than through the product, with their numbers."""
@@ -165,13 +176,6 @@ class _Stage:
     def d_carried(self, step: int, seeds: list[Tensor]) -> Iterator[Tensor]:
         """Those of the values of earlier stages."""
         return (term.sum(step, seeds) for term in self.to_carried)
-
-    def finish(self, part: slice) -> None:
-        """Adds what a chunk gives for the scales of the products."""
-        if self.d.norm is not None:
-            sources = [source[part] for source in self.sources]
-            d = sources[0] if len(sources) == 1 else torch.cat(sources, 3)
-            self.d.norm[:, self.rows] += self.unscaled.mul_(d).sum((0, 1))
 
 
 class _Loop:
@@ -193,12 +197,12 @@ class _Loop:
             torch.empty_like(self.recurrent),
             None if scales is None else torch.empty_like(self.gates),
             [torch.zeros_like(like, dtype=self.dtype) for _ in program.params],
-            None if scales is None else torch.zeros_like(scales, dtype=self.dtype),
             self.dtype,
         )
         self.stages = [_Stage(call, number, self.d) for number in range(len(program.stages))]
         self.reads = set().union(*(stage.reads for stage in self.stages))
-        if scales is not None:
+        self.normalised = None if saved.kept is None else Normalised(*(reorder(values[1], order) for values in saved.kept))
+        if scales is not None and self.normalised is None:
             self.reads.add(f"s_{program.state_names[0]}")
         self._steer(steering, len(d_y))
         self.d_w_hr: Tensor | None = None
@@ -224,8 +228,6 @@ class _Loop:
         """The steps of a chunk."""
         h = self._prepare(part)
         d_new = [self._step(t, t - part.start) for t in reversed(range(part.start, part.stop))]
-        for stage in self.stages:
-            stage.finish(part)
         if h is not None:
             share = over_steps(torch.stack(d_new[::-1]).unsqueeze(3), h).squeeze(1)  # (N, P, H)
             self.d_w_hr = share if self.d_w_hr is None else self.d_w_hr + share
@@ -236,8 +238,10 @@ class _Loop:
         like = values[self.stages[0].names[0]]
         alive = None if self.alive is None or not any(self.keeps[part]) else self.alive[part]
         entering = values.get(f"s_{self.program.state_names[0]}", like)  # read by a normalisation only
+        kept = None if self.normalised is None else self.normalised.at(part)
         for stage in self.stages:
-            stage.prepare(values, like, entering, alive)
+            stage.normalise(entering, kept)
+            stage.prepare(values, like, alive)
             if stage is self.stages[-1] and self.call.weights.w_hr is None:
                 return None
             entering = lookup(values, stage.stage.outputs[0], like)
@@ -315,7 +319,7 @@ class _Loop:
             self.d_states,
             torch.stack([each.sum(0) for each in d.params], 1) if d.params else None,
             self.d_w_hr,
-            d.norm,
+            None if d.products is None else torch.cat([stage.d_scale.sum(0) for stage in self.stages], 1),
             None if d.products is None else reorder(d.products, order),
             self.steering.d_values(d_entered) if self.d_entered else [],
         )

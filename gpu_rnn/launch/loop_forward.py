@@ -4,18 +4,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gpu_rnn import normalisation
+from gpu_rnn.derivative import stage_outputs
 from gpu_rnn.launch import host
 from gpu_rnn.launch.multiply import Product, masks
 from gpu_rnn.launch.steering import Steering, selected, words
 from gpu_rnn.layout import Call, Result, Weights, reorder, reorder_each, state_dtype
+from gpu_rnn.normalisation import Normalised
 from gpu_rnn.products import runs
-from gpu_rnn.program import Program, lookup, runner
+from gpu_rnn.program import Program, lookup
 
 
 def forward(call: Call, gates: Tensor, save: bool, all_states: bool) -> Result:
@@ -42,7 +43,16 @@ def forward(call: Call, gates: Tensor, save: bool, all_states: bool) -> Result:
         of_states = reorder_each(of_states, steering.order)
     if not save:
         return Result(y, final, gates.new_empty(0), gates.new_empty(0), of_states)
-    return Result(y, final, reorder(gates, steering.order), reorder(recurrent, steering.order), of_states)
+    gates, recurrent = (reorder(values, steering.order) for values in (gates, recurrent))
+    return Result(y, final, gates, recurrent, of_states, _in_time(call.kept, steering))
+
+
+def _in_time(kept: Normalised | None, steering: Steering) -> Normalised | None:
+    """The recurrent products in the order of time, as the others are."""
+    if kept is not None and steering.order is not None:
+        for values in kept:
+            values[1] = reorder(values[1], steering.order)
+    return kept
 
 
 def parameters(program: Program, weights: Weights, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -117,54 +127,58 @@ def _reset(steering: Steering, value: Tensor | float, dtype: torch.dtype) -> Cal
     return lambda t, state: torch.where(flags[t], values[t], state)
 
 
-class _Part(NamedTuple):
-    """Neighbouring gates of a stage whose products are added to the same tensor."""
-
-    product: Product
-    own: slice  # among the stage's gates
-    targets: Sequence[Tensor]  # of each step (B, N, gates·H): the projection of summed gates, the biases of split ones
-
-
 class _Stage:
     """The products of one stage, taken where its gates' other parts stand already."""
 
     def __init__(self, call: Call, number: int, gates: Tensor, recurrent: Tensor) -> None:
         program, weights = call.program, call.weights
         rows, stage = program.rows[number], program.stages[number]
-        self.run, self.outputs = runner(stage.ops, tanh=host.tanh), stage.outputs
+        self.run, self.outputs = host.compiled(stage.ops, stage_outputs(program, number)), stage.outputs
         self.dtype = state_dtype(gates.dtype)
         self.narrow = gates.dtype != self.dtype
         drop = call.control.drop
         batch = gates.shape[1]
-        self.scale = None if weights.norm is None else weights.norm[:, rows]
-        if self.scale is not None:
-            w_hh, self.with_statistics = normalisation.centred(weights.w_hh[:, rows])
-            self.product = Product(w_hh, masks(drop, rows), batch)
-        self.parts: list[_Part] = []
+        # Neighbouring gates that are added to the same tensor: the projection of summed gates, the biases of split ones.
+        self.products: list[Product] = []
+        self.scales: list[Tensor] = []
+        self.targets: list[Sequence[Tensor]] = []
         values: dict[str, Sequence[Tensor]] = {}
         for which, target in runs(program, rows, gates, recurrent):
             names = program.gates[which]
             is_sum = names[0] in program.summed
             if not is_sum and weights.b_hh is not None:
                 target += weights.b_hh[:, which]
-            product = Product(weights.w_hh[:, which], masks(drop, which), batch)
-            own = slice(which.start - rows.start, which.stop - rows.start)
-            self.parts.append(_Part(product, own, target.flatten(3).unbind(0)))
+            if weights.norm is None:
+                self.products.append(Product(weights.w_hh[:, which], masks(drop, which), batch))
+                self.targets.append(target.flatten(3).unbind(0))
+            else:
+                self.scales.append(weights.norm[:, which])
+                self.targets.append(target.unbind(0))
             sources = {"a": target} if is_sum else {"r": target, "x": gates[..., which, :]}
             for kind, source in sources.items():
                 each = (gate.unbind(0) for gate in source.unbind(3))
                 values.update(zip((f"{kind}_{name}" for name in names), each, strict=True))
         self.names, self.gates = tuple(values), list(zip(*values.values(), strict=True))
+        if self.scales:
+            w_hh, self.normalise = normalisation.centred(weights.w_hh[:, rows])
+            self.products = [Product(w_hh, masks(drop, rows), batch)]
+            self.sizes = [scale.shape[1] for scale in self.scales]
+            kept: list[Normalised | None] = [None] * len(gates)
+            if call.kept is not None:
+                parts = call.kept.at((1, ..., rows, slice(None)))
+                kept = [Normalised(*pair) for pair in zip(*(values.unbind(0) for values in parts), strict=True)]
+            self.kept = kept
 
     def multiply(self, t: int, entering: Tensor) -> None:
         """Adds the products of step t."""
-        if self.scale is None:
-            for part in self.parts:
-                part.product.add_to(part.targets[t], entering)
+        if not self.scales:
+            for product, targets in zip(self.products, self.targets, strict=True):
+                product.add_to(targets[t], entering)
             return
-        product, _, _ = self.with_statistics(self.product(entering))
-        for part in self.parts:
-            part.targets[t].addcmul_(product[:, :, part.own].flatten(2), self.scale[:, part.own].flatten(1))
+        found = self.normalise(self.products[0](entering), self.kept[t]).values
+        parts = found.split(self.sizes, 2) if len(self.sizes) > 1 else (found,)
+        for part, targets, scale in zip(parts, self.targets, self.scales, strict=True):
+            targets[t].addcmul_(part, scale)
 
     def values(self, t: int) -> Iterator[tuple[str, Tensor]]:
         """The gates of step t, with their products, by name."""

@@ -18,6 +18,11 @@ def masks(drop: Tensor | None, gates: slice) -> Tensor | None:
     return (drop if drop.shape[2] == 1 else drop[:, :, gates]).permute(1, 2, 0, 3)
 
 
+def cast(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Tensor.to, which takes as long as an addition where there is nothing to do."""
+    return values if values.dtype == dtype else values.to(dtype)
+
+
 class Product:
     """What enters a stage, (B, N, P), times the rows of W_hh of some of its gates: (B, N, gates, H).
 
@@ -75,11 +80,15 @@ class Product:
         return product.movedim(-4, -2) if self.by_gate else product.transpose(-3, -4)
 
     def __call__(self, entering: Tensor) -> Tensor:
-        return self.turned(self.own(entering.to(self.dtype).transpose(0, 1)))
+        entering = cast(entering, self.dtype)
+        if self.by_gate:
+            return self.turned(self.own(entering.transpose(0, 1)))
+        found = self.there.by_row(self.dropped(entering))
+        return found.view(*found.shape[:2], self.gates, self.hidden)
 
     def add_to(self, target: Tensor, entering: Tensor) -> None:
         """Adds the products of what entered to (B, N, gates·H) in place."""
-        entering = entering.to(self.dtype)
+        entering = cast(entering, self.dtype)
         if self.by_gate:
             own = self.own_layout(target.view(*target.shape[:2], self.gates, self.hidden))
             factors = self.left(entering.transpose(0, 1)).split(self.gates), self.transposed.split(self.gates)

@@ -14,7 +14,7 @@ from gpu_rnn.launch import interpreter
 from gpu_rnn.launch.graphs import Chunks, alone
 from gpu_rnn.launch.steering import Steering
 from gpu_rnn.launch.step_buffers import Backward, Forward, Kind
-from gpu_rnn.layout import Call, LoopGradients, Result, reorder, reorder_each, state_dtype
+from gpu_rnn.layout import Call, LoopGradients, Result, parts, reorder, reorder_each, state_dtype
 from gpu_rnn.products import inputs_over_time, over_steps
 from gpu_rnn.program import Program, lookup
 
@@ -33,10 +33,6 @@ def _h_only_enters_the_product(program: Program) -> bool:
     stage, *others = program.stages
     read = {*stage.outputs, *(arg for op in stage.ops for arg in op.args)}
     return not others and f"s_{program.state_names[0]}" not in read
-
-
-def _parts(steps: int, chunk: int) -> list[slice]:
-    return [slice(start, min(start + chunk, steps)) for start in range(0, steps, chunk)]
 
 
 def _fill(pairs: Pairs, part: slice) -> None:
@@ -91,7 +87,7 @@ def forward(call: Call, gates: Tensor, save: bool, all_states: bool) -> Result:
     given = [(loop.gates, gates), *_steering_pairs(loop, steering), *_reset_pairs(loop, steering)]
     wanted = [(loop.of_h.y, y), *(zip(loop.inner, inner, strict=True) if kind.inner else ())]
     wanted += [(loop.gates, gates), (loop.recurrent, recurrent)] if save else []
-    for part in _parts(steps, chunks.chunk):
+    for part in parts(steps, chunks.chunk):
         _fill(given, part)
         chunks.run(part.stop - part.start)
         _empty(wanted, part)
@@ -136,7 +132,7 @@ def backward(call: Call, saved: Result, d_y: Tensor, d_final: list[Tensor], d_in
     wanted += [(buffer, d[1:]) for buffer, d in zip(loop.each_state("d_entered"), d_entered, strict=True)]
     if of_w_hr is not None:
         wanted.append((loop.of_h.d_recurrent, of_w_hr[0]))
-    for part in reversed(_parts(len(d_y), chunks.chunk)):
+    for part in reversed(parts(len(d_y), chunks.chunk)):
         _fill(given, part)
         if d_norm is not None:
             loop.normalise([values[part] for values in entering])

@@ -21,6 +21,7 @@ from gpu_rnn.derivative import carried_values
 from gpu_rnn.launch.generated import triton_module
 from gpu_rnn.launch.multiply import Product, masks
 from gpu_rnn.layout import PLAIN, Call
+from gpu_rnn.normalisation import Normalised
 from gpu_rnn.products import runs
 from gpu_rnn.program import Program
 
@@ -238,7 +239,7 @@ class Forward(_Steps):
         for shape, product, scale in zip(self.shapes, self.products, self.scales, strict=True):
             multiplied = product.own(entering)
             if scale is not None:
-                multiplied = normalisation.with_statistics(multiplied)[0].mul_(scale)
+                multiplied = normalisation.normalise(multiplied).values.mul_(scale)
             step_forward[self.grid](**self.arguments(t, shape, multiplied))
 
 
@@ -261,11 +262,11 @@ class Backward(_Steps):
         self.d_params = like.new_empty(batch, n, len(program.params), hidden, dtype=torch.float32)
         own = [(n, p.gates, batch) if p.by_gate else (n, batch, p.gates) for p in self.products]
         self.d_products = [like.new_empty(*size, hidden) for size in own]
-        # With layer normalisation: the products of all steps, their means and their deviations, and the gradients.
+        # With layer normalisation: the normalised products of all steps, and the gradients of the products.
         kept = own if kind.norm else []
-        self.raw = [like.new_empty(steps, *size, hidden, dtype=torch.float32) for size in kept]
-        means = [(steps, *size, 1) for size in kept]
-        self.mean, self.rstd = ([like.new_empty(size, dtype=torch.float32) for size in means] for _ in range(2))
+        wide = like.new_empty(0, dtype=torch.float32)
+        self.normalised = [Normalised(*(wide.new_empty(steps, *size, last) for last in (hidden, 1))) for size in kept]
+        self.through = [normalisation.Back(found.rstd[0]) for found in self.normalised]
         self.d_raw = [like.new_empty(steps, *size, hidden) for size in kept]
 
     def start(self, d_final: list[Tensor]) -> None:
@@ -303,22 +304,18 @@ class Backward(_Steps):
         """The products of a chunk again, from what entered each stage, (steps, B, N, H)."""
         for number, (product, values) in enumerate(zip(self.products, entering, strict=True)):
             raw = product.own_layout(product.over_time(values).float()).contiguous()
-            _, mean, rstd = normalisation.with_statistics(raw)
-            for buffers, found in ((self.raw, raw), (self.mean, mean), (self.rstd, rstd)):
-                buffers[number][: len(values)].copy_(found)
+            normalisation.normalise(raw, self.normalised[number].at(slice(len(values))))
 
     def of_norm(self, d_gates: Tensor, d_recurrent: Tensor, d_products: Tensor, d_norm: Tensor) -> None:
         """Writes the gradients of a chunk's products, and adds those of the scales."""
         count = len(d_gates)
         for number, (shape, product) in enumerate(zip(self.shapes, self.products, strict=True)):
-            raw, mean, rstd = self.raw[number][:count], self.mean[number][:count], self.rstd[number][:count]
             d = torch.cat([source for _, source in runs(self.program, shape.rows, d_gates, d_recurrent)], 3)
-            d_norm[:, shape.rows] += (d * product.turned((raw - mean) * rstd)).sum((0, 1))
+            d_norm[:, shape.rows] += (d * product.turned(self.normalised[number].values[:count])).sum((0, 1))
             d_products[:, :, :, shape.rows] = product.turned(self.d_raw[number][:count])
 
     def _through_norm(self, t: int, number: int, d: Tensor, scale: Tensor) -> Tensor:
-        raw, mean, rstd = self.raw[number][t], self.mean[number][t], self.rstd[number][t]
-        return self.d_raw[number][t].copy_(normalisation.back(d * scale, raw, mean, rstd))
+        return self.through[number](d * scale, self.normalised[number].at(t), self.d_raw[number][t])
 
     def arguments(self, t: int, shape: _StageShape) -> dict[str, Any]:
         """Of `step_backward`, for a stage of a step."""
