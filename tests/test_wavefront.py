@@ -201,6 +201,7 @@ def test_derivatives_of_higher_order(force: Force) -> None:
 
 def test_compiled(force: Force, monkeypatch: pytest.MonkeyPatch) -> None:
     """With T as it comes: the chunk is chosen when the operation runs."""
+    torch._dynamo.reset()  # after a test with breaks in its graph, Dynamo would try to trace a generator
     torch.manual_seed(0)
     layer = gpu_rnn.GRU(3, 4, 3, dtype=torch.float64, backend="step", dropout=0.3)
     force(2)
