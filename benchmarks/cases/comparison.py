@@ -104,8 +104,10 @@ def _with_option(case: Case, like: nn.Module) -> nn.Module:
     weight = next(like.parameters())
     layer = _layer(gpu_rnn, case.problem, weight.device, weight.dtype, **case.option.layer)
     own = layer.load_state_dict(like.state_dict(), strict=False).missing_keys
+    # Scales and peepholes. Drawn around 1 they make an LSTM chaotic: after 128 steps at H 64 plain PyTorch's gradients in bf16
+    # are off by 90 %, and nothing can be compared. These leave 2 %, and an option that is missing changes y by 6 %.
     for name in own:
-        nn.init.uniform_(layer.get_parameter(name), 0.5, 1.5)  # scales, which begin at 1, and peepholes
+        nn.init.uniform_(layer.get_parameter(name), 0.1, 0.3)
     return layer.train(like.training)
 
 
