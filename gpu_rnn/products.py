@@ -126,18 +126,17 @@ def inputs_over_time(call: Call, saved: Result) -> dict[str, Tensor]:
 def gradients(call: Call, x: Tensor, saved: Result, loop: LoopGradients) -> tuple[Tensor, Weights]:
     """The gradients of x, (T, B, I) or (T, B, N, I), and of the weights."""
     weights, d_gates = call.weights, loop.d_gates
-    d_input, d_norm_ih = d_gates, None
-    if weights.norm_ih is not None:
-        d_input, d_norm_ih = _through_norm(call, x, saved.kept, d_gates)
-    d_x, d_w_ih = _projection(x, weights, d_input[:, :, : len(weights.w_ih)])
-    parts_w, parts_b = [], []
     d_b_ih = d_gates.sum((0, 1))
+    parts_w, parts_b = [], []
     for entering, rows in _entering(call, saved):
         for gates, gradient in runs(call.program, rows, d_gates, loop.d_recurrent):
             summed = call.program.gates[gates.start] in call.program.summed
             parts_b.append(d_b_ih[:, gates] if summed else gradient.sum((0, 1)))
             of_product = gradient if loop.d_products is None else loop.d_products[:, :, :, gates]
             parts_w.append(_of_weights(of_product, entering.to(gradient.dtype), call.control.drop, gates))
+    of_layers = None if weights.w_between is None else _of_layers(call, saved.y, d_gates)
+    d_norm_ih = None if weights.norm_ih is None else _through_norm(call, x, saved.kept, d_gates)
+    d_x, d_w_ih = _projection(x, weights, d_gates[:, :, : len(weights.w_ih)])
     has_bias = weights.b_ih is not None
     return d_x, Weights(
         d_w_ih,
@@ -148,25 +147,25 @@ def gradients(call: Call, x: Tensor, saved: Result, loop: LoopGradients) -> tupl
         loop.d_w_hr,
         loop.d_norm,
         d_norm_ih,
-        None if weights.w_between is None else _of_layers(call, saved.y, d_gates),
+        of_layers,
     )
 
 
-def _through_norm(call: Call, x: Tensor, kept: Normalised | None, d_gates: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of the input products, which are taken once more if they were not kept, and of their scales."""
+def _through_norm(call: Call, x: Tensor, kept: Normalised | None, d_gates: Tensor) -> Tensor:
+    """The gradient of the input products' scales. Those of the products, which are taken once more if they were not kept,
+    replace `d_gates`: another tensor of all steps would not fit into a CPU's cache.
+    """
     assert call.weights.norm_ih is not None
     scale = call.weights.norm_ih.to(state_dtype(d_gates.dtype))
     d_scale = torch.zeros_like(scale)
     if kept is None:
-        d_input, normalise = _bare(x, call.weights, call.program)
-    else:
-        d_input = torch.empty_like(d_gates)
+        bare, normalise = _bare(x, call.weights, call.program)
     for part in chunks(d_gates):
-        found = kept.at((0, part)) if kept is not None else normalise(d_input[part].to(scale.dtype))
+        found = kept.at((0, part)) if kept is not None else normalise(bare[part].to(scale.dtype))
         d = d_gates[part]
-        normalisation.Back(found.rstd)(d * scale, found, d_input[part])
         d_scale += (found.values * d).sum((0, 1))
-    return d_input, d_scale
+        normalisation.Back(found.rstd)(d * scale, found, d)
+    return d_scale
 
 
 def _projection(x: Tensor, weights: Weights, d_gates: Tensor) -> tuple[Tensor, Tensor]:
