@@ -116,21 +116,9 @@ def settled(name: str) -> tuple[float, float]:
     return best[0], best[1]
 
 
-# The highest ratio measured on an AMD EPYC with torch 2.13 (other programs ran there, too) of what is not below the limit.
-# torch.nn's LSTM is one call of oneDNN, 12 ms. Here products alone take as long; normalised ones are taken twice.
-ABOVE = {"LSTM layer norm": (3.6, "each step normalises, and the backward pass takes all products once more")}
-
-
-def row(name: str) -> Any:
-    if name not in ABOVE:
-        return name
-    ratio, reason = ABOVE[name]
-    return pytest.param(name, marks=pytest.mark.xfail(strict=False, reason=f"measured: {ratio} times; {reason}"))
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("name", [row(name) for name in options()])
+@pytest.mark.parametrize("name", options())
 def test_at_most_three_times_the_default(name: str) -> None:
     theirs, ours = settled(name)
     assert ours <= LIMIT * theirs, f"{ours:.1f} ms, torch.nn without the option {theirs:.1f} ms"
