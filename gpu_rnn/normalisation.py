@@ -22,6 +22,11 @@ class Normalised(NamedTuple):
         """A part of both, by what indexes their first dimensions."""
         return Normalised(self.values[index], self.rstd[index])
 
+    @property
+    def each(self) -> list[Normalised]:
+        """Along the first dimension."""
+        return [Normalised(*pair) for pair in zip(self.values.unbind(0), self.rstd.unbind(0), strict=True)]
+
 
 class Normalise(Protocol):
     def __call__(self, values: Tensor, out: Normalised | None = None, /) -> Normalised: ...

@@ -88,9 +88,10 @@ class _Stage:
         program, weights = call.program, call.weights
         self.rows = rows = program.rows[number]
         self.stage, self.jacobian, self.d = program.stages[number], jacobian(program, number), d
-        last = number == len(program.stages) - 1
-        handed_on = self.stage.outputs[:1] if last else stage_outputs(program, number)
-        wanted = (*handed_on, *self.jacobian.results)
+        made = stage_outputs(program, number)
+        if number == len(program.stages) - 1:  # the new states; h before its projection is read again
+            made = made[: weights.w_hr is not None]
+        wanted = (*made, *self.jacobian.results)
         self.run = host.compiled((*self.stage.ops, *self.jacobian.ops), wanted)
         split = [gate for gate in program.gates[rows] if gate not in program.summed]
         self.names = [f"{'a' if gate in program.summed else 'x'}_{gate}" for gate in program.gates[rows]]
@@ -145,7 +146,7 @@ class _Stage:
             found = self.of_products(self.products[0].over_time(entering).to(self.d.dtype).contiguous())
         else:
             found = kept.at((..., self.rows, slice(None)))
-        self.normalised = [Normalised(*pair) for pair in zip(*(part.unbind(0) for part in found), strict=True)]
+        self.normalised = found.each
 
     def back(self, t: int, step: int, seeds: list[Tensor]) -> Tensor:
         """Writes what belongs to step t, number `step` of the chunk; returns the gradient of what entered.

@@ -163,11 +163,8 @@ class _Stage:
             w_hh, self.normalise = normalisation.centred(weights.w_hh[:, rows])
             self.products = [Product(w_hh, masks(drop, rows), batch)]
             self.sizes = [scale.shape[1] for scale in self.scales]
-            kept: list[Normalised | None] = [None] * len(gates)
-            if call.kept is not None:
-                parts = call.kept.at((1, ..., rows, slice(None)))
-                kept = [Normalised(*pair) for pair in zip(*(values.unbind(0) for values in parts), strict=True)]
-            self.kept = kept
+            kept = call.kept
+            self.kept = [None] * len(gates) if kept is None else kept.at((1, ..., rows, slice(None))).each
 
     def multiply(self, t: int, entering: Tensor) -> None:
         """Adds the products of step t."""
