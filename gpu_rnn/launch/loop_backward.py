@@ -102,19 +102,18 @@ class _Stage:
         self.states = [f"s_{name}" for name in program.state_names]
         self.params = [f"p_{name}" for name in program.params]
         self.carried = list(carried_values(program, number))
-        found = list(runs(program, rows, d.gates, d.recurrent))
-        self.d_of_sources = [source.unbind(0) for _, source in found]
-        w_hh, self.scale = weights.w_hh, None
+        sources = [source for _, source in runs(program, rows, d.gates, d.recurrent)]
+        w_hh, self.scale = weights.w_hh[:, rows], None
         if weights.norm is not None and d.products is not None:
             self.scale = weights.norm[:, rows].to(d.dtype)
-            found = [(rows, d.products[:, :, :, rows])]
-            self.d_normalised = found[0][1].unbind(0)
-            self.d_scale = torch.zeros_like(self.d_normalised[0], dtype=d.dtype)
+            products = d.products[:, :, :, rows]
+            self.d_normalised, self.d_products = products.unbind(0), products.flatten(3).unbind(0)
+            self.d_scale = torch.zeros_like(products[0], dtype=d.dtype)
             self.through = Back(self.d_scale[..., :1])
             w_hh, self.of_products = normalisation.centred(w_hh)
-        drop, batch = call.control.drop, d.gates.shape[1]
-        self.products = [Product(w_hh[:, which], masks(drop, which), batch) for which, _ in found]
-        self.d_products = [source.flatten(3).unbind(0) for _, source in found]
+        self.product = Product(w_hh, masks(call.control.drop, rows), d.gates.shape[1])
+        # Of each step, of neighbouring gates that lie in the same tensor: (B, N, gates, H), or without scales (B, N, gates·H).
+        self.d_sources = [(source if self.scale is not None else source.flatten(3)).unbind(0) for source in sources]
 
     @property
     def reads(self) -> set[str]:
@@ -143,7 +142,7 @@ class _Stage:
         if self.scale is None:
             return
         if kept is None:
-            found = self.of_products(self.products[0].over_time(entering).to(self.d.dtype).contiguous())
+            found = self.of_products(self.product.over_time(entering).to(self.d.dtype).contiguous())
         else:
             found = kept.at((..., self.rows, slice(None)))
         self.normalised = found.each
@@ -159,15 +158,13 @@ class _Stage:
             out.write(t, term.sum(step, seeds, out.wide[t]))
         for term, total in zip(self.to_params, self.d.params, strict=True):
             term.add_to(total, step, seeds)
+        d, *others = (source[t] for source in self.d_sources)
+        d = torch.cat([d, *others], 2) if others else d
         if self.scale is not None:
-            d, *others = (source[t] for source in self.d_of_sources)
-            d = torch.cat([d, *others], 2) if others else d
             self.d_scale.addcmul_(d, self.normalised[step].values)
             self.through(d * self.scale, self.normalised[step], self.d_normalised[t])
-        d_entering, *others = (p.back(of[t]) for p, of in zip(self.products, self.d_products, strict=True))
-        for other in others:
-            d_entering = d_entering + other
-        return cast(d_entering, self.d.dtype)
+            d = self.d_products[t]
+        return cast(self.product.back(d), self.d.dtype)
 
     def d_states(self, step: int, seeds: list[Tensor]) -> Iterator[tuple[int, Tensor]]:
         """The gradients of the states before the step, (B, N, H), other than through the product, with their numbers."""

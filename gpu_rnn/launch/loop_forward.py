@@ -136,48 +136,60 @@ class _Stage:
         self.run, self.outputs = host.compiled(stage.ops, stage_outputs(program, number)), stage.outputs
         self.dtype = state_dtype(gates.dtype)
         self.narrow = gates.dtype != self.dtype
-        drop = call.control.drop
-        batch = gates.shape[1]
-        # Neighbouring gates that are added to the same tensor: the projection of summed gates, the biases of split ones.
-        self.products: list[Product] = []
-        self.scales: list[Tensor] = []
-        self.targets: list[Sequence[Tensor]] = []
+        parts = list(runs(program, rows, gates, recurrent))
         values: dict[str, Sequence[Tensor]] = {}
-        for which, target in runs(program, rows, gates, recurrent):
+        for which, target in parts:
             names = program.gates[which]
             is_sum = names[0] in program.summed
             if not is_sum and weights.b_hh is not None:
                 target += weights.b_hh[:, which]
-            if weights.norm is None:
-                self.products.append(Product(weights.w_hh[:, which], masks(drop, which), batch))
-                self.targets.append(target.flatten(3).unbind(0))
-            else:
-                self.scales.append(weights.norm[:, which])
-                self.targets.append(target.unbind(0))
             sources = {"a": target} if is_sum else {"r": target, "x": gates[..., which, :]}
             for kind, source in sources.items():
                 each = (gate.unbind(0) for gate in source.unbind(3))
                 values.update(zip((f"{kind}_{name}" for name in names), each, strict=True))
         self.names, self.gates = tuple(values), list(zip(*values.values(), strict=True))
-        if self.scales:
-            w_hh, self.normalise = normalisation.centred(weights.w_hh[:, rows])
-            self.products = [Product(w_hh, masks(drop, rows), batch)]
-            self.sizes = [scale.shape[1] for scale in self.scales]
-            kept = call.kept
-            self.kept = [None] * len(gates) if kept is None else kept.at((1, ..., rows, slice(None))).each
-
-    def multiply(self, t: int, entering: Tensor) -> None:
-        """Adds the products of step t."""
-        if not self.scales:
-            for product, targets in zip(self.products, self.targets, strict=True):
-                product.add_to(targets[t], entering)
-            return
-        found = self.normalise(self.products[0](entering), self.kept[t]).values
-        parts = found.split(self.sizes, 2) if len(self.sizes) > 1 else (found,)
-        for part, targets, scale in zip(parts, self.targets, self.scales, strict=True):
-            targets[t].addcmul_(part, scale)
+        self.multiply = (_Plain if weights.norm is None else _Scaled)(call, rows, parts).add_to
 
     def values(self, t: int) -> Iterator[tuple[str, Tensor]]:
         """The gates of step t, with their products, by name."""
         gates = self.gates[t]
         return zip(self.names, [gate.to(self.dtype) for gate in gates] if self.narrow else gates, strict=True)
+
+
+Part = tuple[slice, Tensor]  # gates that are neighbours in the same tensor, and there (T, B, N, gates, H): see `products.runs`
+
+
+class _Plain:
+    """The products of a stage."""
+
+    def __init__(self, call: Call, rows: slice, parts: Sequence[Part]) -> None:
+        w_hh, drop = call.weights.w_hh, call.control.drop
+        self.parts = [
+            (Product(w_hh[:, which], masks(drop, which), target.shape[1]), target.flatten(3).unbind(0))
+            for which, target in parts
+        ]
+
+    def add_to(self, t: int, entering: Tensor) -> None:
+        """Adds the products to what stands at step t."""
+        for product, targets in self.parts:
+            product.add_to(targets[t], entering)
+
+
+class _Scaled:
+    """Those with layer normalisation."""
+
+    def __init__(self, call: Call, rows: slice, parts: Sequence[Part]) -> None:
+        weights, kept, steps, batch = call.weights, call.kept, *parts[0][1].shape[:2]
+        assert weights.norm is not None
+        w_hh, self.normalise = normalisation.centred(weights.w_hh[:, rows])
+        self.product = Product(w_hh, masks(call.control.drop, rows), batch)
+        self.kept = [None] * steps if kept is None else kept.at((1, ..., rows, slice(None))).each
+        self.sizes = [target.shape[3] for _, target in parts]
+        self.parts = [(weights.norm[:, which], target.unbind(0)) for which, target in parts]
+
+    def add_to(self, t: int, entering: Tensor) -> None:
+        """As `_Plain.add_to`."""
+        found = self.normalise(self.product(entering), self.kept[t]).values
+        split = found.split(self.sizes, 2) if len(self.sizes) > 1 else (found,)
+        for own, (scale, targets) in zip(split, self.parts, strict=True):
+            targets[t].addcmul_(own, scale)
