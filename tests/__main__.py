@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python tests [-m MARKERS] [pytest's arguments]``: the suite in its two processes at once, and one closing line.
+"""``python tests [-m MARKERS] [pytest's arguments]``: the suite in its two runs, each on all cores, and one closing line.
 
-Triton reads TRITON_INTERPRET when it is imported, so one process either interprets kernels or compiles them;
-conftest.py leaves each process the tests that belong to it. The interpreter's output comes after the other's.
+Triton reads TRITON_INTERPRET when it is imported, so one run's processes interpret kernels and the other's compile
+them; conftest.py leaves each the tests that belong to it.
 """
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -14,40 +15,32 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent
 NO_TESTS = 5  # pytest's exit status where nothing was selected
+MOST_WORKERS = 4  # each holds torch, Keras and its tests: some 2 GB
 
 
-class Run:
-    """pytest in a process of its own, with its output in a file of build/ or on the terminal."""
-
-    def __init__(self, name: str, environment: dict[str, str], *, shown: bool) -> None:
-        self.report = ROOT / "build" / f"tests-{name}.xml"
-        self.output = ROOT / "build" / f"tests-{name}.log"
-        self.report.parent.mkdir(exist_ok=True)
-        self.report.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "pytest", f"--junitxml={self.report}", *sys.argv[1:]]
-        threads = str(max(1, (os.cpu_count() or 2) // 2))  # the two processes run side by side
-        environment = {"OMP_NUM_THREADS": threads, **os.environ, **environment}
-        with self.output.open("w") as file:
-            to = {} if shown else {"stdout": file, "stderr": subprocess.STDOUT}
-            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, **to)
-
-    def counts(self) -> Counter[str]:
-        """What pytest reported, when it has ended."""
-        found: Counter[str] = Counter()
-        for suite in ElementTree.parse(self.report).getroot() if self.report.exists() else ():
-            bad, skipped = int(suite.attrib["failures"]) + int(suite.attrib["errors"]), int(suite.attrib["skipped"])
-            found.update(passed=int(suite.attrib["tests"]) - bad - skipped, failed=bad, skipped=skipped)
-        return found
+def run(name: str, interpret: str) -> tuple[int, Counter[str]]:
+    """pytest in processes of its own: its exit status, and what it counted."""
+    report = ROOT / "build" / f"tests-{name}.xml"
+    report.parent.mkdir(exist_ok=True)
+    report.unlink(missing_ok=True)
+    # A worker that has done its half takes from the other's: no core idles while one file lasts.
+    spread = ["-n", str(min(os.cpu_count() or 1, MOST_WORKERS)), "--dist", "worksteal"]
+    command = [sys.executable, "-m", "pytest", f"--junitxml={report}"]
+    command += spread if importlib.util.find_spec("xdist") else []  # OFFLINE borrows what there is
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "TRITON_INTERPRET": interpret}
+    status = subprocess.run([*command, *sys.argv[1:]], cwd=ROOT, env=environment).returncode
+    found: Counter[str] = Counter()
+    for suite in ElementTree.parse(report).getroot() if report.exists() else ():
+        bad, skipped = int(suite.attrib["failures"]) + int(suite.attrib["errors"]), int(suite.attrib["skipped"])
+        found.update(passed=int(suite.attrib["tests"]) - bad - skipped, failed=bad, skipped=skipped)
+    return status, found
 
 
 def main() -> int:
-    interpreted = Run("interpreter", {"TRITON_INTERPRET": "1"}, shown=False)
-    compiled = Run("compiled", {"TRITON_INTERPRET": "0"}, shown=True)
-    statuses = {compiled.process.wait(), interpreted.process.wait()}
-    print(interpreted.output.read_text())
-    total = interpreted.counts() + compiled.counts()
+    statuses, counts = zip(run("interpreter", "1"), run("compiled", "0"), strict=True)
+    total = sum(counts, Counter())
     print(f"total: {total['passed']} passed, {total['failed']} failed, {total['skipped']} skipped")
-    return max(statuses - {NO_TESTS}, default=NO_TESTS)  # a file may have tests of one kind only
+    return max({*statuses} - {NO_TESTS}, default=NO_TESTS)  # a file may have tests of one kind only
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every test shares: which process a test belongs to, and the reasons for which one is skipped."""
 
+import fcntl
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,8 @@ from gpu_rnn.launch import group, nvrtc
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it at import: one kind a process
 
+BUILD = Path(__file__).resolve().parent.parent / "build"
+
 
 def marked(item: pytest.Item, *names: str) -> bool:
     return any(item.get_closest_marker(name) for name in names)
@@ -21,8 +25,9 @@ def marked(item: pytest.Item, *names: str) -> bool:
 
 def pytest_configure() -> None:
     """What a developer tuned decides no test, and tests, which tune and forget, change nothing of the developer's."""
-    kind = "interpreter" if INTERPRETING else "compiled"  # whose processes run side by side
-    os.environ["GPU_RNN_CACHE"] = str(Path(__file__).resolve().parent.parent / "build" / f"cache-{kind}")
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")  # of those that run side by side
+    os.environ["GPU_RNN_CACHE"] = str(BUILD / f"cache{worker}")
+    BUILD.mkdir(exist_ok=True)
     tuning.forget()
 
 
@@ -30,11 +35,27 @@ def pytest_report_header() -> str:
     return f"interpreter tests {'only' if INTERPRETING else 'left out'} (TRITON_INTERPRET); make test runs both"
 
 
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """A file without the interpreter's tests is not worth importing there."""
+    without = INTERPRETING and collection_path.suffix == ".py" and "mark.interpreter" not in collection_path.read_text()
+    return without or None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keep the tests that can run in this kind of process."""
     elsewhere = [item for item in items if marked(item, "interpreter") != INTERPRETING]
     config.hook.pytest_deselected(items=elsewhere)
     items[:] = [item for item in items if marked(item, "interpreter") == INTERPRETING]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
+    """One test at a time on a GPU: the workers' kernels would take turns, and a group's blocks wait for each other."""
+    if not (marked(item, "gpu") and torch.cuda.is_available()):
+        return (yield)
+    with (BUILD / "gpu.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        return (yield)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

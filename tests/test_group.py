@@ -3,7 +3,6 @@
 
 import os
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from unittest.mock import patch
@@ -11,7 +10,7 @@ from unittest.mock import patch
 import group_support
 import pytest
 import torch
-from cuda_cpu import build, sites
+from cuda_cpu import sites
 from cuda_cpu.build import shuffled, starve
 from group_support import (
     PRECISIONS,
@@ -32,7 +31,6 @@ from loop_support import RECURRENCES
 
 from gpu_rnn import Recurrence, devices, reference
 from gpu_rnn.launch import group
-from gpu_rnn.launch.group_layout import source
 from gpu_rnn.layout import SKIP
 from gpu_rnn.problem import Problem
 
@@ -49,15 +47,6 @@ WATCHED = [  # under ThreadSanitizer
     Case("gru", "bf16", 3, along=3, counter=True, T=6),
     Case("lstm", "bf16", 2, T=4, options=("mask", "reset_values", "drop_per_gate", "zone", "all_states")),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def built(request):
-    """The kernels of all cases that will run, built on all cores; a test then finds them."""
-    cases = {item.callspec.params.get("case") for item in request.session.items if hasattr(item, "callspec")}
-    texts = [source(case.layout(backward)) for case in cases if isinstance(case, Case) for backward in (False, True)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(build.load, texts))
 
 
 def check_forward(case: Case, **options) -> None:

@@ -8,9 +8,6 @@ Asserted: no stack, and shared memory within a block's limit. At the largest H t
 
 from __future__ import annotations
 
-import os
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import replace
 from itertools import product
 from typing import NamedTuple
@@ -73,21 +70,6 @@ STEERED = [  # with every option
     for i, arch in enumerate(DEVICES)
     for k, direction in enumerate(["training", "backward"])
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def built(request: pytest.FixtureRequest) -> None:
-    """The kernels of all cases that will run, built on all cores; a test then finds them, or what they raise."""
-    if nvrtc.unavailable():
-        return
-    chosen = {item.callspec.params.get("case") for item in request.session.items if hasattr(item, "callspec")}
-
-    def build(case: Case) -> None:
-        with suppress(nvrtc.CompileError):
-            group.fit(case.choice.layout, case.arch)
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(build, sorted(case for case in chosen if isinstance(case, Case))))
 
 
 def check(case: Case) -> None:

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 import option_calls
@@ -23,7 +24,17 @@ from gpu_rnn.recurrence import Recurrence
 RECURRENCES: dict[str, Recurrence] = {name: cells.CELLS[name]() for name in by_hand.CELLS}
 TIGHT, SINGLE = 1e-9, 2e-5  # float64 and float32, sums in another order
 
-counted: Counter[str] = Counter()
+WITHOUT = {"resident": {"layer_norm", "proj_size"}, "group": {"layer_norm", "proj_size", "gru_reset_before"}}
+
+counted: dict[str, Counter[str]] = defaultdict(Counter)  # of each backend
+
+
+@pytest.fixture(scope="module", autouse=True)
+def every_option_is_drawn() -> Iterator[None]:
+    """By each of the tests that ran: one that draws an option never says nothing of it."""
+    yield
+    for backend, found in counted.items():
+        assert not {*OPTIONS, *RECURRENCES} - WITHOUT.get(backend, set()) - found.keys(), (backend, found)
 
 
 @st.composite
@@ -53,8 +64,7 @@ def compare(call: dict[str, Any], backend: str, dtype: torch.dtype, tolerance: f
     for value, truth in zip(found, expected, strict=True):
         scale = max(1.0, truth.abs().max().item()) if truth.numel() else 1.0
         torch.testing.assert_close(value, truth, rtol=0, atol=tolerance * scale)
-    counted[backend] += 1
-    counted.update(f"{backend} {name}" for name in (*options, call["cell"]))
+    counted[backend].update((*options, call["cell"]))
 
 
 def combinations(count: int) -> Any:
@@ -112,25 +122,3 @@ def test_group_on_the_cpu(build: tuple[str, set[str]], call: dict[str, Any]) -> 
         pretend(monkeypatch)
         monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
         compare(call | {"cell": cell, "options": frozenset(options)}, "group", torch.float32, SINGLE)
-
-
-def report(test: str, without: tuple[str, ...] = ()) -> None:
-    """Prints how many calls had each option; an option that none had fails."""
-    found = {name: counted[f"{test} {name}"] for name in (*OPTIONS, *RECURRENCES) if name not in without}
-    print(f"\n{test}: {counted[test]} calls;", ", ".join(f"{name} {count}" for name, count in found.items()))
-    assert all(found.values()), [name for name, count in found.items() if not count]
-
-
-@pytest.mark.parametrize("test", ["reference", "step", "group"])
-def test_every_option_was_drawn(test: str) -> None:
-    if not counted[test]:
-        pytest.skip("counts what the tests above drew in the same run")
-    report(test, ("layer_norm", "proj_size", "gru_reset_before") if test == "group" else ())
-
-
-@pytest.mark.interpreter
-@pytest.mark.parametrize("test", ["step", "resident"])
-def test_every_option_was_drawn_in_the_interpreter(test: str) -> None:
-    if not counted[test]:
-        pytest.skip("counts what the tests above drew in the same run")
-    report(test, ("layer_norm", "proj_size") if test == "resident" else ())
