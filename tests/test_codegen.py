@@ -83,11 +83,11 @@ def constants(x, r, s):
     return unknown, bound, 2
 
 
-PROGRAMS: dict[str, Program] = {
-    **{name: recurrence.program for name, recurrence in support.RECURRENCES.items()},
-    **{f"{cell}_{first}_{second}": recurrence.program for cell, first, second, recurrence in support.pairs()},
-    "constants": gpu_rnn.Recurrence(constants, gates=("g",), states=("h", "low", "two")).program,
-}
+TRACED: dict[str, gpu_rnn.Recurrence] = {
+    **support.RECURRENCES,
+    **{f"{cell}_{first}_{second}": recurrence for cell, first, second, recurrence in support.pairs()},
+    "constants": gpu_rnn.Recurrence(constants, gates=("g",), states=("h", "low", "two")),
+}  # by the test, not by every process that collects it
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,8 @@ def on_the_host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     folder = tmp_path_factory.mktemp("cuda")
     header = files("gpu_rnn.kernels.cuda").joinpath("pointwise.cuh").read_text()
     parts = ["#define __device__", "#define __forceinline__ inline", header.replace("#pragma once", "")]
-    for name, program in PROGRAMS.items():
+    for name, recurrence in TRACED.items():
+        program = recurrence.program
         bodies = "".join(codegen.source(program, "cuda", backward=backward) for backward in (False, True))
         parts.append(f"namespace {name} {{\n{bodies}}}\n")
         parts += [entry(name, function) for function in functions(program)]
@@ -192,9 +193,9 @@ def on_the_host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 
 @pytest.mark.cuda_cpu
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("name", TRACED)
 def test_cuda_computes_what_the_program_computes(on_the_host: ctypes.CDLL, name: str) -> None:
-    for function in functions(PROGRAMS[name]):
+    for function in functions(TRACED[name].program):
         inputs = function.inputs()
         in_order, found = inputs.T.contiguous(), torch.full_like(function.expected(inputs).T, 7).contiguous()
         call = getattr(on_the_host, f"{name}_{function.name}")
@@ -203,12 +204,13 @@ def test_cuda_computes_what_the_program_computes(on_the_host: ctypes.CDLL, name:
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("name", TRACED)
 def test_triton_computes_what_the_program_computes(name: str) -> None:
     from generated_kernel import apply
 
-    module = generated.triton_module(PROGRAMS[name])
-    for function in functions(PROGRAMS[name]):
+    program = TRACED[name].program
+    module = generated.triton_module(program)
+    for function in functions(program):
         inputs = function.inputs()
         found = torch.full_like(function.expected(inputs), 7)
         step = getattr(module, function.name)
@@ -220,7 +222,7 @@ def test_triton_computes_what_the_program_computes(name: str) -> None:
 @pytest.mark.cuda_cpu
 def test_nan_is_passed_on(on_the_host: ctypes.CDLL) -> None:
     """minimum, maximum, clamp and relu of a NaN are NaN, as in torch and unlike CUDA's fminf."""
-    bounded = [name for name in PROGRAMS if name.startswith("rnn_")]
+    bounded = [name for name in TRACED if name.startswith("rnn_")]
     for name in bounded:
         point, found = torch.full((2,), float("nan")), torch.zeros(1)
         call = getattr(on_the_host, f"{name}_step_0")
