@@ -2,7 +2,9 @@
 """What every test shares: which process a test belongs to, and the reasons for which one is skipped."""
 
 import fcntl
+import functools
 import importlib.util
+import inspect
 import os
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -29,6 +31,26 @@ def pytest_configure() -> None:
     os.environ["GPU_RNN_CACHE"] = str(BUILD / f"cache{worker}")
     BUILD.mkdir(exist_ok=True)
     tuning.forget()
+    if INTERPRETING and importlib.util.find_spec("triton"):
+        remember_builtins()
+
+
+def remember_builtins() -> None:
+    """Triton's interpreter looks through all of triton.language for what to replace, at each call within a kernel: a
+    quarter of these tests' time. The names are always the same."""
+    from triton import language
+    from triton.runtime import interpreter
+
+    @functools.cache
+    def names(package: Any) -> list[str]:
+        return [name for name, member in inspect.getmembers(package) if language.core.is_builtin(member)]
+
+    def patch_builtin(package: Any, builder: Any, scope: Any) -> None:
+        for name in names(package):
+            if language.core.is_builtin(member := getattr(package, name)):  # and not replaced by a call further out
+                interpreter._patch_attr(package, name, member, builder, scope)
+
+    interpreter._patch_builtin = patch_builtin
 
 
 def pytest_report_header() -> str:
