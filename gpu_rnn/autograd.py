@@ -82,8 +82,9 @@ class Forward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        *tensors, y = ctx.saved_tensors[:-SAVED]
-        saved = ctx.saved_tensors[-SAVED:]
+        kept = ctx.saved_tensors  # each access unpacks once more, which checkpoints refuse
+        *tensors, y = kept[:-SAVED]
+        saved = kept[-SAVED:]
         likes = [y, *Inputs.flat(tensors, _states(ctx.text)).states, *([saved[-1]] if ctx.options.all_states else [])]
         given = [*grads[:-SAVED], *([grads[-1]] if ctx.options.all_states else [])]
         d_outputs = [torch.zeros_like(like) if d is None else d for d, like in zip(given, likes, strict=True)]

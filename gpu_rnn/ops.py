@@ -102,8 +102,8 @@ def _keep(ctx: Any, inputs: Inputs, others: Sequence[Tensor], program: str, opti
 
 
 def _kept(ctx: Any) -> tuple[Inputs, Sequence[Tensor]]:
-    others, given = ctx.saved_tensors[: ctx.others], ctx.saved_tensors[ctx.others :]
-    return Inputs.flat(given, ctx.states), others
+    saved = ctx.saved_tensors  # each access unpacks once more, which checkpoints refuse
+    return Inputs.flat(saved[ctx.others :], ctx.states), saved[: ctx.others]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:

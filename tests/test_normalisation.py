@@ -9,6 +9,7 @@ import loop_support as support
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor
 
 import gpu_rnn
@@ -104,6 +105,18 @@ def test_kept_products_under_vmap(over_weights: bool) -> None:
 def test_second_derivative_through_kept_products() -> None:
     module, x = layer("GRU two stages"), support.draw(3, 2, I, seed=1).requires_grad_()
     assert torch.autograd.gradgradcheck(lambda x: module(x)[0], (x,))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_checkpoints(name: str, compiled: bool) -> None:
+    """What is saved is unpacked once in a backward pass: a checkpoint refuses to do so again."""
+    module, x = layer(name), support.draw(T, B, I, seed=1).requires_grad_()
+    wanted = torch.autograd.grad(module(x)[0].square().sum(), x)[0]
+    torch._dynamo.reset()
+    call = torch.compile(module, backend="eager") if compiled else module
+    y = torch.utils.checkpoint.checkpoint(lambda x: call(x)[0], x, use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(y.square().sum(), x)[0], wanted, **CLOSE)
 
 
 def saved(module: torch.nn.Module, x: Tensor) -> int:
