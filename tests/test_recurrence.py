@@ -371,6 +371,26 @@ def test_a_parameter_as_a_state_and_numbers_as_truth(backend: str) -> None:
     torch.testing.assert_close(c, layer.weight_unit_l0.expand(1, 5, 3))
 
 
+@pytest.mark.parametrize("layer_norm", [False, True])
+@pytest.mark.parametrize("state", ["h", "c"])
+def test_a_product_of_a_state_that_nothing_else_reads(state: str, layer_norm: bool) -> None:
+    def first(x: Any, r: Any, s: Any) -> Any:
+        return getattr(s, state), torch.sigmoid(x.z + r.z)
+
+    def second(x: Any, r: Any, s: Any, p: Any, values: Any) -> Any:
+        return values[0] * torch.tanh(x.n + r.n), values[0] - x.n
+
+    cell = Recurrence([(("z",), first), (("n",), second)], states=("h", "c"))
+    x = torch.randn(4, 2, 3, dtype=torch.float64)
+    found = {}
+    for backend in ("reference", "step"):
+        torch.manual_seed(0)
+        layer = gpu_rnn.Recurrent(cell, 3, 5, layer_norm=layer_norm, backend=backend, dtype=torch.float64)
+        found[backend] = torch.autograd.grad(layer(x)[0].square().sum(), list(layer.parameters()))
+    for ours, truth in zip(found["step"], found["reference"], strict=True):
+        torch.testing.assert_close(ours, truth, rtol=1e-12, atol=1e-13)
+
+
 def test_cells_are_traced_in_threads() -> None:
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda k: Recurrence(lambda x, r, s: x.f * k + r.f, gates=("f",)), range(24)))

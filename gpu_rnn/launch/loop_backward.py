@@ -91,8 +91,8 @@ class _Stage:
         made = stage_outputs(program, number)
         if number == len(program.stages) - 1:  # the new states; h before its projection is read again
             made = made[: weights.w_hr is not None]
-        wanted = (*made, *self.jacobian.results)
-        self.run = host.compiled((*self.stage.ops, *self.jacobian.ops), wanted)
+        self.wanted = (*made, *self.jacobian.results)
+        self.run = host.compiled((*self.stage.ops, *self.jacobian.ops), self.wanted)
         split = [gate for gate in program.gates[rows] if gate not in program.summed]
         self.names = [f"{'a' if gate in program.summed else 'x'}_{gate}" for gate in program.gates[rows]]
         self.names += [f"r_{gate}" for gate in split]
@@ -109,6 +109,7 @@ class _Stage:
             products = d.products[:, :, :, rows]
             self.d_normalised, self.d_products = products.unbind(0), products.flatten(3).unbind(0)
             self.d_scale = torch.zeros_like(products[0], dtype=d.dtype)
+            self.d_norm = torch.zeros_like(self.scale)
             self.through = Back(self.d_scale[..., :1])
             w_hh, self.of_products = normalisation.centred(w_hh)
         self.product = Product(w_hh, masks(call.control.drop, rows), d.gates.shape[1])
@@ -119,7 +120,7 @@ class _Stage:
     def reads(self) -> set[str]:
         """The names of all values that it takes."""
         args = {arg for op in (*self.stage.ops, *self.jacobian.ops) for arg in op.args}
-        return {str(name) for name in args.union(self.jacobian.results)}
+        return {str(name) for name in args.union(self.wanted)}
 
     def prepare(self, values: dict[str, Any], like: Tensor, alive: Tensor | None) -> None:
         """The partial derivatives at the steps of a chunk, 0 where a row is masked; `alive`: the words of the others."""
@@ -146,6 +147,8 @@ class _Stage:
         else:
             found = kept.at((..., self.rows, slice(None)))
         self.normalised = found.each
+        self.d_norm += self.d_scale.sum(0)  # a sum of sums: one over all steps would round more often
+        self.d_scale.zero_()
 
     def back(self, t: int, step: int, seeds: list[Tensor]) -> Tensor:
         """Writes what belongs to step t, number `step` of the chunk; returns the gradient of what entered.
@@ -317,7 +320,7 @@ class _Loop:
             self.d_states,
             torch.stack([each.sum(0) for each in d.params], 1) if d.params else None,
             self.d_w_hr,
-            None if d.products is None else torch.cat([stage.d_scale.sum(0) for stage in self.stages], 1),
+            None if d.products is None else torch.cat([stage.d_norm + stage.d_scale.sum(0) for stage in self.stages], 1),
             None if d.products is None else reorder(d.products, order),
             self.steering.d_values(d_entered) if self.d_entered else [],
         )
