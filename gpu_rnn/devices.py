@@ -73,7 +73,7 @@ def describe(name: str) -> Device:
 
 
 # Of one family, but with other rates than the device described under that name.
-_UNLIKE = re.compile(r"\b(MIG|PCI[Ee]|NVL|Laptop|Ti|D|Max-Q)\b")
+_UNLIKE = re.compile(r"\b(MIG|GRID|PCI[Ee]|NVL|Laptop|Ti|D|Max-Q|(40|64|94|96) ?GB)\b")
 
 
 def known_as(name: str) -> str | None:

@@ -188,6 +188,13 @@ def test_a_drivers_name_means_a_described_device(name: str, key: str) -> None:
     assert devices.known_as(name) == key and fit.describe(name) is devices.DEVICES[key]
 
 
+@pytest.mark.parametrize(
+    "name", ["NVIDIA A100-SXM4-40GB", "NVIDIA A100-SXM-64GB", "GRID A100-40C", "NVIDIA H100 PCIe", "NVIDIA H100 96GB HBM3"]
+)
+def test_a_relative_with_other_rates_is_not_taken_for_it(name: str) -> None:
+    assert devices.known_as(name) is None
+
+
 def case(**columns: str) -> results.Case:
     given = {"set": "s", "problem": "p", "cell": "LSTM", "T": "7", "B": "3", "I": "5", "H": "16", "layers": "1",
              "bidirectional": "False", "heads": "1", "option": "", "dtype": "bf16", "direction": "forward"} | columns
