@@ -130,6 +130,8 @@ def _check_steps(name: str, value: Tensor | None, shape: tuple[int, int]) -> Non
 
 def _checked_lengths(lengths: Tensor, steps: int, batch: int) -> Tensor:
     """Lengths on a GPU are clamped instead of looked at: the host would have to wait for them."""
+    if isinstance(lengths, str) or not hasattr(lengths, "__len__"):
+        raise TypeError(f"lengths are integers, the number of steps of each row, got {lengths!r}")
     if not isinstance(lengths, Tensor):
         lengths = torch.as_tensor(lengths, dtype=None if len(lengths) else torch.int64)
     if lengths.dtype.is_floating_point or lengths.dtype == torch.bool or lengths.is_complex():

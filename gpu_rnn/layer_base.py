@@ -63,7 +63,7 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
         super().__init__("RNN_TANH", input_size, hidden_size, num_layers, *flags, proj_size, "meta", dtype)
         self.mode = mode
         self._hold(recurrence, backend, options)
-        self._take(layer_options.checked(further, type(self).__name__, recurrence, proj_size))
+        self._take(layer_options.checked(further, type(self).__name__, (*options, "backend"), recurrence, proj_size))
         self._make_parameters(unit_weight, device, dtype)
         self.reset_parameters()
 

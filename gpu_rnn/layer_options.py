@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypedDict
 
 from gpu_rnn import initializers
@@ -61,8 +61,10 @@ DEFAULTS: dict[str, Any] = {
 assert DEFAULTS.keys() == LayerOptions.__annotations__.keys()
 
 
-def checked(options: Mapping[str, Any], layer: str, recurrence: Recurrence, proj_size: int) -> dict[str, Any]:
-    """All options with their values; zoneout as a tuple.
+def checked(
+    options: Mapping[str, Any], layer: str, others: Iterable[str], recurrence: Recurrence, proj_size: int
+) -> dict[str, Any]:
+    """All options with their values; zoneout as a tuple. `others`: the layer's own, which an error names as well.
 
     Raises:
         TypeError: an option that does not exist, or a value of the wrong type.
@@ -71,7 +73,7 @@ def checked(options: Mapping[str, Any], layer: str, recurrence: Recurrence, proj
     """
     unknown = options.keys() - DEFAULTS.keys()
     if unknown:
-        known = ", ".join(DEFAULTS)
+        known = ", ".join((*others, *DEFAULTS))
         raise TypeError(f"{layer} got an unexpected keyword argument {min(unknown)!r}; besides torch.nn's it takes {known}")
     found = {**DEFAULTS, **options}
     for name, default in DEFAULTS.items():

@@ -33,7 +33,13 @@ class Normalise(Protocol):
 
 
 def normalised(values: Tensor) -> Tensor:
-    """Differentiable."""
+    """Differentiable.
+
+    Raises:
+        TypeError: complex numbers.
+    """
+    if values.is_complex():
+        raise TypeError(f"layer normalisation takes real numbers, not {values.dtype}")
     return F.layer_norm(values, values.shape[-1:], eps=EPSILON)
 
 

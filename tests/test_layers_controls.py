@@ -347,6 +347,7 @@ def test_derivatives_of_every_kind() -> None:
         ({"mask": torch.ones(BATCH, STEPS, dtype=torch.bool)}, ValueError, "6 steps and 4 rows; this one has 4 steps and 6 rows"),
         ({"resets": [True]}, TypeError, "resets is a bool tensor"),
         ({"lengths": torch.ones(BATCH)}, TypeError, "lengths are integers"),
+        ({"lengths": 5}, TypeError, "lengths are integers, the number of steps of each row, got 5"),
         ({"lengths": torch.tensor([1, 2])}, ValueError, "one number for each of the 4 rows"),
         ({"lengths": [1, 2, 3, 7]}, ValueError, "between 0 and 6"),
         ({"lengths": [1, 2, 3, -1]}, ValueError, "between 0 and 6"),

@@ -89,6 +89,17 @@ def test_unknown_argument(name: str) -> None:
         getattr(gpu_rnn, name)(3, 5, hidden=5)
 
 
+def test_an_unknown_argument_is_answered_with_all_there_are() -> None:
+    with pytest.raises(TypeError, match=r"'peepholes'; besides torch.nn's it takes activation, .*peephole, .*layer_norm"):
+        gpu_rnn.LSTM(3, 5, peepholes=True)
+
+
+def test_complex_numbers_have_no_layer_normalisation() -> None:
+    layer = gpu_rnn.LSTM(3, 5, layer_norm=True, dtype=torch.complex64)
+    with pytest.raises(TypeError, match="layer normalisation takes real numbers"):
+        layer(torch.ones(2, 1, 3, dtype=torch.complex64))
+
+
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "LSTMCell", "GRUCell"])
 def test_bad_activation_names_the_known_ones(name: str) -> None:
     with pytest.raises(ValueError, match=r"'tanhh'.*hard_sigmoid"):

@@ -141,7 +141,7 @@ def _learn_one(variant: Variant, library: ModuleType, data: Dataset, seeds: int,
     from tqdm import tqdm
 
     name = f"{variant.label} ({library.__name__})"
-    with tqdm(total=seeds * epochs, desc=name, unit="epoch", leave=False, dynamic_ncols=True) as bar:
+    with tqdm(total=seeds * epochs, desc=name, unit="epoch", leave=False, dynamic_ncols=True, disable=None) as bar:
 
         def progress(epoch: Epoch) -> None:
             bar.set_postfix_str(

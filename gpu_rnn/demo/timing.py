@@ -86,6 +86,9 @@ def table(timings: Sequence[Timing]) -> str:
             f"{timing.case.label:{wide}}{cells}",
             f"  beside {timing.case.theirs_label}; backend {timing.case.backend}",
         ]
+    lines.append("ratio: theirs divided by ours, so above 1.00x gpu_rnn is the faster")
+    if any(timing.case.backend == "step" and not timing.case.inputs.data.is_cuda for timing in timings):
+        lines.append("On a CPU, layers that torch.nn lacks take one torch operation after the other: their kernels are for GPUs.")
     return "\n".join(lines)
 
 
