@@ -116,7 +116,8 @@ def explain(
 
     Raises:
         TypeError: not a layer of this package, or x is no tensor.
-        ValueError: no description of that device; x is neither 2D nor 3D, or has another number of features.
+        ValueError: no description of that device; x is neither 2D nor 3D.
+        RuntimeError: x has another number of features, as from the layer itself.
 
     Example::
 
@@ -150,7 +151,7 @@ def problem_of(layer: LayerBase, x: Tensor | PackedSequence | None, call: dict[s
     elif x.dim() != 3:
         raise ValueError(f"{asker} takes x with 2 or 3 dimensions, as the layer does, not {x.dim()}")
     if x.shape[-1] != layer.input_size:
-        raise ValueError(f"the layer takes {layer.input_size} features a step (input_size), x has {x.shape[-1]}")
+        raise RuntimeError(f"the layer takes {layer.input_size} features a step (input_size), x has {x.shape[-1]}")
     packed, unknown = batch_sizes is not None, call.keys() - {*CONTROLS, "hx", "return_all_states"}
     if unknown:
         raise TypeError(f"a layer's call has no argument {', '.join(sorted(unknown))}")
