@@ -151,7 +151,7 @@ def problem_of(layer: LayerBase, x: Tensor | PackedSequence | None, call: dict[s
     elif x.dim() != 3:
         raise ValueError(f"{asker} takes x with 2 or 3 dimensions, as the layer does, not {x.dim()}")
     if x.shape[-1] != layer.input_size:
-        raise RuntimeError(f"the layer takes {layer.input_size} features a step (input_size), x has {x.shape[-1]}")
+        layer.check_input(x.new_empty(x.shape, dtype=weights[0].dtype, device="meta"), batch_sizes)  # raises
     packed, unknown = batch_sizes is not None, call.keys() - {*CONTROLS, "hx", "return_all_states"}
     if unknown:
         raise TypeError(f"a layer's call has no argument {', '.join(sorted(unknown))}")
