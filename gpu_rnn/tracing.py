@@ -12,6 +12,7 @@ import traceback
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,14 @@ def _joined(gates: list[str], ops: set[Op], outputs: set[Argument]) -> dict[Argu
     return joined
 
 
+@cache
+def _decompositions() -> dict[Any, Callable[..., Any]]:
+    """torch's rules, which take as long to gather as the rest of a trace."""
+    from torch._decomp import core_aten_decompositions
+
+    return {op: rule for op, rule in core_aten_decompositions().items() if op._opname not in KEPT}
+
+
 class _Stage:
     """The tracing of one step function."""
 
@@ -191,7 +200,6 @@ class _Stage:
         return self.groups[: min(taken, 4)]
 
     def _graph(self, groups: list[tuple[str, Sequence[str]]], count: int, carried: int) -> torch.fx.Graph:
-        from torch._decomp import core_aten_decompositions
         from torch.func import functionalize
         from torch.fx.experimental.proxy_tensor import make_fx
         from torch.fx.traceback import preserve_node_meta
@@ -211,10 +219,9 @@ class _Stage:
             return tuple(result) if isinstance(result, (tuple, list)) else (result,)
 
         examples = [torch.tensor(0.25 + 0.01 * n, dtype=torch.float64, device="cpu") for n in range(count)]
-        table = {op: rule for op, rule in core_aten_decompositions().items() if op._opname not in KEPT}
         tracer = make_fx(
             functionalize(flat),
-            decomposition_table=table,
+            decomposition_table=_decompositions(),
             tracing_mode="real",
             _error_on_data_dependent_ops=True,
         )
