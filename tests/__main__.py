@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python tests [-m MARKERS] [pytest's arguments]``: the suite in its two runs, each on all cores, and one closing line.
+"""``python tests [-m MARKERS] [pytest's arguments]``: the suite in its three runs, and one closing line.
 
-Triton reads TRITON_INTERPRET when it is imported, so one run's processes interpret kernels and the other's compile
-them; conftest.py leaves each the tests that belong to it.
+Triton reads TRITON_INTERPRET when it is imported, so one run's processes interpret kernels and another's compile
+them, each on all cores. What measures time runs by itself then. conftest.py leaves each run the tests that belong to it.
 """
 
 import importlib.util
@@ -18,7 +18,7 @@ NO_TESTS = 5  # pytest's exit status where nothing was selected
 MOST_WORKERS = 4  # each holds torch, Keras and its tests: some 2 GB
 
 
-def run(name: str, interpret: str) -> tuple[int, Counter[str]]:
+def run(name: str, interpret: bool = False, alone: bool = False) -> tuple[int, Counter[str]]:
     """pytest in processes of its own: its exit status, and what it counted."""
     report = ROOT / "build" / f"tests-{name}.xml"
     report.parent.mkdir(exist_ok=True)
@@ -26,8 +26,9 @@ def run(name: str, interpret: str) -> tuple[int, Counter[str]]:
     # A worker that has done its half takes from the other's: no core idles while one file lasts.
     spread = ["-n", str(min(os.cpu_count() or 1, MOST_WORKERS)), "--dist", "worksteal"]
     command = [sys.executable, "-m", "pytest", f"--junitxml={report}"]
-    command += spread if importlib.util.find_spec("xdist") else []  # OFFLINE borrows what there is
-    environment = {"OMP_NUM_THREADS": "1", **os.environ, "TRITON_INTERPRET": interpret}
+    command += [] if alone or not importlib.util.find_spec("xdist") else spread  # OFFLINE borrows what there is
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "TRITON_INTERPRET": str(int(interpret))}
+    environment["GPU_RNN_TESTS"] = "alone" if alone else "others"
     status = subprocess.run([*command, *sys.argv[1:]], cwd=ROOT, env=environment).returncode
     found: Counter[str] = Counter()
     for suite in ElementTree.parse(report).getroot() if report.exists() else ():
@@ -37,7 +38,7 @@ def run(name: str, interpret: str) -> tuple[int, Counter[str]]:
 
 
 def main() -> int:
-    statuses, counts = zip(run("interpreter", "1"), run("compiled", "0"), strict=True)
+    statuses, counts = zip(run("interpreter", interpret=True), run("compiled"), run("alone", alone=True), strict=True)
     total = sum(counts, Counter())
     print(f"total: {total['passed']} passed, {total['failed']} failed, {total['skipped']} skipped")
     return max({*statuses} - {NO_TESTS}, default=NO_TESTS)  # a file may have tests of one kind only

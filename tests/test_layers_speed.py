@@ -98,6 +98,7 @@ def calls(
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(("name", "options", "steps", "batch", "size"), CASES)
 def test_no_slower_than_torch(name: str, options: dict, steps: int, batch: int, size: int) -> None:

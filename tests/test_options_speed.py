@@ -117,6 +117,7 @@ def settled(name: str) -> tuple[float, float]:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", options())
 def test_at_most_three_times_the_default(name: str) -> None:
