@@ -46,8 +46,9 @@ def draw(
     FigureCanvasAgg(figure)
     figure.suptitle(f"gpu-rnn on {device}", fontsize=15, weight="bold")
     left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(1.2, 1.6), wspace=0.03)[0]
-    left.suptitle(f"Accuracy: {data}", fontsize=11)
-    right.suptitle(f"Time: {timed}\n×: how many times faster gpu_rnn is", fontsize=11)
+    bands = "\nlines: mean of the seeds; bands: from the lowest to the highest" if len(runs[0].seeds) > 1 else ""
+    left.suptitle(f"Accuracy on {data}{bands}", fontsize=11)
+    right.suptitle(f"Time of {timed}\n×: their time over gpu_rnn's, above 1 gpu_rnn is the faster", fontsize=11)
     _draw_accuracy(left.subplots(), runs)
     forward, training = right.subplots(1, 2, sharey=True)
     _draw_times(forward, [timing.forward for timing in timings], "forward")
