@@ -28,7 +28,8 @@ def test_products(n: int) -> None:
         for b in layouts(n, 5, 9):
             assert onednn.takes(b, 7)
             torch.testing.assert_close(onednn.bmm(a, b), torch.bmm(a, b))
-            torch.testing.assert_close(onednn.Factor(b, 7)(a), torch.bmm(a, b))
+            for times in (1, onednn.MANY):
+                torch.testing.assert_close(onednn.Factor(b, 7, times)(a), torch.bmm(a, b))
 
 
 def test_linear() -> None:

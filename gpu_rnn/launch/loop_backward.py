@@ -112,7 +112,8 @@ class _Stage:
             self.d_norm = torch.zeros_like(self.scale)
             self.through = Back(self.d_scale[..., :1])
             w_hh, self.of_products = normalisation.centred(w_hh)
-        self.product = Product(w_hh, masks(call.control.drop, rows), d.gates.shape[1])
+        steps, batch = d.gates.shape[:2]
+        self.product = Product(w_hh, masks(call.control.drop, rows), batch, steps)
         # Of each step, of neighbouring gates that lie in the same tensor: (B, N, gates, H), or without scales (B, N, gates·H).
         self.d_sources = [(source if self.scale is not None else source.flatten(3)).unbind(0) for source in sources]
 

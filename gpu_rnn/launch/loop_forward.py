@@ -163,9 +163,9 @@ class _Plain:
     """The products of a stage."""
 
     def __init__(self, call: Call, rows: slice, parts: Sequence[Part]) -> None:
-        w_hh, drop = call.weights.w_hh, call.control.drop
+        w_hh, drop, (steps, batch) = call.weights.w_hh, call.control.drop, parts[0][1].shape[:2]
         self.parts = [
-            (Product(w_hh[:, which], masks(drop, which), target.shape[1]), target.flatten(3).unbind(0))
+            (Product(w_hh[:, which], masks(drop, which), batch, steps), target.flatten(3).unbind(0))
             for which, target in parts
         ]
 
@@ -182,7 +182,7 @@ class _Scaled:
         weights, kept, steps, batch = call.weights, call.kept, *parts[0][1].shape[:2]
         assert weights.norm is not None
         w_hh, self.normalise = normalisation.centred(weights.w_hh[:, rows])
-        self.product = Product(w_hh, masks(call.control.drop, rows), batch)
+        self.product = Product(w_hh, masks(call.control.drop, rows), batch, steps)
         self.kept = [None] * steps if kept is None else kept.at((1, ..., rows, slice(None))).each
         self.sizes = [target.shape[3] for _, target in parts]
         self.parts = [(weights.norm[:, which], target.unbind(0)) for which, target in parts]

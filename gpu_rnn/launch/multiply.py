@@ -30,8 +30,8 @@ class Product:
     the "own layout" below. Nothing is copied of weights and masks that are contiguous and of one dtype.
     """
 
-    def __init__(self, weights: Tensor, drop: Tensor | None, rows: int = 0) -> None:
-        """`weights` (N, gates, H, P), `drop` from `masks`; `rows` B, or 0 if the weights' values will change."""
+    def __init__(self, weights: Tensor, drop: Tensor | None, rows: int = 0, times: int = 0) -> None:
+        """`weights` (N, gates, H, P), `drop` from `masks`; `rows` B, or 0 if the weights' values will change; `times` T."""
         self.gates, self.hidden, self.dtype = *weights.shape[1:3], weights.dtype
         self.by_gate = drop is not None and drop.shape[1] > 1
         self.drop = None if drop is None else drop.to(self.dtype).contiguous()
@@ -39,15 +39,15 @@ class Product:
             self.drop = self.drop[:, 0]
         self.weights = weights.flatten(0, 1) if self.by_gate else weights.flatten(1, 2)  # (N·gates, H, P), (N, gates·H, P)
         self.transposed = self.weights.transpose(1, 2)
-        self.rows = 0 if self.by_gate else rows
+        self.rows, self.times = 0 if self.by_gate else rows, times
 
     @cached_property
     def there(self) -> onednn.Factor:
-        return onednn.Factor(self.transposed, self.rows)
+        return onednn.Factor(self.transposed, self.rows, self.times)
 
     @cached_property
     def way_back(self) -> onednn.Factor:
-        return onednn.Factor(self.weights, self.rows)
+        return onednn.Factor(self.weights, self.rows, self.times)
 
     def left(self, entering: Tensor) -> Tensor:
         """(N, B, P) -> the first factor of the batched product."""
