@@ -46,13 +46,14 @@ class Controls(NamedTuple):
         if self.reset_state is not None and self.resets is None:
             raise ValueError("reset_state is what resets set the states to: give resets too")
         for value, shape in zip(self.reset_state or (), shapes, strict=self.reset_state is not None):
-            if value.shape not in (shape, (steps, *shape)):
-                raise ValueError(f"reset_state is {shape}, or for each step {(steps, *shape)}, got {tuple(value.shape)}")
+            each = (steps, *shape)
+            if value.shape != shape and value.shape != each:  # Dynamo takes symbolic sizes for others in a tuple of tuples
+                raise ValueError(f"reset_state is {shape}, or for each step {each}, got {tuple(value.shape)}")
             if value.dtype != x.dtype:
                 raise RuntimeError(f"reset_state is {value.dtype} and the input {x.dtype}: convert it with .to(input.dtype)")
         rows, batch, width = shapes[0]
         drop, zone = self.recurrent_mask, self.zone
-        if drop is not None and drop.shape not in ((rows, batch, 1, width), (rows, batch, gates, width)):
+        if drop is not None and drop.shape != (rows, batch, 1, width) and drop.shape != (rows, batch, gates, width):
             raise ValueError(f"recurrent_mask is ({rows}, {batch}, 1 or {gates}, {width}), got {tuple(drop.shape)}")
         units = (len(shapes), steps, *shapes[-1])
         if zone is not None and (zone.dtype != torch.bool or zone.shape != units):

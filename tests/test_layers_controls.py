@@ -287,6 +287,18 @@ def test_compiled(call: dict[str, Any]) -> None:
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-10)
 
 
+def test_compiled_after_other_batch_sizes() -> None:
+    """The input's sizes are symbolic by then, those of the reset states are numbers still."""
+    torch._dynamo.reset()
+    found = layer()
+    compiled = torch.compile(found, fullgraph=True, backend="aot_eager")
+    for batch in (2, 3):
+        compiled(torch.ones(STEPS, batch, INPUT, dtype=torch.float64))
+    call = {"resets": mask(), "reset_state": (torch.ones(1, BATCH, HIDDEN, dtype=torch.float64),) * 2}
+    x = support.draw(STEPS, BATCH, INPUT)
+    torch.testing.assert_close(compiled(x, **call)[0], found(x, **call)[0])
+
+
 def test_compiled_with_noise_repeats_under_the_seed() -> None:
     found = layer(recurrent_dropout=0.5, zoneout=0.2)
     compiled = torch.compile(found, fullgraph=True, backend="aot_eager")
