@@ -18,7 +18,7 @@ from gpu_rnn.launch import group, nvrtc
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it at import: one kind a process
 
-ALONE = os.environ.get("GPU_RNN_TESTS")  # "alone" or "others" of what measures time; all where tests are not run by __main__.py
+WANTED = os.environ.get("GPU_RNN_TESTS")  # "alone" or "others" of what measures time; all where tests are not run by __main__.py
 
 BUILD = Path(__file__).resolve().parent.parent / "build"
 
@@ -61,7 +61,7 @@ def pytest_report_header() -> str:
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
     """A file without the interpreter's tests, or without such as measure time, is not worth importing there."""
-    wanted = "mark.interpreter" if INTERPRETING else "mark.alone" if ALONE == "alone" else ""
+    wanted = "mark.interpreter" if INTERPRETING else "mark.alone" if WANTED == "alone" else ""
     without = wanted and collection_path.suffix == ".py" and wanted not in collection_path.read_text()
     return bool(without) or None
 
@@ -70,7 +70,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Keep the tests that can run in this kind of process."""
 
     def belongs(item: pytest.Item) -> bool:
-        when = ALONE in (None, "alone" if marked(item, "alone") else "others")
+        when = WANTED in (None, "alone" if marked(item, "alone") else "others")
         return when and marked(item, "interpreter") == INTERPRETING
 
     config.hook.pytest_deselected(items=[item for item in items if not belongs(item)])

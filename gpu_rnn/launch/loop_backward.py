@@ -81,6 +81,33 @@ class _Out:
             self.values[t].copy_(found)
 
 
+class _Norm:
+    """The layer normalisation of a stage's products."""
+
+    def __init__(self, scale: Tensor, d_products: Tensor) -> None:
+        """`scale` (N, gates, H); the gradients of the products go to (T, B, N, gates, H)."""
+        self.scale, self.d_total = scale, torch.zeros_like(scale)
+        self.d_products, self.d_flat = d_products.unbind(0), d_products.flatten(3).unbind(0)
+        self.d_scale = torch.zeros_like(d_products[0], dtype=scale.dtype)  # of a chunk
+        self.through = Back(self.d_scale[..., :1])
+
+    def begin(self, products: Normalised) -> None:
+        """A chunk, with its normalised products."""
+        self.products = products.each
+        self.d_total = self.finish()
+        self.d_scale.zero_()
+
+    def back(self, t: int, step: int, d: Tensor) -> Tensor:
+        """From the gradients of what the scales made at step t, number `step` of the chunk, those of the products, flat."""
+        self.d_scale.addcmul_(d, self.products[step].values)
+        self.through(d * self.scale, self.products[step], self.d_products[t])
+        return self.d_flat[t]
+
+    def finish(self) -> Tensor:
+        """The gradient of the scales: a sum of chunks' sums, as one over all steps would round more often."""
+        return self.d_total + self.d_scale.sum(0)
+
+
 class _Stage:
     """One stage of a step: the pointwise derivative and the product back."""
 
@@ -103,19 +130,14 @@ class _Stage:
         self.params = [f"p_{name}" for name in program.params]
         self.carried = list(carried_values(program, number))
         sources = [source for _, source in runs(program, rows, d.gates, d.recurrent)]
-        w_hh, self.scale = weights.w_hh[:, rows], None
+        w_hh, self.norm = weights.w_hh[:, rows], None
         if weights.norm is not None and d.products is not None:
-            self.scale = weights.norm[:, rows].to(d.dtype)
-            products = d.products[:, :, :, rows]
-            self.d_normalised, self.d_products = products.unbind(0), products.flatten(3).unbind(0)
-            self.d_scale = torch.zeros_like(products[0], dtype=d.dtype)
-            self.d_norm = torch.zeros_like(self.scale)
-            self.through = Back(self.d_scale[..., :1])
             w_hh, self.of_products = normalisation.centred(w_hh)
+            self.norm = _Norm(weights.norm[:, rows].to(d.dtype), d.products[:, :, :, rows])
         steps, batch = d.gates.shape[:2]
         self.product = Product(w_hh, masks(call.control.drop, rows), batch, steps)
         # Of each step, of neighbouring gates that lie in the same tensor: (B, N, gates, H), or without scales (B, N, gates·H).
-        self.d_sources = [(source if self.scale is not None else source.flatten(3)).unbind(0) for source in sources]
+        self.d_sources = [(source.flatten(3) if self.norm is None else source).unbind(0) for source in sources]
 
     @property
     def reads(self) -> set[str]:
@@ -141,15 +163,13 @@ class _Stage:
 
     def normalise(self, entering: Tensor, kept: Normalised | None) -> None:
         """The normalised products of a chunk, taken once more if they were not kept."""
-        if self.scale is None:
+        if self.norm is None:
             return
         if kept is None:
             found = self.of_products(self.product.over_time(entering).to(self.d.dtype).contiguous())
         else:
             found = kept.at((..., self.rows, slice(None)))
-        self.normalised = found.each
-        self.d_norm += self.d_scale.sum(0)  # a sum of sums: one over all steps would round more often
-        self.d_scale.zero_()
+        self.norm.begin(found)
 
     def back(self, t: int, step: int, seeds: list[Tensor]) -> Tensor:
         """Writes what belongs to step t, number `step` of the chunk; returns the gradient of what entered.
@@ -164,10 +184,8 @@ class _Stage:
             term.add_to(total, step, seeds)
         d, *others = (source[t] for source in self.d_sources)
         d = torch.cat([d, *others], 2) if others else d
-        if self.scale is not None:
-            self.d_scale.addcmul_(d, self.normalised[step].values)
-            self.through(d * self.scale, self.normalised[step], self.d_normalised[t])
-            d = self.d_products[t]
+        if self.norm is not None:
+            d = self.norm.back(t, step, d)
         return cast(self.product.back(d), self.d.dtype)
 
     def d_states(self, step: int, seeds: list[Tensor]) -> Iterator[tuple[int, Tensor]]:
@@ -321,7 +339,7 @@ class _Loop:
             self.d_states,
             torch.stack([each.sum(0) for each in d.params], 1) if d.params else None,
             self.d_w_hr,
-            None if d.products is None else torch.cat([stage.d_norm + stage.d_scale.sum(0) for stage in self.stages], 1),
+            None if d.products is None else torch.cat([stage.norm.finish() for stage in self.stages if stage.norm], 1),
             None if d.products is None else reorder(d.products, order),
             self.steering.d_values(d_entered) if self.d_entered else [],
         )
