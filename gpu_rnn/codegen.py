@@ -14,11 +14,14 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import torch
+
 from gpu_rnn.derivative import carried_values, differentiate, stage_outputs
 from gpu_rnn.operations import OPERATIONS
 from gpu_rnn.program import Argument, Op, Program, live
 
 GROUPS = "arspv"
+SMALLEST_NORMAL = torch.finfo(torch.float32).smallest_normal
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,16 @@ def _comment(op: Op, mark: str, comments: bool) -> str:
     return f"  {mark} {op.line}" if comments and op.line else ""
 
 
+def _single(value: float) -> float:
+    """A constant as printed: what float32 cannot hold would make Triton compute in float64, and CUDA warn."""
+    if value == 0.0 or not math.isfinite(value):
+        return value
+    nearest = torch.tensor(value, dtype=torch.float64).float().item()
+    return value if SMALLEST_NORMAL <= abs(nearest) < math.inf else math.copysign(0.0 if abs(nearest) < 1 else math.inf, value)
+
+
 def _triton_constant(value: float) -> str:
+    value = _single(value)
     return repr(value) if math.isfinite(value) else f'float("{value}")'
 
 
@@ -111,6 +123,7 @@ def _triton(function: _Function, comments: bool) -> str:
 
 
 def _cuda_constant(value: float) -> str:
+    value = _single(value)
     if math.isnan(value):
         return "NAN"
     return f"{value!r}f" if math.isfinite(value) else "INFINITY" if value > 0 else "-INFINITY"

@@ -349,16 +349,35 @@ def runner(
     made = [op.result for op in ops]
     kept = made if wanted is None else [name for name in made if name in wanted]
     taken = dict.fromkeys(arg for op in ops for arg in op.args if isinstance(arg, str) and arg not in made)
-    last = {arg: op for op in ops for arg in op.args if arg in made and arg not in kept}
+    last = {arg: op.result for op in ops for arg in op.args if arg in made and arg not in kept}
+    done: dict[str, list[str]] = {}
+    for name, reader in last.items():
+        done.setdefault(reader, []).append(f"    del {name}")
     lines = [f"    {name} = values['{name}']" for name in taken]
+    if any(_chooses_numbers(op) for op in ops):
+        lines.insert(0, "    one = like(values)")
     for op in ops:
-        lines.append(f"    {op.result} = {op.name}_({', '.join(map(str, op.args))})")
-        lines += [f"    del {name}" for name, reader in last.items() if reader is op]
+        args = list(map(str, op.args))
+        if _chooses_numbers(op):
+            args[1] = f"one * {args[1]}"
+        lines.append(f"    {op.result} = {op.name}_({', '.join(args)})")
+        lines += done.get(op.result, [])
     lines.append(f"    values.update({', '.join(f'{name}={name}' for name in kept)})")
     names: dict[str, Any] = {f"{name}_": operation.torch for name, operation in OPERATIONS.items()}
-    names |= {"inf": float("inf"), "nan": float("nan")} | {f"{name}_": function for name, function in replaced.items()}
+    names |= {"inf": float("inf"), "nan": float("nan"), "like": _one}
+    names |= {f"{name}_": function for name, function in replaced.items()}
     exec("\n".join(["def run(values):", *lines]), names)
     return names["run"]
+
+
+def _chooses_numbers(op: Op) -> bool:
+    """Whether torch.where would choose between two plain numbers, which it makes tensors of its default dtype."""
+    return op.name == "where" and not any(isinstance(arg, str) for arg in op.args[1:])
+
+
+def _one(values: Mapping[str, Any]) -> Any:
+    """A 1 of the dtype of a call's values, on their device."""
+    return next(value for value in values.values() if value.is_floating_point()).new_ones(())
 
 
 def lookup(values: Mapping[str, Any], name: Argument, like: Any) -> Any:

@@ -77,7 +77,8 @@ def forward(call: Call, x: Tensor, save: bool = False, all_states: bool = False)
         if save:
             saved_gates.append(pre)
             saved_recurrent.append(recurrent)
-    y = reorder(torch.stack(outputs), order)
+    *states, y = _attached([*states, torch.stack(outputs)], gates)
+    y = reorder(y, order)
     inner = y.new_empty(0)
     if saved_inner:
         inner = reorder(torch.stack(saved_inner), order).movedim(3, 0)
@@ -86,6 +87,14 @@ def forward(call: Call, x: Tensor, save: bool = False, all_states: bool = False)
         return Result(y, states, y.new_empty(0), y.new_empty(0), inner)
     gates, recurrent = (reorder(torch.stack(each), order) for each in (saved_gates, saved_recurrent))
     return Result(y, states, gates, recurrent, inner)
+
+
+def _attached(results: list[Tensor], gates: Tensor) -> list[Tensor]:
+    """What is made of truth values alone has a gradient of 0, as on the other backends, not none at all."""
+    if not gates.requires_grad or all(result.requires_grad for result in results):
+        return results
+    always, like = torch.ones((), dtype=torch.bool, device=gates.device), gates[-1, :, :, 0]
+    return [r if r.requires_grad else torch.where(always, r, like.to(r.dtype)) for r in results]
 
 
 class _Steering:

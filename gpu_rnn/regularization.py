@@ -24,7 +24,8 @@ def recurrent_mask(like: Tensor, probability: float, shape: tuple[int, ...]) -> 
 
 def zone(like: Tensor, probabilities: tuple[float, ...], shape: tuple[int, ...]) -> Tensor:
     """(states, *shape) bool: the units of each step that keep their state (Krueger et al., arXiv:1606.01305)."""
-    return torch.stack([torch.rand(shape, device=like.device) < probability for probability in probabilities])
+    draws = [torch.rand(shape, dtype=torch.float32, device=like.device) for _ in probabilities]
+    return torch.stack([draw < probability for draw, probability in zip(draws, probabilities, strict=True)])
 
 
 def expected(recurrence: Recurrence, probabilities: tuple[float, ...]) -> Recurrence:

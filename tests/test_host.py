@@ -11,7 +11,7 @@ from torch import Tensor
 from gpu_rnn import cells
 from gpu_rnn.derivative import stage_outputs
 from gpu_rnn.launch import host
-from gpu_rnn.launch.jacobian import ONE, jacobian
+from gpu_rnn.launch.jacobian import jacobian
 from gpu_rnn.program import Program, live, runner
 
 ULPS = 4  # NumPy promises no more; found: 1.8
@@ -39,8 +39,7 @@ def test_tanh_of_any_tensor(dtype: torch.dtype) -> None:
 
 def inputs(program: Program) -> dict[str, Tensor]:
     names = sorted({name for stage in program.stages for name in program.inputs(stage)})
-    values = {name: support.draw(50, seed=k).abs() + 0.1 for k, name in enumerate(names)}
-    return values | {ONE: torch.ones((), dtype=torch.float64)}
+    return {name: support.draw(50, seed=k).abs() + 0.1 for k, name in enumerate(names)}
 
 
 @pytest.mark.parametrize("name", support.RECURRENCES)

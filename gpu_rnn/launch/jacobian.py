@@ -13,8 +13,6 @@ from functools import lru_cache
 from gpu_rnn.derivative import differentiate
 from gpu_rnn.program import Argument, Builder, Op, Program, live
 
-ONE = "one"  # a tensor in the values: torch.where of two plain numbers would be of the default dtype
-
 
 @dataclass(frozen=True)
 class Jacobian:
@@ -67,6 +65,4 @@ def _emit(builder: Builder, op: Op, known: dict[str, Argument]) -> Argument:
     args = [builder.value(known.get(arg, arg) if isinstance(arg, str) else arg) for arg in op.args]
     if op.name == "div" and args[0].name == 0.0:
         return 0.0
-    if op.name == "where" and all(isinstance(arg.name, float) for arg in args[1:]):
-        args[1:] = [builder.emit("mul", builder.value(ONE), arg) for arg in args[1:]]
     return builder.emit(op.name, *args).name

@@ -15,7 +15,7 @@ from torch import Tensor
 from gpu_rnn import normalisation
 from gpu_rnn.derivative import carried_values, stage_outputs
 from gpu_rnn.launch import host
-from gpu_rnn.launch.jacobian import ONE, jacobian
+from gpu_rnn.launch.jacobian import jacobian
 from gpu_rnn.launch.loop_forward import parameters, steps_with
 from gpu_rnn.launch.multiply import Product, cast, masks
 from gpu_rnn.launch.steering import Steering, selected, words
@@ -271,7 +271,7 @@ class _Loop:
     def _values(self, part: slice) -> dict[str, Any]:
         """Every input of the program at the steps of a chunk."""
         program = self.program
-        values: dict[str, Any] = {ONE: torch.ones((), dtype=self.dtype, device=self.gates.device)} | self.params
+        values: dict[str, Any] = dict(self.params)
         for gate, value in zip(program.gates, self.gates[part].to(self.dtype).unbind(3), strict=True):
             values[f"a_{gate}" if gate in program.summed else f"x_{gate}"] = value
         for gate, value in zip(program.split, self.recurrent[part].to(self.dtype).unbind(3), strict=True):
