@@ -4,7 +4,7 @@
 export PYTHON OFFLINE
 PY := .venv/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint gpu-check report docs clean
+.PHONY: help demo test test-all fuzz lint gpu-check report docs clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):  *## */\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -20,6 +20,11 @@ test:  ## the tests, at most 15 minutes on 2 cores
 test-all:  ## the tests with the slow ones, at most 45 minutes on 2 cores
 	@.ci/venv demo test keras docs
 	@$(PY) tests $(ARGS)
+
+SECONDS ?= 60
+fuzz:  ## random calls of every backend beside loops by hand, for SECONDS=60
+	@.ci/venv demo test keras docs
+	@$(PY) tests/fuzzing --seconds $(SECONDS) $(ARGS)
 
 lint:  ## ruff, mypy, clang-format
 	@.ci/venv demo test keras docs dev

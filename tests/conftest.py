@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import inspect
 import os
+import secrets
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ def pytest_configure() -> None:
     worker = os.environ.get("PYTEST_XDIST_WORKER", "")  # of those that run side by side
     os.environ["GPU_RNN_CACHE"] = str(BUILD / f"cache{worker}")
     BUILD.mkdir(exist_ok=True)
+    os.environ.setdefault("GPU_RNN_FUZZ_SEED", str(secrets.randbelow(2**31)))  # one for all workers, which inherit it
     tuning.forget()
     if INTERPRETING and importlib.util.find_spec("triton"):
         remember_builtins()
@@ -56,7 +58,8 @@ def remember_builtins() -> None:
 
 
 def pytest_report_header() -> str:
-    return f"interpreter tests {'only' if INTERPRETING else 'left out'} (TRITON_INTERPRET); make test runs both"
+    kind = f"interpreter tests {'only' if INTERPRETING else 'left out'} (TRITON_INTERPRET); make test runs both"
+    return f"{kind}\nrandom calls (tests/test_fuzz.py): GPU_RNN_FUZZ_SEED={os.environ['GPU_RNN_FUZZ_SEED']}"
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:

@@ -31,6 +31,7 @@ class Given:
     reset_state: list[Tensor] | None = None
     recurrent_mask: Tensor | None = None
     zone: Tensor | None = None
+    formula: tuple[Step, int] | None = None  # of a cell that is not in CELLS: its step and how many gates it has
     initial: list[float] = field(default_factory=lambda: [0.0, 0.0])
 
     def to(self, dtype: torch.dtype) -> Given:
@@ -133,7 +134,7 @@ def run(given: Given) -> tuple[Tensor, list[Tensor], list[Tensor]]:
 def _row(given: Given, x: Tensor, index: int, backwards: bool, row: int) -> tuple[list[Tensor], list[Tensor], list[list[Tensor]]]:
     """One row of one direction of one layer: outputs, final states, states after every step."""
     steps, length = x.shape[0], given.length(row)
-    step, gates = CELLS[given.cell]
+    step, gates = given.formula or CELLS[given.cell]
     weights = given.weights[index]
     state = [s[index, row] for s in given.states]
     outputs: list[Any] = [None] * steps
