@@ -127,8 +127,8 @@ def run(
         problem = stack.problem(x, hx, weights, steps, batch, batch_sizes is not None, controls)
         if dispatch.select(problem, stack.backend) == "aten":
             states = hx or stack.initial(x, weights, batch)
-            if x.is_cuda and problem.training and not stack.dropout:
-                return *_with_second_order(stack, x, states, weights, batch_sizes), ()
+            if x.is_cuda:
+                return *_aten_on_gpu(stack, x, states, weights, batch_sizes, problem.training), ()
             return *stack.aten(x, states, weights, batch_sizes), ()
     return stack.loops(x, hx or stack.initial(x, weights, batch), weights, batch_sizes, controls)
 
@@ -144,6 +144,17 @@ def _certainly_aten(stack: Stack, x: Tensor, controls: Controls) -> bool:
         and not x.is_complex()
         and not autograd.transforms_active()
     )
+
+
+def _aten_on_gpu(
+    stack: Stack, x: Tensor, states: States, weights: Sequence[Tensor], batch_sizes: Tensor | None, training: bool
+) -> tuple[Tensor, States]:
+    """With dropout each layer is a call, and torch's dropout between them: torch.manual_seed makes it repeat, and second
+    derivatives meet the same masks, neither of which holds for cuDNN's own."""
+    if stack.dropout and stack.num_layers > 1:
+        return stack.one_by_one(_aten_on_gpu, x, states, weights, batch_sizes, training)
+    run = _with_second_order if training else Stack.aten
+    return run(stack._replace(dropout=0.0), x, states, weights, batch_sizes)
 
 
 def _with_second_order(

@@ -30,22 +30,22 @@ class _Twice(torch.autograd.Function):
         if torch.is_grad_enabled():
             # Views: what one input owes to another, or to itself at another place, is not this call's to count.
             views = [t.view_as(t) for t in tensors]
-            found = gradient(ctx.exact(*views), views, grads, create_graph=True)
+            found = gradient(ctx.exact(*views), views, grads, retain_graph=True, create_graph=True)
         else:
-            found = gradient(ctx.outputs, ctx.leaves, grads, create_graph=False)
+            # Kept where the user keeps the graph: cuDNN would copy its reserve, and the memory of a call would outlive it.
+            keep = torch._C._autograd._get_current_graph_task_keep_graph()
+            found = gradient(ctx.outputs, ctx.leaves, grads, retain_graph=keep)
+            if not keep:
+                del ctx.outputs, ctx.leaves
         return None, None, *found
 
 
 def gradient(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], grads: Sequence[Tensor], *, create_graph: bool
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], grads: Sequence[Tensor], **graph: bool
 ) -> list[Tensor | None]:
     """The gradients of those inputs that want one, None for the others."""
     wanted = [t for t in inputs if t.requires_grad]
-    found = iter(
-        torch.autograd.grad(
-            outputs, wanted, grads, retain_graph=True, create_graph=create_graph, allow_unused=True
-        )
-    )
+    found = iter(torch.autograd.grad(outputs, wanted, grads, allow_unused=True, **graph))
     return [next(found) if t.requires_grad else None for t in inputs]
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -147,6 +147,20 @@ class Stack(NamedTuple):
             self.batch_first,
             batch_sizes,
         )
+
+    def one_by_one(
+        self, run: Callable[..., tuple[Tensor, States]], x: Tensor, states: States, weights: Sequence[Tensor], *rest: Any
+    ) -> tuple[Tensor, States]:
+        """``run(stack, x, states, weights, *rest)`` of each layer, with dropout between them: y and the final states."""
+        alone, final = self._replace(num_layers=1, dropout=0.0), []
+        rows, count = len(self.reverse), len(weights) // self.num_layers
+        for number in range(self.num_layers):
+            if number:
+                x = F.dropout(x, self.dropout)
+            entering = tuple(state[number * rows : (number + 1) * rows] for state in states)
+            x, after = run(alone, x, entering, weights[number * count : (number + 1) * count], *rest)
+            final.append(after)
+        return x, tuple(torch.cat(parts) for parts in zip(*final, strict=True))
 
     def loops(
         self,

@@ -19,7 +19,6 @@ from gpu_rnn import autograd, cache, devices, dispatch
 from gpu_rnn.choices import Question, Times
 from gpu_rnn.dispatch import forget
 from gpu_rnn.explanation import NO_INPUT, problem_of, sizes
-from gpu_rnn.launch import aten
 from gpu_rnn.problem import Problem
 from gpu_rnn.timing import Timing, interleave
 
@@ -289,7 +288,7 @@ def _left_as_it_is(layer: LayerBase, device: torch.device) -> Iterator[None]:
     """Puts the generators and the layer's buffers back; backward passes stay in this thread, as `dispatch.trial` does."""
     buffers = [(buffer, buffer.clone()) for buffer in layer.buffers()] if isinstance(layer, torch.nn.Module) else []
     gpu = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(gpu), torch.autograd.set_multithreading_enabled(False), _cudnn_dropout(layer, device):
+    with torch.random.fork_rng(gpu), torch.autograd.set_multithreading_enabled(False):
         try:
             yield
         finally:
@@ -297,18 +296,3 @@ def _left_as_it_is(layer: LayerBase, device: torch.device) -> Iterator[None]:
                 for buffer, was in buffers:
                     buffer.copy_(was)
 
-
-@contextmanager
-def _cudnn_dropout(layer: LayerBase, device: torch.device) -> Iterator[None]:
-    """Puts cuDNN's own random state back, which dropout between layers advances."""
-    dropout = getattr(layer, "dropout", 0.0)
-    if device.type != "cuda" or not dropout:
-        yield
-        return
-    state = aten._dropout_state(dropout, device)
-    was = state.clone()
-    try:
-        yield
-    finally:
-        with torch.inference_mode(False):
-            state.copy_(was)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -28,11 +29,49 @@ def flatten(weights: list[Tensor], *layout: Any) -> Tensor:
     return buffer
 
 
-def test_the_buffer_holds_what_the_weights_are_now(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also after a change through .data, which leaves a tensor's version as it was."""
-    monkeypatch.setattr(torch, "_cudnn_rnn_flatten_weight", flatten, raising=False)
+class Cudnn:
+    """Stands in for torch._cudnn_rnn: takes its weights from the buffer alone, and what lies between them has to be 0."""
+
+    def __init__(self, theirs: nn.LSTM) -> None:
+        self.theirs, self.calls = theirs, 0
+
+    def __call__(self, x: Tensor, weights: list[Tensor], per_layer: int, buffer: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        self.calls += 1
+        hx, cx, _, _, _, layers, batch_first, dropout, training, bidirectional, sizes, state = rest
+        assert (dropout, state, sizes) == (0, None, []) and training == torch.is_grad_enabled()
+        read, start = [], 0
+        for weight in weights:
+            read.append(buffer[start : start + weight.numel()].view_as(weight))
+            gap = buffer[start + weight.numel() : start + weight.numel() + GAP]
+            torch.testing.assert_close(gap, torch.zeros_like(gap))
+            start += weight.numel() + GAP
+        assert start == buffer.numel()
+        own = self.theirs.bias, layers, 0.0, training, bidirectional, batch_first
+        return *torch._VF.lstm(x, (hx, cx), read, *own), torch.empty(0), buffer
+
+
+@pytest.fixture
+def cudnn(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Cudnn]]:
+    """Puts a stand-in into cuDNN's place. Memory that nobody wrote holds NaN."""
+
+    def stand_in(theirs: nn.LSTM) -> Cudnn:
+        found = Cudnn(theirs)
+        monkeypatch.setattr(torch, "_cudnn_rnn_flatten_weight", flatten, raising=False)
+        monkeypatch.setattr(torch, "_cudnn_rnn", found, raising=False)
+        monkeypatch.setattr(torch, "cudnn_is_acceptable", lambda x: True)
+        return found
+
     aten._cudnn_places.cache_clear()
+    torch.use_deterministic_algorithms(True)
+    yield stand_in
+    torch.use_deterministic_algorithms(False)
+    aten._cudnn_places.cache_clear()
+
+
+def test_the_buffer_holds_what_the_weights_are_now(cudnn: Callable[..., Cudnn]) -> None:
+    """Also after a change through .data, which leaves a tensor's version as it was."""
     layer = nn.LSTM(3, 4)
+    cudnn(layer)
     weights = list(layer.parameters())
     for change in (0.0, 1.0):
         for weight in weights:
@@ -43,7 +82,22 @@ def test_the_buffer_holds_what_the_weights_are_now(monkeypatch: pytest.MonkeyPat
             torch.testing.assert_close(buffer[start : start + weight.numel()].view_as(weight), weight.detach())
             start += weight.numel() + GAP
         assert all(weight.untyped_storage().data_ptr() != buffer.data_ptr() for weight in weights)
-    aten._cudnn_places.cache_clear()
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"bias": False}, {"proj_size": 2}, {"bias": False, "proj_size": 2, "num_layers": 2, "bidirectional": True}],
+)
+def test_cudnn_reads_nothing_that_nobody_wrote(options: dict[str, Any], cudnn: Callable[..., Cudnn]) -> None:
+    """cuDNN reads two biases whether a layer has them or not, and what its own alignment leaves between weights."""
+    theirs = nn.LSTM(3, 4, **options)
+    stand_in = cudnn(theirs)
+    rows = theirs.num_layers * (1 + theirs.bidirectional)
+    x, hx = torch.randn(5, 2, 3), (torch.randn(rows, 2, theirs.proj_size or 4), torch.randn(rows, 2, 4))
+    y, states = aten._cudnn("LSTM", x, hx, list(theirs.parameters()), theirs.num_layers, theirs.bidirectional, False, None)
+    assert stand_in.calls == 1
+    torch.testing.assert_close((y, states), theirs(x, hx))
 
 
 PROBLEM = Problem(cells.lstm(), 5, 2, 1, 3, 4)
@@ -66,9 +120,12 @@ def test_reasons(change: dict[str, Any], word: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
-@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True, "batch_first": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"bias": False}, {"num_layers": 2, "bidirectional": True, "batch_first": True, "bias": False}]
+)
 def test_cudnn_beside_torch_nn(name: str, options: dict[str, Any]) -> None:
     """First and second gradients, in training and in evaluation, with weights that change."""
+    torch.full((1 << 22,), torch.nan, device="cuda")  # what the allocator hands out next holds no zeros
     theirs = getattr(nn, name)(16, 32, **options).cuda()
     ours = getattr(gpu_rnn, name)(16, 32, **options, backend="aten").cuda().eval()
     for _ in range(2):
@@ -82,3 +139,36 @@ def test_cudnn_beside_torch_nn(name: str, options: dict[str, Any]) -> None:
         assert second.abs().max() > 0
         for weight in theirs.parameters():
             weight.data.mul_(0.5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bias", [True, False])
+def test_cudnn_with_projections_beside_torch_nn(bias: bool) -> None:
+    theirs = nn.LSTM(16, 32, 2, bias=bias, proj_size=8).cuda()
+    ours = gpu_rnn.LSTM(16, 32, 2, bias=bias, proj_size=8, backend="aten").cuda()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(6, 4, 16, device="cuda")
+    torch.full((1 << 22,), torch.nan, device="cuda")
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-2, atol=1e-3)  # tf32 products
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["LSTM", "GRU"])
+def test_dropout_on_a_gpu_beside_torch_nn(name: str) -> None:
+    """It repeats under manual_seed, its mean is what torch.nn's is, and it can be derived twice."""
+    theirs = getattr(nn, name)(16, 32, 2, dropout=0.4).cuda()
+    ours = getattr(gpu_rnn, name)(16, 32, 2, dropout=0.4, backend="aten").cuda()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(5, 512, 16, device="cuda")
+    found = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        found.append(ours(x)[0])
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+    with torch.no_grad():
+        means = [torch.stack([layer(x)[0].mean((0, 1)) for _ in range(40)]).mean(0) for layer in (ours, theirs)]
+    torch.testing.assert_close(means[0], means[1], rtol=0, atol=5e-3)  # of 100,000 draws each: a hundredth of their spread
+    x.requires_grad_()
+    (first,) = torch.autograd.grad(ours(x)[0].sin().sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), x)
+    assert second.abs().max() > 0

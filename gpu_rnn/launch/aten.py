@@ -71,10 +71,10 @@ def stack(
     batch_first: bool,
     batch_sizes: Tensor | None,
 ) -> Output:
-    """A whole stack of layers. Arguments as torch._VF's; dropout is 0 outside training."""
+    """A whole stack of layers. Arguments as torch._VF's; dropout is 0 outside training, and on a GPU (`functional`)."""
     training = dropout > 0 or torch.is_grad_enabled()  # oneDNN keeps what its backward needs only in training
     if x.is_cuda and torch.cudnn_is_acceptable(x):
-        return _cudnn(mode, x, hx, weights, num_layers, dropout, bidirectional, batch_first, batch_sizes)
+        return _cudnn(mode, x, hx, weights, num_layers, bidirectional, batch_first, batch_sizes)
     function = FUNCTIONS[mode]
     states: Any = hx if mode == "LSTM" else hx[0]
     if batch_sizes is None:
@@ -94,7 +94,6 @@ def _cudnn(
     hx: tuple[Tensor, ...],
     weights: Sequence[Tensor],
     num_layers: int,
-    dropout: float,
     bidirectional: bool,
     batch_first: bool,
     batch_sizes: Tensor | None,
@@ -113,11 +112,11 @@ def _cudnn(
         hx[0].contiguous(),
         hx[1].contiguous() if len(hx) > 1 else None,
         *shape,
-        dropout,
-        needs_grad or dropout > 0,  # cuDNN keeps what its backward needs only in training
+        0.0,  # no dropout: cuDNN's own would keep a random state that torch.manual_seed does not reach
+        needs_grad,  # cuDNN keeps what its backward needs only in training
         bidirectional,
         batch_sizes.tolist() if batch_sizes is not None else [],
-        _dropout_state(dropout, x.device) if dropout else None,
+        None,
     )
     return y, (h, c) if mode == "LSTM" else (h,)
 
@@ -125,13 +124,15 @@ def _cudnn(
 def _cudnn_buffer(weights: Sequence[Tensor], per_layer: int, width: int, layout: tuple[Any, ...]) -> Tensor:
     """The weights in one buffer as cuDNN wants it, copied at each call.
 
-    Nothing says cheaply that a weight is what it was: ``p.data.copy_()`` leaves its version as it is.
+    Nothing says cheaply that a weight is what it was: ``p.data.copy_()`` leaves its version as it is. cuDNN reads the whole
+    buffer: without biases their places are there all the same, and have to hold zeros.
     """
     like = weights[0]
     sizes = tuple(tuple(w.shape) for w in weights)
-    length, places = _cudnn_places(sizes, like.dtype, like.device, per_layer, width, layout)
+    length, places, filled = _cudnn_places(sizes, like.dtype, like.device, per_layer, width, layout)
     with torch.no_grad():
-        buffer = torch.empty(length, dtype=like.dtype, device=like.device)
+        make = torch.empty if filled else torch.zeros
+        buffer = make(length, dtype=like.dtype, device=like.device)
         views = [buffer[start : start + w.numel()].view_as(w) for start, w in zip(places, weights, strict=True)]
         torch._foreach_copy_(views, list(weights))
     return buffer
@@ -145,17 +146,10 @@ def _cudnn_places(
     per_layer: int,
     width: int,
     layout: tuple[Any, ...],
-) -> tuple[int, tuple[int, ...]]:
-    """The length of cuDNN's buffer and where each weight begins in it."""
+) -> tuple[int, tuple[int, ...], bool]:
+    """The length of cuDNN's buffer, where each weight begins in it, and whether they fill it."""
     blanks = [torch.empty(size, dtype=dtype, device=device) for size in sizes]
     with torch.no_grad():
         buffer = torch._cudnn_rnn_flatten_weight(blanks, per_layer, width, *layout)  # makes them views of it
-    return buffer.numel(), tuple(int(blank.storage_offset()) for blank in blanks)
-
-
-@lru_cache(maxsize=16)
-def _dropout_state(dropout: float, device: torch.device) -> Tensor:
-    """cuDNN's random state for the dropout between layers; it advances with each call."""
-    seed = int(torch.randint(2**31, (1,)).item())
-    with torch.inference_mode(False):  # later calls may be in another mode
-        return torch._cudnn_init_dropout_state(dropout, True, seed, dtype=torch.uint8, device=device)
+    places = tuple(int(blank.storage_offset()) for blank in blanks)
+    return buffer.numel(), places, buffer.numel() == sum(blank.numel() for blank in blanks)
