@@ -60,11 +60,25 @@ def summed(call: Call, found: LoopGradients) -> LoopGradients:
     return found._replace(d_params=None if shares is None else shares.sum(0))
 
 
-def like_gates(call: Call, gates: Tensor) -> Tensor:
-    """Where the gradients of the gates go. With their strides, gaps too: the kernels have one set of offsets for both."""
+def beside(call: Call, gates: Tensor) -> tuple[Tensor, Tensor]:
+    """The saved gates as a backward kernel reads them, and where their gradients go, with the same strides, gaps too: the
+    kernels have one set of offsets for both. Gates that share memory, as vmap makes them, are copied: gradients do not."""
+    gates = rows(gates)
     if call.d_gates is not None and call.d_gates.stride() == gates.stride():
-        return call.d_gates
-    return torch.empty_strided(gates.shape, gates.stride(), dtype=gates.dtype, device=gates.device)
+        return gates, call.d_gates
+    gates = gates.contiguous() if not gates.is_contiguous() and may_overlap(gates) else gates
+    return gates, torch.empty_strided(gates.shape, gates.stride(), dtype=gates.dtype, device=gates.device)
+
+
+def may_overlap(tensor: Tensor) -> bool:
+    """Whether two elements may lie at one place, as those of an expanded tensor do; by strides alone, so true of some
+    that interleave as well."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
 
 
 def bits(reverse: str) -> tuple[int, int]:

@@ -242,8 +242,7 @@ def prepare_backward(
     """The launches and the gradients that they fill; those of the parameters (shares, N, P, H) are to be summed."""
     program, weights, states = call.program, call.weights, call.states
     _, batch, n, _, hidden = saved.gates.shape
-    gates, d_y = rows(saved.gates), rows(d_y)
-    d_gates = common.like_gates(call, gates)
+    (gates, d_gates), d_y = common.beside(call, saved.gates), rows(d_y)
     d_recurrent = gates.new_empty(saved.recurrent.shape)
     d_initial = gates.new_empty(len(states), batch, n, hidden)
     shares = choice.groups * choice.layout.along if program.params else 0

@@ -290,9 +290,8 @@ def prepare_backward(
     from gpu_rnn.kernels.triton.resident import resident_backward
 
     program = call.program
-    gates, d_y = rows(saved.gates), rows(d_y)
+    (gates, d_gates), d_y = common.beside(call, saved.gates), rows(d_y)
     batch, n, _, hidden = gates.shape[1:]
-    d_gates = common.like_gates(call, gates)
     d_recurrent = gates.new_empty(saved.recurrent.shape)
     d_states, d_resets = [[each.new_empty(each.shape) for each in given] for given in (call.states, call.reset_values)]
     tiles, params = -(-batch // tile(call.problem).rows), len(program.params)
