@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gpu_rnn import normalisation, onednn, reference
+from gpu_rnn.forking import renewed
 from gpu_rnn.layout import RESET, SKIP, Call, LoopGradients, Result, Weights, bit, chunks, state_dtype
 from gpu_rnn.normalisation import Normalised
 from gpu_rnn.program import Program, lookup
@@ -24,7 +25,7 @@ from gpu_rnn.program import Program, lookup
 class _Setting:
     """torch's process-wide setting for fp32 products, while calls of this package want another: the last one restores it."""
 
-    lock = threading.Lock()
+    lock = renewed(threading.Lock)
     calls = 0
     before = ""
 

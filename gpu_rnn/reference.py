@@ -67,9 +67,9 @@ def forward(call: Call, x: Tensor, save: bool = False, all_states: bool = False)
     step, steer = _Step(call), _Steering(call, order)
     states: list[Tensor] = list(call.states)
     outputs, saved_gates, saved_recurrent, saved_inner = [], [], [], []
-    for t in range(x.shape[0]):
+    for t, inputs in enumerate(gates.unbind(0)):  # the derivative of gates[t] would be as large as gates, for each step
         entered = steer.enter(t, states)
-        new, pre, recurrent = step(gates[t], entered)
+        new, pre, recurrent = step(inputs, entered)
         states = steer.leave(t, new, entered)
         outputs.append(states[0] if control.lengths is None else torch.where(steer.runs(t), states[0], 0))
         if all_states or save:
@@ -77,15 +77,15 @@ def forward(call: Call, x: Tensor, save: bool = False, all_states: bool = False)
         if save:
             saved_gates.append(pre)
             saved_recurrent.append(recurrent)
-    *states, y = _attached([*states, torch.stack(outputs)], gates)
+    *states, y = _attached([*states, _over_time(outputs)], gates)
     y = reorder(y, order)
     inner = y.new_empty(0)
     if saved_inner:
-        inner = reorder(torch.stack(saved_inner), order).movedim(3, 0)
+        inner = reorder(_over_time(saved_inner), order).movedim(3, 0)
     inner = inner.to(state_dtype(y.dtype))
     if not save:
         return Result(y, states, y.new_empty(0), y.new_empty(0), inner)
-    gates, recurrent = (reorder(torch.stack(each), order) for each in (saved_gates, saved_recurrent))
+    gates, recurrent = (reorder(_over_time(each), order) for each in (saved_gates, saved_recurrent))
     return Result(y, states, gates, recurrent, inner)
 
 
@@ -97,6 +97,14 @@ def _attached(results: list[Tensor], gates: Tensor) -> list[Tensor]:
     return [r if r.requires_grad else torch.where(always, r, like.to(r.dtype)) for r in results]
 
 
+def _over_time(steps: list[Tensor]) -> Tensor:
+    """torch.stack, eight at a time: at second order its derivative is as large as the result, for each of what it joins."""
+    parts = [step.unsqueeze(0) for step in steps]
+    while len(parts) > 1:
+        parts = [torch.cat(parts[first : first + 8]) for first in range(0, len(parts), 8)]
+    return parts[0]
+
+
 class _Steering:
     """Which rows are reset before a step and which units keep their states after it; steps in processing order."""
 
@@ -104,16 +112,16 @@ class _Steering:
         control, self.lengths = call.control, call.control.lengths
         self.flags = None if control.flags is None else reorder(control.flags, order)
         self.zone = None if control.zone is None else reorder_each(control.zone, order)
-        self.values: list[Any] = [call.reset_value(k) for k in range(len(call.states))]
+        self.values: list[Any] = [(call.reset_value(k),) for k in range(len(call.states))]  # of all steps, or of each
         if call.reset_values:
-            self.values = [value if len(value) == 1 else reorder(value, order) for value in call.reset_values]
+            self.values = [(value if len(value) == 1 else reorder(value, order)).unbind(0) for value in call.reset_values]
 
     def enter(self, t: int, states: list[Tensor]) -> list[Tensor]:
         """The states that a step starts from."""
         if self.flags is None:
             return states
         reset = bit(self.flags[t], RESET)
-        values = [v if isinstance(v, float) else v[t if len(v) > 1 else 0] for v in self.values]
+        values = [each[t if len(each) > 1 else 0] for each in self.values]
         return [torch.where(reset, value, state) for value, state in zip(values, states, strict=True)]
 
     def runs(self, t: int) -> Tensor:

@@ -1,8 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which graphs of the step loop are kept; what they compute is in test_step_kernels.py, on a GPU."""
+"""Which graphs of the step loop are made and kept, with stand-ins for a GPU's; what they compute is in test_step_kernels.py."""
 
 from __future__ import annotations
 
+import gc
+import os
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,40 +17,231 @@ import torch
 
 from gpu_rnn.launch import graphs
 
+CHUNK = graphs.CHUNK
+
 
 class Loop:
-    def __init__(self, count: int) -> None:
+    """Takes so many bytes twice; `fails` at its next run."""
+
+    def __init__(self, count: int, fails: bool = False) -> None:
         self.one, self.more = torch.empty(count, dtype=torch.uint8), [torch.empty(count, dtype=torch.uint8), None]
+        self.fails = fails
 
     def run(self, steps: int) -> None:
-        raise NotImplementedError
+        if self.fails:
+            raise RuntimeError("no kernel")
+        Device.log.append(f"run {steps}")
+
+
+class Graph:
+    """A CUDAGraph that writes down what is asked of it."""
+
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()  # noqa: RUF012
+
+    def __init__(self) -> None:
+        self.own = object()
+        Graph.alive.add(self)
+
+    def capture_begin(self, pool: Any = None, capture_error_mode: str = "global") -> None:
+        assert Device.stream >= 1000, "captured on a stream that others use"
+        assert capture_error_mode == "thread_local"
+        self.own = self.own if pool is None else pool
+        Device.log.append("begin")
+
+    def capture_end(self) -> None:
+        Device.log.append("end")
+
+    def replay(self) -> None:
+        Device.log.append("replay")
+
+    def pool(self) -> Any:
+        return self.own
+
+
+class Device:
+    """What the stand-ins share."""
+
+    log: list[str] = []  # noqa: RUF012
+    stream = 1
+    streams = 0  # that were made
+    segment: tuple[int, int] = (0, 0)  # the pool that memory comes from
+
+
+def stream(device: Any) -> Any:
+    Device.streams += 1
+    return 1000 * Device.streams
+
+
+@contextmanager
+def use(handle: Any) -> Iterator[None]:
+    before, Device.stream = Device.stream, handle
+    try:
+        yield
+    finally:
+        Device.stream = before
+
+
+def snapshot() -> list[dict[str, Any]]:
+    """One segment holds everything."""
+    return [{"address": 0, "total_size": 1 << 63, "device": None, "segment_pool_id": Device.segment}]
 
 
 @pytest.fixture
 def get(monkeypatch: pytest.MonkeyPatch) -> Any:
     """`Chunks.get` for a tensor on a GPU, whose loop takes so many bytes twice."""
     monkeypatch.setattr(graphs.Chunks, "kept", type(graphs.Chunks.kept)())
+    monkeypatch.setattr(Device, "log", [])
+    monkeypatch.setattr(Device, "streams", 0)
+    monkeypatch.setattr(Device, "segment", (0, 0))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=1))
-    like = SimpleNamespace(shape=(graphs.CHUNK, 2), is_cuda=True, device="cuda", dtype=torch.float32)
-    return lambda key, size=1: graphs.Chunks.get((key,), lambda steps: Loop(size), like)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=Device.stream))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "Stream", stream)
+    monkeypatch.setattr(torch.cuda, "stream", use)
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", snapshot)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: Device.log.append("emptied"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: Device.log.append("waited"))
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: Device.log.append("clear"), raising=False)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, device=None, **rest: empty(*size, **rest))
+    graphs._side_stream.cache_clear()
+    like = SimpleNamespace(shape=(CHUNK, 2), is_cuda=True, device="cuda", dtype=torch.float32)
+
+    def found(key: Any, size: int = 1, fails: bool = False) -> graphs.Chunks:
+        return graphs.Chunks.get((key,), lambda steps: Loop(size, fails), like)  # type: ignore[arg-type]
+
+    return found
+
+
+def called(get: Any, key: Any, size: int = 1, steps: tuple[int, ...] = (CHUNK, CHUNK, 3)) -> graphs.Chunks:
+    """What a call used, and `Device.log` of this call alone."""
+    Device.log.clear()
+    chunks: graphs.Chunks = get(key, size)
+    for count in steps:
+        chunks.run(count)
+    return chunks
+
+
+def warm(get: Any, key: Any, size: int = 1) -> graphs.Chunks:
+    """A key's graph."""
+    called(get, key, size)
+    return called(get, key, size)
+
+
+def test_the_second_call_captures_and_later_ones_replay(get: Any) -> None:
+    called(get, 0)
+    assert Device.log == [f"run {CHUNK}", f"run {CHUNK}", "run 3"]
+    called(get, 0)
+    assert Device.log == ["clear", "begin", f"run {CHUNK}", "end", "clear", "replay", "replay", "run 3"]
+    called(get, 0)
+    assert Device.log == ["replay", "replay", "run 3"]
+
+
+def test_a_capture_neither_waits_nor_empties_the_caches(get: Any) -> None:
+    """As torch.cuda.graph does. Graphs of a stream are captured on one more, and share their memory."""
+    pools = [warm(get, key).graph.pool() for key in range(5)]  # type: ignore[union-attr]
+    assert not {"emptied", "waited"} & set(Device.log)
+    assert Device.streams == 1
+    assert len(set(pools)) == 1
+    with use(2):  # another stream's may be replayed at the same time
+        other = warm(get, 0).graph
+    assert other is not None
+    assert other.pool() not in pools
+    assert Device.streams == 1
+
+
+def test_a_first_call_that_fails_leaves_the_next_one_a_first_call(get: Any) -> None:
+    """A kernel that was not built would be loaded while a graph is captured, each time."""
+    failing = get(0, fails=True)
+    with pytest.raises(RuntimeError, match="no kernel"):
+        failing.run(CHUNK)
+    called(get, 0)
+    assert "begin" not in Device.log
+    called(get, 0)
+    assert "begin" in Device.log
+
+
+def test_a_capture_that_fails_ends_and_leaves_the_next_call_a_first_one(get: Any) -> None:
+    called(get, 0)
+    chunks = get(0, fails=True)
+    with pytest.raises(RuntimeError, match="no kernel"):
+        chunks.run(CHUNK)
+    assert Device.log[-2:] == ["end", "clear"]
+    called(get, 0)
+    assert "begin" not in Device.log
+
+
+def test_nothing_is_kept_in_a_pool_of_somebody_else(get: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the warm-up of torch.compile(mode="reduce-overhead"), which refuses what outlives its call."""
+    monkeypatch.setattr(Device, "segment", (0, 7))
+    for _ in range(3):
+        chunks = called(get, 0)
+        assert Device.log == [f"run {CHUNK}", f"run {CHUNK}", "run 3"]
+    buffers = weakref.ref(chunks.loop)
+    del chunks
+    assert buffers() is None
+    monkeypatch.setattr(Device, "segment", (0, 0))
+    called(get, 0)
+    assert "begin" in Device.log  # every kernel has run by now
+
+
+def test_nothing_is_kept_while_a_graph_is_captured(get: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    for _ in range(3):
+        called(get, 0)
+    assert "begin" not in Device.log
+    assert not graphs.Chunks.kept
 
 
 def test_the_oldest_goes_where_there_are_too_many(get: Any) -> None:
-    first = get(0)
+    first = warm(get, 0)
     assert get(0) is first
     for key in range(1, graphs.GRAPHS):
-        get(key)
+        warm(get, key)
     assert get(0) is first
-    get("one more")
+    warm(get, "one more")
     assert get(0) is first  # used since key 1 was
     assert len(graphs.Chunks.kept) == graphs.GRAPHS
 
 
 def test_the_oldest_goes_where_they_take_too_much(get: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "BYTES", 100)
-    first, second = get(1, 30), get(2, 30)  # 60 bytes each
+    first, second = warm(get, 1, 30), warm(get, 2, 30)  # 60 bytes each
     assert get(1) is first
-    get(3, 30)
+    warm(get, 3, 30)
     assert get(1) is first
     assert get(2) is not second
+
+
+def test_what_goes_is_freed_at_once(get: Any) -> None:
+    """The graph and the buffers, by reference counting alone."""
+    gc.collect()
+    gc.disable()
+    try:
+        for key in range(3 * graphs.GRAPHS):
+            warm(get, key)
+        assert len(Graph.alive) == len(graphs.Chunks.kept) == graphs.GRAPHS
+    finally:
+        gc.enable()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # Python 3.12 says so of every such fork
+def test_a_child_forked_while_another_thread_is_in_the_loop_can_run_one() -> None:
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with graphs._one_call:
+            held.set()
+            done.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if graphs._one_call.acquire(timeout=20) else 1)
+    done.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
-from functools import wraps
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache, wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gpu_rnn.forking import renewed
 from gpu_rnn.launch import interpreter
 from gpu_rnn.layout import Call
 
 CHUNK = 32  # steps a graph; capture takes CHUNK times the eager loop's launches, once per shape
 GRAPHS, BYTES = 16, 1 << 30  # graphs that are kept, and what their buffers may take together besides the newest's
 
-_one_call = threading.RLock()
+_one_call = renewed(threading.RLock)
 
 
 def alone(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -37,43 +39,108 @@ def alone(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Chunks:
-    """Runs steps in chunks: where there is a GPU full ones as a replayed graph, over buffers kept for the next call.
+    """Runs steps in chunks: on a GPU full ones as a replayed graph, over buffers kept for the next call.
 
-    The first call with a key runs without a graph; the second captures one.
+    The first call with a key runs without a graph over buffers of its own, and so loads every kernel that the graph has.
+    From the second on there is one, if the first came to its end.
     """
 
-    kept: OrderedDict[tuple[Any, ...], Chunks] = OrderedDict()  # noqa: RUF012
+    kept: OrderedDict[tuple[Any, ...], Chunks | None] = OrderedDict()  # noqa: RUF012  # None: a first call came to its end
 
-    def __init__(self, loop: Any, chunk: int, graphed: bool) -> None:
-        self.loop, self.chunk, self.graphed = loop, chunk, graphed
-        self.calls = 0
+    def __init__(self, loop: Any, chunk: int, key: tuple[Any, ...] = (), graphed: bool = False) -> None:
+        self.loop, self.chunk, self.key, self.graphed = loop, chunk, key, graphed
         self.graph: torch.cuda.CUDAGraph | None = None
 
     @classmethod
     def get(cls, key: tuple[Any, ...], make: Callable[[int], Any], like: Tensor) -> Chunks:
         steps = like.shape[0]
         if not like.is_cuda or steps < CHUNK or torch.cuda.is_current_stream_capturing():
-            return cls(make(steps), steps, graphed=False)
+            return cls(make(steps), steps)
         stream = torch.cuda.current_stream(like.device).cuda_stream
         key = (*key, tuple(like.shape[1:]), like.dtype, like.device, stream)
-        if key not in cls.kept:
-            while len(cls.kept) >= GRAPHS or sum(_bytes(chunks.loop) for chunks in cls.kept.values()) > BYTES:
-                cls.kept.popitem(last=False)
-            with torch.inference_mode(False), torch.no_grad():  # later calls may be in another mode
-                cls.kept[key] = cls(make(CHUNK), CHUNK, graphed=True)
-        cls.kept.move_to_end(key)
-        cls.kept[key].calls += 1
-        return cls.kept[key]
+        found = cls.kept.get(key)
+        if found is not None:
+            cls.kept.move_to_end(key)
+            return found
+        if key not in cls.kept or _in_a_lent_pool(like.device):
+            return cls(make(CHUNK), CHUNK, key)
+        del cls.kept[key]
+        cls._make_room(BYTES)
+        with torch.inference_mode(False), torch.no_grad():  # later calls may be in another mode
+            found = cls.kept[key] = cls(make(CHUNK), CHUNK, key, graphed=True)
+        return found
+
+    @classmethod
+    def _make_room(cls, most: float = float("inf")) -> None:
+        """For one more: the oldest go, and what they hold with them."""
+        kept = cls.kept
+        while len(kept) >= GRAPHS or sum(_bytes(chunks.loop) for chunks in kept.values() if chunks) > most:
+            kept.popitem(last=False)
 
     def run(self, steps: int) -> None:
         """The steps now in the buffers."""
         with interpreter.arithmetic():
-            if not self.graphed or steps < self.chunk or self.calls == 1:
+            if not self.graphed or steps < self.chunk:
                 self.loop.run(steps)
-                return
-            if self.graph is None:
-                self.graph = _capture(self.loop, steps)
-            self.graph.replay()
+            else:
+                if self.graph is None:
+                    self.graph = self._capture()
+                self.graph.replay()
+        if self.key and steps == self.chunk and self.key not in Chunks.kept:
+            self._make_room()
+            Chunks.kept[self.key] = None
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        """Capturing runs nothing: the buffers stay as they are. Other threads may go on with theirs.
+
+        torch.cuda.graph would wait for the device and empty the process's caches first. Graphs that are replayed on one
+        stream share their memory, as nothing stands in it between two replays. cuBLAS's workspace belongs there too: a graph
+        writes to it for ever, and one from elsewhere may be freed.
+        """
+        *_, device, stream = self.key
+        Chunks.kept.pop(self.key, None)  # if this fails, the next call is a first one
+        graph = torch.cuda.CUDAGraph()
+        alike = (chunks.graph for chunks in Chunks.kept.values() if chunks and chunks.key[-2:] == (device, stream))
+        shared = next((other for other in alike if other is not None), None)
+        with torch.cuda.stream(_side_stream(device)), _own_workspace():
+            graph.capture_begin(None if shared is None else shared.pool(), capture_error_mode="thread_local")
+            try:
+                self.loop.run(self.chunk)
+            finally:
+                graph.capture_end()
+        Chunks.kept[self.key] = self
+        return graph
+
+
+@lru_cache(maxsize=64)  # devices
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Where graphs are captured: the default stream takes no capture, and what others do on this one would be captured."""
+    return torch.cuda.Stream(device)
+
+
+@contextmanager
+def _own_workspace() -> Iterator[None]:
+    """In which cuBLAS has none of the workspaces from before, and which leaves none behind."""
+    clear = torch._C._cuda_clearCublasWorkspaces  # builds without CUDA lack it
+    clear()
+    try:
+        yield
+    finally:
+        clear()
+
+
+def _in_a_lent_pool(device: torch.device) -> bool:
+    """Whether what is allocated now comes from a pool of somebody else's, as under torch.cuda.use_mem_pool or in the warm-up
+    of torch.compile(mode="reduce-overhead"). It would be given out again while a graph still writes to it, and torch.compile
+    refuses what outlives its call."""
+    if torch.cuda.get_allocator_backend() != "native":  # others have no such pools
+        return False
+    probe = torch.empty(1, device=device)
+    for segment in torch.cuda.memory_snapshot():
+        inside = 0 <= probe.data_ptr() - segment["address"] < segment["total_size"]
+        if inside and segment["device"] == probe.device.index:
+            return tuple(segment["segment_pool_id"]) != (0, 0)
+    return False
 
 
 def _bytes(value: Any) -> int:
@@ -83,11 +150,3 @@ def _bytes(value: Any) -> int:
     if isinstance(value, (list, tuple)):
         return sum(map(_bytes, value))
     return sum(map(_bytes, vars(value).values())) if hasattr(value, "run") else 0
-
-
-def _capture(loop: Any, steps: int) -> torch.cuda.CUDAGraph:
-    """Capturing runs nothing: the buffers stay as they are. Other threads may go on with theirs."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
-        loop.run(steps)
-    return graph
