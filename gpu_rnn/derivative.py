@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any
 
+from gpu_rnn.once import once
 from gpu_rnn.operations import OPERATIONS
 from gpu_rnn.program import Argument, Builder, Op, Program, Value, live, runner
 
@@ -36,7 +37,7 @@ class Derivative:
     outputs: tuple[Argument, ...]
     totals: tuple[Argument, ...]
 
-    @cached_property
+    @once
     def run(self) -> Callable[[dict[str, Any]], None]:
         """The operations in torch, see `program.runner`."""
         return runner(self.ops)

@@ -30,6 +30,8 @@ def _pow(b: Builder, x: Any, exponent: Any) -> Any:
         raise Unsupported("a power needs a constant exponent, or a positive constant base")
     if exponent == 0.5:
         return b.emit("sqrt", x)
+    if exponent == 0:  # of everything, NaN too
+        return b.value(1.0)
     if float(exponent).is_integer() and 1 <= abs(exponent) <= 8:
         return _integer_power(b, x, int(exponent))
     raise Unsupported(f"the exponent {exponent}; use whole numbers from -8 to 8, or 0.5")
@@ -86,9 +88,11 @@ def copy(b: Builder, x: Any, *_: Any) -> Any:
 
 
 def _to(b: Builder, x: Any, dtype: torch.dtype | None = None, *_: Any) -> Any:
-    """A change of dtype: in a recurrence all values are real numbers of one precision."""
-    if dtype is None or dtype.is_floating_point:
+    """A change of dtype: in a recurrence all values are real numbers of one precision, float32 or float64."""
+    if dtype in (None, torch.float32, torch.float64):
         return x
+    if dtype.is_floating_point:
+        raise Unsupported(f"a change to {dtype}; nothing is rounded to fewer bits within a step, so leave it out")
     if dtype == torch.bool:
         return b.emit("ne", x, 0.0)
     raise Unsupported(f"a change to {dtype}; its values are real numbers")
@@ -99,6 +103,8 @@ def _is_bool(b: Builder, x: Any) -> bool:
 
 
 def _detached(b: Builder, x: Any, *_: Any) -> Any:
+    if not isinstance(x.name, str):  # torch itself detaches a number that it made a tensor of
+        return x
     raise Unsupported("a gradient flows through every value of a recurrence, so detach has no meaning in it")
 
 

@@ -19,15 +19,17 @@ has a ``product`` line between them, which names the input of the next stage's p
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
 import torch
 
+from gpu_rnn.once import once
 from gpu_rnn.operations import OPERATIONS
 
 Argument = str | float
@@ -57,7 +59,7 @@ class Stage:
     ops: tuple[Op, ...]
     outputs: tuple[Argument, ...]
 
-    @cached_property
+    @once
     def run(self) -> Callable[[dict[str, Any]], None]:
         """The operations in torch, see `runner`."""
         return runner(self.ops)
@@ -78,7 +80,7 @@ class Program:
         """All gates, stage after stage: the order of the rows of the weights."""
         return tuple(gate for stage in self.stages for gate in stage.gates)
 
-    @cached_property
+    @once
     def rows(self) -> tuple[slice, ...]:
         """Where each stage's gates stand among all gates."""
         ends = list(accumulate(len(stage.gates) for stage in self.stages))
@@ -108,7 +110,7 @@ class Program:
         """What a stage reads: its gates, the states and the parameters, in this order."""
         return (*self.gate_inputs(stage), *(f"s_{name}" for name in self.state_names), *(f"p_{name}" for name in self.params))
 
-    @cached_property
+    @once
     def text(self) -> str:
         """The canonical text; `Program.parse` reads it back."""
         lines = [f"program {VERSION} {self.name}"]
@@ -130,6 +132,12 @@ class Program:
             ValueError: not such a text, or one that uses something outside the whitelist (the line is named).
         """
         return _parse(text)
+
+
+def _number(value: float | str) -> float:
+    """A number; of NaN always the same object, so that programs that hold it are equal."""
+    number = float(value)
+    return math.nan if number != number else number
 
 
 def _print(value: Argument) -> str:
@@ -164,7 +172,7 @@ class _Parser:
         if word in self.known:
             return word
         try:
-            return float(word)
+            return _number(word)
         except ValueError:
             raise ValueError(f"{word!r} is neither a value defined above nor a number") from None
 
@@ -284,17 +292,20 @@ _IDENTITIES: dict[tuple[str, int, float], int | float] = {
 class Builder:
     """Collects operations, each distinct one once, with constants folded."""
 
-    def __init__(self, prefix: str = "t", start: int = 0, given: Iterable[Op] = ()) -> None:
-        self.prefix, self.start = prefix, start
+    def __init__(
+        self, prefix: str = "t", start: int = 0, given: Iterable[Op] = (), exact: bool = False
+    ) -> None:
+        """With `exact`, 0 times something is not 0: of infinity and NaN it is NaN."""
+        self.prefix, self.start, self.exact = prefix, start, exact
         self.ops: list[Op] = []
         self.line = ""
         self._seen = {(op.name, op.args): op.result for op in given}
 
     def value(self, name: Argument) -> Value:
-        return Value(self, name)
+        return Value(self, name if isinstance(name, str) else _number(name))
 
     def emit(self, op: str, *args: Value | float) -> Value:
-        names = tuple(a.name if isinstance(a, Value) else float(a) for a in args)
+        names = tuple(a.name if isinstance(a, Value) else _number(a) for a in args)
         folded = self._fold(op, names)
         if folded is not None:
             return Value(self, folded)
@@ -304,16 +315,15 @@ class Builder:
             self._seen[op, names] = result
         return Value(self, self._seen[op, names])
 
-    @staticmethod
-    def _fold(op: str, names: tuple[Argument, ...]) -> Argument | None:
+    def _fold(self, op: str, names: tuple[Argument, ...]) -> Argument | None:
         constants = [name for name in names if isinstance(name, float)]
         if len(constants) == len(names) and op != "where":
             dtype = torch.bool if op in ("and", "or", "not") else torch.float64
-            exact = [torch.tensor(value, dtype=dtype) for value in constants]
+            exact = [torch.tensor(value, dtype=dtype, device="cpu") for value in constants]
             return float(OPERATIONS[op].torch(*exact))
         if op == "where" and isinstance(names[0], float):
             return names[1] if names[0] else names[2]
-        if op == "mul" and 0.0 in constants:
+        if op == "mul" and 0.0 in constants and not self.exact:
             return 0.0
         if op == "where" and names[1] == names[2]:
             return names[1]

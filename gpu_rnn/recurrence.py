@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
 
+from gpu_rnn.once import once
 from gpu_rnn.program import Program
 from gpu_rnn.tracing import trace
 
@@ -71,14 +71,7 @@ class Recurrence:
                 f"a recurrence is written as a function step(x, r, s) of scalars, not as a {type(step).__name__}; "
                 "a module's weights are the layer's, its arithmetic is the step"
             )
-        if callable(step):
-            if gates is None:
-                raise TypeError("name the gates: Recurrence(step, gates=('f', 'n'), ...)")
-            stages = [(gates, step)]
-        else:
-            if gates is not None:
-                raise TypeError("with several stages each names its own gates: Recurrence([(gates, step), ...])")
-            stages = list(step)
+        stages = _stages(step, gates)
         for word, given in (("states", states), ("params", params), *(("gates", own) for own, _ in stages)):
             if isinstance(given, str):
                 raise TypeError(f"{word} is a sequence of names: ({given!r},)")
@@ -144,10 +137,12 @@ class Recurrence:
         self._traced = program
         return self
 
-    @cached_property
+    @once
     def program(self) -> Program:
         """The traced recurrence."""
-        traced = self._traced or trace(self.name, self._initial, self.params, self._stages)
+        stages, traced = self._stages, self._traced  # in this order: another thread sets them in the other
+        if traced is None:
+            traced = self._traced = trace(self.name, self._initial, self.params, stages)
         self._stages = None  # the user's functions, and what they close over, are no longer needed
         return traced
 
@@ -194,6 +189,23 @@ class Recurrence:
         gates = " | ".join(" ".join(own) for own in self.stage_gates)
         params = f", params={' '.join(self.params)}" if self.params else ""
         return f"Recurrence({self.name}: gates={gates}, states={' '.join(self.states)}{params})"
+
+
+def _stages(step: Any, gates: Sequence[str] | None) -> list[tuple[Sequence[str], Callable[..., Any]]]:
+    """The stages of a recurrence, each with its gates."""
+    if callable(step):
+        if gates is None:
+            raise TypeError("name the gates: Recurrence(step, gates=('f', 'n'), ...)")
+        return [(gates, step)]
+    if gates is not None:
+        raise TypeError("with several stages each names its own gates: Recurrence([(gates, step), ...])")
+    stages = list(step)
+    if not stages:
+        raise ValueError("a recurrence has at least one stage: Recurrence([(gates, step), ...])")
+    for stage in stages:
+        if not isinstance(stage, (tuple, list)) or len(stage) != 2:
+            raise TypeError(f"a stage is a pair (gates, step), not {stage!r}")
+    return stages
 
 
 def _restore(text: str, aten: str | None) -> Recurrence:

@@ -1,50 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a user's step function to a program: torch's tracer on 0-d tensors, lowered to the whitelist of operations."""
+"""From a user's step function to a program: what `recording` saw of it, lowered to the whitelist of operations."""
 
 from __future__ import annotations
 
 import inspect
 import keyword
-import linecache
-import sys
-import threading
 import traceback
 from collections import namedtuple
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import _disable_current_modes
 
-from gpu_rnn.lowering import KEPT, LOWERING, TAKES_BOOL, Unsupported, copy
+from gpu_rnn.lowering import LOWERING, TAKES_BOOL, Unsupported, copy
 from gpu_rnn.program import IDENTIFIER, Argument, Builder, Op, Program, Stage, Value, live
+from gpu_rnn.recording import LIBRARY, Node, Refused, record, show
 
 Step = Callable[..., Any]
-_LIBRARY = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
-
-
-_one_at_a_time = threading.RLock()  # torch's tracer patches the process
 
 
 class TraceError(ValueError):
     """A step that cannot become a program. The message names the operation, the cell and the line."""
 
 
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """A cell may meet its first call inside a torch.func transform, a tracer, fake tensors or inference_mode: its own
-    trace takes no part in them. (A thread of its own would do the same, but a second one crashes fake tensors in CUDA
-    builds of torch 2.11 on a machine without a GPU.)"""
-    with temporarily_clear_interpreter_stack(), _disable_current_modes(), torch.inference_mode(False):
-        yield
-
-
-@_undisturbed()
 def trace(
     name: str,
     states: Sequence[tuple[str, float]],
@@ -57,21 +36,10 @@ def trace(
         TraceError: the step branches on values, closes over a tensor, draws random numbers, uses an operation outside
             `gpu_rnn.operations`, or returns something else than one value for each state.
     """
-    with _one_at_a_time:
-        return _trace(name, states, params, stages)
-
-
-def _trace(
-    name: str,
-    states: Sequence[tuple[str, float]],
-    params: Sequence[str],
-    stages: Sequence[tuple[Sequence[str], Step]],
-) -> Program:
-    gates = [gate for stage_gates, _ in stages for gate in stage_gates]
-    _check_names(name, gates, [state for state, _ in states], params)
+    _check_names(name, [own for own, _ in stages], [state for state, _ in states], params)
     traced = []
     carried: tuple[str, ...] = ()
-    builder = Builder()
+    builder = Builder(exact=True)
     for number, (stage_gates, step) in enumerate(stages):
         last = number == len(stages) - 1
         before = len(builder.ops)
@@ -89,7 +57,10 @@ def _trace(
     return _finish(name, tuple(states), tuple(params), traced)
 
 
-def _check_names(name: str, gates: Sequence[str], states: Sequence[str], params: Sequence[str]) -> None:
+def _check_names(
+    name: str, stages: Sequence[Sequence[str]], states: Sequence[str], params: Sequence[str]
+) -> None:
+    gates = [gate for own in stages for gate in own]
     hint = "; give another as name=..." if name not in (*gates, *states, *params) and not _is_word(name) else ""
     for kind, words in (("name", [name]), ("gate", gates), ("state", states), ("parameter", params)):
         for word in words:
@@ -97,8 +68,8 @@ def _check_names(name: str, gates: Sequence[str], states: Sequence[str], params:
                 raise ValueError(f"a recurrence's {kind} is a short identifier such as 'f', not {word!r}" + hint)
         if len(set(words)) != len(words):
             raise ValueError(f"the {kind}s of {name} are not distinct: {', '.join(words)}")
-    if not gates or not states:
-        raise ValueError(f"{name} needs at least one gate and one state")
+    if not states or not all(stages):
+        raise ValueError(f"{name} needs at least one gate and one state, and a gate in each stage")
 
 
 def _is_word(word: Any) -> bool:
@@ -146,14 +117,6 @@ def _joined(gates: list[str], ops: set[Op], outputs: set[Argument]) -> dict[Argu
     return joined
 
 
-@cache
-def _decompositions() -> dict[Any, Callable[..., Any]]:
-    """torch's rules, which take as long to gather as the rest of a trace."""
-    from torch._decomp import core_aten_decompositions
-
-    return {op: rule for op, rule in core_aten_decompositions().items() if op._opname not in KEPT}
-
-
 class _Stage:
     """The tracing of one step function."""
 
@@ -172,17 +135,11 @@ class _Stage:
     def run(self, carried: tuple[str, ...], last: bool) -> tuple[Argument, ...]:
         groups = self._groups_taken(len(carried))
         names = [f"{kind}_{word}" for kind, words in groups for word in words] + list(carried)
-        graph = self._graph(groups, len(names), len(carried))
+        nodes, results = self._record(groups, names)
         known: dict[Any, Value] = {}
-        placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-        for node, name in zip(placeholders, names, strict=True):
-            known[node] = self.builder.value(name)
-        for node in graph.nodes:
-            if node.op == "output":
-                return tuple(self._result(known, arg).name for arg in node.args[0])
-            if node.op != "placeholder":
-                known[node] = self._lower(node, known)
-        raise AssertionError("a graph ends with its output")
+        for node in _live(nodes, results):
+            known[node] = self.builder.value(node.args[0]) if node.operation == "input" else self._lower(node, known)
+        return tuple(self._result(known, result).name for result in results)
 
     def _groups_taken(self, carried: int) -> list[tuple[str, Sequence[str]]]:
         """A step may leave out the trailing arguments it does not need: step(x, r, s) or step(x, r, s, p)."""
@@ -199,65 +156,46 @@ class _Stage:
         self.taken = taken
         return self.groups[: min(taken, 4)]
 
-    def _graph(self, groups: list[tuple[str, Sequence[str]]], count: int, carried: int) -> torch.fx.Graph:
-        from torch.func import functionalize
-        from torch.fx.experimental.proxy_tensor import make_fx
-        from torch.fx.traceback import preserve_node_meta
-
+    def _record(
+        self, groups: list[tuple[str, Sequence[str]]], names: list[str]
+    ) -> tuple[list[Node], tuple[Any, ...]]:
         shapes = [namedtuple(f"{kind}_values", words) if words else tuple for kind, words in groups]
 
-        def flat(*tensors: torch.Tensor) -> tuple[Any, ...]:
-            rest = [tensor.clone() for tensor in tensors]  # a step may work on its arguments in place
-            args: list[Any] = []
+        def flat(*scalars: torch.Tensor) -> Any:
+            rest, args = list(scalars), []
             for shape, (_, words) in zip(shapes, groups, strict=True):
                 args.append(shape(*rest[: len(words)]) if words else ())
                 del rest[: len(words)]
             if self.taken > 4:
                 args.append(tuple(rest))
-            with preserve_node_meta(), _Lines():
-                result = self.step(*args)
-            return tuple(result) if isinstance(result, (tuple, list)) else (result,)
+            return self.step(*args)
 
-        examples = [torch.tensor(0.25 + 0.01 * n, dtype=torch.float64, device="cpu") for n in range(count)]
-        tracer = make_fx(
-            functionalize(flat),
-            decomposition_table=_decompositions(),
-            tracing_mode="real",
-            _error_on_data_dependent_ops=True,
-        )
         try:
-            with torch.enable_grad():
-                return tracer(*examples).graph
-        except (RuntimeError, AttributeError, IndexError, TypeError, ValueError) as error:
-            if "data-dependent control flow" not in str(error):
-                raise TraceError(f"{self.cell}: {self._frame(error)}: {_first_line(error)}") from error
-            raise TraceError(
-                f"{self.cell}: {self._frame(error)} branches on a value or takes a number out of a tensor; "
-                "use torch.where, so that every unit takes its own branch"
-            ) from error
+            return record(flat, names)
+        except Refused as error:
+            raise TraceError(f"{self.cell}: {self._frame(error)} {error}") from error
+        except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            names = _held(self.step)
+            more = _has(error, groups) or (f"; it {_closes_over(names)}" if names else "")
+            raise TraceError(f"{self.cell}: {self._frame(error)}: {_first_line(error)}{more}") from error
 
     def _frame(self, error: BaseException) -> str:
         frames = traceback.extract_tb(error.__traceback__)
-        own = [f for f in frames if not f.filename.startswith(_LIBRARY)]
-        return _show(own[-1].filename, own[-1].lineno) if own else _where(self.step)
+        own = [f for f in frames if not f.filename.startswith(LIBRARY)]
+        return show(own[-1].filename, own[-1].lineno) if own else _where(self.step)
 
-    def _result(self, known: dict[Any, Value], arg: Any) -> Value:
-        if isinstance(arg, (int, float)):
-            return self.builder.value(float(arg))
-        if arg not in known:
-            raise TraceError(f"{self.cell}: {_where(self.step)} returned {arg!r}; return tensors, one for each state")
-        return copy(self.builder, known[arg])
+    def _result(self, known: dict[Any, Value], result: Any) -> Value:
+        if isinstance(result, (int, float)):
+            return self.builder.value(float(result))
+        if not isinstance(result, Node):
+            raise TraceError(f"{self.cell}: {_where(self.step)} returned {result!r}; return tensors, one for each state")
+        return copy(self.builder, known[result])
 
-    def _lower(self, node: Any, known: dict[Any, Value]) -> Value:
-        line = node.meta.get("stack_trace") or _where(self.step)
-        if node.op == "get_attr":
-            raise TraceError(
-                f"{self.cell}: {_where(self.step)} closes over a tensor{_closed_over(self.step)}; "
-                "a constant is a Python number, a learnt value is one of the recurrence's params"
-            )
-        overload = node.target
-        rule = LOWERING.get(getattr(overload, "_opname", ""))
-        arguments = _arguments(overload, node.args, node.kwargs)
+    def _lower(self, node: Node, known: dict[Any, Value]) -> Value:
+        overload, line = node.operation, node.line or _where(self.step)
+        if overload == "constant" or overload._opname.startswith("lift_fresh"):
+            raise TraceError(f"{self.cell}: {line} {_closes_over(_held(self.step))}")
+        rule = LOWERING.get(overload._opname)
         if rule is None:
             what = "draws random numbers with" if _is_random(overload) else "uses"
             raise TraceError(
@@ -265,13 +203,25 @@ class _Stage:
                 "it holds arithmetic, comparisons, torch.where, clamp, minimum, maximum and the usual activations"
             )
         self.builder.line = line
-        lifted = [known.get(a, a) if isinstance(a, torch.fx.Node) else a for a in arguments]
+        lifted = [known.get(a, a) if isinstance(a, Node) else a for a in _arguments(overload, node.args, node.kwargs or {})]
         if overload._opname not in TAKES_BOOL:
             lifted = [copy(self.builder, a) if isinstance(a, Value) else a for a in lifted]
         try:
             return rule(self.builder, *lifted)
         except (Unsupported, TypeError) as error:
             raise TraceError(f"{self.cell}: {line} uses {overload}: {error}") from error
+
+
+def _live(nodes: list[Node], results: tuple[Any, ...]) -> list[Node]:
+    """The nodes that the results need, in order; the random ones first, so that an error names them."""
+    needed = set(map(id, results))
+    kept = []
+    for node in reversed(nodes):
+        if id(node) in needed:
+            kept.append(node)
+            needed.update(id(arg) for arg in (*node.args, *(node.kwargs or {}).values()))
+    kept.reverse()
+    return [node for node in kept if _is_random(node.operation)] + [n for n in kept if not _is_random(n.operation)]
 
 
 def _accepts(signature: inspect.Signature, count: int) -> bool:
@@ -286,11 +236,18 @@ def _is_random(overload: Any) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(overload, "tags", ())
 
 
-def _closed_over(step: Step) -> str:
-    """The names of the tensors that a closure holds, for the error message."""
+def _held(step: Step) -> str:
+    """The names of the tensors and modules that a closure holds."""
     held = inspect.getclosurevars(step) if inspect.isfunction(step) else None
-    names = [n for n, v in ({**held.nonlocals, **held.globals} if held else {}).items() if torch.is_tensor(v)]
-    return f" ({', '.join(names)})" if names else ""
+    found = {**held.nonlocals, **held.globals} if held else {}
+    return ", ".join(name for name, value in found.items() if isinstance(value, (torch.Tensor, torch.nn.Module)))
+
+
+def _closes_over(names: str) -> str:
+    names = f" ({names})" if names else ""
+    return (
+        f"closes over a tensor{names}; a constant is a Python number, a learnt value is one of the recurrence's params"
+    )
 
 
 def _arguments(overload: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
@@ -308,26 +265,12 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def _show(filename: str, number: int | None) -> str:
-    text = linecache.getline(filename, number or 0).strip()
-    return f"{Path(filename).name}:{number}" + (f" `{text}`" if text else "")
+def _has(error: BaseException, groups: list[tuple[str, Sequence[str]]]) -> str:
+    """What a group of arguments has, for the error message of one that it lacks."""
+    wanted = type(getattr(error, "obj", None)).__name__
+    return "".join(f"; it has {', '.join(words)}" for kind, words in groups if wanted == f"{kind}_values")
 
 
 def _where(step: Step) -> str:
     code = getattr(step, "__code__", None)
     return f"{Path(code.co_filename).name}:{code.co_firstlineno} `{step.__name__}`" if code else repr(step)
-
-
-class _Lines(TorchFunctionMode):
-    """Notes in each traced node the innermost line outside torch that called for it."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        frame = sys._getframe(1)
-        while frame.f_back is not None and (
-            frame.f_code.co_filename.startswith((_LIBRARY[0], __file__)) or frame.f_code.co_name == "__torch_function__"
-        ):  # a mode inside this one calls for what somebody else called it for
-            frame = frame.f_back
-        torch.fx.traceback.set_stack_trace([_show(frame.f_code.co_filename, frame.f_lineno)])
-        if not torch.is_grad_enabled() or func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]
-            raise ValueError("no_grad and .data stop gradients, and those flow through every value of a recurrence")
-        return func(*args, **(kwargs or {}))

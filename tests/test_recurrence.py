@@ -117,7 +117,7 @@ ALLOWED: dict[str, tuple[Step, list[str]]] = {
     ),
     "truth as a number": (lambda x, r, s: (x.f > 0) * r.f, ["gt x_f 0.0", "where t0 1.0 0.0", "mul t1 r_f"]),
     "a truth value as the state": (lambda x, r, s: x.f > r.f, ["gt x_f r_f", "where t0 1.0 0.0"]),
-    "another float type": (lambda x, r, s: x.f.half() * r.f.to(torch.float32), ["mul x_f r_f"]),
+    "another float type": (lambda x, r, s: x.f.double() * r.f.to(torch.float32), ["mul x_f r_f"]),
     "floor division": (lambda x, r, s: torch.div(x.f, 2, rounding_mode="floor"), ["div x_f 2.0", "floor t0"]),
     "powers": (lambda x, r, s: x.f**2 + r.f**-1, ["mul x_f x_f", "div 1.0 r_f", "add t0 t1"]),
     "dead code": (lambda x, r, s: (torch.exp(x.n), x.f.tanh())[1], ["tanh x_f"]),

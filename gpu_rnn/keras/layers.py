@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any
 
 import keras
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from gpu_rnn import functional, interop
 from gpu_rnn.keras import recurrences
+from gpu_rnn.once import once
 from gpu_rnn.recurrence import Recurrence
 
 
@@ -35,7 +35,7 @@ class TimeLoop:
         self.recurrence: Recurrence = recurrences.of(self.cell)
         self.check_cudnn(masked=False)
 
-    @cached_property
+    @once
     def loops_only(self) -> Recurrence:
         """The recurrence for use_cudnn=False."""
         return recurrences.without_aten(self.recurrence)

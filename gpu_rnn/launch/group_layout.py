@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from importlib.resources import files
 
 import torch
 
 from gpu_rnn import codegen
+from gpu_rnn.once import once
 from gpu_rnn.program import Program
 
 SCALARS = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "float"}
@@ -68,7 +69,7 @@ class Layout:
     drop: int = 0
     zone: bool = False
 
-    @cached_property
+    @once
     def parsed(self) -> Program:
         return Program.parse(self.program)
 

@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-from functools import cached_property
-
 import torch
 from torch import Tensor
 
 from gpu_rnn import onednn
+from gpu_rnn.once import once
 
 
 def masks(drop: Tensor | None, gates: slice) -> Tensor | None:
@@ -41,11 +40,11 @@ class Product:
         self.transposed = self.weights.transpose(1, 2)
         self.rows, self.times = 0 if self.by_gate else rows, times
 
-    @cached_property
+    @once
     def there(self) -> onednn.Factor:
         return onednn.Factor(self.transposed, self.rows, self.times)
 
-    @cached_property
+    @once
     def way_back(self) -> onednn.Factor:
         return onednn.Factor(self.weights, self.rows, self.times)
 
