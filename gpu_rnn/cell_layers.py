@@ -67,9 +67,7 @@ class CellBase(RecurrenceHolder, RNNCellBase):
             states = None if states is None else tuple(state.unsqueeze(0) for state in states)
         self._check_sizes(input, states)
         weights = self._weights()
-        states = functional.cell(
-            input, states, weights, self.recurrence, bias=self.bias, backend=self.backend
-        )
+        states = functional.one_step(input, states, weights, self.recurrence, self.bias, self.backend)
         if not batched:
             states = tuple(state.squeeze(0) for state in states)
         return states[0] if self._one_state else states

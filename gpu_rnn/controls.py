@@ -7,10 +7,11 @@ Sizes as in `gpu_rnn.layout`, with D directions and L layers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from gpu_rnn import autograd
 from gpu_rnn.layout import RESET, SKIP, Control
@@ -26,12 +27,43 @@ class Controls(NamedTuple):
     recurrent_mask: Tensor | None = None  # (L·D, B, 1 or G, P)
     zone: Tensor | None = None  # (S, T, L·D, B, H) bool
 
+    @staticmethod
+    def of(
+        x: Tensor | PackedSequence,
+        mask: Any = None,
+        lengths: Any = None,
+        resets: Any = None,
+        reset_state: Any = None,
+        recurrent_mask: Any = None,
+        zone: Any = None,
+    ) -> Controls:
+        """From what a caller gives, arrays for tensors too; those go to the device of x.
+
+        Raises:
+            TypeError: anything else.
+        """
+        if lengths is not None:
+            lengths = _lengths(lengths)
+        given = [("mask", mask), ("resets", resets), ("recurrent_mask", recurrent_mask), ("zone", zone)]
+        tensors = {name: None if value is None else _tensor(name, value, x) for name, value in given}
+        return Controls(lengths=lengths, reset_state=None if reset_state is None else tuple(reset_state), **tensors)
+
+    def refuse_packed(self, batch_sizes: Tensor | None) -> None:
+        """Raises ValueError where the call is packed."""
+        if batch_sizes is None:
+            return
+        given = ", ".join(name for name, value in self._asdict().items() if value is not None)
+        raise ValueError(
+            f"{given} cannot come with a PackedSequence, whose rows have lengths already: give the padded tensor, "
+            "with lengths=, instead (torch.nn.utils.rnn.pad_packed_sequence returns both)"
+        )
+
     @property
     def given(self) -> bool:
         return any(value is not None for value in self)
 
     def checked(self, steps: int, shapes: Sequence[tuple[int, ...]], gates: int, x: Tensor) -> Controls:
-        """The same with lengths as int64 on the input's device; `shapes` are those of the states, (L·D, B, ·).
+        """The same with lengths on the input's device; `shapes` are those of the states, (L·D, B, ·).
 
         Raises:
             TypeError: a mask or resets that are not bool, lengths that are not integers.
@@ -42,7 +74,7 @@ class Controls(NamedTuple):
             _check_steps(name, value, (steps, shapes[0][1]))
         lengths = self.lengths
         if lengths is not None:
-            lengths = _checked_lengths(lengths, steps, shapes[0][1]).to(x.device, torch.int64)
+            lengths = _checked_lengths(lengths, steps, shapes[0][1]).to(x.device)
         if self.reset_state is not None and self.resets is None:
             raise ValueError("reset_state is what resets set the states to: give resets too")
         for value, shape in zip(self.reset_state or (), shapes, strict=self.reset_state is not None):
@@ -74,7 +106,7 @@ class Controls(NamedTuple):
         if not self.given:
             return self
         mask, resets = (t if t is None else t.unsqueeze(1) for t in (self.mask, self.resets))
-        lengths = self.lengths if self.lengths is None else torch.as_tensor(self.lengths).reshape(1)
+        lengths = None if self.lengths is None else self.lengths.reshape(1)
         values = self.reset_state and tuple(value.unsqueeze(-2) for value in self.reset_state)
         return self._replace(mask=mask, resets=resets, lengths=lengths, reset_state=values)
 
@@ -114,13 +146,30 @@ class Controls(NamedTuple):
 NONE = Controls()
 
 
+def _tensor(name: str, value: Any, like: Tensor | PackedSequence) -> Tensor:
+    """A tensor as it is; an array as one, on the device of `like`."""
+    if isinstance(value, Tensor):
+        return value
+    if not hasattr(value, "__array__"):
+        kind = f"a bool tensor, {MEANING[name]}" if name in MEANING else "a tensor"
+        raise TypeError(f"{name} is {kind}, or such an array, got {type(value).__name__}")
+    return from_array(value).to(like.data.device)
+
+
+def from_array(values: Any) -> Tensor:
+    """Of anything with __array__, whatever the order of its bytes."""
+    array = values.__array__()
+    return torch.as_tensor(array.astype(array.dtype.newbyteorder("="), copy=False))
+
+
+MEANING = {"mask": "True where a step counts", "resets": "True where an episode begins"}
+
+
 def _check_steps(name: str, value: Tensor | None, shape: tuple[int, int]) -> None:
     if value is None:
         return
-    if not isinstance(value, Tensor) or value.dtype != torch.bool:
-        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        meaning = "True where a step counts" if name == "mask" else "True where an episode begins"
-        raise TypeError(f"{name} is a bool tensor, {meaning}, got {kind}")
+    if value.dtype != torch.bool:
+        raise TypeError(f"{name} is a bool tensor, {MEANING[name]}, got {value.dtype}")
     if value.shape != shape:
         steps, batch = shape
         found = f"{value.shape[0]} steps and {value.shape[1]} rows" if value.dim() == 2 else f"{value.dim()} dimensions"
@@ -129,14 +178,23 @@ def _check_steps(name: str, value: Tensor | None, shape: tuple[int, int]) -> Non
         )
 
 
+def _lengths(lengths: Any) -> Tensor:
+    """As int64, so that nothing that is done to them overflows: T may be more than a uint8 holds."""
+    words = "lengths are integers, the number of steps of each row, got"
+    if not isinstance(lengths, Tensor):
+        if isinstance(lengths, str) or not hasattr(lengths, "__len__"):
+            raise TypeError(f"{words} {lengths!r}")
+        if hasattr(lengths, "__array__"):
+            lengths = from_array(lengths)
+        else:
+            lengths = torch.as_tensor(lengths, dtype=None if len(lengths) else torch.int64)
+    if lengths.dtype.is_floating_point or lengths.dtype == torch.bool or lengths.is_complex():
+        raise TypeError(f"{words} {lengths.dtype}")
+    return lengths.to(torch.int64)
+
+
 def _checked_lengths(lengths: Tensor, steps: int, batch: int) -> Tensor:
     """Lengths on a GPU are clamped instead of looked at: the host would have to wait for them."""
-    if isinstance(lengths, str) or not hasattr(lengths, "__len__"):
-        raise TypeError(f"lengths are integers, the number of steps of each row, got {lengths!r}")
-    if not isinstance(lengths, Tensor):
-        lengths = torch.as_tensor(lengths, dtype=None if len(lengths) else torch.int64)
-    if lengths.dtype.is_floating_point or lengths.dtype == torch.bool or lengths.is_complex():
-        raise TypeError(f"lengths are integers, the number of steps of each row, got {lengths.dtype}")
     if lengths.shape != (batch,):
         raise ValueError(f"lengths has one number for each of the {batch} rows of the batch, got shape {tuple(lengths.shape)}")
     known = lengths.is_cpu and not torch.compiler.is_compiling() and not autograd.transforms_active()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -20,6 +21,8 @@ from gpu_rnn.problem import Problem, rnn_precision
 from gpu_rnn.program import Program
 from gpu_rnn.recurrence import Recurrence
 
+OPTIONS = re.compile(r"(\w+) ([01]+) (save|drop) (all|y)")
+
 
 class Options(NamedTuple):
     """The options of a call; they travel as one string, such as ``auto 01 save y``."""
@@ -35,7 +38,11 @@ class Options(NamedTuple):
     @staticmethod
     @lru_cache(maxsize=256)
     def decode(text: str) -> Options:
-        backend, reverse, save, states = text.split()
+        found = OPTIONS.fullmatch(text)
+        if found is None:
+            raise ValueError(f"the options of a layer read like 'auto 01 save y' or 'step 0 drop all', got {text[:80]!r}")
+        backend, reverse, save, states = found.groups()
+        dispatch.check_name(backend)
         return Options(backend, reverse, save == "save", states == "all")
 
 

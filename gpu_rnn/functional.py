@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gpu_rnn import autograd, dispatch, second_order
+from gpu_rnn import arguments, autograd, dispatch, second_order
 from gpu_rnn.controls import NONE, Controls
 from gpu_rnn.launch import aten
 from gpu_rnn.recurrence import Recurrence
@@ -73,10 +73,12 @@ def rnn(
         states after every step, (T, D·num_layers, B, ·) each.
 
     Raises:
-        ValueError: a backend that does not exist or cannot run this call, with every reason.
-            A mask, lengths, resets or reset_state of another shape.
-        TypeError: a mask or resets that are not bool, lengths that are not integers.
-        RuntimeError: no time steps; tensors on different devices; hx or weights of another shape.
+        ValueError: a backend that does not exist or cannot run this call, with every reason; a number out of range.
+            A mask, lengths, resets or reset_state of another shape, or beside batch_sizes.
+        TypeError: an argument of another kind: no tensor where one belongs, a flag that is not a bool, a mask or resets
+            that are not bool, lengths that are not integers.
+        RuntimeError: no time steps; tensors on different devices or of different dtypes; x, hx or weights of another
+            shape.
 
     Example::
 
@@ -89,7 +91,7 @@ def rnn(
         recurrence,
         bias,
         num_layers,
-        dropout if training else 0.0,
+        dropout,
         bidirectional,
         batch_first,
         proj_size,
@@ -97,12 +99,17 @@ def rnn(
         norm,
         all_states,
     )
-    controls = Controls(mask, lengths, resets, reset_state, recurrent_mask, zone)
-    if batch_first:
-        controls = controls.transposed()
-    steps, batch = stack.sizes(x, batch_sizes)
-    stack.check(x, hx, weights, batch)
+    arguments.check(stack, x, hx, weights, batch_sizes)
+    if not isinstance(training, bool):
+        raise TypeError(f"training should be True or False, got: {training!r}")
+    stack = stack if training else stack._replace(dropout=0.0)
+    if reset_state is not None:
+        arguments.each_tensor("reset_state", reset_state, recurrence.states)
+    controls = Controls.of(x, mask, lengths, resets, reset_state, recurrent_mask, zone)
     if controls.given:
+        controls.refuse_packed(batch_sizes)
+        controls = controls.transposed() if batch_first else controls
+        steps, batch = stack.sizes(x, batch_sizes)
         controls = controls.checked(steps, stack.state_shapes(weights, batch), len(recurrence.gates), x)
     y, states, every = run(stack, x, hx, weights, batch_sizes, controls)
     return (y, states, every) if all_states else (y, states)
@@ -186,6 +193,14 @@ def cell(
     backend: str = "auto",
 ) -> States:
     """One step: x (B, I) and states (B, H) -> new states (B, H). Arguments and errors as `rnn`'s."""
+    arguments.check_cell(Stack(recurrence, bias, backend=backend), x, hx, weights)
+    return one_step(x, hx, weights, recurrence, bias, backend)
+
+
+def one_step(
+    x: Tensor, hx: States | None, weights: Sequence[Tensor], recurrence: Recurrence, bias: bool, backend: str
+) -> States:
+    """`cell` of arguments that are checked already."""
     states = None if hx is None else tuple(state[None] for state in hx)
     if recurrence.aten and backend in ("auto", "aten") and not torch.compiler.is_compiling():
         if not autograd.transforms_active():

@@ -75,6 +75,9 @@ class RecurrenceHolder(nn.Module):
         states = (hx,) if self._one_state else tuple(hx)
         if len(states) != len(names):
             raise RuntimeError(f"{type(self).__name__}: {argument} should be {wanted}, got {len(states)}")
+        for name, state in zip(names, states, strict=True):
+            if not isinstance(state, Tensor):
+                raise TypeError(f"{type(self).__name__}: {argument} should be {wanted}, got {type(state).__name__} for {name}")
         return states
 
     def _check_rank(self, states: States, rank: int, kind: str) -> None:

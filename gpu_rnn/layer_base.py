@@ -193,7 +193,7 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
         controls = NONE
         if not (mask is lengths is resets is reset_state is None):
             values = None if reset_state is None else self._as_tuple(reset_state, "reset_state")
-            controls = Controls(mask, lengths, resets, values)
+            controls = Controls.of(input, mask, lengths, resets, values)
         if isinstance(input, PackedSequence):
             output, states, every = self._packed(input, states, controls, return_all_states)
         elif input.dim() == 3:
@@ -227,13 +227,9 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
     def _packed(
         self, input: PackedSequence, states: States | None, controls: Controls, all_states: bool
     ) -> tuple[PackedSequence | Tensor, States, States]:
-        if controls is not NONE:
-            given = ", ".join(name for name, value in controls._asdict().items() if value is not None)
-            raise ValueError(
-                f"{given} cannot come with a PackedSequence, whose rows have lengths already: give the padded tensor, "
-                "with lengths=, instead (torch.nn.utils.rnn.pad_packed_sequence returns both)"
-            )
         data, batch_sizes, to_sorted, to_given = input
+        if controls is not NONE:
+            controls.refuse_packed(batch_sizes)
         if states is not None and to_sorted is not None:
             self._check_states(data, states, batch_sizes)
             states = tuple(state.index_select(1, to_sorted) for state in states)

@@ -2,7 +2,10 @@
 """The canonical layout of one layer's call: its tensors, by name and shape, and their order in time.
 
 Sizes: T time, B batch, N independent recurrences (directions, members), G gates, H hidden units, I input features,
-P width of the product's input (H, or proj_size), S states, R 1 or T.
+P width of the product's input (H, or proj_size), S states, U per-unit parameters, K split gates, M 1 for a stack, else N.
+
+The axes of a tensor stand in its field's annotation. `gpu_rnn.checks` reads them there, so a new field is checked as soon
+as it is written down.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,21 +28,29 @@ SKIP, RESET = 1, 2  # bits of `Control.flags`
 CPU_CHUNK, GPU_CHUNK = 1 << 15, 1 << 22  # elements (T, B, N, H) of a chunk: 128 KiB a tensor in fp32; fewer launches
 
 
+class Axes(NamedTuple):
+    """The axes of a tensor, "|" between alternatives: of a whole tensor, ``T B I | T B N I``, or of one axis, ``1|T``."""
+
+    axes: str
+    dtype: torch.dtype | Literal["state"] | None = None  # "state": `state_dtype` of x's; None: that of x
+
+
 class Weights(NamedTuple):
     """The weights of one layer; None where the layer has none.
 
     With `w_between`, N are the layers of a stack, which run as a wavefront (`gpu_rnn.wavefront`).
     """
 
-    w_ih: Tensor  # (N, G, H, I); of a stack the first layer's, (1, G, H, I)
-    w_hh: Tensor  # (N, G, H, P)
-    b_ih: Tensor | None = None  # (N, G, H)
-    b_hh: Tensor | None = None  # (N, G, H)
-    params: Tensor | None = None  # (N, number of params, H)
-    w_hr: Tensor | None = None  # (N, P, H): projection of h
-    norm: Tensor | None = None  # (N, G, H): recurrent products are normalised over H, gate by gate, and scaled by this
-    norm_ih: Tensor | None = None  # (N, G, H): likewise the input products
-    w_between: Tensor | None = None  # (N - 1, G, H, H): the input weights of a stack's layers after the first
+    w_ih: Annotated[Tensor, Axes("M G H I")]  # of a stack the first layer's
+    w_hh: Annotated[Tensor, Axes("N G H P")]
+    b_ih: Annotated[Tensor | None, Axes("N G H")] = None
+    b_hh: Annotated[Tensor | None, Axes("N G H")] = None
+    params: Annotated[Tensor | None, Axes("N U H")] = None
+    w_hr: Annotated[Tensor | None, Axes("N P H")] = None  # projection of h
+    # Recurrent products are normalised over H, gate by gate, and scaled by this; likewise the input products.
+    norm: Annotated[Tensor | None, Axes("N G H")] = None
+    norm_ih: Annotated[Tensor | None, Axes("N G H")] = None
+    w_between: Annotated[Tensor | None, Axes("N-1 G H H")] = None  # the input weights of a stack's layers after the first
 
 
 class Control(NamedTuple):
@@ -50,11 +61,12 @@ class Control(NamedTuple):
     says so; y is h then, too.
     """
 
-    lengths: Tensor | None = None  # (B,)
-    flags: Tensor | None = None  # (T, B, N) uint8, in the order of time, each as its direction meets it
-    drop: Tensor | None = None  # (B, N, 1 or G, P): factors of what enters the products
-    zone: Tensor | None = None  # (S, T, B, N, H) bool: units that keep the state they entered with
-    between: Tensor | None = None  # (N - 1, T, B, H): factors of what a stack's layers take from the layers below
+    lengths: Annotated[Tensor | None, Axes("B", torch.int64)] = None
+    # In the order of time, each as its direction meets it; of a stack one for all layers.
+    flags: Annotated[Tensor | None, Axes("T B M", torch.uint8)] = None
+    drop: Annotated[Tensor | None, Axes("B N 1|G P")] = None  # factors of what enters the products
+    zone: Annotated[Tensor | None, Axes("S T B N H", torch.bool)] = None  # units that keep the state they entered with
+    between: Annotated[Tensor | None, Axes("N-1 T B H")] = None  # factors of what a stack's layers take from those below
 
 
 PLAIN = Control()
@@ -63,11 +75,12 @@ PLAIN = Control()
 class Inputs(NamedTuple):
     """Every tensor that a layer's forward pass takes."""
 
-    x: Tensor  # (T, B, I) or (T, B, N, I)
+    x: Annotated[Tensor, Axes("T B I | T B N I")]
     weights: Weights
     control: Control
-    states: list[Tensor]  # before the first step: h (B, N, P), others (B, N, H)
-    reset_values: list[Tensor]  # of each state, (R, B, N, ·); empty: the recurrence's initial values
+    states: Annotated[list[Tensor], Axes("B N P"), Axes("B N H")]  # before the first step: h, then the others
+    # Of each state; empty: the recurrence's initial values.
+    reset_values: Annotated[list[Tensor], Axes("1|T B N P"), Axes("1|T B N H")]
 
     @staticmethod
     def of(x: Tensor, *rest: Any) -> Inputs:
@@ -140,14 +153,14 @@ class Result(NamedTuple):
     `gates` and `recurrent` are what the backward pass needs, empty in inference: pre-activations (the sum x + r of a
     summed gate, else x) and the products of the split gates. `inner`, the states other than h after each step, is
     empty where neither the backward pass nor the caller wants it. The steps of a reversed recurrence stand at the
-    times they belong to. `kept` is `Call.kept`, filled.
+    times they belong to. `kept` is `Call.kept`, filled. Of a stack, N stands before T.
     """
 
-    y: Tensor  # (T, B, N, P)
-    final: list[Tensor]  # h (B, N, P), other states (B, N, H)
-    gates: Tensor  # (T, B, N, G, H)
-    recurrent: Tensor  # (T, B, N, number of split gates, H)
-    inner: Tensor  # (S - 1, T, B, N, H)
+    y: Annotated[Tensor, Axes("T B N P")]
+    final: Annotated[list[Tensor], Axes("B N P"), Axes("B N H")]
+    gates: Annotated[Tensor, Axes("T B N G H")]
+    recurrent: Annotated[Tensor, Axes("T B N K H")]
+    inner: Annotated[Tensor, Axes("S-1 T B N H", "state")]
     kept: Normalised | None = None
 
     @property

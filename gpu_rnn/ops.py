@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu_rnn import execution
+from gpu_rnn import checks, execution
 from gpu_rnn.execution import Options
 from gpu_rnn.layout import FIRST_CONTROL, FIRST_STATE, Control, Inputs, Result, Weights, state_dtype
 from gpu_rnn.program import Program
@@ -39,9 +39,13 @@ def _owned(outputs: Sequence[Tensor], inputs: Sequence[Tensor | None]) -> list[T
 
 @torch.library.custom_op("gpu_rnn::rnn", mutates_args=(), schema=f"({INPUTS}, {IDENTITY}) -> Tensor[]")
 def rnn(*arguments: Any) -> list[Tensor]:
-    """One layer: y, the final states, then what the backward pass needs (empty unless saved)."""
+    """One layer: y, the final states, then what the backward pass needs (empty unless saved).
+
+    Shapes, dtypes and devices are checked; lengths are clamped to the steps there are (see `checks.inputs`).
+    """
     *given, program, options = arguments
-    inputs, decoded = Inputs.of(*given), Options.decode(options)
+    decoded = Options.decode(options)
+    inputs = checks.inputs("gpu_rnn::rnn", program, decoded, Inputs.of(*given))
     result = execution.run(program, decoded, inputs)
     nothing = result.y.new_empty(0)
     if not decoded.save:
@@ -54,7 +58,9 @@ def rnn(*arguments: Any) -> list[Tensor]:
 @rnn.register_fake
 def _(*arguments: Any) -> list[Tensor]:
     *given, program, text = arguments
-    x, weights, _, states, _ = Inputs.of(*given)
+    inputs = Inputs.of(*given)
+    checks.devices("gpu_rnn::rnn", inputs.x, inputs.row)
+    x, weights, _, states, _ = inputs
     options = Options.decode(text)
     n, gates, hidden, width = weights.w_hh.shape
     steps, batch = x.shape[:2]
@@ -77,12 +83,17 @@ def _(*arguments: Any) -> list[Tensor]:
     schema=f"(Tensor[] d_outputs, Tensor[] saved, {INPUTS}, {IDENTITY}) -> Tensor[]",
 )
 def rnn_backward(d_outputs: list[Tensor], saved: list[Tensor], *arguments: Any) -> list[Tensor]:
-    """The gradients of the differentiable inputs in a row; an empty tensor where there is no such weight."""
+    """The gradients of the differentiable inputs in a row; an empty tensor where there is no such weight.
+
+    Checks what it is given as `rnn` does.
+    """
     *given, program, options = arguments
-    inputs = Inputs.of(*given)
+    decoded = Options.decode(options)
+    inputs = checks.inputs("gpu_rnn::rnn_backward", program, decoded, Inputs.of(*given))
+    checks.gradients("gpu_rnn::rnn_backward", program, decoded, inputs, d_outputs, saved)
     y, gates, recurrent, inner = saved
     result = Result(y, [], gates, recurrent, inner)
-    found = execution.run_backward(program, Options.decode(options), d_outputs, inputs, result)
+    found = execution.run_backward(program, decoded, d_outputs, inputs, result)
     outputs = [inputs.x.new_empty(0) if d is None else d for d in found]
     return _owned(outputs, [*d_outputs, *saved, *inputs.row])
 
@@ -90,6 +101,7 @@ def rnn_backward(d_outputs: list[Tensor], saved: list[Tensor], *arguments: Any) 
 @rnn_backward.register_fake
 def _(d_outputs: list[Tensor], saved: list[Tensor], *arguments: Any) -> list[Tensor]:
     inputs = Inputs.of(*arguments[:-2])
+    checks.devices("gpu_rnn::rnn_backward", inputs.x, [*inputs.row, *d_outputs, *saved])
     return [
         inputs.x.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
         for t in inputs.primals

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpu_rnn import autograd, dispatch
+from gpu_rnn import arguments, autograd, dispatch
 from gpu_rnn.controls import NONE, Controls
 from gpu_rnn.execution import Options
 from gpu_rnn.launch import aten
@@ -75,14 +75,6 @@ class Stack(NamedTuple):
             own += [(len(self.recurrence.params), hidden)] * bool(self.recurrence.params) + [(gates * hidden,)] * (2 * self.norm)
             shapes += own * directions
         return shapes
-
-    def check(self, x: Tensor, hx: States | None, weights: Sequence[Tensor], batch: int) -> None:
-        """Raises RuntimeError for shapes that do not fit: ATen's kernels do not look at all of them."""
-        found, expected = [tuple(w.shape) for w in weights], self.weight_shapes(x.shape[-1], self.hidden(weights))
-        if found != expected:
-            raise RuntimeError(f"for an input of {x.shape[-1]} features the weights are {expected}, got {found}")
-        if hx is not None and [tuple(state.shape) for state in hx] != self.state_shapes(weights, batch):
-            raise RuntimeError(f"hx is {self.state_shapes(weights, batch)}, got {[tuple(state.shape) for state in hx]}")
 
     def initial(self, x: Tensor, weights: Sequence[Tensor], batch: int) -> States:
         """The recurrence's own initial values, (D·num_layers, B, ·); states that are all alike share one tensor."""
@@ -172,7 +164,7 @@ class Stack(NamedTuple):
     ) -> tuple[Tensor, States, States]:
         """One layer after the other in canonical layout: y, the final states and, if wanted, those of all steps."""
         x, states, weights = _autocast(x, states, weights)
-        _check_alike(x, weights, states)
+        arguments.check_alike(x, weights, states)
         controls = controls if controls is NONE else controls.to(x.dtype)
         if batch_sizes is not None:
             padded, lengths = _unpack(x, batch_sizes)
@@ -284,31 +276,13 @@ class Stack(NamedTuple):
         return Weights(w_ih, w_hh, b_ih, b_hh, values, w_hr, norm_hh, norm_ih)
 
 
-def _check_alike(x: Tensor, weights: Sequence[Tensor], states: States) -> None:
-    """One device and, as torch.nn's kernels ask, one dtype."""
-    for kind, tensors in (("parameter", weights), ("hidden", states)):
-        for tensor in tensors:
-            if tensor.device != x.device:
-                raise RuntimeError(
-                    f"Input and {kind} tensors are not at the same device, found input tensor at {x.device} and "
-                    f"{kind} tensor at {tensor.device}"
-                )
-            if tensor.dtype != x.dtype:
-                raise RuntimeError(
-                    f"Input and {kind} tensors are not the same dtype, found input tensor with {x.dtype} and "
-                    f"{kind} tensor with {tensor.dtype}"
-                )
-
-
 def _autocast(
     x: Tensor, states: States, weights: Sequence[Tensor]
 ) -> tuple[Tensor, States, Sequence[Tensor]]:
     """Under autocast a layer computes in autocast's dtype, as torch's do."""
-    kind = x.device.type
-    # There is no autocast for "meta"; torch.amp.is_autocast_available says so, but torch 2.11 cannot compile it.
-    if kind == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+    if not arguments.casting(x):
         return x, states, weights
-    dtype = torch.get_autocast_dtype(kind)
+    dtype = torch.get_autocast_dtype(x.device.type)
     return x.to(dtype), tuple(s.to(dtype) for s in states), [w.to(dtype) for w in weights]
 
 
