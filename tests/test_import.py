@@ -8,7 +8,8 @@ import sys
 LIMIT_S = 0.2  # of CPU time, which a busy machine does not lengthen, beside what importing torch takes
 
 SECONDS_BESIDE_TORCH = """
-import time, torch
+import gc, time, torch
+gc.freeze()  # a collection looks through all of torch's objects, and whether one is due just now is chance
 start = time.process_time()
 import gpu_rnn
 print(time.process_time() - start)
