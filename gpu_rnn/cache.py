@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folder in which compiled kernels and tuned choices stay from process to process."""
+"""The folder in which compiled kernels and tuned choices stay from process to process.
+
+What lies there decides what runs, so it is read only where nobody else could have written it, and only whole.
+"""
 
 from __future__ import annotations
 
 import atexit
+import hashlib
+import logging
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -14,6 +20,16 @@ from functools import cache
 from pathlib import Path
 
 PATIENCE = 2.0  # seconds; reading a file of choices and writing it takes milliseconds
+PART = "gpu_rnn_part_"  # what a file is called while it is written
+ABANDONED = 60.0  # seconds after which one that is not finished never will be
+TEMPORARY, FORGOTTEN = "gpu_rnn_temporary_", 30 * 86400.0  # a folder for one process, seconds after which that has ended
+_READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # a pipe is not waited for
+
+log = logging.getLogger("gpu_rnn")
+
+
+class Refused(OSError):
+    """A file or folder that somebody else may have written to; the message says who, and what to do."""
 
 
 def wanted() -> Path:
@@ -28,7 +44,8 @@ def wanted() -> Path:
 
 def places() -> tuple[Path, ...]:
     """The folders that hold anything this process may find: `wanted` and, once it was needed, the temporary one."""
-    return tuple({wanted(), *([_temporary()] if _temporary.cache_info().currsize else [])})
+    each = {wanted(), *([_temporary()] if _temporary.cache_info().currsize else [])}
+    return tuple(place for place in each if not distrust(place))
 
 
 def outlives_the_process(path: Path) -> bool:
@@ -38,19 +55,59 @@ def outlives_the_process(path: Path) -> bool:
 
 @cache
 def folder() -> Path:
-    """`wanted`, made; where nothing can be written, a temporary one."""
+    """`wanted`, made; where nothing can be written, or others could write too, a temporary one."""
     found = wanted()
-    try:
+    with suppress(OSError):
         found.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=found):
-            return found
-    except OSError:
+    reason = distrust(found)
+    if reason:
+        log.warning("nothing in the cache is used, and nothing is kept: %s", reason)
+    if reason or not os.access(found, os.R_OK | os.W_OK | os.X_OK):
         return _temporary()
+    for part in _left(found, f"{PART}*", ABANDONED):
+        part.unlink(missing_ok=True)
+    return found
+
+
+def distrust(path: Path) -> str:
+    """Why what lies in a folder is not read; empty where it may be, or where there is none."""
+    try:
+        _check(path, path.stat())
+    except Refused as error:
+        return str(error)
+    except OSError:
+        return ""
+    return ""
+
+
+def _check(path: Path, found: os.stat_result) -> None:
+    """Raises `Refused` where others than this user, or root, could have put something there."""
+    if not hasattr(os, "geteuid"):  # Windows: the user's own folders are nobody else's
+        return
+    if found.st_uid not in (os.geteuid(), 0):
+        raise Refused(
+            f"{path} belongs to another user (number {found.st_uid}): set GPU_RNN_CACHE to a folder of your own"
+        )
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise Refused(f"{path} can be written by other users: chmod go-w it, or set GPU_RNN_CACHE to a folder of your own")
+
+
+def _left(place: Path, pattern: str, seconds: float) -> Iterator[Path]:
+    """What this user's processes began that long ago, and were killed before they could remove it."""
+    for path in place.glob(pattern):
+        with suppress(OSError):
+            found = path.lstat()
+            own = not hasattr(os, "geteuid") or found.st_uid == os.geteuid()
+            if own and time.time() - found.st_mtime > seconds:
+                yield path
 
 
 @cache
 def _temporary() -> Path:
-    found = tempfile.mkdtemp(prefix="gpu_rnn_")
+    place = Path(tempfile.gettempdir())
+    for left in _left(place, f"{TEMPORARY}*", FORGOTTEN):
+        shutil.rmtree(left, ignore_errors=True)
+    found = tempfile.mkdtemp(prefix=TEMPORARY, dir=place)  # for this user only
     atexit.register(shutil.rmtree, found, ignore_errors=True)
     return Path(found)
 
@@ -76,6 +133,22 @@ def alone(name: str) -> Iterator[None]:
             lock.unlink()
 
 
+def read(path: Path) -> bytes:
+    """A file's content; links are followed, and where they lead is checked as the file itself is.
+
+    Raises:
+        Refused: somebody else may have written it, or it is no file.
+        OSError: it is not there, or cannot be read.
+    """
+    _check(path.parent, path.parent.stat())
+    with os.fdopen(os.open(path, _READ), "rb") as file:
+        found = os.fstat(file.fileno())
+        _check(path, found)
+        if not stat.S_ISREG(found.st_mode):
+            raise Refused(f"{path} is no file: remove it")
+        return file.read()
+
+
 def write(name: str, content: bytes) -> Path:
     """Written whole or not at all, whoever else writes it; a full disk sends it to the temporary folder.
 
@@ -83,12 +156,52 @@ def write(name: str, content: bytes) -> Path:
         OSError: no folder takes it.
     """
     for choose in (folder, _temporary):
-        place = choose()
         try:
-            handle, part = tempfile.mkstemp(dir=place)  # readable by its owner only
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-            return Path(part).replace(place / name)
+            return _written(choose(), name, content)
         except OSError as error:
             failure = error
     raise failure
+
+
+def _written(place: Path, name: str, content: bytes) -> Path:
+    handle, part = tempfile.mkstemp(prefix=PART, dir=place)  # readable by its owner only
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(handle)  # else a power cut after the renaming leaves an empty file of that name
+        return Path(part).replace(place / name)
+    finally:
+        with suppress(OSError):
+            Path(part).unlink()
+
+
+def keep(key: str, suffix: str, content: bytes) -> Path:
+    """As `write`, for `kept` to find: the file's name says what its content's hash is.
+
+    Raises:
+        OSError: no folder takes it.
+    """
+    return write(f"{key}-{_digest(content)}{suffix}", content)
+
+
+def kept(key: str, suffix: str) -> bytes | None:
+    """What `keep` kept; None where nothing is, or what is there is not what was kept, and is removed."""
+    for place in {folder(), *places()}:
+        for path in place.glob(f"{key}-*{suffix}"):
+            try:
+                content = read(path)
+            except Refused as error:
+                log.warning("a file in the cache is not used: %s", error)
+                continue
+            except OSError:
+                continue
+            if path.name == f"{key}-{_digest(content)}{suffix}":
+                return content
+            with suppress(OSError):
+                path.unlink()
+    return None
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:32]

@@ -56,7 +56,7 @@ def keep(device: Device, found: Mapping[Question, Times]) -> Path:
             kept |= _parsed(path, setting)  # other processes may have added to it meanwhile
         kept |= {_key(*question): times for question, times in found.items()}
         any_on_cpu.cache_clear()
-        return cache.write(path.name, json.dumps(setting | {"choices": kept}, indent=1).encode())
+        return cache.write(path.name, written(setting, kept))
 
 
 def forget() -> None:
@@ -122,9 +122,21 @@ def _path(setting: dict[str, str]) -> Path:
     return cache.wanted() / f"tuned-{hashlib.sha256(json.dumps(setting).encode()).hexdigest()[:16]}.json"
 
 
+def written(setting: Mapping[str, str], choices: Mapping[str, Times]) -> bytes:
+    """A file's content; `digest` tells a file that a power cut or a worn disk changed from one that `keep` wrote."""
+    content = {**setting, "digest": _digest(choices), "choices": choices}
+    return json.dumps(content, indent=1).encode()
+
+
+def _digest(choices: Mapping[str, Times]) -> str:
+    return hashlib.sha256(json.dumps(choices, sort_keys=True).encode()).hexdigest()
+
+
 def _parsed(path: Path, setting: dict[str, str]) -> dict[str, Times]:
     """The choices in a file. Raises one of `FAULTS` where it is not what `keep` writes for this setting."""
-    found = json.loads(path.read_text())
+    found = json.loads(cache.read(path))
+    if found["digest"] != _digest(found["choices"]):
+        raise ValueError("it is not as it was written")
     if any(found[name] != value for name, value in setting.items()):
         raise ValueError("it is of another device or version")
     choices = {key: {name: float(us) for name, us in times.items()} for key, times in found["choices"].items()}

@@ -105,7 +105,10 @@ def _cache(device: torch.device) -> list[str]:
     held = choices.held(devices.of(device))
     others = f", {held.others} for other devices or versions" if held.others else ""
     lines = [f"cache    {cache.wanted()}: tuned choices: {held.here} for this device and these versions{others}"]
-    if cache.folder() != cache.wanted() or not cache.outlives_the_process(cache.wanted() / "any"):
+    refused = cache.distrust(cache.wanted())
+    if refused:
+        lines.append(f"         is not used, and nothing is kept: {refused}")
+    elif cache.folder() != cache.wanted() or not cache.outlives_the_process(cache.wanted() / "any"):
         lines.append("         cannot be written to, so nothing is kept: set GPU_RNN_CACHE to a folder that can be")
     return lines + [f"         {path.name} is damaged or cannot be read: tune again, or delete it" for path in held.broken]
 

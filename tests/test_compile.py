@@ -12,7 +12,6 @@ back after it, with registers left: that costs nothing.)
 from __future__ import annotations
 
 import re
-import subprocess
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 import loop_support as support
 import pytest
 import torch
+from cuda_tools import opened
 from pairwise import pairwise
 
 from gpu_rnn import devices
@@ -134,14 +134,6 @@ class NoDevice:
         return GPUTarget("cuda", self.architecture, 32)
 
 
-def tool(name: str, *arguments: str) -> str:
-    """The output of a CUDA tool from Triton's wheel."""
-    from triton.backends import nvidia
-
-    command = [str(Path(nvidia.__file__).parent / "bin" / name), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
 def time_loop(assembly: str) -> list[str]:
     """The instructions of the longest loop."""
     lines = assembly.splitlines()
@@ -167,9 +159,9 @@ def build(given: Problem, folder: Path) -> Build:
         driver._active = before
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
-    usage = tool("cuobjdump", "-res-usage", str(cubin))
+    usage = opened(cubin, "cuobjdump", "-res-usage")
     found = {name: int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK")}  # type: ignore[index]
-    loop = time_loop(tool("nvdisasm", "-c", str(cubin)))
+    loop = time_loop(opened(cubin, "nvdisasm", "-c"))
     spills = sum(bool(re.search(r"\b(LDL|STL)\b", line)) for line in loop)
     return Build(found["REG"], found["STACK"], compiled.metadata.shared, spills)
 

@@ -15,7 +15,7 @@ import torch
 
 import gpu_rnn
 from gpu_rnn import cells, devices, dispatch
-from gpu_rnn.launch import group, nvrtc, step
+from gpu_rnn.launch import cubin, group, nvrtc, step
 from gpu_rnn.problem import Problem
 
 COMPILE = nvrtc.compile_cubin
@@ -31,7 +31,7 @@ def fresh_choices(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("GPU_RNN_BACKEND", raising=False)
     monkeypatch.setattr(nvrtc, "unavailable", lambda: "")
     monkeypatch.setattr(nvrtc, "compile_cubin", lambda source, arch: b"")
-    monkeypatch.setattr(nvrtc, "usage", lambda cubin: nvrtc.Usage(255, 0))
+    monkeypatch.setattr(cubin, "usage", lambda code: cubin.Usage(255, 0))
     monkeypatch.setattr(group, "_failures", {})
     caches = (dispatch._select, dispatch._say_once, group.fit)
     for cached in caches:

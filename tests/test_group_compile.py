@@ -10,15 +10,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from typing import NamedTuple
 
 import loop_support as support
 import pytest
 import torch
+from cuda_tools import opened
 from pairwise import pairwise
 
 from gpu_rnn import devices
-from gpu_rnn.launch import group, nvrtc
+from gpu_rnn.launch import cubin, group, nvrtc
 from gpu_rnn.launch.group_choice import Choice, choose, largest
 from gpu_rnn.launch.group_layout import source
 from gpu_rnn.problem import DIRECTIONS, Problem
@@ -72,34 +74,42 @@ STEERED = [  # with every option
 ]
 
 
-def check(case: Case) -> None:
+def check(case: Case, folder: Path, disassemble: bool = False) -> None:
     layout = group.fit(case.choice.layout, case.arch)  # what ships
-    found = nvrtc.usage(nvrtc.compile_cubin(source(layout), case.arch))
+    code = nvrtc.compile_cubin(source(layout), case.arch)
+    found = cubin.usage(code)
     assert found.stack == 0
     assert found.registers * layout.threads <= 65536 and found.registers <= 255
     assert layout.shared_bytes <= SHARED_MEMORY[case.arch]
+    assert cubin.end(code) == len(code)
+    file = folder / "kernel.cubin"
+    file.write_bytes(code)
+    said = opened(file, "cuobjdump", "-res-usage")
+    assert f"REG:{found.registers} STACK:{found.stack} " in said and layout.kernel in said
+    if disassemble:
+        assert f".text.{layout.kernel}" in opened(file, "nvdisasm", "-c")
 
 
 @pytest.mark.compile("nvrtc")
 @pytest.mark.parametrize("case", [*PAIRS, *STEERED], ids=lambda case: "-".join(map(str, case)))
-def test_builds(case: Case) -> None:
-    check(case)
+def test_builds(case: Case, tmp_path: Path) -> None:
+    check(case, tmp_path, disassemble=case in STEERED[::2])  # once an architecture: it takes more than a second
 
 
 @pytest.mark.compile("nvrtc")
 @pytest.mark.slow
 @pytest.mark.parametrize("case", EVERY, ids=lambda case: "-".join(map(str, case)))
-def test_builds_everywhere(case: Case) -> None:
-    check(case)
+def test_builds_everywhere(case: Case, tmp_path: Path) -> None:
+    check(case, tmp_path, disassemble=True)
 
 
 @pytest.mark.compile("nvrtc")
 def test_weights_that_do_not_fit_in_registers_go_to_shared_memory() -> None:
     full = replace(Case("sm_90a", "training", "bf16", "lstm", 128).choice.layout, held=8)
-    assert nvrtc.usage(nvrtc.compile_cubin(source(full), "sm_90a")).stack
+    assert cubin.usage(nvrtc.compile_cubin(source(full), "sm_90a")).stack
     fitted = group.fit(full, "sm_90a")
     assert fitted.held < full.held and fitted.shared_bytes > full.shared_bytes
-    assert not nvrtc.usage(nvrtc.compile_cubin(source(fitted), "sm_90a")).stack
+    assert not cubin.usage(nvrtc.compile_cubin(source(fitted), "sm_90a")).stack
 
 
 @pytest.mark.parametrize("cell, kind, direction, least", [("lstm", "bf16", "training", 2048), ("lstm", "tf32", "training", 1024)])
@@ -117,7 +127,7 @@ def table() -> str:
     for case in sorted(EVERY, key=lambda c: (c.cell, c.kind, c.direction)):
         problem, choice = case.problem, case.choice
         layout = group.fit(choice.layout, case.arch)
-        found = nvrtc.usage(nvrtc.compile_cubin(source(layout), case.arch))
+        found = cubin.usage(nvrtc.compile_cubin(source(layout), case.arch))
         size = f"{layout.members} × {choice.groups}"
         row = (case.cell, case.kind, case.direction, problem.H, size, layout.threads, layout.shared_bytes // 1024)
         rows.setdefault(row, []).append((case.arch.removeprefix("sm_"), found.registers))

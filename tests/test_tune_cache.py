@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -24,19 +25,22 @@ from gpu_rnn import GRU, LSTM, cache, choices, cli, dispatch, doctor, tuning
 pytestmark = pytest.mark.usefixtures("cache_folder")
 
 
-BROKEN = {
+BROKEN: dict[str, str | dict[str, choices.Times]] = {
     "text": "no JSON",
     "a list": "[]",
     "nothing": "{}",
     "no times": '{{"device": "{device}", "gpu_rnn": "{gpu_rnn}", "torch": "{torch}", "triton": "{triton}", "choices": 3}}',
     "another version": '{{"device": "{device}", "gpu_rnn": "0", "torch": "{torch}", "triton": "{triton}", "choices": {{}}}}',
     "too deep": "[" * 100_000,
-    **{
-        f"{time} µs": '{{"device": "{device}", "gpu_rnn": "{gpu_rnn}", "torch": "{torch}", "triton": "{triton}", "choices": '
-        f'{{{{"a call": {{{{"step": {time}}}}}}}}}}}}}'
-        for time in ("NaN", "-1.0", "0", "Infinity")
-    },
+    "changed by one digit": '{{"device": "{device}", "gpu_rnn": "{gpu_rnn}", "torch": "{torch}", "triton": "{triton}", '
+    '"digest": "0", "choices": {{}}}}',
+    **{f"{time} µs": {"a call": {"step": time}} for time in (math.nan, -1.0, 0, math.inf)},
 }
+
+
+def setting_of(path: Path) -> dict[str, str]:
+    found = json.loads(path.read_text())
+    return {name: value for name, value in found.items() if name not in ("digest", "choices")}
 
 
 @pytest.mark.parametrize("kind", BROKEN)
@@ -46,8 +50,12 @@ def test_a_broken_file_is_ignored_and_rewritten(
     layer = LSTM(I, 4)
     decide(monkeypatch, "step")
     path = gpu_rnn.tune(layer, x()).path
-    setting = {name: value for name, value in json.loads(path.read_text()).items() if name != "choices"}
-    path.write_text(BROKEN[kind].format(**setting) if "{{" in BROKEN[kind] else BROKEN[kind])
+    setting = setting_of(path)
+    broken = BROKEN[kind]
+    if isinstance(broken, dict):
+        path.write_bytes(choices.written(setting, broken))
+    else:
+        path.write_text(broken.format(**setting) if "{{" in broken else broken)
     for cached in (choices._kept, choices.any_on_cpu, dispatch._select):  # as in a new process
         cached.cache_clear()
     with caplog.at_level(logging.INFO, logger="gpu_rnn"):
@@ -61,14 +69,10 @@ def test_a_broken_file_is_ignored_and_rewritten(
 def test_a_file_that_cannot_be_read_is_named_with_the_reason(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    read = Path.read_text
+    def refuse(path: Path) -> bytes:  # root may read every file
+        raise PermissionError(13, "Permission denied", str(path))
 
-    def refuse(path: Path, *how: str, **named: str) -> str:  # root may read every file
-        if path.name.startswith("tuned-"):
-            raise PermissionError(13, "Permission denied", str(path))
-        return read(path, *how, **named)
-
-    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr(cache, "read", refuse)
     assert gpu_rnn.explain(LSTM(I, 4), x()).chosen == "aten"
     (said,) = [record.getMessage() for record in caplog.records]
     assert "cannot be read ([Errno 13] Permission denied" in said and said.endswith("make it readable, or tune again")
@@ -79,7 +83,7 @@ def test_processes_add_to_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     path = gpu_rnn.tune(LSTM(I, 4), x()).path
     kept = json.loads(path.read_text())["choices"]
     other = {"by another process": {"step": 1.0}}
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"choices": kept | other}))
+    path.write_bytes(choices.written(setting_of(path), kept | other))
     gpu_rnn.tune(GRU(I, 4), x())
     assert kept.keys() | other.keys() < json.loads(path.read_text())["choices"].keys()
 
@@ -95,7 +99,7 @@ def test_one_process_waits_for_another_that_writes(monkeypatch: pytest.MonkeyPat
             found = json.loads(path.read_text())
             reading.set()
             time.sleep(0.3)
-            path.write_text(json.dumps(found | {"choices": found["choices"] | other}))
+            path.write_bytes(choices.written(setting_of(path), found["choices"] | other))
 
     thread = threading.Thread(target=another_process)
     thread.start()
@@ -168,7 +172,7 @@ def test_doctor_says_what_the_cache_holds(
     assert said() == [f"cache    {cache_folder}: tuned choices: 0 for this device and these versions"]
     tuned = gpu_rnn.tune(LSTM(I, 4), x(), **QUICK)
     count = len(json.loads(tuned.path.read_text())["choices"])
-    (cache_folder / "tuned-0.json").write_text(json.dumps({"choices": {"one": {"step": 1.0}}}))
+    (cache_folder / "tuned-0.json").write_bytes(choices.written({}, {"one": {"step": 1.0}}))
     (cache_folder / "tuned-1.json").write_text("no JSON")
     kept, broken = said()
     assert kept.endswith(f"tuned choices: {count} for this device and these versions, 1 for other devices or versions")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gpu_rnn import devices
-from gpu_rnn.launch import common, nvrtc
+from gpu_rnn.launch import common, cubin, nvrtc
 from gpu_rnn.launch.common import bits, rows
 from gpu_rnn.launch.group_choice import Choice, choose, cost, largest
 from gpu_rnn.launch.group_layout import Layout, source
@@ -84,7 +84,7 @@ def fit(layout: Layout, arch: str) -> Layout:
     """
     limits = {nvrtc.architecture(d.capability): d.shared_memory for d in devices.DEVICES.values()}
     limit = limits.get(arch, min(limits.values()))
-    while nvrtc.usage(nvrtc.compile_cubin(source(layout), arch)).stack and layout.held:
+    while cubin.usage(nvrtc.compile_cubin(source(layout), arch)).stack and layout.held:
         fewer = replace(layout, held=layout.held - 1)
         if fewer.shared_bytes > limit:
             break
@@ -307,7 +307,7 @@ def backward(
     return common.summed(call, found)
 
 
-_failures: dict[tuple[Choice, str], str] = {}
+_failures: dict[tuple[Choice, devices.Device], str] = {}
 
 
 def _wanted(problem: Problem) -> tuple[Choice, str]:
@@ -334,7 +334,7 @@ def prepare(problem: Problem) -> None:
     except nvrtc.CompileError as error:
         failure = str(error)
     if failure:
-        _failures[choice, arch] = failure
+        _failures[choice, problem.device] = failure
 
 
 def unsupported(problem: Problem) -> list[str]:
@@ -356,6 +356,6 @@ def unsupported(problem: Problem) -> list[str]:
             f"keeps W_hh on chip: on {device.name}, {program.name} fits up to H = {largest(problem)} in this dtype and "
             f"direction, not {problem.H}"
         )
-    if not reasons and _wanted(problem) in _failures:
-        reasons.append(_failures[_wanted(problem)])
+    if not reasons and (_wanted(problem)[0], device) in _failures:
+        reasons.append(_failures[_wanted(problem)[0], device])
     return reasons

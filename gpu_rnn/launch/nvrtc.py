@@ -10,17 +10,17 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import re
-import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from importlib.resources import files
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from gpu_rnn import cache
+from gpu_rnn.launch import cubin
 
 OPTIONS = ("--std=c++17",)
 INSTALL = "pip install 'gpu-rnn[cuda12]' or 'gpu-rnn[cuda13]', by the CUDA version of the driver"
@@ -105,95 +105,89 @@ def compile_cubin(source: str, arch: str, options: Sequence[str] = OPTIONS) -> b
 
     Example::
 
-        >>> cubin = compile_cubin('extern "C" __global__ void zero(float *p) { *p = 0; }', "sm_80")
+        >>> code = compile_cubin('extern "C" __global__ void zero(float *p) { *p = 0; }', "sm_80")
     """
-    return cubin_path(source, arch, tuple(options)).read_bytes()
-
-
-@lru_cache(maxsize=1024)
-def cubin_path(source: str, arch: str, options: tuple[str, ...] = OPTIONS) -> Path:
-    """As `compile_cubin`; the file that holds it, as CuPy's loader wants it."""
     from gpu_rnn import __version__
 
     text = flatten(source)
-    version = _binding().getVersion()
-    key = "\0".join([__version__, repr(version), arch, *options, text])
-    name = f"{hashlib.sha256(key.encode()).hexdigest()}.cubin"
-    found = cache.folder() / name
-    if found.is_file():
-        return found
-    cubin = _compile(text, arch, options)
-    try:
-        return cache.write(name, cubin)
-    except OSError as error:
-        raise CompileError(f"no folder to write compiled kernels to: {error}; set GPU_RNN_CACHE") from error
+    words = "\0".join([__version__, repr(_binding().getVersion()), arch, *options, text])
+    key = hashlib.sha256(words.encode()).hexdigest()[:32]
+    found = cache.kept(key, ".cubin")
+    if found is None:
+        found = _compile(text, arch, options)
+        with suppress(OSError):  # no folder takes it: it is compiled again where it is needed again
+            cache.keep(key, ".cubin", found)
+    return found
 
 
-def _compile(text: str, arch: str, options: tuple[str, ...]) -> bytes:
+def _version() -> str:
+    return ".".join(map(str, _binding().getVersion()))
+
+
+def _compile(text: str, arch: str, options: Sequence[str]) -> bytes:
     nvrtc = _binding()
     program = nvrtc.createProgram(text, "gpu_rnn.cu", (), ())
     try:
         nvrtc.compileProgram(program, (f"--gpu-architecture={arch}", *options))
-        return nvrtc.getCUBIN(program)
+        return cubin.completed(nvrtc.getCUBIN(program))
+    except ValueError as error:
+        raise CompileError(f"NVRTC {_version()} gives no machine code for {arch} that can be used: {error}") from error
     except nvrtc.NVRTCError as error:
         log = nvrtc.getProgramLog(program).strip() or str(error)
-        version = ".".join(map(str, nvrtc.getVersion()))
-        raise CompileError(f"NVRTC {version} does not compile for {arch}:\n{log}") from error
+        raise CompileError(f"NVRTC {_version()} does not compile for {arch}:\n{log}") from error
     finally:
         nvrtc.destroyProgram(program)
 
 
-class Usage(NamedTuple):
-    """What a thread of a kernel takes: registers, and bytes of stack where those did not suffice."""
+@contextmanager
+def _current(device: torch.device) -> Iterator[None]:
+    """Inside, a device is the one that torch, CuPy and the driver work on; no other is touched, before or after.
 
-    registers: int
-    stack: int
-
-
-def usage(cubin: bytes) -> Usage:
-    """The most that a thread of any kernel in a cubin takes.
-
-    The ELF section .nv.info lists attributes as (format, number, size, value); those of format 4 hold a function and a
-    figure, number 0x2f its registers and 0x11 its frame.
+    CuPy's own context manager would set device 0 at its end wherever nothing was set before: half a GB of memory there.
     """
-    table = struct.unpack_from("<Q", cubin, 0x28)[0]
-    entry, count, names = struct.unpack_from("<3H", cubin, 0x3A)
-    headers = [struct.unpack_from("<IIQQQQ", cubin, table + entry * k) for k in range(count)]
-    found = {0x2F: 0, 0x11: 0}
-    for name, _, _, _, position, size in headers:
-        if not cubin.startswith(b".nv.info\0", headers[names][4] + name):
-            continue
-        end = position + size
-        while position < end:
-            kind, attribute, length = struct.unpack_from("<BBH", cubin, position)
-            if kind == 4 and attribute in found:
-                found[attribute] = max(found[attribute], struct.unpack_from("<I", cubin, position + 8)[0])
-            position += 4 + (length if kind == 4 else 0)  # else the value is `length` itself
-    return Usage(found[0x2F], found[0x11])
+    import cupy
+
+    with torch.cuda.device(device):
+        cupy.cuda.runtime.setDevice(torch.cuda.current_device())  # a thread may have no context yet
+        yield
 
 
 class _Stream(NamedTuple):
-    """A stream by its handle, as the CUDA stream protocol has it."""
+    """A stream by its handle, as CuPy's launcher takes it."""
 
-    handle: int
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self.handle
+    ptr: int
 
 
 class Function:
     """A kernel of a compiled text, on every device that it is called on."""
 
     def __init__(self, source: str, name: str, arch: str, shared_bytes: int = 0, cooperative: bool = False) -> None:
+        self.name, self.arch = name, arch
+        self.shared_bytes, self.cooperative = shared_bytes, cooperative
+        self._code = compile_cubin(source, arch)
+        self._kernels: dict[int, Any] = {}  # by the device's index: a module is loaded into one device's context
+
+    def _kernel(self, device: torch.device) -> Any:
+        """As loaded on the current device.
+
+        Raises:
+            CompileError: the driver does not load it.
+        """
         import cupy
 
-        path = cubin_path(source, arch)
+        index = torch.cuda.current_device()
+        if index in self._kernels:
+            return self._kernels[index]
         try:
-            module = cupy.RawModule(path=str(path), enable_cooperative_groups=cooperative)
-            self.kernel = module.get_function(name)
+            module = cupy.cuda.Module()
+            module.load(self._code)
+            kernel = module.get_function(self.name)
+            attribute = cupy.cuda.driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            cupy.cuda.driver.funcSetAttribute(kernel.ptr, attribute, self.shared_bytes)
         except (cupy.cuda.driver.CUDADriverError, cupy.cuda.runtime.CUDARuntimeError) as error:
-            raise CompileError(f"the driver does not load {name} for {arch}: {error}") from error
-        self.shared_bytes = shared_bytes
+            raise CompileError(f"the driver does not load {self.name} for {self.arch} on {device}: {error}") from error
+        self._kernels[index] = kernel
+        return kernel
 
     def resident(self, device: torch.device, threads: int) -> int:
         """Blocks of the kernel that are on a device at once, by the driver's count.
@@ -204,23 +198,21 @@ class Function:
         import cupy
 
         try:
-            with cupy.cuda.Device(device.index):
-                self.kernel.max_dynamic_shared_size_bytes = self.shared_bytes
+            with _current(device):
+                kernel = self._kernel(device)
                 count = cupy.cuda.driver.occupancyMaxActiveBlocksPerMultiprocessor(
-                    self.kernel.kernel.ptr, threads, self.shared_bytes
+                    kernel.ptr, threads, self.shared_bytes
                 )
         except (cupy.cuda.driver.CUDADriverError, cupy.cuda.runtime.CUDARuntimeError) as error:
-            raise CompileError(f"{device} does not take {self.kernel.name}: {error}") from error
+            raise CompileError(f"{device} does not take {self.name}: {error}") from error
         return count * torch.cuda.get_device_properties(device).multi_processor_count
 
     def __call__(
         self, grid: int, threads: int, arguments: Sequence[torch.Tensor | int], device: torch.device
     ) -> None:
         """Launches on torch's current stream. Tensors go by pointer; of an integer the kernel takes what it needs."""
-        import cupy
-
-        stream = cupy.cuda.Stream.from_external(_Stream(torch.cuda.current_stream(device).cuda_stream))
         values = [np.uint64(a.data_ptr() if isinstance(a, torch.Tensor) else a) for a in arguments]
-        with cupy.cuda.Device(device.index), stream:
-            self.kernel.max_dynamic_shared_size_bytes = self.shared_bytes
-            self.kernel((grid,), (threads,), values, shared_mem=self.shared_bytes)
+        with _current(device):
+            kernel = self._kernel(device)
+            stream = _Stream(torch.cuda.current_stream(device).cuda_stream)
+            kernel((grid,), (threads,), values, self.shared_bytes, stream, self.cooperative)
