@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gpu_rnn import dispatch
+from gpu_rnn import autocast, dispatch
 from gpu_rnn.recurrence import Recurrence
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def check(stack: Stack, x: Any, hx: Any, weights: Any, batch_sizes: Any = None) 
         expected = stack.state_shapes(weights, batch)
         if [tuple(state.shape) for state in hx] != expected:
             raise RuntimeError(f"hx is {expected}, got {[tuple(state.shape) for state in hx]}")
-    check_alike(x, weights, states or (), casting(x))
+    check_alike(x, weights, states or ())
 
 
 def check_cell(stack: Stack, x: Any, hx: Any, weights: Any) -> None:
@@ -163,14 +163,8 @@ def _weights(stack: Stack, x: Tensor, weights: Any) -> None:
         raise ValueError(f"proj_size has to be smaller than hidden_size, {stack.hidden(weights)}, got {stack.proj_size}")
 
 
-def casting(x: Tensor) -> bool:
-    """Whether autocast brings all tensors to one dtype."""
-    # There is no autocast for "meta"; torch.amp.is_autocast_available says so, but torch 2.11 cannot compile it.
-    return x.device.type != "meta" and x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type)
-
-
-def check_alike(x: Tensor, weights: Sequence[Tensor], states: Sequence[Tensor], any_dtype: bool = False) -> None:
-    """One device and, as torch.nn's kernels ask, one dtype, but for those that autocast changes.
+def check_alike(x: Tensor, weights: Sequence[Tensor], states: Sequence[Tensor]) -> None:
+    """One device and, as torch.nn's kernels ask, one dtype, or what autocast makes one of.
 
     Raises:
         RuntimeError: others.
@@ -182,7 +176,7 @@ def check_alike(x: Tensor, weights: Sequence[Tensor], states: Sequence[Tensor], 
                     f"Input and {kind} tensors are not at the same device, found input tensor at {x.device} and "
                     f"{kind} tensor at {tensor.device}"
                 )
-            if tensor.dtype != x.dtype and not any_dtype:
+            if tensor.dtype != x.dtype and autocast.dtype_of(tensor) != autocast.dtype_of(x):
                 raise RuntimeError(
                     f"Input and {kind} tensors are not the same dtype, found input tensor with {x.dtype} and "
                     f"{kind} tensor with {tensor.dtype}"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from gpu_rnn import autograd
+from gpu_rnn import autocast, autograd
 from gpu_rnn.layout import RESET, SKIP, Control
 
 
@@ -81,7 +81,7 @@ class Controls(NamedTuple):
             each = (steps, *shape)
             if value.shape != shape and value.shape != each:  # Dynamo takes symbolic sizes for others in a tuple of tuples
                 raise ValueError(f"reset_state is {shape}, or for each step {each}, got {tuple(value.shape)}")
-            if value.dtype != x.dtype:
+            if autocast.dtype_of(value) != autocast.dtype_of(x):
                 raise RuntimeError(f"reset_state is {value.dtype} and the input {x.dtype}: convert it with .to(input.dtype)")
         rows, batch, width = shapes[0]
         drop, zone = self.recurrent_mask, self.zone

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from gpu_rnn import dispatch, products, reference, wavefront
+from gpu_rnn import autocast, dispatch, products, reference, wavefront
 from gpu_rnn.layout import Call, Inputs, Result
 from gpu_rnn.normalisation import Normalised
 from gpu_rnn.problem import Problem, rnn_precision
@@ -89,11 +89,9 @@ def call_of(text: str, options: Options, inputs: Inputs, problem: Problem | None
 
 @contextmanager
 def _arithmetic(precision: str, like: Tensor) -> Iterator[None]:
-    """Products in the call's own dtype and precision. Autocast has had its say above (`Stack.loops`); in here it would
+    """Products in the call's own dtype and precision. Autocast has had its say above (`functional.run`); in here it would
     cast once more, and a captured graph would keep that for calls without it."""
-    kind = like.device.type
-    casting = kind != "meta" and torch.is_autocast_enabled(kind)
-    with products.fp32_precision(precision, like), torch.autocast(kind, enabled=False) if casting else nullcontext():
+    with products.fp32_precision(precision, like), autocast.off(like):
         yield
 
 
@@ -118,7 +116,7 @@ def run(text: str, options: Options, inputs: Inputs, keep: bool = False) -> Resu
             return wavefront.forward(call, inputs.x, chunk, dispatch.BACKENDS[name], options.save, options.all_states)
     name = dispatch.select(problem, options.backend, dispatch.LOOPS)
     if name == "reference":
-        with record_function("gpu_rnn::reference_forward"):
+        with autocast.off(inputs.x), record_function("gpu_rnn::reference_forward"):
             return reference.forward(call, inputs.x, options.save, options.all_states)
     with _arithmetic(problem.precision, inputs.x):
         call = replace(call, kept=_room(call, inputs.x) if keep else None)
@@ -142,7 +140,7 @@ def run_backward(
     else:
         name = dispatch.select(problem, options.backend, dispatch.LOOPS)
     if name == "reference":
-        with record_function("gpu_rnn::reference_backward"):
+        with autocast.off(inputs.x), record_function("gpu_rnn::reference_backward"):
             return vjp(text, options, inputs, d_outputs)
     if not saved.gates.numel():
         saved = run(text, options._replace(save=True), inputs, keep=True)
@@ -210,8 +208,9 @@ def second_vjp(
         found = vjp(text, options, filled(inputs, given[count:]), given[:count])
         return tuple(found[index] for index in present)  # type: ignore[misc]
 
-    _, pull = pullback(gradient, *d_outputs, *(primals[index] for index in present))
     dd = [grads[i] if grads[i] is not None else torch.zeros_like(primals[i]) for i in present]  # type: ignore[arg-type]
-    found = pull(tuple(dd))
+    with autocast.off(inputs.x):
+        _, pull = pullback(gradient, *d_outputs, *(primals[index] for index in present))
+        found = pull(tuple(dd))
     primal_grads = dict(zip(present, found[count:], strict=True))
     return found[:count], [primal_grads.get(index) for index in range(len(primals))]

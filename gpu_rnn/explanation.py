@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from gpu_rnn import dispatch
+from gpu_rnn import autocast, dispatch
 from gpu_rnn.controls import Controls
 from gpu_rnn.dispatch import Row
 from gpu_rnn.launch import rates
@@ -162,4 +162,4 @@ def problem_of(layer: LayerBase, x: Tensor | PackedSequence | None, call: dict[s
     controls = Controls(mask, lengths, resets, None if reset_state is None else (reset_state,))
     controls = layer._with_noise(controls, nothing, steps, batch)
     problem = stack.problem(x, None, weights, steps, batch, packed, controls)
-    return replace(problem, dtype=weights[0].dtype)
+    return replace(problem, dtype=autocast.dtype_of(weights[0]))

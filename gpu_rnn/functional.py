@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gpu_rnn import arguments, autograd, dispatch, second_order
+from gpu_rnn import arguments, autocast, autograd, dispatch, second_order
 from gpu_rnn.controls import NONE, Controls
 from gpu_rnn.launch import aten
 from gpu_rnn.recurrence import Recurrence
@@ -127,6 +127,17 @@ def run(
 
     The controls are checked already.
     """
+    if torch._C._is_any_autocast_enabled():
+        (x,), hx, weights = autocast.cast((x,)), hx and autocast.cast(hx), autocast.cast(weights)
+        with autocast.off(x):
+            return _run(stack, x, hx, weights, batch_sizes, controls)
+    return _run(stack, x, hx, weights, batch_sizes, controls)
+
+
+def _run(
+    stack: Stack, x: Tensor, hx: States | None, weights: Sequence[Tensor], batch_sizes: Tensor | None, controls: Controls
+) -> tuple[Tensor, States, States]:
+    """`run` of tensors in the dtype that is computed in."""
     steps, batch = stack.sizes(x, batch_sizes)
     if not torch.compiler.is_compiling():
         if x.is_cpu and _certainly_aten(stack, x, controls):
@@ -148,8 +159,9 @@ def _certainly_aten(stack: Stack, x: Tensor, controls: Controls) -> bool:
         and not (stack.norm or stack.all_states or controls.given)
         and stack.backend in ("auto", "aten")
         and "GPU_RNN_BACKEND" not in os.environ
-        and not x.is_complex()
         and not autograd.transforms_active()
+        and not x.is_complex()
+        and not aten.missing(stack.recurrence.aten, x.dtype, torch.is_grad_enabled())
     )
 
 
@@ -201,12 +213,15 @@ def one_step(
     x: Tensor, hx: States | None, weights: Sequence[Tensor], recurrence: Recurrence, bias: bool, backend: str
 ) -> States:
     """`cell` of arguments that are checked already."""
-    states = None if hx is None else tuple(state[None] for state in hx)
+    if torch._C._is_any_autocast_enabled():
+        (x,), hx = autocast.cast((x,)), hx and autocast.cast(hx)
     if recurrence.aten and backend in ("auto", "aten") and not torch.compiler.is_compiling():
         if not autograd.transforms_active():
             given = hx or tuple(s[0] for s in Stack(recurrence, bias).initial(x[None], weights, x.shape[0]))
             biases = weights[2:] if bias else (None, None)
+            # Under autocast torch's own rule casts the weights: it keeps them for the next step of a loop.
             found = aten.CELLS[recurrence.aten](x, given if len(given) > 1 else given[0], *weights[:2], *biases)
             return tuple(found) if len(given) > 1 else (found,)
+    states = None if hx is None else tuple(state[None] for state in hx)
     _, final, _ = run(Stack(recurrence, bias, backend=backend), x[None], states, weights, None)
     return tuple(state[0] for state in final)

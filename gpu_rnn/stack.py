@@ -163,7 +163,6 @@ class Stack(NamedTuple):
         controls: Controls = NONE,
     ) -> tuple[Tensor, States, States]:
         """One layer after the other in canonical layout: y, the final states and, if wanted, those of all steps."""
-        x, states, weights = _autocast(x, states, weights)
         arguments.check_alike(x, weights, states)
         controls = controls if controls is NONE else controls.to(x.dtype)
         if batch_sizes is not None:
@@ -274,16 +273,6 @@ class Stack(NamedTuple):
         w_hr, values = (next(rest) if there else None for there in (projected, params))
         norm_ih, norm_hh = by_gate(self.norm), by_gate(self.norm)
         return Weights(w_ih, w_hh, b_ih, b_hh, values, w_hr, norm_hh, norm_ih)
-
-
-def _autocast(
-    x: Tensor, states: States, weights: Sequence[Tensor]
-) -> tuple[Tensor, States, Sequence[Tensor]]:
-    """Under autocast a layer computes in autocast's dtype, as torch's do."""
-    if not arguments.casting(x):
-        return x, states, weights
-    dtype = torch.get_autocast_dtype(x.device.type)
-    return x.to(dtype), tuple(s.to(dtype) for s in states), [w.to(dtype) for w in weights]
 
 
 def _unpack(data: Tensor, batch_sizes: Tensor) -> tuple[Tensor, Tensor]:

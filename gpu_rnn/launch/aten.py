@@ -10,12 +10,16 @@ from typing import Any
 import torch
 from torch import _VF as VF
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from gpu_rnn.launch import rates
 from gpu_rnn.launch.common import products
 from gpu_rnn.problem import Problem
 
 Output = tuple[Tensor, tuple[Tensor, ...]]
+
+EVERYWHERE = frozenset((torch.float32, torch.float64))
+"""The dtypes that ATen has kernels for on every CPU."""
 
 # cudnnRNNMode_t
 CUDNN_MODES = {"RNN_RELU": 0, "RNN_TANH": 1, "LSTM": 2, "GRU": 3}
@@ -32,7 +36,30 @@ def unsupported(problem: Problem) -> list[str]:
         reasons.append("ATen takes rows of different lengths only as a PackedSequence")
     if problem.dtype.is_complex:
         reasons.append("ATen's recurrent kernels take real numbers only")
+    if not reasons and problem.device_type == "cpu":
+        lacking = missing(problem.recurrence.aten or "", problem.dtype, problem.training)
+        reasons += [lacking] if lacking else []
     return reasons + problem.without("lengths")
+
+
+def missing(mode: str, dtype: torch.dtype, training: bool) -> str:
+    """What ATen says to a dtype that it has no kernel for on this CPU; empty where it has one."""
+    return "" if dtype in EVERYWHERE else _tried(mode, dtype, training)
+
+
+@lru_cache(maxsize=64)
+def _tried(mode: str, dtype: torch.dtype, training: bool) -> str:
+    """oneDNN has its 16-bit kernels on some machines only, and PyTorch does not always know on which: one step is tried."""
+    gates = {"LSTM": 4, "GRU": 3}.get(mode, 1)
+    # Not the caller's grad mode, whose hooks would meet what is saved here, nor anything that records.
+    with _disable_current_modes(), torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        one, ones = (torch.ones(*size, dtype=dtype, device="cpu") for size in ((1, 1, 1), (gates, 1)))
+        weights, states = [ones, ones, ones[:, 0], ones[:, 0]], (one, one) if mode == "LSTM" else one
+        try:
+            FUNCTIONS[mode](one, states, weights, True, 1, 0.0, training, False, False)
+        except RuntimeError as error:
+            return f"ATen has no kernel for {dtype} on this CPU: {str(error).splitlines()[0]}"
+    return ""
 
 
 def _persistent(problem: Problem) -> bool:
