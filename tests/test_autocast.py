@@ -94,7 +94,7 @@ def test_a_loop_over_a_cell_casts_its_weights_once() -> None:
 
 
 @pytest.mark.parametrize("backend", ["auto", "step", "reference"])
-@pytest.mark.parametrize("of_states", HALVES + [torch.float32], ids=str)
+@pytest.mark.parametrize("of_states", [*HALVES, torch.float32], ids=str)
 def test_states_and_packed_rows_may_have_another_dtype(backend: str, of_states: torch.dtype) -> None:
     """States come back in autocast's dtype and are handed in again, beside an input in float32, or the other way round."""
     mine = layer("LSTM", backend=backend, num_layers=2)
@@ -119,7 +119,7 @@ def test_controls_follow() -> None:
             found.append(mine(x, resets=resets, reset_state=tuple(v.to(dtype) for v in values)))
     assert found[0][0].dtype == torch.bfloat16
     same(found[0], found[1])
-    with pytest.raises(RuntimeError, match="reset_state is torch.bfloat16 and the input torch.float32"):
+    with pytest.raises(RuntimeError, match=r"reset_state is torch.bfloat16 and the input torch.float32"):
         mine(x, resets=resets, reset_state=tuple(v.bfloat16() for v in values))
 
 
@@ -180,7 +180,7 @@ def test_a_dtype_without_a_kernel_is_a_reason(monkeypatch: pytest.MonkeyPatch) -
     x, expected = inputs({}), layer("LSTM", backend="step").half()(inputs({}).half())
     with torch.autocast("cpu", torch.float16):
         same(layer("LSTM")(x), expected)
-        with pytest.raises(ValueError, match="no kernel for torch.float16 on this CPU: could not create a primitive descriptor\n"):
+        with pytest.raises(ValueError, match=r"no kernel for torch.float16 on this CPU: could not create a primitive descriptor\n"):
             layer("LSTM", backend="aten")(x)
     same(layer("LSTM").half()(x.half()), expected)
     assert layer("LSTM")(x)[0].dtype == torch.float32
