@@ -10,6 +10,7 @@ projection then, which no mask, zoneout or reset concerns: what the kernels keep
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from gpu_rnn.products import runs
 from gpu_rnn.program import Program
 
 BLOCK = 256  # elements a program of the pointwise kernels
+ALIGN = 16  # elements: each step begins at a multiple of it, so that the kernels' variants do not depend on the step, T or B
 PROJECTION = Program.parse("program 1 projection\nstate h 0.0\nstage h:split\nreturn r_h\n")
 
 
@@ -81,6 +83,13 @@ def _stages(program: Program) -> list[_StageShape]:
     return shapes
 
 
+def over_time(like: Tensor, outer: tuple[int, ...], each: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+    """(*outer, *each) of steps that are contiguous, (*each), each at a multiple of `ALIGN` elements."""
+    count = math.prod(each)
+    room = like.new_empty(*outer, -(-count // ALIGN) * ALIGN, dtype=dtype)
+    return room[..., :count].view(*outer, *each)
+
+
 class _Steps:
     """What both directions have: the weights and what steers the steps."""
 
@@ -92,10 +101,10 @@ class _Steps:
         width = width or kind.projection or hidden
         self.program, self.kind, self.steps = program, kind, steps
         self.shapes, self.module = _stages(program), triton_module(program)
-        self.gates = like.new_empty(steps, batch, n, gates, hidden)
-        self.recurrent = like.new_empty(steps, batch, n, len(program.split), hidden)
+        self.gates = over_time(like, (steps,), (batch, n, gates, hidden))
+        self.recurrent = over_time(like, (steps,), (batch, n, len(program.split), hidden))
         self.params = like.new_empty(n, len(program.params), hidden)
-        self.flags = torch.empty(steps, batch, n, dtype=torch.uint8, device=like.device) if kind.flags else None
+        self.flags = over_time(like, (steps,), (batch, n), torch.uint8) if kind.flags else None
         self.zone = self.states_over(like, torch.uint8) if kind.zone else None
         self.weights, self.drops, self.products, self.scales = [], [], [], []
         for shape in self.shapes:
@@ -135,7 +144,7 @@ class _Steps:
         """(S or another number, steps, B, N, H)"""
         _, batch, n, _, hidden = like.shape
         count = len(self.program.states) if count is None else count
-        return torch.empty(count, self.steps, batch, n, hidden, dtype=dtype, device=like.device)
+        return over_time(like, (count, self.steps), (batch, n, hidden), dtype)
 
     def load(self, call: Call) -> None:
         """What all steps of a call share."""
@@ -160,13 +169,14 @@ class _Steps:
     def common(self, t: int, shape: _StageShape) -> dict[str, Any]:
         """The arguments that both kernels have."""
         _, batch, n, gates, hidden = self.gates.shape
+        step = -(-batch * n * hidden // ALIGN)
         return {
             "p_gates": self.gates[t],
             "p_recurrent": self.recurrent[t],
             "p_params": self.params,
             "p_flags": None if self.flags is None else self.flags[t],
             "p_zone": self.at(t, self.zone),
-            "state_stride": self.steps * batch * n * hidden,
+            "state_stride": self.steps * step,
             "B": batch,
             "N": n,
             "H": hidden,
@@ -191,13 +201,13 @@ class Forward(_Steps):
         _, batch, n, gates, hidden = like.shape
         states, values = len(program.states), max(shape.reads for shape in self.shapes)
         self.inner = self.states_over(like, count=states - 1) if kind.inner else None
-        self.y = like.new_empty(steps, batch, n, hidden)
+        self.y = over_time(like, (steps,), (batch, n, hidden))
         self.states = like.new_empty(states, batch, n, hidden, dtype=torch.float32)
         self.values = like.new_empty(values, batch, n, hidden, dtype=torch.float32)
         self.entering = like.new_empty(n, batch, hidden)
         self.b_hh = like.new_empty(n, gates, hidden) if kind.bias else None
         each = steps if kind.reset_values > 1 else 1
-        self.reset = like.new_empty(states, each, batch, n, hidden, dtype=torch.float32) if kind.flags else None
+        self.reset = over_time(like, (states, each), (batch, n, hidden), torch.float32) if kind.flags else None
 
     def load(self, call: Call) -> None:
         super().load(call)
@@ -221,7 +231,7 @@ class Forward(_Steps):
             "p_product": product,
             "p_b_hh": self.b_hh,
             "p_reset": self.at(t if self.kind.reset_values > 1 else 0, self.reset),
-            "reset_stride": 0 if self.reset is None else self.reset.stride(0),
+            "reset_stride": 0 if self.reset is None else self.reset.stride(0) // ALIGN,
             "STEP": getattr(self.module, f"step_{shape.number}"),
             "SAVE": self.kind.save,
         }
@@ -250,10 +260,10 @@ class Backward(_Steps):
         super().__init__(program, like, steps, kind, width)
         _, batch, n, _, hidden = like.shape
         states, values = len(program.states), [shape.reads for shape in self.shapes]
-        self.d_gates, self.d_recurrent = torch.empty_like(self.gates), torch.empty_like(self.recurrent)
+        self.d_gates, self.d_recurrent = (over_time(like, (steps,), each.shape[1:]) for each in (self.gates, self.recurrent))
         self.before = self.states_over(like)
         self.values = [self.states_over(like, count=count) for count in values]
-        self.d_y = like.new_empty(steps, batch, n, hidden)
+        self.d_y = over_time(like, (steps,), (batch, n, hidden))
         self.d_inner = self.states_over(like, count=states - 1) if kind.inner else None
         self.d_entered = self.states_over(like) if kind.reset_values else None
         self.d_states = like.new_empty(states, batch, n, hidden, dtype=torch.float32)

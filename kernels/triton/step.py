@@ -27,8 +27,17 @@ def offsets(B, N, H, BLOCK: tl.constexpr):
     return o, row, row % N, row // N, o % H, o < B.to(tl.int64) * N * H
 
 
-# One build serves every batch. The pointers of a step are multiples of 16 bytes at every step or not at all, where H is;
-# those of bytes, a few a step, are not, so nothing is built for when they happen to be.
+# One build serves every batch and number of steps: each step of a buffer begins at a multiple of 16 elements, so that its
+# pointers are always aligned, and strides come in `ALIGN` elements. A user's CUDA graph, which cannot load another build
+# while it is captured, so finds the one that the call before it had.
+ALIGN = tl.constexpr(16)
+GENERAL = ("state_stride", "reset_stride", "B")
+
+
+@triton.jit
+def elements(stride):
+    """A stride of `ALIGN` elements in elements, of which there may be more than 32 bits count."""
+    return stride.to(tl.int64) * ALIGN
 
 
 @triton.jit
@@ -47,7 +56,7 @@ def product_rows(i_b, i_n, B, count: tl.constexpr, BY_GATE: tl.constexpr):
         return (i_n * B + i_b) * count, tl.full((), 1, tl.int64)
 
 
-@triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=["p_flags", "p_zone"])
+@triton.jit(do_not_specialize=GENERAL)
 def step_forward(
     p_gates,  # (B, N, G, H) of this step; in: input projection, out: sums
     p_recurrent,  # (B, N, R, H) of this step, out, with SAVE
@@ -62,8 +71,8 @@ def step_forward(
     p_flags,  # (B, N) or None; SKIP: the step is masked, RESET: the states are set after it
     p_reset,  # (S, B, N, H) fp32: what they are set to
     p_zone,  # this step of (S, T, B, N, H) or None: units that keep their states
-    state_stride,  # between states in inner and zone
-    reset_stride,  # between states in reset
+    state_stride,  # between states in inner and zone, in ALIGN elements
+    reset_stride,  # between states in reset, likewise
     B,
     N,
     H,
@@ -83,6 +92,7 @@ def step_forward(
     count: tl.constexpr = len(KEPT)
     o, row, i_n, i_b, unit, m = offsets(B, N, H, BLOCK)
     size = B.to(tl.int64) * N * H
+    state_stride, reset_stride = elements(state_stride), elements(reset_stride)
     o_gate = (row * G + FIRST) * H + unit
     first, apart = product_rows(i_b, i_n, B, count, BY_GATE)
     o_entering = (i_n * B + i_b) * H + unit
@@ -123,7 +133,7 @@ def step_forward(
         store_blocks(p_states + o, size, new, m)
 
 
-@triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=["p_flags", "p_zone"])
+@triton.jit(do_not_specialize=GENERAL)
 def step_backward(
     p_gates,  # (B, N, G, H) of this step
     p_recurrent,  # (B, N, R, H) of this step
@@ -142,7 +152,7 @@ def step_backward(
     p_flags,  # (B, N) or None
     p_zone,  # this step of (S, T, B, N, H) or None
     p_d_entered,  # this step of (S, T, B, N, H), out, or None: of the states as the step after this one entered with them
-    state_stride,  # between states in before and all others like it, and between values in values
+    state_stride,  # between states in before and all others like it, and between values in values, in ALIGN elements
     B,
     N,
     H,
@@ -161,7 +171,7 @@ def step_backward(
 ):
     count: tl.constexpr = len(KEPT)
     o, row, i_n, i_b, unit, m = offsets(B, N, H, BLOCK)
-    size = B.to(tl.int64) * N * H
+    size, state_stride = B.to(tl.int64) * N * H, elements(state_stride)
     o_gate = (row * G + FIRST) * H + unit
     first, apart = product_rows(i_b, i_n, B, count, BY_GATE)
     a, r = (), ()
