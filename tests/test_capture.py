@@ -5,10 +5,16 @@ To load one is not allowed while a graph is captured. Triton builds another for 
 and for an integer that is 1 or no multiple of 16: whatever differs between the two calls must not change either.
 """
 
+from typing import Any
+
+import group_support as support
 import pytest
+import torch
 from stub_driver.process import NEEDS_STUB, run
 
-pytestmark = [pytest.mark.compile, NEEDS_STUB]
+import gpu_rnn
+from gpu_rnn.launch import group
+from gpu_rnn.launch.group_layout import Layout
 
 PROGRAM = """
 from gpu_rnn.launch import graphs
@@ -59,6 +65,8 @@ RESIDENT = [
 ]
 
 
+@pytest.mark.compile
+@NEEDS_STUB
 @pytest.mark.parametrize("backend", ["step", "resident"])
 def test_the_variants_are_those_of_the_call_before(backend: str) -> None:
     lines = [
@@ -68,6 +76,8 @@ def test_the_variants_are_those_of_the_call_before(backend: str) -> None:
     assert run("\n".join([PROGRAM, *lines])).splitlines() == ["True []"] * len(lines)
 
 
+@pytest.mark.compile
+@NEEDS_STUB
 def test_one_build_of_a_step_serves_every_batch_and_number_of_steps() -> None:
     found = run(PROGRAM + """
 layer = gpu_rnn.LSTM(4, 5, backend="step", zoneout=0.1)
@@ -78,3 +88,76 @@ for T, B in ((1, 1), (1, 16), (3, 1), (7, 5), (16, 16), (33, 2)):
 print(driver.modules)
 """)
     assert found == "[]"
+
+
+def elsewhere(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values, not at a multiple of 16 bytes."""
+    return torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape).copy_(tensor.detach())
+
+
+@pytest.mark.parametrize("options", [{}, {"zoneout": 0.1, "recurrent_dropout": 0.2}], ids=str)
+def test_the_group_kernels_are_those_of_the_call_before(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are told whether pairs of units can be loaded at once."""
+    asked: set[Layout] = set()
+    support.pretend(monkeypatch)
+    monkeypatch.setattr(group.Launch, "__call__", lambda launch, device: asked.add(launch.layout))
+    layer = gpu_rnn.LSTM(4, 32, backend="group", **options).half()
+
+    def call(place: Any) -> None:
+        states = tuple(place(torch.zeros(1, 3, 32, dtype=torch.half)) for _ in "hc")
+        y, _ = layer(torch.zeros(5, 3, 4, dtype=torch.half), states)
+        y.backward(place(torch.ones_like(y)))
+
+    call(lambda tensor: tensor)
+    before = set(asked)
+    assert before
+    assert all(layout.paired for layout in before)
+    for p in layer.parameters():
+        p.data = elsewhere(p)
+    call(elsewhere)
+    assert asked == before
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["step", "resident", "group", "aten"])
+@pytest.mark.parametrize("steps", [7, 33, 70])
+def test_a_captured_call_is_right(backend: str, steps: int) -> None:
+    """After one call of the same shapes, with other tensors, both passes are captured and replayed on other values."""
+    layer = gpu_rnn.LSTM(4, 20, backend=backend, device="cuda", dtype=torch.bfloat16)
+    batches = [torch.randn(steps, 3, 4, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+
+    def both(x: torch.Tensor) -> list[torch.Tensor]:
+        y, _ = layer(x)
+        return [y, *torch.autograd.grad(y.float().square().sum(), list(layer.parameters()))]
+
+    expected = both(batches[2])
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        both(batches[0])
+    torch.cuda.current_stream().wait_stream(side)
+    graph, given = torch.cuda.CUDAGraph(), batches[1].clone()
+    with torch.cuda.graph(graph):
+        found = both(given)
+    given.copy_(batches[2])
+    graph.replay()
+    for actual, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(actual, wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["step", "resident", "group"])
+@pytest.mark.parametrize("steps", [7, 70])
+def test_torch_compile_with_cuda_graphs(backend: str, steps: int) -> None:
+    """Nothing that a call keeps lies in the pool of torch.compile's graphs, which checks for it."""
+    import torch._inductor.config as inductor
+
+    layer = gpu_rnn.LSTM(4, 20, backend=backend, device="cuda")
+    with inductor.patch({"triton.slow_path_cudagraph_asserts": True}):
+        compiled = torch.compile(layer, mode="reduce-overhead")
+        for _ in range(4):
+            torch.compiler.cudagraph_mark_step_begin()
+            x = torch.randn(steps, 3, 4, device="cuda")
+            y, _ = compiled(x)
+            y.square().sum().backward()
+            torch.testing.assert_close(y, layer(x)[0])

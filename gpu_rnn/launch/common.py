@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -91,3 +93,20 @@ def bits(reverse: str) -> tuple[int, int]:
 def rows(tensor: Tensor) -> Tensor:
     """The tensor with its last dimension contiguous, which is all that the kernels ask of it."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+# Which build of a kernel runs depends on how its tensors lie. What comes from outside is brought to one form, so that a user's
+# CUDA graph, which cannot load another build while it is captured, needs the one that the call before it had.
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor contiguous and at a multiple of 16 bytes, which an allocation is and a part of one need not be."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+def even_rows(tensor: Tensor) -> Tensor:
+    """As `rows`, with rows that all lie at the multiples at which those of a contiguous tensor lie, up to 16 elements."""
+    apart, (*strides, last) = math.gcd(16, tensor.shape[-1]), tensor.stride()
+    even = last == 1 and tensor.data_ptr() % 16 == 0 and all(stride % apart == 0 for stride in strides)
+    return tensor if even else tensor.clone(memory_format=torch.contiguous_format)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gpu_rnn import devices
 from gpu_rnn.launch import common, cubin, nvrtc
-from gpu_rnn.launch.common import bits, rows
+from gpu_rnn.launch.common import bits, even_rows, rows, whole
 from gpu_rnn.launch.group_choice import Choice, choose, cost, largest
 from gpu_rnn.launch.group_layout import Layout, source
 from gpu_rnn.layout import Call, LoopGradients, Result
@@ -98,7 +98,7 @@ def deadline() -> float:
 
 
 def _pointer(tensor: Tensor | None) -> Tensor | int:
-    return 0 if tensor is None else tensor.contiguous()
+    return 0 if tensor is None else whole(tensor)
 
 
 def exchange(layout: Layout, groups: int, left: Tensor, error: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -222,7 +222,7 @@ def prepare_forward(
         y,
         torch.stack(states),
         final,
-        weights.w_hh.contiguous(),
+        whole(weights.w_hh),
         *vectors[4:],
         *steering,
     ]
@@ -242,7 +242,7 @@ def prepare_backward(
     """The launches and the gradients that they fill; those of the parameters (shares, N, P, H) are to be summed."""
     program, weights, states = call.program, call.weights, call.states
     _, batch, n, _, hidden = saved.gates.shape
-    (gates, d_gates), d_y = common.beside(call, saved.gates), rows(d_y)
+    (gates, d_gates), d_y = common.beside(call, saved.gates), even_rows(d_y)
     d_recurrent = gates.new_empty(saved.recurrent.shape)
     d_initial = gates.new_empty(len(states), batch, n, hidden)
     shares = choice.groups * choice.layout.along if program.params else 0
@@ -253,14 +253,14 @@ def prepare_backward(
     layout, steering = _steered(choice.layout, call)
     tensors = [
         gates,
-        saved.recurrent.contiguous(),
-        saved.inner.contiguous(),
-        saved.y.contiguous(),
+        whole(saved.recurrent),
+        whole(saved.inner),
+        whole(saved.y),
         torch.stack(states),
-        weights.w_hh.contiguous(),
+        whole(weights.w_hh),
         _pointer(weights.params),
         *steering,
-        0 if d_inner is None else d_inner.float().contiguous(),
+        0 if d_inner is None else whole(d_inner.float()),
         d_y,
         torch.stack(d_final),
         d_gates,

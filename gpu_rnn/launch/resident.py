@@ -18,7 +18,17 @@ from torch import Tensor
 
 from gpu_rnn.devices import DEVICES
 from gpu_rnn.launch import common, interpreter, rates
-from gpu_rnn.launch.common import FUNCTIONS, LANES, SHARED_BYTES, SPECIAL, bits, product_rate, rows
+from gpu_rnn.launch.common import (
+    FUNCTIONS,
+    LANES,
+    SHARED_BYTES,
+    SPECIAL,
+    bits,
+    even_rows,
+    product_rate,
+    rows,
+    whole,
+)
 from gpu_rnn.launch.generated import triton_module
 from gpu_rnn.layout import Call, LoopGradients, Result
 from gpu_rnn.problem import Problem
@@ -188,11 +198,11 @@ def _strides(tensor: Tensor) -> dict[str, int]:
 
 
 def _whole(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
+    return None if tensor is None else whole(tensor)
 
 
 def _each_whole(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
-    return tuple(tensor.contiguous() for tensor in tensors)
+    return tuple(map(whole, tensors))
 
 
 def _launch(
@@ -211,7 +221,7 @@ def _launch(
     both = {
         "p_gates": p_gates,
         "p_initial": _each_whole(call.states),
-        "p_w": call.weights.w_hh.contiguous(),
+        "p_w": whole(call.weights.w_hh),
         "p_params": _whole(call.weights.params),
         **{name: stride // align for name, stride in strides.items()},
         "T": steps,
@@ -238,7 +248,7 @@ def _controls(call: Call) -> dict[str, Any]:
         "p_flags": _whole(control.flags),
         "p_resets": _each_whole(values) if values else None,
         "p_drop": _whole(control.drop),
-        "p_zone": None if control.zone is None else control.zone.contiguous().view(torch.uint8),
+        "p_zone": None if control.zone is None else whole(control.zone).view(torch.uint8),
         "INITIAL": call.program.initial,
         "PER_STEP": bool(values) and len(values[0]) > 1,
         "DROP": 0 if control.drop is None else control.drop.shape[2],
@@ -290,7 +300,7 @@ def prepare_backward(
     from gpu_rnn.kernels.triton.resident import resident_backward
 
     program = call.program
-    (gates, d_gates), d_y = common.beside(call, saved.gates), rows(d_y)
+    (gates, d_gates), d_y = common.beside(call, saved.gates), even_rows(d_y)
     batch, n, _, hidden = gates.shape[1:]
     d_recurrent = gates.new_empty(saved.recurrent.shape)
     d_states, d_resets = [[each.new_empty(each.shape) for each in given] for given in (call.states, call.reset_values)]
@@ -300,11 +310,11 @@ def prepare_backward(
         resident_backward,
         call,
         p_gates=gates,
-        p_recurrent=saved.recurrent.contiguous(),
-        p_inner=saved.inner.contiguous(),
-        p_y=saved.y.contiguous(),
+        p_recurrent=whole(saved.recurrent),
+        p_inner=whole(saved.inner),
+        p_y=whole(saved.y),
         p_d_y=d_y,
-        p_d_inner=None if d_inner is None or not len(d_inner) else d_inner.contiguous(),
+        p_d_inner=None if d_inner is None or not len(d_inner) else whole(d_inner),
         p_d_final=_each_whole(d_final),
         p_d_gates=d_gates,
         p_d_recurrent=d_recurrent,
