@@ -32,6 +32,14 @@ class _Function:
     groups: dict[str, tuple[str, ...]]
     ops: tuple[Op, ...]
     results: tuple[tuple[Argument, ...], ...]
+    truths: frozenset[str]  # of all stages; between two they are 1.0 and 0.0
+
+    def inputs(self, end: str = "") -> Iterable[tuple[str, str, str]]:
+        """Of each input: its name, its kind in C and what it is read from."""
+        for group, names in self.groups.items():
+            for index, name in enumerate(names):
+                is_truth = name in self.truths
+                yield name, "bool" if is_truth else "float", f"{group}[{index}]" + (f" != 0.0{end}" if is_truth else "")
 
 
 def input_groups(program: Program, number: int) -> dict[str, tuple[str, ...]]:
@@ -47,16 +55,17 @@ def input_groups(program: Program, number: int) -> dict[str, tuple[str, ...]]:
 
 
 def _functions(program: Program, backward: bool) -> Iterable[_Function]:
+    truths = frozenset(op.result for stage in program.stages for op in stage.ops if OPERATIONS[op.name].is_bool)
     for number in range(len(program.stages)):
         groups = input_groups(program, number)
         if not backward:
             outputs = stage_outputs(program, number)
-            yield _Function(f"step_{number}", groups, live(program.stages[number].ops, outputs), (outputs,))
+            yield _Function(f"step_{number}", groups, live(program.stages[number].ops, outputs), (outputs,), truths)
             continue
         derivative = differentiate(program, number)
         gradient = dict(zip(derivative.wrt, derivative.outputs, strict=True))
         results = tuple(tuple(gradient[name] for name in names) for names in groups.values())
-        yield _Function(f"step_{number}_backward", groups | {"d": derivative.seeds}, derivative.ops, results)
+        yield _Function(f"step_{number}_backward", groups | {"d": derivative.seeds}, derivative.ops, results, truths)
 
 
 def source(program: Program, language: str, *, backward: bool = False, comments: bool = False) -> str:
@@ -107,8 +116,7 @@ def _triton_constant(value: float) -> str:
 
 def _triton(function: _Function, comments: bool) -> str:
     lines = ["@triton.jit", f"def {function.name}({', '.join(function.groups)}):"]
-    for group, names in function.groups.items():
-        lines += [f"    {name} = {group}[{index}]" for index, name in enumerate(names)]
+    lines += [f"    {name} = {source}" for name, _, source in function.inputs()]
     for op in function.ops:
         args = [arg if isinstance(arg, str) else _triton_constant(arg) for arg in op.args]
         lines.append(f"    {op.result} = {OPERATIONS[op.name].triton.format(*args)}{_comment(op, '#', comments)}")
@@ -134,8 +142,7 @@ def _cuda(function: _Function, comments: bool) -> str:
     outputs = ["out"] if len(function.results) == 1 else [f"d_{group}" for group in GROUPS]
     arguments = ", ".join(inputs + [f"float *{name}" for name in outputs])
     lines = [f"__device__ __forceinline__ void {function.name}({arguments}) {{"]
-    for group, names in function.groups.items():
-        lines += [f"    const float {name} = {group}[{index}];" for index, name in enumerate(names)]
+    lines += [f"    const {kind} {name} = {source};" for name, kind, source in function.inputs("f")]
     for op in function.ops:
         operation = OPERATIONS[op.name]
         args = [arg if isinstance(arg, str) else _cuda_constant(arg) for arg in op.args]

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from gpu_rnn.building import Builder, Value
+from gpu_rnn.evaluation import runner
 from gpu_rnn.once import once
 from gpu_rnn.operations import OPERATIONS
-from gpu_rnn.program import Argument, Builder, Op, Program, Value, live, runner
+from gpu_rnn.program import Argument, Op, Program, live
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Derivative:
 
     @once
     def run(self) -> Callable[[dict[str, Any]], None]:
-        """The operations in torch, see `program.runner`."""
+        """The operations in torch, see `evaluation.runner`."""
         return runner(self.ops)
 
 

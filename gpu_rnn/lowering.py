@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from gpu_rnn.building import Builder, Value
 from gpu_rnn.operations import OPERATIONS
-from gpu_rnn.program import Builder, Value
 
 
 class Unsupported(Exception):

@@ -15,6 +15,25 @@ whitelist (`operations.OPERATIONS`), so nothing that a user wrote reaches genera
 Inputs: ``a_<gate>`` where the input part and the recurrent product of a gate meet only as a sum, else ``x_<gate>`` and
 ``r_<gate>``; ``s_<state>`` the states before the step; ``p_<param>`` per-unit parameters. A program with several stages
 has a ``product`` line between them, which names the input of the next stage's product; later stages see every value.
+
+There is one grammar, and one error for what it does not read. Each line ends with a newline, which only the last one
+may lack; one space stands between the words of a line::
+
+    text      = "program 1 NAME", state+, param*, (stage, operation*, product)*, stage, operation*, return
+    state     = "state NAME NUMBER"             what it starts from
+    param     = "param NAME"
+    stage     = "stage NAME:KIND ..."           its gates, at least one; KIND is sum or split
+    operation = "RESULT = OPERATION ARG ..."    a row of operations.OPERATIONS with as many arguments as it takes
+    product   = "product ARG"                   what enters the next stage's product
+    return    = "return ARG ..."                the new states, in order
+    NAME      = a letter, then up to 31 letters, digits and underscores
+    RESULT    = "t" and one to four digits
+    NUMBER    = as Python writes one: 0.5, -1e-06, inf, -inf, nan
+    ARG       = a value that a line above defines, or a NUMBER
+
+Values are real numbers or truth values. Comparisons make truth values, of which `where` takes its first argument and
+`and`, `or` and `not` all; whatever else takes an argument takes a real number. At least one argument of an operation is
+a value, and the bounds of `clamp` are numbers. No name is defined twice.
 """
 
 from __future__ import annotations
@@ -27,8 +46,6 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
-import torch
-
 from gpu_rnn.once import once
 from gpu_rnn.operations import OPERATIONS
 
@@ -36,6 +53,18 @@ Argument = str | float
 VERSION = "1"
 IDENTIFIER = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,31}\Z")
 RESULT = re.compile(r"t[0-9]{1,4}\Z")
+NUMBER = re.compile(r"(-?([0-9]+(\.[0-9]+)?(e[+-]?[0-9]+)?|inf)|nan)\Z")
+WORDS = ("program", "state", "param", "stage", "operation", "product", "return")
+FOLLOWS: dict[str, tuple[str, ...]] = {
+    "": ("program",),
+    "program": ("state",),
+    "state": ("state", "param", "stage"),
+    "param": ("param", "stage"),
+    "stage": ("operation", "product", "return"),
+    "operation": ("operation", "product", "return"),
+    "product": ("stage",),
+    "return": (),
+}
 
 
 @dataclass(frozen=True)
@@ -61,7 +90,9 @@ class Stage:
 
     @once
     def run(self) -> Callable[[dict[str, Any]], None]:
-        """The operations in torch, see `runner`."""
+        """The operations in torch, see `evaluation.runner`."""
+        from gpu_rnn.evaluation import runner
+
         return runner(self.ops)
 
 
@@ -110,6 +141,13 @@ class Program:
         """What a stage reads: its gates, the states and the parameters, in this order."""
         return (*self.gate_inputs(stage), *(f"s_{name}" for name in self.state_names), *(f"p_{name}" for name in self.params))
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many it has of what `LIMITS` names."""
+        operations = sum(len(stage.ops) for stage in self.stages)
+        found = len(self.states), len(self.params), len(self.gates), len(self.stages), operations
+        return dict(zip(LIMITS, found, strict=True))
+
     @once
     def text(self) -> str:
         """The canonical text; `Program.parse` reads it back."""
@@ -126,109 +164,171 @@ class Program:
 
     @staticmethod
     def parse(text: str) -> Program:
-        """Reads a canonical text.
+        """Reads a text of the grammar above.
 
         Raises:
-            ValueError: not such a text, or one that uses something outside the whitelist (the line is named).
+            ValueError: not such a text, or one that is larger than `LIMITS`; the line is named.
         """
         return _parse(text)
 
 
-def _number(value: float | str) -> float:
-    """A number; of NaN always the same object, so that programs that hold it are equal."""
-    number = float(value)
-    return math.nan if number != number else number
+def number(value: float) -> float:
+    """A constant; of NaN always the same object, so that programs that hold it are equal."""
+    return math.nan if value != value else float(value)
 
 
 def _print(value: Argument) -> str:
     return value if isinstance(value, str) else repr(float(value))
 
 
+# How much a program may hold. The largest of the library's own, an LSTM with a peephole and the longest activation in
+# every place, has 55 operations, 4 gates and 3 parameters; derivatives, printed code and compilers take time for each.
+LIMITS = {"state": 16, "param": 32, "gate": 64, "stage": 16, "operation": 512}
+
+
+def beyond(counts: dict[str, int], reserve: int = 0) -> str:
+    """In words, what there is too much of."""
+    for kind, limit in LIMITS.items():
+        most = limit - reserve * (kind == "operation")
+        if counts.get(kind, 0) > most:
+            return f"more than {most} {kind}s, the most that a recurrence may have"
+    return ""
+
+
 class _Parser:
-    """Reads the lines of a program; every name must be an identifier and every value defined before its use."""
+    """Reads a text line by line."""
 
     def __init__(self) -> None:
-        self.name = ""
+        self.name, self.before = "", ""
         self.states: list[tuple[str, float]] = []
         self.params: list[str] = []
         self.stages: list[Stage] = []
         self.summed: set[str] = set()
         self.gates: list[str] = []
         self.ops: list[Op] = []
-        self.known: set[str] = set()
+        self.truths: dict[str, bool] = {}  # of every value that is defined, whether it is a truth value
+        self.counts: dict[str, int] = dict.fromkeys(LIMITS, 0)
+
+    def read(self, line: str) -> None:
+        word, *rest = line.split(" ")
+        kind = "operation" if RESULT.match(word) else word
+        if kind not in WORDS or (kind == "operation" and word == kind):
+            raise ValueError(f"{word!r} is not the start of a line")
+        if kind not in FOLLOWS[self.before]:
+            after = f"after '{self.before}'" if self.before else "at the start"
+            raise ValueError(f"{kind!r} does not stand {after}")
+        self.before = kind
+        self.count(kind)
+        if kind == "operation":
+            self.read_operation(word, rest)
+        else:
+            getattr(self, f"read_{kind}")(rest)
+
+    def count(self, kind: str) -> None:
+        if kind in self.counts:
+            self.counts[kind] += 1
+            words = beyond(self.counts)
+            if words:
+                raise ValueError(words)
+
+    def take(self, words: list[str], what: str) -> list[str]:
+        """The words of a line, as many as `what` names."""
+        if len(words) != len(what.split()):
+            raise ValueError(f"this line has {what.lower()} after its first word, with one space between two")
+        return words
 
     def identifier(self, word: str) -> str:
         if not IDENTIFIER.match(word):
             raise ValueError(f"{word!r} is not an identifier")
         return word
 
-    def define(self, *names: str) -> None:
-        again = self.known.intersection(names)
-        if again:
-            raise ValueError(f"{', '.join(again)} is defined already")
-        self.known.update(names)
+    def number(self, word: str) -> float:
+        if not NUMBER.match(word):
+            raise ValueError(f"{word!r} is not a number")
+        return number(float(word))
 
-    def argument(self, word: str) -> Argument:
-        if word in self.known:
+    def define(self, name: str, is_truth: bool = False) -> None:
+        if name in self.truths:
+            raise ValueError(f"{name} is defined already")
+        self.truths[name] = is_truth
+
+    def argument(self, word: str, truth: bool = False) -> Argument:
+        if word in self.truths:
+            if self.truths[word] != truth:
+                kinds = ("a real number", "a truth value")
+                raise ValueError(f"{word} is {kinds[not truth]} where {kinds[truth]} stands")
             return word
-        try:
-            return _number(word)
-        except ValueError:
-            raise ValueError(f"{word!r} is neither a value defined above nor a number") from None
+        if truth or not NUMBER.match(word):
+            raise ValueError(f"{word!r} is neither a value defined above nor a number")
+        return self.number(word)
 
-    def read(self, line: str) -> None:
-        word, *rest = line.split()
-        if RESULT.match(word):
-            self.read_operation(word, *rest)
-        elif word in ("program", "state", "param", "stage", "product", "return"):
-            getattr(self, f"read_{word}")(*rest)
-        else:
-            raise ValueError(f"{word!r} is not the start of a line")
-
-    def read_program(self, version: str, name: str) -> None:
+    def read_program(self, words: list[str]) -> None:
+        version, name = self.take(words, "VERSION NAME")
         if version != VERSION:
             raise ValueError(f"version {version}, this package reads version {VERSION}")
         self.name = self.identifier(name)
 
-    def read_state(self, name: str, value: str) -> None:
-        self.states.append((self.identifier(name), float(value)))
+    def read_state(self, words: list[str]) -> None:
+        name, value = self.take(words, "NAME NUMBER")
+        self.states.append((self.identifier(name), self.number(value)))
         self.define(f"s_{name}")
 
-    def read_param(self, name: str) -> None:
+    def read_param(self, words: list[str]) -> None:
+        (name,) = self.take(words, "NAME")
         self.params.append(self.identifier(name))
         self.define(f"p_{name}")
 
-    def read_stage(self, *gates: str) -> None:
+    def read_stage(self, words: list[str]) -> None:
+        if not words:
+            raise ValueError("a stage has at least one gate")
         self.gates, self.ops = [], []
-        for word in gates:
+        for word in words:
             gate, _, kind = word.partition(":")
             self.gates.append(self.identifier(gate))
+            self.count("gate")
             if kind not in ("sum", "split"):
                 raise ValueError(f"a gate is 'sum' or 'split', not {kind!r}")
+            if f"a_{gate}" in self.truths or f"x_{gate}" in self.truths:
+                raise ValueError(f"gate {gate} is defined already")
             if kind == "sum":
                 self.summed.add(gate)
-            if f"a_{gate}" in self.known or f"x_{gate}" in self.known:
-                raise ValueError(f"gate {gate} is defined already")
-            self.define(*([f"a_{gate}"] if kind == "sum" else [f"x_{gate}", f"r_{gate}"]))
+                self.define(f"a_{gate}")
+            else:
+                self.define(f"x_{gate}")
+                self.define(f"r_{gate}")
 
-    def read_operation(self, result: str, equals: str, name: str, *args: str) -> None:
+    def read_operation(self, result: str, words: list[str]) -> None:
+        equals, name, *given = words if len(words) > 1 else ["", ""]
         if equals != "=" or name not in OPERATIONS:
             raise ValueError(f"unknown operation {name!r}")
-        if len(args) != OPERATIONS[name].arity:
+        if len(given) != OPERATIONS[name].arity:
             raise ValueError(f"{name} takes {OPERATIONS[name].arity} arguments")
-        self.ops.append(Op(result, name, tuple(self.argument(word) for word in args)))
-        self.define(result)
+        truths = len(given) if name in ("and", "or", "not") else int(name == "where")
+        args = tuple(self.argument(word, index < truths) for index, word in enumerate(given))
+        if not any(isinstance(arg, str) for arg in args):
+            raise ValueError("an operation takes at least one value; write the number instead")
+        if name == "clamp" and not (isinstance(args[0], str) and args[1:] == tuple(a for a in args if not isinstance(a, str))):
+            raise ValueError("clamp's bounds are numbers; use minimum and maximum")
+        self.ops.append(Op(result, name, args))
+        self.define(result, OPERATIONS[name].is_bool)
 
-    def read_product(self, *outputs: str) -> None:
-        self.stages.append(Stage(tuple(self.gates), tuple(self.ops), tuple(self.argument(w) for w in outputs)))
+    def read_product(self, words: list[str]) -> None:
+        self.close(self.take(words, "VALUE"))
 
-    read_return = read_product
+    def read_return(self, words: list[str]) -> None:
+        if len(words) != len(self.states):
+            raise ValueError(f"a program returns a value for each of its {len(self.states)} states")
+        self.close(words)
+
+    def close(self, words: list[str]) -> None:
+        outputs = tuple(self.argument(word) for word in words)
+        self.stages.append(Stage(tuple(self.gates), tuple(self.ops), outputs))
+
+    def end(self) -> None:
+        if self.before != "return":
+            raise ValueError("the text ends before its return")
 
     def program(self) -> Program:
-        if not self.name or not self.stages or len(self.stages[-1].outputs) != len(self.states) or not self.states:
-            raise ValueError("a program has a name and at least one state, and returns a value for each")
-        if any(len(stage.outputs) != 1 for stage in self.stages[:-1]):
-            raise ValueError("a product has one input")
         return Program(
             self.name, tuple(self.states), tuple(self.params), tuple(self.stages), frozenset(self.summed)
         )
@@ -236,102 +336,13 @@ class _Parser:
 
 @lru_cache(maxsize=256)
 def _parse(text: str) -> Program:
-    parser = _Parser()
-    for number, line in enumerate(text.strip().splitlines(), 1):
+    parser, lines = _Parser(), text.removesuffix("\n").split("\n")
+    for count, line in enumerate([*lines, ""], 1):
         try:
-            parser.read(line)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"line {number} of a recurrence's program, {line!r}: {error}") from error
+            parser.read(line) if count <= len(lines) else parser.end()
+        except ValueError as error:
+            raise ValueError(f"line {count} of a recurrence's program, {line!r}: {error}") from error
     return parser.program()
-
-
-class Value:
-    """A value under construction: the operators emit operations, so that derivative rules read as formulas."""
-
-    __slots__ = ("builder", "name")
-
-    def __init__(self, builder: Builder, name: Argument) -> None:
-        self.builder = builder
-        self.name = name
-
-    def emit(self, op: str, *args: Value | float) -> Value:
-        return self.builder.emit(op, *args)
-
-    def __add__(self, other: Value | float) -> Value:
-        return self.emit("add", self, other)
-
-    def __sub__(self, other: Value | float) -> Value:
-        return self.emit("sub", self, other)
-
-    def __rsub__(self, other: float) -> Value:
-        return self.emit("sub", other, self)
-
-    def __mul__(self, other: Value | float) -> Value:
-        return self.emit("mul", self, other)
-
-    __radd__, __rmul__ = __add__, __mul__
-
-    def __truediv__(self, other: Value | float) -> Value:
-        return self.emit("div", self, other)
-
-    def __neg__(self) -> Value:
-        return self.emit("neg", self)
-
-
-# What folds away when one side is a constant: (operation, which argument, its value) -> the other side, or a constant.
-_IDENTITIES: dict[tuple[str, int, float], int | float] = {
-    ("add", 0, 0.0): 1,
-    ("add", 1, 0.0): 0,
-    ("sub", 1, 0.0): 0,
-    ("mul", 0, 1.0): 1,
-    ("mul", 1, 1.0): 0,
-    ("div", 1, 1.0): 0,
-}
-
-
-class Builder:
-    """Collects operations, each distinct one once, with constants folded."""
-
-    def __init__(
-        self, prefix: str = "t", start: int = 0, given: Iterable[Op] = (), exact: bool = False
-    ) -> None:
-        """With `exact`, 0 times something is not 0: of infinity and NaN it is NaN."""
-        self.prefix, self.start, self.exact = prefix, start, exact
-        self.ops: list[Op] = []
-        self.line = ""
-        self._seen = {(op.name, op.args): op.result for op in given}
-
-    def value(self, name: Argument) -> Value:
-        return Value(self, name if isinstance(name, str) else _number(name))
-
-    def emit(self, op: str, *args: Value | float) -> Value:
-        names = tuple(a.name if isinstance(a, Value) else _number(a) for a in args)
-        folded = self._fold(op, names)
-        if folded is not None:
-            return Value(self, folded)
-        if (op, names) not in self._seen:
-            result = f"{self.prefix}{self.start + len(self.ops)}"
-            self.ops.append(Op(result, op, names, self.line))
-            self._seen[op, names] = result
-        return Value(self, self._seen[op, names])
-
-    def _fold(self, op: str, names: tuple[Argument, ...]) -> Argument | None:
-        constants = [name for name in names if isinstance(name, float)]
-        if len(constants) == len(names) and op != "where":
-            dtype = torch.bool if op in ("and", "or", "not") else torch.float64
-            exact = [torch.tensor(value, dtype=dtype, device="cpu") for value in constants]
-            return float(OPERATIONS[op].torch(*exact))
-        if op == "where" and isinstance(names[0], float):
-            return names[1] if names[0] else names[2]
-        if op == "mul" and 0.0 in constants and not self.exact:
-            return 0.0
-        if op == "where" and names[1] == names[2]:
-            return names[1]
-        for position, name in enumerate(names):
-            kept = _IDENTITIES.get((op, position, name)) if isinstance(name, float) else None
-            if kept is not None:
-                return names[int(kept)]
-        return None
 
 
 def live(ops: Iterable[Op], outputs: Iterable[Argument]) -> tuple[Op, ...]:
@@ -343,51 +354,6 @@ def live(ops: Iterable[Op], outputs: Iterable[Argument]) -> tuple[Op, ...]:
             kept.append(op)
             needed.update(arg for arg in op.args if isinstance(arg, str))
     return tuple(reversed(kept))
-
-
-@lru_cache(maxsize=1024)
-def runner(
-    ops: tuple[Op, ...], wanted: tuple[Argument, ...] | None = None, **replaced: Callable[..., Any]
-) -> Callable[[dict[str, Any]], None]:
-    """Operations in torch as one function of a dict, which holds tensors of any one shape and receives the results.
-
-    Interpreting them one by one takes longer than a small tensor's arithmetic. Of the results, the dict receives those
-    that are `wanted`, by default all; others are freed after their last use, so that the next take their memory, which
-    is in the cache. `replaced`: other functions for operations, or for some that only these operations have.
-    Its text is made of names that the parser let through and of operations' names, nothing else.
-    """
-    made = [op.result for op in ops]
-    kept = made if wanted is None else [name for name in made if name in wanted]
-    taken = dict.fromkeys(arg for op in ops for arg in op.args if isinstance(arg, str) and arg not in made)
-    last = {arg: op.result for op in ops for arg in op.args if arg in made and arg not in kept}
-    done: dict[str, list[str]] = {}
-    for name, reader in last.items():
-        done.setdefault(reader, []).append(f"    del {name}")
-    lines = [f"    {name} = values['{name}']" for name in taken]
-    if any(_chooses_numbers(op) for op in ops):
-        lines.insert(0, "    one = like(values)")
-    for op in ops:
-        args = list(map(str, op.args))
-        if _chooses_numbers(op):
-            args[1] = f"one * {args[1]}"
-        lines.append(f"    {op.result} = {op.name}_({', '.join(args)})")
-        lines += done.get(op.result, [])
-    lines.append(f"    values.update({', '.join(f'{name}={name}' for name in kept)})")
-    names: dict[str, Any] = {f"{name}_": operation.torch for name, operation in OPERATIONS.items()}
-    names |= {"inf": float("inf"), "nan": float("nan"), "like": _one}
-    names |= {f"{name}_": function for name, function in replaced.items()}
-    exec("\n".join(["def run(values):", *lines]), names)
-    return names["run"]
-
-
-def _chooses_numbers(op: Op) -> bool:
-    """Whether torch.where would choose between two plain numbers, which it makes tensors of its default dtype."""
-    return op.name == "where" and not any(isinstance(arg, str) for arg in op.args[1:])
-
-
-def _one(values: Mapping[str, Any]) -> Any:
-    """A 1 of the dtype of a call's values, on their device."""
-    return next(value for value in values.values() if value.is_floating_point()).new_ones(())
 
 
 def lookup(values: Mapping[str, Any], name: Argument, like: Any) -> Any:

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
+from gpu_rnn.building import Builder, Value
 from gpu_rnn.lowering import LOWERING, TAKES_BOOL, Unsupported, copy
-from gpu_rnn.program import IDENTIFIER, Argument, Builder, Op, Program, Stage, Value, live
+from gpu_rnn.program import IDENTIFIER, LIMITS, Argument, Op, Program, Stage, beyond, live
 from gpu_rnn.recording import LIBRARY, Node, Refused, record, show
 
 Step = Callable[..., Any]
@@ -54,7 +55,11 @@ def trace(
         if not last and len(carried) != len(results) - 1:
             raise TraceError(f"{name}: {_where(step)} hands on a constant; write it in the later stage instead")
         traced.append((tuple(stage_gates), outputs, builder.ops[before:]))
-    return _finish(name, tuple(states), tuple(params), traced)
+    program = _finish(name, tuple(states), tuple(params), traced)
+    too_large = beyond(program.counts, reserve=4 * LIMITS["state"])  # for what zoneout adds in evaluation
+    if too_large:
+        raise TraceError(f"{name}: {_where(stages[-1][1])} has {too_large}")
+    return program
 
 
 def _check_names(

@@ -23,8 +23,9 @@ from torch import Tensor
 import gpu_rnn
 from gpu_rnn import cells, codegen
 from gpu_rnn.derivative import differentiate, stage_outputs
+from gpu_rnn.evaluation import runner
 from gpu_rnn.launch import generated, interpreter
-from gpu_rnn.program import Program, lookup, runner
+from gpu_rnn.program import Program, lookup
 
 GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_CELLS = ("lstm", "gru", "gru_reset_before", "slstm")

@@ -12,8 +12,9 @@ from torch import Tensor
 
 import gpu_rnn
 from gpu_rnn import codegen, regularization
+from gpu_rnn.evaluation import runner
 from gpu_rnn.launch.jacobian import jacobian
-from gpu_rnn.program import Program, runner
+from gpu_rnn.program import Program
 
 DEFAULTS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 every_loop = pytest.mark.parametrize("backend", ["reference", "step"])

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from gpu_rnn import cells
 from gpu_rnn.derivative import stage_outputs
+from gpu_rnn.evaluation import runner
 from gpu_rnn.launch import host
 from gpu_rnn.launch.jacobian import jacobian
-from gpu_rnn.program import Program, live, runner
+from gpu_rnn.program import Program, live
 
 ULPS = 4  # NumPy promises no more; found: 1.8
 

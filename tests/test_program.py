@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from gpu_rnn import activations, cells, codegen
+from gpu_rnn.building import Builder
 from gpu_rnn.derivative import differentiate
+from gpu_rnn.evaluation import runner
 from gpu_rnn.operations import OPERATIONS
-from gpu_rnn.program import Builder, Program, lookup, runner
+from gpu_rnn.program import Program, lookup
 from gpu_rnn.recurrence import Recurrence
 
 TEXT = """program 1 tiny
@@ -73,7 +75,7 @@ REFUSED = [
     ("program 1", "program 2", 1, "this package reads version 1"),
     ("1 tiny", "1 __import__('os')", 1, "is not an identifier"),
     ("state h 0.0", "state h;x 0.0", 2, "is not an identifier"),
-    ("state h 0.0", "state h low", 2, "could not convert"),
+    ("state h 0.0", "state h low", 2, "is not a number"),
     ("state h 0.0", "state h 0.0\nstate h 0.0", 3, "defined already"),
     ("param p", "param µ", 3, "is not an identifier"),
     ("f:sum", "f:both", 4, "'sum' or 'split'"),

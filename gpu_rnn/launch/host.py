@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpu_rnn.program import Argument, Op, live, runner
+from gpu_rnn.evaluation import runner
+from gpu_rnn.program import Argument, Op, live
 
 
 def tanh(x: Tensor) -> Tensor:
@@ -38,7 +39,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 
 @lru_cache(maxsize=1024)
 def compiled(ops: tuple[Op, ...], wanted: tuple[Argument, ...]) -> Callable[[dict[str, Any]], None]:
-    """`program.runner` of what the wanted results need, without derivatives."""
+    """`evaluation.runner` of what the wanted results need, without derivatives."""
     return runner(fused(live(ops, wanted), wanted), wanted, **FUNCTIONS)
 
 
