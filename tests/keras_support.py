@@ -107,3 +107,14 @@ def assert_same(
 
 def arrays(layer: Any) -> list[np.ndarray]:
     return [variable.value.detach().numpy().copy() for variable in layer.variables]
+
+
+def flat_sizes(layer: Any) -> list[int]:
+    """The sizes of a layer's states, or of those of a Bidirectional's two."""
+    parts = (layer.forward_layer, layer.backward_layer) if isinstance(layer, keras.layers.Bidirectional) else (layer,)
+    return [size for part in parts for size in part.state_size]
+
+
+def seeds(layer: Any) -> list[Any]:
+    """The variables that hold the states of a layer's random generators."""
+    return [variable for variable in layer.variables if variable.name == "seed_generator_state"]

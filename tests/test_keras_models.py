@@ -50,7 +50,8 @@ def reader(layers: Any) -> Any:
     x = layers.Bidirectional(layers.LSTM(5, return_sequences=True, kernel_regularizer="l2"))(x)
     x = layers.SimpleRNN(6, return_sequences=True, seed=3)(x)
     x, h = layers.GRU(4, reset_after=False, return_sequences=True, return_state=True, dropout=0.2, seed=4)(x)
-    x = layers.GRU(4, recurrent_dropout=0.2, activation="softsign", seed=5)(x, initial_state=h)
+    mask = keras.ops.not_equal(words, 0)  # which Keras forgets beside initial_state, unless it is told
+    x = layers.GRU(4, recurrent_dropout=0.2, activation="softsign", seed=5)(x, initial_state=h, mask=mask)
     inner = keras.Sequential([keras.Input((4,)), keras.layers.Reshape((2, 2)), layers.LSTM(3, use_bias=False)])
     model = keras.Model(words, keras.layers.Dense(1, activation="sigmoid")(inner(x)))
     model.compile(keras.optimizers.Adam(0.01), "binary_crossentropy", metrics=["accuracy"])

@@ -74,6 +74,8 @@ def without_bugs(name: str, options: dict[str, Any], masked: bool) -> dict[str, 
     if name != "SimpleRNN" and (options["implementation"] == 1 or options["stateful"]):
         # Dropout of implementation=1 crashes there; the state of a stateful layer is overwritten before the gradient.
         changed["use_cudnn"] = False
+    if not options["return_sequences"]:
+        changed["zero_output_for_mask"] = False  # documented for sequences only
     return options | changed
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 from torch import Tensor
 
-from gpu_rnn.keras.layers import TimeLoop, last_valid, run, step_mask
+from gpu_rnn.keras.layers import TimeLoop, forget_masks, last_valid, mask_of, run, step_mask
 
 MERGES = {
     "sum": keras.ops.add,
@@ -45,12 +45,17 @@ class Bidirectional(keras.layers.Bidirectional):
         training: bool | None = None,
     ) -> Any:
         layers = self.forward_layer, self.backward_layer
+        mask = mask_of(sequences, mask)
         if not all(isinstance(layer, TimeLoop) for layer in layers):
             return super().call(sequences, initial_state=initial_state, mask=mask, training=training)
         initial = self._halves(initial_state)
         together = self._one_loop() and not (training and any(layer.cell.dropout for layer in layers))
         run_both = self._together if together else self._apart
-        y, backward, states = run_both(sequences, initial, mask, bool(training))
+        try:
+            y, backward, states = run_both(sequences, initial, mask, bool(training))
+        finally:
+            for layer in layers:
+                forget_masks(layer)
         output = MERGES[self.merge_mode](*(keras.ops.cast(part, self.compute_dtype) for part in (y, backward)))
         if not self.return_state:
             return output
@@ -72,11 +77,11 @@ class Bidirectional(keras.layers.Bidirectional):
     def _one_loop(self) -> bool:
         """Whether the layers are so alike that one loop can run both."""
         forward, backward = self.forward_layer, self.backward_layer
-        same = ("kind", "units", "use_bias", "use_cudnn", "compute_dtype", "recurrence")
+        same = ("kind", "units", "use_bias", "cudnn", "compute_dtype", "recurrence")
         return (
             all(getattr(forward, name) == getattr(backward, name) for name in same)
             and bool(forward.cell.recurrent_dropout) == bool(backward.cell.recurrent_dropout)
-            and forward.compute_dtype == self.compute_dtype
+            and {forward.cell.compute_dtype, backward.cell.compute_dtype, forward.compute_dtype} == {self.compute_dtype}
             and not (forward.go_backwards or forward.stateful)
             # A layer adds its activity's loss when it is called, and here it is not.
             and forward.activity_regularizer is backward.activity_regularizer is None
@@ -117,9 +122,9 @@ class Bidirectional(keras.layers.Bidirectional):
 
     def compute_mask(self, inputs: Any, mask: Any) -> Any:
         """The mask of each output, None for states."""
-        if isinstance(mask, (list, tuple)):
-            mask = mask[0]
-        mask = mask if self.return_sequences else None
+        mask = keras.tree.flatten(mask)[0] if self.return_sequences else None
+        if mask is not None and self.forward_layer.go_backwards:  # in the order of the outputs
+            mask = keras.ops.flip(mask, axis=1)
         outputs = (mask,) if self.merge_mode else (mask, mask)
         if self.return_state:
             outputs += (None,) * 2 * len(self.forward_layer.state_size)

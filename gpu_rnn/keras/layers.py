@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import keras
 import torch
+from keras.src.backend import AutocastScope  # in which a layer's variables have its compute dtype
 from torch import Tensor
 
 from gpu_rnn import functional, interop
@@ -20,12 +22,10 @@ from gpu_rnn.recurrence import Recurrence
 class TimeLoop:
     """What makes a Keras layer run here, and, being a mixin, everything else stay Keras's."""
 
-    use_cudnn: bool | str = "auto"
-    own_config: tuple[str, ...] = ("use_cudnn",)
-    """Constructor arguments that Keras's get_config leaves out."""
-
     # Keras's layer, of which this is a part, has the following.
     cell: Any
+    variable_dtype: str
+    states: list[Any]
     return_sequences: bool
     go_backwards: bool
     zero_output_for_mask: bool
@@ -45,8 +45,31 @@ class TimeLoop:
         """The cell's name in `gpu_rnn.interop`."""
         return self.recurrence.name
 
-    def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), **{name: getattr(self, name) for name in self.own_config}}  # type: ignore[misc]
+    @property
+    def cudnn(self) -> bool | str:
+        """use_cudnn, which a SimpleRNN does not have."""
+        return getattr(self, "use_cudnn", "auto")
+
+    def call(self, sequences: Tensor, initial_state: Any = None, mask: Any = None, training: bool = False) -> Any:
+        try:
+            return super().call(  # type: ignore[misc]
+                sequences, initial_state=initial_state, mask=mask_of(sequences, mask), training=training
+            )
+        finally:  # after an error, too: the next call may have another shape
+            forget_masks(self)
+
+    def compute_mask(self, inputs: Any, mask: Any) -> Any:
+        """The mask of each output, None for states: in the order of the outputs, which is that of processing."""
+        mask = keras.tree.flatten(mask)[0]
+        if mask is not None and self.go_backwards:
+            mask = keras.ops.flip(mask, axis=1)
+        return super().compute_mask(inputs, mask)  # type: ignore[misc]
+
+    def _create_state_variables(self, batch_size: int) -> None:
+        """Keras's name for it. What is assigned to a variable that mixed precision casts goes into the cast copy."""
+        super()._create_state_variables(batch_size)  # type: ignore[misc]
+        options = {"dtype": self.variable_dtype, "trainable": False, "autocast": False, "name": "rnn_state"}
+        self.states[:] = [keras.Variable(state, **options) for state in self.states]  # in the list that is not tracked
 
     def inner_loop(
         self, sequences: Tensor, initial_state: Sequence[Tensor], mask: Any, training: bool = False
@@ -69,7 +92,9 @@ class TimeLoop:
             sequences, mask = sequences.flip(1), None if mask is None else mask.flip(1)
         y, final = run([self], sequences, [initial_state], mask, bool(training))
         states = [state[0] for state in final]
-        return self._last(y, states[0], mask), self._outputs(y, mask), states
+        # zero_output_for_mask is about sequences: the last output is the last valid step's.
+        last = states[0] if mask is None else last_valid(states[0], mask)
+        return last, self._outputs(y, mask), states
 
     def _outputs(self, y: Tensor, mask: Tensor | None) -> Tensor:
         """From outputs that are 0 at masked steps those that Keras gives: the last valid step's, before it 0."""
@@ -79,14 +104,9 @@ class TimeLoop:
         valid = torch.where(mask, steps, 0).cummax(1).values  # before the first valid step: 0, a masked step
         return y.gather(1, valid[..., None].expand_as(y))
 
-    def _last(self, y: Tensor, h: Tensor, mask: Tensor | None) -> Tensor:
-        if mask is None:
-            return h
-        return y[:, -1] if self.zero_output_for_mask else last_valid(h, mask)
-
     def check_cudnn(self, masked: bool) -> None:
         """Raises ValueError where use_cudnn=True cannot be had."""
-        if self.use_cudnn is not True:
+        if self.cudnn is not True:
             return
         lacking = recurrences.unknown_to_aten(self.cell)
         lacking += ["recurrent_dropout"] * bool(self.cell.recurrent_dropout) + ["mask"] * masked
@@ -121,6 +141,9 @@ class LSTM(TimeLoop, keras.layers.LSTM):
 
     __signature__ = inspect.signature(keras.layers.LSTM)
 
+    def get_config(self) -> dict[str, Any]:
+        return super().get_config() | {"use_cudnn": self.use_cudnn, "implementation": self.cell.implementation}
+
 
 class GRU(TimeLoop, keras.layers.GRU):
     """Gated recurrent unit with the constructor, weights and files of `keras.layers.GRU`.
@@ -140,6 +163,9 @@ class GRU(TimeLoop, keras.layers.GRU):
 
     __signature__ = inspect.signature(keras.layers.GRU)
 
+    def get_config(self) -> dict[str, Any]:
+        return super().get_config() | {"use_cudnn": self.use_cudnn, "implementation": self.cell.implementation}
+
 
 class SimpleRNN(TimeLoop, keras.layers.SimpleRNN):
     """Elman's network, h' = φ(x·kernel + bias + h·recurrent_kernel), as `keras.layers.SimpleRNN` but for two things.
@@ -155,16 +181,14 @@ class SimpleRNN(TimeLoop, keras.layers.SimpleRNN):
     """
 
     __signature__ = inspect.signature(keras.layers.SimpleRNN)
-    own_config = ("seed",)
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         given = self.__signature__.bind(*args, **options).arguments
         self.activity_regularizer = keras.regularizers.get(given.get("activity_regularizer"))
 
-    @property
-    def seed(self) -> int | None:
-        return self.cell.seed
+    def get_config(self) -> dict[str, Any]:
+        return super().get_config() | {"seed": self.cell.seed}
 
 
 def run(
@@ -184,51 +208,51 @@ def run(
     Raises:
         ValueError: features or states of another shape than the layers', or use_cudnn=True and cuDNN cannot run this call.
     """
-    try:
-        return _run(layers, x, initial, mask, training)
-    finally:  # after an error, too: the next call may have another shape
-        for layer in layers:
-            layer.cell.reset_dropout_mask()
-            layer.cell.reset_recurrent_dropout_mask()
-
-
-def _run(
-    layers: Sequence[Any], x: Tensor, initial: Sequence[Sequence[Tensor]], mask: Tensor | None, training: bool
-) -> tuple[Tensor, tuple[Tensor, ...]]:
     first = layers[0]
     for layer in layers:
         layer.check_cudnn(masked=mask is not None)
         check_features(layer, x)
     initial = [states_of(layer, own, x.shape[0]) for layer, own in zip(layers, initial, strict=True)]
     weights = [weight for layer in layers for weight in weights_of(layer)]
-    x = x.to(weights[0].dtype)
+    dtype = weights[0].dtype
+    x = x.to(dtype)
     if training and first.cell.dropout:
         x, weights[0] = drop_inputs(x, weights[0], gatewise(first, first.cell.get_dropout_mask(x[:, 0])))
     drop = None
     if training and first.cell.recurrent_dropout:
         masks = [layer.cell.get_recurrent_dropout_mask(own[0]) for layer, own in zip(layers, initial, strict=True)]
         drop = torch.stack([torch.stack(gatewise(layer, m), 1) for layer, m in zip(layers, masks, strict=True)])
-        drop = drop.expand(-1, x.shape[0], -1, -1)  # Keras draws one for all samples where a state is one for all
+        drop = drop.to(dtype).expand(-1, x.shape[0], -1, -1)  # Keras draws one for all samples where a state is one for all
     y, final, *_ = functional.rnn(
         x,
         tuple(torch.stack(each) for each in zip(*initial, strict=True)),  # a copy: stateful layers write theirs
         weights,
-        first.recurrence if first.use_cudnn else first.loops_only,
+        first.recurrence if first.cudnn else first.loops_only,
         bias=first.cell.use_bias,
         bidirectional=len(layers) == 2,
         batch_first=True,
-        backend="aten" if first.use_cudnn is True else "auto",
+        backend="aten" if first.cudnn is True else "auto",
         mask=mask,
         recurrent_mask=drop,
     )
     return y, final
 
 
+def forget_masks(layer: Any) -> None:
+    """Lets the next call draw its own dropout masks."""
+    layer.cell.reset_dropout_mask()
+    layer.cell.reset_recurrent_dropout_mask()
+
+
 def weights_of(layer: Any) -> list[Tensor]:
-    """A layer's weights as functional.rnn takes them; in mixed precision they come in the layer's compute dtype."""
+    """A layer's weights as functional.rnn takes them, in the compute dtype of its cell, whose policy may be its own."""
     cell = layer.cell
-    kernel, recurrent_kernel = (keras.ops.convert_to_tensor(w) for w in (cell.kernel, cell.recurrent_kernel))
-    bias = keras.ops.convert_to_tensor(cell.bias) if cell.use_bias else None
+    scope = nullcontext() if cell.compute_dtype == layer.compute_dtype else AutocastScope(cell.compute_dtype)
+    with scope:
+        weights = (cell.kernel, cell.recurrent_kernel, *((cell.bias,) if cell.use_bias else ()))
+        # On the meta device, where Keras infers shapes, its variables are not cast.
+        kernel, recurrent_kernel, *rest = (keras.ops.convert_to_tensor(w, cell.compute_dtype) for w in weights)
+    bias = rest[0] if rest else None
     found = interop.direction_of_keras(kernel, recurrent_kernel, bias, layer.kind)
     return [found.weight_ih, found.weight_hh, *(() if found.bias is None else found.bias)]
 
@@ -244,7 +268,7 @@ def gatewise(layer: Any, masks: Tensor | list[Tensor]) -> list[Tensor]:
 
 def drop_inputs(x: Tensor, w_ih: Tensor, masks: list[Tensor]) -> tuple[Tensor, Tensor]:
     """x and w_ih whose product is that of the dropped inputs, each gate with its own mask if there are several."""
-    dropped = torch.cat([x * mask[:, None] for mask in masks], -1)
+    dropped = torch.cat([x * mask[:, None].to(x.dtype) for mask in masks], -1)
     return dropped, w_ih if len(masks) == 1 else torch.block_diag(*w_ih.chunk(len(masks)))
 
 
@@ -261,12 +285,18 @@ def states_of(layer: Any, states: Sequence[Tensor], batch: int) -> list[Tensor]:
     """A layer's initial states as (B, units)."""
     units = layer.cell.units
     shapes = [tuple(state.shape) for state in states]
-    if len(states) != len(layer.state_size) or not set(shapes) <= {(batch, units), (1, units)}:
+    # Compared, not hashed: sizes are symbols under torch.export, and tensors under torch.jit.trace.
+    if len(states) != len(layer.state_size) or not all(shape in ((batch, units), (1, units)) for shape in shapes):
         raise ValueError(
             f"initial_state of {layer.name} is {len(layer.state_size)} of shape (B, units) = ({batch}, {units}), or "
             f"(1, {units}) for all samples; got {len(states)}: {', '.join(map(str, shapes)) or 'none'}"
         )
     return [state.expand(batch, -1) for state in states]
+
+
+def mask_of(sequences: Any, mask: Any) -> Any:
+    """The mask given, or the one that the sequences carry, which Keras forgets where initial_state is given, too."""
+    return getattr(sequences, "_keras_mask", None) if mask is None else mask
 
 
 def step_mask(mask: Any, sequences: Tensor) -> Tensor | None:
