@@ -15,12 +15,16 @@ matrix a gate is ``def each(w): [torch.nn.init.orthogonal_(gate) for gate in w.c
 
 `resolve` checks a name or function, `fill_` fills one tensor, `apply` those of a layer. Random values come from
 torch's generator of the tensor's device.
+
+Every value is written by a function of torch.nn.init, looked up there when it is called. So libraries that replace these
+functions while they load a checkpoint, to keep what is loaded, are heeded. Of a sharded tensor (DTensor) the whole is drawn,
+and each process keeps its part of what the first one drew.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,12 +72,21 @@ def orthogonal(weight: Tensor) -> Tensor:
     """Wᵀ W = 1, uniformly drawn: the factor Q of a normal matrix. In 16 bits it is computed in float32, as QR has to be."""
     if weight.dtype.itemsize > 2:
         return init.orthogonal_(weight)
-    return weight.copy_(init.orthogonal_(torch.empty_like(weight, dtype=torch.float32)))
+    return _write(weight, init.orthogonal_(torch.empty_like(weight, dtype=torch.float32)))
+
+
+def _of_torch(name: str, **options: Any) -> Initializer:
+    """A function of torch.nn.init, whatever stands there under its name by then."""
+
+    def fill(weight: Tensor) -> object:
+        return getattr(init, name)(weight, **options)
+
+    return fill
 
 
 FOR_BIASES: dict[str, Initializer] = {
-    "zeros": init.zeros_,
-    "ones": init.ones_,
+    "zeros": _of_torch("zeros_"),
+    "ones": _of_torch("ones_"),
     "uniform": random_uniform,
     "random_uniform": random_uniform,
     "normal": random_normal,
@@ -85,17 +98,17 @@ FOR_BIASES: dict[str, Initializer] = {
 INITIALIZERS: dict[str, Initializer] = {
     **FOR_BIASES,
     # U(± sqrt(6 / (fan_in + fan_out))), sqrt(6 / fan_in), sqrt(3 / fan_in): the same in Keras and in torch.nn.init.
-    "glorot_uniform": init.xavier_uniform_,
-    "xavier_uniform": init.xavier_uniform_,
-    "he_uniform": init.kaiming_uniform_,
-    "kaiming_uniform": init.kaiming_uniform_,
-    "lecun_uniform": partial(init.kaiming_uniform_, nonlinearity="linear"),
+    "glorot_uniform": _of_torch("xavier_uniform_"),
+    "xavier_uniform": _of_torch("xavier_uniform_"),
+    "he_uniform": _of_torch("kaiming_uniform_"),
+    "kaiming_uniform": _of_torch("kaiming_uniform_"),
+    "lecun_uniform": _of_torch("kaiming_uniform_", nonlinearity="linear"),
     # Keras cuts its normals, torch.nn.init does not.
     "glorot_normal": glorot_normal,
     "he_normal": he_normal,
     "lecun_normal": lecun_normal,
-    "xavier_normal": init.xavier_normal_,
-    "kaiming_normal": init.kaiming_normal_,
+    "xavier_normal": _of_torch("xavier_normal_"),
+    "kaiming_normal": _of_torch("kaiming_normal_"),
     "orthogonal": orthogonal,
 }
 """Every name."""
@@ -133,12 +146,46 @@ def fill_(weight: Tensor, initializer: str | Initializer) -> None:
         raise ValueError(
             f"{initializer!r} needs a matrix, and a bias is none: use {', '.join(FOR_BIASES)}, or a function"
         )
+    of_torch = getattr(function, "__module__", "") == init.__name__
+    if of_torch:
+        function = getattr(init, function.__name__)
     with torch.no_grad():
-        result = function(weight)
-    if isinstance(result, Tensor) and result.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr():
-        raise TypeError(
-            "an initializer fills the tensor it is given, as torch.nn.init.orthogonal_ does; this one made another"
-        )
+        if (of_torch or isinstance(initializer, str)) and not _sharded(weight):
+            function(weight)
+            return
+        # A function may go through parts of the tensor, which nobody who guards the whole one knows.
+        whole = _whole(weight)
+        result = function(whole)
+        if isinstance(result, Tensor) and result.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr():
+            raise TypeError(
+                "an initializer fills the tensor it is given, as torch.nn.init.orthogonal_ does; this one made another"
+            )
+        _write(weight, whole)
+
+
+def _sharded(weight: Tensor) -> bool:
+    """Whether a tensor is a DTensor; to import that class takes longer than this package."""
+    return hasattr(weight, "device_mesh") and hasattr(weight, "placements")
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """A copy, of all that other processes have, too."""
+    weight = weight.detach()
+    return weight.full_tensor().clone() if _sharded(weight) else weight.clone()  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def _write(weight: Tensor, values: Tensor) -> Tensor:
+    """Puts values in the place of those of a weight, unless torch.nn.init's functions leave that alone just now."""
+    before = None if weight.is_inference() else weight._version
+    init.zeros_(weight)
+    if before is not None and weight._version == before:
+        return weight
+    if _sharded(weight):
+        from torch.distributed.tensor import distribute_tensor
+
+        values = distribute_tensor(values, weight.device_mesh, weight.placements)  # type: ignore[attr-defined]
+    return weight.copy_(values)
 
 
 def apply(
@@ -176,6 +223,7 @@ def apply(
         if initializer is not None:
             fill_(tensor, initializer)
         if unit_forget_bias and name.startswith("bias_"):
-            row = recurrence.gates.index("f")
             with torch.no_grad():
-                tensor.chunk(len(recurrence.gates))[row].fill_(float(name.startswith("bias_ih")))
+                whole, row = _whole(tensor), recurrence.gates.index("f")
+                whole.chunk(len(recurrence.gates))[row].fill_(float(name.startswith("bias_ih")))
+                _write(tensor, whole)

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -214,3 +217,59 @@ def test_without_biases_there_is_nothing_to_set() -> None:
 
 def test_values_repeat_with_the_seed() -> None:
     assert torch.equal(filled("glorot_normal"), filled("glorot_normal"))
+
+
+@pytest.fixture
+def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Tensor], None]]:
+    """torch.nn.init as transformers has it while it loads: its functions leave what is marked as it is. Returns the mark."""
+    kept: set[int] = set()
+
+    def guard(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def own(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return tensor if id(tensor) in kept else function(tensor, *args, **kwargs)
+
+        return own
+
+    for name in [name for name in vars(nn.init) if name.endswith("_") and not name.startswith("_")]:
+        monkeypatch.setattr(nn.init, name, guard(getattr(nn.init, name)))
+    yield lambda tensor: kept.add(id(tensor))
+
+
+GUARDED: dict[str, dict[str, Any]] = {
+    "default": {},
+    "norm": {"layer_norm": True},
+    "unit_forget_bias": {"unit_forget_bias": True},
+    "zeros and 1": {"bias_initializer": "zeros", "unit_forget_bias": True},
+    "a function": {"recurrent_initializer": lambda w: [each.fill_(1) for each in w.chunk(GATES)]},
+    "torch's, bound before": {"kernel_initializer": nn.init.kaiming_normal_, "recurrent_initializer": nn.init.orthogonal_},
+    "bfloat16": {"recurrent_initializer": "orthogonal", "dtype": torch.bfloat16},
+    **{name: {"kernel_initializer": name, "recurrent_initializer": name} for name in INITIALIZERS},
+}
+
+
+@pytest.mark.parametrize("options", GUARDED.values(), ids=GUARDED)
+def test_whoever_replaces_the_functions_of_torch_nn_init_is_heeded(options: dict[str, Any], guarded: Any) -> None:
+    """What is loaded stays, what is not is initialised, though names and functions were given before."""
+    layer = gpu_rnn.LSTM(3, 5, **options)
+    loaded = [name for name, _ in layer.named_parameters() if name.startswith(("weight_hh", "bias_ih", "norm_ih"))]
+    for name, parameter in layer.named_parameters():
+        parameter.detach().fill_(7)
+        if name in loaded:
+            guarded(parameter)
+    layer.reset_parameters()
+    for name, parameter in layer.named_parameters():
+        assert (parameter == 7).all() == (name in loaded), name
+
+
+def test_sharded_weights_take_every_initializer(tmp_path: Path) -> None:
+    """FSDP2's recipe in two processes: made on "meta", sharded, to_empty, reset_parameters."""
+    script = Path(__file__).parent / "fsdp_initializers.py"
+    command = [sys.executable, str(script)]
+    both = [subprocess.Popen([*command, str(rank), str(tmp_path / "store")], stderr=subprocess.PIPE, text=True) for rank in (0, 1)]
+    try:
+        for process in both:
+            _, errors = process.communicate(timeout=180)
+            assert process.returncode == 0, errors[-2000:]
+    finally:
+        for process in both:
+            process.kill()
