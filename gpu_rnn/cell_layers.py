@@ -14,6 +14,7 @@ from gpu_rnn import cells, functional
 from gpu_rnn.activations import Activation
 from gpu_rnn.holder import Option, RecurrenceHolder, States, elman_activation
 from gpu_rnn.recurrence import Recurrence
+from gpu_rnn.stack import Stack
 
 
 class CellBase(RecurrenceHolder, RNNCellBase):
@@ -41,6 +42,10 @@ class CellBase(RecurrenceHolder, RNNCellBase):
             )
             bound = hidden_size**-0.5
             nn.init.uniform_(self.weight_peephole, -bound, bound)
+        self._weight_shapes = self._expected_shapes()
+
+    def _expected_shapes(self) -> list[tuple[int, ...]]:
+        return Stack(self.recurrence, self.bias).weight_shapes(self.input_size, self.hidden_size)
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         """Take one step.

@@ -30,6 +30,7 @@ class RecurrenceHolder(nn.Module):
     recurrence: Recurrence
     backend: str
     _flat_weights_names: list[str]
+    _weight_shapes: list[tuple[int, ...]] | None = None  # the weights' shapes when they were last found right
 
     def _hold(self, recurrence: Recurrence, backend: str, options: Mapping[str, Option]) -> None:
         dispatch.check_name(backend)
@@ -50,13 +51,35 @@ class RecurrenceHolder(nn.Module):
         }
 
     def _weights(self) -> Sequence[Tensor]:
+        """In the order of `functional.rnn`. Whatever took a parameter's place has its shape: kernels do not look.
+
+        Raises:
+            RuntimeError: it has another.
+            TypeError: it is no tensor.
+        """
         parameters: dict[str, Any] = self._parameters
         try:
-            return [parameters[name] for name in self._flat_weights_names]
-        except (
-            KeyError
-        ):  # something stands in for one of them. An attribute of a Module takes 0.7 µs to read.
-            return [getattr(self, name) for name in self._flat_weights_names]
+            weights = [parameters[name] for name in self._flat_weights_names]
+            if [weight.shape for weight in weights] == self._weight_shapes:
+                return weights
+        except (KeyError, AttributeError):  # something stands in for one. An attribute of a Module takes 0.7 µs to read.
+            weights = [getattr(self, name) for name in self._flat_weights_names]
+        self._check_weights(weights)
+        return weights
+
+    def _check_weights(self, weights: Sequence[Tensor]) -> None:
+        expected = self._expected_shapes()
+        for name, weight, shape in zip(self._flat_weights_names, weights, expected, strict=True):
+            if not isinstance(weight, Tensor):
+                raise TypeError(f"{type(self).__name__}: {name} should be a Tensor {shape}, got {type(weight).__name__}")
+            if weight.shape != shape:
+                raise RuntimeError(f"{type(self).__name__}: {name} should be {shape}, got {tuple(weight.shape)}")
+        if self._weight_shapes != expected:
+            self._weight_shapes = expected
+
+    def _expected_shapes(self) -> list[tuple[int, ...]]:
+        """Of each weight, by the sizes that the module has now."""
+        raise NotImplementedError
 
     def extra_repr(self) -> str:
         return super().extra_repr() + "".join(f", {name}={value}" for name, value in self._shown.items())

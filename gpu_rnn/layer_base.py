@@ -120,6 +120,10 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
                 for name, shape in named.items():
                     setattr(self, name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
         self._flat_weights_names = [name for names in self._all_weights for name in names]
+        self._weight_shapes = self._expected_shapes()
+
+    def _expected_shapes(self) -> list[tuple[int, ...]]:
+        return self._stack().weight_shapes(self.input_size, self.hidden_size)
 
     @property
     def _flat_weights(self) -> Sequence[Tensor]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import layer_support as support
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,6 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import gpu_rnn
 from gpu_rnn import cells, dispatch, functional
 from gpu_rnn.launch import aten
-from tests import layer_support as support
 
 STEPS, BATCH, INPUT, HIDDEN = 6, 3, 5, 4
 HALVES = [torch.bfloat16, torch.float16]
