@@ -5,8 +5,11 @@ import fcntl
 import functools
 import importlib.util
 import inspect
+import json
 import os
+import re
 import secrets
+from collections import Counter
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,13 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it at i
 WANTED = os.environ.get("GPU_RNN_TESTS")  # "alone" or "others" of what measures time; all where tests are not run by __main__.py
 
 BUILD = Path(__file__).resolve().parent.parent / "build"
+
+MARKERS = {"interpreter", "cuda_cpu", "compile", "gpu", "slow", "alone"}
+
+EXTRAS = {name: extra for extra, names in {
+    "test": ("expecttest", "hypothesis", "scipy", "onnx"), "keras": ("keras",), "demo": ("matplotlib", "tqdm"), "docs": ("mkdocs",)
+}.items() for name in names}  # fmt: skip
+"""Packages that tests want besides ours, and how each is asked for."""
 
 
 def marked(item: pytest.Item, *names: str) -> bool:
@@ -62,31 +72,83 @@ def pytest_report_header() -> str:
     return f"{kind}\nrandom calls (tests/test_fuzz.py): GPU_RNN_FUZZ_SEED={os.environ['GPU_RNN_FUZZ_SEED']}"
 
 
-def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    """A file without the interpreter's tests, or without such as measure time, is not worth importing there."""
-    wanted = "mark.interpreter" if INTERPRETING else "mark.alone" if WANTED == "alone" else ""
-    without = wanted and collection_path.suffix == ".py" and wanted not in collection_path.read_text()
-    return bool(without) or None
+@functools.cache
+def _text(path: Path) -> str:
+    return path.read_text()
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep the tests that can run in this kind of process."""
+def _required(config: pytest.Config) -> set[str]:
+    """The markers that every test wanted here has: those of `-m "gpu and not slow"`, but of no "or", and this process's kind."""
+    expression = config.option.markexpr
+    named = set() if re.search(r"\bor\b|[()]", expression) else {*expression.split(" and ")}
+    kinds = {"interpreter": INTERPRETING, "alone": WANTED == "alone"}
+    return named & MARKERS | {name for name, only in kinds.items() if only}
 
-    def belongs(item: pytest.Item) -> bool:
-        when = WANTED in (None, "alone" if marked(item, "alone") else "others")
-        return when and marked(item, "interpreter") == INTERPRETING
 
-    config.hook.pytest_deselected(items=[item for item in items if not belongs(item)])
-    items[:] = [item for item in items if belongs(item)]
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """A file that names none of the markers which every test wanted here has is not worth importing."""
+    if collection_path.suffix != ".py":
+        return None
+    return any(f"mark.{name}" not in _text(collection_path) for name in _required(config)) or None
+
+
+def pytest_exception_interact(
+    node: pytest.Item | pytest.Collector, call: pytest.CallInfo[Any], report: pytest.CollectReport | pytest.TestReport
+) -> None:
+    """A file that imports an extra which is not here is skipped with that reason, and ends nobody's run."""
+    cause = call.excinfo.value.__cause__ if call.excinfo else None
+    missing = cause.name if isinstance(cause, ModuleNotFoundError) else ""
+    if isinstance(report, pytest.CollectReport) and missing in EXTRAS:
+        report.outcome = "skipped"
+        report.longrepr = (str(node.path), 1, f"Skipped: {missing} is not installed: pip install 'gpu-rnn[{EXTRAS[missing]}]'")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
+    """Keep the tests that can run in this kind of process, and write down how many are left to each other kind."""
+    _assert_markers_are_named(items)
+    yield  # to -m and -k
+    runs = [_run_of(item) for item in items]
+    others = [item for item, run in zip(items, runs, strict=True) if run]
+    if others:
+        config.hook.pytest_deselected(items=others)
+    # What is alone on a GPU waits for all workers: at the end it keeps nobody from work.
+    items[:] = sorted((item for item, run in zip(items, runs, strict=True) if not run), key=_alone_on_a_gpu)
+    if path := os.environ.get("GPU_RNN_LEFT"):  # to tests/__main__.py; every worker collects the same
+        scratch = Path(f"{path}.{os.getpid()}")
+        scratch.write_text(json.dumps(Counter(filter(None, runs))))
+        scratch.replace(path)
+
+
+def _assert_markers_are_named(items: list[pytest.Item]) -> None:
+    """`pytest_ignore_collect` reads the files: a marker that comes from another file would leave a test out unsaid."""
+    for item in items:
+        for name in MARKERS & {mark.name for mark in item.iter_markers()}:
+            if f"mark.{name}" not in _text(item.path):
+                raise pytest.UsageError(f"{item.nodeid} has the marker {name} from another file: name it in its own")
+
+
+def _run_of(item: pytest.Item) -> str:
+    """The run of tests/__main__.py that a test belongs to, empty if it is this one."""
+    if marked(item, "interpreter") != INTERPRETING:
+        return "compiled" if INTERPRETING else "interpreter"
+    when = "alone" if marked(item, "alone") else "others"
+    return "" if WANTED in (None, when) else when
+
+
+def _alone_on_a_gpu(item: pytest.Item) -> bool:
+    gpu = item.get_closest_marker("gpu")
+    return gpu is not None and (marked(item, "alone") or gpu.kwargs.get("alone", False))
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
-    """One test at a time on a GPU: the workers' kernels would take turns, and a group's blocks wait for each other."""
+    """Processes share a GPU, whose driver lets one after another have all of it; what must have it alone locks the others
+    out. So each builds its kernels, which takes most of the time, while the others build theirs."""
     if not (marked(item, "gpu") and torch.cuda.is_available()):
         return (yield)
     with (BUILD / "gpu.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_EX if _alone_on_a_gpu(item) else fcntl.LOCK_SH)
         return (yield)
 
 

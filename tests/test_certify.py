@@ -164,13 +164,31 @@ def test_the_verdict(statuses: tuple[str, ...], said: str) -> None:
     outcomes = [Outcome(name, "", [], status) for name, status in zip("ab", statuses, strict=False)]
     assert certificate.verdict(outcomes, emulated=False) == said
     assert certificate.verdict(outcomes, emulated=True).startswith(certificate.EMULATED)
-    assert certificate.verdict(outcomes, emulated=False, changed=True).startswith("not certified: ")
 
 
 def test_a_certificate_of_uncommitted_changes_is_none(tmp_path: Path) -> None:
     passed = [Outcome("a", "", [], PASSED)]
-    assert certificate.write(tmp_path, {"dirty": "no"}, passed, emulated=False) == "certified"
-    assert certificate.write(tmp_path, {"dirty": "yes"}, passed, emulated=False) == "not certified: uncommitted changes"
+    facts = {"commit": "0" * 40, "dirty": "no"}
+    assert certificate.write(tmp_path, facts, passed, emulated=False) == "certified"
+    for changed, lacking in (({"dirty": "yes"}, "uncommitted changes"), ({"commit": ""}, "no known commit")):
+        assert certificate.write(tmp_path, facts | changed, passed, emulated=False) == f"not certified: {lacking}"
+
+
+def test_another_users_checkout_has_a_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where git asks for a setting of the user's, who may have no folder to keep it in."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("this is no git checkout")
+    here = machine._commit()
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    bare = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "dubious ownership" in bare.stderr
+    assert machine._commit() == here and here[0]
+
+
+def test_where_git_does_not_answer_there_is_no_commit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("GIT_DIR", str(ROOT / "tests"))
+    assert machine._commit() == ("", "")
+    assert "git does not say which commit this is: fatal: not a git repository" in capsys.readouterr().err
 
 
 def test_steps_that_are_left_out_were_not_run(

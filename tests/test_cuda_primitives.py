@@ -14,10 +14,15 @@ import pytest
 import torch
 from cuda_cpu import relay
 from cuda_cpu.build import CUDA, HERE
-from cuda_cpu.machines import ON_BOTH, Machine
+from cuda_cpu.machines import NEEDS_COMPILER, Machine, on_cpu, on_gpu
 
 from gpu_rnn.launch import nvrtc
 
+PLACES = [
+    pytest.param(on_cpu, marks=[pytest.mark.cuda_cpu, NEEDS_COMPILER]),
+    pytest.param(on_gpu, marks=pytest.mark.gpu),
+]
+ON_BOTH = pytest.mark.parametrize("machine", PLACES)
 SOURCE = HERE / "primitives.cu"
 LANE = torch.arange(32)[:, None]
 GROUP, IN_GROUP = LANE // 4, LANE % 4  # groupID and threadID_in_group of the ISA

@@ -17,7 +17,7 @@ UNPORTABLE = re.compile(r"(?<![\w.])/(?:root|home|work|Users)/|(?:pypi|pythonhos
 
 
 def tracked() -> list[Path]:
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    command = ["git", "-c", f"safe.directory={ROOT}", "ls-files", "--cached", "--others", "--exclude-standard"]
     if shutil.which("git") is None or not (ROOT / ".git").exists():
         pytest.skip("the files of the repository are known to git only, and this is no git checkout")
     names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")

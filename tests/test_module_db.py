@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import gpu_rnn
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore", ImportWarning)  # it would like to have hypothesis
+    warnings.simplefilter("ignore", ImportWarning)  # it would like to have hypothesis; expecttest it must have
     from torch.testing._internal import common_modules
     from torch.testing._internal.common_modules import (
         ErrorModuleInput,

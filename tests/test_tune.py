@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from profiling import operations
 from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from tune_support import QUICK, B, I, T, decide, x
@@ -49,9 +50,7 @@ def delayed(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def ran(call: Callable[[], object]) -> set[str]:
     """The backends that a call ran on, forward and backward."""
-    with torch.profiler.profile(acc_events=True) as profile:
-        call()
-    names = {event.name for event in profile.events()}
+    names = {*operations(call)}
     loops = {name.removeprefix("gpu_rnn::") for name in names if name.startswith("gpu_rnn::")}
     return loops | ({"aten"} if names & {"aten::lstm", "aten::gru"} else set())
 

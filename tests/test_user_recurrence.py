@@ -12,8 +12,8 @@ from pathlib import Path
 import loop_support as support
 import pytest
 import torch
+from profiling import operations
 from torch import Tensor
-from torch.profiler import profile
 
 import gpu_rnn
 
@@ -58,12 +58,10 @@ def assert_near(found: list[Tensor], truth: list[Tensor], tolerance: float = TIG
 @in_full_precision
 def test_the_profiler_shows_both_passes(device: str) -> None:
     fast, exact, x = layers(device)
-    with profile() as recorded:
-        found = gradients(fast, x)
-    names = {event.key for event in recorded.key_averages()}
+    names = {*operations(lambda: gradients(fast, x))}
     assert {"gpu_rnn::resident_forward", "gpu_rnn::resident_backward"} <= names
     assert not {name for name in names if name.startswith(("gpu_rnn::reference", "gpu_rnn::step"))}
-    assert_near([fast(x)[0], *found], [exact(x.double())[0], *gradients(exact, x.double())])
+    assert_near([fast(x)[0], *gradients(fast, x)], [exact(x.double())[0], *gradients(exact, x.double())])
 
 
 @on_both
@@ -97,12 +95,9 @@ def test_vmap_over_weights_is_one_launch(device: str) -> None:
     def call(layer: gpu_rnn.Recurrent, weights: dict[str, Tensor], x: Tensor) -> Tensor:
         return torch.func.vmap(lambda w: torch.func.functional_call(layer, w, (x,))[0])(weights)
 
-    with profile() as recorded:
-        found = call(fast, stacked, x)
-    counts = {event.key: event.count for event in recorded.key_averages()}
-    assert counts["gpu_rnn::resident_forward"] == 1
+    assert operations(lambda: call(fast, stacked, x)).count("gpu_rnn::resident_forward") == 1
     double = {name: w.double() for name, w in stacked.items()}
-    assert_near([found], [call(exact, double, x.double())])
+    assert_near([call(fast, stacked, x)], [call(exact, double, x.double())])
 
 
 @on_both

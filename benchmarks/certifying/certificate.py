@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,9 @@ class Outcome:
         return f"{self.passed} passed, {self.failed} failed, {self.skipped} skipped"
 
 
-def verdict(outcomes: list[Outcome], emulated: bool, changed: bool = False) -> str:
+def verdict(outcomes: list[Outcome], emulated: bool, lacking: Sequence[str] = ()) -> str:
     """ "certified" only if every step ran and passed, on a GPU, and the commit that is named is what ran."""
-    lacking = ["uncommitted changes"] * changed
+    lacking = [*lacking]
     lacking += [f"{outcome.name} {outcome.status}" for outcome in outcomes if outcome.status != PASSED]
     said = ", ".join(lacking) or ("all steps passed" if outcomes else "no step")
     if emulated:
@@ -47,7 +48,8 @@ def verdict(outcomes: list[Outcome], emulated: bool, changed: bool = False) -> s
 
 def write(folder: Path, facts: dict[str, str], outcomes: list[Outcome], emulated: bool) -> str:
     """Writes both files and returns the verdict."""
-    said = verdict(outcomes, emulated, facts["dirty"] == "yes")
+    lacking = ["no known commit"] * (not facts["commit"]) + ["uncommitted changes"] * (facts["dirty"] == "yes")
+    said = verdict(outcomes, emulated, lacking)
     content = {"verdict": said, **facts, "steps": [asdict(outcome) for outcome in outcomes]}
     folder.mkdir(parents=True, exist_ok=True)
     _replace(folder / "certificate.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")

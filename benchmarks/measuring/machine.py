@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -77,14 +78,17 @@ def _version(package: str) -> str:
 
 
 def _commit() -> tuple[str, str]:
-    """The commit, and whether the sources differ from it ("yes", "no"); empty outside a git checkout."""
+    """The commit, and whether the sources differ from it ("yes", "no"); empty where git does not say."""
     if shutil.which("git") is None or not (ROOT / ".git").exists():
         return "", ""
-    head = _git("rev-parse", "HEAD")
-    return head, "yes" if _git("status", "--porcelain", "--", *SOURCES) else "no"
+    try:
+        return _git("rev-parse", "HEAD"), "yes" if _git("status", "--porcelain", "--", *SOURCES) else "no"
+    except subprocess.CalledProcessError as error:
+        print(f"git does not say which commit this is: {error.stderr.strip()}", file=sys.stderr)
+        return "", ""
 
 
 def _git(*arguments: str) -> str:
-    return subprocess.run(
-        ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.strip()
+    """What git answers, of another user's checkout too: its code runs here anyway."""
+    command = ["git", "-c", f"safe.directory={ROOT}", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()

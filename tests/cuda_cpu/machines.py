@@ -56,10 +56,3 @@ def sized(value: Argument) -> torch.Tensor | np.generic:
 NEEDS_COMPILER = pytest.mark.skipif(
     shutil.which("g++") is None, reason="g++ is not installed; it builds the CUDA sources for the CPU"
 )
-ON_BOTH = pytest.mark.parametrize(
-    "machine",
-    [
-        pytest.param(on_cpu, marks=[pytest.mark.cuda_cpu, NEEDS_COMPILER]),
-        pytest.param(on_gpu, marks=pytest.mark.gpu),
-    ],
-)
