@@ -26,7 +26,7 @@ WANTED = os.environ.get("GPU_RNN_TESTS")  # "alone" or "others" of what measures
 
 BUILD = Path(__file__).resolve().parent.parent / "build"
 
-MARKERS = {"interpreter", "cuda_cpu", "compile", "gpu", "slow", "alone"}
+KINDS = {"interpreter", "gpu", "alone"}  # of tests that runs of their own want, and only the files that name them
 
 EXTRAS = {name: extra for extra, names in {
     "test": ("expecttest", "hypothesis", "scipy", "onnx"), "keras": ("keras",), "demo": ("matplotlib", "tqdm"), "docs": ("mkdocs",)
@@ -82,7 +82,7 @@ def _required(config: pytest.Config) -> set[str]:
     expression = config.option.markexpr
     named = set() if re.search(r"\bor\b|[()]", expression) else {*expression.split(" and ")}
     kinds = {"interpreter": INTERPRETING, "alone": WANTED == "alone"}
-    return named & MARKERS | {name for name, only in kinds.items() if only}
+    return named & KINDS | {name for name, only in kinds.items() if only}
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -123,7 +123,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _assert_markers_are_named(items: list[pytest.Item]) -> None:
     """`pytest_ignore_collect` reads the files: a marker that comes from another file would leave a test out unsaid."""
     for item in items:
-        for name in MARKERS & {mark.name for mark in item.iter_markers()}:
+        for name in KINDS & {mark.name for mark in item.iter_markers()}:
             if f"mark.{name}" not in _text(item.path):
                 raise pytest.UsageError(f"{item.nodeid} has the marker {name} from another file: name it in its own")
 
