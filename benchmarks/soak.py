@@ -301,7 +301,9 @@ def _first_line(error: Exception) -> str:
 
 
 def _until(end: float) -> Iterator[int]:
-    number = 0
+    """The numbers of cases until then, of one at least: a busy machine may take all the time to come here."""
+    yield 0
+    number = 1
     while time.monotonic() < end:
         yield number
         number += 1
