@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"soak: seed {seed} on {doctor.device_name(device)}", flush=True)
     writer = Writer(os.environ.get(RECORD))
     writer.note(seed=seed)
-    numbers = iter([options.case]) if options.case is not None else _until(time.monotonic() + options.seconds)
+    numbers = _numbers(options)
     soak = Soak(device, seed, writer)
     try:
         with _settings():
@@ -300,6 +300,12 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
 
 
+def _numbers(options: argparse.Namespace) -> Iterator[int]:
+    if options.case is not None:
+        return iter([options.case])
+    return iter(range(options.cases)) if options.cases else _until(time.monotonic() + options.seconds)
+
+
 def _until(end: float) -> Iterator[int]:
     """The numbers of cases until then, of one at least: a busy machine may take all the time to come here."""
     yield 0
@@ -341,6 +347,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seconds", type=positive(float), default=60, metavar="S", help="how long (default: 60)")
     parser.add_argument("--seed", type=int, help="of all cases (default: a new one, which is printed)")
+    parser.add_argument("--cases", type=positive(int), metavar="N", help="that many cases, however long they take")
     parser.add_argument("--case", type=int, metavar="K", help="only this case of the seed")
     which = "default: the GPU if there is one, of several the first of CUDA_VISIBLE_DEVICES"
     parser.add_argument("--device", choices=("cpu", "cuda"), help=which)

@@ -262,7 +262,7 @@ def test_the_soak_finds_a_broken_backend(
     monkeypatch.setattr(soak, "BACKENDS", ("step",))
     path = tmp_path / "record"
     monkeypatch.setenv(record.RECORD, str(path))
-    arguments = ["--device", "cpu", "--seed", "1", "--seconds", "0.5"]
+    arguments = ["--device", "cpu", "--seed", "1", "--cases", "4"]
     assert soak.main(arguments) == 0
     assert record.read(path).count("passed") >= 3
     path.unlink()
@@ -282,12 +282,12 @@ def test_a_backend_that_never_ran_is_a_failure(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv(record.RECORD, str(path))
     monkeypatch.setattr(soak, "BACKENDS", ("step", "group"))  # group finds no GPU
     monkeypatch.setattr(soak, "_pretending", lambda run, backend, device: run)
-    assert soak.main(["--device", "cpu", "--seconds", "0.1"]) == 1
+    assert soak.main(["--device", "cpu", "--cases", "1"]) == 1
     found = record.read(path)
     assert found.notes["compared"].keys() == {"step alone"}
     assert [end["name"] for end in found.of("failed")] == ["group"]
     monkeypatch.setattr(soak, "BACKENDS", ("step", "aten"))
-    assert soak.main(["--device", "cpu", "--seconds", "0.1"]) == 0  # at once, whatever the seed
+    assert soak.main(["--device", "cpu", "--cases", "1"]) == 0  # at once, whatever the seed
 
 
 def test_asking_again_excuses_no_nan(monkeypatch: pytest.MonkeyPatch) -> None:
