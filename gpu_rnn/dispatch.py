@@ -21,11 +21,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-from gpu_rnn import choices, devices, diagonals
+from gpu_rnn import choices, devices, diagonals, precision
 from gpu_rnn.choices import Question, Times
 from gpu_rnn.launch import aten, group, plain, resident, step
 from gpu_rnn.launch.rates import Rates
-from gpu_rnn.problem import Problem, rnn_precision
+from gpu_rnn.problem import Problem
 
 BACKENDS: dict[str, ModuleType] = {
     "resident": resident,
@@ -296,4 +296,4 @@ def described(problem: Problem, name: str) -> Problem:
     device = devices.describe(name)
     if not device.is_gpu:
         return replace(problem, device=device, device_type="cpu", precision="ieee")
-    return replace(problem, device=device, device_type="cuda", precision=rnn_precision())
+    return replace(problem, device=device, device_type="cuda", precision=precision.of_rnn())

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from gpu_rnn import autocast, dispatch, products, reference, wavefront
+from gpu_rnn import autocast, dispatch, precision, products, reference, wavefront
 from gpu_rnn.layout import Call, Inputs, Result
 from gpu_rnn.normalisation import Normalised
-from gpu_rnn.problem import Problem, rnn_precision
+from gpu_rnn.problem import Problem
 from gpu_rnn.program import Program
 from gpu_rnn.recurrence import Recurrence
 
@@ -67,7 +67,7 @@ def describe(text: str, options: Options, inputs: Inputs, direction: str) -> Pro
         device_type=x.device.type,
         device=dispatch.device_of(x.device),
         direction=direction,
-        precision=rnn_precision(),
+        precision=precision.of_rnn(),
         lengths=control.lengths is not None,
         reverse=options.reverse[:n],
         proj_size=width if weights.w_hr is not None else 0,
@@ -88,10 +88,10 @@ def call_of(text: str, options: Options, inputs: Inputs, problem: Problem | None
 
 
 @contextmanager
-def _arithmetic(precision: str, like: Tensor) -> Iterator[None]:
+def _arithmetic(fp32: str, like: Tensor) -> Iterator[None]:
     """Products in the call's own dtype and precision. Autocast has had its say above (`functional.run`); in here it would
     cast once more, and a captured graph would keep that for calls without it."""
-    with products.fp32_precision(precision, like), autocast.off(like):
+    with precision.of_products(fp32, like), autocast.off(like):
         yield
 
 

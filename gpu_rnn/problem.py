@@ -102,9 +102,3 @@ class Problem:
     @property
     def training(self) -> bool:
         return self.direction != "inference"
-
-
-def rnn_precision() -> str:
-    """What torch's setting for recurrent layers says of fp32 products: "tf32" (the default) or "ieee"."""
-    setting = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
-    return "tf32" if setting == "tf32" else "ieee"

@@ -7,48 +7,16 @@ products with the values that entered them, over all steps at once.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from gpu_rnn import normalisation, onednn, reference
-from gpu_rnn.forking import renewed
 from gpu_rnn.layout import RESET, SKIP, Call, LoopGradients, Result, Weights, bit, chunks, state_dtype
 from gpu_rnn.normalisation import Normalised
 from gpu_rnn.program import Program, lookup
-
-
-class _Setting:
-    """torch's process-wide setting for fp32 products, while calls of this package want another: the last one restores it."""
-
-    lock = renewed(threading.Lock)
-    calls = 0
-    before = ""
-
-
-@contextmanager
-def fp32_precision(precision: str, like: Tensor) -> Iterator[None]:
-    """Makes fp32 products on a GPU follow the recurrent layers' own setting ("ieee" or "tf32")."""
-    matmul = torch.backends.cuda.matmul
-    if not like.is_cuda or like.dtype != torch.float32 or (matmul.fp32_precision == precision and not _Setting.calls):
-        yield
-        return
-    with _Setting.lock:
-        if not _Setting.calls:
-            _Setting.before = matmul.fp32_precision
-        _Setting.calls += 1
-        matmul.fp32_precision = precision
-    try:
-        yield
-    finally:
-        with _Setting.lock:
-            _Setting.calls -= 1
-            if not _Setting.calls:
-                matmul.fp32_precision = _Setting.before
 
 
 def project(x: Tensor, weights: Weights, program: Program, kept: Normalised | None = None) -> Tensor:

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpu_rnn import arguments, autograd, dispatch
+from gpu_rnn import arguments, autograd, dispatch, precision
 from gpu_rnn.controls import NONE, Controls
 from gpu_rnn.execution import Options
 from gpu_rnn.launch import aten
 from gpu_rnn.layout import PLAIN, Control, Inputs, Weights
-from gpu_rnn.problem import Problem, rnn_precision
+from gpu_rnn.problem import Problem
 from gpu_rnn.recurrence import Recurrence
 
 States = tuple[Tensor, ...]
@@ -108,7 +108,7 @@ class Stack(NamedTuple):
             x.device.type,
             dispatch.device_of(x.device),
             "training" if wants_grad else "inference",
-            rnn_precision() if x.is_cuda else "ieee",
+            precision.of_rnn() if x.is_cuda else "ieee",
             packed or (controls.lengths is not None and not flags),
             packed,
             self.reverse,
