@@ -21,9 +21,7 @@ from gpu_rnn import functional
 pytestmark = support.quiet
 
 NAMES = ("LSTM", "GRU", "SimpleRNN")
-# Units in the last place of values below 1, of 24, 8 and 11 bits: a few steps' rounding, against Keras in float32.
-POLICIES = {"float32": 1e-6, "mixed_bfloat16": 2**-6, "mixed_float16": 2**-9, "bfloat16": 2**-5, "float16": 2**-8}
-policies = pytest.mark.parametrize("policy", POLICIES)
+policies = pytest.mark.parametrize("policy", support.POLICIES)
 names = pytest.mark.parametrize("name", NAMES)
 
 
@@ -45,7 +43,7 @@ def inputs(steps: int = support.STEPS) -> torch.Tensor:
 
 def close(found: Any, expected: Any, policy: str) -> None:
     for a, b in zip(support.flat(found), support.flat(expected), strict=True):
-        torch.testing.assert_close(a.float(), b.float(), rtol=0, atol=POLICIES[policy])
+        torch.testing.assert_close(a.float(), b.float(), rtol=0, atol=support.POLICIES[policy])
 
 
 @policies
@@ -90,7 +88,7 @@ def test_a_stateful_model_trains_and_predicts_over_several_batches(policy: str) 
         model.fit(data, data[:, 0, :1], batch_size=2, epochs=2, shuffle=False, verbose=0)
         found.append(torch.tensor(model.predict(data, batch_size=2, verbose=0)))
     # A few steps of training add up what each rounds.
-    torch.testing.assert_close(*found, rtol=0, atol=4 * POLICIES[policy])
+    torch.testing.assert_close(*found, rtol=0, atol=4 * support.POLICIES[policy])
 
 
 class Around(keras.Layer):

@@ -104,7 +104,7 @@ class Bidirectional(keras.layers.Bidirectional):
         y, final = run(layers, sequences, states, mask, training)
         forward, backward = y.chunk(2, -1)  # in the order of time, 0 at masked steps
         if not self.return_sequences:
-            forward, backward = (h if mask is None else last_valid(h, mask) for h in final[0])
+            forward, backward = (h if mask is None else last_valid(h, mask) for h in final[0].unbind())
         return forward, backward, [state[place] for place in range(2) for state in final]
 
     def _apart(

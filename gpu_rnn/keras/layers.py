@@ -207,6 +207,7 @@ def run(
 
     Raises:
         ValueError: features or states of another shape than the layers', or use_cudnn=True and cuDNN cannot run this call.
+        NotImplementedError: a call that an ONNX file is made of, and that has no node there.
     """
     first = layers[0]
     for layer in layers:
@@ -223,19 +224,35 @@ def run(
         masks = [layer.cell.get_recurrent_dropout_mask(own[0]) for layer, own in zip(layers, initial, strict=True)]
         drop = torch.stack([torch.stack(gatewise(layer, m), 1) for layer, m in zip(layers, masks, strict=True)])
         drop = drop.to(dtype).expand(-1, x.shape[0], -1, -1)  # Keras draws one for all samples where a state is one for all
+    recurrence, backend = what_runs(first, masked=mask is not None, dropped=drop is not None)
     y, final, *_ = functional.rnn(
         x,
         tuple(torch.stack(each) for each in zip(*initial, strict=True)),  # a copy: stateful layers write theirs
         weights,
-        first.recurrence if first.cudnn else first.loops_only,
+        recurrence,
         bias=first.cell.use_bias,
         bidirectional=len(layers) == 2,
         batch_first=True,
-        backend="aten" if first.cudnn is True else "auto",
+        backend=backend,
         mask=mask,
         recurrent_mask=drop,
     )
     return y, final
+
+
+def what_runs(layer: Any, masked: bool, dropped: bool) -> tuple[Recurrence, str]:
+    """A layer's recurrence and backend: ATen's, whatever use_cudnn says, where ATen's call becomes a node of an ONNX file."""
+    if not torch.onnx.is_in_onnx_export():
+        return layer.recurrence if layer.cudnn else layer.loops_only, "aten" if layer.cudnn is True else "auto"
+    other = layer.recurrence.aten is None
+    reasons = {"activations other than Keras's defaults, or reset_after=False": other, "a mask": masked, "dropout": dropped}
+    lacking = [reason for reason, found in reasons.items() if found]
+    if lacking:
+        raise NotImplementedError(
+            f"ONNX's recurrent nodes have none of what {layer.name} uses: {', '.join(lacking)}. Export "
+            'gpu_rnn.keras.exchange(model, layers="keras"): Keras writes step by step, for inputs of one length.'
+        )
+    return layer.recurrence, "aten"
 
 
 def forget_masks(layer: Any) -> None:
