@@ -224,4 +224,4 @@ def one_step(
             return tuple(found) if len(given) > 1 else (found,)
     states = None if hx is None else tuple(state[None] for state in hx)
     _, final, _ = run(Stack(recurrence, bias, backend=backend), x[None], states, weights, None)
-    return tuple(state[0] for state in final)
+    return tuple(state[0].clone() for state in final)  # no views: those cannot be detached in place

@@ -48,8 +48,10 @@ def _scaled(name: str) -> Callable[..., Any]:
 
 def _elu(b: Builder, x: Any, alpha: float = 1, scale: float = 1, input_scale: float = 1) -> Any:
     """scale · (x if x > 0 else alpha · (exp(x · input_scale) − 1)), as aten::elu."""
-    negative = b.emit("mul", b.emit("expm1", b.emit("mul", _clamp(b, x, None, 0.0), input_scale)), alpha * scale)
-    return b.emit("where", b.emit("gt", x, 0.0), b.emit("mul", x, scale), negative)
+    positive = b.emit("gt", x, 0.0)
+    below = b.emit("where", positive, 0.0, x)  # not clamp, which has no gradient at NaN
+    negative = b.emit("mul", b.emit("expm1", b.emit("mul", below, input_scale)), alpha * scale)
+    return b.emit("where", positive, b.emit("mul", x, scale), negative)
 
 
 def _gelu(b: Builder, x: Any, approximate: str = "none") -> Any:
@@ -65,8 +67,9 @@ def _gelu(b: Builder, x: Any, approximate: str = "none") -> Any:
 def _softplus(b: Builder, x: Any, beta: float = 1, threshold: float = 20) -> Any:
     """log(1 + exp(beta x)) / beta, and x itself above the threshold, as aten::softplus."""
     scaled = b.emit("mul", x, beta)
-    soft = b.emit("log1p", b.emit("exp", _clamp(b, scaled, None, threshold)))
-    return b.emit("where", b.emit("gt", scaled, threshold), x, b.emit("div", soft, beta))
+    above = b.emit("gt", scaled, threshold)
+    soft = b.emit("log1p", b.emit("exp", b.emit("where", above, threshold, scaled)))
+    return b.emit("where", above, x, b.emit("div", soft, beta))
 
 
 def _div(b: Builder, x: Any, y: Any, rounding_mode: str | None = None) -> Any:
@@ -150,6 +153,10 @@ LOWERING: dict[str, Callable[..., Any]] = {
     "softplus": _softplus,
     "leaky_relu": lambda b, x, slope=0.01: b.emit("where", b.emit("gt", x, 0.0), x, b.emit("mul", x, slope)),
     "hardtanh": lambda b, x, low=-1.0, high=1.0: _hardtanh(b, x, low, high),
+    "hardsigmoid": lambda b, x: b.emit("div", _hardtanh(b, b.emit("add", x, 3.0), 0.0, 6.0), 6.0),
+    "hardswish": lambda b, x: b.emit(
+        "div", b.emit("mul", x, _hardtanh(b, b.emit("add", x, 3.0), 0.0, 6.0)), 6.0
+    ),
     "clamp": _clamp,
     "clamp_min": lambda b, x, low: _clamp(b, x, low),
     "clamp_max": lambda b, x, high: _clamp(b, x, None, high),
@@ -161,5 +168,6 @@ def _hardtanh(b: Builder, x: Any, low: float, high: float) -> Any:
     below = b.emit("where", b.emit("ge", x, high), high, x)
     return b.emit("where", b.emit("le", x, low), low, below)
 
-# Decomposed by torch they have NaN gradients where exp(x) overflows; here they have none.
-KEPT = ("softplus", "celu")
+
+# Decomposed by torch the first two have NaN gradients where exp(x) overflows, and the others gradients at their bounds.
+KEPT = ("softplus", "celu", "hardsigmoid", "hardswish")

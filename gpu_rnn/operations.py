@@ -2,8 +2,8 @@
 """The scalar operations a recurrence may use, one row each: torch function, Triton and CUDA text, derivative.
 
 A derivative rule takes the gradient ``d`` of the result, the result ``y`` and the arguments, and returns the gradient
-of each argument (None where there is none). Ties and boundaries follow torch's autograd: relu'(0) = 0, clamp passes
-its bounds, minimum and maximum halve a tie.
+of each argument (None where there is none). Ties, boundaries and NaN follow torch's autograd: relu'(0) = 0, clamp passes
+its bounds, minimum and maximum halve a tie; at NaN relu, minimum and maximum pass the gradient and clamp does not.
 """
 
 from __future__ import annotations
@@ -42,14 +42,13 @@ def _infix(symbol: str, derivative: Rule) -> Operation:
     return Operation(names[symbol], text, text, derivative)
 
 
-def _bound(tie: str) -> Rule:
-    """minimum and maximum: the gradient goes to the argument that won, half to each on a tie."""
+def _bound(a_loses: str, b_loses: str) -> Rule:
+    """minimum and maximum: the gradient goes to the argument that has not lost, half to each on a tie; to both at NaN."""
 
     def rule(d: Any, y: Any, a: Any, b: Any) -> tuple[Any, Any]:
         half, tied = d * 0.5, a.emit("eq", a, b)
-        wins = a.emit(tie, a, b)
-        d_a = a.emit("where", tied, half, a.emit("where", wins, d, 0.0))
-        return d_a, a.emit("where", tied, half, a.emit("where", wins, 0.0, d))
+        d_a = a.emit("where", tied, half, a.emit("where", a.emit(a_loses, a, b), 0.0, d))
+        return d_a, a.emit("where", tied, half, a.emit("where", a.emit(b_loses, a, b), 0.0, d))
 
     return rule
 
@@ -103,13 +102,13 @@ OPERATIONS: dict[str, Operation] = {
     "floor": _unary("floor", lambda d, y, x: (None,)),
     "relu": _unary(
         "relu",
-        lambda d, y, x: (x.emit("where", x.emit("gt", x, 0.0), d, 0.0),),
+        lambda d, y, x: (x.emit("where", x.emit("le", x, 0.0), 0.0, d),),
         "tl.where({0} < 0, 0.0, {0})",
         "({0} < 0.0f ? 0.0f : {0})",
     ),
     "clamp": Operation(torch.clamp, "m.clamp({0}, {1}, {2})", "clampf({0}, {1}, {2})", _clamp),
-    "minimum": Operation(_two_tensors(torch.minimum), "m.minimum({0}, {1})", "minimumf({0}, {1})", _bound("lt")),
-    "maximum": Operation(_two_tensors(torch.maximum), "m.maximum({0}, {1})", "maximumf({0}, {1})", _bound("gt")),
+    "minimum": Operation(_two_tensors(torch.minimum), "m.minimum({0}, {1})", "minimumf({0}, {1})", _bound("gt", "lt")),
+    "maximum": Operation(_two_tensors(torch.maximum), "m.maximum({0}, {1})", "maximumf({0}, {1})", _bound("lt", "gt")),
     "gt": _compare("gt", ">"),
     "ge": _compare("ge", ">="),
     "lt": _compare("lt", "<"),

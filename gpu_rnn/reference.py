@@ -143,14 +143,19 @@ class _Steering:
 
 
 class _Step:
-    """One step: the products, stage after stage, and the pointwise program between them."""
+    """One step: the products, stage after stage, and the pointwise program between them.
+
+    The program computes in float32 where storage has 16 bits, as in every other backend: in float16 the exp of 11.1 is
+    infinite already.
+    """
 
     def __init__(self, call: Call) -> None:
         self.program, self.weights, self.drop = call.program, call.weights, call.control.drop
         self.params = {}
         if call.weights.params is not None:
             params = call.weights.params.unbind(1)
-            self.params = {f"p_{name}": value for name, value in zip(call.program.params, params, strict=True)}
+            wide = [value.to(state_dtype(value.dtype)) for value in params]
+            self.params = {f"p_{name}": value for name, value in zip(call.program.params, wide, strict=True)}
 
     def product(self, entering: Tensor, rows: slice) -> Tensor:
         """(B, N, gates, H): what enters a stage, times its weights."""
@@ -167,8 +172,9 @@ class _Step:
 
     def __call__(self, x: Tensor, states: list[Tensor]) -> tuple[list[Tensor], Tensor, Tensor]:
         """x (B, N, G, H), states -> new states, pre-activations (B, N, G, H), products of split gates."""
-        program, weights = self.program, self.weights
-        values = {f"s_{name}": state for name, state in zip(program.state_names, states, strict=True)} | self.params
+        program, weights, wide = self.program, self.weights, state_dtype(x.dtype)
+        named = zip(program.state_names, states, strict=True)
+        values = {f"s_{name}": state.to(wide) for name, state in named} | self.params
         like, entering = states[-1], states[0]
         pre, kept = [], []
         for stage, rows in zip(program.stages, program.rows, strict=True):
@@ -176,10 +182,11 @@ class _Step:
             for i, gate in enumerate(stage.gates):
                 own, r = x[:, :, rows.start + i], product[:, :, i]
                 if gate in program.summed:
-                    own = values[f"a_{gate}"] = own + r
+                    own = own + r
+                    values[f"a_{gate}"] = own.to(wide)
                 else:
                     r = r if weights.b_hh is None else r + weights.b_hh[:, rows.start + i]
-                    values[f"x_{gate}"], values[f"r_{gate}"] = own, r
+                    values[f"x_{gate}"], values[f"r_{gate}"] = own.to(wide), r.to(wide)
                     kept.append(r)
                 pre.append(own)
             stage.run(values)

@@ -29,6 +29,7 @@ from gpu_rnn.program import Program, lookup
 
 GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_CELLS = ("lstm", "gru", "gru_reset_before", "slstm")
+NOT_FINITE = float("inf"), -float("inf"), float("nan")
 POINTS = 128  # per function; a power of two, as Triton's blocks are
 
 
@@ -87,6 +88,7 @@ def constants(x, r, s):
 TRACED: dict[str, gpu_rnn.Recurrence] = {
     **support.RECURRENCES,
     **{f"{cell}_{first}_{second}": recurrence for cell, first, second, recurrence in support.pairs()},
+    "size": gpu_rnn.Recurrence(lambda x, r, s: torch.abs(x.g + r.g), gates=("g",), name="size"),
     "constants": gpu_rnn.Recurrence(constants, gates=("g",), states=("h", "low", "two")),
 }  # by the test, not by every process that collects it
 
@@ -113,9 +115,9 @@ class Function:
         return [len(names) for names in self.groups]
 
     def inputs(self) -> Tensor:
-        """(inputs, POINTS): random numbers, and rows that are all 0, ±1, ±2.5, ±3, ±20 or ±100."""
+        """(inputs, POINTS): random numbers, and columns that are all 0, ±1, ±2.5, ±3, ±20, ±100, ±inf or NaN."""
         rows = support.draw(sum(self.sizes), POINTS, seed=self.number, scale=1.5).float()
-        special = torch.tensor([0.0, 1.0, -1.0, 2.5, -2.5, 3.0, -3.0, 20.0, -20.0, 100.0, -100.0])
+        special = torch.tensor([0.0, 1.0, -1.0, 2.5, -2.5, 3.0, -3.0, 20.0, -20.0, 100.0, -100.0, *NOT_FINITE])
         rows[: self.sizes[0], : len(special)] = special
         return rows
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import gpu_rnn
-from gpu_rnn import codegen, regularization
+from gpu_rnn import activations, codegen, regularization
 from gpu_rnn.evaluation import runner
 from gpu_rnn.launch.jacobian import jacobian
 from gpu_rnn.program import Program
@@ -130,3 +130,29 @@ def test_printed_constants_are_float32s(number: float, triton: str, cuda: str) -
     program = Program.parse(text)
     assert f"t0 = a_a * {triton}\n" in codegen.source(program, "triton")
     assert f"t0 = a_a * {cuda};" in codegen.source(program, "cuda")
+
+
+SIXTEEN = [torch.float16, torch.bfloat16]
+OVERFLOWING = ["softplus", "gelu_tanh", "mish", "silu", "elu", "sigmoid"]
+
+
+@every_loop
+@pytest.mark.parametrize("dtype", SIXTEEN, ids=str)
+@pytest.mark.parametrize("name", OVERFLOWING)
+def test_16_bits_overflow_nowhere_in_a_step(name: str, dtype: torch.dtype, backend: str) -> None:
+    """In float16 the exp of 11.1 is infinite, and so is 41 cubed."""
+    activation = torch.nn.functional.mish if name == "mish" else activations.ACTIVATIONS[name]
+    layer = gpu_rnn.RNN(1, 1, bias=False, activation=activation, dtype=dtype, backend=backend)
+    with torch.no_grad():
+        layer.weight_ih_l0.fill_(1)
+        layer.weight_hh_l0.fill_(0)
+    x = torch.tensor([*torch.arange(-60, 61, 0.5), 11.1, -11.1], dtype=dtype).view(1, -1, 1).requires_grad_()
+    y = layer(x)[0]
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    exact_x = x.detach().double().requires_grad_()
+    exact = activation(exact_x)
+    (exact_grad,) = torch.autograd.grad(exact.sum(), exact_x)
+    # One rounding of the result, one of the derivative in each direction; 1 + tanh cancels in float32, times x.
+    unit = torch.finfo(dtype).eps
+    torch.testing.assert_close(y.double(), exact.detach(), rtol=unit, atol=1e-6)
+    torch.testing.assert_close(grad.double(), exact_grad, rtol=2 * unit, atol=1e-6)

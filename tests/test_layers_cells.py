@@ -35,6 +35,19 @@ def test_values_and_gradients(
     ]
 
 
+@pytest.mark.parametrize("activation", ["tanh", "softsign"])
+@pytest.mark.parametrize("name", ["RNNCell", "LSTMCell", "GRUCell"])
+def test_states_are_detached_in_place(name: str, activation: str) -> None:
+    """As loops over truncated sequences do; views would refuse."""
+    cell = getattr(gpu_rnn, name)(3, 5, activation=activation)
+    states, x = None, torch.randn(4, 3)
+    for _ in range(3):
+        states = cell(x, states)
+        for state in support.leaves(states):
+            assert state.grad_fn is not None
+            state.detach_()
+
+
 @pytest.mark.parametrize(("name", "options"), CELL_OPTIONS)
 def test_same_seed_same_names_same_repr(name: str, options: dict) -> None:
     torch.manual_seed(0)

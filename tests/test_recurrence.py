@@ -104,6 +104,22 @@ def test_activations_refuse_what_is_none() -> None:
         cells.rnn(3)
 
 
+def test_an_activation_is_checked_by_itself() -> None:
+    """Cheap enough for a layer's constructor, so that softmax fails there and not at the first call."""
+
+    def softmax(x: torch.Tensor) -> torch.Tensor:
+        return torch.softmax(x, -1)
+
+    for known in ("tanh", torch.nn.functional.mish, lambda x: torch.tanh(x) * 2, activations.ACTIVATIONS["gelu_tanh"]):
+        activations.check(known)
+    with pytest.raises(TraceError, match=r"softmax cannot be an activation: .* uses aten._softmax"):
+        activations.check(softmax)
+    with pytest.raises(TraceError, match=r"cannot be an activation: test_recurrence.py:\d+ .* branches on a value"):
+        activations.check(lambda x: x if x > 0 else 0 * x)
+    with pytest.raises(ValueError, match="unknown activation 'tan'"):
+        activations.check("tan")
+
+
 def lines(recurrence: Recurrence) -> list[str]:
     """The operations, without the head."""
     return [line.partition(" = ")[2] for line in recurrence.program.text.splitlines() if " = " in line]
@@ -369,6 +385,40 @@ def test_a_parameter_as_a_state_and_numbers_as_truth(backend: str) -> None:
     y, (_, c) = layer(torch.randn(4, 5, 2, dtype=torch.float64))
     assert y.shape == (4, 5, 3)
     torch.testing.assert_close(c, layer.weight_unit_l0.expand(1, 5, 3))
+
+
+ALONE: dict[str, Step] = {
+    "as h": lambda x, r, s, p: (p.a, torch.tanh(x.f + r.f)),
+    "as c": lambda x, r, s, p: (x.f * p.b + r.f, p.a),
+    "as both": lambda x, r, s, p: (p.a * p.b, p.b),
+    "beside a number": lambda x, r, s, p: (2.0, p.a),
+}
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("what", ALONE)
+@pytest.mark.parametrize("backend", ["step", "resident"])
+def test_kernels_take_a_parameter_alone_as_a_state(what: str, backend: str) -> None:
+    cell = Recurrence(ALONE[what], gates=("f",), states=("h", "c"), params=("a", "b"), name="cell")
+    found = []
+    for name in ("reference", backend):
+        torch.manual_seed(0)
+        layer = gpu_rnn.Recurrent(cell, 2, 3, backend=name)
+        y, (_, c) = layer(torch.randn(4, 5, 2))
+        (y.square().sum() + c.square().sum()).backward()
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in layer.parameters()]
+        found.append([y.detach(), c.detach(), *grads])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", "step"])
+@pytest.mark.parametrize("function", [F.hardsigmoid, F.hardswish, F.softplus, F.elu])
+def test_torchs_functions_in_a_cell_have_second_derivatives(function: Step, backend: str) -> None:
+    """ATen's own hardsigmoid has none."""
+    own = cell(lambda x, r, s: function(x.f + r.f) * s.h + torch.tanh(x.n + r.n), states={"h": 0.5})
+    layer = gpu_rnn.Recurrent(own, 2, 3, backend=backend, dtype=torch.float64)
+    x = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: layer(x)[0], (x,))
 
 
 @pytest.mark.parametrize("layer_norm", [False, True])

@@ -18,9 +18,9 @@ __device__ __forceinline__ float sigmoidf(float x) {
   return 1.0f / (1.0f + expf(-x));
 }
 
-// As torch.sign, but NaN gives NaN, so that it is seen.
+// 0 for NaN too, as torch.sign.
 __device__ __forceinline__ float signf(float x) {
-  return x > 0.0f ? 1.0f : x < 0.0f ? -1.0f : x * 0.0f;
+  return x > 0.0f ? 1.0f : x < 0.0f ? -1.0f : 0.0f;
 }
 
 // CUDA's fminf and fmaxf drop a NaN; torch's minimum, maximum and clamp pass it
