@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from gpu_rnn import autocast, autograd
 from gpu_rnn.layout import RESET, SKIP, Control
+from gpu_rnn.transfer import to_device
 
 
 class Controls(NamedTuple):
@@ -74,7 +75,7 @@ class Controls(NamedTuple):
             _check_steps(name, value, (steps, shapes[0][1]))
         lengths = self.lengths
         if lengths is not None:
-            lengths = _checked_lengths(lengths, steps, shapes[0][1]).to(x.device)
+            lengths = to_device(_checked_lengths(lengths, steps, shapes[0][1]), x.device, "lengths")
         if self.reset_state is not None and self.resets is None:
             raise ValueError("reset_state is what resets set the states to: give resets too")
         for value, shape in zip(self.reset_state or (), shapes, strict=self.reset_state is not None):
@@ -153,7 +154,7 @@ def _tensor(name: str, value: Any, like: Tensor | PackedSequence) -> Tensor:
     if not hasattr(value, "__array__"):
         kind = f"a bool tensor, {MEANING[name]}" if name in MEANING else "a tensor"
         raise TypeError(f"{name} is {kind}, or such an array, got {type(value).__name__}")
-    return from_array(value).to(like.data.device)
+    return to_device(from_array(value), like.data.device, name)
 
 
 def from_array(values: Any) -> Tensor:

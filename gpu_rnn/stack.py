@@ -18,6 +18,7 @@ from gpu_rnn.launch import aten
 from gpu_rnn.layout import PLAIN, Control, Inputs, Weights
 from gpu_rnn.problem import Problem
 from gpu_rnn.recurrence import Recurrence
+from gpu_rnn.transfer import to_device
 
 States = tuple[Tensor, ...]
 
@@ -166,9 +167,9 @@ class Stack(NamedTuple):
         arguments.check_alike(x, weights, states)
         controls = controls if controls is NONE else controls.to(x.dtype)
         if batch_sizes is not None:
-            padded, lengths = _unpack(x, batch_sizes)
+            padded, lengths, places = _unpack(x, batch_sizes)
             y, final, every = self._layers(padded, states, weights, controls._replace(lengths=lengths))
-            return y[_valid(lengths, len(batch_sizes))], final, every
+            return y.flatten(0, 1).index_select(0, places), final, every
         if self.batch_first:
             x = x.transpose(0, 1)
         valid = controls.valid(x.shape[0])
@@ -275,14 +276,15 @@ class Stack(NamedTuple):
         return Weights(w_ih, w_hh, b_ih, b_hh, values, w_hr, norm_hh, norm_ih)
 
 
-def _unpack(data: Tensor, batch_sizes: Tensor) -> tuple[Tensor, Tensor]:
-    """Packed data (sum, I) -> (T, B, I) padded with zeros, and the lengths (B,) of its rows."""
-    lengths = (batch_sizes[None] > torch.arange(int(batch_sizes[0]))[:, None]).sum(1).to(data.device)
-    valid = _valid(lengths, len(batch_sizes))
-    padded = data.new_zeros(*valid.shape, data.shape[-1])
-    return torch.index_put(padded, torch.where(valid), data), lengths
+def _unpack(data: Tensor, batch_sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Packed data (sum, I) -> (T, B, I) padded with zeros, the lengths (B,) of its rows, and the places of the data in (T·B).
 
-
-def _valid(lengths: Tensor, steps: int) -> Tensor:
-    """(T, B): which steps of which rows exist. Indexing with it gives packed order."""
-    return torch.arange(steps, device=lengths.device)[:, None] < lengths
+    All that depends on values is found on the host, where batch_sizes are.
+    """
+    valid = torch.arange(int(batch_sizes[0])) < batch_sizes[:, None]  # (T, B)
+    places = valid.flatten().nonzero().squeeze(1)
+    words = "the batch sizes of a PackedSequence", "the padded tensor, with lengths,"
+    both = to_device(torch.cat([valid.sum(0), places]), data.device, *words)
+    lengths, places = both.split([valid.shape[1], len(places)])
+    padded = torch.index_put(data.new_zeros(valid.numel(), data.shape[-1]), (places,), data)
+    return padded.unflatten(0, valid.shape), lengths, places
