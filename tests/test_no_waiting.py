@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import gpu_rnn
 from gpu_rnn import devices, dispatch
+from gpu_rnn.controls import Controls
 from gpu_rnn.launch import group, nvrtc, resident, step_buffers
 
 T, B, H = 6, 3, 16
@@ -105,6 +106,19 @@ def test_what_is_on_the_host_is_refused_while_a_graph_is_captured(value: str, mo
             layer(OnGPU(x), lengths=[T, 2, 2])
         else:
             layer(packed._replace(data=OnGPU(packed.data)))
+
+
+KINDS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64]
+
+
+@pytest.mark.parametrize("dtype", KINDS, ids=str)
+def test_lengths_of_every_integer_type_are_clamped_as_they_are(dtype: torch.dtype) -> None:
+    """Those of a GPU are not looked at but clamped, to more steps than the smaller types can count."""
+    x, lengths = torch.zeros(300, 3, 4), torch.tensor([127, 0, 5]).to(dtype)
+    with Pretend():
+        given = Controls.of(OnGPU(x), lengths=OnGPU(lengths)).checked(300, [(1, 3, 8)], 3, OnGPU(x)).lengths
+    assert given is not None
+    assert given.held.tolist() == [127, 0, 5]
 
 
 @pytest.mark.parametrize("ask", [
