@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # PYTHON=...  builds .venv on that interpreter (3.11 or newer).
 # OFFLINE=1   fetches nothing: .venv borrows torch and the rest from PYTHON. For a GPU machine without a registry.
+# DEVICE=cpu  of gpu-check: emulates the GPU.
+# COMMIT=...  of gpu-check: what is checked, where the folder is no git checkout.
 export PYTHON OFFLINE
 PY := .venv/bin/python
 .DEFAULT_GOAL := help
@@ -35,10 +37,14 @@ lint:  ## ruff, mypy, clang-format
 
 gpu-check:  ## on a machine with a GPU: a certificate and a quick benchmark, under 10 minutes
 	@.ci/venv demo test keras docs
-	@$(PY) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else \
-		"gpu-check: torch sees no GPU here; the same checks with an emulated one: $(PY) benchmarks/certify.py --device cpu")'
-	$(PY) benchmarks/certify.py
-	timeout 85 $(PY) benchmarks/run.py --quick --seconds 70
+	@$(PY) -c 'import sys, torch; sys.exit(None if "$(DEVICE)" == "cpu" or torch.cuda.is_available() else \
+		"gpu-check: torch sees no GPU here; the same with an emulated one: make gpu-check DEVICE=cpu")'
+	@status=0; \
+	$(PY) benchmarks/certify.py $(if $(DEVICE),--device $(DEVICE)) $(if $(COMMIT),--commit $(COMMIT)) || status=$$?; \
+	[ $$status -lt 128 ] || exit $$status; \
+	timeout 85 $(PY) benchmarks/run.py $(if $(filter cpu,$(DEVICE)),--emulate --set tiny,--quick) --seconds 70 \
+		$(if $(COMMIT),--commit $(COMMIT)) || status=$$?; \
+	exit $$status
 
 report:  ## tables and pictures from benchmarks/results
 	@.ci/venv demo

@@ -11,6 +11,7 @@ Only a run of all steps into its own folder is a certificate: with --only it goe
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shlex
 import signal
@@ -38,6 +39,9 @@ ROOT = Path(__file__).resolve().parent.parent
 HERE = Path(__file__).resolve().parent
 # Processes that share the gpu matrix: it mostly compiles, on one core each, and a GPU has room for as many.
 MOST_WORKERS = 8
+# Of one core, measured: all gpu tests on Triton's launcher with a stub driver, kernels built for sm_90a, and the start of
+# pytest and torch. The limit is twice what follows from them, for the device's part, which only a device can show.
+MATRIX_SECONDS, START_SECONDS = 700, 12
 SOAK_SECONDS = 60
 LAST_CASE = 30  # seconds beyond the soak's own: importing, and the case that is running
 POLL = 0.2  # seconds between two looks at what a step has written
@@ -77,33 +81,45 @@ def pytest(*arguments: str, **environment: str) -> Command:
     return Command(("-m", "pytest", "-q", "--tb=short", *arguments), environment)
 
 
+def workers() -> int:
+    return min(MOST_WORKERS, os.cpu_count() or 1)
+
+
+def matrix_on_gpu() -> tuple[Command, ...]:
+    """Every gpu test, shared by processes of which each builds the kernels that it launches."""
+    return tuple(pytest("-m", "gpu", **{record.SHARD: f"{k}/{workers()}"}) for k in range(workers()))
+
+
+def matrix_limit() -> float:
+    return 2 * math.ceil(MATRIX_SECONDS / workers() + START_SECONDS)
+
+
 def steps_on_gpu(soak: float) -> tuple[Step, ...]:
-    workers = max(1, min(MOST_WORKERS, (os.cpu_count() or 1) // 2))
-    matrix = [pytest("-m", "gpu", **{record.SHARD: f"{k}/{workers}"}) for k in range(workers)]
     missing = "" if sanitize.compute_sanitizer() else sanitize.MISSING
     return (
         Step("primitives", "each CUDA primitive beside its CPU body",
-             (pytest("-m", "gpu", "tests/test_cuda_primitives.py"),), 60, decisive=True),
-        Step("matrix", "every test that is marked gpu", tuple(matrix), 200),
+             (pytest("-m", "gpu", "tests/test_cuda_primitives.py"),), 50, decisive=True),
+        Step("matrix", "every test that is marked gpu", matrix_on_gpu(), matrix_limit()),
         Step("sanitizer", "memcheck and racecheck of every kernel, small shapes",
-             (Command(("benchmarks/sanitize.py",)),), 75, impossible=missing),
+             (Command(("benchmarks/sanitize.py",)),), 90, impossible=missing),
         Step("deadline", "waiting for a block that never comes ends in NaN and an error",
-             (pytest("-m", "gpu", "tests/test_group_deadline.py"),), 40),
+             (pytest("-m", "gpu", "tests/test_group_deadline.py"),), 35),
         soak_step(soak, Command(("benchmarks/soak.py", "--seconds", f"{soak:g}"))),
     )  # fmt: skip
 
 
 def steps_on_cpu(soak: float) -> tuple[Step, ...]:
-    """The same on an emulated GPU; of the matrix a part, as `make test` has all of it."""
+    """The same on an emulated GPU; of the matrix a part, as `make test` has all of it. The processes of the GPU's matrix
+    collect their tests too, and say of each that there is no GPU."""
     interpreted = {"TRITON_INTERPRET": "1"}
     watched = "stay_in_their_buffers or (free_of_races and lstm-fp32)"
     arguments = ("benchmarks/soak.py", "--device", "cpu", "--seconds", f"{soak:g}")
     return (
         Step("primitives", "each CUDA primitive's CPU body beside a formula",
              (pytest("-m", "cuda_cpu", "tests/test_cuda_primitives.py"),), 120, decisive=True),
-        Step("matrix", "a part of the matrix, in Triton's interpreter and with the CUDA sources built for the CPU",
+        Step("matrix", "a part of the matrix, in Triton's interpreter and with the CUDA sources built for the CPU; gpu tests collected",
              (pytest("-m", "interpreter and not slow", "tests/test_user_recurrence.py", **interpreted),
-              pytest("-m", "cuda_cpu", "tests/test_group_layers.py")), 300),
+              pytest("-m", "cuda_cpu", "tests/test_group_layers.py"), *matrix_on_gpu()), 300),
         Step("sanitizer", "ThreadSanitizer and AddressSanitizer of the group kernel on the CPU",
              (pytest("-m", "cuda_cpu", "tests/test_group.py", "-k", watched),), 180),
         Step("deadline", "waiting for a block that never comes ends in NaN and an error",
@@ -125,6 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         steps = _chosen(
             steps_on_gpu(options.soak) if device.type == "cuda" else steps_on_cpu(options.soak), options.only
         )
+        machine.keep_caches()
         facts = machine.columns(device, options.commit)
     except ValueError as error:
         print(f"certify.py: {error}", file=sys.stderr)
@@ -133,9 +150,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     kept = torch.device("cpu") if options.only else device
     folder = options.out or machine.folder(kept)
     outcomes = [step.outcome for step in steps]
-    print(
-        f"{'emulating a GPU on' if emulated else 'certifying'} {facts['device']}; the certificate goes to {folder}"
-    )
+    most = sum(step.limit for step in steps if not step.impossible) / 60
+    doing = "emulating a GPU on" if emulated else "certifying"
+    print(f"{doing} {facts['device']}, at most {most:.0f} minutes; the certificate goes to {folder}")
     stopped = False
     try:
         with _terminated_is_interrupted():

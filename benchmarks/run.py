@@ -58,6 +58,7 @@ def main(given: Sequence[str] | None = None) -> int:
         return 2
     if options.emulate and not emulation.interpreting():
         return emulation.again(__file__, sys.argv[1:] if given is None else given)
+    machine.keep_caches()
     try:
         device = doctor.pick_device("cpu" if options.emulate else options.device)
         machine.check_nothing_chooses(device)

@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import torch
 from certifying.record import RECORD, Writer, read
+from measuring import machine
 
 import gpu_rnn
 from gpu_rnn.launch import nvrtc
@@ -94,6 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.kernels:
         kernels(Writer(options.kernels), options.backend or SHAPES)
         return 0
+    machine.keep_caches()
     tool = compute_sanitizer()
     if tool is None or not torch.cuda.is_available():
         print(f"sanitize.py: {MISSING if tool is None else 'torch sees no GPU here'}", file=sys.stderr)

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from measuring import checking, emulation
+from measuring import checking, emulation, machine
 from measuring.checking import ELEMENT, OUTPUT, Errors
 
 sys.path.append(str(emulation.TESTS))  # where calls are drawn
@@ -53,6 +53,7 @@ Results = dict[str, Tensor]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the soak. Returns 1 if a result was wrong or a call failed, else 0."""
     options = _parser().parse_args(arguments)
+    machine.keep_caches()
     try:
         device = doctor.pick_device(options.device)
     except ValueError as error:

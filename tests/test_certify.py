@@ -85,10 +85,47 @@ def test_every_step_names_a_file_that_is_there(device: str, monkeypatch: pytest.
     assert [s.name for s in steps] == ["primitives", "matrix", "sanitizer", "deadline", "soak"]
     named = [a for s in steps for command in s.commands for a in command.arguments if a.endswith(".py")]
     assert named and all((ROOT / name).exists() for name in named)
-    if device == "gpu":
-        benchmark = int(re.search(r"timeout (\d+) .*run.py --quick", (ROOT / "Makefile").read_text())[1])
-        assert sum(s.limit + 2 * certify.GRACE for s in steps) <= 600 - benchmark
-        assert len(steps[1].outcome.commands) == 1  # of all shards
+    assert len(steps[1].outcome.commands) == (1 if device == "gpu" else 3)  # shards are one
+
+
+@pytest.mark.parametrize(("cores", "workers"), [(1, 1), (4, 4), (16, 8)])
+def test_the_plan_follows_from_what_was_measured(cores: int, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    steps = certify.steps_on_gpu(certify.SOAK_SECONDS)
+    assert len(steps[1].commands) == workers
+    assert steps[1].limit >= 2 * certify.MATRIX_SECONDS / workers
+    makefile = (ROOT / "Makefile").read_text()
+    benchmark = int(re.search(r"timeout (\d+) .*run.py", makefile)[1])
+    most = sum(step.limit + 2 * certify.GRACE for step in steps) + benchmark
+    assert (most <= 600) == (cores >= 8)  # with fewer the kernels take longer to build than one command may
+
+
+PYTHON = """#!/bin/sh
+case $1 in -c) exit 0 ;; esac
+echo "$@" >> ran
+case $1 in *certify.py) exit $CERTIFY ;; esac
+"""
+
+
+@pytest.mark.parametrize(("certify_status", "timed", "red"), [(0, True, False), (1, True, True), (130, False, True)])
+@pytest.mark.parametrize("device", ["", "cpu"])
+def test_a_red_certificate_does_not_keep_speed_from_being_measured(
+    certify_status: int, timed: bool, red: bool, device: str, tmp_path: Path
+) -> None:
+    """`make gpu-check`, with scripts in the place of the interpreter and of what makes it."""
+    (tmp_path / "Makefile").write_text((ROOT / "Makefile").read_text())
+    (tmp_path / ".ci").mkdir()
+    for name, text in {"python": PYTHON, ".ci/venv": "#!/bin/sh\n"}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    command = ["make", "gpu-check", "PY=./python", f"DEVICE={device}", "COMMIT=abc"]
+    environment = os.environ | {"CERTIFY": str(certify_status)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode != 0) == red, done.stderr
+    certified, *benchmark = (tmp_path / "ran").read_text().splitlines()
+    assert certified == f"benchmarks/certify.py {'--device cpu ' * bool(device)}--commit abc"
+    how = "--emulate --set tiny" if device else "--quick"
+    assert benchmark == [f"benchmarks/run.py {how} --seconds 70 --commit abc"] * timed
 
 
 def test_a_step_that_fails_ends_what_depends_on_it(
@@ -189,6 +226,20 @@ def test_where_git_does_not_answer_there_is_no_commit(monkeypatch: pytest.Monkey
     monkeypatch.setenv("GIT_DIR", str(ROOT / "tests"))
     assert machine._commit() == ("", "")
     assert "git does not say which commit this is: fatal: not a git repository" in capsys.readouterr().err
+
+
+def test_a_home_that_cannot_be_written_keeps_no_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in machine.CACHES:
+        monkeypatch.setenv(name, "")  # what is set below is undone
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    machine.keep_caches()
+    assert not {*machine.CACHES} & {*os.environ}
+    monkeypatch.setenv("HOME", str(tmp_path / "not there"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/chosen")
+    machine.keep_caches()
+    assert os.environ["TRITON_CACHE_DIR"] == "/chosen"
+    assert os.environ["CUPY_CACHE_DIR"] == str(ROOT / "build" / "caches" / "cupy")
 
 
 def test_steps_that_are_left_out_were_not_run(

@@ -73,6 +73,26 @@ def folder(device: torch.device) -> Path:
     return ROOT / "benchmarks" / "results" / name
 
 
+# What builds kernels keeps them below the user's home unless it is told otherwise.
+CACHES = {
+    "GPU_RNN_CACHE": "gpu_rnn",
+    "TRITON_CACHE_DIR": "triton",
+    "CUPY_CACHE_DIR": "cupy",
+    "CUDA_CACHE_PATH": "cuda",
+}
+
+
+def keep_caches() -> None:
+    """Where the home cannot be written, compiled kernels are kept in build/, here and in the processes started from here."""
+    try:
+        if os.access(Path.home(), os.W_OK):
+            return
+    except RuntimeError:  # as in containers: a user without a home
+        pass
+    for name, folder in CACHES.items():
+        os.environ.setdefault(name, str(ROOT / "build" / "caches" / folder))
+
+
 def _version(package: str) -> str:
     return next((found.version for found in metadata.distributions(name=package)), "")
 
