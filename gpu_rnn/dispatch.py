@@ -120,7 +120,7 @@ def forget() -> None:
 
 
 def _forget_answers() -> None:
-    for cached in (_select, _fastest_loop, _gain, _plan):
+    for cached in (_select, _fastest_loop, _gain, _plan, _backward_too):
         cached.cache_clear()
 
 
@@ -130,10 +130,10 @@ def only_predicted_on_cpu() -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _select(problem: Problem, backend: str, among: tuple[str, ...], preferred: str) -> str:
+def _select(problem: Problem, backend: str, among: tuple[str, ...], preferred: str, both: bool = True) -> str:
     check_name(backend)
     if backend != "auto":
-        reasons = _prepared(problem, backend)
+        reasons = (_against if both else _prepared)(problem, backend)
         if backend not in among:
             reasons = [f"this call runs one of {', '.join(among)}"]
         if reasons:
@@ -164,6 +164,14 @@ def _prepared(problem: Problem, name: str) -> list[str]:
         module.prepare(problem)
         reasons = module.unsupported(problem)
     return list(reasons)
+
+
+def _against(problem: Problem, name: str) -> list[str]:
+    """As `_prepared`, for a backend that is asked for by name: it runs the backward pass too, which is too late to refuse."""
+    reasons = _prepared(problem, name)
+    if reasons or problem.direction != "training" or name not in LOOPS or diagonals.possible(problem):
+        return reasons
+    return [f"in the backward pass: {reason}" for reason in _prepared(replace(problem, direction="backward"), name)]
 
 
 def total_cost(
@@ -207,10 +215,18 @@ def wavefront(problem: Problem, backend: str = "auto") -> tuple[str, int]:
     """
     settled = _settled(problem, backend)
     plan = _plan(problem, settled or backend)
-    name = _select(plan.launch, backend, KERNELS, settled)
+    name = _select(plan.launch, backend, KERNELS, settled, both=False)
+    if backend != "auto" and problem.direction == "training":
+        _backward_too(problem, backend)
     if backend == "auto" and _trial.backend:
         _trial.answers[problem, LOOPS] = name
     return name, plan.chunk
+
+
+@lru_cache(maxsize=1024)
+def _backward_too(problem: Problem, backend: str) -> None:
+    """Raises where the backend that is asked for by name cannot run the backward pass, which has a plan of its own."""
+    wavefront(replace(problem, direction="backward"), backend)
 
 
 def staggers(problem: Problem, backend: str = "auto") -> bool:
@@ -277,7 +293,7 @@ def _say_once(direction: str, cell: str, backend: str, reason: str) -> None:
 
 def explain(problem: Problem, backend: str = "auto") -> list[Row]:
     """Every backend's verdict on a problem, in the order of the table; of training calls, both passes' time."""
-    chosen = select(problem, backend) if backend == "auto" or not _prepared(problem, backend) else None
+    chosen = select(problem, backend) if backend == "auto" or not _against(problem, backend) else None
     verdicts = {name: tuple(module.unsupported(problem)) for name, module in BACKENDS.items()}
     measured = choices.find(problem, tuple(BACKENDS))
     rows = []

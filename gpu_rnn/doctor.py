@@ -3,15 +3,20 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import subprocess
+import tempfile
 from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
 import gpu_rnn
 from gpu_rnn import cache, choices, devices
+from gpu_rnn.launch import building, nvrtc
 
 __all__ = ["device_name", "pick_device", "report"]
 
@@ -54,6 +59,7 @@ def report(device: torch.device) -> str:
         *_device_details(device),
         *_packages(),
         *_cache(device),
+        *_compilers(device),
         "",
         *_backends(device),
     ]
@@ -111,6 +117,58 @@ def _cache(device: torch.device) -> list[str]:
     elif cache.folder() != cache.wanted() or not cache.outlives_the_process(cache.wanted() / "any"):
         lines.append("         cannot be written to, so nothing is kept: set GPU_RNN_CACHE to a folder that can be")
     return lines + [f"         {path.name} is damaged or cannot be read: tune again, or delete it" for path in held.broken]
+
+
+def _compilers(device: torch.device) -> list[str]:
+    """What Triton and CuPy build kernels with, and what is missing there."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    said = [f"NVRTC    {_nvrtc(capability)}"]
+    if find_spec("triton") is not None:
+        said.append(f"Triton   {_c_compiler()}; {_triton_cache()}{_ptxas(capability)}")
+    return said
+
+
+def _nvrtc(capability: tuple[int, int] | None) -> str:
+    if nvrtc.unavailable():
+        return f"not found: {nvrtc.unavailable()}"
+    if capability is None:
+        return nvrtc.version()
+    arch = nvrtc.architecture(capability)
+    try:
+        nvrtc.compile_cubin('extern "C" __global__ void nothing() {}', arch)
+    except nvrtc.CompileError as error:
+        return str(error).replace("\n", " ")
+    return f"{nvrtc.version()}, builds for {arch}"
+
+
+def _c_compiler() -> str:
+    """As Triton looks for one."""
+    named = os.environ.get("CC")
+    found = shutil.which(named) if named else shutil.which("gcc") or shutil.which("clang")
+    if found:
+        return f"C compiler {found}"
+    return f"C compiler not found: CC is {named!r}" if named else "C compiler not found: install gcc, or name one in CC"
+
+
+def _triton_cache() -> str:
+    from triton import knobs
+
+    folder = Path(knobs.cache.dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(1 << 16))
+    except OSError as error:
+        return f"its cache cannot be written ({error}): set TRITON_CACHE_DIR"
+    return f"its cache {folder}"
+
+
+def _ptxas(capability: tuple[int, int] | None) -> str:
+    if capability is None:
+        return ""
+    major, minor = capability
+    refusal = building.ptxas_refusal(10 * major + minor)
+    return f"; {refusal}" if refusal else f"; its ptxas knows sm_{major}{minor}"
 
 
 def _driver() -> str:

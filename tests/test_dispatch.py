@@ -193,6 +193,43 @@ def test_a_kernel_that_does_not_build_is_a_reason(monkeypatch: pytest.MonkeyPatc
     assert dispatch.select(replace(given, direction="backward")) == "group"
 
 
+@pytest.mark.parametrize("backend", ["resident", "group", "step"])
+def test_a_backend_by_name_is_asked_for_both_passes(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cannot run backward is refused at the call, not after it."""
+    module, refused = dispatch.BACKENDS[backend], "takes no gradients today"
+    able = module.unsupported
+
+    def unsupported(problem: Problem) -> list[str]:
+        return [refused] if problem.direction == "backward" else able(problem)
+
+    monkeypatch.setattr(module, "unsupported", unsupported)
+    given = problem(device="H100", direction="training", **half)
+    words = f"backend='{backend}' cannot run this call:\n  - in the backward pass: {refused}"
+    for whole in (given, replace(given, layers=3, N=2, reverse="01")):
+        with pytest.raises(ValueError, match=words):
+            dispatch.select(whole, backend)
+    if backend in dispatch.WAVEFRONTS:
+        with pytest.raises(ValueError, match=refused):
+            dispatch.wavefront(replace(given, layers=3), backend)
+    inference = replace(given, direction="inference")
+    assert dispatch.select(inference, backend) == backend
+    assert dispatch.select(given) in dispatch.BACKENDS  # "auto" may take another backward
+
+
+def test_backward_is_built_at_the_call_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(source: str, arch: str) -> bytes:
+        if "#define BACKWARD 1" in source:
+            raise nvrtc.CompileError("out of luck")
+        return b""
+
+    monkeypatch.setattr(nvrtc, "compile_cubin", refuse)
+    given = problem(device="H100", direction="training", **half)
+    with pytest.raises(ValueError, match="in the backward pass: out of luck"):
+        dispatch.select(given, "group")
+    (row,) = (row for row in dispatch.explain(given, "group") if row.backend == "group")
+    assert row.runs and not row.chosen and row.reasons == ("backward on another loop: out of luck",)
+
+
 @pytest.mark.compile("nvrtc")
 def test_nvrtc_says_why_a_kernel_does_not_build(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvrtc, "compile_cubin", COMPILE)

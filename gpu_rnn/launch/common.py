@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 
+from gpu_rnn import devices
 from gpu_rnn.devices import CPU_FLOPS
 from gpu_rnn.layout import Call, LoopGradients
 from gpu_rnn.problem import Problem
@@ -42,6 +43,17 @@ def products(problem: Problem) -> float:
     if not problem.device.is_gpu or weights < L2:
         return operations
     return max(operations, problem.T * problem.layers * weights / (problem.device.memory_rate * 1e9))
+
+
+def here(problem: Problem) -> list[torch.device]:
+    """The devices at hand that a problem may be on: only such as are in use already, for to ask another would make a
+    context there, which takes memory and seconds."""
+    each = [torch.device("cuda", index) for index in range(torch.cuda.device_count()) if _in_use(index)]
+    return [device for device in each if devices.of(device) == problem.device]
+
+
+def _in_use(index: int) -> bool:
+    return bool(torch._C._cuda_hasPrimaryContext(index))  # type: ignore[attr-defined]  # builds without CUDA lack it
 
 
 def unsupported(problem: Problem) -> list[str]:

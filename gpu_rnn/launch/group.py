@@ -318,19 +318,13 @@ def _wanted(problem: Problem) -> tuple[Choice, str]:
     return replace(choice, layout=layout), nvrtc.architecture(problem.device.capability)
 
 
-def _used(index: int) -> bool:
-    return bool(torch._C._cuda_hasPrimaryContext(index))  # type: ignore[attr-defined]  # builds without CUDA lack it
-
-
 def prepare(problem: Problem) -> None:
     """Builds the kernel of a problem that is supported so far; where that fails, `unsupported` has a reason more."""
     choice, arch = _wanted(problem)
-    # Only devices that are in use already: to ask another would make a context there, which takes memory and seconds.
-    here = [torch.device("cuda", index) for index in range(torch.cuda.device_count()) if _used(index)]
     try:
         fit(choice.layout, arch)
         blocks = choice.layout.members * choice.groups * choice.at_once
-        failure = "".join(_refusal(choice.layout, blocks, d) for d in here if devices.of(d) == problem.device)
+        failure = "".join(_refusal(choice.layout, blocks, device) for device in common.here(problem))
     except nvrtc.CompileError as error:
         failure = str(error)
     if failure:

@@ -120,7 +120,8 @@ def compile_cubin(source: str, arch: str, options: Sequence[str] = OPTIONS) -> b
     return found
 
 
-def _version() -> str:
+def version() -> str:
+    """Of the NVRTC that compiles, as "12.9"."""
     return ".".join(map(str, _binding().getVersion()))
 
 
@@ -131,10 +132,10 @@ def _compile(text: str, arch: str, options: Sequence[str]) -> bytes:
         nvrtc.compileProgram(program, (f"--gpu-architecture={arch}", *options))
         return cubin.completed(nvrtc.getCUBIN(program))
     except ValueError as error:
-        raise CompileError(f"NVRTC {_version()} gives no machine code for {arch} that can be used: {error}") from error
+        raise CompileError(f"NVRTC {version()} gives no machine code for {arch} that can be used: {error}") from error
     except nvrtc.NVRTCError as error:
         log = nvrtc.getProgramLog(program).strip() or str(error)
-        raise CompileError(f"NVRTC {_version()} does not compile for {arch}:\n{log}") from error
+        raise CompileError(f"NVRTC {version()} does not compile for {arch}:\n{log}") from error
     finally:
         nvrtc.destroyProgram(program)
 

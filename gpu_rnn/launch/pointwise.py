@@ -5,16 +5,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gpu_rnn.derivative import carried_values
-from gpu_rnn.launch import interpreter
+from gpu_rnn.launch import building, interpreter
+from gpu_rnn.launch.building import Kernel
 from gpu_rnn.launch.graphs import Chunks, alone
 from gpu_rnn.launch.steering import Steering
 from gpu_rnn.launch.step_buffers import Backward, Forward, Kind
 from gpu_rnn.layout import Call, LoopGradients, Result, parts, reorder, reorder_each, state_dtype
+from gpu_rnn.problem import Problem
 from gpu_rnn.products import inputs_over_time, over_steps
 from gpu_rnn.program import Program, lookup
 
@@ -23,9 +26,33 @@ Pairs = Sequence[tuple[Tensor, Tensor]]  # a buffer (steps, ...) and what it hol
 
 def takes(gates: Tensor, call: Call) -> bool:
     """Whether this loop takes a call: on a GPU with Triton, or in its interpreter; the rest goes to the loop in torch."""
-    narrow = gates.dtype in (torch.float16, torch.bfloat16, torch.float32)
     on_device = interpreter.INTERPRETING or (gates.is_cuda and find_spec("triton") is not None)
-    return on_device and narrow and (call.weights.w_hr is None or _h_only_enters_the_product(call.program))
+    return on_device and _fits(gates.dtype, call.weights.w_hr is not None, call.program)
+
+
+def _fits(dtype: torch.dtype, projects: bool, program: Program) -> bool:
+    narrow = dtype in (torch.float16, torch.bfloat16, torch.float32)
+    return narrow and (not projects or _h_only_enters_the_product(program))
+
+
+def kernels(problem: Problem) -> Iterator[Kernel]:
+    """The launches of one step of a problem; none where this loop does not take it."""
+    from gpu_rnn.kernels.triton.step import step_backward, step_forward
+
+    if not _fits(problem.dtype, bool(problem.proj_size), problem.program):
+        return
+    call, gates, _ = building.example(problem)
+    back = problem.direction == "backward"
+    save = problem.direction == "training"
+    kind = Kind.of(call, save, inner=problem.all_states or save)
+    loop: Any = (Backward if back else Forward)(problem.program, gates, len(gates), kind)
+    for steps in filter(None, (loop, loop.projection)):
+        for shape, product in zip(steps.shapes, steps.products, strict=True):
+            if back:
+                yield Kernel(step_backward, steps.grid, steps.arguments(0, shape))
+                continue
+            entering = loop.of_h.entering if steps is loop else loop.y[0].transpose(0, 1)
+            yield Kernel(step_forward, steps.grid, steps.arguments(0, shape, product.own(entering)))
 
 
 def _h_only_enters_the_product(program: Program) -> bool:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gpu_rnn.devices import DEVICES
-from gpu_rnn.launch import common, interpreter, rates
+from gpu_rnn.launch import building, common, interpreter, rates
 from gpu_rnn.launch.common import (
     FUNCTIONS,
     LANES,
@@ -105,7 +105,7 @@ def unsupported(problem: Problem) -> list[str]:
     reasons += common.unsupported(problem)
     if problem.N > MOST_ACROSS or bits(problem.reverse)[1] > LONGEST_PATTERN:
         reasons.append(f"takes {MOST_ACROSS} recurrences side by side, directions repeating within {LONGEST_PATTERN}")
-    return reasons + (_too_wide(problem) if runs_here else [])
+    return reasons + (_too_wide(problem) if runs_here else []) or _builds.reasons(problem)
 
 
 def _too_wide(problem: Problem) -> list[str]:
@@ -325,6 +325,20 @@ def prepare_backward(
         **_constants(program.text, backward=True),
     )
     return launch, LoopGradients(d_gates, d_recurrent, d_states, d_params, d_resets=d_resets)
+
+
+def _kernels(problem: Problem) -> list[building.Kernel]:
+    """The launch that a problem takes."""
+    call, gates, saved = building.example(problem)
+    if problem.direction == "backward":
+        launch: Launch = prepare_backward(call, saved, saved.y, saved.final, saved.inner if problem.all_states else None)[0]
+    else:
+        launch = prepare_forward(call, gates, problem.direction == "training", problem.all_states)[0]
+    return [building.Kernel(launch.kernel, launch.grid, launch.arguments)]
+
+
+_builds = building.Builds(_kernels)
+prepare = _builds.prepare
 
 
 def forward(call: Call, gates: Tensor, save: bool, all_states: bool) -> Result:

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from gpu_rnn.launch import loop_backward, loop_forward, pointwise, rates
+from gpu_rnn.launch import building, loop_backward, loop_forward, pointwise, rates
 from gpu_rnn.launch.common import products
 from gpu_rnn.layout import Call, LoopGradients, Result
 from gpu_rnn.problem import Problem
 
 CPU_OPERATION = 3e-6  # seconds, predicted
 
+_builds = building.Builds(pointwise.kernels)
+prepare = _builds.prepare
+
 
 def unsupported(problem: Problem) -> list[str]:
     """Why the step loop cannot run a problem."""
-    return ["complex numbers run on the reference only"] * problem.dtype.is_complex
+    return ["complex numbers run on the reference only"] * problem.dtype.is_complex or _builds.reasons(problem)
 
 
 def cost(problem: Problem, given: rates.Rates | None = None) -> float:

@@ -19,7 +19,7 @@ from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
 from triton.runtime.driver import driver as triton_driver
 
 from gpu_rnn import devices, dispatch
-from gpu_rnn.launch import pointwise
+from gpu_rnn.launch import building, pointwise
 
 
 class Launch(NamedTuple):
@@ -103,4 +103,6 @@ class _Triton(CudaDriver):
 driver = Driver()
 triton_driver.set_active(_Triton())
 dispatch.device_of = lambda device: devices.describe("H200")
+torch.backends.cudnn.rnn.fp32_precision = "ieee"  # tensors on the CPU are never taken for tf32's
+building.here = lambda problem: [torch.device("cpu")]
 pointwise.interpreter = SimpleNamespace(INTERPRETING=True)  # its kernels take tensors of the CPU, here as there

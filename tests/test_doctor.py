@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the doctor says of what kernels are built with."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpu_rnn import doctor
+from gpu_rnn.launch import building, nvrtc
+
+GPU = torch.device("cuda", 0)
+NEEDS_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed (Linux only)")
+
+
+def compilers(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> str:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    return "\n".join(doctor._compilers(GPU))
+
+
+@pytest.fixture(autouse=True)
+def cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+
+
+@pytest.mark.compile
+@pytest.mark.compile("nvrtc")
+def test_all_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CC", "sh")
+    said = compilers(monkeypatch, (9, 0))
+    assert f"NVRTC    {nvrtc.version()}, builds for sm_90a" in said
+    assert "C compiler /" in said and f"its cache {tmp_path / 'triton'}; its ptxas knows sm_90" in said
+
+
+@pytest.mark.compile
+@pytest.mark.compile("nvrtc")
+def test_an_architecture_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = compilers(monkeypatch, (9, 9))
+    assert "'sm_99a' is not defined for option 'gpu-name'" in said and "does not compile for sm_99" in said
+    building.ptxas_refusal.cache_clear()
+
+
+@NEEDS_TRITON
+@pytest.mark.parametrize(("cc", "words"), [("none-such", "C compiler not found: CC is 'none-such'"), ("", "or name one in CC")])
+def test_no_c_compiler(cc: str, words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CC", cc)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert words in "\n".join(doctor._compilers(torch.device("cpu")))
+
+
+@NEEDS_TRITON
+def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    said = "\n".join(doctor._compilers(torch.device("cpu")))
+    assert "its cache cannot be written (" in said and "set TRITON_CACHE_DIR" in said
