@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Activations by name, one row each; every one is a plain function of a tensor, differentiable twice.
 
-A layer's ``activation`` and ``recurrent_activation`` take one of these names or any plain torch function::
+A layer's ``activation`` and ``recurrent_activation`` take one of these names or any plain torch function, also as a module
+without weights such as ``torch.nn.Mish()``::
 
     >>> gpu_rnn.GRU(4, 8, activation="softsign", recurrent_activation=lambda x: torch.sigmoid(2 * x))
     GRU(4, 8, activation=softsign, recurrent_activation=<lambda>)
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -61,16 +63,20 @@ def get(activation: str | Activation) -> Activation:
 
     Raises:
         ValueError: an unknown name (the known ones are listed).
-        TypeError: neither a name nor a function.
+        TypeError: neither a name nor a function; a module with weights.
     """
     if isinstance(activation, str):
         if activation not in ACTIVATIONS:
             raise ValueError(f"unknown activation {activation!r}; use one of {', '.join(ACTIVATIONS)}, or a function")
         return ACTIVATIONS[activation]
-    if isinstance(activation, torch.nn.Module) or not callable(activation):
+    name = type(activation).__name__
+    if isinstance(activation, torch.nn.Module) and next(chain(activation.parameters(), activation.buffers()), None) is not None:
         raise TypeError(
-            f"an activation is a name or a plain torch function such as torch.tanh, not {type(activation).__name__}"
+            f"an activation is a plain torch function, and a {name} has weights: write a gpu_rnn.Recurrence with params=, "
+            "which are the layer's own"
         )
+    if isinstance(activation, type) or not callable(activation):
+        raise TypeError(f"an activation is a name or a plain torch function such as torch.tanh or torch.nn.Tanh(), not {name}")
     return activation
 
 

@@ -28,7 +28,7 @@ def check(stack: Stack, x: Any, hx: Any, weights: Any, batch_sizes: Any = None) 
         RuntimeError: a tensor of another shape, dtype or device; no time steps.
     """
     _options(stack)
-    _tensor("x", x)
+    tensor("x", x)
     if not (x.dtype.is_floating_point or x.dtype.is_complex):
         raise TypeError(f"x holds floating-point or complex numbers, got {x.dtype}: convert it with .to(weights[0].dtype)")
     rank, axes = (3, "(B, T, I)" if stack.batch_first else "(T, B, I)") if batch_sizes is None else (2, "packed, (rows, I)")
@@ -49,7 +49,7 @@ def check(stack: Stack, x: Any, hx: Any, weights: Any, batch_sizes: Any = None) 
 
 def check_cell(stack: Stack, x: Any, hx: Any, weights: Any) -> None:
     """Every argument of `functional.cell`; errors as `check`'s."""
-    _tensor("x", x)
+    tensor("x", x)
     if x.dim() != 2:
         raise RuntimeError(f"x is (B, I), got {tuple(x.shape)}")
     states = None
@@ -107,7 +107,8 @@ def probability(name: str, value: Any) -> float:
     return float(value)
 
 
-def _tensor(name: str, value: Any) -> None:
+def tensor(name: str, value: Any) -> None:
+    """Raises TypeError for what is no strided tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} should be a Tensor, got {type(value).__name__}")
     if value.is_nested or value.layout != torch.strided:
@@ -150,7 +151,7 @@ def _weights(stack: Stack, x: Tensor, weights: Any) -> None:
     if not isinstance(weights, (tuple, list)):
         raise TypeError(f"weights should be a sequence of Tensors, got {type(weights).__name__}")
     for number, weight in enumerate(weights):
-        _tensor(f"weights[{number}]", weight)
+        tensor(f"weights[{number}]", weight)
     gates, features, found = len(stack.recurrence.gates), x.shape[-1], [tuple(w.shape) for w in weights]
     words = f"for an input of {features} features the weights are"
     first = found[0] if found else ()

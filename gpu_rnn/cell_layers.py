@@ -4,17 +4,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.rnn import RNNCellBase
 
-from gpu_rnn import cells, functional
+from gpu_rnn import arguments, cells, functional, layers
 from gpu_rnn.activations import Activation
+from gpu_rnn.documented import in_full
 from gpu_rnn.holder import Option, RecurrenceHolder, States, elman_activation
 from gpu_rnn.recurrence import Recurrence
 from gpu_rnn.stack import Stack
+
+if TYPE_CHECKING:
+    from gpu_rnn.calls import CellCall
 
 
 class CellBase(RecurrenceHolder, RNNCellBase):
@@ -63,6 +67,7 @@ class CellBase(RecurrenceHolder, RNNCellBase):
             RuntimeError: another feature size, hidden size, batch size or rank of a state.
             TypeError: hx is a tuple where a tensor belongs, or the reverse.
         """
+        arguments.tensor("input", input)
         states = None if hx is None else self._as_tuple(hx)
         batched = input.dim() == 2
         if not batched or states is not None:
@@ -102,8 +107,11 @@ class CellBase(RecurrenceHolder, RNNCellBase):
                 raise RuntimeError(
                     f"hidden{index} has inconsistent hidden_size: got {width}, expected {self.hidden_size}"
                 )
+            if state.dtype != input.dtype:
+                arguments.check_alike(input, (), states or ())
 
 
+@in_full(layers.RNN)
 class RNNCell(CellBase):
     """One step of `gpu_rnn.RNN`, a drop-in for torch.nn.RNNCell.
 
@@ -121,6 +129,9 @@ class RNNCell(CellBase):
         >>> gpu_rnn.RNNCell(4, 8)(torch.randn(3, 4)).shape
         torch.Size([3, 8])
     """
+
+    if TYPE_CHECKING:
+        __call__: CellCall[Tensor]
 
     def __init__(
         self,
@@ -141,6 +152,7 @@ class RNNCell(CellBase):
         self.nonlinearity = nonlinearity
 
 
+@in_full(layers.LSTM)
 class LSTMCell(CellBase):
     """One step of `gpu_rnn.LSTM`, a drop-in for torch.nn.LSTMCell.
 
@@ -160,6 +172,9 @@ class LSTMCell(CellBase):
         >>> h.shape
         torch.Size([3, 8])
     """
+
+    if TYPE_CHECKING:
+        __call__: CellCall[tuple[Tensor, Tensor]]
 
     def __init__(
         self,
@@ -183,6 +198,7 @@ class LSTMCell(CellBase):
         super().__init__(cells.lstm(**options), *given, backend=backend, options=options)
 
 
+@in_full(layers.GRU)
 class GRUCell(CellBase):
     """One step of `gpu_rnn.GRU`, a drop-in for torch.nn.GRUCell.
 
@@ -200,6 +216,9 @@ class GRUCell(CellBase):
         >>> gpu_rnn.GRUCell(4, 8)(torch.randn(3, 4)).shape
         torch.Size([3, 8])
     """
+
+    if TYPE_CHECKING:
+        __call__: CellCall[Tensor]
 
     def __init__(
         self,

@@ -23,8 +23,11 @@ def _remembered(make: Callable[..., Recurrence]) -> Callable[..., Recurrence]:
 
     @wraps(make)
     def cell(*args: Name | bool, **options: Name | bool) -> Recurrence:
-        named = all(isinstance(value, (str, bool)) for value in (*args, *options.values()))
-        return (kept if named else make)(*args, **options)
+        if all(isinstance(value, (str, bool)) for value in (*args, *options.values())):
+            return kept(*args, **options)
+        recurrence = make(*args, **options)
+        _ = recurrence.program  # what a function cannot be is said here, not at the first call
+        return recurrence
 
     return cell
 

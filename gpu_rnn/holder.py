@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
-from gpu_rnn import dispatch
+from gpu_rnn import dispatch, layer_options
 from gpu_rnn.activations import Activation, name_of
 from gpu_rnn.recurrence import Recurrence
 
@@ -49,6 +49,16 @@ class RecurrenceHolder(nn.Module):
         self._shown = {
             name: value if isinstance(value, bool) else name_of(value) for name, value in given.items()
         }
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """What steers a call is checked when it is set. A subclass may have attributes of its own by any name."""
+        if name in layer_options.ASSIGNED and "recurrence" in self.__dict__:
+            own = type(self).__module__.startswith("gpu_rnn.")
+            if own and (name != "nonlinearity" or name in self.__dict__):
+                value = layer_options.assigned(name, value)
+        elif name in layer_options.SIZES:
+            self.__dict__["_weight_shapes"] = None  # the weights' shapes are looked at again
+        nn.Module.__setattr__(self, name, value)
 
     def _weights(self) -> Sequence[Tensor]:
         """In the order of `functional.rnn`. Whatever took a parameter's place has its shape: kernels do not look.

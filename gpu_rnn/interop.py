@@ -219,7 +219,11 @@ def _check_cell(cell: str) -> None:
 
 def _tensor(value: Array) -> Tensor:
     """A copy, which is nobody's parameter."""
-    found = value.detach().clone() if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+    if isinstance(value, Tensor):
+        found = value.detach().clone()
+    else:
+        array = np.array(value)
+        found = torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
     if not found.is_floating_point():
         raise TypeError(f"weights are floating-point numbers, got {found.dtype}")
     return found

@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from gpu_rnn import functional, initializers, layer_options, regularization
+from gpu_rnn import arguments, functional, initializers, layer_options, regularization
 from gpu_rnn.controls import NONE, Controls
 from gpu_rnn.holder import Option, RecurrenceHolder, States
 from gpu_rnn.recurrence import Recurrence
@@ -32,7 +32,6 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
 
     # RNNBase keeps a second list of its weights for cuDNN's one flat buffer. Here they are read at each call,
     # so that whatever stands in for one (a parametrization, functional_call, pruning) is seen.
-    __setattr__ = nn.Module.__setattr__  # type: ignore[assignment]
     __getstate__ = object.__getstate__
     __setstate__ = nn.Module.__setstate__
     _replicate_for_data_parallel = nn.Module._replicate_for_data_parallel
@@ -130,6 +129,13 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
         """What RNNBase.check_input looks at."""
         return self._weights()
 
+    @_flat_weights.setter
+    def _flat_weights(self, weights: Sequence[Tensor | None]) -> None:
+        """Code for torch.nn puts the layer's own tensors here again; others would never be read."""
+        for name, weight in zip(self._flat_weights_names, weights, strict=True):
+            if weight is not getattr(self, name):
+                raise AttributeError(f"weights are read by name at each call: set {name} of this layer, not _flat_weights")
+
     def reset_parameters(self) -> None:
         """Uniform in ±1/sqrt(H) as torch.nn, but for what an initializer is given for; scales of norms are 1."""
         super().reset_parameters()
@@ -157,7 +163,7 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
         self,
         input: Tensor | PackedSequence,
         hx: Any = None,
-        *,
+        *further: Any,
         mask: Tensor | None = None,
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
@@ -172,9 +178,10 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
             hx: initial states, (D * num_layers, B, hidden_size) each, without B for unbatched input; with
                 projections h is proj_size wide. A tensor for a recurrence with one state, else a tuple in the
                 order of its states. None: the recurrence's initial values (zeros for RNN, LSTM and GRU).
+            further: nothing; what follows is given by name.
             mask: bool, shaped like input without its features: True where a step counts. States carry over the
-                other steps, whose output is 0.
-            lengths: (B), integers on any device, 0 allowed: how many steps each row has, in any order. Gives what
+                other steps, whose output is 0. A NumPy array will do, as for resets.
+            lengths: (B), integers on any device, a list or an array, 0 allowed: how many steps each row has, in any order. Gives what
                 packing the input gives, without packing it.
             resets: bool, shaped like mask: True where a new episode begins. States are set before that step, so
                 nothing passes between episodes in either direction.
@@ -190,9 +197,12 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
         Raises:
             ValueError: input of another rank, or of another dtype than the weights; a mask, lengths, resets or
                 reset_state of another shape, or beside a PackedSequence.
-            RuntimeError: another feature size, or states of another rank or shape; no time steps.
-            TypeError: hx is a tuple where a tensor belongs, or the reverse; a mask that is not bool.
+            RuntimeError: another feature size, or states of another rank, shape or dtype; no time steps.
+            TypeError: hx is a tuple where a tensor belongs, or the reverse, or with something else in it; a mask or
+                return_all_states that is not bool; a mask that is not given by name.
         """
+        if further or not isinstance(return_all_states, bool):
+            self._refuse(further, return_all_states)
         states = None if hx is None else self._as_tuple(hx)
         controls = NONE
         if not (mask is lengths is resets is reset_state is None):
@@ -200,7 +210,9 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
             controls = Controls.of(input, mask, lengths, resets, values)
         if isinstance(input, PackedSequence):
             output, states, every = self._packed(input, states, controls, return_all_states)
-        elif input.dim() == 3:
+            return self._returned(output, states, every, return_all_states)
+        arguments.tensor("input", input)
+        if input.dim() == 3:
             if states is not None:
                 self._check_rank(states, 3, "batched")
             if self.batch_first:
@@ -212,9 +224,17 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
             raise ValueError(
                 f"{type(self).__name__}: Expected input to be 2D or 3D, got {input.dim()}D instead"
             )
+        return self._returned(output, states, every, return_all_states)
+
+    def _returned(self, output: Any, states: States, every: States, all_states: bool) -> tuple[Any, ...]:
         if self._one_state:
-            return (output, states[0], every[0]) if return_all_states else (output, states[0])
-        return (output, states, every) if return_all_states else (output, states)
+            return (output, states[0], every[0]) if all_states else (output, states[0])
+        return (output, states, every) if all_states else (output, states)
+
+    def _refuse(self, further: tuple[Any, ...], all_states: Any) -> NoReturn:
+        if further:
+            raise TypeError(f"{type(self).__name__}: after hx, arguments are given by name: layer(x, hx, mask=mask)")
+        raise TypeError(f"{type(self).__name__}: return_all_states should be True or False, got: {all_states!r}")
 
     def _unbatched(
         self, input: Tensor, states: States | None, controls: Controls, all_states: bool
@@ -305,11 +325,25 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
             all_states,
         )
 
+    def check_forward_args(self, input: Tensor, hidden: Any, batch_sizes: Tensor | None) -> None:
+        """What torch.nn's layers check of input (T, B, I), or packed, and states; errors as `forward`'s."""
+        self.check_input(input, batch_sizes)
+        self._check_states(input, self._as_tuple(hidden), batch_sizes)
+
+    def permute_hidden(self, hx: Any, permutation: Tensor | None) -> Any:
+        """The states with the rows of the batch in another order; None leaves them."""
+        if permutation is None:
+            return hx
+        states = tuple(state.index_select(1, permutation) for state in self._as_tuple(hx))
+        return states[0] if self._one_state else states
+
     def _check_states(self, input: Tensor, states: States, batch_sizes: Tensor | None) -> None:
         expected = self.get_expected_hidden_size(input, batch_sizes)
         for index, state in enumerate(states):
             which = "" if self._one_state else f"[{index}]"
             self.check_hidden_size(state, expected, f"Expected hidden{which} size {{}}, got {{}}")
+            if state.dtype != input.dtype:
+                arguments.check_alike(input, (), states)
             expected = (*expected[:2], self.hidden_size)  # a projection narrows the first state only
 
 

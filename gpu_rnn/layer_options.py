@@ -7,7 +7,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, TypedDict
 
-from gpu_rnn import initializers
+from gpu_rnn import dispatch, initializers
+from gpu_rnn.arguments import probability
 from gpu_rnn.initializers import Initializer
 from gpu_rnn.recurrence import Recurrence
 
@@ -68,44 +69,63 @@ def checked(
 
     Raises:
         TypeError: an option that does not exist, or a value of the wrong type.
-        ValueError: a probability outside [0, 1], zoneout for another number of states, of a projected h
+        ValueError: a probability outside [0, 1], recurrent_dropout_per_gate without recurrent_dropout, zoneout for another number of states, of a projected h
             or of a state that begins at infinity.
     """
     unknown = options.keys() - DEFAULTS.keys()
     if unknown:
         known = ", ".join((*others, *DEFAULTS))
         raise TypeError(f"{layer} got an unexpected keyword argument {min(unknown)!r}; besides torch.nn's it takes {known}")
-    found = {**DEFAULTS, **options}
-    for name, default in DEFAULTS.items():
-        if isinstance(default, bool) and not isinstance(found[name], bool):
-            raise TypeError(f"{name} should be True or False, got: {found[name]!r}")
-        if name.endswith("_initializer") and found[name] is not None:
-            initializers.resolve(found[name])
-    for name in ("recurrent_dropout", "weight_drop"):
-        found[name] = _probability(name, found[name])
+    if options.get("recurrent_dropout_per_gate") and "recurrent_dropout" not in options:
+        raise ValueError("recurrent_dropout_per_gate says how recurrent_dropout draws its masks: give recurrent_dropout=p, too")
+    found = {name: value(name, options.get(name, default)) for name, default in DEFAULTS.items()}
     found["zoneout"] = zoneout(found["zoneout"], recurrence, proj_size)
     return found
 
 
-def zoneout(value: Any, recurrence: Recurrence, proj_size: int) -> tuple[float, ...]:
-    """A probability for each state; errors as `checked`'s."""
-    several = isinstance(value, (tuple, list))
-    given = tuple(value) if several else (value,) * len(recurrence.states)
-    if len(given) != len(recurrence.states):
-        states = ", ".join(recurrence.states)
-        raise ValueError(f"zoneout is one probability or one for each state ({states}), got {len(given)}")
-    given = tuple(_probability("zoneout", each) for each in given)
-    if proj_size and given[0]:
-        raise ValueError("zoneout of h is not defined with proj_size: h is a projection; give zoneout=(0.0, p) for c alone")
-    for state, initial, probability in zip(recurrence.states, recurrence.initial, given, strict=True):
-        if probability and not math.isfinite(initial):
-            raise ValueError(f"zoneout of state {state} has no expectation: it begins at {initial}; give it probability 0")
+def value(name: str, given: Any) -> Any:
+    """The value of an option, checked; errors as `checked`'s. Of zoneout, which depends on the recurrence, see there."""
+    if name.endswith("_initializer"):
+        if given is not None:
+            initializers.resolve(given)
+    elif isinstance(DEFAULTS.get(name), bool):
+        if not isinstance(given, bool):
+            raise TypeError(f"{name} should be True or False, got: {given!r}")
+    elif name in ("dropout", "recurrent_dropout", "weight_drop"):
+        return probability(name, given)
+    elif name == "backend":
+        dispatch.check_name(given)
     return given
 
 
-def _probability(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} should be a number between 0 and 1, got: {value!r}")
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} should be a number in range [0, 1] representing the probability, got: {value}")
-    return float(value)
+def assigned(name: str, given: Any) -> Any:
+    """The value for an attribute of a layer or cell that exists already.
+
+    Raises:
+        AttributeError: one that the parameters or the recurrence were made from.
+        TypeError, ValueError: as `value`.
+    """
+    if name in OF_THE_RECURRENCE:
+        raise AttributeError(f"{name} is part of the recurrence, which this layer was made with: make another layer with it")
+    return value(name, given)
+
+
+OF_THE_RECURRENCE = ("activation", "recurrent_activation", "reset_after", "peephole", "nonlinearity")
+SIZES = ("input_size", "hidden_size", "num_layers", "bias", "bidirectional", "proj_size")
+ASSIGNED = frozenset((*DEFAULTS, *OF_THE_RECURRENCE, "dropout", "backend"))
+
+
+def zoneout(given: Any, recurrence: Recurrence, proj_size: int) -> tuple[float, ...]:
+    """A probability for each state; errors as `checked`'s."""
+    several = isinstance(given, (tuple, list))
+    given = tuple(given) if several else (given,) * len(recurrence.states)
+    if len(given) != len(recurrence.states):
+        states = ", ".join(recurrence.states)
+        raise ValueError(f"zoneout is one probability or one for each state ({states}), got {len(given)}")
+    given = tuple(probability("zoneout", each) for each in given)
+    if proj_size and given[0]:
+        raise ValueError("zoneout of h is not defined with proj_size: h is a projection; give zoneout=(0.0, p) for c alone")
+    for state, initial, chance in zip(recurrence.states, recurrence.initial, given, strict=True):
+        if chance and not math.isfinite(initial):
+            raise ValueError(f"zoneout of state {state} has no expectation: it begins at {initial}; give it probability 0")
+    return given

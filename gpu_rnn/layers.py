@@ -6,18 +6,25 @@ Each is a recurrence and torch.nn's constructor; what they do is `layer_base.Lay
 
 from __future__ import annotations
 
-from typing import Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 
 from gpu_rnn import cells
 from gpu_rnn.activations import Activation
+from gpu_rnn.documented import in_full
 from gpu_rnn.holder import elman_activation, refuse_projection
 from gpu_rnn.layer_base import LayerBase
 from gpu_rnn.layer_options import LayerOptions
 from gpu_rnn.recurrence import Recurrence
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
+    from gpu_rnn.calls import LayerCall
+
+
+@in_full()
 class Recurrent(LayerBase):
     """The layer for any recurrence: stacks, both directions, packed input, dropout, all as in torch.nn.GRU.
 
@@ -57,6 +64,9 @@ class Recurrent(LayerBase):
         (torch.Size([5, 3, 16]), torch.Size([2, 3, 8]))
     """
 
+    if TYPE_CHECKING:
+        __call__: LayerCall[Any]
+
     def __init__(
         self,
         recurrence: Recurrence,
@@ -85,6 +95,7 @@ class Recurrent(LayerBase):
         return f"{self.recurrence.name}, {super().extra_repr()}"
 
 
+@in_full(Recurrent)
 class RNN(LayerBase):
     """Elman's network, h' = φ(W_ih x + b_ih + W_hh h + b_hh), a drop-in for torch.nn.RNN.
 
@@ -103,6 +114,9 @@ class RNN(LayerBase):
         >>> output.shape, h.shape
         (torch.Size([5, 3, 8]), torch.Size([1, 3, 8]))
     """
+
+    if TYPE_CHECKING:
+        __call__: LayerCall[Tensor]
 
     def __init__(
         self,
@@ -132,6 +146,7 @@ class RNN(LayerBase):
         self.nonlinearity = nonlinearity
 
 
+@in_full(Recurrent)
 class LSTM(LayerBase):
     """Long short-term memory, a drop-in for torch.nn.LSTM.
 
@@ -156,6 +171,9 @@ class LSTM(LayerBase):
         >>> output.shape, c.shape
         (torch.Size([5, 3, 8]), torch.Size([1, 3, 8]))
     """
+
+    if TYPE_CHECKING:
+        __call__: LayerCall[tuple[Tensor, Tensor]]
 
     def __init__(
         self,
@@ -196,6 +214,7 @@ class LSTM(LayerBase):
         )
 
 
+@in_full(Recurrent)
 class GRU(LayerBase):
     """Gated recurrent unit, a drop-in for torch.nn.GRU.
 
@@ -218,6 +237,9 @@ class GRU(LayerBase):
         >>> output.shape, h.shape
         (torch.Size([5, 3, 8]), torch.Size([1, 3, 8]))
     """
+
+    if TYPE_CHECKING:
+        __call__: LayerCall[Tensor]
 
     def __init__(
         self,

@@ -105,7 +105,7 @@ def test_bad_activation_names_the_known_ones(name: str) -> None:
     with pytest.raises(ValueError, match=r"'tanhh'.*hard_sigmoid"):
         getattr(gpu_rnn, name)(3, 5, activation="tanhh")
     with pytest.raises(TypeError, match="plain torch function"):
-        getattr(gpu_rnn, name)(3, 5, recurrent_activation=nn.Sigmoid())
+        getattr(gpu_rnn, name)(3, 5, recurrent_activation=nn.PReLU())
 
 
 INPUTS = {
