@@ -166,7 +166,7 @@ def test_weights_of_arrays_in_another_byte_order() -> None:
     layer = gpu_rnn.LSTM(I, H)
     state = {name: tensor.numpy() for name, tensor in layer.state_dict().items()}
     other = {name: array.astype(array.dtype.newbyteorder(">")) for name, array in state.items()}
-    for own, expected in zip(*(interop.to_keras(each, "lstm") for each in (other, state)), strict=True):
+    for own, expected in zip(*(interop.to_keras(each, "lstm")[0] for each in (other, state)), strict=True):
         np.testing.assert_array_equal(own, expected)
 
 
