@@ -117,7 +117,9 @@ def name_of(layout: Layout, steps: int, batch: int, n: int, hidden: int) -> int:
         f"{layout.kernel} of {layout.parsed.name} (T {steps}, B {batch}, N {n}, H {hidden}, "
         f"{str(layout.dtype).removeprefix('torch.')}, {layout.members} blocks a group)"
     )
-    return min(_names.setdefault(text, len(_names) + 1), 0xFFFF)
+    if len(_names) < 0xFFFF:  # the last number stands for all that come later
+        _names.setdefault(text, len(_names) + 1)
+    return _names.get(text, 0xFFFF)
 
 
 def error_word(device: torch.device) -> Tensor:
