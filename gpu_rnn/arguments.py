@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gpu_rnn import autocast, dispatch
+from gpu_rnn import autocast, dispatch, onlookers
 from gpu_rnn.recurrence import Recurrence
 
 if TYPE_CHECKING:
@@ -111,8 +111,13 @@ def tensor(name: str, value: Any) -> None:
     """Raises TypeError for what is no strided tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} should be a Tensor, got {type(value).__name__}")
-    if value.is_nested or value.layout != torch.strided:
-        raise TypeError(f"{name} should be a strided tensor, got a nested or {value.layout} one: pad it, or use .to_dense()")
+    if value.is_nested:
+        raise TypeError(
+            f"{name} should be a strided tensor, got a nested one: pad it with torch.nested.to_padded_tensor({name}, 0.0) and "
+            "give lengths=, the number of steps of each row"
+        )
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} should be a strided tensor, got a {value.layout} one: use .to_dense()")
 
 
 def each_tensor(name: str, values: Any, names: Sequence[str]) -> None:
@@ -138,7 +143,7 @@ def _batch_sizes(sizes: Any, rows: int) -> None:
         raise TypeError(f"batch_sizes is an int64 tensor (T) on the CPU, as of a PackedSequence, got {found}")
     if not len(sizes):
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    if torch.compiler.is_compiling():
+    if onlookers.recorded(sizes):
         return
     values = sizes.tolist()
     if values[-1] < 1 or values != sorted(values, reverse=True):

@@ -2,8 +2,8 @@
 """The eager way into the time loops: autograd.Functions with jvp and vmap rules over the same two passes.
 
 A custom op under jvp returns zeros without a word, and func.grad, jacrev and hessian raise; so eager and functorch come
-in here, and only torch.compile and torch.export use the ops. First derivatives run on the chosen backend, all others
-on the reference.
+in here, and torch.compile, torch.export and torch.jit.trace alone use the ops themselves. Who looks on below, such as
+make_fx, is shown each pass as the op. First derivatives run on the chosen backend, all others on the reference.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack, peek_interpreter_stack
 
-import gpu_rnn.ops  # noqa: F401  # registers the ops
-from gpu_rnn import batching, execution
+from gpu_rnn import batching, dispatch, execution, onlookers, ops
 from gpu_rnn.execution import Options
 from gpu_rnn.layout import SAVED, Inputs, Result, like_row, primals
 from gpu_rnn.program import Program
@@ -37,26 +36,62 @@ def layer(text: str, options: Options, inputs: Inputs) -> tuple[Tensor, list[Ten
     """One layer, by the way in that fits: y (T, B, N, P), the final states (B, N, ·), and `Result.inner`."""
     count = len(inputs.states)
     wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs.primals)
-    if torch.compiler.is_compiling():
-        if torch.autograd.forward_ad._current_level >= 0:  # a custom op's tangent would be 0 without a word
-            raise RuntimeError("torch.compile cannot take a layer's forward-mode derivative: take it of the layer itself")
-        # An exported program keeps nothing: it is mostly for inference, and its backward pass runs forward again.
-        # (Its flag, as torch.compiler.is_exporting() is true under torch.compile as well in torch 2.11.)
-        options = options._replace(save=wants_grad and not torch.compiler._is_exporting_flag)
-        x, weights, control, states, reset_values = inputs
-        arguments = (x, *weights, *control, list(states), list(reset_values), text, options.encode())
-        y, *rest = torch.ops.gpu_rnn.rnn(*arguments)
+    if torch.compiler.is_compiling() or onlookers.traced() or onlookers.only_functionalizes():
+        y, *rest = _registered(text, options, inputs, wants_grad)
         return y, rest[:count], rest[-1]
-    if options.backend == "reference" or inputs.x.is_complex() or _forward_levels() > 1:
+    transformed = transforms_active()
+    exact = inputs.x.is_complex() or _forward_levels() > 1 or onlookers.functionalizes()
+    if exact or (options.backend == "reference" and not onlookers.without_values(inputs.x)):
         y, *rest = execution.pure(text, options, inputs)(*(p for p in inputs.primals if p is not None))
         return y, rest[:count], rest[-1]  # the last is `inner` where all states are wanted
-    transformed = transforms_active()
     if not wants_grad and not transformed:
-        result = execution.run(text, options, inputs)
+        result = _forward(text, options, inputs)
         return result.y, result.final, result.inner
     options = options._replace(save=wants_grad or transformed)
     y, *rest = Forward.apply(text, options, *inputs.row)
     return y, rest[:count], rest[-1]
+
+
+def _registered(text: str, options: Options, inputs: Inputs, wants_grad: bool) -> list[Tensor]:
+    """The registered operation with its own derivative, where torch records no autograd.Function."""
+    if onlookers.traced() and torch.onnx.is_in_onnx_export():
+        raise RuntimeError(
+            "torch.onnx.export(dynamo=False) can write standard layers that ATen runs, not this call of a recurrent layer: "
+            "keep the model with torch.export.export and torch.export.save"
+        )
+    if torch.autograd.forward_ad._current_level >= 0:  # a custom op's tangent would be 0 without a word
+        raise RuntimeError(
+            "torch.compile and torch.jit.trace cannot take a layer's forward-mode derivative: take it of the layer itself"
+        )
+    # An exported program keeps nothing: it is mostly for inference, and its backward pass runs forward again. (Its flag,
+    # as torch.compiler.is_exporting() is true under torch.compile as well in torch 2.11.) Nor does a trace, whose own
+    # check traces once more without gradients and compares the text.
+    dispatch.check_recorded(options.backend)
+    keeps = wants_grad and not (torch.compiler._is_exporting_flag or onlookers.traced())
+    options = options._replace(save=keeps)
+    x, weights, control, states, reset_values = inputs
+    arguments = (x, *weights, *control, list(states), list(reset_values), text, options.encode())
+    return list(torch.ops.gpu_rnn.rnn(*arguments))
+
+
+def _forward(text: str, options: Options, inputs: Inputs, keep: bool = False) -> Result:
+    """The forward pass below all transforms: for those who look on, one operation."""
+    if not onlookers.watched(inputs.row):
+        return execution.run(text, options, inputs, keep)
+    dispatch.check_recorded(options.backend)
+    *outputs, gates, recurrent, inner = torch.ops.gpu_rnn.rnn(*ops.in_order(inputs), text, options.encode())
+    return Result(outputs[0], outputs[1:], gates, recurrent, inner)
+
+
+def _backward(
+    text: str, options: Options, d_outputs: Sequence[Tensor], inputs: Inputs, saved: Result
+) -> list[Tensor | None]:
+    """Likewise the backward pass."""
+    if not onlookers.watched((*inputs.row, *d_outputs)):
+        return execution.run_backward(text, options, d_outputs, inputs, saved)
+    kept = [saved.y, saved.gates, saved.recurrent, saved.inner]
+    found = torch.ops.gpu_rnn.rnn_backward(list(d_outputs), kept, *ops.in_order(inputs), text, options.encode())
+    return [None if primal is None else d for primal, d in zip(inputs.primals, found, strict=True)]
 
 
 def _states(text: str) -> int:
@@ -68,7 +103,7 @@ class Forward(torch.autograd.Function):
 
     @staticmethod
     def forward(text: str, options: Options, *tensors: Any) -> tuple[Tensor, ...]:
-        result = execution.run(text, options, Inputs.flat(tensors, _states(text)), keep=options.save)
+        result = _forward(text, options, Inputs.flat(tensors, _states(text)), keep=options.save)
         return (result.y, *result.final, *result.saved)
 
     @staticmethod
@@ -121,7 +156,7 @@ class Backward(torch.autograd.Function):
     def forward(text: str, options: Options, *tensors: Any) -> tuple[Tensor, ...]:
         row, saved, d_outputs = batching.split(text, options, tensors)
         inputs = Inputs.flat(row, _states(text))
-        found = execution.run_backward(text, options, d_outputs, inputs, Result.of_saved(*saved))
+        found = _backward(text, options, d_outputs, inputs, Result.of_saved(*saved))
         return tuple(d for d in found if d is not None)
 
     @staticmethod

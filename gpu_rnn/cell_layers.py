@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.modules.rnn import RNNCellBase
 
-from gpu_rnn import arguments, cells, functional, layers
+from gpu_rnn import arguments, cells, functional, layers, onlookers
 from gpu_rnn.activations import Activation
 from gpu_rnn.documented import in_full
 from gpu_rnn.holder import Option, RecurrenceHolder, States, elman_activation
@@ -67,6 +68,8 @@ class CellBase(RecurrenceHolder, RNNCellBase):
             RuntimeError: another feature size, hidden size, batch size or rank of a state.
             TypeError: hx is a tuple where a tensor belongs, or the reverse.
         """
+        if isinstance(input, Proxy):
+            return onlookers.leaf(self, input, hx)
         arguments.tensor("input", input)
         states = None if hx is None else self._as_tuple(hx)
         batched = input.dim() == 2

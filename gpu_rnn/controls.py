@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from gpu_rnn import autocast, autograd
+from gpu_rnn import autocast, autograd, onlookers
 from gpu_rnn.layout import RESET, SKIP, Control
 from gpu_rnn.transfer import to_device
 
@@ -198,7 +198,7 @@ def _checked_lengths(lengths: Tensor, steps: int, batch: int) -> Tensor:
     """Lengths on a GPU are clamped instead of looked at: the host would have to wait for them."""
     if lengths.shape != (batch,):
         raise ValueError(f"lengths has one number for each of the {batch} rows of the batch, got shape {tuple(lengths.shape)}")
-    known = lengths.is_cpu and not torch.compiler.is_compiling() and not autograd.transforms_active()
+    known = lengths.is_cpu and not onlookers.recorded(lengths) and not autograd.transforms_active()
     if known and batch and not 0 <= int(lengths.min()) <= int(lengths.max()) <= steps:
         raise ValueError(f"lengths are between 0 and {steps}, the steps of the input, got {lengths.tolist()}")
     return lengths if known else lengths.clamp(0, steps)

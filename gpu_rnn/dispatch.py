@@ -65,6 +65,15 @@ def check_name(backend: str) -> None:
         raise ValueError(f"backend must be 'auto' or one of {', '.join(BACKENDS)}, got {backend!r}")
 
 
+def check_recorded(backend: str) -> None:
+    """Raises ValueError for a backend that no registered operation runs on, when there is no problem yet to be selected for."""
+    if backend not in ("auto", *LOOPS):
+        raise ValueError(
+            f"backend={backend!r} cannot run this call where it is recorded (torch.compile, torch.export, make_fx): that runs "
+            f"one of {', '.join(LOOPS)}\nUse backend='auto', or remove the cause."
+        )
+
+
 def select(problem: Problem, backend: str = "auto", among: tuple[str, ...] = tuple(BACKENDS)) -> str:
     """The name of the cheapest backend that can run a problem, or of the one asked for.
 

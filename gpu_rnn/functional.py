@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gpu_rnn import arguments, autocast, autograd, dispatch, second_order
+from gpu_rnn import arguments, autocast, autograd, dispatch, onlookers, second_order
 from gpu_rnn.controls import NONE, Controls
 from gpu_rnn.launch import aten
 from gpu_rnn.recurrence import Recurrence
@@ -139,7 +139,7 @@ def _run(
 ) -> tuple[Tensor, States, States]:
     """`run` of tensors in the dtype that is computed in."""
     steps, batch = stack.sizes(x, batch_sizes)
-    if not torch.compiler.is_compiling():
+    if not onlookers.recorded(x):
         if x.is_cpu and _certainly_aten(stack, x, controls):
             return *stack.aten(x, hx or stack.initial(x, weights, batch), weights, batch_sizes), ()
         problem = stack.problem(x, hx, weights, steps, batch, batch_sizes is not None, controls)
@@ -148,14 +148,20 @@ def _run(
             if x.is_cuda:
                 return *_aten_on_gpu(stack, x, states, weights, batch_sizes, problem.training), ()
             return *stack.aten(x, states, weights, batch_sizes), ()
+    elif _recorded_as_aten(stack.backend) and _takes_aten(stack, x, controls):
+        return *stack.aten(x, hx or stack.initial(x, weights, batch), weights, batch_sizes), ()
     return stack.loops(x, hx or stack.initial(x, weights, batch), weights, batch_sizes, controls)
 
 
 def _certainly_aten(stack: Stack, x: Tensor, controls: Controls) -> bool:
     """On a CPU ATen is predicted cheapest wherever it runs: no Problem is needed, which takes 5 µs of a short call to make."""
+    return dispatch.only_predicted_on_cpu() and _takes_aten(stack, x, controls)
+
+
+def _takes_aten(stack: Stack, x: Tensor, controls: Controls) -> bool:
+    """Whether ATen has a stack's cell and options, and nothing forbids it."""
     return (
-        dispatch.only_predicted_on_cpu()
-        and stack.recurrence.aten is not None
+        stack.recurrence.aten is not None
         and not (stack.norm or stack.all_states or controls.given)
         and stack.backend in ("auto", "aten")
         and "GPU_RNN_BACKEND" not in os.environ
@@ -163,6 +169,12 @@ def _certainly_aten(stack: Stack, x: Tensor, controls: Controls) -> bool:
         and not x.is_complex()
         and not aten.missing(stack.recurrence.aten, x.dtype, torch.is_grad_enabled())
     )
+
+
+def _recorded_as_aten(backend: str) -> bool:
+    """What records sees ATen's operations as well as this package's. A trace is of ATen's, as torch.nn's is, where it can
+    be: it then runs without this package."""
+    return not torch.compiler.is_compiling() and (backend == "aten" or onlookers.traced())
 
 
 def _aten_on_gpu(
@@ -215,7 +227,7 @@ def one_step(
     """`cell` of arguments that are checked already."""
     if torch._C._is_any_autocast_enabled():
         (x,), hx = autocast.cast((x,)), hx and autocast.cast(hx)
-    if recurrence.aten and backend in ("auto", "aten") and not torch.compiler.is_compiling():
+    if recurrence.aten and backend in ("auto", "aten") and (not onlookers.recorded(x) or _recorded_as_aten(backend)):
         if not autograd.transforms_active():
             given = hx or tuple(s[0] for s in Stack(recurrence, bias).initial(x[None], weights, x.shape[0]))
             biases = weights[2:] if bias else (None, None)

@@ -9,9 +9,10 @@ from typing import Any, NoReturn
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
-from gpu_rnn import arguments, functional, initializers, layer_options, regularization
+from gpu_rnn import arguments, functional, initializers, layer_options, onlookers, regularization
 from gpu_rnn.controls import NONE, Controls
 from gpu_rnn.holder import Option, RecurrenceHolder, States
 from gpu_rnn.recurrence import Recurrence
@@ -199,8 +200,11 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
                 reset_state of another shape, or beside a PackedSequence.
             RuntimeError: another feature size, or states of another rank, shape or dtype; no time steps.
             TypeError: hx is a tuple where a tensor belongs, or the reverse, or with something else in it; a mask or
-                return_all_states that is not bool; a mask that is not given by name.
+                return_all_states that is not bool; a mask that is not given by name; a nested input.
         """
+        if isinstance(input, Proxy):
+            given = {"mask": mask, "lengths": lengths, "resets": resets, "reset_state": reset_state}
+            return onlookers.leaf(self, input, hx, **given, return_all_states=return_all_states)
         if further or not isinstance(return_all_states, bool):
             self._refuse(further, return_all_states)
         states = None if hx is None else self._as_tuple(hx)

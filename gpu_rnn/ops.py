@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two functional custom ops, `gpu_rnn::rnn` and `gpu_rnn::rnn_backward`, for torch.compile and torch.export.
+"""The two functional custom ops, `gpu_rnn::rnn` and `gpu_rnn::rnn_backward`, for torch.compile, torch.export and whatever
+else records operations (`gpu_rnn.onlookers`).
 
 Both take the cell as its program's text and the options as one short string. The eager way in, with derivatives of
 every order, jvp and vmap, is `gpu_rnn.autograd`.
@@ -130,9 +131,13 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     if Options.decode(ctx.options).all_states:
         grads, shapes = [*grads[: len(shapes)], grads[-1]], [*shapes, saved[-1]]
     d = [torch.zeros_like(s) if g is None else g for g, s in zip(grads, shapes, strict=False)]
-    arguments = _grouped(inputs.row, len(inputs.states))
-    found = torch.ops.gpu_rnn.rnn_backward(d, list(saved), *arguments, ctx.program, ctx.options)
+    found = torch.ops.gpu_rnn.rnn_backward(d, list(saved), *in_order(inputs), ctx.program, ctx.options)
     return *_as_given(inputs, found), None, None
+
+
+def in_order(inputs: Inputs) -> list[Any]:
+    """A call's tensors as both ops take them."""
+    return _grouped(inputs.row, len(inputs.states))
 
 
 def _grouped(row: Sequence[Any], states: int) -> list[Any]:

@@ -93,9 +93,14 @@ def _undisturbed() -> Iterator[None]:
     """A cell may meet its first call inside a torch.func transform, a tracer, fake tensors or inference_mode: its own
     trace takes no part in them. (A thread of its own would do the same, but a second one crashes fake tensors in CUDA
     builds of torch 2.11 on a machine without a GPU.)"""
-    with temporarily_clear_interpreter_stack(), _disable_current_modes(), torch.inference_mode(False):
-        with torch.enable_grad(), torch.autocast("cpu", enabled=False):
-            yield
+    traced = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        with temporarily_clear_interpreter_stack(), _disable_current_modes(), torch.inference_mode(False):
+            with torch.enable_grad(), torch.autocast("cpu", enabled=False):
+                yield
+    finally:
+        torch._C._set_tracing_state(traced)  # type: ignore[attr-defined]
 
 
 @cache

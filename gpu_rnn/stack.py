@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpu_rnn import arguments, autograd, dispatch, precision
+from gpu_rnn import arguments, autograd, dispatch, onlookers, precision
 from gpu_rnn.controls import NONE, Controls
 from gpu_rnn.execution import Options
 from gpu_rnn.launch import aten
@@ -207,14 +207,14 @@ class Stack(NamedTuple):
         return x, joined, tuple(torch.cat(parts, 1) for parts in zip(*every, strict=True))
 
     def _staggered(self, x: Tensor, states: States, weights: Sequence[Tensor], controls: Controls) -> bool:
-        """Whether the layers run as a wavefront. What is compiled decides as it runs: its T may be any."""
+        """Whether the layers run as a wavefront. What is recorded decides as it runs: its T may be any."""
         if self.num_layers == 1 or self.bidirectional or self.norm or self.proj_size:
             return False
         lowest, wanting = weights[: len(weights) // self.num_layers], (x, *states, *weights)
         frozen = not any(t.requires_grad for t in (x, *lowest)) and any(t.requires_grad for t in wanting)
         if frozen and torch.is_grad_enabled():  # a wavefront would run its layers backward all the same
             return False
-        if torch.compiler.is_compiling():
+        if onlookers.recorded(x):
             asked = (self.backend, os.environ.get("GPU_RNN_BACKEND"))
             return x.is_cuda and "reference" not in asked and not x.is_complex()
         problem = self.problem(x, states, weights, x.shape[0], x.shape[1], False, controls)

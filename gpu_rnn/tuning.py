@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from gpu_rnn import autograd, cache, devices, dispatch
+from gpu_rnn import autograd, cache, devices, dispatch, onlookers
 from gpu_rnn.choices import Question, Times
 from gpu_rnn.dispatch import forget
 from gpu_rnn.explanation import NO_INPUT, problem_of, sizes
@@ -122,8 +122,8 @@ def tune(layer: LayerBase, x: Tensor | PackedSequence, *, seconds: float = 2.0, 
         True
         >>> gpu_rnn.tuning.forget()             # back to the cost models
     """
-    if torch.compiler.is_compiling() or autograd.transforms_active():
-        raise RuntimeError("tune measures calls: run it before torch.compile and outside of torch.func transforms")
+    if onlookers.recorded(x) or autograd.transforms_active():
+        raise RuntimeError("tune measures calls: run it before torch.compile and whatever else records, and outside of torch.func transforms")
     _check(x, call, seconds)
     device = x.data.device
     _check_place(device)

@@ -12,6 +12,7 @@ from torch import _VF as VF
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from gpu_rnn import onlookers
 from gpu_rnn.launch import rates
 from gpu_rnn.launch.common import products
 from gpu_rnn.problem import Problem
@@ -99,8 +100,10 @@ def stack(
     batch_sizes: Tensor | None,
 ) -> Output:
     """A whole stack of layers. Arguments as torch._VF's; dropout is 0 outside training, and on a GPU (`functional`)."""
-    training = dropout > 0 or torch.is_grad_enabled()  # oneDNN keeps what its backward needs only in training
-    if x.is_cuda and torch.cudnn_is_acceptable(x):
+    recorded = onlookers.recorded(x)
+    # oneDNN keeps what its backward needs only in training. A trace says yes: it may be run either way.
+    training = dropout > 0 or torch.is_grad_enabled() or recorded
+    if x.is_cuda and torch.cudnn_is_acceptable(x) and not recorded:
         return _cudnn(mode, x, hx, weights, num_layers, bidirectional, batch_first, batch_sizes)
     function = FUNCTIONS[mode]
     states: Any = hx if mode == "LSTM" else hx[0]
