@@ -197,3 +197,11 @@ def with_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvrtc, "unavailable", lambda: "")
     monkeypatch.setattr(group, "prepare", lambda problem: None)
     dispatch._forget_answers()
+
+
+@pytest.fixture
+def uninitialised_memory_is_nan() -> Iterator[None]:
+    """An element that nobody writes fails a comparison."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import loop_support as support
@@ -19,15 +19,10 @@ from gpu_rnn.recurrence import Recurrence
 EXACT = 1e-10
 RAGGED = (5, 0, 3)
 
-pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
-
-
-@pytest.fixture(autouse=True)
-def uninitialised_memory_is_nan() -> Iterator[None]:
-    """An element that nobody writes fails the comparison."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
+    pytest.mark.usefixtures("uninitialised_memory_is_nan"),
+]
 
 
 STANDARD: list[tuple[type[nn.RNNBase], dict[str, Any], Recurrence]] = [

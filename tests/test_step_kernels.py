@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import loop_support as support
 import pytest
 import torch
@@ -16,13 +14,7 @@ TIGHT = 1e-5  # float32 against float64 over a few steps
 LAYOUTS = [("0", None), ("01", None), ("01", (4, 0, 2))]
 HALF = [torch.float16, torch.bfloat16]
 
-
-@pytest.fixture(autouse=True)
-def uninitialised_memory_is_nan() -> Iterator[None]:
-    """An element that nobody writes fails the comparison."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("uninitialised_memory_is_nan")
 
 
 def compare(name: str, reverse: str, lengths: tuple[int, ...] | None, device: str, **sizes: int) -> None:

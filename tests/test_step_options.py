@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import combinations, product
 
 import loop_support as support
@@ -30,13 +29,7 @@ CELLS = tuple(support.RECURRENCES)
 PROJECTED = ("lstm", "peephole_lstm", "coupled_lstm", "slstm")
 Options = tuple[str, ...]
 
-
-@pytest.fixture(autouse=True)
-def uninitialised_memory_is_nan() -> Iterator[None]:
-    """An element that nobody writes fails the comparison."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("uninitialised_memory_is_nan")
 
 
 @pytest.fixture(autouse=True)

@@ -28,7 +28,7 @@ Force = Callable[[int], None]
 
 
 @pytest.fixture
-def force(monkeypatch: pytest.MonkeyPatch) -> Iterator[Force]:
+def force(monkeypatch: pytest.MonkeyPatch, uninitialised_memory_is_nan: None) -> Iterator[Force]:
     """A function that makes every stack that can run as a wavefront do so from then on, in chunks of so many steps."""
 
     def every_stack(chunk: int) -> None:
