@@ -6,67 +6,46 @@ layout    input weights, recurrent weights         LSTM    GRU        biases
 ========  =======================================  ======  =========  =====================================
 torch     (G·H, I), (G·H, H), layer by layer       i f g o r z n      two of (G·H)
 Keras     (I, G·H), (H, G·H)                       i f g o z r n      (G·H); (2, 3·H) with reset_after=True
+CuDNN     (I, G·H), (H, G·H), a gate read (H, I)   i f g o z r n      (2·G·H)
 ONNX      W (D, G·H, I), R (D, G·H, H)             i o f g z r n      B (D, 2·G·H)
 Haste     (I, 4·H), (H, 4·H)                       i g f o            (4·H)
 ========  =======================================  ======  =========  =====================================
 
 G gates (g is the LSTM's cell gate, which Keras and ONNX call c; n is the GRU's candidate, theirs is h), H units,
 I input features, D directions. Sources: torch.nn's documentation, Keras's LSTM and GRU layers, ONNX's operators LSTM,
-GRU and RNN, Haste's `lstm.py`. A stack is a list of layers everywhere but in torch, whose state_dict holds them all.
+GRU and RNN, Haste's `lstm.py`. CuDNN is CuDNNLSTM and CuDNNGRU of Keras 2: each gate's block of I·H numbers is, in the order
+in which it lies in memory, cuDNN's matrix (H, I); `from_keras` knows them by their biases. A stack is a list of layers everywhere but in torch, whose state_dict holds them all.
 
 `cell` is "lstm", "gru" (the reset gate after the product: torch, Keras's reset_after=True, ONNX's
 linear_before_reset=1), "gru_reset_before" (reset_after=False, linear_before_reset=0), or "rnn" (Elman's, Keras's
-SimpleRNN). All functions copy, and raise TypeError for weights that are no arrays of floating-point numbers.
+SimpleRNN). All functions copy, and raise TypeError for weights that are no arrays or tensors of floating-point numbers of
+16, 32 or 64 bits; NumPy's may have either byte order.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Array = Any  # a NumPy array or a tensor
-State = dict[str, Tensor]
-
-ORDERS = {
-    "lstm": {"torch": "ifgo", "keras": "ifgo", "onnx": "iofg", "haste": "igfo"},
-    "gru": {"torch": "rzn", "keras": "zrn", "onnx": "zrn"},
-    "gru_reset_before": {"torch": "rzn", "keras": "zrn", "onnx": "zrn"},
-    "rnn": {"torch": "h", "keras": "h", "onnx": "h"},
-}
-"""The order of each cell's gates along the rows (or columns) of its weights, layout by layout."""
-
-PEEPHOLES = {"torch": "ifo", "onnx": "iof"}
-SUFFIXES = ("", "_reverse")
-KEY = re.compile(r"(weight_ih|weight_hh|bias_ih|bias_hh|weight_hr|weight_peephole|weight_unit)_l(\d+)(_reverse)?")
-
-
-class Direction(NamedTuple):
-    """The weights of one direction of one layer, in torch's layout."""
-
-    weight_ih: Tensor  # (G·H, I)
-    weight_hh: Tensor  # (G·H, H)
-    bias: Tensor | None = None  # (2, G·H): bias_ih and bias_hh
-    weight_peephole: Tensor | None = None  # (3, H)
-
-
-Layer = list[Direction]  # one direction, or two
-
-
-def reorder(weights: Tensor, source: str, target: str, dim: int = 0) -> Tensor:
-    """The gates' blocks along `dim` in another order, each gate a letter; as they are where the orders are equal.
-
-    >>> reorder(torch.tensor([0, 0, 1, 1, 2, 2]), "zrn", "rzn")
-    tensor([1, 1, 0, 0, 2, 2])
-    """
-    if source == target:
-        return weights
-    blocks = dict(zip(source, weights.chunk(len(source), dim), strict=True))
-    return torch.cat([blocks[gate] for gate in target], dim)
+from gpu_rnn.weight_layouts import (
+    ORDERS,
+    PEEPHOLES,
+    Array,
+    Direction,
+    Layer,
+    State,
+    array_of,
+    check_cell,
+    check_names,
+    expect,
+    join,
+    reorder,
+    split,
+    tensor_of,
+)
 
 
 def direction_of_keras(kernel: Tensor, recurrent_kernel: Tensor, bias: Tensor | None, cell: str) -> Direction:
@@ -86,12 +65,29 @@ def direction_of_keras(kernel: Tensor, recurrent_kernel: Tensor, bias: Tensor | 
     return Direction(w_ih, w_hh, reorder(rows, *orders, dim=1))
 
 
+def keras_of_cudnn(kernel: Tensor, recurrent_kernel: Tensor, bias: Tensor) -> list[Tensor]:
+    """The weights of Keras 2's CuDNNLSTM or CuDNNGRU as those of Keras's LSTM, or GRU with reset_after=True.
+
+    Args:
+        kernel, recurrent_kernel: (I, G·H) and (H, G·H) with G = 4 or 3 gates.
+        bias: (2·G·H): those that the input's products get, and then the recurrent products'.
+    """
+    hidden, rows = recurrent_kernel.shape
+    gates = rows // hidden
+
+    def turned(weights: Tensor) -> Tensor:
+        return torch.cat([block.reshape(hidden, -1).T for block in weights.chunk(gates, 1)], 1)
+
+    both = bias.view(2, rows)
+    return [turned(kernel), turned(recurrent_kernel), both.sum(0) if gates == len(ORDERS["lstm"]["keras"]) else both]
+
+
 def from_keras(*layers: Sequence[Array], cell: str) -> State:
     """A torch state_dict from `get_weights()` of Keras layers, the lowest of a stack first.
 
     Args:
         layers: each kernel, recurrent_kernel and, with use_bias, bias; of a Bidirectional the forward layer's and
-            then the backward layer's.
+            then the backward layer's. Also those of Keras 2's CuDNNLSTM and CuDNNGRU.
         cell: see above.
 
     Returns:
@@ -109,8 +105,8 @@ def from_keras(*layers: Sequence[Array], cell: str) -> State:
         >>> layer.load_state_dict(interop.from_keras(weights, cell="lstm"))
         <All keys matched successfully>
     """
-    _check_cell(cell)
-    return _join([[_from_keras(own, cell) for own in _split_keras(layer)] for layer in layers])
+    check_cell(cell)
+    return join([[_from_keras(own, cell) for own in _split_keras(layer)] for layer in layers])
 
 
 def to_keras(state: Mapping[str, Array], cell: str) -> list[list[np.ndarray]]:
@@ -128,8 +124,8 @@ def to_keras(state: Mapping[str, Array], cell: str) -> list[list[np.ndarray]]:
         >>> [array.shape for array in second]
         [(8, 24), (8, 24), (2, 24)]
     """
-    _check_cell(cell)
-    layers = _layers(state, cell)
+    check_cell(cell)
+    layers = split(state, cell)
     _refuse_peepholes(layers, "Keras's layers")
     return [[array for direction in layer for array in _to_keras(direction, cell)] for layer in layers]
 
@@ -152,8 +148,8 @@ def from_onnx(*nodes: Mapping[str, Array], cell: str) -> State:
         >>> layer.load_state_dict(interop.from_onnx(node, cell="lstm"))
         <All keys matched successfully>
     """
-    _check_cell(cell)
-    return _join([_from_onnx(node, cell) for node in nodes])
+    check_cell(cell)
+    return join([_from_onnx(node, cell) for node in nodes])
 
 
 def to_onnx(state: Mapping[str, Array], cell: str) -> list[dict[str, np.ndarray]]:
@@ -171,8 +167,8 @@ def to_onnx(state: Mapping[str, Array], cell: str) -> list[dict[str, np.ndarray]
         >>> {name: array.shape for name, array in node.items()}
         {'W': (1, 8, 3), 'R': (1, 8, 8), 'B': (1, 16)}
     """
-    _check_cell(cell)
-    return [_to_onnx(layer, cell) for layer in _layers(state, cell)]
+    check_cell(cell)
+    return [_to_onnx(layer, cell) for layer in split(state, cell)]
 
 
 def from_haste(*layers: Mapping[str, Array]) -> State:
@@ -190,7 +186,7 @@ def from_haste(*layers: Mapping[str, Array]) -> State:
         >>> gpu_rnn.LSTM(3, 8).load_state_dict(interop.from_haste(theirs))
         <All keys matched successfully>
     """
-    return _join([[_from_haste(layer)] for layer in layers])
+    return join([[_from_haste(layer)] for layer in layers])
 
 
 def to_haste(state: Mapping[str, Array]) -> list[State]:
@@ -205,42 +201,11 @@ def to_haste(state: Mapping[str, Array]) -> list[State]:
         >>> theirs["recurrent_kernel"].shape
         torch.Size([8, 32])
     """
-    layers = _layers(state, "lstm")
+    layers = split(state, "lstm")
     _refuse_peepholes(layers, "Haste's LSTM")
     if any(len(layer) == 2 for layer in layers):
         raise ValueError("Haste's LSTM has one direction: convert each direction's weights by itself, without '_reverse'")
     return [_to_haste(direction) for (direction,) in layers]
-
-
-def _check_cell(cell: str) -> None:
-    if cell not in ORDERS:
-        raise ValueError(f"cell must be one of {', '.join(ORDERS)}, got {cell!r}")
-
-
-def _tensor(value: Array) -> Tensor:
-    """A copy, which is nobody's parameter."""
-    if isinstance(value, Tensor):
-        found = value.detach().clone()
-    else:
-        array = np.array(value)
-        found = torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
-    if not found.is_floating_point():
-        raise TypeError(f"weights are floating-point numbers, got {found.dtype}")
-    return found
-
-
-def _numpy(value: Tensor) -> np.ndarray:
-    if value.dtype == torch.bfloat16:
-        raise ValueError("NumPy has no bfloat16: convert the weights with .float() first")
-    return value.detach().cpu().numpy()
-
-
-def _expect(found: Tensor, shape: tuple[int | None, ...], what: str) -> None:
-    """Raises ValueError unless the shapes agree; None stands for any size."""
-    fits = found.dim() == len(shape) and all(b in (None, a) for a, b in zip(found.shape, shape, strict=True))
-    if not fits:
-        wanted = ", ".join("any" if size is None else str(size) for size in shape)
-        raise ValueError(f"{what} should have shape ({wanted}), got {tuple(found.shape)}: is `cell` the right one?")
 
 
 def _split_keras(layer: Sequence[Array]) -> list[Sequence[Array]]:
@@ -258,15 +223,17 @@ def _split_keras(layer: Sequence[Array]) -> list[Sequence[Array]]:
 
 
 def _from_keras(arrays: Sequence[Array], cell: str) -> Direction:
-    kernel, recurrent_kernel, *rest = map(_tensor, arrays)
+    kernel, recurrent_kernel, *rest = map(tensor_of, arrays)
     gates = len(ORDERS[cell]["keras"])
-    _expect(recurrent_kernel, (None, None), f"a {cell}'s recurrent_kernel")
-    _expect(recurrent_kernel, (recurrent_kernel.shape[0], gates * recurrent_kernel.shape[0]), f"a {cell}'s recurrent_kernel")
+    expect(recurrent_kernel, (None, None), f"a {cell}'s recurrent_kernel")
+    expect(recurrent_kernel, (recurrent_kernel.shape[0], gates * recurrent_kernel.shape[0]), f"a {cell}'s recurrent_kernel")
     rows = recurrent_kernel.shape[1]
-    _expect(kernel, (None, rows), f"a {cell}'s kernel")
+    expect(kernel, (None, rows), f"a {cell}'s kernel")
+    if rest and cell in ("lstm", "gru") and rest[0].shape == (2 * rows,):
+        kernel, recurrent_kernel, *rest = keras_of_cudnn(kernel, recurrent_kernel, rest[0])
     if rest:
         # The shape of its bias is how a Keras GRU shows where its reset gate acts.
-        _expect(rest[0], (2, rows) if cell == "gru" else (rows,), f"a {cell}'s bias")
+        expect(rest[0], (2, rows) if cell == "gru" else (rows,), f"a {cell}'s bias")
     found = direction_of_keras(kernel, recurrent_kernel, rest[0] if rest else None, cell)
     return found._replace(weight_ih=found.weight_ih.contiguous(), weight_hh=found.weight_hh.contiguous())
 
@@ -277,22 +244,26 @@ def _to_keras(direction: Direction, cell: str) -> list[np.ndarray]:
     if direction.bias is not None:
         rows = reorder(direction.bias, *orders, dim=1)
         weights.append(rows if cell == "gru" else rows.sum(0))
-    return [_numpy(part.contiguous()) for part in weights]
+    return [array_of(part.contiguous()) for part in weights]
 
 
 def _from_onnx(node: Mapping[str, Array], cell: str) -> Layer:
-    _check_names(node, {"W", "R"}, {"B", "P"}, "an ONNX node")
-    given = {name: _tensor(value) for name, value in node.items()}
-    gates, directions = len(ORDERS[cell]["onnx"]), given["R"].shape[0]
-    hidden = given["R"].shape[-1]
+    check_names(node, {"W", "R"}, {"B", "P"}, "an ONNX node")
+    given = {name: tensor_of(value) for name, value in node.items()}
+    for name, axes in {"W": 3, "R": 3, "B": 2, "P": 2}.items():
+        if name in given:
+            expect(given[name], (None,) * axes, f"a {cell}'s {name}")
+    gates, (directions, _, hidden) = len(ORDERS[cell]["onnx"]), given["R"].shape
     if directions not in (1, 2):
         raise ValueError(f"W and R have one direction or two along their first axis, got {directions}")
-    _expect(given["R"], (directions, gates * hidden, hidden), f"a {cell}'s R")
-    _expect(given["W"], (directions, gates * hidden, None), f"a {cell}'s W")
+    expect(given["R"], (directions, gates * hidden, hidden), f"a {cell}'s R")
+    expect(given["W"], (directions, gates * hidden, None), f"a {cell}'s W")
     if "B" in given:
-        _expect(given["B"], (directions, 2 * gates * hidden), f"a {cell}'s B")
+        expect(given["B"], (directions, 2 * gates * hidden), f"a {cell}'s B")
     if "P" in given:
-        _expect(given["P"], (directions, 3 * hidden if cell == "lstm" else 0), f"a {cell}'s P")
+        if cell != "lstm":
+            raise ValueError(f"a {cell} has no peepholes, and the node has P: is `cell` the right one?")
+        expect(given["P"], (directions, 3 * hidden), "an lstm's P")
     return [_onnx_direction({name: value[d] for name, value in given.items()}, cell) for d in range(directions)]
 
 
@@ -311,17 +282,18 @@ def _to_onnx(layer: Layer, cell: str) -> dict[str, np.ndarray]:
         node["B"] = [reorder(rows, *orders, dim=1).flatten() for rows in bias]
     if peephole:
         node["P"] = [reorder(p, PEEPHOLES["torch"], PEEPHOLES["onnx"]).flatten() for p in peephole]
-    return {name: _numpy(torch.stack(parts)) for name, parts in node.items()}
+    return {name: array_of(torch.stack(parts)) for name, parts in node.items()}
 
 
 def _from_haste(layer: Mapping[str, Array]) -> Direction:
     names = ("kernel", "recurrent_kernel", "bias")
-    _check_names(layer, set(names), set(), "Haste's LSTM")
-    kernel, recurrent_kernel, bias = (_tensor(layer[name]) for name in names)
+    check_names(layer, set(names), set(), "Haste's LSTM")
+    kernel, recurrent_kernel, bias = (tensor_of(layer[name]) for name in names)
+    expect(recurrent_kernel, (None, None), "Haste's recurrent_kernel")
     hidden = recurrent_kernel.shape[0]
-    _expect(recurrent_kernel, (hidden, 4 * hidden), "Haste's recurrent_kernel")
-    _expect(kernel, (None, 4 * hidden), "Haste's kernel")
-    _expect(bias, (4 * hidden,), "Haste's bias")
+    expect(recurrent_kernel, (hidden, 4 * hidden), "Haste's recurrent_kernel")
+    expect(kernel, (None, 4 * hidden), "Haste's kernel")
+    expect(bias, (4 * hidden,), "Haste's bias")
     orders = ORDERS["lstm"]["haste"], ORDERS["lstm"]["torch"]
     w_ih, w_hh = (reorder(w.T, *orders).contiguous() for w in (kernel, recurrent_kernel))
     return Direction(w_ih, w_hh, reorder(torch.stack([bias, torch.zeros_like(bias)]), *orders, dim=1))
@@ -332,66 +304,6 @@ def _to_haste(direction: Direction) -> State:
     w_ih, w_hh = (reorder(w, *orders).T.contiguous() for w in direction[:2])
     rows = w_ih.new_zeros(2, w_ih.shape[1]) if direction.bias is None else direction.bias  # Haste always has one
     return {"kernel": w_ih, "recurrent_kernel": w_hh, "bias": reorder(rows.sum(0), *orders)}
-
-
-def _check_names(given: Mapping[str, Array], needed: set[str], allowed: set[str], what: str) -> None:
-    if not needed <= set(given) <= needed | allowed:
-        optional = f", and may have {', '.join(sorted(allowed))}" if allowed else ""
-        raise ValueError(f"{what} has {', '.join(sorted(needed))}{optional}; got {', '.join(given)}")
-
-
-def _join(layers: Sequence[Layer]) -> State:
-    """The state_dict of a stack."""
-    if not layers:
-        raise ValueError("give the weights of at least one layer")
-    if len({(len(layer), part.weight_hh.shape, part.bias is None) for layer in layers for part in layer}) > 1:
-        raise ValueError(
-            "the layers of a stack in one module have the same size, directions and biases, and so have the directions of a "
-            "layer: convert these one by one, for a module each"
-        )
-    state: State = {}
-    for number, layer in enumerate(layers):
-        width = len(layer) * layer[0].weight_hh.shape[1] if number else layer[0].weight_ih.shape[1]
-        for direction in layer:
-            _expect(direction.weight_ih, (None, width), f"the input weights of layer {number}, in torch's layout,")
-        for suffix, direction in zip(SUFFIXES, layer, strict=False):
-            state |= {f"{name}_l{number}{suffix}": part for name, part in _named(direction).items()}
-    return state
-
-
-def _named(direction: Direction) -> State:
-    """The parts of a state_dict that a direction is."""
-    named = {"weight_ih": direction.weight_ih, "weight_hh": direction.weight_hh}
-    if direction.bias is not None:
-        named |= {"bias_ih": direction.bias[0].clone(), "bias_hh": direction.bias[1].clone()}
-    return named if direction.weight_peephole is None else named | {"weight_peephole": direction.weight_peephole}
-
-
-def _layers(state: Mapping[str, Array], cell: str) -> list[Layer]:
-    """The layers in a state_dict, with `_join` its inverse."""
-    unknown = [name for name in state if KEY.fullmatch(name) is None]
-    if unknown or "weight_ih_l0" not in state:
-        raise ValueError(
-            "the state_dict of one layer has keys like weight_ih_l0 and bias_hh_l0_reverse; got "
-            f"{', '.join(unknown or state) or 'none'}. Of a model give model.<layer>.state_dict()"
-        )
-    if any(name.startswith(("weight_hr", "weight_unit")) for name in state):
-        raise ValueError("projections (weight_hr) and parameters of one's own (weight_unit) exist in torch's layout only")
-    suffixes = SUFFIXES if "weight_ih_l0_reverse" in state else SUFFIXES[:1]
-    count = 1 + max(int(match[2]) for match in map(KEY.fullmatch, state) if match)
-    return [[_direction(state, f"_l{k}{suffix}", cell) for suffix in suffixes] for k in range(count)]
-
-
-def _direction(state: Mapping[str, Array], suffix: str, cell: str) -> Direction:
-    biases = ("bias_ih", "bias_hh") if f"bias_ih{suffix}" in state else ()
-    for name in ("weight_ih", "weight_hh", *biases):
-        if name + suffix not in state:
-            raise ValueError(f"the state_dict has no {name}{suffix}: give the whole layer's state_dict()")
-    w_ih, w_hh, *rows = (_tensor(state[name + suffix]) for name in ("weight_ih", "weight_hh", *biases))
-    gates, hidden = len(ORDERS[cell]["torch"]), w_hh.shape[1]
-    _expect(w_hh, (gates * hidden, hidden), f"a {cell}'s weight_hh{suffix}")
-    peephole = _tensor(state["weight_peephole" + suffix]) if "weight_peephole" + suffix in state else None
-    return Direction(w_ih, w_hh, torch.stack(rows) if rows else None, peephole)
 
 
 def _refuse_peepholes(layers: Sequence[Layer], where: str) -> None:

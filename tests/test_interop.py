@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import itertools
+import re
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import gpu_rnn
@@ -207,7 +211,16 @@ def test_keras_weights_that_cannot_be_converted(cell: str, layers: list[Any], wo
     [
         (None, r"given as the list layer\.get_weights\(\), got NoneType"),
         (LSTM[0], "got ndarray"),
-        ([part.astype("int32") for part in LSTM], r"floating-point numbers, got torch\.int32"),
+        ([part.astype("int32") for part in LSTM], r"floating-point numbers of 16, 32 or 64 bits, got torch\.int32"),
+        ([part.astype(object) for part in LSTM], "got ndarray of dtype object"),
+        ([part.astype("complex64") for part in LSTM], "got ndarray of dtype complex64"),
+        ([part.astype("longdouble") for part in LSTM], "16, 32 or 64 bits, got ndarray"),
+        ([[[1.0, 2.0], [3.0]], LSTM[1]], "got a list that is none"),
+        (["kernel", LSTM[1]], "got str of dtype"),
+        ([None, LSTM[1]], "got NoneType of dtype object"),
+        ([torch.zeros(3, 16, device="meta"), LSTM[1]], "got a torch.strided tensor on meta"),
+        ([torch.zeros(3, 16).to_sparse(), LSTM[1]], "got a torch.sparse_coo tensor"),
+        ([torch.zeros(3, 16).to(torch.float8_e5m2), LSTM[1]], r"got torch\.float8_e5m2"),
     ],
 )
 def test_what_is_no_list_of_weights(layer: Any, words: str) -> None:
@@ -233,3 +246,104 @@ def test_haste_has_one_direction() -> None:
         interop.to_haste(make("lstm", bidirectional=True).state_dict())
     with pytest.raises(ValueError, match="has bias, kernel, recurrent_kernel"):
         interop.from_haste({"kernel": LSTM[0]})
+
+
+def test_a_tensor_of_an_onnx_file_is_named() -> None:
+    onnx = pytest.importorskip("onnx", reason="ONNX is not installed: pip install onnx")
+    node = {"W": onnx.numpy_helper.from_array(np.zeros((1, 16, 3))), "R": np.zeros((1, 16, 4))}
+    with pytest.raises(TypeError, match=r"got TensorProto of dtype object: onnx\.numpy_helper\.to_array"):
+        interop.from_onnx(node, cell="lstm")
+
+
+@pytest.mark.parametrize("dtype", [">f8", "<f8", ">f4", "<f4", ">f2", "<f2"])
+def test_every_float_of_numpys_is_taken(dtype: str) -> None:
+    state = {name: value.numpy() for name, value in make("gru").state_dict().items()}
+    converted = {name: value.astype(dtype) for name, value in state.items()}
+    native = {name: torch.from_numpy(value.astype(dtype[1:])) for name, value in state.items()}
+    for convert in (interop.to_keras, interop.to_onnx):
+        (found,), (expected,) = convert(converted, cell="gru"), convert(native, cell="gru")
+        for a, b in zip(*(x if isinstance(x, list) else list(x.values()) for x in (found, expected)), strict=True):
+            assert a.dtype == b.dtype == np.dtype(dtype[1:])
+            np.testing.assert_array_equal(a, b)
+
+
+def test_bfloat16_of_numpys_is_taken() -> None:
+    dtype = pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed: pip install keras").bfloat16
+    node = {"W": np.full((1, 4, 3), 0.5, dtype), "R": np.full((1, 4, 4), -2.0, dtype)}
+    state = interop.from_onnx(node, cell="rnn")
+    assert state["weight_ih_l0"].dtype == torch.bfloat16
+    assert state["weight_ih_l0"].eq(0.5).all() and state["weight_hh_l0"].eq(-2).all()
+
+
+@pytest.mark.parametrize("given", [None, 3, "weights", [1.0]])
+def test_what_is_no_mapping(given: Any) -> None:
+    for convert in (interop.to_keras, interop.to_onnx):
+        with pytest.raises(TypeError, match=r"given as its state_dict\(\), got"):
+            convert(given, cell="lstm")
+    with pytest.raises(TypeError, match=r"given as its state_dict\(\), got"):
+        interop.to_haste(given)
+    with pytest.raises(TypeError, match="an ONNX node is a mapping of names to arrays, got"):
+        interop.from_onnx(given, cell="lstm")
+    with pytest.raises(TypeError, match="Haste's LSTM is a mapping of names to arrays, got"):
+        interop.from_haste(given)
+
+
+def changed(arrays: dict[str, np.ndarray], data: st.DataObject) -> dict[str, np.ndarray]:
+    """One array of another shape: a size changed, an axis more or less. Of input weights, their number of rows."""
+    name = data.draw(st.sampled_from(sorted(arrays)))
+    shape = list(arrays[name].shape)
+    how = data.draw(st.sampled_from(["size", "more", "less"]))
+    if how == "size":
+        free = data.draw(st.integers(0, len(shape) - 1))
+        shape[free] = data.draw(st.integers(0, 40).filter(lambda size: size != shape[free]))
+    elif how == "more":
+        shape.insert(data.draw(st.integers(0, len(shape))), data.draw(st.integers(0, 3)))
+    else:
+        shape = shape[1:]
+    return arrays | {name: np.zeros(shape)}
+
+
+def is_another_layer(before: dict[str, np.ndarray], after: dict[str, np.ndarray], width: dict[str, int]) -> bool:
+    """Whether all that changed is the number of input features, which any layer may have."""
+    (name,) = [key for key in before if before[key].shape != after[key].shape]
+    a, b = list(before[name].shape), list(after[name].shape)
+    if name not in width or len(a) != len(b) or not all(b):
+        return False
+    del a[width[name]], b[width[name]]
+    return a == b
+
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(st.data())
+def test_weights_of_the_wrong_width_are_refused_in_words(data: st.DataObject) -> None:
+    """Every function, every layout: ValueError that names the weights and their shapes, or a right conversion."""
+    cell = data.draw(st.sampled_from(sorted(LAYERS)))
+    bidirectional, layers = data.draw(st.booleans()), data.draw(st.integers(1, 2))
+    options = {"peephole": True} if cell == "lstm" and data.draw(st.booleans()) else {}
+    state = {k: v.numpy() for k, v in make(cell, bidirectional, num_layers=layers, **options).state_dict().items()}
+    way = data.draw(st.sampled_from(["to_keras", "to_onnx", "to_haste", "from_keras", "from_onnx", "from_haste"]))
+    if ("haste" in way and (cell != "lstm" or bidirectional or options)) or ("keras" in way and options):
+        return
+    free = {} if bidirectional else {"weight_ih_l0": 1}
+    if way.startswith("to"):
+        call = functools.partial(getattr(interop, way), **({} if way == "to_haste" else {"cell": cell}))
+        before, after = state, changed(state, data)
+    elif way == "from_keras":
+        (theirs, *_) = interop.to_keras(state, cell=cell)
+        before, free = {str(k): v for k, v in enumerate(theirs)}, {} if bidirectional else {"0": 0}
+        after = changed(before, data)
+        call = lambda given: interop.from_keras(list(given.values()), cell=cell)  # noqa: E731
+    else:
+        theirs = interop.to_onnx(state, cell=cell) if way == "from_onnx" else interop.to_haste(state)
+        before, free = {k: np.asarray(v) for k, v in theirs[0].items()}, {"W": 2, "kernel": 0}
+        after = changed(before, data)
+        call = functools.partial(getattr(interop, way), **({} if way == "from_haste" else {"cell": cell}))
+    if is_another_layer(before, after, free) and layers == 1:
+        call(after)
+        return
+    try:
+        call(after)
+    except ValueError as error:
+        assert re.search(r"should have shape|one direction or two|the same size, directions", str(error)), error
+    else:
+        assert is_another_layer(before, after, free), f"{way} took {cell} {[v.shape for v in after.values()]}"

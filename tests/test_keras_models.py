@@ -171,7 +171,7 @@ def test_load_model_says_what_it_takes(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"there is no file .*missing\.keras"):
         gpu_rnn.keras.load_model(tmp_path / "missing.keras")
     (tmp_path / "old.h5").write_bytes(b"no archive")
-    with pytest.raises(ValueError, match=r"old\.h5 is not a \.keras file"):
+    with pytest.raises(ValueError, match=r"old\.h5 is no \.keras or HDF5 file"):
         gpu_rnn.keras.load_model(tmp_path / "old.h5")
 
 

@@ -36,7 +36,8 @@ if keras.backend.backend() != "torch":
     )
 
 from gpu_rnn.keras.bidirectional import Bidirectional  # noqa: E402
+from gpu_rnn.keras.hdf5 import load_weights  # noqa: E402
 from gpu_rnn.keras.layers import GRU, LSTM, SimpleRNN  # noqa: E402
 from gpu_rnn.keras.saving import exchange, load_model  # noqa: E402
 
-__all__ = ["GRU", "LSTM", "Bidirectional", "SimpleRNN", "exchange", "load_model"]
+__all__ = ["GRU", "LSTM", "Bidirectional", "SimpleRNN", "exchange", "load_model", "load_weights"]

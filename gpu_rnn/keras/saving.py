@@ -12,17 +12,20 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import h5py
 import keras
 
-NAMES = ("LSTM", "GRU", "SimpleRNN", "Bidirectional")
-MODULES = {"gpu_rnn": "gpu_rnn.keras", "keras": "keras.layers"}
+from gpu_rnn.keras import hdf5
+from gpu_rnn.keras.naming import MODULES, rename
+
 CONFIG = "config.json"
 
 
 def load_model(filepath: str | Path, *, layers: str = "gpu_rnn", **options: Any) -> Any:
-    """A model from a .keras file, its LSTM, GRU, SimpleRNN and Bidirectional layers being those of one library.
+    """A model from a .keras or HDF5 file, its LSTM, GRU, SimpleRNN and Bidirectional layers being those of one library.
 
-    Weights, the optimizer's state and the compile settings are loaded as `keras.models.load_model` loads them.
+    Weights, the optimizer's state and the compile settings are loaded as `keras.models.load_model` loads them. In HDF5 files
+    of Keras 2, CuDNNLSTM and CuDNNGRU become LSTM and GRU.
 
     Args:
         filepath: a file that `model.save` wrote, with either library's layers or both.
@@ -31,7 +34,7 @@ def load_model(filepath: str | Path, *, layers: str = "gpu_rnn", **options: Any)
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: another value of `layers`, or a file that is no .keras archive.
+        ValueError: another value of `layers`, or a file that is neither a .keras archive nor HDF5.
 
     Example::
 
@@ -44,9 +47,13 @@ def load_model(filepath: str | Path, *, layers: str = "gpu_rnn", **options: Any)
         raise ValueError(f"layers must be one of {', '.join(MODULES)}, got {layers!r}")
     if not Path(filepath).exists():
         raise FileNotFoundError(f"there is no file {filepath}")
-    if not zipfile.is_zipfile(filepath):
-        raise ValueError(f"{filepath} is not a .keras file: load it with keras.models.load_model and exchange() the model")
+    if not zipfile.is_zipfile(filepath) and not h5py.is_hdf5(filepath):
+        raise ValueError(f"{filepath} is no .keras or HDF5 file: load it with keras.models.load_model and exchange() the model")
     with tempfile.TemporaryDirectory() as folder:
+        if h5py.is_hdf5(filepath):
+            copy = Path(folder) / "model.h5"
+            hdf5.convert(Path(filepath), copy, layers)
+            return keras.models.load_model(copy, **options)
         copy = Path(folder) / "model.keras"
         with zipfile.ZipFile(filepath) as source, zipfile.ZipFile(copy, "w") as target:
             for name in source.namelist():
@@ -94,18 +101,4 @@ def _seeds(model: Any) -> list[Any]:
 
 
 def _renamed(content: bytes, layers: str) -> bytes:
-    return json.dumps(_rename(json.loads(content), layers)).encode()
-
-
-def _rename(config: Any, layers: str) -> Any:
-    """A configuration with the recurrent layers' classes, at any depth, named as `layers` names them."""
-    if isinstance(config, list):
-        return [_rename(part, layers) for part in config]
-    if not isinstance(config, dict):
-        return config
-    renamed = {key: _rename(value, layers) for key, value in config.items()}
-    name = config.get("class_name")
-    registered = f"gpu_rnn>{name}"  # what Keras finds our classes by; its own it finds by their module
-    if name in NAMES and (config.get("registered_name") == registered or config.get("module") == MODULES["keras"]):
-        renamed |= {"module": MODULES[layers], "registered_name": registered if layers == "gpu_rnn" else None}
-    return renamed
+    return json.dumps(rename(json.loads(content), layers)).encode()
