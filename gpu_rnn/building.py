@@ -63,7 +63,7 @@ class Builder:
         self.prefix, self.start, self.exact = prefix, start, exact
         self.ops: list[Op] = []
         self.line = ""
-        self._seen = {(op.name, op.args): op.result for op in given}
+        self._seen = {op.key[1:]: op.result for op in given}
 
     def value(self, name: Argument) -> Value:
         return Value(self, name if isinstance(name, str) else number(name))
@@ -73,11 +73,11 @@ class Builder:
         folded = self._fold(op, names)
         if folded is not None:
             return Value(self, folded)
-        if (op, names) not in self._seen:
-            result = f"{self.prefix}{self.start + len(self.ops)}"
-            self.ops.append(Op(result, op, names, self.line))
-            self._seen[op, names] = result
-        return Value(self, self._seen[op, names])
+        new = Op(f"{self.prefix}{self.start + len(self.ops)}", op, names, self.line)
+        result = self._seen.setdefault(new.key[1:], new.result)
+        if result == new.result:
+            self.ops.append(new)
+        return Value(self, result)
 
     def _fold(self, op: str, names: tuple[Argument, ...]) -> Argument | None:
         constants = [name for name in names if isinstance(name, float)]
@@ -89,7 +89,7 @@ class Builder:
             return names[1] if names[0] else names[2]
         if op == "mul" and 0.0 in constants and not self.exact:
             return 0.0
-        if op == "where" and names[1] == names[2]:
+        if op == "where" and str(names[1]) == str(names[2]):
             return names[1]
         if op in ("and", "or") and constants:
             other = next(name for name in names if isinstance(name, str))

@@ -76,6 +76,15 @@ class Op:
     args: tuple[Argument, ...]
     line: str = field(default="", compare=False)
 
+    def __eq__(self, other: object) -> bool:
+        """0.0 and -0.0 are two constants: what divides by them differs."""
+        return isinstance(other, Op) and self.key == other.key
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What it is, in words."""
+        return self.result, self.name, *map(str, self.args)
+
 
 @dataclass(frozen=True)
 class Stage:

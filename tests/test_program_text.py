@@ -88,6 +88,18 @@ def test_the_last_newline_may_be_missing_and_numbers_are_written_anew() -> None:
     assert Program.parse(TEXT.replace("0.5", "5e-1").replace("-1.0", "-1")).text == TEXT
 
 
+def test_the_sign_of_zero_is_kept() -> None:
+    texts = [TEXT.replace("clamp a_n -1.0 1.0", f"div a_n {zero}") for zero in ("0.0", "-0.0")]
+    programs = [Program.parse(text) for text in texts]
+    assert programs[0] != programs[1] and [program.text for program in programs] == texts
+    found = []
+    for program in programs:
+        values = {word: torch.ones(1) for word in ("a_n", "p_p")}
+        program.stages[1].run(values)
+        found.append(float(values["t2"]))
+    assert found == [float("inf"), -float("inf")]
+
+
 VOCABULARY = [*OPERATIONS, *TEXT.split(), "t0", "t5", "a_i", "s_h", "0.0", "-0.0", "1e300", "nan", "inf", "x:sum", "=", ""]
 
 
