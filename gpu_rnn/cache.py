@@ -19,6 +19,8 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
+from gpu_rnn import environment
+
 PATIENCE = 2.0  # seconds; reading a file of choices and writing it takes milliseconds
 PART = "gpu_rnn_part_"  # what a file is called while it is written
 ABANDONED = 60.0  # seconds after which one that is not finished never will be
@@ -35,7 +37,7 @@ class Refused(OSError):
 def wanted() -> Path:
     """GPU_RNN_CACHE, else the user's cache folder, whether it is there or not."""
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    found = Path(os.environ.get("GPU_RNN_CACHE") or f"{home}/gpu_rnn")
+    found = Path(environment.cache_folder() or f"{home}/gpu_rnn")
     try:
         return found.expanduser()
     except RuntimeError:  # as in containers: a user without a home

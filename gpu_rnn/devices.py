@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -89,23 +90,37 @@ def _bare(name: str) -> str:
 
 @lru_cache(maxsize=16)
 def of(device: torch.device) -> Device:
-    """The device that a tensor lies on; its rates are the nearest described relative's, scaled by multiprocessors."""
+    """The device that a tensor lies on: as described under its name, else as its driver says, and where that says nothing
+    as the nearest relative. The rate of tensor cores goes with the multiprocessors."""
     if device.type != "cuda" or torch.version.cuda is None:
         return CPU
     found = torch.cuda.get_device_properties(device)
     capability = (found.major, found.minor)
-    relatives = [d for d in DEVICES.values() if d.capability[0] == found.major] or list(DEVICES.values())
+    relatives = [DEVICES[key]] if (key := known_as(found.name)) else []
+    relatives = relatives or [d for d in DEVICES.values() if d.capability[0] == found.major] or list(DEVICES.values())
     nearest = min(relatives, key=lambda d: (abs(d.capability[1] - found.minor), abs(d.sms - found.multi_processor_count)))
     share = found.multi_processor_count / nearest.sms
     return Device(
         found.name,
         capability,
         found.multi_processor_count,
-        nearest.clock,
+        nearest.clock if key else _measured(found, "clock_rate") / 1e6 or nearest.clock,
         getattr(found, "shared_memory_per_block_optin", nearest.shared_memory),
         nearest.tensor_flops * share,
-        nearest.memory_rate,
+        nearest.memory_rate if key else _memory_rate(found) or nearest.memory_rate,
     )
+
+
+def _measured(found: Any, name: str) -> float:
+    """What a driver says of a device, 0 where it or this version of torch says nothing."""
+    return float(getattr(found, name, 0) or 0)
+
+
+def _memory_rate(found: Any) -> float:
+    """GB/s: two words of the bus's width in a cycle of the memory's clock (kHz), on every memory of theirs."""
+    if "MIG" in found.name:  # the whole device's memory
+        return 0.0
+    return 2 * _measured(found, "memory_clock_rate") * 1e3 * _measured(found, "memory_bus_width") / 8 / 1e9
 
 
 def cpu_name() -> str:

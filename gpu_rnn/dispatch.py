@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-from gpu_rnn import choices, devices, diagonals, precision
+from gpu_rnn import choices, devices, diagonals, environment, precision
 from gpu_rnn.choices import Question, Times
 from gpu_rnn.launch import aten, group, plain, resident, step
 from gpu_rnn.launch.rates import Rates
@@ -87,7 +86,7 @@ def select(problem: Problem, backend: str = "auto", among: tuple[str, ...] = tup
         answer = _select(problem, backend, among, _trial.backend)
         _trial.answers[problem, among] = answer
         return answer
-    return _select(problem, backend, among, os.environ.get("GPU_RNN_BACKEND", ""))
+    return _select(problem, backend, among, environment.backend(BACKENDS))
 
 
 class _Trial(threading.local):
@@ -150,11 +149,8 @@ def _select(problem: Problem, backend: str, among: tuple[str, ...], preferred: s
             raise ValueError(f"backend={backend!r} cannot run this call:\n{listed}\nUse backend='auto', or remove the cause.")
         return backend
     able = [name for name in among if not BACKENDS[name].unsupported(problem)]
-    if preferred:
-        if preferred not in BACKENDS:
-            raise ValueError(f"GPU_RNN_BACKEND is {preferred!r} in the environment, not one of {', '.join(BACKENDS)}")
-        if preferred in able and not _prepared(problem, preferred):
-            return preferred
+    if preferred in able and not _prepared(problem, preferred):
+        return preferred
     measured = choices.find(problem, among)
     able.sort(key=lambda name: (measured.get(name, math.inf), total_cost(problem, name)))
     chosen = next(name for name in able if not _prepared(problem, name))
@@ -252,7 +248,7 @@ def _settled(problem: Problem, backend: str) -> str:
     if backend != "auto":
         return ""
     if not _trial.backend:
-        preferred = os.environ.get("GPU_RNN_BACKEND", "")
+        preferred = environment.backend(BACKENDS)
         return preferred if preferred in LOOPS else _fastest_loop(problem)
     if _trial.backend not in LOOPS:
         return ""

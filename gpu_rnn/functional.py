@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from gpu_rnn import arguments, autocast, autograd, dispatch, onlookers, second_order
+from gpu_rnn import arguments, autocast, autograd, dispatch, environment, onlookers, second_order
 from gpu_rnn.controls import NONE, Controls
 from gpu_rnn.launch import aten
 from gpu_rnn.recurrence import Recurrence
@@ -164,7 +163,7 @@ def _takes_aten(stack: Stack, x: Tensor, controls: Controls) -> bool:
         stack.recurrence.aten is not None
         and not (stack.norm or stack.all_states or controls.given)
         and stack.backend in ("auto", "aten")
-        and "GPU_RNN_BACKEND" not in os.environ
+        and not environment.names_a_backend()
         and not autograd.transforms_active()
         and not x.is_complex()
         and not aten.missing(stack.recurrence.aten, x.dtype, torch.is_grad_enabled())

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpu_rnn import arguments, autograd, dispatch, onlookers, precision
+from gpu_rnn import arguments, autograd, dispatch, environment, onlookers, precision
 from gpu_rnn.controls import NONE, Controls
 from gpu_rnn.execution import Options
 from gpu_rnn.launch import aten
@@ -215,7 +214,7 @@ class Stack(NamedTuple):
         if frozen and torch.is_grad_enabled():  # a wavefront would run its layers backward all the same
             return False
         if onlookers.recorded(x):
-            asked = (self.backend, os.environ.get("GPU_RNN_BACKEND"))
+            asked = (self.backend, environment.unchecked_backend())
             return x.is_cuda and "reference" not in asked and not x.is_complex()
         problem = self.problem(x, states, weights, x.shape[0], x.shape[1], False, controls)
         return dispatch.staggers(problem, self.backend)

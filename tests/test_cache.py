@@ -190,10 +190,10 @@ def test_what_a_killed_process_left_is_removed(cache_folder: Path, tmp_path: Pat
 
 
 WRITER = """
-import importlib.util, itertools, sys
-spec = importlib.util.spec_from_file_location("cache", sys.argv[1])  # without torch, whose import takes seconds
-cache = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(cache)
+import itertools, sys, types
+package = sys.modules["gpu_rnn"] = types.ModuleType("gpu_rnn")  # without torch, whose import takes seconds
+package.__path__ = [sys.argv[1]]
+from gpu_rnn import cache
 content = bytes(range(256)) * 4096
 print("ready", flush=True)
 for k in itertools.count():
@@ -207,7 +207,7 @@ def killed_while_writing(folder: Path, times: int) -> None:
     content = bytes(range(256)) * 4096
     assert cache.folder() == folder
     for k in range(times):
-        process = subprocess.Popen([sys.executable, "-c", WRITER, cache.__file__], stdout=subprocess.PIPE)
+        process = subprocess.Popen([sys.executable, "-c", WRITER, str(Path(cache.__file__).parent)], stdout=subprocess.PIPE)
         assert process.stdout is not None and process.stdout.readline() == b"ready\n"
         time.sleep(0.002 * (k % 25))
         process.send_signal(signal.SIGKILL)

@@ -24,6 +24,9 @@ UNITS = {  # of the last place that an operation may be off by, where more than 
     "exp": 60,
     "expm1": 60,
     "erf": 4,
+    # Of Kahan's formula: CUDA's logf, 1 unit (its table of maximum errors); div.full.f32, 2 (PTX ISA); the product and 1 + x,
+    # a half each.
+    "log1p": 4,
 }
 
 

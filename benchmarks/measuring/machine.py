@@ -16,7 +16,7 @@ import torch
 from cases.names import PEERS
 
 import gpu_rnn
-from gpu_rnn import choices, devices, doctor
+from gpu_rnn import choices, devices, doctor, environment
 
 ROOT = Path(__file__).resolve().parents[2]
 # What a measurement or a certificate depends on; git's * crosses folders.
@@ -56,7 +56,7 @@ def check_nothing_chooses(device: torch.device) -> None:
     Raises:
         ValueError: GPU_RNN_BACKEND is set, or `gpu_rnn.tune` has kept choices for the device.
     """
-    if os.environ.get("GPU_RNN_BACKEND"):
+    if environment.names_a_backend():
         raise ValueError("GPU_RNN_BACKEND chooses the backend here, and the models are to: unset it")
     if count := choices.held(devices.of(device)).here:
         raise ValueError(

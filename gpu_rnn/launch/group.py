@@ -7,7 +7,8 @@ each other, so all blocks of a launch are resident at once, unless a group has o
 
 from __future__ import annotations
 
-import os
+import itertools
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -15,7 +16,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from gpu_rnn import devices
+from gpu_rnn import devices, environment
 from gpu_rnn.launch import common, cubin, nvrtc
 from gpu_rnn.launch.common import bits, even_rows, rows, whole
 from gpu_rnn.launch.group_choice import Choice, choose, cost, largest
@@ -25,6 +26,7 @@ from gpu_rnn.problem import Problem
 
 __all__ = ["Launch", "backward", "check", "choose", "cost", "forward", "prepare", "unsupported"]
 
+NAMES = 1024  # kernels that `check` can name: T and B are in a name
 LONGEST_PATTERN = 64  # bits of the argument that holds the directions
 
 
@@ -92,11 +94,6 @@ def fit(layout: Layout, arch: str) -> Layout:
     return layout
 
 
-def deadline() -> float:
-    """Seconds that a kernel waits for data of another block: long beside time slicing, short beside a hang."""
-    return float(os.environ.get("GPU_RNN_DEADLINE", "10"))
-
-
 def _pointer(tensor: Tensor | None) -> Tensor | int:
     return 0 if tensor is None else whole(tensor)
 
@@ -107,7 +104,8 @@ def exchange(layout: Layout, groups: int, left: Tensor, error: Tensor) -> tuple[
     slots = torch.full((groups * layout.ring * layout.slot,), -1, dtype=words, device=left.device)
     return slots, left, left.new_zeros(1 + groups * layout.tiles), error
 
-_names: dict[str, int] = {}
+_names: OrderedDict[str, int] = OrderedDict()  # of the kernels that were launched last
+_counter = itertools.count()
 _errors: dict[torch.device, Tensor] = {}
 
 
@@ -117,15 +115,19 @@ def name_of(layout: Layout, steps: int, batch: int, n: int, hidden: int) -> int:
         f"{layout.kernel} of {layout.parsed.name} (T {steps}, B {batch}, N {n}, H {hidden}, "
         f"{str(layout.dtype).removeprefix('torch.')}, {layout.members} blocks a group)"
     )
-    if len(_names) < 0xFFFF:  # the last number stands for all that come later
-        _names.setdefault(text, len(_names) + 1)
-    return _names.get(text, 0xFFFF)
+    number = _names.get(text)
+    if number is None:
+        number = _names[text] = next(_counter) % 0xFFFF + 1
+        if len(_names) > NAMES:
+            _names.popitem(last=False)
+    return number
 
 
 def error_word(device: torch.device) -> Tensor:
     """Where kernels on a device say that they gave up; the host reads it without waiting for them."""
     if device not in _errors:
-        _errors[device] = torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
+        with torch.inference_mode(False):  # `check` writes to it, in whatever mode it is called
+            _errors[device] = torch.zeros(1, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
     return _errors[device]
 
 
@@ -170,7 +172,7 @@ def _launches(
     for first in range(0, n, choice.at_once):
         count = min(choice.at_once, n - first) * groups
         slots = exchange(layout, count, left, error)
-        arguments = (*tensors, *slots, round(deadline() * 1e9), pattern, *strides, *sizes, first, groups, name)
+        arguments = (*tensors, *slots, round(environment.deadline() * 1e9), pattern, *strides, *sizes, first, groups, name)
         launches.append(Launch(layout, count * layout.members if batch else 0, arguments))
     return launches
 

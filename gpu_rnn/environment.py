@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The environment's variables: each is read and checked here, and nowhere else. One that is empty counts as not set."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection
+
+DEADLINE = 10.0  # seconds: long beside time slicing, short beside a hang
+SHORTEST, LONGEST = 1e-3, 1e6  # s: shorter is no wait for another block, longer is eleven days
+_NUMBER = re.compile(r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
+
+
+def _given(name: str) -> str:
+    return os.environ.get(name, "").strip()
+
+
+def _refused(name: str, given: str, allowed: str) -> ValueError:
+    return ValueError(f"{name} is {given!r} in the environment, not {allowed}: correct it, or unset it")
+
+
+def names_a_backend() -> bool:
+    """Whether a backend may be preferred; for calls that are too short for more."""
+    return "GPU_RNN_BACKEND" in os.environ
+
+
+def unchecked_backend() -> str:
+    """As `backend`, for what torch.compile traces; `backend` is asked when it runs."""
+    return os.environ.get("GPU_RNN_BACKEND", "")
+
+
+def backend(known: Collection[str]) -> str:
+    """The backend that "auto" prefers; empty for none.
+
+    Raises:
+        ValueError: it is none of those known.
+    """
+    given = _given("GPU_RNN_BACKEND")
+    if given and given != "auto" and given not in known:
+        raise _refused("GPU_RNN_BACKEND", given, f"'auto' or one of {', '.join(known)}")
+    return "" if given == "auto" else given
+
+
+def cache_folder() -> str:
+    """The folder for compiled kernels and tuned choices; empty for the user's cache folder."""
+    return _given("GPU_RNN_CACHE")
+
+
+def deadline() -> float:
+    """Seconds that a kernel waits for data of another block.
+
+    Raises:
+        ValueError: it is no number, or not one of seconds that a wait can have.
+    """
+    given = _given("GPU_RNN_DEADLINE")
+    seconds = DEADLINE if not given else float(given) if _NUMBER.fullmatch(given) else 0.0
+    if not SHORTEST <= seconds <= LONGEST:
+        raise _refused("GPU_RNN_DEADLINE", given, f"a number of seconds from {SHORTEST:g} to {LONGEST:.0f}")
+    return seconds
