@@ -125,14 +125,13 @@ def test_every_cache_is_bounded() -> None:
             assert name in UNBOUNDED, name
 
 
-def test_the_names_of_kernels_that_may_give_up_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There is one for each size, and 16 bits for its number."""
-    monkeypatch.setattr(group, "_names", {str(number): number for number in range(1, 0xFFFF - 1)})
+def test_the_names_of_kernels_that_may_give_up_are_bounded() -> None:
+    """There is one for each size, and 16 bits for its number: those of the last launches are known."""
     layout = Layout(gpu_rnn.cells.lstm().program.text, torch.half, "ieee", False, 1, 1, 1, 1, 1, 1, 0, True, True, False, 1)
-    numbers = [group.name_of(layout, steps, 1, 1, 8) for steps in range(1, 6)]
-    assert numbers == [0xFFFE, 0xFFFF, 0xFFFF, 0xFFFF, 0xFFFF]
-    assert len(group._names) == 0xFFFF
-    assert group.name_of(layout, 1, 1, 1, 8) == 0xFFFE
+    numbers = [group.name_of(layout, steps, 1, 1, 8) for steps in range(3 * group.NAMES)]
+    assert len(group._names) == group.NAMES and all(0 < number <= 0xFFFF for number in numbers)
+    assert len(set(numbers[-group.NAMES :])) == group.NAMES
+    assert group.name_of(layout, 3 * group.NAMES - 1, 1, 1, 8) == numbers[-1]
 
 
 @pytest.mark.parametrize("steps", [pytest.param(3_000, id="quick"), pytest.param(100_000, id="long", marks=pytest.mark.slow)])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import gpu_rnn
-from gpu_rnn import cache, devices, dispatch, environment
+from gpu_rnn import cache, dispatch, environment
 from gpu_rnn.launch import group
 from gpu_rnn.problem import Problem
 
@@ -84,19 +84,3 @@ def test_check_after_a_failure_in_any_mode(mode: type, monkeypatch: pytest.Monke
     with mode(), pytest.raises(RuntimeError, match="gave up in step 3 of group 0"):
         gpu_rnn.check()
     gpu_rnn.check()
-
-
-def test_the_names_of_kernels_do_not_grow_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    layout = group_layout()
-    names = [group.name_of(layout, steps, 1, 1, 16) for steps in range(3 * group.NAMES)]
-    assert len(group._names) == group.NAMES and all(0 < name <= 0xFFFF for name in names)
-    assert group.name_of(layout, 3 * group.NAMES - 1, 1, 1, 16) == names[-1]
-    assert len(set(names[-group.NAMES :])) == group.NAMES
-
-
-def group_layout() -> group.Layout:
-    choice = group.choose(
-        Problem(gpu_rnn.cells.lstm(), 4, 8, 1, 16, 16, torch.bfloat16, "cuda", devices.describe("H100"))
-    )
-    assert choice is not None
-    return choice.layout
