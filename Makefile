@@ -42,7 +42,7 @@ gpu-check:  ## on a machine with a GPU: a certificate and a quick benchmark, und
 	@status=0; \
 	$(PY) benchmarks/certify.py $(if $(DEVICE),--device $(DEVICE)) $(if $(COMMIT),--commit $(COMMIT)) || status=$$?; \
 	[ $$status -lt 128 ] || exit $$status; \
-	timeout 85 $(PY) benchmarks/run.py $(if $(filter cpu,$(DEVICE)),--emulate --set tiny,--quick) --seconds 70 \
+	timeout 85 $(PY) benchmarks/run.py $(if $(filter cpu,$(DEVICE)),--emulate --set tiny --seconds 30,--quick --seconds 70) \
 		$(if $(COMMIT),--commit $(COMMIT)) || status=$$?; \
 	exit $$status
 

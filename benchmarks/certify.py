@@ -86,8 +86,8 @@ def workers() -> int:
 
 
 def matrix_on_gpu() -> tuple[Command, ...]:
-    """Every gpu test, shared by processes of which each builds the kernels that it launches."""
-    return tuple(pytest("-m", "gpu", **{record.SHARD: f"{k}/{workers()}"}) for k in range(workers()))
+    """Every gpu test that is not slow, shared by processes of which each builds the kernels that it launches."""
+    return tuple(pytest("-m", "gpu and not slow", **{record.SHARD: f"{k}/{workers()}"}) for k in range(workers()))
 
 
 def matrix_limit() -> float:
@@ -99,7 +99,7 @@ def steps_on_gpu(soak: float) -> tuple[Step, ...]:
     return (
         Step("primitives", "each CUDA primitive beside its CPU body",
              (pytest("-m", "gpu", "tests/test_cuda_primitives.py"),), 50, decisive=True),
-        Step("matrix", "every test that is marked gpu", matrix_on_gpu(), matrix_limit()),
+        Step("matrix", "every test that is marked gpu, and not slow", matrix_on_gpu(), matrix_limit()),
         Step("sanitizer", "memcheck and racecheck of every kernel, small shapes",
              (Command(("benchmarks/sanitize.py",)),), 90, impossible=missing),
         Step("deadline", "waiting for a block that never comes ends in NaN and an error",

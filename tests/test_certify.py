@@ -127,8 +127,8 @@ def test_a_red_certificate_does_not_keep_speed_from_being_measured(
     assert (done.returncode != 0) == red, done.stderr
     certified, *benchmark = (tmp_path / "ran").read_text().splitlines()
     assert certified == f"benchmarks/certify.py {'--device cpu ' * bool(device)}--commit abc"
-    how = "--emulate --set tiny" if device else "--quick"
-    assert benchmark == [f"benchmarks/run.py {how} --seconds 70 --commit abc"] * timed
+    how = "--emulate --set tiny --seconds 30" if device else "--quick --seconds 70"
+    assert benchmark == [f"benchmarks/run.py {how} --commit abc"] * timed
 
 
 def test_a_step_that_fails_ends_what_depends_on_it(
