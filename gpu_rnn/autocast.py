@@ -28,10 +28,13 @@ def cast(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(tensor.to(dtype_of(tensor)) for tensor in tensors)
 
 
-def off(like: Tensor) -> AbstractContextManager[None]:
-    """No autocast on a tensor's device. What is compiled has only operations that autocast leaves alone, or turns it off as
-    it runs."""
+def on(like: Tensor) -> bool:
+    """Whether autocast would meet the operations on a tensor's device. What is compiled has only operations that it leaves
+    alone, or turns it off as it runs."""
     kind = like.device.type
-    if torch.compiler.is_compiling() or kind == "meta" or not torch.is_autocast_enabled(kind):
-        return nullcontext()
-    return torch.autocast(kind, enabled=False)
+    return not torch.compiler.is_compiling() and kind != "meta" and torch.is_autocast_enabled(kind)
+
+
+def off(like: Tensor) -> AbstractContextManager[None]:
+    """No autocast on a tensor's device."""
+    return torch.autocast(like.device.type, enabled=False) if on(like) else nullcontext()

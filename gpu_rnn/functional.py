@@ -128,15 +128,10 @@ def run(
     """
     if torch._C._is_any_autocast_enabled():
         (x,), hx, weights = autocast.cast((x,)), hx and autocast.cast(hx), autocast.cast(weights)
-        with autocast.off(x):
-            return _run(stack, x, hx, weights, batch_sizes, controls)
-    return _run(stack, x, hx, weights, batch_sizes, controls)
-
-
-def _run(
-    stack: Stack, x: Tensor, hx: States | None, weights: Sequence[Tensor], batch_sizes: Tensor | None, controls: Controls
-) -> tuple[Tensor, States, States]:
-    """`run` of tensors in the dtype that is computed in."""
+        arguments.check_alike(x, weights, ())
+        if autocast.on(x):
+            with autocast.off(x):
+                return run(stack, x, hx, weights, batch_sizes, controls)
     steps, batch = stack.sizes(x, batch_sizes)
     if not onlookers.recorded(x):
         if x.is_cpu and _certainly_aten(stack, x, controls):

@@ -136,6 +136,28 @@ def test_double_and_complex_are_left_alone(dtype: torch.dtype, backend: str) -> 
     same(found, mine(x))
 
 
+@pytest.mark.parametrize("backend", ["auto", "step"])
+def test_what_autocast_leaves_as_it_is_has_to_fit(backend: str) -> None:
+    mine, x = layer("GRU", backend=backend), inputs({})
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(RuntimeError, match=r"found input tensor with torch.float64 and parameter tensor with torch.bfloat16"):
+            mine(x.double())
+        with pytest.raises(RuntimeError, match=r"found input tensor with torch.\w+ and hidden tensor with torch.float64"):
+            mine(x, torch.zeros(1, BATCH, HIDDEN).double())
+        with pytest.raises(RuntimeError, match=r"found input tensor with torch.bfloat16 and parameter tensor with torch.float64"):
+            layer("GRU", backend=backend, dtype=torch.float64)(x)
+
+
+def test_autocast_of_another_device_changes_nothing() -> None:
+    mine, x = layer("LSTM"), inputs({})
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        same(mine(x), [mine(x)[0], *layer("LSTM")(x)[1]])
+        assert mine(x)[0].dtype == torch.float32
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+
+
 def test_dispatch_sees_the_cast_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     select = dispatch.select
