@@ -73,7 +73,7 @@ def record(function: Callable[..., Any], names: Sequence[str]) -> tuple[list[Nod
     from torch.func import functionalize
 
     with _undisturbed():
-        recorder = _Recorder()
+        recorder = _Hidden() if "torch._dynamo" in sys.modules else _Recorder()
         inputs = [torch.tensor(0.25 + 0.01 * n, dtype=torch.float64, device="cpu") for n in range(len(names))]
         for tensor, name in zip(inputs, names, strict=True):
             recorder.note(Node("input", (name,)), tensor)
@@ -170,6 +170,17 @@ class _Recorder(TorchDispatchMode):
         results = found if isinstance(found, (tuple, list)) else (found,)
         self.note(Node(func, *given, self.frame), *(result for result in results if isinstance(result, Tensor)))
         return found
+
+
+class _Hidden(_Recorder):
+    """The same where Dynamo is loaded, which looks into what runs within a compiled function that a step calls."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 class _Watch(TorchFunctionMode):

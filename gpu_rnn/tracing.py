@@ -19,6 +19,9 @@ from gpu_rnn.program import IDENTIFIER, LIMITS, Argument, Op, Program, Stage, be
 from gpu_rnn.recording import LIBRARY, Node, Refused, record, show
 
 Step = Callable[..., Any]
+OWN_DERIVATIVE = (
+    "; an autograd.Function has a derivative of its own, but a recurrence's follows from its arithmetic: write that"
+)
 
 
 class TraceError(ValueError):
@@ -50,6 +53,8 @@ def trace(
                 f"{name}: {_where(step)} returned {len(results)} values for {len(states)} states "
                 f"({', '.join(s for s, _ in states)}); return the new states in this order"
             )
+        if not results:
+            raise TraceError(f"{name}: {_where(step)} returned nothing; return what enters the next stage's product")
         outputs = results if last else results[:1]
         carried = tuple(r for r in results[1:] if isinstance(r, str)) if not last else ()
         if not last and len(carried) != len(results) - 1:
@@ -182,6 +187,7 @@ class _Stage:
         except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             names = _held(self.step)
             more = _has(error, groups) or (f"; it {_closes_over(names)}" if names else "")
+            more = OWN_DERIVATIVE if "custom_function_call" in str(error) or "setup_context" in str(error) else more
             raise TraceError(f"{self.cell}: {self._frame(error)}: {_first_line(error)}{more}") from error
 
     def _frame(self, error: BaseException) -> str:

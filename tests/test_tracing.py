@@ -159,6 +159,29 @@ def remembers() -> Callable[..., Any]:
 
 TENSOR = torch.tensor(2.0)
 
+
+class Straight(torch.autograd.Function):
+    """A derivative of its own, in the older form and in the newer one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.sign()
+
+    @staticmethod
+    def backward(ctx: Any, d: torch.Tensor) -> torch.Tensor:
+        return d
+
+
+class Through(Straight):
+    @staticmethod
+    def forward(x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return x.sign()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+
 # A step, and what its error says beside the line.
 MISUSE: dict[str, tuple[Callable[..., Any], str]] = {
     "dropout": (lambda x, r, s: torch.nn.functional.dropout(x.f), "draws random numbers with aten.bernoulli"),
@@ -177,6 +200,8 @@ MISUSE: dict[str, tuple[Callable[..., Any], str]] = {
     "a state that is none": (lambda x, r, s: s.c, "has no attribute 'c'; it has h"),
     "by name": (lambda x, r, s: x["f"], "tuple indices must be integers"),
     "no such key": (lambda x, r, s: {"g": x.f}["f"], "'f'"),
+    "a derivative of its own": (lambda x, r, s: Straight.apply(x.f), "a recurrence's follows from its arithmetic"),
+    "the newer form of it": (lambda x, r, s: Through.apply(x.f), "a recurrence's follows from its arithmetic"),
     "half": (lambda x, r, s: x.f.half() * r.f, "nothing is rounded to fewer bits within a step"),
     "bfloat16": (lambda x, r, s: x.f.to(torch.bfloat16), "leave it out"),
     "a loop without end": (lambda x, r, s: sum((x.f for _ in range(100_000)), x.f), "does more than 10000 operations"),
@@ -190,6 +215,17 @@ def test_misuse_is_named_with_its_line(what: str) -> None:
         Recurrence(step, gates=("f", "n"), name="cell")
     text = str(caught.value)
     assert text.startswith("cell: test_tracing.py:") and words in text
+
+
+def test_a_step_may_call_a_compiled_function() -> None:
+    """And Dynamo does not look into the recording, of which it would warn."""
+    doubled = torch.compile(lambda value: torch.tanh(value) * 2, backend="eager")
+    assert cells.rnn(doubled).program == cells.rnn(lambda value: torch.tanh(value) * 2).program
+
+
+def test_an_earlier_stage_returns_something() -> None:
+    with pytest.raises(TraceError, match=r"returned nothing; return what enters the next stage's product"):
+        Recurrence([(("a",), lambda x, r, s: ()), (("b",), lambda x, r, s: x.b)], name="cell")
 
 
 def test_stages_have_gates_and_are_pairs() -> None:
