@@ -98,8 +98,10 @@ def test_activations_refuse_what_is_none() -> None:
         ValueError, match=r"unknown activation 'tanhh'; use one of tanh, sigmoid, .* or a function"
     ):
         cells.lstm("tanhh")
-    with pytest.raises(TypeError, match=r"a plain torch function such as torch.tanh, not Tanh"):
-        cells.gru(torch.nn.Tanh())
+    with pytest.raises(TypeError, match=r"a plain torch function such as torch.tanh or torch.nn.Tanh\(\), not type"):
+        cells.gru(torch.nn.Tanh)
+    with pytest.raises(TypeError, match=r"a plain torch function, and a PReLU has weights"):
+        cells.gru(torch.nn.PReLU())
     with pytest.raises(TypeError, match="not int"):
         cells.rnn(3)
 

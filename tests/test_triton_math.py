@@ -18,6 +18,7 @@ MAGNITUDES = [0.0, 1e-30, 1e-12, 1e-6, 1e-4, 0.01, 0.1, 0.3, 0.49, 0.51, 0.54, 0
 SPECIAL = [float("inf"), -float("inf"), float("nan")]
 POINTS = [*MAGNITUDES, *(-m for m in MAGNITUDES), *SPECIAL]
 POSITIVE = {"log", "sqrt"}  # torch gives NaN below 0, the hardware too, but its log of a negative is not tested
+BOUNDS = [-0.5, 1.0]  # of clamp: numbers, no values
 UNITS = {  # of the last place that an operation may be off by, where more than 2
     "tanh": 4,
     "sigmoid": 60,  # far down its left tail e^x is, where x log2(e) is rounded: 80 units of 1e-7
@@ -37,6 +38,8 @@ def as_program(name: str) -> Program:
     truths = {"where": 1, "and": 2, "or": 2, "not": 1}.get(name, 0)
     lines = [f"t{k} = gt a_{gate} 0.0" for k, gate in enumerate(gates[:truths])]
     words = [*(f"t{k}" for k in range(truths)), *(f"a_{gate}" for gate in gates[truths:])]
+    if name == "clamp":
+        words[1:] = map(str, BOUNDS)
     lines.append(f"t{truths} = {name} {' '.join(words)}")
     if operation.is_bool:
         lines.append(f"t{truths + 1} = where t{truths} 1.0 0.0")
@@ -62,6 +65,8 @@ def expected(name: str, given: Tensor) -> Tensor:
         exact = [value > 0 for value in exact]
     if name == "where":
         exact[0] = exact[0] > 0
+    if name == "clamp":
+        exact[1:] = BOUNDS
     return operation.torch(*exact).double()
 
 
