@@ -80,7 +80,8 @@ class Controls(NamedTuple):
             raise ValueError("reset_state is what resets set the states to: give resets too")
         for value, shape in zip(self.reset_state or (), shapes, strict=self.reset_state is not None):
             each = (steps, *shape)
-            if value.shape != shape and value.shape != each:  # Dynamo takes symbolic sizes for others in a tuple of tuples
+            # By its rank: to compare T with a number of layers would forbid an exported program to have as many steps.
+            if value.shape != (each if value.dim() == len(each) else shape):
                 raise ValueError(f"reset_state is {shape}, or for each step {each}, got {tuple(value.shape)}")
             if autocast.dtype_of(value) != autocast.dtype_of(x):
                 raise RuntimeError(f"reset_state is {value.dtype} and the input {x.dtype}: convert it with .to(input.dtype)")

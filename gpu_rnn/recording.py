@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.overrides import TorchFunctionMode
+from torch.overrides import _pop_mode as _pop_function_mode
+from torch.overrides import _push_mode as _push_function_mode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _pop_mode, _push_mode
 
 from gpu_rnn.lowering import KEPT
@@ -95,11 +97,15 @@ def _undisturbed() -> Iterator[None]:
     builds of torch 2.11 on a machine without a GPU.)"""
     traced = torch._C._get_tracing_state()
     torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    # torch.export's mode writes down each change of grad mode and of autocast, those below too.
+    modes = [_pop_function_mode() for _ in range(torch._C._len_torch_function_stack())]
     try:
         with temporarily_clear_interpreter_stack(), _disable_current_modes(), torch.inference_mode(False):
             with torch.enable_grad(), torch.autocast("cpu", enabled=False):
                 yield
     finally:
+        for mode in reversed(modes):
+            _push_function_mode(mode)
         torch._C._set_tracing_state(traced)  # type: ignore[attr-defined]
 
 

@@ -198,7 +198,7 @@ class Stack(NamedTuple):
             y, after, inner = autograd.layer(text, options, inputs)
             final.append([state.transpose(0, 1) for state in after])
             if self.all_states:
-                every.append([state.transpose(1, 2) for state in (y, *inner.to(y.dtype))])
+                every.append([state.transpose(1, 2) for state in (y, *_others(inner, y, states))])
             x = y.flatten(2)
             if self.dropout and number < self.num_layers - 1:
                 x = F.dropout(x, self.dropout)
@@ -243,7 +243,7 @@ class Stack(NamedTuple):
             y = torch.where(valid.unsqueeze(-1), y, 0)
         if not self.all_states:
             return y, final, ()
-        return y, final, tuple(state.transpose(0, 1) for state in (every, *inner.to(y.dtype)))
+        return y, final, tuple(state.transpose(0, 1) for state in (every, *_others(inner, y, states)))
 
     def inputs(
         self,
@@ -273,6 +273,12 @@ class Stack(NamedTuple):
         w_hr, values = (next(rest) if there else None for there in (projected, params))
         norm_ih, norm_hh = by_gate(self.norm), by_gate(self.norm)
         return Weights(w_ih, w_hh, b_ih, b_hh, values, w_hr, norm_hh, norm_ih)
+
+
+def _others(inner: Tensor, like: Tensor, states: States) -> Sequence[Tensor]:
+    """Those of `Result.inner`, in the dtype of y. Where there are none nothing is taken apart: torch.export writes such a
+    file, but cannot read it."""
+    return inner.to(like.dtype).unbind(0) if len(states) > 1 else ()
 
 
 def _unpack(data: Tensor, batch_sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -189,6 +189,41 @@ def test_a_file_needs_nothing_of_the_users_code(tmp_path: Path, strict: bool) ->
     assert done.stdout.strip() == f"same {len(SIZES)}", done.stderr
 
 
+class All(torch.nn.Module):
+    """A layer with every option of its call."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, resets: Tensor, values: Any) -> Any:
+        return self.layer(x, resets=resets, reset_state=values, return_all_states=True)
+
+
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize(
+    "layer",
+    [gpu_rnn.GRU(2, 3), gpu_rnn.RNN(2, 3, 2, bidirectional=True), gpu_rnn.LSTM(2, 3, 2), gpu_rnn.GRU(2, 3, bidirectional=True)],
+    ids=["gru", "rnn of four", "lstm of two", "gru of two"],
+)
+def test_a_file_of_a_call_with_all_states_and_resets(layer: Any, each: bool, tmp_path: Path) -> None:
+    """With a single state there are no others to return; there may be as many steps as layers and directions."""
+    rows, model = layer.num_layers * (1 + layer.bidirectional), All(layer)
+
+    def arguments(steps: int) -> tuple[Any, ...]:
+        values = [torch.randn(*[steps] * each, rows, 3, 3) for _ in layer.recurrence.states]
+        return torch.randn(steps, 3, 2), torch.rand(steps, 3) > 0.5, values[0] if len(values) == 1 else tuple(values)
+
+    steps = torch.export.Dim("steps", min=2)
+    of_values = {0: steps} if each else None
+    dims = {0: steps}, {0: steps}, of_values if len(layer.recurrence.states) == 1 else (of_values,) * 2
+    torch.export.save(torch.export.export(model, arguments(5), dynamic_shapes=dims), tmp_path / "all.pt2")
+    loaded = torch.export.load(tmp_path / "all.pt2").module()
+    for count in (2, 4, 9):
+        given = arguments(count)
+        torch.testing.assert_close(loaded(*given), model(*given))
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own, where a graph breaks
 def test_compiled_packed_sequence() -> None:
     layer = support.layer(support.RECURRENCES["minimal"], "step")

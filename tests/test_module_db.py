@@ -12,6 +12,9 @@ import layer_support as support
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._functorch.aot_autograd import aot_function
+from torch._functorch.compilers import nop
+from torch.utils._pytree import tree_map
 
 import gpu_rnn
 
@@ -119,3 +122,30 @@ def outcome(constructor: Callable[..., nn.Module], sample: ErrorModuleInput, tra
 def test_error_samples(name: str, training: bool, sample: ErrorModuleInput) -> None:
     outcome(getattr(nn, name), sample, training)
     outcome(getattr(gpu_rnn, name), sample, training)
+
+
+@pytest.mark.parametrize("every", [17, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", support.LAYERS)
+def test_graphs_of_symbols(name: str, training: bool, every: int) -> None:
+    """AOTAutograd with symbolic sizes, as torch's own suite checks each module of its database: outputs and gradients."""
+    info = INFOS[name]
+    for sample in list(info.module_inputs_func(info, training=training, **MAKE))[::every]:
+        options = sample.constructor_input
+        module = getattr(gpu_rnn, name)(*options.args, **options.kwargs).double().train(training)
+        parameters = dict(module.named_parameters())
+        inputs = support.leaves(sample.forward_input.args)
+
+        def function(
+            parameters: dict[str, Tensor], inputs: list[Tensor], module: nn.Module = module, sample: ModuleInput = sample
+        ) -> Any:
+            own = iter(inputs)
+            args = tree_map(lambda value: next(own) if isinstance(value, Tensor) else value, sample.forward_input.args)
+            return torch.func.functional_call(module, parameters, args, sample.forward_input.kwargs)
+
+        graph = aot_function(function, nop, num_params_buffers=len(parameters), dynamic=True)
+        results = []
+        for run in (graph, function):
+            outputs = support.leaves(run(parameters, inputs))
+            results.append([*outputs, *torch.autograd.grad(weigh(outputs), [*inputs, *parameters.values()])])
+        torch.testing.assert_close(*results)
