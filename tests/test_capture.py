@@ -78,6 +78,21 @@ def test_the_variants_are_those_of_the_call_before(backend: str) -> None:
 
 @pytest.mark.compile
 @NEEDS_STUB
+def test_a_wavefront_asks_for_the_variants_of_the_call_before() -> None:
+    """Its launches take parts of the tensors of all layers."""
+    found = run(PROGRAM + """
+from gpu_rnn import diagonals, dispatch
+
+dispatch._plan = lambda problem, loop: dispatch._Plan(1.0, 2, diagonals.launched(problem, 2, problem.layers))
+dispatch.staggers = lambda problem, backend: True
+loaded("LSTM", 7, 3, 5, lambda T, B: {}, num_layers=3, backend="resident")
+print(len(driver.launches) > 2 * 3)  # which layer after layer takes
+""")
+    assert found.splitlines() == ["True []", "True"]
+
+
+@pytest.mark.compile
+@NEEDS_STUB
 def test_one_build_of_a_step_serves_every_batch_and_number_of_steps() -> None:
     found = run(PROGRAM + """
 layer = gpu_rnn.LSTM(4, 5, backend="step", zoneout=0.1)
