@@ -81,7 +81,7 @@ def cell(number: int) -> gpu_rnn.Recurrence:
     return gpu_rnn.Recurrence(step, gates=("a",), states=("h",), name="own")
 
 
-@pytest.mark.slow  # the caches hold a few hundred cells, and only then something must go
+@pytest.mark.slow  # only where the caches are full something must go
 def test_memory_levels_off_over_many_cells() -> None:
     numbers = itertools.count()
 
@@ -89,7 +89,7 @@ def test_memory_levels_off_over_many_cells() -> None:
         layer = gpu_rnn.Recurrent(cell(next(numbers)), 3, 4)
         layer(torch.randn(2, 1, 3))[0].sum().backward()
 
-    levels_off(call, before=1100, after=500)
+    levels_off(call, before=1500, after=500)  # each is asked for in three ways, and dispatch remembers 4,096 answers
 
 
 @pytest.mark.parametrize("count", [pytest.param(150, id="quick"), pytest.param(2_000, id="long", marks=pytest.mark.slow)])
