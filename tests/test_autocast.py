@@ -172,6 +172,20 @@ def test_dispatch_sees_the_cast_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpu_rnn.explain(mine, x).problem.dtype == torch.float32
 
 
+@pytest.mark.interpreter
+def test_a_kernel_that_takes_the_cast_call_alone() -> None:
+    """So many units do not fit on chip in float32."""
+    x = torch.randn(2, 1, INPUT)
+    layers = [gpu_rnn.GRU(INPUT, 96, backend=backend) for backend in ("resident", "reference")]
+    layers[1].load_state_dict(layers[0].state_dict())
+    with pytest.raises(ValueError, match="takes 64 units at most in full float32"):
+        layers[0](x)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found, expected = (each(x)[0] for each in layers)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected, rtol=0, atol=2**-7)  # of a value below 1, half a unit of bfloat16 and its sums
+
+
 @pytest.mark.parametrize("call", [{}, {"lengths": torch.tensor([6, 2, 4])}], ids=["aten", "loops"])
 def test_autocast_is_off_below(call: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """A second cast is one of torch's own rules, which may choose another dtype and flatten weights."""
