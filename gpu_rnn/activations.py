@@ -18,8 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpu_rnn.tracing import TraceError, trace
-
 Activation = Callable[[Tensor], Tensor]
 
 
@@ -78,21 +76,6 @@ def get(activation: str | Activation) -> Activation:
     if isinstance(activation, type) or not callable(activation):
         raise TypeError(f"an activation is a name or a plain torch function such as torch.tanh or torch.nn.Tanh(), not {name}")
     return activation
-
-
-def check(activation: str | Activation) -> None:
-    """Traces a function by itself, in about a millisecond; names and their functions are known already.
-
-    Raises:
-        TraceError: (a ValueError) not a function of each element alone, as softmax, or one of unknown operations.
-    """
-    function = get(activation)
-    if isinstance(activation, str) or any(function is known for known in ACTIVATIONS.values()):
-        return
-    try:
-        trace("activation", (("h", 0.0),), (), [(("h",), lambda x, r, s: function(x.h))])
-    except TraceError as error:
-        raise TraceError(f"{name_of(activation)} cannot be an activation: {str(error).partition(': ')[2]}") from error
 
 
 def name_of(activation: str | Activation) -> str:
