@@ -37,11 +37,12 @@ from gpu_rnn.cli import positive
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = Path(__file__).resolve().parent
-# Processes that share the gpu matrix: it mostly compiles, on one core each, and a GPU has room for as many.
-MOST_WORKERS = 8
-# Of one core, measured: all gpu tests on Triton's launcher with a stub driver, kernels built for sm_90a, and the start of
-# pytest and torch. The limit is twice what follows from them, for the device's part, which only a device can show.
-MATRIX_SECONDS, START_SECONDS = 700, 12
+# Processes that share the gpu matrix: it mostly compiles, on one core each, and each has a CUDA context and its tensors.
+MOST_WORKERS, WORKER_BYTES = 16, 3 << 30
+# Of one core, measured: one in six gpu tests on Triton's launcher with a stub driver, kernels built for sm_90a, times six;
+# and the start of pytest and torch. The limit is twice what follows from them: the device's part only a device can show.
+MATRIX_SECONDS, START_SECONDS = 900, 12
+LEAST_MATRIX = 200  # seconds of that limit, however many cores there are
 SOAK_SECONDS = 60
 LAST_CASE = 30  # seconds beyond the soak's own: importing, and the case that is running
 POLL = 0.2  # seconds between two looks at what a step has written
@@ -82,7 +83,8 @@ def pytest(*arguments: str, **environment: str) -> Command:
 
 
 def workers() -> int:
-    return min(MOST_WORKERS, os.cpu_count() or 1)
+    room = torch.cuda.get_device_properties().total_memory // WORKER_BYTES if torch.cuda.is_available() else MOST_WORKERS
+    return max(1, min(MOST_WORKERS, os.cpu_count() or 1, room))
 
 
 def matrix_on_gpu() -> tuple[Command, ...]:
@@ -91,7 +93,7 @@ def matrix_on_gpu() -> tuple[Command, ...]:
 
 
 def matrix_limit() -> float:
-    return 2 * math.ceil(MATRIX_SECONDS / workers() + START_SECONDS)
+    return max(LEAST_MATRIX, 2 * math.ceil(MATRIX_SECONDS / workers() + START_SECONDS))
 
 
 def steps_on_gpu(soak: float) -> tuple[Step, ...]:
