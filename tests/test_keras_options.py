@@ -121,6 +121,51 @@ def test_the_constructor_is_keras_own(name: str) -> None:
     assert issubclass(getattr(gpu_rnn.keras, name), getattr(keras.layers, name))
 
 
+ADDED = {  # what these have beside Keras's, in get_config and as an attribute that is not private
+    "LSTM": {"use_cudnn", "implementation"},
+    "GRU": {"use_cudnn", "implementation"},
+    "SimpleRNN": {"seed"},
+    "Bidirectional": set(),
+}
+HELPERS = {"recurrence", "loops_only", "kind", "cudnn", "check_cudnn"}
+
+
+def layer_named(module: Any, name: str, **options: Any) -> Any:
+    if name == "Bidirectional":
+        return module.Bidirectional(module.GRU(3, name="gru", **options), name="layer")
+    return getattr(module, name)(3, name="layer", **options)
+
+
+@pytest.mark.parametrize("name", ADDED)
+def test_configurations_are_keras_own_and_what_it_leaves_out(name: str) -> None:
+    ours, theirs = (layer_named(module, name).get_config() for module in (gpu_rnn.keras, keras.layers))
+    assert set(ours) - set(theirs) == ADDED[name]
+    nested = {"layer", "backward_layer"}  # of a Bidirectional
+    assert {key: ours[key] for key in set(theirs) - nested} == {key: theirs[key] for key in set(theirs) - nested}
+    if name != "Bidirectional":  # all that the constructor takes comes back, and Keras's layer takes it, too
+        parameters = inspect.signature(getattr(keras.layers, name)).parameters
+        assert set(parameters) - {"kwargs"} <= set(ours)
+        assert getattr(keras.layers, name).from_config(ours).get_config() == theirs
+
+
+@pytest.mark.parametrize("name", ADDED)
+def test_attributes_are_keras_own(name: str) -> None:
+    """A SimpleRNN has no use_cudnn."""
+    ours, theirs = (layer_named(module, name) for module in (gpu_rnn.keras, keras.layers))
+    added = {attribute for attribute in set(dir(ours)) - set(dir(theirs)) if not attribute.startswith("_")}
+    assert added <= HELPERS
+    assert set(dir(theirs)) <= set(dir(ours))
+    assert hasattr(ours, "use_cudnn") == hasattr(theirs, "use_cudnn") == (name in ("LSTM", "GRU"))
+    call = [inspect.signature(type(layer).call).parameters for layer in (ours, theirs)]
+    assert [(key, p.default) for key, p in call[0].items()] == [(key, p.default) for key, p in call[1].items()]
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU"])
+def test_implementation_comes_back(name: str) -> None:
+    layer = layer_named(gpu_rnn.keras, name, implementation=1, dropout=0.5)
+    assert type(layer).from_config(layer.get_config()).cell.dropout_mask_count == layer.cell.dropout_mask_count
+
+
 def test_activity_regularizer_of_a_simple_rnn_acts() -> None:
     """Keras's takes it and drops it."""
     layer = gpu_rnn.keras.SimpleRNN(3, activity_regularizer=keras.regularizers.L2(0.5))
