@@ -49,6 +49,7 @@ def check(stack: Stack, x: Any, hx: Any, weights: Any, batch_sizes: Any = None) 
 
 def check_cell(stack: Stack, x: Any, hx: Any, weights: Any) -> None:
     """Every argument of `functional.cell`; errors as `check`'s."""
+    _options(stack)
     tensor("x", x)
     if x.dim() != 2:
         raise RuntimeError(f"x is (B, I), got {tuple(x.shape)}")

@@ -155,12 +155,14 @@ def _tensor(name: str, value: Any, like: Tensor | PackedSequence) -> Tensor:
     if not hasattr(value, "__array__"):
         kind = f"a bool tensor, {MEANING[name]}" if name in MEANING else "a tensor"
         raise TypeError(f"{name} is {kind}, or such an array, got {type(value).__name__}")
-    return to_device(from_array(value), like.data.device, name)
+    return to_device(_from_array(name, value), like.data.device, name)
 
 
-def from_array(values: Any) -> Tensor:
+def _from_array(name: str, values: Any) -> Tensor:
     """Of anything with __array__, whatever the order of its bytes."""
     array = values.__array__()
+    if array.dtype.kind not in "biufc":
+        raise TypeError(f"{name} holds numbers or truth values, got an array of {array.dtype}")
     return torch.as_tensor(array.astype(array.dtype.newbyteorder("="), copy=False))
 
 
@@ -183,16 +185,23 @@ def _check_steps(name: str, value: Tensor | None, shape: tuple[int, int]) -> Non
 def _lengths(lengths: Any) -> Tensor:
     """As int64, so that nothing that is done to them overflows: T may be more than a uint8 holds."""
     words = "lengths are integers, the number of steps of each row, got"
-    if not isinstance(lengths, Tensor):
-        if isinstance(lengths, str) or not hasattr(lengths, "__len__"):
+    if hasattr(lengths, "__array__") and not isinstance(lengths, Tensor):
+        lengths = _from_array("lengths", lengths)
+    elif isinstance(lengths, (list, tuple, range)):
+        if not all(map(_is_integer, lengths)):
             raise TypeError(f"{words} {lengths!r}")
-        if hasattr(lengths, "__array__"):
-            lengths = from_array(lengths)
-        else:
-            lengths = torch.as_tensor(lengths, dtype=None if len(lengths) else torch.int64)
+        lengths = torch.as_tensor(lengths, dtype=torch.int64)
+    elif not isinstance(lengths, Tensor):
+        raise TypeError(f"{words} {lengths!r}")
     if lengths.dtype.is_floating_point or lengths.dtype == torch.bool or lengths.is_complex():
         raise TypeError(f"{words} {lengths.dtype}")
     return lengths.to(torch.int64)
+
+
+def _is_integer(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.dim() == 0 and not value.is_floating_point() and not value.is_complex() and not value.is_meta
+    return hasattr(value, "__index__") and not isinstance(value, bool)
 
 
 def _checked_lengths(lengths: Tensor, steps: int, batch: int) -> Tensor:

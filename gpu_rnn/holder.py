@@ -103,7 +103,7 @@ class RecurrenceHolder(nn.Module):
     def _as_tuple(self, hx: Tensor | Sequence[Tensor], argument: str = "hx") -> States:
         names = self.recurrence.states
         wanted = "a Tensor" if self._one_state else f"a tuple of {len(names)} Tensors ({', '.join(names)})"
-        if self._one_state != isinstance(hx, Tensor):
+        if not isinstance(hx, Tensor if self._one_state else (tuple, list)):
             raise TypeError(f"{type(self).__name__}: {argument} should be {wanted}, got {type(hx).__name__}")
         states = (hx,) if self._one_state else tuple(hx)
         if len(states) != len(names):

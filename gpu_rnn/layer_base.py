@@ -207,6 +207,8 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
             return onlookers.leaf(self, input, hx, **given, return_all_states=return_all_states)
         if further or not isinstance(return_all_states, bool):
             self._refuse(further, return_all_states)
+        if not isinstance(input, PackedSequence):
+            arguments.tensor("input", input)
         states = None if hx is None else self._as_tuple(hx)
         controls = NONE
         if not (mask is lengths is resets is reset_state is None):
@@ -214,9 +216,7 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
             controls = Controls.of(input, mask, lengths, resets, values)
         if isinstance(input, PackedSequence):
             output, states, every = self._packed(input, states, controls, return_all_states)
-            return self._returned(output, states, every, return_all_states)
-        arguments.tensor("input", input)
-        if input.dim() == 3:
+        elif input.dim() == 3:
             if states is not None:
                 self._check_rank(states, 3, "batched")
             if self.batch_first:
@@ -228,12 +228,9 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
             raise ValueError(
                 f"{type(self).__name__}: Expected input to be 2D or 3D, got {input.dim()}D instead"
             )
-        return self._returned(output, states, every, return_all_states)
-
-    def _returned(self, output: Any, states: States, every: States, all_states: bool) -> tuple[Any, ...]:
         if self._one_state:
-            return (output, states[0], every[0]) if all_states else (output, states[0])
-        return (output, states, every) if all_states else (output, states)
+            return (output, states[0], every[0]) if return_all_states else (output, states[0])
+        return (output, states, every) if return_all_states else (output, states)
 
     def _refuse(self, further: tuple[Any, ...], all_states: Any) -> NoReturn:
         if further:
