@@ -77,15 +77,16 @@ class RecurrenceHolder(nn.Module):
         self._check_weights(weights)
         return weights
 
-    def _check_weights(self, weights: Sequence[Tensor]) -> None:
+    def _check_weights(self, weights: Sequence[Any]) -> None:
+        if [getattr(weight, "shape", None) for weight in weights] == self._weight_shapes:
+            return
         expected = self._expected_shapes()
         for name, weight, shape in zip(self._flat_weights_names, weights, expected, strict=True):
             if not isinstance(weight, Tensor):
                 raise TypeError(f"{type(self).__name__}: {name} should be a Tensor {shape}, got {type(weight).__name__}")
             if weight.shape != shape:
                 raise RuntimeError(f"{type(self).__name__}: {name} should be {shape}, got {tuple(weight.shape)}")
-        if self._weight_shapes != expected:
-            self._weight_shapes = expected
+        self._weight_shapes = expected
 
     def _expected_shapes(self) -> list[tuple[int, ...]]:
         """Of each weight, by the sizes that the module has now."""
