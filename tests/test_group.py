@@ -10,7 +10,7 @@ from unittest.mock import patch
 import group_support
 import pytest
 import torch
-from cuda_cpu import sites
+from cuda_cpu import build, sites
 from cuda_cpu.build import shuffled, starve
 from group_support import (
     PRECISIONS,
@@ -31,6 +31,7 @@ from loop_support import RECURRENCES
 
 from gpu_rnn import Recurrence, devices, reference
 from gpu_rnn.launch import group
+from gpu_rnn.launch.group_layout import source
 from gpu_rnn.layout import SKIP
 from gpu_rnn.problem import Problem
 
@@ -161,9 +162,36 @@ def test_words_that_look_empty_arrive_as_nan():
     assert result.y[:, 2].isnan().all() and result.y[:, [0, 1, 3, 4]].isfinite().all()
 
 
+SHORT = "0.002"  # seconds of virtual time; a member that never starts is waited for 60 times as long
+
+WAITING = """
+extern "C" __global__ void waits(unsigned *left, unsigned long long *error, unsigned long long *took,
+                                 unsigned long long limit, int number) {
+  Watch watch = {left, left + 1, error, limit, 0, 7, 0, 0, true};
+  watch.start();
+  const unsigned long long before = clock_ns();
+  while (watch.alive)
+    watch.poll(number);
+  if (thread_index() == 0)
+    took[0] = clock_ns() - before;
+}
+"""
+
+
+@pytest.mark.parametrize(("number", "times"), [(0, 60), (1, 1), (5, 1)])
+def test_who_has_not_started_is_waited_for_longer(number: int, times: int) -> None:
+    """As beside a kernel of NCCL that holds multiprocessors until another process comes."""
+    program = build.load(source(Case("lstm", "fp16", 2).layout(False)) + WAITING)
+    left, error, took = torch.zeros(2, dtype=torch.int32), torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    limit = 4_000_000  # ns; the clock is looked at every 1,024 polls of 32 threads, which take 1,000 ns each
+    build.run(program, "waits", 1, 32, 65536, [left, error, took, limit, number])
+    assert error.item() & 0xFFFFFFFF == number and left[0] == 1
+    assert times * limit <= took.item() <= times * limit + 2 * 1024 * 32 * 1_000
+
+
 def missing_member(case: Case, **options) -> None:
     """One block is not there: the others leave in time, and say so."""
-    with patch.dict(os.environ, GPU_RNN_DEADLINE="0.1"):
+    with patch.dict(os.environ, GPU_RNN_DEADLINE=SHORT):
         result, error = forward(case, case.inputs(), grid=case.members - 1, **options)
     assert error.item() and result.y.isnan().all()
 
@@ -197,7 +225,7 @@ def test_data_that_never_comes_ends_in_an_error(cell, counter, monkeypatch):
     """All outputs are NaN, of a cell that hides NaN too, and somebody says so."""
     closing = Recurrence(lambda x, r, s: torch.where(x.a + r.a > 0, x.a + r.a, 0), gates=("a",), name="closing")
     monkeypatch.setitem(RECURRENCES, "closing", closing)
-    monkeypatch.setenv("GPU_RNN_DEADLINE", "0.1")
+    monkeypatch.setenv("GPU_RNN_DEADLINE", SHORT)
     case = replace(Case(cell, "fp32", 3, T=4, reverse="01", along=3), counter=counter)
     result, error = forward(case, case.inputs(), grid=5)  # one member of the second group is missing
     assert all(value.isnan().all() for value in named(result).values())
@@ -218,6 +246,7 @@ def test_gradients_whose_data_never_comes_are_nan(cell, monkeypatch):
             found.extend(launch.arguments[15:20] if backward else ())
 
     monkeypatch.setattr(group_support, "run_on_cpu", run)
+    monkeypatch.setenv("GPU_RNN_DEADLINE", SHORT)
     case = Case(cell, "bf16", 3, T=3, options=("reset_values",))
     with pytest.raises(AssertionError):  # of the error word
         gradients(case, case.inputs())

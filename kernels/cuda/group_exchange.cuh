@@ -34,7 +34,11 @@
 constexpr Word EMPTY = ~static_cast<Word>(0);
 constexpr Word CALM = EMPTY >> 1; // the same NaNs to a reader, and not empty
 constexpr int RING = MEMBERS == 1 || COUNTER ? 2 : 3 * PERIOD + 1;
-constexpr int POLLS = 1024;     // between looks at the clock
+constexpr int POLLS = 1024; // between looks at the clock
+// Deadlines that a wait for publication 0 may take: its member may not have
+// started yet, where another kernel holds the multiprocessors (NCCL's, waiting
+// for a process that is late). Who collected it knows that all have.
+constexpr unsigned ARRIVAL = 60;
 constexpr int CHUNK_WORDS = 32; // 32-bit registers of words under way at once
 
 enum Site {
@@ -80,7 +84,7 @@ struct Watch {
       started = now;
     if (load_relaxed<LEFT>(left)) {
       alive = false;
-    } else if (now - started > limit) {
+    } else if (now - started > (number ? limit : ARRIVAL * limit)) {
       alive = false;
       store_relaxed<LEAVE>(left, 1u);
       store_relaxed<FAIL>(error, report(number));
