@@ -39,7 +39,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     chunks = graphs.Chunks
 
     def get(key: tuple, make, like: torch.Tensor) -> graphs.Chunks:  # type: ignore[no-untyped-def, type-arg]
-        return chunks(make(2), 2, graphed=False)
+        return chunks(make(2), 2)
 
     if graphs.interpreter.INTERPRETING:
         monkeypatch.setattr(chunks, "get", get)
@@ -127,7 +127,7 @@ def test_pairs_interpreted(options: Options) -> None:
 def test_buffers_are_used_again(options: Options, proj: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A call finds nothing of the one before it in the buffers, which a graph keeps."""
     kept, chunks = {}, graphs.Chunks
-    monkeypatch.setattr(chunks, "get", lambda key, make, like: kept.setdefault(key, chunks(make(2), 2, graphed=False)))
+    monkeypatch.setattr(chunks, "get", lambda key, make, like: kept.setdefault(key, chunks(make(2), 2)))
     for steps in (5, 4, 5):
         in_triton("lstm", options, T=steps, proj=proj)
     assert len(kept) == 2

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import lru_cache, wraps
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -47,8 +46,9 @@ class Chunks:
 
     kept: OrderedDict[tuple[Any, ...], Chunks | None] = OrderedDict()  # noqa: RUF012  # None: a first call came to its end
 
-    def __init__(self, loop: Any, chunk: int, key: tuple[Any, ...] = (), graphed: bool = False) -> None:
-        self.loop, self.chunk, self.key, self.graphed = loop, chunk, key, graphed
+    def __init__(self, loop: Any, chunk: int, key: tuple[Any, ...] = (), place: _Place | None = None) -> None:
+        """`place`: where its graph is captured; without one there is none."""
+        self.loop, self.chunk, self.key, self.place = loop, chunk, key, place
         self.graph: torch.cuda.CUDAGraph | None = None
 
     @classmethod
@@ -62,12 +62,13 @@ class Chunks:
         if found is not None:
             cls.kept.move_to_end(key)
             return found
-        if key not in cls.kept or _in_a_lent_pool(like.device):
+        place = None if key not in cls.kept or _in_a_lent_pool(like.device) else _place(like.device, stream)
+        if place is None:
             return cls(make(CHUNK), CHUNK, key)
         del cls.kept[key]
         cls._make_room(BYTES)
         with torch.inference_mode(False), torch.no_grad():  # later calls may be in another mode
-            found = cls.kept[key] = cls(make(CHUNK), CHUNK, key, graphed=True)
+            found = cls.kept[key] = cls(make(CHUNK), CHUNK, key, place)
         return found
 
     @classmethod
@@ -80,53 +81,62 @@ class Chunks:
     def run(self, steps: int) -> None:
         """The steps now in the buffers."""
         with interpreter.arithmetic():
-            if not self.graphed or steps < self.chunk:
+            if self.place is None or steps < self.chunk:
                 self.loop.run(steps)
             else:
                 if self.graph is None:
-                    self.graph = self._capture()
+                    self.graph = self._capture(self.place)
                 self.graph.replay()
         if self.key and steps == self.chunk and self.key not in Chunks.kept:
             self._make_room()
             Chunks.kept[self.key] = None
 
-    def _capture(self) -> torch.cuda.CUDAGraph:
+    def _capture(self, place: _Place) -> torch.cuda.CUDAGraph:
         """Capturing runs nothing: the buffers stay as they are. Other threads may go on with theirs.
 
-        torch.cuda.graph would wait for the device and empty the process's caches first. Graphs that are replayed on one
-        stream share their memory, as nothing stands in it between two replays. cuBLAS's workspace belongs there too: a graph
-        writes to it for ever, and one from elsewhere may be freed.
+        torch.cuda.graph would wait for the device and empty the process's caches first.
         """
-        *_, device, stream = self.key
         Chunks.kept.pop(self.key, None)  # if this fails, the next call is a first one
         graph = torch.cuda.CUDAGraph()
-        alike = (chunks.graph for chunks in Chunks.kept.values() if chunks and chunks.key[-2:] == (device, stream))
-        shared = next((other for other in alike if other is not None), None)
-        with torch.cuda.stream(_side_stream(device)), _own_workspace():
-            graph.capture_begin(None if shared is None else shared.pool(), capture_error_mode="thread_local")
+        with torch.cuda.stream(place.stream):
+            graph.capture_begin(None if place.first is None else place.first.pool(), capture_error_mode="thread_local")
             try:
                 self.loop.run(self.chunk)
             finally:
                 graph.capture_end()
+        place.first = place.first or graph
         Chunks.kept[self.key] = self
         return graph
 
 
-@lru_cache(maxsize=64)  # devices
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """Where graphs are captured: the default stream takes no capture, and what others do on this one would be captured."""
-    return torch.cuda.Stream(device)
+class _Place:
+    """Where all graphs that are replayed on one stream are captured: on a stream of their own, into memory that they share, as
+    nothing stands in it between two replays.
+
+    cuBLAS's workspace of that stream lies there as well, for it is made in the first capture. That graph stays, and with it the
+    memory, so that no other can come to use what a graph still writes to.
+    """
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self.stream = stream
+        self.first: torch.cuda.CUDAGraph | None = None
 
 
-@contextmanager
-def _own_workspace() -> Iterator[None]:
-    """In which cuBLAS has none of the workspaces from before, and which leaves none behind."""
-    clear = torch._C._cuda_clearCublasWorkspaces  # builds without CUDA lack it
-    clear()
-    try:
-        yield
-    finally:
-        clear()
+_places: dict[tuple[torch.device, int], _Place] = {}
+STREAMS = 32  # that torch hands out in turn
+
+
+def _place(device: torch.device, stream: int) -> _Place | None:
+    """That of a stream; None where torch has no stream left for one. A stream's priority says nothing of a graph's, and few
+    others use those of a higher one."""
+    if (device, stream) not in _places:
+        taken = {place.stream for place in _places.values()}
+        drawn = (torch.cuda.Stream(device, priority=-1) for _ in range(STREAMS))
+        free = next((each for each in drawn if each not in taken), None)
+        if free is None:
+            return None
+        _places[device, stream] = _Place(free)
+    return _places[device, stream]
 
 
 def _in_a_lent_pool(device: torch.device) -> bool:
