@@ -79,7 +79,8 @@ def _forward(text: str, options: Options, inputs: Inputs, keep: bool = False) ->
     if not onlookers.watched(inputs.row):
         return execution.run(text, options, inputs, keep)
     dispatch.check_recorded(options.backend)
-    *outputs, gates, recurrent, inner = torch.ops.gpu_rnn.rnn(*ops.in_order(inputs), text, options.encode())
+    with ops.derived():
+        *outputs, gates, recurrent, inner = torch.ops.gpu_rnn.rnn(*ops.in_order(inputs), text, options.encode())
     return Result(outputs[0], outputs[1:], gates, recurrent, inner)
 
 
@@ -90,7 +91,8 @@ def _backward(
     if not onlookers.watched((*inputs.row, *d_outputs)):
         return execution.run_backward(text, options, d_outputs, inputs, saved)
     kept = [saved.y, saved.gates, saved.recurrent, saved.inner]
-    found = torch.ops.gpu_rnn.rnn_backward(list(d_outputs), kept, *ops.in_order(inputs), text, options.encode())
+    with ops.derived():
+        found = torch.ops.gpu_rnn.rnn_backward(list(d_outputs), kept, *ops.in_order(inputs), text, options.encode())
     return [None if primal is None else d for primal, d in zip(inputs.primals, found, strict=True)]
 
 

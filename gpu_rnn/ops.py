@@ -8,7 +8,9 @@ every order, jvp and vmap, is `gpu_rnn.autograd`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -38,12 +40,41 @@ def _owned(outputs: Sequence[Tensor], inputs: Sequence[Tensor | None]) -> list[T
     return owned
 
 
+class _Derived(threading.local):
+    """Whether the operation that runs in this thread is a part of what `gpu_rnn.autograd` takes derivatives of."""
+
+    yes = False
+
+
+_derived = _Derived()
+
+
+@contextmanager
+def derived() -> Iterator[None]:
+    """An operation in here may run while forward-mode derivatives are taken."""
+    before, _derived.yes = _derived.yes, True
+    try:
+        yield
+    finally:
+        _derived.yes = before
+
+
+def _refuse_tangents() -> None:
+    """A custom op's tangent would be 0 without a word, and it does not see whether its inputs have one."""
+    if torch.autograd.forward_ad._current_level >= 0 and not _derived.yes:
+        raise RuntimeError(
+            "what was recorded of a layer (torch.export, make_fx, torch.jit.trace) has no forward-mode derivative: take it of "
+            "the layer itself"
+        )
+
+
 @torch.library.custom_op("gpu_rnn::rnn", mutates_args=(), schema=f"({INPUTS}, {IDENTITY}) -> Tensor[]")
 def rnn(*arguments: Any) -> list[Tensor]:
     """One layer: y, the final states, then what the backward pass needs (empty unless saved).
 
     Shapes, dtypes and devices are checked; lengths are clamped to the steps there are (see `checks.inputs`).
     """
+    _refuse_tangents()
     *given, program, options = arguments
     decoded = Options.decode(options)
     inputs = checks.inputs("gpu_rnn::rnn", program, decoded, Inputs.of(*given))
@@ -88,6 +119,7 @@ def rnn_backward(d_outputs: list[Tensor], saved: list[Tensor], *arguments: Any) 
 
     Checks what it is given as `rnn` does.
     """
+    _refuse_tangents()
     *given, program, options = arguments
     decoded = Options.decode(options)
     inputs = checks.inputs("gpu_rnn::rnn_backward", program, decoded, Inputs.of(*given))

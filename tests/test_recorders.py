@@ -274,6 +274,19 @@ def test_the_old_onnx_exporter() -> None:
     assert b"LSTM" in file.getvalue()
 
 
+@pytest.mark.parametrize("name", ["peephole", "step"])
+def test_no_forward_mode_of_what_was_recorded(name: str) -> None:
+    """A custom operation's tangent would be 0 without a word."""
+    net, x = make(name), draw(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        traced = torch.jit.trace(net, (x,))
+    for program in (recorded(net, "real"), traced, torch.export.export(net, (x,)).module()):
+        with pytest.raises(RuntimeError, match="has no forward-mode derivative: take it of the layer itself"):
+            jvp(program, (x,), (draw(2),))
+        close(program(x), net(x))
+
+
 class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
