@@ -58,6 +58,8 @@ def test_the_examples_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pyt
     script.write_text(code)
     if "keras" not in code:
         monkeypatch.chdir(tmp_path)
+        precision = torch.backends.cudnn.rnn.fp32_precision  # an example sets it, for the whole process
+        monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", precision)
         runpy.run_path(str(script), run_name="__main__")
         return
     needs("keras")  # whose backend is chosen before it is imported: in a process of its own
