@@ -17,7 +17,7 @@ if importlib.util.find_spec("keras") is None:
 import keras_support as support
 from keras_support import gpu_rnn, keras
 
-pytestmark = support.quiet
+pytestmark = [support.quiet, support.symbols]
 
 SEQUENCES = {"return_sequences": True}
 LAYERS: list[tuple[str, dict[str, Any]]] = [

@@ -50,7 +50,7 @@ class Case(NamedTuple):
 def draw(number: int) -> Case:
     rng = random.Random(f"{SEED} {number}")
     name = rng.choice(("LSTM", "GRU", "SimpleRNN"))
-    way = "exported" if number % 15 == 0 else rng.choice(("eager", "model", "stateful"))
+    way = "exported" if number % 15 == 0 and support.KEEPS_SYMBOLS else rng.choice(("eager", "model", "stateful"))
     merge = rng.choice(("alone", "alone", "concat", "sum", "mul", "ave", None))
     options = {
         "activation": rng.choice(ACTIVATIONS) if rng.random() < 0.5 else "tanh",
@@ -205,7 +205,7 @@ def test_random_layers(chunk: int) -> None:
 def test_every_way_and_policy_is_drawn() -> None:
     drawn = [draw(number) for number in range(60)]
     assert {case.policy for case in drawn} == set(POLICIES)
-    assert {case.way for case in drawn} == {"eager", "model", "exported", "stateful"}
+    assert {case.way for case in drawn} == {"eager", "model", "stateful", *(["exported"] * support.KEEPS_SYMBOLS)}
 
 
 @pytest.mark.parametrize("policy", POLICIES)
