@@ -286,7 +286,7 @@ def _unpack(data: Tensor, batch_sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     All that depends on values is found on the host, where batch_sizes are.
     """
-    valid = torch.arange(int(batch_sizes[0])) < batch_sizes[:, None]  # (T, B)
+    valid = torch.arange(int(batch_sizes[0]), device="cpu") < batch_sizes[:, None]  # (T, B)
     places = valid.flatten().nonzero().squeeze(1)
     words = "the batch sizes of a PackedSequence", "the padded tensor, with lengths,"
     both = to_device(torch.cat([valid.sum(0), places]), data.device, *words)

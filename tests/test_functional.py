@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import gpu_rnn
 from gpu_rnn import cells, functional
 
 T, B, I, H = 4, 3, 5, 2  # noqa: E741
@@ -162,3 +163,13 @@ def test_under_autocast_tensors_of_other_dtypes_are_taken_as_torch_takes_them() 
         y, _ = functional.rnn(torch.randn(T, B, I).bfloat16(), (HX, HX), WEIGHTS, cells.lstm(), backend="step")
         (h, _) = functional.cell(torch.randn(B, I).bfloat16(), (STEP, STEP), WEIGHTS, cells.lstm(), backend="step")
     assert y.dtype == h.dtype == torch.bfloat16
+
+
+def test_a_packed_sequence_under_another_default_device() -> None:
+    """batch_sizes are on the CPU, wherever tensors are made by default."""
+    layer = gpu_rnn.LSTM(2, 3, activation="relu")
+    packed = torch.nn.utils.rnn.pack_sequence([torch.randn(3, 2), torch.randn(2, 2)])
+    wanted = layer(packed)[0].data
+    with torch.device("meta"):
+        found = layer(packed)[0].data
+    assert torch.equal(found, wanted)
