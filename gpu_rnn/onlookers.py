@@ -28,7 +28,11 @@ def recorded(x: Any = None) -> bool:
     """
     if torch.compiler.is_compiling():  # the first question, and Dynamo reads no further
         return True
-    return traced() or _any_mode(_RECORDERS) or isinstance(x, FakeTensor) or functionalizes()
+    if torch._C._len_torch_dispatch_stack() and _any_mode(_RECORDERS):
+        return True
+    if torch._C._get_tracing_state() is not None or isinstance(x, FakeTensor):
+        return True
+    return get_interpreter_stack() is not None and functionalizes()
 
 
 def without_values(x: Any) -> bool:
