@@ -201,7 +201,7 @@ def test_a_run_goes_on_where_one_of_the_same_commit_ended(
 ) -> None:
     out, again = tmp_path / "rows.csv", [*ON_CPU, "--backend", "step", "--commit"]
     monkeypatch.setattr(machine, "_commit", lambda: ("", ""))
-    assert run.main([*again, "one", "--resume", str(out), "--seconds", "0.01"]) == 0
+    assert run.main([*again, "one", "--resume", str(out), "--seconds", "1e-6"]) == 0
     first = out.read_text()
     assert first.count("torch.nn") == 1
     assert run.main([*again, "one", "--resume", str(out)]) == 0
