@@ -43,6 +43,11 @@ class Sizes(NamedTuple):
     H: int
 
 
+def fitting(sizes: Sizes, options: Collection[str]) -> Sizes:
+    """The sizes, large enough for these options: a projection is smaller than the layer."""
+    return sizes._replace(H=max(sizes.H, 2)) if "proj_size" in options else sizes
+
+
 def sensible(chosen: Collection[str]) -> frozenset[str]:
     """Without what excludes another option, and with what one needs."""
     found = set(chosen)
@@ -87,7 +92,7 @@ def tensors(
     T, B, I, H = sizes  # noqa: E741
     gates = len(recurrence.gates)
     directions, layers = 1 + ("bidirectional" in options), 1 + ("num_layers" in options)
-    P = max(1, H - 1) if "proj_size" in options else H
+    P = H - 1 if "proj_size" in options else H
     weights = []
     for index in range(layers * directions):
         features = directions * P if index >= directions else I

@@ -441,6 +441,7 @@ def test_a_case_follows_from_its_seed_and_number() -> None:
     assert {case.heads for case in cases} == {1, 2, 3} and {case.captured for case in cases} == {False, True}
     for case in cases:
         assert case.recurrence.gates  # every combination of cell and activations exists
+        assert case.sizes.H > 1 or "proj_size" not in case.options
 
 
 @pytest.mark.gpu

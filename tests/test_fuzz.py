@@ -52,6 +52,12 @@ def test_every_operation_is_drawn() -> None:
     assert not missing
 
 
+def test_every_drawn_call_is_one() -> None:
+    drawn = [cases.draw(0, number) for number in range(300)]
+    projected = [case.sizes.H for case in drawn if "proj_size" in case.options]
+    assert projected and min(projected) > 1  # a projection is smaller than the layer
+
+
 @pytest.mark.parametrize("operation", ["sigmoid", "maximum"])
 def test_a_wrong_derivative_is_found(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the step loop, whose backward pass is derived from the program; the loops by hand know nothing of it."""

@@ -107,6 +107,7 @@ def draw(seed: int, number: int, device: str) -> Case:
         own.randint(1, limits.T), own.randint(1, limits.B), own.randint(least, limits.I), max(hidden, least)
     )
     options = option_calls.sensible(chosen)
+    sizes = option_calls.fitting(sizes, options)
     case = Case(number, cell, activations, precision, options, heads, sizes, own.randrange(2**31), own.random() < 0.5)
     if number >= SAME:
         return case

@@ -118,8 +118,8 @@ def draw(seed: int, number: int) -> Case:
         chosen = [name for name in chosen if name != "proj_size"]
     if rng.random() < 0.2:
         chosen = [name for name in chosen if name in PLAIN]
-    sizes = Sizes(*(rng.randint(1, most) for most in MOST.values()))
     options = option_calls.sensible(chosen)
+    sizes = option_calls.fitting(Sizes(*(rng.randint(1, most) for most in MOST.values())), options)
     return Case(
         number, cell, formula, options, sizes, rng.choice(LAYOUTS), rng.choice(WAYS), rng.randrange(2**31)
     )
