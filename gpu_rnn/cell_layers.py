@@ -50,7 +50,7 @@ class CellBase(RecurrenceHolder, RNNCellBase):
         self._weight_shapes = self._expected_shapes()
 
     def _expected_shapes(self) -> list[tuple[int, ...]]:
-        return Stack(self.recurrence, self.bias).weight_shapes(self.input_size, self.hidden_size)
+        return Stack(self.recurrence, bool(self.bias)).weight_shapes(self.input_size, self.hidden_size)
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         """Take one step.
@@ -80,7 +80,7 @@ class CellBase(RecurrenceHolder, RNNCellBase):
             states = None if states is None else tuple(state.unsqueeze(0) for state in states)
         self._check_sizes(input, states)
         weights = self._weights()
-        states = functional.one_step(input, states, weights, self.recurrence, self.bias, self.backend)
+        states = functional.one_step(input, states, weights, self.recurrence, bool(self.bias), self.backend)
         if not batched:
             states = tuple(state.squeeze(0) for state in states)
         return states[0] if self._one_state else states
