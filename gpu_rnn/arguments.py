@@ -108,8 +108,11 @@ def probability(name: str, value: Any) -> float:
     return float(value)
 
 
-def tensor(name: str, value: Any) -> None:
-    """Raises TypeError for what is no strided tensor."""
+def tensor(name: str, value: Any, number: int | None = None) -> None:
+    """Raises TypeError for what is no strided tensor; `number`: its place in a sequence of that name."""
+    if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_nested:
+        return
+    name = name if number is None else f"{name}[{number}]"
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} should be a Tensor, got {type(value).__name__}")
     if value.is_nested:
@@ -117,8 +120,7 @@ def tensor(name: str, value: Any) -> None:
             f"{name} should be a strided tensor, got a nested one: pad it with torch.nested.to_padded_tensor({name}, 0.0) and "
             "give lengths=, the number of steps of each row"
         )
-    if value.layout != torch.strided:
-        raise TypeError(f"{name} should be a strided tensor, got a {value.layout} one: use .to_dense()")
+    raise TypeError(f"{name} should be a strided tensor, got a {value.layout} one: use .to_dense()")
 
 
 def each_tensor(name: str, values: Any, names: Sequence[str]) -> None:
@@ -157,17 +159,17 @@ def _weights(stack: Stack, x: Tensor, weights: Any) -> None:
     if not isinstance(weights, (tuple, list)):
         raise TypeError(f"weights should be a sequence of Tensors, got {type(weights).__name__}")
     for number, weight in enumerate(weights):
-        tensor(f"weights[{number}]", weight)
-    gates, features, found = len(stack.recurrence.gates), x.shape[-1], [tuple(w.shape) for w in weights]
-    words = f"for an input of {features} features the weights are"
+        tensor("weights", weight, number)
+    gates, features, found = len(stack.recurrence.gates), x.shape[-1], [weight.shape for weight in weights]
     first = found[0] if found else ()
-    if len(first) != 2 or first[0] == 0 or first[0] % gates:
-        raise RuntimeError(f"{words} in a row w_ih ({gates}·H, {features}), w_hh ({gates}·H, H), and so on, got {found}")
-    expected = stack.weight_shapes(features, stack.hidden(weights))
-    if found != expected:
-        raise RuntimeError(f"{words} {expected}, got {found}")
-    if stack.proj_size >= stack.hidden(weights):
-        raise ValueError(f"proj_size has to be smaller than hidden_size, {stack.hidden(weights)}, got {stack.proj_size}")
+    whole = len(first) == 2 and first[0] > 0 and first[0] % gates == 0
+    hidden = first[0] // gates if whole else 0
+    expected = stack.weight_shapes(features, hidden) if whole else []
+    if not whole or found != expected:
+        shapes = expected if whole else f"in a row w_ih ({gates}·H, {features}), w_hh ({gates}·H, H), and so on"
+        raise RuntimeError(f"for an input of {features} features the weights are {shapes}, got {[tuple(s) for s in found]}")
+    if stack.proj_size >= hidden:
+        raise ValueError(f"proj_size has to be smaller than hidden_size, {hidden}, got {stack.proj_size}")
 
 
 def check_alike(x: Tensor, weights: Sequence[Tensor], states: Sequence[Tensor]) -> None:

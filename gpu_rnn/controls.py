@@ -43,6 +43,8 @@ class Controls(NamedTuple):
         Raises:
             TypeError: anything else.
         """
+        if mask is lengths is resets is reset_state is recurrent_mask is zone is None:
+            return NONE
         if lengths is not None:
             lengths = _lengths(lengths)
         given = [("mask", mask), ("resets", resets), ("recurrent_mask", recurrent_mask), ("zone", zone)]

@@ -143,7 +143,7 @@ def run(
                 return *_aten_on_gpu(stack, x, states, weights, batch_sizes, problem.training), ()
             return *stack.aten(x, states, weights, batch_sizes), ()
     elif _recorded_as_aten(stack.backend) and _takes_aten(stack, x, controls):
-        return *stack.aten(x, hx or stack.initial(x, weights, batch), weights, batch_sizes), ()
+        return *stack.aten(x, hx or stack.initial(x, weights, batch), weights, batch_sizes, recorded=True), ()
     return stack.loops(x, hx or stack.initial(x, weights, batch), weights, batch_sizes, controls)
 
 
@@ -156,7 +156,7 @@ def _takes_aten(stack: Stack, x: Tensor, controls: Controls) -> bool:
     """Whether ATen has a stack's cell and options, and nothing forbids it."""
     return (
         stack.recurrence.aten is not None
-        and not (stack.norm or stack.all_states or controls.given)
+        and not (stack.norm or stack.all_states or (controls is not NONE and controls.given))
         and stack.backend in ("auto", "aten")
         and not environment.names_a_backend()
         and not autograd.transforms_active()

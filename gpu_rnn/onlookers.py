@@ -6,6 +6,7 @@ A loop writes where no recorder looks: a kernel's launch, NumPy's functions.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,6 +21,9 @@ PLAIN = (Tensor, nn.Parameter, type(None))
 # Of torch's own dispatch modes those that work with sizes alone, or record: FakeTensorMode, make_fx, AOTAutograd.
 _Key = torch._C._TorchDispatchModeKey
 _RECORDERS = (_Key.FAKE, _Key.PROXY, _Key.FUNCTIONAL)
+
+# torch.jit.trace warns of every size that a check compares. torch says nothing of those in its own modules; nor do we.
+warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"gpu_rnn(\.|$)")
 
 
 def recorded(x: Any = None) -> bool:

@@ -124,9 +124,9 @@ class Stack(NamedTuple):
         )
 
     def aten(
-        self, x: Tensor, states: States, weights: Sequence[Tensor], batch_sizes: Tensor | None
+        self, x: Tensor, states: States, weights: Sequence[Tensor], batch_sizes: Tensor | None, recorded: bool = False
     ) -> tuple[Tensor, States]:
-        """The whole stack in ATen's kernels."""
+        """The whole stack in ATen's kernels; `recorded` as `onlookers.recorded` says."""
         return aten.stack(
             self.recurrence.aten or "",
             x,
@@ -138,6 +138,7 @@ class Stack(NamedTuple):
             self.bidirectional,
             self.batch_first,
             batch_sizes,
+            recorded,
         )
 
     def one_by_one(

@@ -84,3 +84,12 @@ def test_check_after_a_failure_in_any_mode(mode: type, monkeypatch: pytest.Monke
     with mode(), pytest.raises(RuntimeError, match="gave up in step 3 of group 0"):
         gpu_rnn.check()
     gpu_rnn.check()
+
+
+def test_a_backend_that_is_named_while_the_process_runs_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GPU_RNN_BACKEND", raising=False)
+    assert not environment.names_a_backend()
+    monkeypatch.setenv("GPU_RNN_BACKEND", "reference")
+    assert environment.names_a_backend()
+    monkeypatch.delenv("GPU_RNN_BACKEND")
+    assert not environment.names_a_backend()

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -250,6 +252,21 @@ def test_jit_trace(name: str, kept: bool) -> None:
     )
 
 
+QUIET = """
+import torch, gpu_rnn
+x, lengths = torch.randn(5, 2, 3), torch.tensor([5, 2])
+layer = gpu_rnn.LSTM(3, 4).requires_grad_(False)
+torch.jit.trace(layer, (x, (torch.zeros(1, 2, 4),) * 2))
+torch.jit.trace(gpu_rnn.GRUCell(3, 4), (x[0],))
+torch.jit.trace(lambda x, lengths: layer(x, lengths=lengths)[0], (x, lengths))
+"""
+
+
+def test_jit_trace_says_as_little_of_sizes_as_of_torch_nn() -> None:
+    done = subprocess.run([sys.executable, "-c", QUIET], capture_output=True, text=True, timeout=120, check=True)
+    assert "TracerWarning" not in done.stderr
+
+
 def test_a_cell_that_is_first_met_while_a_model_is_traced() -> None:
     def step(x: Any, r: Any, s: Any) -> Tensor:
         return torch.tanh(x.a + r.a) * 0.7 + 0.3 * s.h
@@ -421,3 +438,10 @@ def a_trace() -> Iterator[None]:
 def test_tune_measures_nothing_that_is_recorded(a_trace: None) -> None:
     with pytest.raises(RuntimeError, match="tune measures calls"):
         gpu_rnn.tune(gpu_rnn.GRU(I, H), torch.randn(T, B, I))
+
+
+def test_a_short_call_asks_once_whether_it_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, recorded = [], gpu_rnn.onlookers.recorded
+    monkeypatch.setattr(gpu_rnn.onlookers, "recorded", lambda *args: asked.append(args) or recorded(*args))
+    gpu_rnn.LSTM(I, H)(draw(1))
+    assert len(asked) == 1

@@ -12,7 +12,6 @@ from torch import _VF as VF
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from gpu_rnn import onlookers
 from gpu_rnn.launch import rates
 from gpu_rnn.launch.common import products
 from gpu_rnn.problem import Problem
@@ -98,9 +97,9 @@ def stack(
     bidirectional: bool,
     batch_first: bool,
     batch_sizes: Tensor | None,
+    recorded: bool = False,
 ) -> Output:
     """A whole stack of layers. Arguments as torch._VF's; dropout is 0 outside training, and on a GPU (`functional`)."""
-    recorded = onlookers.recorded(x)
     # oneDNN keeps what its backward needs only in training. A trace says yes: it may be run either way.
     training = dropout > 0 or torch.is_grad_enabled() or recorded
     if x.is_cuda and torch.cudnn_is_acceptable(x) and not recorded:
