@@ -161,7 +161,7 @@ def _weights(stack: Stack, x: Tensor, weights: Any) -> None:
     for number, weight in enumerate(weights):
         tensor("weights", weight, number)
     gates, features, found = len(stack.recurrence.gates), x.shape[-1], [weight.shape for weight in weights]
-    first = found[0] if found else ()
+    first: tuple[int, ...] = found[0] if found else ()
     whole = len(first) == 2 and first[0] > 0 and first[0] % gates == 0
     hidden = first[0] // gates if whole else 0
     expected = stack.weight_shapes(features, hidden) if whole else []
