@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,8 @@ def _integer_power(b: Builder, x: Any, exponent: int) -> Any:
 
 def _pow(b: Builder, x: Any, exponent: Any) -> Any:
     if isinstance(exponent, Value):
+        if x == 1:  # to the power of everything, NaN too
+            return b.value(1.0)
         if isinstance(x, (int, float)) and x > 0:
             return b.emit("exp", b.emit("mul", exponent, torch.tensor(float(x), dtype=torch.float64).log().item()))
         raise Unsupported("a power needs a constant exponent, or a positive constant base")
@@ -44,6 +47,20 @@ def _scaled(name: str) -> Callable[..., Any]:
         return b.emit(name, x, y if alpha == 1 else b.emit("mul", y, alpha))
 
     return rule
+
+
+def _add(b: Builder, x: Any, y: Any, alpha: float = 1) -> Any:
+    """The sum; of two truth values torch's is true where either is."""
+    if all(isinstance(each, bool) or (isinstance(each, Value) and _is_bool(b, each)) for each in (x, y)):
+        return _logical("or")(b, x, y if alpha else False)
+    return _scaled("add")(b, copy(b, x), copy(b, y), alpha)
+
+
+def _sinc(b: Builder, x: Any) -> Any:
+    """sin(πx) / πx. At 0 it divides by 1 instead, for 0/0 has no gradient, not even where nothing takes its value."""
+    zero = b.emit("eq", x, 0.0)
+    angle = b.emit("mul", b.emit("where", zero, 1.0, x), math.pi)
+    return b.emit("where", zero, 1.0, b.emit("div", b.emit("sin", angle), angle))
 
 
 def _elu(b: Builder, x: Any, alpha: float = 1, scale: float = 1, input_scale: float = 1) -> Any:
@@ -87,7 +104,7 @@ def _clamp(b: Builder, x: Any, low: Any = None, high: Any = None) -> Any:
 
 def copy(b: Builder, x: Any, *_: Any) -> Any:
     """A copy, or the real number that a truth value stands for."""
-    return b.emit("where", x, 1.0, 0.0) if _is_bool(b, x) else x
+    return b.emit("where", x, 1.0, 0.0) if isinstance(x, Value) and _is_bool(b, x) else x
 
 
 def _to(b: Builder, x: Any, dtype: torch.dtype | None = None, *_: Any) -> Any:
@@ -116,7 +133,7 @@ def _named(name: str) -> Callable[..., Any]:
 
 
 # Operations that take truth values as they are; for every other one they are first turned into 1.0 and 0.0.
-TAKES_BOOL = {"where", *(f"{kind}_{name}" for kind in ("logical", "bitwise") for name in ("and", "or", "not"))}
+TAKES_BOOL = {"where", "add", *(f"{kind}_{name}" for kind in ("logical", "bitwise") for name in ("and", "or", "not"))}
 
 def _truth(b: Builder, x: Any) -> Any:
     """A truth value; of a number whether it is not 0."""
@@ -139,7 +156,8 @@ LOWERING: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("alias", "detach"), _detached),
     **dict.fromkeys(("full", "full_like"), lambda b, like, value, *_: b.value(float(value))),
     "scalar_tensor": lambda b, value, *_: b.value(float(value)),
-    "add": _scaled("add"),
+    "add": _add,
+    "sinc": _sinc,
     "sub": _scaled("sub"),
     "rsub": lambda b, x, y, alpha=1: _scaled("sub")(b, y, x, alpha),
     "div": _div,
@@ -169,5 +187,6 @@ def _hardtanh(b: Builder, x: Any, low: float, high: float) -> Any:
     return b.emit("where", b.emit("le", x, low), low, below)
 
 
-# Decomposed by torch the first two have NaN gradients where exp(x) overflows, and the others gradients at their bounds.
-KEPT = ("softplus", "celu", "hardsigmoid", "hardswish")
+# Decomposed by torch the first two have NaN gradients where exp(x) overflows, the next two gradients at their bounds, and the
+# last one a NaN gradient at 0.
+KEPT = ("softplus", "celu", "hardsigmoid", "hardswish", "sinc")

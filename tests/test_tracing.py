@@ -296,3 +296,30 @@ def test_layers_of_any_activation_train_in_threads() -> None:
 
     with ThreadPoolExecutor(8) as pool:
         assert all(np.isfinite(list(pool.map(run, range(1, 17)))))
+
+
+FORMULAS: dict[str, Callable[[Any], Any]] = {
+    "truth values add up to one": lambda a: ((a > 0) + (a > 1)) * 2.0,
+    "a truth value and True": lambda a: ((a > 0) + True) * 2.0,
+    "a truth value and a number": lambda a: (a > 0) + 1.5,
+    "a truth value and a whole number": lambda a: ((a > 0) + 1) * 1.0,
+    "a power of 1": lambda a: 1**a,
+    "sinc": torch.sinc,
+}
+
+
+@pytest.mark.parametrize("what", FORMULAS)
+def test_formulas_are_torchs_everywhere(what: str) -> None:
+    """Values and gradients, at 0, infinity and NaN too."""
+
+    def value(x: Any, r: Any, s: Any) -> Any:
+        return FORMULAS[what](x.a)
+
+    layer = gpu_rnn.Recurrent(Recurrence(value, gates=("a",), name="value"), 1, 1, bias=False, dtype=torch.float64)
+    torch.nn.init.ones_(layer.weight_ih_l0)
+    x = torch.tensor([-2.0, -0.5, 0.0, 0.5, 1.0, 2.5, float("inf"), float("nan")], dtype=torch.float64)
+    theirs, ours = x.clone().requires_grad_(), x.clone().requires_grad_()
+    expected, found = FORMULAS[what](theirs), layer(ours.view(1, -1, 1))[0].flatten()
+    torch.testing.assert_close(found, expected.double(), equal_nan=True)
+    expected_grad = torch.autograd.grad(expected.sum(), theirs)[0] if expected.requires_grad else torch.zeros_like(x)
+    torch.testing.assert_close(torch.autograd.grad(found.sum(), ours)[0], expected_grad, equal_nan=True)
