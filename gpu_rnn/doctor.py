@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import gpu_rnn
-from gpu_rnn import cache, choices, devices
+from gpu_rnn import cache, choices, devices, environment
 from gpu_rnn.launch import building, nvrtc
 
 __all__ = ["device_name", "pick_device", "report"]
@@ -59,6 +59,7 @@ def report(device: torch.device) -> str:
         *_device_details(device),
         *_packages(),
         *_cache(device),
+        *_environment(),
         *_compilers(device),
         "",
         *_backends(device),
@@ -117,6 +118,15 @@ def _cache(device: torch.device) -> list[str]:
     elif cache.folder() != cache.wanted() or not cache.outlives_the_process(cache.wanted() / "any"):
         lines.append("         cannot be written to, so nothing is kept: set GPU_RNN_CACHE to a folder that can be")
     return lines + [f"         {path.name} is damaged or cannot be read: tune again, or delete it" for path in held.broken]
+
+
+def _environment() -> list[str]:
+    """What is wrong with the variables that only some calls read."""
+    try:
+        environment.deadline()
+    except ValueError as error:
+        return [f"settings {error}"]
+    return []
 
 
 def _compilers(device: torch.device) -> list[str]:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -206,7 +206,7 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
             given = {"mask": mask, "lengths": lengths, "resets": resets, "reset_state": reset_state}
             return onlookers.leaf(self, input, hx, **given, return_all_states=return_all_states)
         if further or not isinstance(return_all_states, bool):
-            self._refuse(further, return_all_states)
+            self._check_others(further, return_all_states)
         if not isinstance(input, PackedSequence):
             arguments.tensor("input", input)
         states = None if hx is None else self._as_tuple(hx)
@@ -232,10 +232,12 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
             return (output, states[0], every[0]) if return_all_states else (output, states[0])
         return (output, states, every) if return_all_states else (output, states)
 
-    def _refuse(self, further: tuple[Any, ...], all_states: Any) -> NoReturn:
-        if further:
+    def _check_others(self, further: tuple[Any, ...], all_states: Any) -> None:
+        # torch's old ONNX exporter gives the defaults of all arguments by position, False as a tensor.
+        if any(value is not None and (not isinstance(value, Tensor) or value.dim() or value) for value in further):
             raise TypeError(f"{type(self).__name__}: after hx, arguments are given by name: layer(x, hx, mask=mask)")
-        raise TypeError(f"{type(self).__name__}: return_all_states should be True or False, got: {all_states!r}")
+        if not isinstance(all_states, bool):
+            raise TypeError(f"{type(self).__name__}: return_all_states should be True or False, got: {all_states!r}")
 
     def _unbatched(
         self, input: Tensor, states: States | None, controls: Controls, all_states: bool

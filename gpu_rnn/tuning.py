@@ -80,8 +80,8 @@ class Tuned:
         head = f"{sizes(problem)}, measured on {self.device}"
         kept = f"kept for {ranges} in {self.path}"
         if not self.lasting:
-            kept = f"holds for {ranges} in this process only, as nothing can be written to the cache folder:\n"
-            kept += "to keep it, set GPU_RNN_CACHE to a folder that can be written to, and tune again"
+            kept = f"holds for {ranges} in this process only, as the cache folder cannot be used:\n"
+            kept += "to keep it, set GPU_RNN_CACHE to a folder that you, and nobody else, can write to, and tune again"
         return "\n".join([head, *map(str, self.passes), kept])
 
 

@@ -57,3 +57,10 @@ def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file" / "cache"))
     said = "\n".join(doctor._compilers(torch.device("cpu")))
     assert "its cache cannot be written (" in said and "set TRITON_CACHE_DIR" in said
+
+
+def test_a_deadline_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No call on a CPU reads it."""
+    assert "GPU_RNN_DEADLINE" not in doctor.report(torch.device("cpu"))
+    monkeypatch.setenv("GPU_RNN_DEADLINE", "abc")
+    assert "settings GPU_RNN_DEADLINE is 'abc' in the environment" in doctor.report(torch.device("cpu"))

@@ -284,11 +284,12 @@ def test_the_old_onnx_exporter() -> None:
         with warnings.catch_warnings(), pytest.raises(RuntimeError, match=r"torch.export.export"):
             warnings.simplefilter("ignore")
             torch.onnx.export(make(name).eval(), (draw(1),), io.BytesIO(), dynamo=False)
-    file = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(make("lstm").eval(), (draw(1),), file, dynamo=False)
-    assert b"LSTM" in file.getvalue()
+    for model in (make("lstm"), gpu_rnn.LSTM(I, H, dtype=draw(1).dtype)):  # in a model, and by itself
+        file = io.BytesIO()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(model.eval(), (draw(1),), file, dynamo=False)
+        assert b"LSTM" in file.getvalue()
 
 
 @pytest.mark.parametrize("name", ["peephole", "step"])
