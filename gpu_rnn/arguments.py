@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from gpu_rnn.stack import Stack
 
 
+PROJECTED = "proj_size argument is only supported for LSTM, not RNN or GRU"
+
+
 def check(stack: Stack, x: Any, hx: Any, weights: Any, batch_sizes: Any = None) -> None:
     """Every argument of `functional.rnn` but for the controls; `Controls.checked` has those.
 
@@ -64,15 +67,9 @@ def check_cell(stack: Stack, x: Any, hx: Any, weights: Any) -> None:
 
 
 def _options(stack: Stack) -> None:
-    recurrence = stack.recurrence
-    if not isinstance(recurrence, Recurrence):
-        raise TypeError(
-            "recurrence should be a gpu_rnn.Recurrence, such as gpu_rnn.cells.gru() or one of your own, "
-            f"got: {type(recurrence).__name__}"
-        )
+    a_recurrence(stack.recurrence)
     for name in ("bias", "bidirectional", "batch_first", "norm", "all_states"):
-        if not isinstance(getattr(stack, name), bool):
-            raise TypeError(f"{name} should be True or False, got: {getattr(stack, name)!r}")
+        flag(name, getattr(stack, name))
     for name, least in (("num_layers", 1), ("proj_size", 0)):
         value = getattr(stack, name)
         if not isinstance(value, int) or isinstance(value, bool):
@@ -82,16 +79,31 @@ def _options(stack: Stack) -> None:
     probability("dropout", stack.dropout)
     dispatch.check_name(stack.backend)
     if stack.proj_size:
-        _projected(recurrence)
+        _projected(stack.recurrence)
 
 
 def _projected(recurrence: Recurrence) -> None:
     if recurrence.aten not in (None, "LSTM"):
-        raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        raise ValueError(PROJECTED)
     h = f"s_{recurrence.states[0]}"
     stages = recurrence.program.stages
     if any(h in (*stage.outputs, *(arg for op in stage.ops for arg in op.args)) for stage in stages):
         raise ValueError(f"proj_size makes h narrower than the units, and {recurrence.name} takes h unit by unit")
+
+
+def a_recurrence(value: Any) -> None:
+    """Raises TypeError for anything else."""
+    if not isinstance(value, Recurrence):
+        raise TypeError(
+            "recurrence should be a gpu_rnn.Recurrence, such as gpu_rnn.cells.gru() or one of your own, "
+            f"got: {type(value).__name__}"
+        )
+
+
+def flag(name: str, value: Any) -> None:
+    """Raises TypeError for what is neither True nor False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} should be True or False, got: {value!r}")
 
 
 def probability(name: str, value: Any) -> float:

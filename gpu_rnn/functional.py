@@ -99,8 +99,7 @@ def rnn(
         all_states,
     )
     arguments.check(stack, x, hx, weights, batch_sizes)
-    if not isinstance(training, bool):
-        raise TypeError(f"training should be True or False, got: {training!r}")
+    arguments.flag("training", training)
     stack = stack if training else stack._replace(dropout=0.0)
     if reset_state is not None:
         arguments.each_tensor("reset_state", reset_state, recurrence.states)

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
-from gpu_rnn import dispatch, layer_options
+from gpu_rnn import arguments, dispatch, layer_options
 from gpu_rnn.activations import Activation, name_of
 from gpu_rnn.recurrence import Recurrence
 
@@ -35,8 +35,8 @@ class RecurrenceHolder(nn.Module):
     def _hold(self, recurrence: Recurrence, backend: str, options: Mapping[str, Option]) -> None:
         dispatch.check_name(backend)
         for name, value in options.items():
-            if isinstance(OPTION_DEFAULTS[name], bool) and not isinstance(value, bool):
-                raise TypeError(f"{name} should be True or False, got: {value!r}")
+            if isinstance(OPTION_DEFAULTS[name], bool):
+                arguments.flag(name, value)
         self.recurrence = recurrence
         self.backend = backend
         self._one_state = len(recurrence.states) == 1
@@ -126,7 +126,7 @@ class RecurrenceHolder(nn.Module):
 def refuse_projection(proj_size: int | None) -> None:
     """RNN and GRU take the argument only to refuse it, as torch.nn's do."""
     if proj_size is not None:
-        raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        raise ValueError(arguments.PROJECTED)
 
 
 def elman_activation(nonlinearity: str, activation: str | Activation | None) -> str | Activation:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypedDict
 
 from gpu_rnn import dispatch, initializers
-from gpu_rnn.arguments import probability
+from gpu_rnn.arguments import flag, probability
 from gpu_rnn.initializers import Initializer
 from gpu_rnn.recurrence import Recurrence
 
@@ -89,8 +89,7 @@ def value(name: str, given: Any) -> Any:
         if given is not None:
             initializers.resolve(given)
     elif isinstance(DEFAULTS.get(name), bool):
-        if not isinstance(given, bool):
-            raise TypeError(f"{name} should be True or False, got: {given!r}")
+        flag(name, given)
     elif name in ("dropout", "recurrent_dropout", "weight_drop"):
         return probability(name, given)
     elif name == "backend":

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 
-from gpu_rnn import cells
+from gpu_rnn import arguments, cells
 from gpu_rnn.activations import Activation
 from gpu_rnn.documented import in_full
 from gpu_rnn.holder import elman_activation, refuse_projection
@@ -83,11 +83,7 @@ class Recurrent(LayerBase):
         backend: str = "auto",
         **options: Unpack[LayerOptions],
     ) -> None:
-        if not isinstance(recurrence, Recurrence):
-            raise TypeError(
-                "recurrence should be a gpu_rnn.Recurrence, such as gpu_rnn.cells.gru() or one of your own, "
-                f"got: {type(recurrence).__name__}"
-            )
+        arguments.a_recurrence(recurrence)
         given = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional
         super().__init__(recurrence, recurrence.name, *given, 0, device, dtype, backend=backend, options={}, further=options)
 
