@@ -249,7 +249,9 @@ def test_what_a_user_prefers_or_tuned_is_not_what_a_layer_takes_by_itself(
     monkeypatch.setenv("GPU_RNN_BACKEND", "reference")
     assert run.main(ON_CPU) == 2
     assert "GPU_RNN_BACKEND chooses" in capsys.readouterr().err
-    monkeypatch.delenv("GPU_RNN_BACKEND")
+    for nothing in ("", " auto "):
+        monkeypatch.setenv("GPU_RNN_BACKEND", nothing)
+        machine.check_nothing_chooses(torch.device("cpu"))
     gpu_rnn.tune(gpu_rnn.GRU(3, 4), torch.randn(2, 1, 3), seconds=1e-3)
     assert run.main(ON_CPU) == 2
     assert "gpu_rnn.tuning.forget()" in capsys.readouterr().err

@@ -16,7 +16,7 @@ import torch
 from cases.names import PEERS
 
 import gpu_rnn
-from gpu_rnn import choices, devices, doctor, environment
+from gpu_rnn import choices, devices, dispatch, doctor, environment
 
 ROOT = Path(__file__).resolve().parents[2]
 # What a measurement or a certificate depends on; git's * crosses folders.
@@ -54,9 +54,9 @@ def check_nothing_chooses(device: torch.device) -> None:
     """What this machine's user prefers or has tuned must not stand for what a layer takes by itself.
 
     Raises:
-        ValueError: GPU_RNN_BACKEND is set, or `gpu_rnn.tune` has kept choices for the device.
+        ValueError: GPU_RNN_BACKEND names a backend, or `gpu_rnn.tune` has kept choices for the device.
     """
-    if environment.names_a_backend():
+    if environment.backend(dispatch.BACKENDS):
         raise ValueError("GPU_RNN_BACKEND chooses the backend here, and the models are to: unset it")
     if count := choices.held(devices.of(device)).here:
         raise ValueError(
