@@ -39,8 +39,8 @@ def wanted() -> Path:
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     found = Path(environment.cache_folder() or f"{home}/gpu_rnn")
     try:
-        return found.expanduser()
-    except RuntimeError:  # as in containers: a user without a home
+        return found.expanduser().absolute()
+    except (RuntimeError, FileNotFoundError):  # as in containers: a user without a home; a working directory that is gone
         return _temporary()
 
 

@@ -225,3 +225,14 @@ def test_a_writer_that_is_killed_tears_nothing(cache_folder: Path) -> None:
 @pytest.mark.slow
 def test_writers_that_are_killed_at_any_time_tear_nothing(cache_folder: Path) -> None:
     killed_while_writing(cache_folder, 200)
+
+
+def test_a_folder_named_relatively_is_the_one_of_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that changes its working directory goes on with the cache that it began with."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GPU_RNN_CACHE", "relative")
+    first = cache.keep("first", ".cubin", CONTENT)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert cache.kept("first", ".cubin") == CONTENT
+    assert cache.keep("second", ".cubin", CONTENT).parent == first.parent == tmp_path / "relative"
