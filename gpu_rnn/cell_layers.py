@@ -35,7 +35,7 @@ class CellBase(RecurrenceHolder, RNNCellBase):
         dtype: torch.dtype | None,
         *,
         backend: str,
-        options: Mapping[str, Option],
+        options: Mapping[str, Option | None],
     ) -> None:
         super().__init__(input_size, hidden_size, bias, len(recurrence.gates), device, dtype)
         self._hold(recurrence, backend, options)
@@ -149,9 +149,8 @@ class RNNCell(CellBase):
         backend: str = "auto",
     ) -> None:
         function = elman_activation(nonlinearity, activation)
-        options = {} if activation is None else {"activation": activation}
         given = input_size, hidden_size, bias, device, dtype
-        super().__init__(cells.rnn(activation=function), *given, backend=backend, options=options)
+        super().__init__(cells.rnn(activation=function), *given, backend=backend, options={"activation": activation})
         self.nonlinearity = nonlinearity
 
 

@@ -74,7 +74,7 @@ class Controls(NamedTuple):
             RuntimeError: a tensor on another device, reset_state of another dtype.
         """
         for name, value in (("mask", self.mask), ("resets", self.resets)):
-            _check_steps(name, value, (steps, shapes[0][1]))
+            _check_steps(name, value, (steps, shapes[0][1]), x)
         lengths = self.lengths
         if lengths is not None:
             lengths = to_device(_checked_lengths(lengths, steps, shapes[0][1]), x.device, "lengths")
@@ -105,12 +105,16 @@ class Controls(NamedTuple):
         mask, resets = (t.transpose(0, 1) if isinstance(t, Tensor) and t.dim() == 2 else t for t in (self.mask, self.resets))
         return self if mask is self.mask and resets is self.resets else self._replace(mask=mask, resets=resets)
 
-    def batched(self) -> Controls:
-        """The same of a call without a batch, with a batch of one."""
+    def batched(self, steps: int) -> Controls:
+        """The same of a call without a batch, with a batch of one; errors as `checked`'s of mask and resets."""
         if not self.given:
             return self
+        for name, value in (("mask", self.mask), ("resets", self.resets)):
+            _check_steps(name, value, (steps,))
         mask, resets = (t if t is None else t.unsqueeze(1) for t in (self.mask, self.resets))
-        lengths = None if self.lengths is None else self.lengths.reshape(1)
+        lengths = self.lengths
+        if lengths is not None and lengths.numel() == 1:
+            lengths = lengths.reshape(1)
         values = self.reset_state and tuple(value.unsqueeze(-2) for value in self.reset_state)
         return self._replace(mask=mask, resets=resets, lengths=lengths, reset_state=values)
 
@@ -171,22 +175,22 @@ def _from_array(name: str, values: Any) -> Tensor:
 MEANING = {"mask": "True where a step counts", "resets": "True where an episode begins"}
 
 
-def _check_steps(name: str, value: Tensor | None, shape: tuple[int, int]) -> None:
+def _check_steps(name: str, value: Tensor | None, shape: tuple[int, ...], x: Tensor | None = None) -> None:
+    """Time first; an error has the order of x, which may have the batch first."""
     if value is None:
         return
     if value.dtype != torch.bool:
         raise TypeError(f"{name} is a bool tensor, {MEANING[name]}, got {value.dtype}")
     if value.shape != shape:
-        steps, batch = shape
-        found = f"{value.shape[0]} steps and {value.shape[1]} rows" if value.dim() == 2 else f"{value.dim()} dimensions"
-        raise ValueError(
-            f"{name} is shaped like the input without its features: {steps} steps and {batch} rows; this one has {found}"
-        )
+        found = tuple(value.shape)
+        if x is not None and x.shape[:2] != shape:
+            shape, found = shape[::-1], found[::-1] if value.dim() == 2 else found
+        raise ValueError(f"{name} is shaped like the input without its features, {shape}, got {found}")
 
 
 def _lengths(lengths: Any) -> Tensor:
     """As int64, so that nothing that is done to them overflows: T may be more than a uint8 holds."""
-    words = "lengths are integers, the number of steps of each row, got"
+    words = "lengths are a list or tensor of (B) integers, the number of steps of each row, got"
     if hasattr(lengths, "__array__") and not isinstance(lengths, Tensor):
         lengths = _from_array("lengths", lengths)
     elif isinstance(lengths, (list, tuple, range)):

@@ -49,7 +49,8 @@ def debug(layer: LayerBase, x: Tensor, *, backend: str = "auto") -> list[Differe
         below, so that a fault is named where it arises.
 
     Raises:
-        ValueError: the backend cannot run this call; every reason is given.
+        ValueError: the backend cannot run this call; every reason is given. x and the layer are not on
+            one CPU or CUDA device.
 
     Example::
 
@@ -64,6 +65,9 @@ def debug(layer: LayerBase, x: Tensor, *, backend: str = "auto") -> list[Differe
         raise TypeError("debug takes a layer of this package, such as gpu_rnn.LSTM, and an input with steps and samples")
     if x.dtype not in TOLERANCE:
         raise TypeError(f"debug compares with float64, so it takes real input, not {x.dtype}")
+    place = layer._flat_weights[0].device
+    if place.type not in ("cpu", "cuda") or x.device != place:
+        raise ValueError(f"debug runs on one CPU or CUDA device, and x is on {x.device}, the layer on {place}: move them there")
     if x.dim() == 2:
         x = x.unsqueeze(1)
     elif layer.batch_first:

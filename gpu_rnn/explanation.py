@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from gpu_rnn import autocast, dispatch
+from gpu_rnn import autocast, dispatch, layer_options
 from gpu_rnn.controls import Controls
 from gpu_rnn.dispatch import Row
 from gpu_rnn.launch import rates
@@ -135,7 +135,9 @@ def problem_of(layer: LayerBase, x: Tensor | PackedSequence | None, call: dict[s
     from gpu_rnn.layer_base import LayerBase
 
     if not isinstance(layer, LayerBase):
-        raise TypeError(f"{asker} takes a layer of this package, such as gpu_rnn.LSTM, not {type(layer).__name__}")
+        kind = type(layer)
+        place = kind.__module__.partition(".modules.")[0]  # torch.nn.modules.rnn: as users write it
+        raise TypeError(f"{asker} takes a layer of this package, such as gpu_rnn.LSTM, not {place}.{kind.__name__}")
     if not isinstance(x, Tensor | PackedSequence | None):
         raise TypeError(NO_INPUT.format(asker, type(x).__name__))
     weights = layer._flat_weights
@@ -152,7 +154,7 @@ def problem_of(layer: LayerBase, x: Tensor | PackedSequence | None, call: dict[s
         raise ValueError(f"{asker} takes x with 2 or 3 dimensions, as the layer does, not {x.dim()}")
     if x.shape[-1] != layer.input_size:
         layer.check_input(x.new_empty(x.shape, dtype=weights[0].dtype, device="meta"), batch_sizes)  # raises
-    packed, unknown = batch_sizes is not None, call.keys() - {*CONTROLS, "hx", "return_all_states"}
+    packed, unknown = batch_sizes is not None, call.keys() - {*layer_options.OF_THE_CALL}
     if unknown:
         raise TypeError(f"a layer's call has no argument {', '.join(sorted(unknown))}")
     stack = layer._stack(packed, bool(call.get("return_all_states", False)))

@@ -32,7 +32,8 @@ class RecurrenceHolder(nn.Module):
     _flat_weights_names: list[str]
     _weight_shapes: list[tuple[int, ...]] | None = None  # the weights' shapes when they were last found right
 
-    def _hold(self, recurrence: Recurrence, backend: str, options: Mapping[str, Option]) -> None:
+    def _hold(self, recurrence: Recurrence, backend: str, options: Mapping[str, Option | None]) -> None:
+        """Options that are None were not given."""
         dispatch.check_name(backend)
         for name, value in options.items():
             if isinstance(OPTION_DEFAULTS[name], bool):
@@ -43,7 +44,7 @@ class RecurrenceHolder(nn.Module):
         given = {
             name: value
             for name, value in {**options, "backend": backend}.items()
-            if value != OPTION_DEFAULTS[name]
+            if value is not None and value != OPTION_DEFAULTS[name]
         }
         # Names, never the user's functions: those may not pickle.
         self._shown = {
@@ -81,6 +82,11 @@ class RecurrenceHolder(nn.Module):
         if [getattr(weight, "shape", None) for weight in weights] == self._weight_shapes:
             return
         expected = self._expected_shapes()
+        if len(weights) != len(expected):
+            raise RuntimeError(
+                f"{type(self).__name__} has {len(weights)} weights, and {len(expected)} for what its attributes are set to now: "
+                "make another layer with other num_layers, bias, bidirectional or proj_size"
+            )
         for name, weight, shape in zip(self._flat_weights_names, weights, expected, strict=True):
             if not isinstance(weight, Tensor):
                 raise TypeError(f"{type(self).__name__}: {name} should be a Tensor {shape}, got {type(weight).__name__}")

@@ -112,7 +112,8 @@ def from_keras(*layers: Sequence[Array], cell: str) -> State:
 def to_keras(state: Mapping[str, Array], cell: str) -> list[list[np.ndarray]]:
     """For each layer what its Keras counterpart's `set_weights()` takes; `from_keras` describes it.
 
-    Keras has one bias except in a GRU with reset_after=True: torch's two are added.
+    One list for each layer of the stack: a single layer's is ``to_keras(state, cell)[0]``. Keras has one bias
+    except in a GRU with reset_after=True: torch's two are added.
 
     Raises:
         ValueError: an unknown cell or keys; projections or peepholes, which Keras's layers do not have.

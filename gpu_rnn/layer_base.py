@@ -53,7 +53,7 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
         dtype: torch.dtype | None,
         *,
         backend: str,
-        options: Mapping[str, Option],
+        options: Mapping[str, Option | None],
         further: Mapping[str, Any],
         unit_weight: str = "weight_unit",
     ) -> None:
@@ -246,7 +246,7 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
         if states is not None:
             self._check_rank(states, 2, "unbatched")
             states = tuple(state.unsqueeze(1) for state in states)
-        batched = controls.batched()
+        batched = controls.batched(input.shape[0])
         output, states, every = self._run(input.unsqueeze(batch_dim), states, None, batched, all_states)
         output = output.squeeze(batch_dim if self.return_sequences else 0)
         return output, tuple(state.squeeze(1) for state in states), tuple(state.squeeze(2) for state in every)

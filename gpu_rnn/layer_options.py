@@ -74,8 +74,11 @@ def checked(
     """
     unknown = options.keys() - DEFAULTS.keys()
     if unknown:
-        known = ", ".join((*others, *DEFAULTS))
-        raise TypeError(f"{layer} got an unexpected keyword argument {min(unknown)!r}; besides torch.nn's it takes {known}")
+        name, known = min(unknown), ", ".join((*others, *DEFAULTS))
+        advice = f"besides torch.nn's it takes {known}"
+        if name in OF_THE_CALL:
+            advice = f"{name} is an argument of the call: layer(x, {name}=...)"
+        raise TypeError(f"{layer} got an unexpected keyword argument {name!r}; {advice}")
     if options.get("recurrent_dropout_per_gate") and "recurrent_dropout" not in options:
         raise ValueError("recurrent_dropout_per_gate says how recurrent_dropout draws its masks: give recurrent_dropout=p, too")
     found = {name: value(name, options.get(name, default)) for name, default in DEFAULTS.items()}
@@ -109,6 +112,7 @@ def assigned(name: str, given: Any) -> Any:
     return value(name, given)
 
 
+OF_THE_CALL = ("hx", "mask", "lengths", "resets", "reset_state", "return_all_states")
 OF_THE_RECURRENCE = ("activation", "recurrent_activation", "reset_after", "peephole", "nonlinearity")
 SIZES = ("input_size", "hidden_size", "num_layers", "bias", "bidirectional", "proj_size")
 ASSIGNED = frozenset((*DEFAULTS, *OF_THE_RECURRENCE, "dropout", "backend"))

@@ -134,7 +134,7 @@ class RNN(LayerBase):
     ) -> None:
         refuse_projection(proj_size)
         function = elman_activation(nonlinearity, activation)
-        cell = {} if activation is None else {"activation": activation}
+        cell = {"activation": activation}
         mode = f"RNN_{nonlinearity.upper()}"
         given = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional
         recurrence = cells.rnn(activation=function)

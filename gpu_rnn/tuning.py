@@ -54,7 +54,8 @@ class Pass:
         for name, (low, middle, high) in self.us_per_step.items():
             chosen = [word for word, backend in (("before", self.before), ("now", self.now)) if backend == name]
             lines.append(f"  {name:18} {middle:9.2f}  {f'{low:.2f} to {high:.2f}':22} {' and '.join(chosen)}".rstrip())
-        return "\n".join([*lines, *(f"  {name:18} not measured: {reason}" for name, reason in self.left_out.items())])
+        left_out = [f"  {name:18} {'-':>9}  not measured: {reason}" for name, reason in self.left_out.items()]
+        return "\n".join([*lines, *left_out])
 
 
 @dataclass(frozen=True)

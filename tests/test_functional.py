@@ -125,7 +125,7 @@ CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "mask of floats": ({"mask": torch.ones(T, B)}, TypeError, "mask is a bool tensor"),
     "mask of an array of floats": ({"mask": np.ones((T, B))}, TypeError, "mask is a bool tensor"),
     "mask, a list": ({"mask": [True]}, TypeError, "mask is a bool tensor"),
-    "mask of another shape": ({"mask": PAD[1:]}, ValueError, "this one has 3 steps"),
+    "mask of another shape": ({"mask": PAD[1:]}, ValueError, r"without its features, \(4, 3\), got \(3, 3\)"),
     "lengths, one": ({"lengths": torch.tensor(3)}, ValueError, "one number for each"),
     "lengths beyond": ({"lengths": np.array([1, 2, 400_000])}, ValueError, "between 0 and 4"),
     "reset_state, one": ({"resets": PAD, "reset_state": (HX,)}, RuntimeError, "reset_state should be 2 Tensors"),

@@ -227,6 +227,7 @@ def test_explain_says_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None
     assert table[0].startswith("lstm: T 5, B 3, input 2, hidden 4, layers 1, float32, measured on ")
     assert [line.split()[0] for line in table[1:]][:6] == ["forward", *tuned.passes[0].us_per_step, "resident", "group"]
     assert sum("now" in line for line in table) == 2 and "needs an NVIDIA GPU" in str(tuned)
+    assert {line.find("not measured:") for line in table if "not measured:" in line} == {table[1].index("20 % to 80 %")}
 
 
 def test_other_threads_are_not_on_trial() -> None:
@@ -256,7 +257,7 @@ def test_it_needs_no_tqdm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_cannot_be_tuned() -> None:
-    with pytest.raises(TypeError, match=r"tune takes a layer of this package, such as gpu_rnn.LSTM, not LSTM"):
+    with pytest.raises(TypeError, match=r"tune takes a layer of this package, such as gpu_rnn\.LSTM, not torch\.nn\.LSTM"):
         gpu_rnn.tune(torch.nn.LSTM(I, 4), x())
     with pytest.raises(TypeError, match="a layer's call has no argument masks"):
         gpu_rnn.tune(LSTM(I, 4), x(), masks=None)
