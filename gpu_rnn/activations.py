@@ -68,6 +68,8 @@ def get(activation: str | Activation) -> Activation:
             raise ValueError(f"unknown activation {activation!r}; use one of {', '.join(ACTIVATIONS)}, or a function")
         return ACTIVATIONS[activation]
     name = type(activation).__name__
+    if activation is None:
+        raise TypeError("an activation is a name or a plain torch function, not None; Keras's None is 'linear' here")
     if isinstance(activation, torch.nn.Module) and next(chain(activation.parameters(), activation.buffers()), None) is not None:
         raise TypeError(
             f"an activation is a plain torch function, and a {name} has weights: write a gpu_rnn.Recurrence with params=, "

@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from gpu_rnn.lowering import KEPT
 
 LIBRARY = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+LONGEST = 100  # characters of a line that an error shows
 MOST_NODES = 10_000  # a loop in a step ends here; a program may have far fewer operations
 
 BRANCHES = (
@@ -63,6 +64,7 @@ class Node:
 def show(filename: str, number: int | None) -> str:
     """A place in the source as errors name it."""
     text = linecache.getline(filename, number or 0).strip()
+    text = text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
     return f"{Path(filename).name}:{number}" + (f" `{text}`" if text else "")
 
 

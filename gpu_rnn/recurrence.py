@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -75,6 +75,8 @@ class Recurrence:
         for word, given in (("states", states), ("params", params), *(("gates", own) for own, _ in stages)):
             if isinstance(given, str):
                 raise TypeError(f"{word} is a sequence of names: ({given!r},)")
+            if not isinstance(given, Iterable):
+                raise TypeError(f"{word} is a sequence of names such as ('f', 'n'), not {given!r}")
             if isinstance(given, (set, frozenset)):
                 raise TypeError(f"{word} have an order, that of the rows of the weights: a tuple of names, not a set")
         stages = [(tuple(own), function) for own, function in stages]
@@ -82,7 +84,7 @@ class Recurrence:
         self._start(
             name or getattr(stages[-1][1], "__name__", "cell").replace("<lambda>", "cell"),
             tuple(own for own, _ in stages),
-            tuple((state, float(value)) for state, value in initial.items()),
+            tuple((state, _number(state, value)) for state, value in initial.items()),
             tuple(params),
         )
         self._traced = trace(self.name, self._initial, self.params, stages)
@@ -197,6 +199,8 @@ def _stages(step: Any, gates: Sequence[str] | None) -> list[tuple[Sequence[str],
         if gates is None:
             raise TypeError("name the gates: Recurrence(step, gates=('f', 'n'), ...)")
         return [(gates, step)]
+    if isinstance(step, str) or not isinstance(step, Iterable):
+        raise TypeError(f"a step is a Python function step(x, r, s[, p]), not {step!r}")
     if gates is not None:
         raise TypeError("with several stages each names its own gates: Recurrence([(gates, step), ...])")
     stages = list(step)
@@ -206,6 +210,17 @@ def _stages(step: Any, gates: Sequence[str] | None) -> list[tuple[Sequence[str],
         if not isinstance(stage, (tuple, list)) or len(stage) != 2:
             raise TypeError(f"a stage is a pair (gates, step), not {stage!r}")
     return stages
+
+
+def _number(state: str, value: Any) -> float:
+    """A state's initial value, the same for all units."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"states maps {state!r} to the one number that all its units start from, not {value!r}; "
+            "values for each unit are the initial state of the call"
+        ) from error
 
 
 def _restore(text: str, aten: str | None) -> Recurrence:

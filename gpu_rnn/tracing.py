@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from gpu_rnn.activations import ACTIVATIONS, name_of
 from gpu_rnn.building import Builder, Value
 from gpu_rnn.lowering import LOWERING, TAKES_BOOL, Unsupported, copy
 from gpu_rnn.program import IDENTIFIER, LIMITS, Argument, Op, Program, Stage, beyond, live
@@ -22,6 +23,9 @@ Step = Callable[..., Any]
 OWN_DERIVATIVE = (
     "; an autograd.Function has a derivative of its own, but a recurrence's follows from its arithmetic: write that"
 )
+
+ROLES = {"phi": "activation", "sigma": "recurrent_activation"}  # what the library's own steps call them
+LISTED = {"x": "gates", "r": "gates", "s": "states", "p": "params"}  # the argument that names a group's values
 
 
 class TraceError(ValueError):
@@ -47,10 +51,11 @@ def trace(
     for number, (stage_gates, step) in enumerate(stages):
         last = number == len(stages) - 1
         before = len(builder.ops)
-        results = _Stage(name, builder, stage_gates, [s for s, _ in states], params, step).run(carried, last)
+        stage = _Stage(name, builder, stage_gates, [s for s, _ in states], params, step)
+        results = stage.run(carried, last)
         if last and len(results) != len(states):
             raise TraceError(
-                f"{name}: {_where(step)} returned {len(results)} values for {len(states)} states "
+                f"{stage.cell}: {stage.place} returned {len(results)} values for {len(states)} states "
                 f"({', '.join(s for s, _ in states)}); return the new states in this order"
             )
         if not results:
@@ -139,7 +144,11 @@ class _Stage:
         params: Sequence[str],
         step: Step,
     ) -> None:
-        self.cell, self.builder, self.step = cell, builder, step
+        self.builder, self.step = builder, step
+        given = _activations(step)
+        options = " or ".join(f"{role} {name_of(phi)}" for role, phi in given.items())
+        self.cell = f"{cell}: {options}" if options else cell
+        self.place = " or ".join(_where(phi) for phi in given.values()) or _where(step)
         self.groups = [("x", gates), ("r", gates), ("s", states), ("p", params)]
 
     def run(self, carried: tuple[str, ...], last: bool) -> tuple[Argument, ...]:
@@ -169,12 +178,12 @@ class _Stage:
     def _record(
         self, groups: list[tuple[str, Sequence[str]]], names: list[str]
     ) -> tuple[list[Node], tuple[Any, ...]]:
-        shapes = [namedtuple(f"{kind}_values", words) if words else tuple for kind, words in groups]
+        shapes = [namedtuple(f"{kind}_values", words) for kind, words in groups]
 
         def flat(*scalars: torch.Tensor) -> Any:
             rest, args = list(scalars), []
             for shape, (_, words) in zip(shapes, groups, strict=True):
-                args.append(shape(*rest[: len(words)]) if words else ())
+                args.append(shape(*rest[: len(words)]))
                 del rest[: len(words)]
             if self.taken > 4:
                 args.append(tuple(rest))
@@ -193,17 +202,18 @@ class _Stage:
     def _frame(self, error: BaseException) -> str:
         frames = traceback.extract_tb(error.__traceback__)
         own = [f for f in frames if not f.filename.startswith(LIBRARY)]
-        return show(own[-1].filename, own[-1].lineno) if own else _where(self.step)
+        return show(own[-1].filename, own[-1].lineno) if own else self.place
 
     def _result(self, known: dict[Any, Value], result: Any) -> Value:
         if isinstance(result, (int, float)):
             return self.builder.value(float(result))
         if not isinstance(result, Node):
-            raise TraceError(f"{self.cell}: {_where(self.step)} returned {result!r}; return tensors, one for each state")
+            raise TraceError(f"{self.cell}: {self.place} returned {result!r}; return tensors, one for each state")
         return copy(self.builder, known[result])
 
     def _lower(self, node: Node, known: dict[Any, Value]) -> Value:
-        overload, line = node.operation, node.line or _where(self.step)
+        overload = node.operation
+        line = node.line if node.frame and not node.frame[0].startswith(LIBRARY) else self.place
         if overload == "constant" or overload._opname.startswith("lift_fresh"):
             raise TraceError(f"{self.cell}: {line} {_closes_over(_held(self.step))}")
         rule = LOWERING.get(overload._opname)
@@ -213,7 +223,7 @@ class _Stage:
                 f"{self.cell}: {line} {what} {overload}, which a recurrence cannot hold; "
                 "it holds arithmetic, comparisons, torch.where, clamp, minimum, maximum and the usual activations"
             )
-        self.builder.line = line
+        self.builder.line = node.line or self.place
         lifted = [known.get(a, a) if isinstance(a, Node) else a for a in _arguments(overload, node.args, node.kwargs or {})]
         if overload._opname not in TAKES_BOOL:
             lifted = [copy(self.builder, a) if isinstance(a, Value) else a for a in lifted]
@@ -277,11 +287,24 @@ def _first_line(error: BaseException) -> str:
 
 
 def _has(error: BaseException, groups: list[tuple[str, Sequence[str]]]) -> str:
-    """What a group of arguments has, for the error message of one that it lacks."""
+    """What a group of arguments has, and how it gets more, for the error message of one that it lacks."""
     wanted = type(getattr(error, "obj", None)).__name__
-    return "".join(f"; it has {', '.join(words)}" for kind, words in groups if wanted == f"{kind}_values")
+    return "".join(
+        f"; it has {', '.join(words) or 'none'}: name it in `{LISTED[kind]}`"
+        for kind, words in groups
+        if wanted == f"{kind}_values"
+    )
+
+
+def _activations(step: Step) -> dict[str, Step]:
+    """The user's activations within one of the library's own steps, by the option that takes them."""
+    if not inspect.isfunction(step) or not step.__code__.co_filename.startswith(LIBRARY[1]):
+        return {}
+    held = {name: kept.cell_contents for name, kept in zip(step.__code__.co_freevars, step.__closure__ or (), strict=True)}
+    known = set(map(id, ACTIVATIONS.values()))
+    return {role: held[name] for name, role in ROLES.items() if name in held and id(held[name]) not in known}
 
 
 def _where(step: Step) -> str:
     code = getattr(step, "__code__", None)
-    return f"{Path(code.co_filename).name}:{code.co_firstlineno} `{step.__name__}`" if code else repr(step)
+    return f"{Path(code.co_filename).name}:{code.co_firstlineno} `{step.__name__}`" if code else f"`{name_of(step)}`"

@@ -49,6 +49,28 @@ CONSTRUCTORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     "a mask": (lambda: gpu_rnn.GRU(I, H, mask=PAD), TypeError, r"mask is an argument of the call: layer\(x, mask=...\)"),
     "all states": (lambda: gpu_rnn.RNN(I, H, return_all_states=True), TypeError, "return_all_states is an argument of the call"),
+    "a function of two": (
+        lambda: gpu_rnn.GRU(I, H, recurrent_activation=lambda v, w: v),
+        ValueError,
+        r"^gru: recurrent_activation <lambda>: test_layers_misuse.py:\d+ `<lambda>`: .* missing 1 required",
+    ),
+    "one of torch's of two": (
+        lambda: gpu_rnn.LSTM(I, H, activation=torch.softmax),
+        ValueError,
+        "^lstm: activation softmax: `softmax`: .* missing 1 required",
+    ),
+    "one of NumPy's": (lambda: gpu_rnn.LSTM(I, H, activation=np.tanh), ValueError, "^lstm: activation tanh: `tanh` branches on"),
+    "a module of many units": (
+        lambda: gpu_rnn.LSTM(I, H, activation=nn.Softmax(0)),
+        ValueError,
+        "^lstm: activation Softmax: `Softmax` uses aten",
+    ),
+    "two values": (
+        lambda: gpu_rnn.RNN(I, H, activation=lambda v: (v, v)),
+        ValueError,
+        "^rnn: activation <lambda>: test_layers_misuse.py:.* returned 2 values",
+    ),
+    "Keras's None": (lambda: gpu_rnn.LSTM(I, H, activation=None), TypeError, "Keras's None is 'linear' here"),
     "a probability in words": (lambda: gpu_rnn.LSTM(I, H, zoneout="half"), TypeError, "zoneout should be a number"),
     "a probability of NumPy": (lambda: gpu_rnn.LSTM(I, H, weight_drop=np.float32(7)), ValueError, r"in range \[0, 1\]"),
 }

@@ -104,6 +104,8 @@ def test_activations_refuse_what_is_none() -> None:
         cells.gru(torch.nn.PReLU())
     with pytest.raises(TypeError, match="not int"):
         cells.rnn(3)
+    with pytest.raises(TypeError, match="Keras's None is 'linear' here"):
+        cells.rnn(None)
 
 
 def lines(recurrence: Recurrence) -> list[str]:
@@ -245,6 +247,13 @@ WRONG: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
     (branch, {"gates": ("f", 2)}, ValueError, "gate is a short identifier"),
     (branch, {"gates": ("f", "f")}, ValueError, "gates of cell are not distinct"),
     (branch, {"gates": ()}, ValueError, "at least one gate"),
+    ("tanh", {}, TypeError, "a step is a Python function step(x, r, s[, p]), not 'tanh'"),
+    (3, {"gates": None}, TypeError, "a step is a Python function step(x, r, s[, p]), not 3"),
+    (branch, {"gates": 1}, TypeError, "gates is a sequence of names such as ('f', 'n'), not 1"),
+    (branch, {"params": None}, TypeError, "params is a sequence of names"),
+    ([(None, branch)], {"gates": None}, TypeError, "gates is a sequence of names"),
+    (branch, {"states": {"h": torch.zeros(3)}}, TypeError, "maps 'h' to the one number"),
+    (branch, {"states": {"h": "zero"}}, TypeError, "maps 'h' to the one number"),
     (branch, {"states": ()}, ValueError, "at least one gate and one state"),
     (branch, {"states": {"h h": 0.0}}, ValueError, "state is a short identifier"),
     (branch, {"name": "__cell"}, ValueError, "name is a short identifier"),

@@ -217,6 +217,19 @@ def test_misuse_is_named_with_its_line(what: str) -> None:
     assert text.startswith("cell: test_tracing.py:") and words in text
 
 
+def test_a_long_line_is_shortened() -> None:
+    steps = {"a line with": lambda x, r, s: s.c, "many steps, as": lambda x, r, s: s.d, "dicts have": "is shown by its head"}
+    with pytest.raises(TraceError) as caught:
+        Recurrence(steps["a line with"], gates=("f",), name="cell")
+    shown = str(caught.value).split("`")[1]
+    assert shown.startswith('steps = {"a line with": lambda') and shown.endswith("…") and len(shown) == 100
+
+
+def test_a_parameter_that_no_params_name() -> None:
+    with pytest.raises(TraceError, match="has no attribute 'g'; it has none: name it in `params`"):
+        Recurrence(lambda x, r, s, p: x.f * p.g, gates=("f",))
+
+
 def test_a_step_may_call_a_compiled_function() -> None:
     """And Dynamo does not look into the recording, of which it would warn."""
     doubled = torch.compile(lambda value: torch.tanh(value) * 2, backend="eager")
