@@ -149,7 +149,8 @@ def check() -> None:
         if not code:
             continue
         word.zero_()
-        name = dict(zip(_names.values(), _names, strict=True)).get(code >> 48, "a kernel")
+        names = {number: text for text, number in _names.copy().items()}  # another thread may add one meanwhile
+        name = names.get(code >> 48, "a kernel")
         raise RuntimeError(
             f"{name} on {device} gave up in step {code & 0xFFFFFFFF} of group {code >> 32 & 0xFFFF}: data of another "
             "block did not come within the deadline, and all its results are NaN. If the device was stopped "
