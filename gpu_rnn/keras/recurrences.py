@@ -41,15 +41,18 @@ def of(cell: Any) -> Recurrence:
     own = [_activation(cell.activation)]
     if not isinstance(cell, keras.layers.SimpleRNNCell):
         own.append(_activation(cell.recurrent_activation))
-    if isinstance(cell, keras.layers.LSTMCell):
-        recurrence = cells.lstm(*own)
-    elif isinstance(cell, keras.layers.GRUCell):
-        recurrence = cells.gru(*own, reset_after=bool(cell.reset_after))
-    else:
-        recurrence = cells.rnn(*own)
-    if not all(isinstance(name, str) for name in own):
-        _trace(recurrence)
-    return recurrence
+    try:  # one of functions is traced when it is made
+        if isinstance(cell, keras.layers.LSTMCell):
+            return cells.lstm(*own)
+        if isinstance(cell, keras.layers.GRUCell):
+            return cells.gru(*own, reset_after=bool(cell.reset_after))
+        return cells.rnn(*own)
+    except TraceError as error:
+        raise ValueError(
+            f"{error}\nActivations run inside the kernels, unit by unit: one that mixes units (softmax) or has weights, "
+            "variables or tensors of its own cannot. Write it as arithmetic of x and numbers, or use keras.layers' own "
+            "layer here."
+        ) from error
 
 
 def without_aten(recurrence: Recurrence) -> Recurrence:
@@ -99,6 +102,7 @@ def _activation(function: Any) -> str | Activation:
         with keras.device("cpu"), Numbers():  # a trace is on the CPU, whatever the layer will be on
             return function(x)
 
+    activation.__name__ = getattr(function, "__name__", type(function).__name__)  # as errors and a repr name it
     return activation
 
 
@@ -114,14 +118,3 @@ def _refuse_training(function: Any) -> None:
                 f"{type(layer).__name__} as an activation: it may be another function in training, and here an activation "
                 "is one. Give it as a layer of its own, use dropout= or recurrent_dropout=, or keras.layers' own layer."
             )
-
-
-def _trace(recurrence: Recurrence) -> None:
-    try:
-        recurrence.program  # noqa: B018  (traced on first use; better here than in the first call)
-    except TraceError as error:
-        raise ValueError(
-            f"{error}\nActivations run inside the kernels, unit by unit: one that mixes units (softmax) or has weights, "
-            "variables or tensors of its own cannot. Write it as arithmetic of x and numbers, or use keras.layers' own "
-            "layer here."
-        ) from error
