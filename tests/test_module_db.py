@@ -27,8 +27,6 @@ with warnings.catch_warnings():
         ModuleInfo,
         ModuleInput,
     )
-# Importing torch's tests forbids the whole process to set torch.backends' flags; other tests do set them.
-torch.backends.__allow_nonbracketed_mutation_flag = True
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 
