@@ -114,7 +114,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=others)
     # What is alone on a GPU waits for all workers: at the end it keeps nobody from work.
     items[:] = sorted((item for item, run in zip(items, runs, strict=True) if not run), key=_alone_on_a_gpu)
-    if path := os.environ.get("GPU_RNN_LEFT"):  # to tests/__main__.py; every worker collects the same
+    # To tests/__main__.py; every worker collects the same. Runs that a test starts are not asked.
+    if path := os.environ.pop("GPU_RNN_LEFT", None):
         scratch = Path(f"{path}.{os.getpid()}")
         scratch.write_text(json.dumps(Counter(filter(None, runs))))
         scratch.replace(path)
@@ -154,7 +155,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     # Importing torch's own tests, whoever does it and when, forbids the whole process to set torch.backends' flags.
-    torch.backends.__allow_nonbracketed_mutation_flag = True
+    torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = True
     if marked(item, "gpu") and not torch.cuda.is_available():
         pytest.skip("no NVIDIA GPU: torch.cuda.is_available() is False")
     compilers = [(mark.args or ("triton",))[0] for mark in item.iter_markers("compile")]

@@ -133,3 +133,7 @@ def test_runs_with_nothing_to_do_are_not_started(
     assert suite["main"]() == int(left is None)
     assert ran == started
     assert capsys.readouterr().out == f"total: {2 * len(ran)} passed, 0 failed, {len(ran)} skipped\n"
+
+
+def test_runs_that_a_test_starts_do_not_say_what_this_one_leaves_to_others() -> None:
+    assert "GPU_RNN_LEFT" not in os.environ
