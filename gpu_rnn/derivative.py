@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from gpu_rnn.building import Builder, Value
+from gpu_rnn.builder import Builder, Value
 from gpu_rnn.evaluation import runner
 from gpu_rnn.once import once
 from gpu_rnn.operations import OPERATIONS

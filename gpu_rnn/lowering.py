@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from gpu_rnn.building import Builder, Value
+from gpu_rnn.builder import Builder, Value
 from gpu_rnn.operations import OPERATIONS
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpu_rnn.building import Builder
+from gpu_rnn.builder import Builder
 from gpu_rnn.program import Program
 from gpu_rnn.recurrence import Recurrence
 

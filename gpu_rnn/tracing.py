@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from gpu_rnn.activations import ACTIVATIONS, name_of
-from gpu_rnn.building import Builder, Value
+from gpu_rnn.builder import Builder, Value
 from gpu_rnn.lowering import LOWERING, TAKES_BOOL, Unsupported, copy
 from gpu_rnn.program import IDENTIFIER, LIMITS, Argument, Op, Program, Stage, beyond, live
 from gpu_rnn.recording import LIBRARY, Node, Refused, record, show

@@ -192,12 +192,17 @@ def call(made: Given, recurrence: Recurrence, options: Collection[str], backend:
     return [laid(y), *(state for parts in states for state in parts)]  # type: ignore[list-item]
 
 
-def values_and_gradients(outputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> list[Tensor]:
-    """Outputs, and the gradients of a fixed sum of them with weights of its own for every element."""
+def gradients(outputs: Sequence[Tensor], wanted: Sequence[Tensor], create_graph: bool = False) -> list[Tensor]:
+    """Of a fixed sum of the outputs with weights of its own for every element."""
     total = sum(
         (out.double() * torch.arange(1.0, out.numel() + 1, device=out.device).view(out.shape).sin()).sum()
         for out in outputs
     )
     total = total + 0 * wanted[0].sum()  # where all steps are masked and reset, nothing else wants a gradient
-    grads = torch.autograd.grad(total, list(wanted), allow_unused=True, materialize_grads=True)
-    return [value.detach().double() for value in (*outputs, *grads)]
+    given = {"allow_unused": True, "materialize_grads": True, "create_graph": create_graph}
+    return list(torch.autograd.grad(total, list(wanted), **given))
+
+
+def values_and_gradients(outputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> list[Tensor]:
+    """Outputs, and their `gradients`."""
+    return [value.detach().double() for value in (*outputs, *gradients(outputs, wanted))]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gpu_rnn import activations, cells, codegen
-from gpu_rnn.building import Builder
+from gpu_rnn.builder import Builder
 from gpu_rnn.derivative import differentiate
 from gpu_rnn.evaluation import runner
 from gpu_rnn.operations import OPERATIONS

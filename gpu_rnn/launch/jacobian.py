@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from gpu_rnn.building import Builder
+from gpu_rnn.builder import Builder
 from gpu_rnn.derivative import differentiate
 from gpu_rnn.program import Argument, Op, Program, live
 

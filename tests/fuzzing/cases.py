@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -181,26 +181,10 @@ def results(case: Case, outputs: tuple[list[Tensor], list[Tensor]], given: Given
     of, derivatives = [*leaves(given).values()], []
     if "derivatives" in case.way:
         twice = case.way == "second derivatives"
-        derivatives = _gradients(found, of, create_graph=twice)
+        derivatives = option_calls.gradients(found, of, create_graph=twice)
         if twice:
-            derivatives += _gradients(derivatives, of)
+            derivatives += option_calls.gradients(derivatives, of)
     return [value.detach().double() for value in (*found, *derivatives)]
-
-
-def _gradients(outputs: Sequence[Tensor], of: Sequence[Tensor], create_graph: bool = False) -> list[Tensor]:
-    """Of a fixed sum of the outputs with a weight of its own for every element."""
-    total = sum(
-        (out.double() * torch.arange(1.0, out.numel() + 1, dtype=torch.float64).view(out.shape).sin()).sum()
-        for out in outputs
-    )
-    total = (
-        total + 0 * of[0].double().sum()
-    )  # where all steps are masked and reset, nothing else wants a gradient
-    return list(
-        torch.autograd.grad(
-            total, list(of), allow_unused=True, materialize_grads=True, create_graph=create_graph
-        )
-    )
 
 
 def run(case: Case, backend: str, dtype: torch.dtype) -> list[Tensor]:
