@@ -30,6 +30,7 @@ fuzz:  ## random calls of every backend beside loops by hand, for SECONDS=60
 
 lint:  ## ruff, mypy, clang-format
 	@.ci/venv demo test keras docs dev
+	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 	find kernels tests \( -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h' \) -print0 \

@@ -37,10 +37,12 @@ from gpu_rnn.cli import positive
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = Path(__file__).resolve().parent
-# Processes that share the gpu matrix: it mostly compiles, on one core each, and each has a CUDA context and its tensors.
+# Processes that share the gpu matrix: it mostly compiles, on one core each, and each has a CUDA context and its
+# tensors.
 MOST_WORKERS, WORKER_BYTES = 16, 3 << 30
-# Of one core, measured: one in six gpu tests on Triton's launcher with a stub driver, kernels built for sm_90a, times six;
-# and the start of pytest and torch. The limit is twice what follows from them: the device's part only a device can show.
+# Of one core, measured: one in six gpu tests on Triton's launcher with a stub driver, kernels built for sm_90a, times
+# six; and the start of pytest and torch. The limit is twice what follows from them: the device's part only a device can
+# show.
 MATRIX_SECONDS, START_SECONDS = 900, 12
 LEAST_MATRIX = 200  # seconds of that limit, however many cores there are
 SOAK_SECONDS = 60
@@ -83,7 +85,9 @@ def pytest(*arguments: str, **environment: str) -> Command:
 
 
 def workers() -> int:
-    room = torch.cuda.get_device_properties().total_memory // WORKER_BYTES if torch.cuda.is_available() else MOST_WORKERS
+    room = (
+        torch.cuda.get_device_properties().total_memory // WORKER_BYTES if torch.cuda.is_available() else MOST_WORKERS
+    )
     return max(1, min(MOST_WORKERS, os.cpu_count() or 1, room))
 
 
@@ -111,15 +115,16 @@ def steps_on_gpu(soak: float) -> tuple[Step, ...]:
 
 
 def steps_on_cpu(soak: float) -> tuple[Step, ...]:
-    """The same on an emulated GPU; of the matrix a part, as `make test` has all of it. The processes of the GPU's matrix
-    collect their tests too, and say of each that there is no GPU."""
+    """The same on an emulated GPU; of the matrix a part, as `make test` has all of it. The processes of the GPU's
+    matrix collect their tests too, and say of each that there is no GPU."""
     interpreted = {"TRITON_INTERPRET": "1"}
     watched = "stay_in_their_buffers or (free_of_races and lstm-fp32)"
     arguments = ("benchmarks/soak.py", "--device", "cpu", "--seconds", f"{soak:g}")
     return (
         Step("primitives", "each CUDA primitive's CPU body beside a formula",
              (pytest("-m", "cuda_cpu", "tests/test_cuda_primitives.py"),), 120, decisive=True),
-        Step("matrix", "a part of the matrix, in Triton's interpreter and with the CUDA sources built for the CPU; gpu tests collected",
+        Step("matrix", "a part of the matrix, in Triton's interpreter and with the CUDA sources built for the CPU; "
+            "gpu tests collected",
              (pytest("-m", "interpreter and not slow", "tests/test_user_recurrence.py", **interpreted),
               pytest("-m", "cuda_cpu", "tests/test_group_layers.py"), *matrix_on_gpu()), 300),
         Step("sanitizer", "ThreadSanitizer and AddressSanitizer of the group kernel on the CPU",
@@ -179,9 +184,7 @@ def _run_all(steps: Sequence[Step], outcomes: Sequence[Outcome], keep: Callable[
         keep()
         print("\n".join(_said(outcome)), flush=True)
         if step.decisive and outcome.status == FAILED:
-            print(
-                f"{step.name} failed: nothing that runs on this device can be trusted, so nothing else is checked"
-            )
+            print(f"{step.name} failed: nothing that runs on this device can be trusted, so nothing else is checked")
             for left in outcomes[number:]:
                 left.reason = f"{step.name} failed"
             return
@@ -232,9 +235,7 @@ class Running:
         self.step = step
         self.records = [folder / f"{k}.jsonl" for k in range(len(step.commands))]
         self.outputs = [folder / f"{k}.log" for k in range(len(step.commands))]
-        self.processes = [
-            self._start(*each) for each in zip(step.commands, self.records, self.outputs, strict=True)
-        ]
+        self.processes = [self._start(*each) for each in zip(step.commands, self.records, self.outputs, strict=True)]
 
     def _start(self, command: Command, written: Path, output: Path) -> subprocess.Popen[bytes]:
         path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH", "")]))
@@ -311,8 +312,7 @@ def _chosen(steps: tuple[Step, ...], names: list[str] | None) -> tuple[Step, ...
         if name not in known:
             raise ValueError(f"no step {name!r}; there are {', '.join(known)}")
     return tuple(
-        step if not names or step.name in names else replace(step, impossible="left out by --only")
-        for step in steps
+        step if not names or step.name in names else replace(step, impossible="left out by --only") for step in steps
     )
 
 

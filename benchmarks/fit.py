@@ -94,8 +94,8 @@ def read(files: Iterable[Path]) -> list[Timed]:
     """The measured rows of our backends in results files of one GPU.
 
     Raises:
-        ValueError: results of several devices, or of one that `gpu_rnn.devices` does not describe; columns are missing; no
-            row has a time; rows of the group kernel, where there is no CuPy to say what it can run.
+        ValueError: results of several devices, or of one that `gpu_rnn.devices` does not describe; columns are missing;
+            no row has a time; rows of the group kernel, where there is no CuPy to say what it can run.
     """
     files = list(files)
     cases = results.read(files)
@@ -110,7 +110,9 @@ def read(files: Iterable[Path]) -> list[Timed]:
     if not found:
         raise ValueError(f"{', '.join(map(str, files))}: no row of our backends has a time (status ok)")
     if nvrtc.unavailable() and any(timed.backend == "group" for timed in found):
-        raise ValueError(f"there are rows of the group kernel, and no telling what it can run here: {nvrtc.unavailable()}")
+        raise ValueError(
+            f"there are rows of the group kernel, and no telling what it can run here: {nvrtc.unavailable()}"
+        )
     return found
 
 
@@ -244,7 +246,9 @@ def entry(rows: Sequence[Timed], files: Sequence[Path], constants: dict[str, dic
         raise ValueError(f"constants are written from what lies in benchmarks/results: {', '.join(apart)} does not")
     measured = [row for timed in rows for row in timed.case.rows if row["variant"] == timed.backend]
     if any(row["dirty"] != "no" or not row["commit"] for row in measured):
-        raise ValueError("rows were measured with changes that no commit has: measure from a clean checkout, then --write")
+        raise ValueError(
+            "rows were measured with changes that no commit has: measure from a clean checkout, then --write"
+        )
     return {
         "device": rows[0].case["device"],
         "results": [path.resolve().relative_to(ROOT).as_posix() for path in files],

@@ -101,9 +101,7 @@ def _write(cases: list[Case], settings: Settings, facts: dict[str, str], path: P
     return 1 if bad else 0
 
 
-def _run(
-    cases: list[Case], settings: Settings, facts: dict[str, str], file: TextIO
-) -> tuple[int, list[Case]]:
+def _run(cases: list[Case], settings: Settings, facts: dict[str, str], file: TextIO) -> tuple[int, list[Case]]:
     """Measures case after case, writing as it goes; the number of bad rows and the cases there was no time for."""
     writer = csv.DictWriter(file, table.COLUMNS, lineterminator="\n")
     if not file.tell():
@@ -166,9 +164,7 @@ def _measure(case: Case, settings: Settings, rows: dict[str, Row], say: Callable
             table.enter(rows, timings, problem.T)
 
 
-def _check(
-    case: Case, compared: Comparison, rows: dict[str, Row], settings: Settings
-) -> list[tuple[Variant, Inputs]]:
+def _check(case: Case, compared: Comparison, rows: dict[str, Row], settings: Settings) -> list[tuple[Variant, Inputs]]:
     """Those whose every output and gradient is right, with their inputs; the rows of the others say what is wrong."""
     precision = checking.precision(case, settings.device.type == "cuda" or settings.emulated)
     right = {

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NVIDIA's compute-sanitizer over the kernels at small shapes: memcheck (out of bounds, misaligned), racecheck (shared memory).
+"""NVIDIA's compute-sanitizer over the kernels at small shapes: memcheck (out of bounds, misaligned), racecheck (shared
+memory).
 
 python benchmarks/sanitize.py                 both tools, where compute-sanitizer is found
 python benchmarks/sanitize.py --kernels FILE  only the calls, as the tools start them; FILE gets a line for each
@@ -31,14 +32,16 @@ from gpu_rnn.launch import nvrtc
 
 TOOLS = ("memcheck", "racecheck")
 MISSING = (
-    "compute-sanitizer is not here; it comes with the CUDA toolkit (NVIDIA's Debian packages: cuda-sanitizer-<version>; "
+    "compute-sanitizer is not here; it comes with the CUDA toolkit (NVIDIA's Debian packages: "
+    "cuda-sanitizer-<version>; "
     "conda: cuda-sanitizer-api). Put its folder on PATH"
 )
 FOUND = 86  # the exit status that we ask for where a tool reports something
 NOTHING_RAN = 5  # pytest's, where nothing was selected
 OPTIONS = (
     *("--error-exitcode", str(FOUND)),
-    # Only ours: cuBLAS and torch are instrumented slowly, and not what is certified. As `kns=` it would be a literal text.
+    # Only ours: cuBLAS and torch are instrumented slowly, and not what is certified. As `kns=` it would be a literal
+    # text.
     *("--kernel-name", "regex=(group|resident|step)_(forward|backward)"),
     *("--report-api-errors", "no"),  # torch asks the driver for what it may not have; what fails of ours raises
     *("--target-processes", "application-only", "--launch-timeout", "60"),  # no compiler; importing torch takes a while
@@ -87,7 +90,8 @@ def compute_sanitizer() -> str | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns 1 if a tool reported something or a kernel failed, else 0; 2 where nothing can be run, 5 where no tool works."""
+    """Returns 1 if a tool reported something or a kernel failed, else 0; 2 where nothing can be run, 5 where no tool
+    works."""
     options = _parser().parse_args(arguments)
     if options.planted:
         planted()
@@ -141,7 +145,8 @@ def planted() -> None:
 
 
 def _build(backend: str) -> None:
-    """A backend's calls under no tool, so that its kernels are built before. What fails there fails under the tools too."""
+    """A backend's calls under no tool, so that its kernels are built before. What fails there fails under the tools
+    too."""
     command = [sys.executable, __file__, "--kernels", os.devnull, "--backend", backend]
     subprocess.run(command, env=os.environ | ENVIRONMENT, check=False)
 

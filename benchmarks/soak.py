@@ -216,8 +216,8 @@ class Comparison:
 
 
 def errors(found: Results, exact: Results) -> Errors:
-    """As the benchmarks count them, of an element of the outputs only: where an activation has a kink, roundings change what
-    passes through a unit at one step, and that is all of some gradient's element."""
+    """As the benchmarks count them, of an element of the outputs only: where an activation has a kink, roundings change
+    what passes through a unit at one step, and that is all of some gradient's element."""
     counted = checking.distances(found, exact)
     return {name: off for name, off in counted.items() if not name.startswith(f"{ELEMENT}d ")}
 

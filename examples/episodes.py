@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The episode masks of two reinforcement learning libraries as `resets`: one call in the place of a loop over steps.
 
-Stable-Baselines3's recurrent policies and TorchRL's recurrent modules run a sequence step by step, or split it, wherever
-an episode begins inside of it. Neither library is needed here: the functions take what they hand over.
+Stable-Baselines3's recurrent policies and TorchRL's recurrent modules run a sequence step by step, or split it,
+wherever an episode begins inside of it. Neither library is needed here: the functions take what they hand over.
 
     python examples/episodes.py
 """

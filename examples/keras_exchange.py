@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A working Keras model changes its recurrent layers: same file, same predictions, and training goes on.
 
-The model tells nine speakers by recordings of /ae/ that are 7 to 29 steps long. Zeros pad the shorter ones, and a Masking
-layer hides them; recurrent_dropout fights overfitting. Either option takes Keras's own layers off cuDNN, to a loop over
-time in Python.
+The model tells nine speakers by recordings of /ae/ that are 7 to 29 steps long. Zeros pad the shorter ones, and a
+Masking layer hides them; recurrent_dropout fights overfitting. Either option takes Keras's own layers off cuDNN, to a
+loop over time in Python.
 
     python examples/keras_exchange.py
 """

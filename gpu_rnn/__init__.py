@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recurrent layers for PyTorch that run the whole time loop on the GPU, with every option at the speed of the default."""
+"""Recurrent layers for PyTorch that run the whole time loop on the GPU, with every option at the speed of the
+default."""
 
 from gpu_rnn import activations, cells
 from gpu_rnn.cell_layers import GRUCell, LSTMCell, RNNCell

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Activations by name, one row each; every one is a plain function of a tensor, differentiable twice.
 
-A layer's ``activation`` and ``recurrent_activation`` take one of these names or any plain torch function, also as a module
+A layer's ``activation`` and ``recurrent_activation`` take one of these names or any plain torch function, also as a
+module
 without weights such as ``torch.nn.Mish()``::
 
     >>> gpu_rnn.GRU(4, 8, activation="softsign", recurrent_activation=lambda x: torch.sigmoid(2 * x))
@@ -70,13 +71,19 @@ def get(activation: str | Activation) -> Activation:
     name = type(activation).__name__
     if activation is None:
         raise TypeError("an activation is a name or a plain torch function, not None; Keras's None is 'linear' here")
-    if isinstance(activation, torch.nn.Module) and next(chain(activation.parameters(), activation.buffers()), None) is not None:
+    if (
+        isinstance(activation, torch.nn.Module)
+        and next(chain(activation.parameters(), activation.buffers()), None) is not None
+    ):
         raise TypeError(
-            f"an activation is a plain torch function, and a {name} has weights: write a gpu_rnn.Recurrence with params=, "
+            f"an activation is a plain torch function, and a {name} has weights: write a gpu_rnn.Recurrence with "
+            "params=, "
             "which are the layer's own"
         )
     if isinstance(activation, type) or not callable(activation):
-        raise TypeError(f"an activation is a name or a plain torch function such as torch.tanh or torch.nn.Tanh(), not {name}")
+        raise TypeError(
+            f"an activation is a name or a plain torch function such as torch.tanh or torch.nn.Tanh(), not {name}"
+        )
     return activation
 
 

@@ -33,8 +33,12 @@ def check(stack: Stack, x: Any, hx: Any, weights: Any, batch_sizes: Any = None) 
     _options(stack)
     tensor("x", x)
     if not (x.dtype.is_floating_point or x.dtype.is_complex):
-        raise TypeError(f"x holds floating-point or complex numbers, got {x.dtype}: convert it with .to(weights[0].dtype)")
-    rank, axes = (3, "(B, T, I)" if stack.batch_first else "(T, B, I)") if batch_sizes is None else (2, "packed, (rows, I)")
+        raise TypeError(
+            f"x holds floating-point or complex numbers, got {x.dtype}: convert it with .to(weights[0].dtype)"
+        )
+    rank, axes = (
+        (3, "(B, T, I)" if stack.batch_first else "(T, B, I)") if batch_sizes is None else (2, "packed, (rows, I)")
+    )
     if x.dim() != rank:
         raise RuntimeError(f"x is {axes}, got {tuple(x.shape)}")
     if batch_sizes is not None:
@@ -129,7 +133,8 @@ def tensor(name: str, value: Any, number: int | None = None) -> None:
         raise TypeError(f"{name} should be a Tensor, got {type(value).__name__}")
     if value.is_nested:
         raise TypeError(
-            f"{name} should be a strided tensor, got a nested one: pad it with torch.nested.to_padded_tensor({name}, 0.0) and "
+            f"{name} should be a strided tensor, got a nested one: pad it with torch.nested.to_padded_tensor({name}, "
+            "0.0) and "
             "give lengths=, the number of steps of each row"
         )
     raise TypeError(f"{name} should be a strided tensor, got a {value.layout} one: use .to_dense()")
@@ -149,12 +154,18 @@ def each_tensor(name: str, values: Any, names: Sequence[str]) -> None:
         raise RuntimeError(f"{wanted}, got {len(values)}")
     for each, value in zip(names, values, strict=True):
         if not isinstance(value, Tensor):
-            raise TypeError(f"{wanted}, got {type(value).__name__} for {each}; to begin at the initial values, give {name}=None")
+            raise TypeError(
+                f"{wanted}, got {type(value).__name__} for {each}; to begin at the initial values, give {name}=None"
+            )
 
 
 def _batch_sizes(sizes: Any, rows: int) -> None:
     if not isinstance(sizes, Tensor) or sizes.dtype != torch.int64 or not sizes.is_cpu or sizes.dim() != 1:
-        found = f"{sizes.dtype}, {tuple(sizes.shape)} on {sizes.device}" if isinstance(sizes, Tensor) else type(sizes).__name__
+        found = (
+            f"{sizes.dtype}, {tuple(sizes.shape)} on {sizes.device}"
+            if isinstance(sizes, Tensor)
+            else type(sizes).__name__
+        )
         raise TypeError(f"batch_sizes is an int64 tensor (T) on the CPU, as of a PackedSequence, got {found}")
     if not len(sizes):
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
@@ -179,7 +190,9 @@ def _weights(stack: Stack, x: Tensor, weights: Any) -> None:
     expected = stack.weight_shapes(features, hidden) if whole else []
     if not whole or found != expected:
         shapes = expected if whole else f"in a row w_ih ({gates}·H, {features}), w_hh ({gates}·H, H), and so on"
-        raise RuntimeError(f"for an input of {features} features the weights are {shapes}, got {[tuple(s) for s in found]}")
+        raise RuntimeError(
+            f"for an input of {features} features the weights are {shapes}, got {[tuple(s) for s in found]}"
+        )
     if stack.proj_size >= hidden:
         raise ValueError(f"proj_size has to be smaller than hidden_size, {hidden}, got {stack.proj_size}")
 

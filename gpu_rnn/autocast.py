@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """torch.autocast: a call's tensors are cast once, here, before dispatch sees them, and nothing below casts again.
 
-torch's own rules know cuDNN's kernels, oneDNN's LSTM and plain products, each in another way: a dtype would depend on what
-runs. Here it follows from autocast alone.
+torch's own rules know cuDNN's kernels, oneDNN's LSTM and plain products, each in another way: a dtype would depend on
+what runs. Here it follows from autocast alone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch import Tensor
 
 
 def dtype_of(tensor: Tensor) -> torch.dtype:
-    """The dtype that a call sees a tensor in: autocast's where it is on for its device and casts its dtype, else its own."""
+    """The dtype that a call sees a tensor in: autocast's where it is on for its device and casts its dtype, else its
+    own."""
     kind = tensor.device.type
     # There is no autocast for "meta"; torch.amp.is_autocast_available says so, but torch 2.11 cannot compile it.
     if kind == "meta" or not tensor.is_floating_point() or tensor.dtype == torch.float64:
@@ -29,8 +30,8 @@ def cast(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def on(like: Tensor) -> bool:
-    """Whether autocast would meet the operations on a tensor's device. What is compiled has only operations that it leaves
-    alone, or turns it off as it runs."""
+    """Whether autocast would meet the operations on a tensor's device. What is compiled has only operations that it
+    leaves alone, or turns it off as it runs."""
     kind = like.device.type
     return not torch.compiler.is_compiling() and kind != "meta" and torch.is_autocast_enabled(kind)
 

@@ -27,8 +27,8 @@ def transforms_active() -> bool:
 
 
 def _forward_levels() -> int:
-    """How many forward-mode transforms are nested. torch takes what a Function's jvp returns for a constant of the outer
-    ones, so from two on only plain operations are right."""
+    """How many forward-mode transforms are nested. torch takes what a Function's jvp returns for a constant of the
+    outer ones, so from two on only plain operations are right."""
     return sum(level.key() == TransformType.Jvp for level in get_interpreter_stack() or ())
 
 
@@ -56,16 +56,18 @@ def _registered(text: str, options: Options, inputs: Inputs, wants_grad: bool) -
     """The registered operation with its own derivative, where torch records no autograd.Function."""
     if onlookers.traced() and torch.onnx.is_in_onnx_export():
         raise RuntimeError(
-            "torch.onnx.export(dynamo=False) can write standard layers that ATen runs, not this call of a recurrent layer: "
+            "torch.onnx.export(dynamo=False) can write standard layers that ATen runs, not this call of a recurrent "
+            "layer: "
             "keep the model with torch.export.export and torch.export.save"
         )
     if torch.autograd.forward_ad._current_level >= 0:  # a custom op's tangent would be 0 without a word
         raise RuntimeError(
-            "torch.compile and torch.jit.trace cannot take a layer's forward-mode derivative: take it of the layer itself"
+            "torch.compile and torch.jit.trace cannot take a layer's forward-mode derivative: take it of the "
+            "layer itself"
         )
-    # An exported program keeps nothing: it is mostly for inference, and its backward pass runs forward again. (Its flag,
-    # as torch.compiler.is_exporting() is true under torch.compile as well in torch 2.11.) Nor does a trace, whose own
-    # check traces once more without gradients and compares the text.
+    # An exported program keeps nothing: it is mostly for inference, and its backward pass runs forward again. (Its
+    # flag, as torch.compiler.is_exporting() is true under torch.compile as well in torch 2.11.) Nor does a trace, whose
+    # own check traces once more without gradients and compares the text.
     dispatch.check_recorded(options.backend)
     keeps = wants_grad and not (torch.compiler._is_exporting_flag or onlookers.traced())
     options = options._replace(save=keeps)

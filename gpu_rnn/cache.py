@@ -24,7 +24,10 @@ from gpu_rnn import environment
 PATIENCE = 2.0  # seconds; reading a file of choices and writing it takes milliseconds
 PART = "gpu_rnn_part_"  # what a file is called while it is written
 ABANDONED = 60.0  # seconds after which one that is not finished never will be
-TEMPORARY, FORGOTTEN = "gpu_rnn_temporary_", 30 * 86400.0  # a folder for one process, seconds after which that has ended
+TEMPORARY, FORGOTTEN = (
+    "gpu_rnn_temporary_",
+    30 * 86400.0,
+)  # a folder for one process, seconds after which that has ended
 _READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # a pipe is not waited for
 
 log = logging.getLogger("gpu_rnn")
@@ -40,7 +43,10 @@ def wanted() -> Path:
     found = Path(environment.cache_folder() or f"{home}/gpu_rnn")
     try:
         return found.expanduser().absolute()
-    except (RuntimeError, FileNotFoundError):  # as in containers: a user without a home; a working directory that is gone
+    except (
+        RuntimeError,
+        FileNotFoundError,
+    ):  # as in containers: a user without a home; a working directory that is gone
         return _temporary()
 
 
@@ -91,7 +97,9 @@ def _check(path: Path, found: os.stat_result) -> None:
             f"{path} belongs to another user (number {found.st_uid}): set GPU_RNN_CACHE to a folder of your own"
         )
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise Refused(f"{path} can be written by other users: chmod go-w it, or set GPU_RNN_CACHE to a folder of your own")
+        raise Refused(
+            f"{path} can be written by other users: chmod go-w it, or set GPU_RNN_CACHE to a folder of your own"
+        )
 
 
 def _left(place: Path, pattern: str, seconds: float) -> Iterator[Path]:
@@ -116,8 +124,8 @@ def _temporary() -> Path:
 
 @contextmanager
 def alone(name: str) -> Iterator[None]:
-    """One process at a time for a name. A file says so, for want of a lock that every system and network disk has; one left
-    by a process that was killed holds the others up for `PATIENCE`, once."""
+    """One process at a time for a name. A file says so, for want of a lock that every system and network disk has; one
+    left by a process that was killed holds the others up for `PATIENCE`, once."""
     lock = folder() / f"{name}.lock"
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end:

@@ -99,9 +99,7 @@ class CellBase(RecurrenceHolder, RNNCellBase):
     def _check_sizes(self, input: Tensor, states: States | None) -> None:
         batch, features = input.shape
         if features != self.input_size:
-            raise RuntimeError(
-                f"input has inconsistent input_size: got {features} expected {self.input_size}"
-            )
+            raise RuntimeError(f"input has inconsistent input_size: got {features} expected {self.input_size}")
         for index, state in enumerate(states or ()):
             rows, width = state.shape
             if rows != batch:

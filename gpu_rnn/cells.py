@@ -65,7 +65,9 @@ def lstm(activation: Name = "tanh", recurrent_activation: Name = "sigmoid", peep
     gates, states = ("i", "f", "g", "o"), ("h", "c")
     if peephole:
         return Recurrence.lazy([(gates, peephole_step)], states=states, params=("i", "f", "o"), name="peephole_lstm")
-    return Recurrence.lazy([(gates, step)], states=states, name="lstm", aten=_standard(activation, recurrent_activation, "LSTM"))
+    return Recurrence.lazy(
+        [(gates, step)], states=states, name="lstm", aten=_standard(activation, recurrent_activation, "LSTM")
+    )
 
 
 @_remembered
@@ -98,7 +100,8 @@ def gru(activation: Name = "tanh", recurrent_activation: Name = "sigmoid", reset
 
 @_remembered
 def coupled_lstm(activation: Name = "tanh", recurrent_activation: Name = "sigmoid") -> Recurrence:
-    """LSTM with coupled input and forget gates, gates f, g, o: c' = σ(f) c + (1 − σ(f)) φ(g) (Greff et al., arXiv:1503.04069)."""
+    """LSTM with coupled input and forget gates, gates f, g, o: c' = σ(f) c + (1 − σ(f)) φ(g) (Greff et al.,
+    arXiv:1503.04069)."""
     phi, sigma = activations.get(activation), activations.get(recurrent_activation)
 
     def step(x: Any, r: Any, s: Any) -> Any:

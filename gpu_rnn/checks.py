@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tensors of the registered operations, checked before any backend: each has the axes that `gpu_rnn.layout` gives its
-field. An exported program reaches the operations with whatever it is called with.
+"""The tensors of the registered operations, checked before any backend: each has the axes that `gpu_rnn.layout` gives
+its field. An exported program reaches the operations with whatever it is called with.
 """
 
 from __future__ import annotations
@@ -100,13 +100,16 @@ class _Check:
             raise TypeError(f"{self.operation}: {name} is {dtype}, got {tensor.dtype}")
         if tensor.device != self.device or tensor.layout != torch.strided:
             raise RuntimeError(
-                f"{self.operation}: {name} is a strided tensor on {self.device}, as x is, got {tensor.layout} on {tensor.device}"
+                f"{self.operation}: {name} is a strided tensor on {self.device}, as x is, got {tensor.layout} on "
+                f"{tensor.device}"
             )
 
     def each(self, name: str, tensors: Sequence[Tensor | Spec], axes: Sequence[Axes]) -> None:
         """A list with a tensor for each state: the first is h's."""
         if len(tensors) != self.sizes.S:
-            raise ValueError(f"{self.operation}: {name} has a tensor for each of {self.sizes.S} states, got {len(tensors)}")
+            raise ValueError(
+                f"{self.operation}: {name} has a tensor for each of {self.sizes.S} states, got {len(tensors)}"
+            )
         for number, tensor in enumerate(tensors):
             self.tensor(f"{name}[{number}]", tensor, axes[number > 0])
 
@@ -131,8 +134,8 @@ class Spec(NamedTuple):
 def inputs(operation: str, text: str, options: Options, given: Inputs) -> Inputs:
     """The tensors of a forward pass, with lengths clamped to the steps that there are.
 
-    Lengths out of range are no error here: on a GPU the host would have to wait to see them. `functional.rnn` looks at those
-    that lie on a CPU.
+    Lengths out of range are no error here: on a GPU the host would have to wait to see them. `functional.rnn` looks at
+    those that lie on a CPU.
 
     Raises:
         ValueError: a text that is no program; a tensor of another shape, missing, or one too many.
@@ -184,7 +187,9 @@ def _ranks(operation: str, given: Inputs) -> None:
     weights = given.weights
     for name, tensor, ranks in (("x", given.x, (3, 4)), ("w_hh", weights.w_hh, (4,)), ("w_hr", weights.w_hr, (3,))):
         if tensor is not None and len(tensor.shape) not in ranks:
-            raise ValueError(f"{operation}: {name} has {' or '.join(map(str, ranks))} dimensions, got {tuple(tensor.shape)}")
+            raise ValueError(
+                f"{operation}: {name} has {' or '.join(map(str, ranks))} dimensions, got {tuple(tensor.shape)}"
+            )
 
 
 def _together(check: _Check, given: Inputs, program: Program) -> None:

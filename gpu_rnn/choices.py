@@ -103,9 +103,13 @@ def _kept(device: Device) -> dict[str, Times]:
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except OSError as error:
-        log.warning("tuned choices in %s are not used, for it cannot be read (%s): make it readable, or tune again", path, error)
+        log.warning(
+            "tuned choices in %s are not used, for it cannot be read (%s): make it readable, or tune again", path, error
+        )
     except FAULTS:
-        log.warning("tuned choices in %s are not used, for it is damaged: tune again, which writes it anew, or delete it", path)
+        log.warning(
+            "tuned choices in %s are not used, for it is damaged: tune again, which writes it anew, or delete it", path
+        )
     return {}
 
 
@@ -147,7 +151,9 @@ def _parsed(path: Path, setting: dict[str, str]) -> dict[str, Times]:
 
 def _key(problem: Problem, among: tuple[str, ...]) -> str:
     """Alike for problems that one measurement stands for: T and B within the same power of two, all else equal."""
-    values = {each.name: getattr(problem, each.name) for each in fields(problem) if each.name not in ("device", "recurrence")}
+    values = {
+        each.name: getattr(problem, each.name) for each in fields(problem) if each.name not in ("device", "recurrence")
+    }
     values |= {size: 1 << (values[size] - 1).bit_length() for size in ("T", "B")}
     words = [f"{name}={value}" for name, value in values.items()]
     return " ".join([*words, f"among={','.join(among)}", f"cell={problem.recurrence.key}"])

@@ -73,7 +73,9 @@ def _bench(options: argparse.Namespace) -> int:
     benchmarks = Path(__file__).parents[1] / "benchmarks" / "run.py"
     if benchmarks.exists() and not options.demo:
         if options.long or options.seconds:
-            raise ValueError("bench in a checkout runs benchmarks/run.py: --long and --seconds are for --demo; give it too")
+            raise ValueError(
+                "bench in a checkout runs benchmarks/run.py: --long and --seconds are for --demo; give it too"
+            )
         device = ["--device", options.device] if options.device else []
         return subprocess.run([sys.executable, benchmarks, "--quick", *device], check=False).returncode
 
@@ -139,7 +141,9 @@ def _described_layer(options: argparse.Namespace) -> LayerBase:
     given = {name: value for name, value in extra.items() if value is not None}
     cell = options.cell.upper()
     make = getattr(gpu_rnn, cell)
-    known = set(inspect.signature(make).parameters) - ({"proj_size"} if cell != "LSTM" else set())  # there to be refused
+    known = set(inspect.signature(make).parameters) - (
+        {"proj_size"} if cell != "LSTM" else set()
+    )  # there to be refused
     unknown = [FLAGS.get(name, f"--{name.replace('_', '-')}") for name in given if name not in known]
     if unknown:
         raise ValueError(f"{'a' if cell == 'GRU' else 'an'} {cell} has no {', '.join(unknown)}")
@@ -161,9 +165,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"gpu-rnn {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_demo(commands)
-    doctor = commands.add_parser(
-        "doctor", help="what is here, and which backends can run and why not the others"
-    )
+    doctor = commands.add_parser("doctor", help="what is here, and which backends can run and why not the others")
     doctor.add_argument("--device", help=DEVICE_HELP)
     doctor.set_defaults(command=_doctor, parser=doctor)
     _add_explain(commands)
@@ -176,7 +178,8 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     demo = commands.add_parser(
         "demo",
         help="train on real recordings beside torch.nn, time both, draw a picture",
-        description="Trains a bidirectional LSTM and a GRU on the JapaneseVowels recordings with torch.nn and with gpu_rnn "
+        description="Trains a bidirectional LSTM and a GRU on the JapaneseVowels recordings with torch.nn and with "
+        "gpu_rnn "
         "from the same seeds, trains them again with options that torch.nn does not have, times every layer "
         "on this device, and writes one picture.",
         epilog="examples:\n"
@@ -186,9 +189,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     demo.add_argument("--device", help=DEVICE_HELP)
-    demo.add_argument(
-        "--seeds", type=positive(int), default=3, help="trainings of each layer (default: %(default)s)"
-    )
+    demo.add_argument("--seeds", type=positive(int), default=3, help="trainings of each layer (default: %(default)s)")
     demo.add_argument(
         "--epochs", type=positive(int), help="default: 30 on JapaneseVowels; on PLAID 15 on a GPU, 3 on a CPU"
     )
@@ -197,12 +198,8 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
         action="store_true",
         help="PLAID's long recordings too (pip install 'gpu-rnn[long]'); on a GPU the default",
     )
-    demo.add_argument(
-        "--quick", action="store_true", help="one seed, three epochs, rough timing: does it run at all?"
-    )
-    demo.add_argument(
-        "--out", type=Path, default=Path("gpu-rnn-demo.png"), help="the picture (default: %(default)s)"
-    )
+    demo.add_argument("--quick", action="store_true", help="one seed, three epochs, rough timing: does it run at all?")
+    demo.add_argument("--out", type=Path, default=Path("gpu-rnn-demo.png"), help="the picture (default: %(default)s)")
     demo.set_defaults(command=_demo, parser=demo)
 
 
@@ -210,14 +207,13 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     bench = commands.add_parser(
         "bench",
         help="time layers beside torch.nn on this device",
-        description="In a checkout: benchmarks/run.py --quick. Elsewhere, or with --demo: the demo's layers on its data.",
+        description="In a checkout: benchmarks/run.py --quick. Elsewhere, or with --demo: the demo's layers on "
+        "its data.",
     )
     bench.add_argument("--device", help=DEVICE_HELP)
     bench.add_argument("--demo", action="store_true", help="the demo's layers, in a checkout too")
     bench.add_argument("--long", action="store_true", help="those on PLAID (pip install 'gpu-rnn[long]')")
-    bench.add_argument(
-        "--seconds", type=positive(float), help=f"those, each this long (default: {BENCH_SECONDS})"
-    )
+    bench.add_argument("--seconds", type=positive(float), help=f"those, each this long (default: {BENCH_SECONDS})")
     bench.set_defaults(command=_bench, parser=bench)
 
 
@@ -225,7 +221,8 @@ def _add_explain(commands: argparse._SubParsersAction) -> None:
     explain = commands.add_parser(
         "explain",
         help="which backend would run a layer, and why not the others",
-        description="Prints, for a layer described by its sizes, each backend's verdict, its reasons and its predicted time.",
+        description="Prints, for a layer described by its sizes, each backend's verdict, its reasons and its "
+        "predicted time.",
         epilog="examples:\n"
         "  gpu-rnn explain --cell lstm --hidden 512 --batch 64 --steps 100 --dtype bf16 --device H100\n"
         "  gpu-rnn explain --cell gru --hidden 100 --reset-before --recurrent-activation hard_sigmoid",
@@ -243,10 +240,10 @@ def _add_tune(commands: argparse._SubParsersAction) -> None:
     tune = commands.add_parser(
         "tune",
         help="measure every backend on a layer here, and have the fastest chosen from then on",
-        description="Measures, for a layer described by its sizes, every backend that can run it on this device, and keeps "
+        description="Measures, for a layer described by its sizes, every backend that can run it on this device, "
+        "and keeps "
         "the choice in the cache folder (GPU_RNN_CACHE), where every process on this machine finds it.",
-        epilog="examples:\n"
-        "  gpu-rnn tune --cell lstm --hidden 512 --batch 64 --steps 100 --dtype bf16 --training",
+        epilog="examples:\n  gpu-rnn tune --cell lstm --hidden 512 --batch 64 --steps 100 --dtype bf16 --training",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_description(tune)
@@ -274,9 +271,7 @@ def _add_description(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="(default: %(default)s)")
     command.add_argument("--activation", metavar="NAME", help="such as relu or softsign")
     command.add_argument("--recurrent-activation", metavar="NAME", help="such as hard_sigmoid")
-    command.add_argument(
-        "--reset-before", action="store_true", help="GRU with the reset gate before the product"
-    )
+    command.add_argument("--reset-before", action="store_true", help="GRU with the reset gate before the product")
     command.add_argument("--peephole", action="store_true", help="LSTM with peepholes")
 
 

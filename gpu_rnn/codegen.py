@@ -106,7 +106,11 @@ def _single(value: float) -> float:
     if value == 0.0 or not math.isfinite(value):
         return value
     nearest = torch.tensor(value, dtype=torch.float64).float().item()
-    return value if SMALLEST_NORMAL <= abs(nearest) < math.inf else math.copysign(0.0 if abs(nearest) < 1 else math.inf, value)
+    return (
+        value
+        if SMALLEST_NORMAL <= abs(nearest) < math.inf
+        else math.copysign(0.0 if abs(nearest) < 1 else math.inf, value)
+    )
 
 
 def _triton_constant(value: float) -> str:

@@ -86,7 +86,9 @@ class Controls(NamedTuple):
             if value.shape != (each if value.dim() == len(each) else shape):
                 raise ValueError(f"reset_state is {shape}, or for each step {each}, got {tuple(value.shape)}")
             if autocast.dtype_of(value) != autocast.dtype_of(x):
-                raise RuntimeError(f"reset_state is {value.dtype} and the input {x.dtype}: convert it with .to(input.dtype)")
+                raise RuntimeError(
+                    f"reset_state is {value.dtype} and the input {x.dtype}: convert it with .to(input.dtype)"
+                )
         rows, batch, width = shapes[0]
         drop, zone = self.recurrent_mask, self.zone
         if drop is not None and drop.shape != (rows, batch, 1, width) and drop.shape != (rows, batch, gates, width):
@@ -97,12 +99,16 @@ class Controls(NamedTuple):
         for name, value in zip(self._fields, self, strict=True):
             for tensor in value if isinstance(value, tuple) else (value,):
                 if tensor is not None and name != "lengths" and tensor.device != x.device:
-                    raise RuntimeError(f"{name} is on {tensor.device} and the input on {x.device}: use .to(input.device)")
+                    raise RuntimeError(
+                        f"{name} is on {tensor.device} and the input on {x.device}: use .to(input.device)"
+                    )
         return self._replace(lengths=lengths)
 
     def transposed(self) -> Controls:
         """The same of a call with the batch first; states never have it first."""
-        mask, resets = (t.transpose(0, 1) if isinstance(t, Tensor) and t.dim() == 2 else t for t in (self.mask, self.resets))
+        mask, resets = (
+            t.transpose(0, 1) if isinstance(t, Tensor) and t.dim() == 2 else t for t in (self.mask, self.resets)
+        )
         return self if mask is self.mask and resets is self.resets else self._replace(mask=mask, resets=resets)
 
     def batched(self, steps: int) -> Controls:
@@ -213,7 +219,9 @@ def _is_integer(value: Any) -> bool:
 def _checked_lengths(lengths: Tensor, steps: int, batch: int) -> Tensor:
     """Lengths on a GPU are clamped instead of looked at: the host would have to wait for them."""
     if lengths.shape != (batch,):
-        raise ValueError(f"lengths has one number for each of the {batch} rows of the batch, got shape {tuple(lengths.shape)}")
+        raise ValueError(
+            f"lengths has one number for each of the {batch} rows of the batch, got shape {tuple(lengths.shape)}"
+        )
     known = lengths.is_cpu and not onlookers.recorded(lengths) and not autograd.transforms_active()
     if known and batch and not 0 <= int(lengths.min()) <= int(lengths.max()) <= steps:
         raise ValueError(f"lengths are between 0 and {steps}, the steps of the input, got {lengths.tolist()}")

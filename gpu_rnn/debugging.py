@@ -62,12 +62,16 @@ def debug(layer: LayerBase, x: Tensor, *, backend: str = "auto") -> list[Differe
     from gpu_rnn.layer_base import LayerBase
 
     if not isinstance(layer, LayerBase) or not isinstance(x, Tensor) or x.dim() not in (2, 3) or not x.numel():
-        raise TypeError("debug takes a layer of this package, such as gpu_rnn.LSTM, and an input with steps and samples")
+        raise TypeError(
+            "debug takes a layer of this package, such as gpu_rnn.LSTM, and an input with steps and samples"
+        )
     if x.dtype not in TOLERANCE:
         raise TypeError(f"debug compares with float64, so it takes real input, not {x.dtype}")
     place = layer._flat_weights[0].device
     if place.type not in ("cpu", "cuda") or x.device != place:
-        raise ValueError(f"debug runs on one CPU or CUDA device, and x is on {x.device}, the layer on {place}: move them there")
+        raise ValueError(
+            f"debug runs on one CPU or CUDA device, and x is on {x.device}, the layer on {place}: move them there"
+        )
     if x.dim() == 2:
         x = x.unsqueeze(1)
     elif layer.batch_first:
@@ -94,9 +98,7 @@ def _double(inputs: Inputs) -> Inputs:
     return inputs.with_primals([None if p is None else p.double() for p in inputs.primals])
 
 
-def _first(
-    program: Program, result: Result, exact: Result, reverse: str, tolerance: float
-) -> tuple[str, float]:
+def _first(program: Program, result: Result, exact: Result, reverse: str, tolerance: float) -> tuple[str, float]:
     """Where the backend first goes wrong in processing order, and the largest difference."""
     order = processing_order(result.y.shape[0], None, reverse, result.y.device)
     compared: list[tuple[list[str], Tensor, Tensor]] = [
@@ -117,10 +119,12 @@ def _first(
         same = (values == truths) | (values.isnan() & truths.isnan())
         gap = torch.where(same, 0.0, (values - truths).abs()).nan_to_num(nan=float("inf"), posinf=float("inf"))
         worst = max(worst, gap.max().item())
-        scale = max([1.0, *truths[truths.isfinite()].abs().amax().reshape(-1).tolist()]) if truths.isfinite().any() else 1.0
+        scale = (
+            max([1.0, *truths[truths.isfinite()].abs().amax().reshape(-1).tolist()]) if truths.isfinite().any() else 1.0
+        )
         bad = (gap > tolerance * scale).nonzero()
         if len(bad) and (first is None or bad[0, 0] < first[0]):
             t, b, n, which, unit = bad[0].tolist()
-            where = f"step {t}, sample {b}, direction {n}, unit {unit}: {names[which]} is off by {gap[t, b, n, which, unit]:.3g}"
-            first = (t, where)
+            off = f"{names[which]} is off by {gap[t, b, n, which, unit]:.3g}"
+            first = (t, f"step {t}, sample {b}, direction {n}, unit {unit}: {off}")
     return (first[1] if first else ""), worst

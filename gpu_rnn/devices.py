@@ -78,7 +78,8 @@ _UNLIKE = re.compile(r"\b(MIG|GRID|PCI[Ee]|NVL|Laptop|Ti|D|Max-Q|(40|64|94|96) ?
 
 
 def known_as(name: str) -> str | None:
-    """The key in `DEVICES` of a driver's name, such as "H100" of "NVIDIA H100 80GB HBM3"; None of what is not described."""
+    """The key in `DEVICES` of a driver's name, such as "H100" of "NVIDIA H100 80GB HBM3"; None of what is not
+    described."""
     found = [key for key in DEVICES if re.search(rf"\b{key}\b", name)]
     return found[0] if found and not _UNLIKE.search(name) else None
 
@@ -90,15 +91,17 @@ def _bare(name: str) -> str:
 
 @lru_cache(maxsize=16)
 def of(device: torch.device) -> Device:
-    """The device that a tensor lies on: as described under its name, else as its driver says, and where that says nothing
-    as the nearest relative. The rate of tensor cores goes with the multiprocessors."""
+    """The device that a tensor lies on: as described under its name, else as its driver says, and where that says
+    nothing as the nearest relative. The rate of tensor cores goes with the multiprocessors."""
     if device.type != "cuda" or torch.version.cuda is None:
         return CPU
     found = torch.cuda.get_device_properties(device)
     capability = (found.major, found.minor)
     relatives = [DEVICES[key]] if (key := known_as(found.name)) else []
     relatives = relatives or [d for d in DEVICES.values() if d.capability[0] == found.major] or list(DEVICES.values())
-    nearest = min(relatives, key=lambda d: (abs(d.capability[1] - found.minor), abs(d.sms - found.multi_processor_count)))
+    nearest = min(
+        relatives, key=lambda d: (abs(d.capability[1] - found.minor), abs(d.sms - found.multi_processor_count))
+    )
     share = found.multi_processor_count / nearest.sms
     return Device(
         found.name,

@@ -14,13 +14,14 @@ from gpu_rnn.devices import Device
 from gpu_rnn.problem import Problem
 
 BETWEEN = 1.5e-5  # predicted seconds of a diagonal beside its launch: a product, and some copies of what it leaves
-# Seconds that the host takes to put a diagonal in the queue: forward 9e-5, backward 1.4e-4 of CPU time on an AMD EPYC. A
-# shorter chunk would leave the device waiting.
+# Seconds that the host takes to put a diagonal in the queue: forward 9e-5, backward 1.4e-4 of CPU time on an AMD EPYC.
+# A shorter chunk would leave the device waiting.
 HOST = 1e-4
 
 
 class Diagonal(NamedTuple):
-    """The chunks that run together: that of layer `first` begins at step `start`, and each layer above is a chunk behind."""
+    """The chunks that run together: that of layer `first` begins at step `start`, and each layer above is a chunk
+    behind."""
 
     first: int
     last: int  # one above the uppermost layer
@@ -88,7 +89,8 @@ def _strides(whole: Tensor) -> list[int]:
 
 
 def diagonals(layers: int, steps: int, chunk: int) -> list[Diagonal]:
-    """All chunks of all layers, in an order in which each finds what it needs; the odd steps come first, layer by layer."""
+    """All chunks of all layers, in an order in which each finds what it needs; the odd steps come first, layer by
+    layer."""
     odd, count = steps % chunk, steps // chunk
     found = [Diagonal(layer, layer + 1, 0, odd) for layer in range(layers) if odd]
     for number in range(count + layers - 1):

@@ -3,8 +3,8 @@
 
 A backend is a module of `gpu_rnn.launch` that answers ``unsupported(problem) -> list[str]`` (empty: it can run) and
 ``cost(problem) -> seconds``, by a model whose constants are in `launch/rates.py`. One that compiles has
-``prepare(problem)`` too: it is asked before it is taken, and what fails there is a reason of `unsupported` from then on.
-Where `gpu_rnn.tune` has measured the answer to a question (`choices`), the models are not asked.
+``prepare(problem)`` too: it is asked before it is taken, and what fails there is a reason of `unsupported` from then
+on. Where `gpu_rnn.tune` has measured the answer to a question (`choices`), the models are not asked.
 """
 
 from __future__ import annotations
@@ -65,10 +65,12 @@ def check_name(backend: str) -> None:
 
 
 def check_recorded(backend: str) -> None:
-    """Raises ValueError for a backend that no registered operation runs on, when there is no problem yet to be selected for."""
+    """Raises ValueError for a backend that no registered operation runs on, when there is no problem yet to be selected
+    for."""
     if backend not in ("auto", *LOOPS):
         raise ValueError(
-            f"backend={backend!r} cannot run this call where it is recorded (torch.compile, torch.export, make_fx): that runs "
+            f"backend={backend!r} cannot run this call where it is recorded (torch.compile, torch.export, make_fx): "
+            "that runs "
             f"one of {', '.join(LOOPS)}\nUse backend='auto', or remove the cause."
         )
 
@@ -101,7 +103,8 @@ _trial = _Trial()
 
 @contextmanager
 def trial(backend: str) -> Iterator[dict[Question, str]]:
-    """In this thread "auto" is this backend wherever it can run. Yields every question that is asked, with its answer."""
+    """In this thread "auto" is this backend wherever it can run. Yields every question that is asked, with its
+    answer."""
     before = _trial.backend
     _trial.backend, _trial.answers = backend, {}
     try:
@@ -146,7 +149,9 @@ def _select(problem: Problem, backend: str, among: tuple[str, ...], preferred: s
             reasons = [f"this call runs one of {', '.join(among)}"]
         if reasons:
             listed = "\n".join(f"  - {reason}" for reason in reasons)
-            raise ValueError(f"backend={backend!r} cannot run this call:\n{listed}\nUse backend='auto', or remove the cause.")
+            raise ValueError(
+                f"backend={backend!r} cannot run this call:\n{listed}\nUse backend='auto', or remove the cause."
+            )
         return backend
     able = [name for name in among if not BACKENDS[name].unsupported(problem)]
     if preferred in able and not _prepared(problem, preferred):
@@ -172,16 +177,15 @@ def _prepared(problem: Problem, name: str) -> list[str]:
 
 
 def _against(problem: Problem, name: str) -> list[str]:
-    """As `_prepared`, for a backend that is asked for by name: it runs the backward pass too, which is too late to refuse."""
+    """As `_prepared`, for a backend that is asked for by name: it runs the backward pass too, which is too late to
+    refuse."""
     reasons = _prepared(problem, name)
     if reasons or problem.direction != "training" or name not in LOOPS or diagonals.possible(problem):
         return reasons
     return [f"in the backward pass: {reason}" for reason in _prepared(replace(problem, direction="backward"), name)]
 
 
-def total_cost(
-    problem: Problem, name: str, loops: Sequence[str] | None = None, given: Rates | None = None
-) -> float:
+def total_cost(problem: Problem, name: str, loops: Sequence[str] | None = None, given: Rates | None = None) -> float:
     """Seconds for a call and, in training, for its backward pass, which may run on another loop than the forward.
 
     Args:

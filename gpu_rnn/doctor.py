@@ -117,7 +117,9 @@ def _cache(device: torch.device) -> list[str]:
         lines.append(f"         is not used, and nothing is kept: {refused}")
     elif cache.folder() != cache.wanted() or not cache.outlives_the_process(cache.wanted() / "any"):
         lines.append("         cannot be written to, so nothing is kept: set GPU_RNN_CACHE to a folder that can be")
-    return lines + [f"         {path.name} is damaged or cannot be read: tune again, or delete it" for path in held.broken]
+    return lines + [
+        f"         {path.name} is damaged or cannot be read: tune again, or delete it" for path in held.broken
+    ]
 
 
 def _environment() -> list[str]:

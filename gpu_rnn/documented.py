@@ -54,7 +54,8 @@ def _elsewhere(cls: type, shared: type, names: set[str]) -> Iterator[str]:
 
 
 def in_full(shared: type | None = None) -> Callable[[C], C]:
-    """A class decorator: what the docstring says to be "as for" `shared` is written out, and the arguments of a call."""
+    """A class decorator: what the docstring says to be "as for" `shared` is written out, and the arguments of a
+    call."""
 
     def decorate(cls: C) -> C:
         doc = inspect.cleandoc(cls.__doc__ or "")
@@ -64,7 +65,8 @@ def in_full(shared: type | None = None) -> Callable[[C], C]:
         for names, text in _entries(cls, "Args"):
             lines += _elsewhere(cls, shared or cls, names) if ELSEWHERE.search(text[0]) else text
         lines += ["", "Args of a call:"]
-        lines += [line for names, text in _entries(cls.forward, "Args") if "further" not in names for line in text]  # type: ignore[attr-defined]
+        # type: ignore[attr-defined]
+        lines += [line for names, text in _entries(cls.forward, "Args") if "further" not in names for line in text]
         cls.__doc__ = doc.replace("\n".join(_section(doc, "Args")), "\n".join(lines))
         return cls
 

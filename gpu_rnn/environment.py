@@ -20,7 +20,8 @@ def _refused(name: str, given: str, allowed: str) -> ValueError:
     return ValueError(f"{name} is {given!r} in the environment, not {allowed}: correct it, or unset it")
 
 
-# os.environ answers by an exception, which takes as long as the rest of a short call's questions; what it keeps does not.
+# os.environ answers by an exception, which takes as long as the rest of a short call's questions; what it keeps does
+# not.
 _VALUES: Container[object] = getattr(os.environ, "_data", os.environ)
 _BACKEND = os.environ.encodekey("GPU_RNN_BACKEND") if _VALUES is not os.environ else "GPU_RNN_BACKEND"
 

@@ -40,7 +40,9 @@ class Options(NamedTuple):
     def decode(text: str) -> Options:
         found = OPTIONS.fullmatch(text)
         if found is None:
-            raise ValueError(f"the options of a layer read like 'auto 01 save y' or 'step 0 drop all', got {text[:80]!r}")
+            raise ValueError(
+                f"the options of a layer read like 'auto 01 save y' or 'step 0 drop all', got {text[:80]!r}"
+            )
         backend, reverse, save, states = found.groups()
         dispatch.check_name(backend)
         return Options(backend, reverse, save == "save", states == "all")
@@ -84,13 +86,14 @@ def describe(text: str, options: Options, inputs: Inputs, direction: str) -> Pro
 def call_of(text: str, options: Options, inputs: Inputs, problem: Problem | None = None) -> Call:
     """The part of a call that both passes take alike."""
     _, weights, control, states, reset_values = inputs
-    return Call(Program.parse(text), weights, list(states), control, list(reset_values), options.reverse, problem)  # type: ignore[arg-type]
+    # type: ignore[arg-type]
+    return Call(Program.parse(text), weights, list(states), control, list(reset_values), options.reverse, problem)
 
 
 @contextmanager
 def _arithmetic(fp32: str, like: Tensor) -> Iterator[None]:
-    """Products in the call's own dtype and precision. Autocast has had its say above (`functional.run`); in here it would
-    cast once more, and a captured graph would keep that for calls without it."""
+    """Products in the call's own dtype and precision. Autocast has had its say above (`functional.run`); in here it
+    would cast once more, and a captured graph would keep that for calls without it."""
     with precision.of_products(fp32, like), autocast.off(like):
         yield
 
@@ -178,7 +181,8 @@ def pullback(function: Callable[..., Any], *point: Any) -> tuple[Any, Callable[.
 
 
 def pure(text: str, options: Options, inputs: Inputs) -> Callable[..., tuple[Tensor, ...]]:
-    """The reference as a function of those primals that are not None; it returns what `run_backward` has gradients of."""
+    """The reference as a function of those primals that are not None; it returns what `run_backward` has gradients
+    of."""
 
     def function(*given: Tensor) -> tuple[Tensor, ...]:
         call_inputs = filled(inputs, given)

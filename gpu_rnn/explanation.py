@@ -63,7 +63,9 @@ class Explanation:
             figure = row.predicted_us if row.measured_us is None else row.measured_us
             notes = ("measured by tune on this device",) if row.measured_us is not None else ()
             first, *others = (*notes, *row.reasons) or ("",)
-            lines.append(f"{row.backend:10} {verdict:8} {'' if figure is None else f'{figure:.2f}':>8}  {first}".rstrip())
+            lines.append(
+                f"{row.backend:10} {verdict:8} {'' if figure is None else f'{figure:.2f}':>8}  {first}".rstrip()
+            )
             lines += [f"{'':30}{reason}" for reason in others]
         if self.chunks:
             each = [str(steps) if steps < self.problem.T else "all" for steps in self.chunks]
@@ -77,7 +79,9 @@ class Explanation:
     def _origin(self) -> str:
         """Where the figures come from."""
         known = rates.of(self.problem.device)
-        model = f"by cost models {known.source}" if known.fitted else "predicted by each backend's cost model, not measured"
+        model = (
+            f"by cost models {known.source}" if known.fitted else "predicted by each backend's cost model, not measured"
+        )
         but = ", unless a line says otherwise" * any(row.measured_us is not None for row in self.rows)
         return model + but + "; on a CPU predictions only rank the backends" * (not self.problem.device.is_gpu)
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Locks after a fork: of all threads, a child has only the one that forked, so what another held stays locked for ever."""
+"""Locks after a fork: of all threads, a child has only the one that forked, so what another held stays locked for
+ever."""
 
 from __future__ import annotations
 

@@ -147,7 +147,8 @@ def run(
 
 
 def _certainly_aten(stack: Stack, x: Tensor, controls: Controls) -> bool:
-    """On a CPU ATen is predicted cheapest wherever it runs: no Problem is needed, which takes 5 µs of a short call to make."""
+    """On a CPU ATen is predicted cheapest wherever it runs: no Problem is needed, which takes 5 µs of a short call to
+    make."""
     return dispatch.only_predicted_on_cpu() and _takes_aten(stack, x, controls)
 
 
@@ -165,7 +166,8 @@ def _takes_aten(stack: Stack, x: Tensor, controls: Controls) -> bool:
 
 
 def _recorded_as_aten(backend: str) -> bool:
-    """What records sees ATen's operations as well as this package's. A trace is of ATen's, as torch.nn's is, where it can
+    """What records sees ATen's operations as well as this package's. A trace is of ATen's, as torch.nn's is, where it
+    can
     be: it then runs without this package."""
     return not torch.compiler.is_compiling() and (backend == "aten" or onlookers.traced())
 
@@ -173,8 +175,8 @@ def _recorded_as_aten(backend: str) -> bool:
 def _aten_on_gpu(
     stack: Stack, x: Tensor, states: States, weights: Sequence[Tensor], batch_sizes: Tensor | None, training: bool
 ) -> tuple[Tensor, States]:
-    """With dropout each layer is a call, and torch's dropout between them: torch.manual_seed makes it repeat, and second
-    derivatives meet the same masks, neither of which holds for cuDNN's own."""
+    """With dropout each layer is a call, and torch's dropout between them: torch.manual_seed makes it repeat, and
+    second derivatives meet the same masks, neither of which holds for cuDNN's own."""
     if stack.dropout and stack.num_layers > 1:
         return stack.one_by_one(_aten_on_gpu, x, states, weights, batch_sizes, training)
     run = _with_second_order if training else Stack.aten

@@ -47,9 +47,7 @@ class RecurrenceHolder(nn.Module):
             if value is not None and value != OPTION_DEFAULTS[name]
         }
         # Names, never the user's functions: those may not pickle.
-        self._shown = {
-            name: value if isinstance(value, bool) else name_of(value) for name, value in given.items()
-        }
+        self._shown = {name: value if isinstance(value, bool) else name_of(value) for name, value in given.items()}
 
     def __setattr__(self, name: str, value: Any) -> None:
         """What steers a call is checked when it is set. A subclass may have attributes of its own by any name."""
@@ -73,7 +71,10 @@ class RecurrenceHolder(nn.Module):
             weights = [parameters[name] for name in self._flat_weights_names]
             if [weight.shape for weight in weights] == self._weight_shapes:
                 return weights
-        except (KeyError, AttributeError):  # something stands in for one. An attribute of a Module takes 0.7 µs to read.
+        except (
+            KeyError,
+            AttributeError,
+        ):  # something stands in for one. An attribute of a Module takes 0.7 µs to read.
             weights = [getattr(self, name) for name in self._flat_weights_names]
         self._check_weights(weights)
         return weights
@@ -84,12 +85,15 @@ class RecurrenceHolder(nn.Module):
         expected = self._expected_shapes()
         if len(weights) != len(expected):
             raise RuntimeError(
-                f"{type(self).__name__} has {len(weights)} weights, and {len(expected)} for what its attributes are set to now: "
+                f"{type(self).__name__} has {len(weights)} weights, and {len(expected)} for what its attributes are "
+                "set to now: "
                 "make another layer with other num_layers, bias, bidirectional or proj_size"
             )
         for name, weight, shape in zip(self._flat_weights_names, weights, expected, strict=True):
             if not isinstance(weight, Tensor):
-                raise TypeError(f"{type(self).__name__}: {name} should be a Tensor {shape}, got {type(weight).__name__}")
+                raise TypeError(
+                    f"{type(self).__name__}: {name} should be a Tensor {shape}, got {type(weight).__name__}"
+                )
             if weight.shape != shape:
                 raise RuntimeError(f"{type(self).__name__}: {name} should be {shape}, got {tuple(weight.shape)}")
         self._weight_shapes = expected
@@ -103,9 +107,7 @@ class RecurrenceHolder(nn.Module):
 
     def __prepare_scriptable__(self) -> NoReturn:
         name = type(self).__name__
-        raise RuntimeError(
-            f"torch.jit.script cannot compile gpu_rnn.{name}: export the model with torch.export.export"
-        )
+        raise RuntimeError(f"torch.jit.script cannot compile gpu_rnn.{name}: export the model with torch.export.export")
 
     def _as_tuple(self, hx: Tensor | Sequence[Tensor], argument: str = "hx") -> States:
         names = self.recurrence.states
@@ -117,7 +119,9 @@ class RecurrenceHolder(nn.Module):
             raise RuntimeError(f"{type(self).__name__}: {argument} should be {wanted}, got {len(states)}")
         for name, state in zip(names, states, strict=True):
             if not isinstance(state, Tensor):
-                raise TypeError(f"{type(self).__name__}: {argument} should be {wanted}, got {type(state).__name__} for {name}")
+                raise TypeError(
+                    f"{type(self).__name__}: {argument} should be {wanted}, got {type(state).__name__} for {name}"
+                )
         return states
 
     def _check_rank(self, states: States, rank: int, kind: str) -> None:

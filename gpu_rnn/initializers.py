@@ -16,9 +16,9 @@ matrix a gate is ``def each(w): [torch.nn.init.orthogonal_(gate) for gate in w.c
 `resolve` checks a name or function, `fill_` fills one tensor, `apply` those of a layer. Random values come from
 torch's generator of the tensor's device.
 
-Every value is written by a function of torch.nn.init, looked up there when it is called. So libraries that replace these
-functions while they load a checkpoint, to keep what is loaded, are heeded. Of a sharded tensor (DTensor) the whole is drawn,
-and each process keeps its part of what the first one drew.
+Every value is written by a function of torch.nn.init, looked up there when it is called. So libraries that replace
+these functions while they load a checkpoint, to keep what is loaded, are heeded. Of a sharded tensor (DTensor) the
+whole is drawn, and each process keeps its part of what the first one drew.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ def lecun_normal(weight: Tensor) -> Tensor:
 
 
 def orthogonal(weight: Tensor) -> Tensor:
-    """Wᵀ W = 1, uniformly drawn: the factor Q of a normal matrix. In 16 bits it is computed in float32, as QR has to be."""
+    """Wᵀ W = 1, uniformly drawn: the factor Q of a normal matrix. In 16 bits it is computed in float32, as QR has to
+    be."""
     if weight.dtype.itemsize > 2:
         return init.orthogonal_(weight)
     return _write(weight, init.orthogonal_(torch.empty_like(weight, dtype=torch.float32)))

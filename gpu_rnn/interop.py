@@ -13,13 +13,14 @@ Haste     (I, 4·H), (H, 4·H)                       i g f o            (4·H)
 
 G gates (g is the LSTM's cell gate, which Keras and ONNX call c; n is the GRU's candidate, theirs is h), H units,
 I input features, D directions. Sources: torch.nn's documentation, Keras's LSTM and GRU layers, ONNX's operators LSTM,
-GRU and RNN, Haste's `lstm.py`. CuDNN is CuDNNLSTM and CuDNNGRU of Keras 2: each gate's block of I·H numbers is, in the order
-in which it lies in memory, cuDNN's matrix (H, I); `from_keras` knows them by their biases. A stack is a list of layers everywhere but in torch, whose state_dict holds them all.
+GRU and RNN, Haste's `lstm.py`. CuDNN is CuDNNLSTM and CuDNNGRU of Keras 2: each gate's block of I·H numbers is, in the
+order in which it lies in memory, cuDNN's matrix (H, I); `from_keras` knows them by their biases. A stack is a list of
+layers everywhere but in torch, whose state_dict holds them all.
 
 `cell` is "lstm", "gru" (the reset gate after the product: torch, Keras's reset_after=True, ONNX's
 linear_before_reset=1), "gru_reset_before" (reset_after=False, linear_before_reset=0), or "rnn" (Elman's, Keras's
-SimpleRNN). All functions copy, and raise TypeError for weights that are no arrays or tensors of floating-point numbers of
-16, 32 or 64 bits; NumPy's may have either byte order.
+SimpleRNN). All functions copy, and raise TypeError for weights that are no arrays or tensors of floating-point numbers
+of 16, 32 or 64 bits; NumPy's may have either byte order.
 """
 
 from __future__ import annotations
@@ -95,7 +96,8 @@ def from_keras(*layers: Sequence[Array], cell: str) -> State:
 
     Raises:
         TypeError: a layer that is no list of arrays of floating-point numbers.
-        ValueError: an unknown cell; weights whose number or shapes are not that cell's, or not alike in both directions.
+        ValueError: an unknown cell; weights whose number or shapes are not that cell's, or not alike in both
+            directions.
 
     Example::
 
@@ -205,7 +207,9 @@ def to_haste(state: Mapping[str, Array]) -> list[State]:
     layers = split(state, "lstm")
     _refuse_peepholes(layers, "Haste's LSTM")
     if any(len(layer) == 2 for layer in layers):
-        raise ValueError("Haste's LSTM has one direction: convert each direction's weights by itself, without '_reverse'")
+        raise ValueError(
+            "Haste's LSTM has one direction: convert each direction's weights by itself, without '_reverse'"
+        )
     return [_to_haste(direction) for (direction,) in layers]
 
 
@@ -218,7 +222,8 @@ def _split_keras(layer: Sequence[Array]) -> list[Sequence[Array]]:
     if len(layer) in (4, 6):
         return [layer[: len(layer) // 2], layer[len(layer) // 2 :]]
     raise ValueError(
-        "a Keras layer has the weights kernel, recurrent_kernel and, with use_bias, bias, a Bidirectional twice as many; "
+        "a Keras layer has the weights kernel, recurrent_kernel and, with use_bias, bias, a Bidirectional twice "
+        "as many; "
         f"got {len(layer)} arrays. Give layer.get_weights() of each layer, one argument a layer"
     )
 
@@ -227,7 +232,9 @@ def _from_keras(arrays: Sequence[Array], cell: str) -> Direction:
     kernel, recurrent_kernel, *rest = map(tensor_of, arrays)
     gates = len(ORDERS[cell]["keras"])
     expect(recurrent_kernel, (None, None), f"a {cell}'s recurrent_kernel")
-    expect(recurrent_kernel, (recurrent_kernel.shape[0], gates * recurrent_kernel.shape[0]), f"a {cell}'s recurrent_kernel")
+    expect(
+        recurrent_kernel, (recurrent_kernel.shape[0], gates * recurrent_kernel.shape[0]), f"a {cell}'s recurrent_kernel"
+    )
     rows = recurrent_kernel.shape[1]
     expect(kernel, (None, rows), f"a {cell}'s kernel")
     if rest and cell in ("lstm", "gru") and rest[0].shape == (2 * rows,):

@@ -93,9 +93,7 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
         given = {name: getattr(self, name) for name in plain if getattr(self, name) != plain[name]}
         return super().extra_repr() + "".join(f", {name}={getattr(v, '__name__', v)}" for name, v in given.items())
 
-    def _make_parameters(
-        self, unit_weight: str, device: torch.device | str | None, dtype: torch.dtype | None
-    ) -> None:
+    def _make_parameters(self, unit_weight: str, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         rows = len(self.recurrence.gates) * self.hidden_size
         width = self.proj_size or self.hidden_size
         suffixes = ("", "_reverse") if self.bidirectional else ("",)
@@ -135,7 +133,9 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
         """Code for torch.nn puts the layer's own tensors here again; others would never be read."""
         for name, weight in zip(self._flat_weights_names, weights, strict=True):
             if weight is not getattr(self, name):
-                raise AttributeError(f"weights are read by name at each call: set {name} of this layer, not _flat_weights")
+                raise AttributeError(
+                    f"weights are read by name at each call: set {name} of this layer, not _flat_weights"
+                )
 
     def reset_parameters(self) -> None:
         """Uniform in ±1/sqrt(H) as torch.nn, but for what an initializer is given for; scales of norms are 1."""
@@ -182,8 +182,8 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
             further: nothing; what follows is given by name.
             mask: bool, shaped like input without its features: True where a step counts. States carry over the
                 other steps, whose output is 0. A NumPy array will do, as for resets.
-            lengths: (B), integers on any device, a list or an array, 0 allowed: how many steps each row has, in any order. Gives what
-                packing the input gives, without packing it.
+            lengths: (B), integers on any device, a list or an array, 0 allowed: how many steps each row has, in any
+                order. Gives what packing the input gives, without packing it.
             resets: bool, shaped like mask: True where a new episode begins. States are set before that step, so
                 nothing passes between episodes in either direction.
             reset_state: what they are set to, like hx, or for each step, (T, D * num_layers, B, hidden_size).
@@ -225,9 +225,7 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
         elif input.dim() == 2:
             output, states, every = self._unbatched(input, states, controls, return_all_states)
         else:
-            raise ValueError(
-                f"{type(self).__name__}: Expected input to be 2D or 3D, got {input.dim()}D instead"
-            )
+            raise ValueError(f"{type(self).__name__}: Expected input to be 2D or 3D, got {input.dim()}D instead")
         if self._one_state:
             return (output, states[0], every[0]) if return_all_states else (output, states[0])
         return (output, states, every) if return_all_states else (output, states)
@@ -287,7 +285,9 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
             steps, batch = stack.sizes(input, batch_sizes)
             controls = self._with_noise(controls, input, steps, batch)
             if controls is not NONE:
-                controls = controls.checked(steps, stack.state_shapes(weights, batch), len(self.recurrence.gates), input)
+                controls = controls.checked(
+                    steps, stack.state_shapes(weights, batch), len(self.recurrence.gates), input
+                )
         if self.training and self.weight_drop:
             names = self._flat_weights_names
             weights = [
@@ -296,7 +296,9 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
             ]
         output, states, every = functional.run(stack, input, states, weights, batch_sizes, controls)
         if not self.return_sequences:
-            output = _last(output.transpose(0, 1) if stack.batch_first else output, states[0], len(stack.reverse), controls)
+            output = _last(
+                output.transpose(0, 1) if stack.batch_first else output, states[0], len(stack.reverse), controls
+            )
         return output, states, every
 
     def _with_noise(self, controls: Controls, like: Tensor, steps: int, batch: int) -> Controls:

@@ -69,8 +69,8 @@ def checked(
 
     Raises:
         TypeError: an option that does not exist, or a value of the wrong type.
-        ValueError: a probability outside [0, 1], recurrent_dropout_per_gate without recurrent_dropout, zoneout for another number of states, of a projected h
-            or of a state that begins at infinity.
+        ValueError: a probability outside [0, 1], recurrent_dropout_per_gate without recurrent_dropout, zoneout for
+            another number of states, of a projected h or of a state that begins at infinity.
     """
     unknown = options.keys() - DEFAULTS.keys()
     if unknown:
@@ -80,14 +80,17 @@ def checked(
             advice = f"{name} is an argument of the call: layer(x, {name}=...)"
         raise TypeError(f"{layer} got an unexpected keyword argument {name!r}; {advice}")
     if options.get("recurrent_dropout_per_gate") and "recurrent_dropout" not in options:
-        raise ValueError("recurrent_dropout_per_gate says how recurrent_dropout draws its masks: give recurrent_dropout=p, too")
+        raise ValueError(
+            "recurrent_dropout_per_gate says how recurrent_dropout draws its masks: give recurrent_dropout=p, too"
+        )
     found = {name: value(name, options.get(name, default)) for name, default in DEFAULTS.items()}
     found["zoneout"] = zoneout(found["zoneout"], recurrence, proj_size)
     return found
 
 
 def value(name: str, given: Any) -> Any:
-    """The value of an option, checked; errors as `checked`'s. Of zoneout, which depends on the recurrence, see there."""
+    """The value of an option, checked; errors as `checked`'s. Of zoneout, which depends on the recurrence, see
+    there."""
     if name.endswith("_initializer"):
         if given is not None:
             initializers.resolve(given)
@@ -108,7 +111,9 @@ def assigned(name: str, given: Any) -> Any:
         TypeError, ValueError: as `value`.
     """
     if name in OF_THE_RECURRENCE:
-        raise AttributeError(f"{name} is part of the recurrence, which this layer was made with: make another layer with it")
+        raise AttributeError(
+            f"{name} is part of the recurrence, which this layer was made with: make another layer with it"
+        )
     return value(name, given)
 
 
@@ -127,8 +132,12 @@ def zoneout(given: Any, recurrence: Recurrence, proj_size: int) -> tuple[float, 
         raise ValueError(f"zoneout is one probability or one for each state ({states}), got {len(given)}")
     given = tuple(probability("zoneout", each) for each in given)
     if proj_size and given[0]:
-        raise ValueError("zoneout of h is not defined with proj_size: h is a projection; give zoneout=(0.0, p) for c alone")
+        raise ValueError(
+            "zoneout of h is not defined with proj_size: h is a projection; give zoneout=(0.0, p) for c alone"
+        )
     for state, initial, chance in zip(recurrence.states, recurrence.initial, given, strict=True):
         if chance and not math.isfinite(initial):
-            raise ValueError(f"zoneout of state {state} has no expectation: it begins at {initial}; give it probability 0")
+            raise ValueError(
+                f"zoneout of state {state} has no expectation: it begins at {initial}; give it probability 0"
+            )
     return given

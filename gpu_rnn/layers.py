@@ -85,7 +85,9 @@ class Recurrent(LayerBase):
     ) -> None:
         arguments.a_recurrence(recurrence)
         given = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional
-        super().__init__(recurrence, recurrence.name, *given, 0, device, dtype, backend=backend, options={}, further=options)
+        super().__init__(
+            recurrence, recurrence.name, *given, 0, device, dtype, backend=backend, options={}, further=options
+        )
 
     def extra_repr(self) -> str:
         return f"{self.recurrence.name}, {super().extra_repr()}"

@@ -2,10 +2,11 @@
 """The canonical layout of one layer's call: its tensors, by name and shape, and their order in time.
 
 Sizes: T time, B batch, N independent recurrences (directions, members), G gates, H hidden units, I input features,
-P width of the product's input (H, or proj_size), S states, U per-unit parameters, K split gates, M 1 for a stack, else N.
+P width of the product's input (H, or proj_size), S states, U per-unit parameters, K split gates, M 1 for a stack, else
+N.
 
-The axes of a tensor stand in its field's annotation. `gpu_rnn.checks` reads them there, so a new field is checked as soon
-as it is written down.
+The axes of a tensor stand in its field's annotation. `gpu_rnn.checks` reads them there, so a new field is checked as
+soon as it is written down.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ CPU_CHUNK, GPU_CHUNK = 1 << 15, 1 << 22  # elements (T, B, N, H) of a chunk: 128
 
 
 class Axes(NamedTuple):
-    """The axes of a tensor, "|" between alternatives: of a whole tensor, ``T B I | T B N I``, or of one axis, ``1|T``."""
+    """The axes of a tensor, "|" between alternatives: of a whole tensor, ``T B I | T B N I``, or of one axis,
+    ``1|T``."""
 
     axes: str
     dtype: torch.dtype | Literal["state"] | None = None  # "state": `state_dtype` of x's; None: that of x
@@ -50,7 +52,9 @@ class Weights(NamedTuple):
     # Recurrent products are normalised over H, gate by gate, and scaled by this; likewise the input products.
     norm: Annotated[Tensor | None, Axes("N G H")] = None
     norm_ih: Annotated[Tensor | None, Axes("N G H")] = None
-    w_between: Annotated[Tensor | None, Axes("N-1 G H H")] = None  # the input weights of a stack's layers after the first
+    w_between: Annotated[Tensor | None, Axes("N-1 G H H")] = (
+        None  # the input weights of a stack's layers after the first
+    )
 
 
 class Control(NamedTuple):
@@ -66,7 +70,9 @@ class Control(NamedTuple):
     flags: Annotated[Tensor | None, Axes("T B M", torch.uint8)] = None
     drop: Annotated[Tensor | None, Axes("B N 1|G P")] = None  # factors of what enters the products
     zone: Annotated[Tensor | None, Axes("S T B N H", torch.bool)] = None  # units that keep the state they entered with
-    between: Annotated[Tensor | None, Axes("N-1 T B H")] = None  # factors of what a stack's layers take from those below
+    between: Annotated[Tensor | None, Axes("N-1 T B H")] = (
+        None  # factors of what a stack's layers take from those below
+    )
 
 
 PLAIN = Control()
@@ -135,7 +141,8 @@ class Call:
     reverse: str = "0"
     problem: Problem = None  # type: ignore[assignment]  # the reference needs none
     d_gates: Tensor | None = None  # where a backward loop may put `LoopGradients.d_gates`, laid out as the saved gates
-    # Where a forward pass may keep its normalised products for the backward pass: (2, T, B, N, G, H), input and recurrent.
+    # Where a forward pass may keep its normalised products for the backward pass: (2, T, B, N, G, H), input and
+    # recurrent.
     kept: Normalised | None = None
 
     @property

@@ -135,6 +135,7 @@ def _named(name: str) -> Callable[..., Any]:
 # Operations that take truth values as they are; for every other one they are first turned into 1.0 and 0.0.
 TAKES_BOOL = {"where", "add", *(f"{kind}_{name}" for kind in ("logical", "bitwise") for name in ("and", "or", "not"))}
 
+
 def _truth(b: Builder, x: Any) -> Any:
     """A truth value; of a number whether it is not 0."""
     return x if not isinstance(x, Value) or _is_bool(b, x) else b.emit("ne", x, 0.0)
@@ -172,9 +173,7 @@ LOWERING: dict[str, Callable[..., Any]] = {
     "leaky_relu": lambda b, x, slope=0.01: b.emit("where", b.emit("gt", x, 0.0), x, b.emit("mul", x, slope)),
     "hardtanh": lambda b, x, low=-1.0, high=1.0: _hardtanh(b, x, low, high),
     "hardsigmoid": lambda b, x: b.emit("div", _hardtanh(b, b.emit("add", x, 3.0), 0.0, 6.0), 6.0),
-    "hardswish": lambda b, x: b.emit(
-        "div", b.emit("mul", x, _hardtanh(b, b.emit("add", x, 3.0), 0.0, 6.0)), 6.0
-    ),
+    "hardswish": lambda b, x: b.emit("div", b.emit("mul", x, _hardtanh(b, b.emit("add", x, 3.0), 0.0, 6.0)), 6.0),
     "clamp": _clamp,
     "clamp_min": lambda b, x, low: _clamp(b, x, low),
     "clamp_max": lambda b, x, high: _clamp(b, x, None, high),
@@ -187,6 +186,6 @@ def _hardtanh(b: Builder, x: Any, low: float, high: float) -> Any:
     return b.emit("where", b.emit("le", x, low), low, below)
 
 
-# Decomposed by torch the first two have NaN gradients where exp(x) overflows, the next two gradients at their bounds, and the
-# last one a NaN gradient at 0.
+# Decomposed by torch the first two have NaN gradients where exp(x) overflows, the next two gradients at their bounds,
+# and the last one a NaN gradient at 0.
 KEPT = ("softplus", "celu", "hardsigmoid", "hardswish", "sinc")

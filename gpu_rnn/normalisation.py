@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layer normalisation over the last dimension (Ba et al., arXiv:1607.06450), without scale and shift, there and back."""
+"""Layer normalisation over the last dimension (Ba et al., arXiv:1607.06450), without scale and shift, there and
+back."""
 
 from __future__ import annotations
 
@@ -80,5 +81,7 @@ class Back:
     def __call__(self, d: Tensor, given: Normalised, out: Tensor | None = None) -> Tensor:
         which = [True, False, False]  # the values' only: scales are applied outside
         values, (mean, rstd) = given.values, (self.mean, self.rstd)
-        found = torch.ops.aten.native_layer_norm_backward(d, values, values.shape[-1:], mean, rstd, None, None, which)[0]
+        found = torch.ops.aten.native_layer_norm_backward(d, values, values.shape[-1:], mean, rstd, None, None, which)[
+            0
+        ]
         return torch.mul(found, given.rstd, out=out)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Products of fp32 matrices on a CPU by oneDNN, which torch's own recurrent layers use, where torch would ask MKL.
 
-On an AMD EPYC (one core; 3200 rows, 64 inputs, 128 units) oneDNN took half of MKL's time for the products over all steps,
-and two thirds of it for a step's, 32 rows, with its weights in oneDNN's own order. The operation is the one that
+On an AMD EPYC (one core; 3200 rows, 64 inputs, 128 units) oneDNN took half of MKL's time for the products over all
+steps, and two thirds of it for a step's, 32 rows, with its weights in oneDNN's own order. The operation is the one that
 torch.compile puts in the place of nn.Linear; it has no derivative. Whatever it does not take, torch does.
 """
 
@@ -48,7 +48,8 @@ def _dense(values: Tensor) -> Tensor:
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    """(M, K) times (K, X). oneDNN wants the rows of its first factor contiguous: if one is to be copied, the smaller."""
+    """(M, K) times (K, X). oneDNN wants the rows of its first factor contiguous: if one is to be copied, the
+    smaller."""
     if a.stride(1) != 1 and a.numel() >= b.numel():
         return _linear(b.T.contiguous(), _dense(a), None, "none", [], "").T.contiguous()
     return _linear(a.contiguous(), _dense(b).T, None, "none", [], "")
@@ -70,7 +71,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class Factor:
-    """The second factor, (N, K, X), of many products: kept in oneDNN's order where it stays as it is and is used often."""
+    """The second factor, (N, K, X), of many products: kept in oneDNN's order where it stays as it is and is used
+    often."""
 
     def __init__(self, values: Tensor, rows: int, times: int = MANY) -> None:
         """`rows` of each first factor, or 0 for values that will change; `times` it is used."""

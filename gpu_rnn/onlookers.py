@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who looks on while a layer runs: what records or replaces torch's operations gets the registered ones of `gpu_rnn.ops`.
+"""Who looks on while a layer runs: what records or replaces torch's operations gets the registered ones of
+`gpu_rnn.ops`.
 
 A loop writes where no recorder looks: a kernel's launch, NumPy's functions.
 """
@@ -28,7 +29,8 @@ warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"gpu
 
 def recorded(x: Any = None) -> bool:
     """Whether a call is recorded, to run later with other values, or has no values at all: no question may be asked of
-    them, and sizes may be symbols. torch.compile and torch.export, make_fx, functionalize, torch.jit.trace, FakeTensorMode.
+    them, and sizes may be symbols. torch.compile and torch.export, make_fx, functionalize, torch.jit.trace,
+    FakeTensorMode.
     """
     if torch.compiler.is_compiling():  # the first question, and Dynamo reads no further
         return True
@@ -51,8 +53,8 @@ def _any_mode(keys: Iterable[_Key]) -> bool:
 
 
 def watched(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether operations on these tensors, which are below all of torch.func's transforms, are seen by somebody: a dispatch
-    mode of any kind, such as one that counts or keeps, or a tensor that is a class of its own."""
+    """Whether operations on these tensors, which are below all of torch.func's transforms, are seen by somebody: a
+    dispatch mode of any kind, such as one that counts or keeps, or a tensor that is a class of its own."""
     if torch._C._len_torch_dispatch_stack() or _len_torch_dispatch_stack_pre_dispatch():
         return True
     return any(type(t) not in PLAIN and _dispatches(t) for t in tensors)

@@ -2,8 +2,9 @@
 """The scalar operations a recurrence may use, one row each: torch function, Triton and CUDA text, derivative.
 
 A derivative rule takes the gradient ``d`` of the result, the result ``y`` and the arguments, and returns the gradient
-of each argument (None where there is none). Ties, boundaries and NaN follow torch's autograd: relu'(0) = 0, clamp passes
-its bounds, minimum and maximum halve a tie; at NaN relu, minimum and maximum pass the gradient and clamp does not.
+of each argument (None where there is none). Ties, boundaries and NaN follow torch's autograd: relu'(0) = 0, clamp
+passes its bounds, minimum and maximum halve a tie; at NaN relu, minimum and maximum pass the gradient and clamp does
+not.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def _infix(symbol: str, derivative: Rule) -> Operation:
 
 
 def _bound(a_loses: str, b_loses: str) -> Rule:
-    """minimum and maximum: the gradient goes to the argument that has not lost, half to each on a tie; to both at NaN."""
+    """minimum and maximum: the gradient goes to the argument that has not lost, half to each on a tie; to both at
+    NaN."""
 
     def rule(d: Any, y: Any, a: Any, b: Any) -> tuple[Any, Any]:
         half, tied = d * 0.5, a.emit("eq", a, b)

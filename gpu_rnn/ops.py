@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two functional custom ops, `gpu_rnn::rnn` and `gpu_rnn::rnn_backward`, for torch.compile, torch.export and whatever
-else records operations (`gpu_rnn.onlookers`).
+"""The two functional custom ops, `gpu_rnn::rnn` and `gpu_rnn::rnn_backward`, for torch.compile, torch.export and
+whatever else records operations (`gpu_rnn.onlookers`).
 
 Both take the cell as its program's text and the options as one short string. The eager way in, with derivatives of
 every order, jvp and vmap, is `gpu_rnn.autograd`.
@@ -63,7 +63,8 @@ def _refuse_tangents() -> None:
     """A custom op's tangent would be 0 without a word, and it does not see whether its inputs have one."""
     if torch.autograd.forward_ad._current_level >= 0 and not _derived.yes:
         raise RuntimeError(
-            "what was recorded of a layer (torch.export, make_fx, torch.jit.trace) has no forward-mode derivative: take it of "
+            "what was recorded of a layer (torch.export, make_fx, torch.jit.trace) has no forward-mode derivative: "
+            "take it of "
             "the layer itself"
         )
 

@@ -57,7 +57,8 @@ def of_products(precision: str, like: Tensor) -> Iterator[None]:
 
 
 def _own(level: int) -> str:
-    """What a level says itself. torch tells only what comes of it: "none" put back as that would no longer follow the next."""
+    """What a level says itself. torch tells only what comes of it: "none" put back as that would no longer follow the
+    next."""
     value = _effective(level)
     if value == "none" or level + 1 == len(LEVELS) or _effective(level + 1) != value:
         return value

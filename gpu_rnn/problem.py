@@ -88,7 +88,11 @@ class Problem:
             "lengths": "lengths of rows" if self.lengths and not self.packed else "",
             "flags": "masks and resets" if self.flags else "",
             "reset_values": "resets to given values" if self.reset_values else "",
-            "drop": "recurrent dropout" if self.drop == 1 else "recurrent dropout with a mask for each gate" if self.drop else "",
+            "drop": "recurrent dropout"
+            if self.drop == 1
+            else "recurrent dropout with a mask for each gate"
+            if self.drop
+            else "",
             "zone": "zoneout" if self.zone else "",
             "all_states": "the states of all steps" if self.all_states else "",
             "norm": "layer normalisation" if self.norm else "",

@@ -121,8 +121,8 @@ def gradients(call: Call, x: Tensor, saved: Result, loop: LoopGradients) -> tupl
 
 
 def _through_norm(call: Call, x: Tensor, kept: Normalised | None, d_gates: Tensor) -> Tensor:
-    """The gradient of the input products' scales. Those of the products, which are taken once more if they were not kept,
-    replace `d_gates`: another tensor of all steps would not fit into a CPU's cache.
+    """The gradient of the input products' scales. Those of the products, which are taken once more if they were not
+    kept, replace `d_gates`: another tensor of all steps would not fit into a CPU's cache.
     """
     assert call.weights.norm_ih is not None
     scale = call.weights.norm_ih.to(state_dtype(d_gates.dtype))
@@ -193,7 +193,8 @@ def _entering(call: Call, saved: Result) -> Iterator[tuple[Tensor, slice]]:
 def runs(program: Program, rows: slice, of_gates: Tensor, of_recurrent: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """What stands for a stage's products (biases included), in runs of neighbouring gates that lie in the same tensor.
 
-    `of_gates` (T, B, N, G, H) has it for summed gates, `of_recurrent` (T, B, N, number of split gates, H) for the split.
+    `of_gates` (T, B, N, G, H) has it for summed gates, `of_recurrent` (T, B, N, number of split gates, H) for the
+    split.
     """
     for is_sum, run in groupby(range(rows.start, rows.stop), key=lambda g: program.gates[g] in program.summed):
         gates = list(run)

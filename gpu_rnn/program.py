@@ -148,7 +148,11 @@ class Program:
 
     def inputs(self, stage: Stage) -> tuple[str, ...]:
         """What a stage reads: its gates, the states and the parameters, in this order."""
-        return (*self.gate_inputs(stage), *(f"s_{name}" for name in self.state_names), *(f"p_{name}" for name in self.params))
+        return (
+            *self.gate_inputs(stage),
+            *(f"s_{name}" for name in self.state_names),
+            *(f"p_{name}" for name in self.params),
+        )
 
     @property
     def counts(self) -> dict[str, int]:
@@ -316,7 +320,9 @@ class _Parser:
         args = tuple(self.argument(word, index < truths) for index, word in enumerate(given))
         if not any(isinstance(arg, str) for arg in args):
             raise ValueError("an operation takes at least one value; write the number instead")
-        if name == "clamp" and not (isinstance(args[0], str) and args[1:] == tuple(a for a in args if not isinstance(a, str))):
+        if name == "clamp" and not (
+            isinstance(args[0], str) and args[1:] == tuple(a for a in args if not isinstance(a, str))
+        ):
             raise ValueError("clamp's bounds are numbers; use minimum and maximum")
         self.ops.append(Op(result, name, args))
         self.define(result, OPERATIONS[name].is_bool)
@@ -338,9 +344,7 @@ class _Parser:
             raise ValueError("the text ends before its return")
 
     def program(self) -> Program:
-        return Program(
-            self.name, tuple(self.states), tuple(self.params), tuple(self.stages), frozenset(self.summed)
-        )
+        return Program(self.name, tuple(self.states), tuple(self.params), tuple(self.stages), frozenset(self.summed))
 
 
 @lru_cache(maxsize=256)

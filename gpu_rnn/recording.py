@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a step does with scalars, operation by operation, as torch's dispatcher meets it in the thread that calls the step.
+"""What a step does with scalars, operation by operation, as torch's dispatcher meets it in the thread that calls the
+step.
 
-torch's own tracer, make_fx, patches the process while it runs: compiled models of other threads fail meanwhile. The modes
-here stand on stacks that each thread has for itself, and nothing else changes.
+torch's own tracer, make_fx, patches the process while it runs: compiled models of other threads fail meanwhile. The
+modes here stand on stacks that each thread has for itself, and nothing else changes.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class Refused(ValueError):
 
 @dataclass(eq=False)
 class Node:
-    """A value: an argument of the step by its name, the result of an operation, or a tensor that comes from elsewhere."""
+    """A value: an argument of the step by its name, the result of an operation, or a tensor that comes from
+    elsewhere."""
 
     operation: Any  # torch's overload; "input", "constant"
     args: Sequence[Any] = ()
@@ -192,7 +194,8 @@ class _Hidden(_Recorder):
 
 
 class _Watch(TorchFunctionMode):
-    """Tells the recorder the innermost line outside torch that calls for an operation; refuses what it would not see."""
+    """Tells the recorder the innermost line outside torch that calls for an operation; refuses what it would not
+    see."""
 
     def __init__(self, recorder: _Recorder) -> None:
         super().__init__()

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The time loop over a recurrence in plain PyTorch: ground truth, on any device, in any dtype, differentiable to any order.
+"""The time loop over a recurrence in plain PyTorch: ground truth, on any device, in any dtype, differentiable to any
+order.
 
 Sizes and tensors are named as in `gpu_rnn.layout`.
 """
@@ -98,7 +99,8 @@ def _attached(results: list[Tensor], gates: Tensor) -> list[Tensor]:
 
 
 def _over_time(steps: list[Tensor]) -> Tensor:
-    """torch.stack, eight at a time: at second order its derivative is as large as the result, for each of what it joins."""
+    """torch.stack, eight at a time: at second order its derivative is as large as the result, for each of what it
+    joins."""
     parts = [step.unsqueeze(0) for step in steps]
     while len(parts) > 1:
         parts = [torch.cat(parts[first : first + 8]) for first in range(0, len(parts), 8)]
@@ -114,7 +116,9 @@ class _Steering:
         self.zone = None if control.zone is None else reorder_each(control.zone, order)
         self.values: list[Any] = [(call.reset_value(k),) for k in range(len(call.states))]  # of all steps, or of each
         if call.reset_values:
-            self.values = [(value if len(value) == 1 else reorder(value, order)).unbind(0) for value in call.reset_values]
+            self.values = [
+                (value if len(value) == 1 else reorder(value, order)).unbind(0) for value in call.reset_values
+            ]
 
     def enter(self, t: int, states: list[Tensor]) -> list[Tensor]:
         """The states that a step starts from."""

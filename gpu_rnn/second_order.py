@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Second derivatives of a call whose backward pass has none, as cuDNN's: the gradient is taken again on another path."""
+"""Second derivatives of a call whose backward pass has none, as cuDNN's: the gradient is taken again on another
+path."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ class _Twice(torch.autograd.Function):
             views = [t.view_as(t) for t in tensors]
             found = gradient(ctx.exact(*views), views, grads, retain_graph=True, create_graph=True)
         else:
-            # Kept where the user keeps the graph: cuDNN would copy its reserve, and the memory of a call would outlive it.
+            # Kept where the user keeps the graph: cuDNN would copy its reserve, and the memory of a call would outlive
+            # it.
             keep = torch._C._autograd._get_current_graph_task_keep_graph()
             found = gradient(ctx.outputs, ctx.leaves, grads, retain_graph=keep)
             if not keep:

@@ -72,7 +72,9 @@ class Stack(NamedTuple):
             inputs = directions * width if number else features
             own: list[tuple[int, ...]] = [(gates * hidden, inputs), (gates * hidden, width)]
             own += [(gates * hidden,)] * (2 * self.bias) + [(width, hidden)] * bool(self.proj_size)
-            own += [(len(self.recurrence.params), hidden)] * bool(self.recurrence.params) + [(gates * hidden,)] * (2 * self.norm)
+            own += [(len(self.recurrence.params), hidden)] * bool(self.recurrence.params) + [(gates * hidden,)] * (
+                2 * self.norm
+            )
             shapes += own * directions
         return shapes
 
@@ -142,9 +144,15 @@ class Stack(NamedTuple):
         )
 
     def one_by_one(
-        self, run: Callable[..., tuple[Tensor, States]], x: Tensor, states: States, weights: Sequence[Tensor], *rest: Any
+        self,
+        run: Callable[..., tuple[Tensor, States]],
+        x: Tensor,
+        states: States,
+        weights: Sequence[Tensor],
+        *rest: Any,
     ) -> tuple[Tensor, States]:
-        """``run(stack, x, states, weights, *rest)`` of each layer, with dropout between them: y and the final states."""
+        """``run(stack, x, states, weights, *rest)`` of each layer, with dropout between them: y and the final
+        states."""
         alone, final = self._replace(num_layers=1, dropout=0.0), []
         rows, count = len(self.reverse), len(weights) // self.num_layers
         for number in range(self.num_layers):
@@ -240,7 +248,9 @@ class Stack(NamedTuple):
         # A copy, as what is handed out would share memory, and y by itself hold that of all layers.
         y, final = every[-1].clone(), tuple(state.transpose(0, 1) for state in after)
         valid = controls.valid(steps)
-        if valid is not None and not controls.flagged(self.all_states):  # lengths alone: of the others `loops` takes care
+        if valid is not None and not controls.flagged(
+            self.all_states
+        ):  # lengths alone: of the others `loops` takes care
             y = torch.where(valid.unsqueeze(-1), y, 0)
         if not self.all_states:
             return y, final, ()
@@ -277,13 +287,14 @@ class Stack(NamedTuple):
 
 
 def _others(inner: Tensor, like: Tensor, states: States) -> Sequence[Tensor]:
-    """Those of `Result.inner`, in the dtype of y. Where there are none nothing is taken apart: torch.export writes such a
-    file, but cannot read it."""
+    """Those of `Result.inner`, in the dtype of y. Where there are none nothing is taken apart: torch.export writes such
+    a file, but cannot read it."""
     return inner.to(like.dtype).unbind(0) if len(states) > 1 else ()
 
 
 def _unpack(data: Tensor, batch_sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Packed data (sum, I) -> (T, B, I) padded with zeros, the lengths (B,) of its rows, and the places of the data in (T·B).
+    """Packed data (sum, I) -> (T, B, I) padded with zeros, the lengths (B,) of its rows, and the places of the data in
+    (T·B).
 
     All that depends on values is found on the host, where batch_sizes are.
     """

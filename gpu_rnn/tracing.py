@@ -72,9 +72,7 @@ def trace(
     return program
 
 
-def _check_names(
-    name: str, stages: Sequence[Sequence[str]], states: Sequence[str], params: Sequence[str]
-) -> None:
+def _check_names(name: str, stages: Sequence[Sequence[str]], states: Sequence[str], params: Sequence[str]) -> None:
     gates = [gate for own in stages for gate in own]
     hint = "; give another as name=..." if name not in (*gates, *states, *params) and not _is_word(name) else ""
     for kind, words in (("name", [name]), ("gate", gates), ("state", states), ("parameter", params)):
@@ -165,7 +163,9 @@ class _Stage:
         try:
             signature = inspect.signature(self.step)
         except (TypeError, ValueError) as error:
-            raise TypeError(f"{self.cell}: a step is a Python function step(x, r, s[, p]), not {self.step!r}") from error
+            raise TypeError(
+                f"{self.cell}: a step is a Python function step(x, r, s[, p]), not {self.step!r}"
+            ) from error
         # What a step does not need it is not given: a further argument may be an option of its own, with a default.
         wanted = (5, 4, 3) if carried else (4,) if self.groups[3][1] else (3, 4)
         taken = next((n for n in wanted if _accepts(signature, n)), 0)
@@ -175,9 +175,7 @@ class _Stage:
         self.taken = taken
         return self.groups[: min(taken, 4)]
 
-    def _record(
-        self, groups: list[tuple[str, Sequence[str]]], names: list[str]
-    ) -> tuple[list[Node], tuple[Any, ...]]:
+    def _record(self, groups: list[tuple[str, Sequence[str]]], names: list[str]) -> tuple[list[Node], tuple[Any, ...]]:
         shapes = [namedtuple(f"{kind}_values", words) for kind, words in groups]
 
         def flat(*scalars: torch.Tensor) -> Any:
@@ -193,7 +191,15 @@ class _Stage:
             return record(flat, names)
         except Refused as error:
             raise TraceError(f"{self.cell}: {self._frame(error)} {error}") from error
-        except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        except (
+            ArithmeticError,
+            AssertionError,
+            AttributeError,
+            LookupError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
             names = _held(self.step)
             more = _has(error, groups) or (f"; it {_closes_over(names)}" if names else "")
             more = OWN_DERIVATIVE if "custom_function_call" in str(error) or "setup_context" in str(error) else more
@@ -224,7 +230,9 @@ class _Stage:
                 "it holds arithmetic, comparisons, torch.where, clamp, minimum, maximum and the usual activations"
             )
         self.builder.line = node.line or self.place
-        lifted = [known.get(a, a) if isinstance(a, Node) else a for a in _arguments(overload, node.args, node.kwargs or {})]
+        lifted = [
+            known.get(a, a) if isinstance(a, Node) else a for a in _arguments(overload, node.args, node.kwargs or {})
+        ]
         if overload._opname not in TAKES_BOOL:
             lifted = [copy(self.builder, a) if isinstance(a, Value) else a for a in lifted]
         try:
@@ -300,7 +308,9 @@ def _activations(step: Step) -> dict[str, Step]:
     """The user's activations within one of the library's own steps, by the option that takes them."""
     if not inspect.isfunction(step) or not step.__code__.co_filename.startswith(LIBRARY[1]):
         return {}
-    held = {name: kept.cell_contents for name, kept in zip(step.__code__.co_freevars, step.__closure__ or (), strict=True)}
+    held = {
+        name: kept.cell_contents for name, kept in zip(step.__code__.co_freevars, step.__closure__ or (), strict=True)
+    }
     known = set(map(id, ACTIVATIONS.values()))
     return {role: held[name] for name, role in ROLES.items() if name in held and id(held[name]) not in known}
 

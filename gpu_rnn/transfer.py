@@ -10,8 +10,8 @@ from gpu_rnn import onlookers
 
 
 def to_device(values: Tensor, device: torch.device, name: str, instead: str = "it") -> Tensor:
-    """A tensor on a device. From a CPU to a GPU it goes by way of page-locked memory: else the host would wait for the copy,
-    and so for all that is queued before it.
+    """A tensor on a device. From a CPU to a GPU it goes by way of page-locked memory: else the host would wait for the
+    copy, and so for all that is queued before it.
 
     Raises:
         RuntimeError: a CUDA graph is captured: at each replay it would read again what the host holds by then.

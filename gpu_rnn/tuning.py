@@ -66,8 +66,8 @@ class Tuned:
         device: the name of the device it was measured on.
         passes: forward, and in training forward and backward.
         path: the file in the cache folder that the choice is kept in.
-        lasting: whether other processes find it. False where nothing can be written to the cache folder: `path` is then in
-            a temporary one, which goes when this process ends.
+        lasting: whether other processes find it. False where nothing can be written to the cache folder: `path` is then
+            in a temporary one, which goes when this process ends.
     """
 
     device: str
@@ -93,25 +93,29 @@ def _alike(size: int) -> str:
 
 
 def tune(layer: LayerBase, x: Tensor | PackedSequence, *, seconds: float = 2.0, **call: Any) -> Tuned:
-    """Measures every backend that can run ``layer(x)`` on the device that x lies on; "auto" takes the fastest from then on.
+    """Measures every backend that can run ``layer(x)`` on the device that x lies on; "auto" takes the fastest from then
+    on.
 
     Forward is measured in evaluation mode without gradients; if the layer is in training mode and gradients are wanted,
-    forward and backward in training mode too. Backends take turns. The choice is kept in the cache folder (GPU_RNN_CACHE)
-    for this device and these versions of torch, Triton and gpu_rnn, so other processes go by it. It stands for calls that
-    differ from this one in values, and in T and B up to the next power of two: what was tuned at T = 100 is chosen for T
-    from 65 to 128. A backend asked for by name, and GPU_RNN_BACKEND, come first. Weights, gradients, modes, buffers and
-    random generators are left as they are.
+    forward and backward in training mode too. Backends take turns. The choice is kept in the cache folder
+    (GPU_RNN_CACHE) for this device and these versions of torch, Triton and gpu_rnn, so other processes go by it. It
+    stands for calls that differ from this one in values, and in T and B up to the next power of two: what was tuned at
+    T = 100 is chosen for T from 65 to 128. A backend asked for by name, and GPU_RNN_BACKEND, come first. Weights,
+    gradients, modes, buffers and random generators are left as they are.
 
     Args:
         layer: a layer of this package.
-        x: an input such as the layer will get, on the device it will get it on; only its shape, dtype and lengths matter.
-        seconds: for the samples of each kind of call, about, more than 0; every backend is run a few times whatever that takes.
+        x: an input such as the layer will get, on the device it will get it on; only its shape, dtype and lengths
+            matter.
+        seconds: for the samples of each kind of call, about, more than 0; every backend is run a few times whatever
+            that takes.
         call: the layer's other arguments that come with x: hx, mask, lengths, resets, reset_state, return_all_states.
 
     Raises:
-        TypeError: not a layer of this package, x is no tensor, an argument that its call does not have, or True for one that
-            is a tensor; seconds is no number.
-        ValueError: x is neither on a CPU nor on a CUDA device, or without samples; seconds is not more than 0; autocast is on.
+        TypeError: not a layer of this package, x is no tensor, an argument that its call does not have, or True for one
+            that is a tensor; seconds is no number.
+        ValueError: x is neither on a CPU nor on a CUDA device, or without samples; seconds is not more than 0; autocast
+            is on.
         RuntimeError: under torch.compile or a torch.func transform, where there is no time to measure.
 
     Example::
@@ -124,7 +128,10 @@ def tune(layer: LayerBase, x: Tensor | PackedSequence, *, seconds: float = 2.0, 
         >>> gpu_rnn.tuning.forget()             # back to the cost models
     """
     if onlookers.recorded(x) or autograd.transforms_active():
-        raise RuntimeError("tune measures calls: run it before torch.compile and whatever else records, and outside of torch.func transforms")
+        raise RuntimeError(
+            "tune measures calls: run it before torch.compile and whatever else records, and outside of torch.func "
+            "transforms"
+        )
     _check(x, call, seconds)
     device = x.data.device
     _check_place(device)
@@ -152,7 +159,9 @@ def _check(x: object, call: dict[str, Any], seconds: object) -> None:
         raise TypeError(NO_INPUT.format("tune", type(x).__name__))
     for name, value in call.items():
         if isinstance(value, bool) and name != "return_all_states":
-            raise TypeError(f"tune runs the layer: it takes a tensor as {name}, as the layer does; explain takes {value} for it")
+            raise TypeError(
+                f"tune runs the layer: it takes a tensor as {name}, as the layer does; explain takes {value} for it"
+            )
 
 
 def _check_place(device: torch.device) -> None:
@@ -161,7 +170,9 @@ def _check_place(device: torch.device) -> None:
         raise ValueError(f"tune measures on a CPU or a CUDA device, and x is on {device}: move the layer and x there")
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
-        raise ValueError(f"tune does not measure under autocast: leave it, and give the layer and x in its dtype, .to({dtype})")
+        raise ValueError(
+            f"tune does not measure under autocast: leave it, and give the layer and x in its dtype, .to({dtype})"
+        )
 
 
 @dataclass(frozen=True)
@@ -185,8 +196,8 @@ class _Measured:
         return 1e6 * seconds / max(self.problem.T, 1)
 
     def by_question(self) -> dict[Question, Times]:
-        """For each question that a call asks (of the stack, of its layers, of their backward passes), the least time of a
-        call that was answered so."""
+        """For each question that a call asks (of the stack, of its layers, of their backward passes), the least time of
+        a call that was answered so."""
         found: dict[Question, Times] = {}
         for name, timing in self.timings.items():
             for question, answer in self.answers[name].items():
@@ -198,7 +209,8 @@ class _Measured:
         ranked = sorted(self.timings.items(), key=lambda item: item[1].median)
         spreads = {name: (t.spread[0], t.median, t.spread[1]) for name, t in ranked}
         figures = {name: tuple(map(self.us, spread)) for name, spread in spreads.items()}
-        return Pass(self.problem, figures, self.left_out, before, dispatch.select(self.problem))  # type: ignore[arg-type]
+        # type: ignore[arg-type]
+        return Pass(self.problem, figures, self.left_out, before, dispatch.select(self.problem))
 
 
 def _measure(run: _Run, device: torch.device, seconds: float) -> _Measured:
@@ -219,7 +231,9 @@ def _measure(run: _Run, device: torch.device, seconds: float) -> _Measured:
             left_out[name] = dispatch.BACKENDS[name].unsupported(run.problem)[0]
     calls = {name: _on(name, run.call) for name in answers}
     bar = _bar(TITLES[run.problem.direction])
-    return _Measured(run.problem, interleave(calls, device, trials=TRIALS, seconds=seconds, progress=bar), answers, left_out)
+    return _Measured(
+        run.problem, interleave(calls, device, trials=TRIALS, seconds=seconds, progress=bar), answers, left_out
+    )
 
 
 def _on(name: str, call: Callable[[], object]) -> Callable[[], object]:
@@ -236,7 +250,9 @@ def _bar(title: str) -> Callable[[range], Iterable[int]]:
         return iter
     from tqdm import tqdm
 
-    return lambda rounds: tqdm(rounds, desc=title, unit="round", leave=False, disable=None)  # None: not without a terminal
+    return lambda rounds: tqdm(
+        rounds, desc=title, unit="round", leave=False, disable=None
+    )  # None: not without a terminal
 
 
 def _runs(layer: LayerBase, x: Tensor | PackedSequence, call: dict[str, Any]) -> list[_Run]:
@@ -286,7 +302,8 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 @contextmanager
 def _left_as_it_is(layer: LayerBase, device: torch.device) -> Iterator[None]:
-    """Puts the generators and the layer's buffers back; backward passes stay in this thread, as `dispatch.trial` does."""
+    """Puts the generators and the layer's buffers back; backward passes stay in this thread, as `dispatch.trial`
+    does."""
     buffers = [(buffer, buffer.clone()) for buffer in layer.buffers()] if isinstance(layer, torch.nn.Module) else []
     gpu = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(gpu), torch.autograd.set_multithreading_enabled(False):
@@ -296,4 +313,3 @@ def _left_as_it_is(layer: LayerBase, device: torch.device) -> Iterator[None]:
             with torch.no_grad():
                 for buffer, was in buffers:
                     buffer.copy_(was)
-

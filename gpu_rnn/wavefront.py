@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A stack's layers as a wavefront: while a layer runs a chunk of steps, those above it run earlier chunks in the same launch.
+"""A stack's layers as a wavefront: while a layer runs a chunk of steps, those above it run earlier chunks in the same
+launch.
 
     steps    0 …       chunk …   2 chunk …            N, the recurrences of a launch, is what a diagonal holds:
     layer 0  launch 0  launch 1  launch 2             layers that do not wait for each other. A launch waits for the
@@ -40,7 +41,9 @@ class _Stack:
         control, self.call, self.count = call.control, call, len(call.weights.w_hh)
         self.diagonals = diagonals(self.count, steps, chunk)
         self.bias = reference.input_bias(call.weights, call.program)
-        self.flags = None if control.flags is None else control.flags.expand(-1, -1, self.count).movedim(2, 0).contiguous()
+        self.flags = (
+            None if control.flags is None else control.flags.expand(-1, -1, self.count).movedim(2, 0).contiguous()
+        )
         self.zone = [] if control.zone is None else [zone.movedim(2, 0).contiguous() for zone in control.zone]
         self.values = [value.movedim(2, 0).contiguous() for value in call.reset_values]  # (L, 1 or T, B, ·)
         self.known: dict[tuple[int, int, int], _Layers] = {}
@@ -73,8 +76,8 @@ class _Stack:
         return Call(call.program, call.weights, states, control, values, call.reverse, call.problem, d_gates)
 
     def enter(self, diagonal: Diagonal, y: Tensor, gates: Tensor) -> Tensor:
-        """(chunk, B, layers, G, H): the input products. `gates` (L or 1, T, B, G, H) holds those of the lowest layer; those
-        of the others are written there, or where it has no room for them to a place of their own."""
+        """(chunk, B, layers, G, H): the input products. `gates` (L or 1, T, B, G, H) holds those of the lowest layer;
+        those of the others are written there, or where it has no room for them to a place of their own."""
         upper = diagonal.above(0)
         if len(gates) == self.count:
             found, products = diagonal.of(gates), upper.rows(gates)
@@ -223,11 +226,17 @@ def in_torch(call: Call, x: Tensor, all_states: bool) -> Result:
             one,
             weights=one.weights._replace(w_ih=weights.w_between[layer - 1 : layer] if layer else weights.w_ih),
             states=[state[:, own] for state in call.states],
-            control=one.control._replace(flags=control.flags, zone=None if control.zone is None else control.zone[:, :, :, own]),
+            control=one.control._replace(
+                flags=control.flags, zone=None if control.zone is None else control.zone[:, :, :, own]
+            ),
             reset_values=[value[:, :, own] for value in call.reset_values],
         )
         if layer:
-            x = found[-1].y.squeeze(2) if control.between is None else found[-1].y.squeeze(2) * control.between[layer - 1]
+            x = (
+                found[-1].y.squeeze(2)
+                if control.between is None
+                else found[-1].y.squeeze(2) * control.between[layer - 1]
+            )
         found.append(reference.forward(one, x, all_states=all_states))
     y = torch.cat([each.y.movedim(2, 0) for each in found])
     final = [torch.cat(states, 1) for states in zip(*(each.final for each in found), strict=True)]

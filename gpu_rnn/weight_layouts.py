@@ -74,7 +74,9 @@ def _from_numpy(value: Any) -> Tensor:
     try:
         array = np.array(value)
     except ValueError as error:  # rows of several lengths
-        raise TypeError(f"weights are arrays of floating-point numbers, got a {type(value).__name__} that is none") from error
+        raise TypeError(
+            f"weights are arrays of floating-point numbers, got a {type(value).__name__} that is none"
+        ) from error
     if array.dtype.name == "bfloat16":  # ml_dtypes', of which torch does not know
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     if array.dtype.kind not in "fiub" or array.dtype.itemsize > 8:
@@ -103,7 +105,9 @@ def check_names(given: Mapping[str, Array], needed: set[str], allowed: set[str],
         raise TypeError(f"{what} is a mapping of names to arrays, got {type(given).__name__}")
     if not needed <= set(given) <= needed | allowed:
         optional = f", and may have {', '.join(sorted(allowed))}" if allowed else ""
-        raise ValueError(f"{what} has {', '.join(sorted(needed))}{optional}; got {', '.join(map(str, given)) or 'none'}")
+        raise ValueError(
+            f"{what} has {', '.join(sorted(needed))}{optional}; got {', '.join(map(str, given)) or 'none'}"
+        )
 
 
 def join(layers: Sequence[Layer]) -> State:
@@ -121,11 +125,14 @@ def check_stack(layers: Sequence[Layer]) -> None:
     if not layers:
         raise ValueError("give the weights of at least one layer")
     alike = {
-        (len(layer), part.weight_hh.shape, part.bias is None, part.weight_peephole is None) for layer in layers for part in layer
+        (len(layer), part.weight_hh.shape, part.bias is None, part.weight_peephole is None)
+        for layer in layers
+        for part in layer
     }
     if len(alike) > 1:
         raise ValueError(
-            "the layers of a stack in one module have the same size, directions and biases, and so have the directions of a "
+            "the layers of a stack in one module have the same size, directions and biases, and so have the "
+            "directions of a "
             "layer: convert these one by one, for a module each"
         )
     for number, layer in enumerate(layers):
@@ -153,7 +160,9 @@ def split(state: Mapping[str, Array], cell: str) -> list[Layer]:
             f"{', '.join(unknown or state) or 'none'}. Of a model give model.<layer>.state_dict()"
         )
     if any(name.startswith(("weight_hr", "weight_unit")) for name in state):
-        raise ValueError("projections (weight_hr) and parameters of one's own (weight_unit) exist in torch's layout only")
+        raise ValueError(
+            "projections (weight_hr) and parameters of one's own (weight_unit) exist in torch's layout only"
+        )
     suffixes = SUFFIXES if any(name.endswith(SUFFIXES[1]) for name in state) else SUFFIXES[:1]
     count = 1 + max(int(match[2]) for match in map(KEY.fullmatch, state) if match)
     layers = [[_direction(state, f"_l{k}{suffix}", cell) for suffix in suffixes] for k in range(count)]
@@ -175,6 +184,8 @@ def _direction(state: Mapping[str, Array], suffix: str, cell: str) -> Direction:
     peephole = tensor_of(state["weight_peephole" + suffix]) if "weight_peephole" + suffix in state else None
     if peephole is not None:
         if cell != "lstm":
-            raise ValueError(f"a {cell} has no peepholes, and the state_dict has weight_peephole{suffix}: is `cell` the right one?")
+            raise ValueError(
+                f"a {cell} has no peepholes, and the state_dict has weight_peephole{suffix}: is `cell` the right one?"
+            )
         expect(peephole, (3, hidden), f"an lstm's weight_peephole{suffix}")
     return Direction(w_ih, w_hh, torch.stack(rows) if rows else None, peephole)

@@ -2,8 +2,8 @@
 """``python tests [-m MARKERS] [pytest's arguments]``: the suite in at most three runs, and one closing line.
 
 Triton reads TRITON_INTERPRET when it is imported, so one run's processes compile kernels and another's interpret
-them, each on all cores. What measures time runs by itself then. conftest.py leaves each run the tests that belong to it,
-and a run with none is not started.
+them, each on all cores. What measures time runs by itself then. conftest.py leaves each run the tests that belong to
+it, and a run with none is not started.
 """
 
 import importlib.util
@@ -30,7 +30,9 @@ def run(name: str) -> tuple[int, Counter[str]]:
     # A worker that has done its half takes from the other's: no core idles while one file lasts.
     spread = ["-n", str(min(os.cpu_count() or 1, MOST_WORKERS)), "--dist", "worksteal"]
     command = [sys.executable, "-m", "pytest", f"--junitxml={report}"]
-    command += [] if name == "alone" or not importlib.util.find_spec("xdist") else spread  # OFFLINE borrows what there is
+    command += (
+        [] if name == "alone" or not importlib.util.find_spec("xdist") else spread
+    )  # OFFLINE borrows what there is
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "TRITON_INTERPRET": str(int(name == "interpreter"))}
     environment |= {"GPU_RNN_TESTS": "alone" if name == "alone" else "others", "GPU_RNN_LEFT": str(LEFT)}
     status = subprocess.run([*command, *sys.argv[1:]], cwd=ROOT, env=environment).returncode
@@ -42,7 +44,8 @@ def run(name: str) -> tuple[int, Counter[str]]:
 
 
 def main() -> int:
-    """Runs what the first run, which reads all files, leaves to the others; returns the worst of their exit statuses."""
+    """Runs what the first run, which reads all files, leaves to the others; returns the worst of their exit
+    statuses."""
     BUILD.mkdir(exist_ok=True)
     LEFT.unlink(missing_ok=True)
     runs = [run("compiled")]

@@ -22,15 +22,20 @@ from gpu_rnn.launch import group, nvrtc
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it at import: one kind a process
 
-WANTED = os.environ.get("GPU_RNN_TESTS")  # "alone" or "others" of what measures time; all where tests are not run by __main__.py
+WANTED = os.environ.get(
+    "GPU_RNN_TESTS"
+)  # "alone" or "others" of what measures time; all where tests are not run by __main__.py
 
 BUILD = Path(__file__).resolve().parent.parent / "build"
 
 KINDS = {"interpreter", "gpu", "alone"}  # of tests that runs of their own want, and only the files that name them
 
-EXTRAS = {name: extra for extra, names in {
-    "test": ("expecttest", "hypothesis", "scipy", "onnx"), "keras": ("keras",), "demo": ("matplotlib", "tqdm"), "docs": ("mkdocs",)
-}.items() for name in names}  # fmt: skip
+EXTRAS = {
+    **dict.fromkeys(("expecttest", "hypothesis", "scipy", "onnx"), "test"),
+    **dict.fromkeys(("matplotlib", "tqdm"), "demo"),
+    "keras": "keras",
+    "mkdocs": "docs",
+}
 """Packages that tests want besides ours, and how each is asked for."""
 
 
@@ -78,7 +83,8 @@ def _text(path: Path) -> str:
 
 
 def _required(config: pytest.Config) -> set[str]:
-    """The markers that every test wanted here has: those of `-m "gpu and not slow"`, but of no "or", and this process's kind."""
+    """The markers that every test wanted here has: those of `-m "gpu and not slow"`, but of no "or", and this process's
+    kind."""
     expression = config.option.markexpr
     named = set() if re.search(r"\bor\b|[()]", expression) else {*expression.split(" and ")}
     kinds = {"interpreter": INTERPRETING, "alone": WANTED == "alone"}
@@ -100,7 +106,11 @@ def pytest_exception_interact(
     missing = cause.name if isinstance(cause, ModuleNotFoundError) else ""
     if isinstance(report, pytest.CollectReport) and missing in EXTRAS:
         report.outcome = "skipped"
-        report.longrepr = (str(node.path), 1, f"Skipped: {missing} is not installed: pip install 'gpu-rnn[{EXTRAS[missing]}]'")
+        report.longrepr = (
+            str(node.path),
+            1,
+            f"Skipped: {missing} is not installed: pip install 'gpu-rnn[{EXTRAS[missing]}]'",
+        )
 
 
 @pytest.hookimpl(wrapper=True)
@@ -144,8 +154,8 @@ def _alone_on_a_gpu(item: pytest.Item) -> bool:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
-    """Processes share a GPU, whose driver lets one after another have all of it; what must have it alone locks the others
-    out. So each builds its kernels, which takes most of the time, while the others build theirs."""
+    """Processes share a GPU, whose driver lets one after another have all of it; what must have it alone locks the
+    others out. So each builds its kernels, which takes most of the time, while the others build theirs."""
     if not (marked(item, "gpu") and torch.cuda.is_available()):
         return (yield)
     with (BUILD / "gpu.lock").open("w") as file:

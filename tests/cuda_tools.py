@@ -18,7 +18,8 @@ def tool(name: str) -> str | None:
 
 
 def opened(cubin: Path, name: str, *options: str) -> str:
-    """What a tool prints of a cubin; the test fails where it does not open it, and is skipped where the tool is not found."""
+    """What a tool prints of a cubin; the test fails where it does not open it, and is skipped where the tool is not
+    found."""
     path = tool(name)
     if path is None:
         pytest.skip(f"not found: {name}, which is in Triton's wheel and in CUDA's toolkit")

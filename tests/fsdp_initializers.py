@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One of two processes that make layers on "meta", shard, materialise and initialise them; run by test_initializers.py."""
+"""One of two processes that make layers on "meta", shard, materialise and initialise them; run by
+test_initializers.py."""
 
 from __future__ import annotations
 

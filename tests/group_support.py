@@ -205,7 +205,9 @@ def only_where_used(values: dict[str, Tensor], inputs: Inputs) -> dict[str, Tens
         return values
     steps = next(iter(values.values())).shape[0]
     used = torch.arange(steps)[:, None] < inputs.lengths  # (T, B)
-    masked = {n: torch.where(used[..., None, None, None], v, 0) for n, v in values.items() if n in ("gates", "recurrent")}
+    masked = {
+        n: torch.where(used[..., None, None, None], v, 0) for n, v in values.items() if n in ("gates", "recurrent")
+    }
     return values | masked
 
 

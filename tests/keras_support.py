@@ -31,9 +31,12 @@ POLICIES = {"float32": 1e-6, "mixed_bfloat16": 2**-6, "mixed_float16": 2**-9, "b
 # NumPy 2 asks an array-like class for an argument that Keras's variables do not have.
 quiet = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
 
-# Seen with 3.15.1 and 3.11.3; the older one has sizes as numbers where it makes states, and asks for another ONNX exporter.
+# Seen with 3.15.1 and 3.11.3; the older one has sizes as numbers where it makes states, and asks for another ONNX
+# exporter.
 KEEPS_SYMBOLS = tuple(map(int, keras.__version__.split(".")[:2])) >= (3, 15)
-symbols = pytest.mark.skipif(not KEEPS_SYMBOLS, reason=f"Keras {keras.__version__} exports no symbolic sizes: 3.15 does")
+symbols = pytest.mark.skipif(
+    not KEEPS_SYMBOLS, reason=f"Keras {keras.__version__} exports no symbolic sizes: 3.15 does"
+)
 
 MASKS = {
     "right": [[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0]],

@@ -20,9 +20,7 @@ LENGTHS = {"packed": [6, 4, 4, 1], "packed_unsorted": [4, 1, 6, 4]}
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
 
 
-def pair(
-    name: str, *args: Any, ours: dict[str, Any] | None = None, **kwargs: Any
-) -> tuple[nn.Module, nn.Module]:
+def pair(name: str, *args: Any, ours: dict[str, Any] | None = None, **kwargs: Any) -> tuple[nn.Module, nn.Module]:
     """torch.nn's module and ours in float64 with the same weights; `ours` holds options torch.nn does not have."""
     kwargs.setdefault("dtype", torch.float64)
     theirs = getattr(nn, name)(*args, **kwargs)

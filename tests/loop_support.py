@@ -150,13 +150,8 @@ def make(
         "params": (n, len(recurrence.params), H) if recurrence.params else None,
         "w_hr": (n, proj, H) if proj else None,
     }
-    weights = [
-        s and draw(*s, seed=seed + k, scale=scale).requires_grad_() for k, s in enumerate(shapes.values(), 1)
-    ]
-    states = [
-        draw(B, n, width if k == 0 else H, seed=seed + 8 + k, scale=scale)
-        for k in range(len(recurrence.states))
-    ]
+    weights = [s and draw(*s, seed=seed + k, scale=scale).requires_grad_() for k, s in enumerate(shapes.values(), 1)]
+    states = [draw(B, n, width if k == 0 else H, seed=seed + 8 + k, scale=scale) for k in range(len(recurrence.states))]
     if "n" in recurrence.states:  # a normaliser is a sum of positive terms
         states[recurrence.states.index("n")].abs_().add_(0.5)
     return Inputs(
@@ -198,7 +193,8 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], toleranc
 def layer(recurrence: Recurrence, backend: str = "auto", **options: object) -> gpu_rnn.Recurrent:
     """A small float64 layer with reproducible weights."""
     torch.manual_seed(0)
-    return gpu_rnn.Recurrent(recurrence, 2, 3, dtype=torch.float64, backend=backend, **options)  # type: ignore[arg-type]
+    # type: ignore[arg-type]
+    return gpu_rnn.Recurrent(recurrence, 2, 3, dtype=torch.float64, backend=backend, **options)
 
 
 def unmapped(outputs: Any, size: int) -> list[Any]:

@@ -16,7 +16,9 @@ OPTIONS = ("mask", "resets", "reset_values", "reset_values_per_step", "drop", "d
 RATE = 0.3  # of the steps that are masked or reset, of the units that are dropped or kept
 
 
-def with_options(inputs: support.Inputs, recurrence: Recurrence, names: Collection[str], seed: int = 0) -> support.Inputs:
+def with_options(
+    inputs: support.Inputs, recurrence: Recurrence, names: Collection[str], seed: int = 0
+) -> support.Inputs:
     """The same inputs with the options `names`, of `OPTIONS`. Reset values bring resets with them.
 
     Every mask has both values where it has two elements or more, so that a kernel that ignores one is found out; with

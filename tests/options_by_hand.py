@@ -85,7 +85,9 @@ def _gru(x: Tensor, state: list[Tensor], product: Callable[..., Tensor], w: dict
     return [(1 - z) * n + z * h]
 
 
-def _gru_reset_before(x: Tensor, state: list[Tensor], product: Callable[..., Tensor], w: dict[str, Tensor]) -> list[Tensor]:
+def _gru_reset_before(
+    x: Tensor, state: list[Tensor], product: Callable[..., Tensor], w: dict[str, Tensor]
+) -> list[Tensor]:
     (h,) = state
     x_r, x_z, x_n = x.chunk(3)
     r_r, r_z, _ = product(h).chunk(3)
@@ -125,13 +127,17 @@ def run(given: Given) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     count = len(given.states)
     final = [torch.stack([torch.stack([f[k] for f in rows]) for rows in finals]) for k in range(count)]
     by_step = [
-        torch.stack([torch.stack([torch.stack([states[t][k] for states in rows]) for rows in every]) for t in range(steps)])
+        torch.stack(
+            [torch.stack([torch.stack([states[t][k] for states in rows]) for rows in every]) for t in range(steps)]
+        )
         for k in range(count)
     ]
     return x, final, by_step
 
 
-def _row(given: Given, x: Tensor, index: int, backwards: bool, row: int) -> tuple[list[Tensor], list[Tensor], list[list[Tensor]]]:
+def _row(
+    given: Given, x: Tensor, index: int, backwards: bool, row: int
+) -> tuple[list[Tensor], list[Tensor], list[list[Tensor]]]:
     """One row of one direction of one layer: outputs, final states, states after every step."""
     steps, length = x.shape[0], given.length(row)
     step, gates = given.formula or CELLS[given.cell]
@@ -148,7 +154,10 @@ def _row(given: Given, x: Tensor, index: int, backwards: bool, row: int) -> tupl
             new = step(_input(x[t], weights, gates), state, _product(given, weights, index, row, gates), weights)
             if given.zone is not None:
                 keeps = [given.zone[k, t, index, row, : len(s)] for k, s in enumerate(state)]
-                new = [torch.stack([o if k else n for o, n, k in zip(old, now, keep, strict=True)]) for old, now, keep in zip(state, new, keeps, strict=True)]
+                new = [
+                    torch.stack([o if k else n for o, n, k in zip(old, now, keep, strict=True)])
+                    for old, now, keep in zip(state, new, keeps, strict=True)
+                ]
             state = new
         outputs[t] = state[0] if uses else torch.zeros_like(state[0])
         every[t] = state

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensors that say they are on a GPU, compute on the CPU, and write down whatever would make the host wait for a GPU.
 
-To PyTorch's C++ they are on the CPU, so that autograd asks for no streams. No kernel of ours runs: tests replace launches.
+To PyTorch's C++ they are on the CPU, so that autograd asks for no streams. No kernel of ours runs: tests replace
+launches.
 """
 
 from __future__ import annotations
@@ -16,7 +17,16 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 GPU, CPU = torch.device("cuda:0"), torch.device("cpu")
 # Their results' sizes or values are read by the host.
-ASKING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "unique_consecutive", "bincount")
+ASKING = (
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "equal",
+    "_unique2",
+    "unique_dim",
+    "unique_consecutive",
+    "bincount",
+)
 
 
 class OnGPU(torch.Tensor):

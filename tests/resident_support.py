@@ -31,7 +31,8 @@ def settings(uninitialised_memory_is_nan: None) -> Iterator[None]:
 
 
 def errors(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
-    """The largest error of each tensor, relative to its largest value; what is infinite is so in both, and NaN nowhere."""
+    """The largest error of each tensor, relative to its largest value; what is infinite is so in both, and NaN
+    nowhere."""
     result = {}
     for name, exact in truth.items():
         value = found[name].double().cpu()

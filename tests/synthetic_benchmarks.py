@@ -24,7 +24,10 @@ COLUMNS = (
     *("device", "driver", "cuda", "cudnn", "torch", "triton", "cupy", "commit", "dirty", "date"),
 )
 FACTS = dict.fromkeys(("driver", "cuda", "cudnn", "torch", "triton"), "0.0") | {
-    "device": DEVICE, "commit": "0" * 40, "dirty": "no", "date": "2000-01-02T00:00:00+00:00"
+    "device": DEVICE,
+    "commit": "0" * 40,
+    "dirty": "no",
+    "date": "2000-01-02T00:00:00+00:00",
 }
 ALL = ("bf16", "fp16", "fp32")
 BOTH = ("forward", "training")
@@ -49,7 +52,12 @@ def problem(set_name: str, cell: str, *, T: int, B: int, H: int, layers: int = 1
 
 def cases() -> Iterator[Row]:
     """Problem, dtype, direction and option of every case."""
-    grid = [problem("grid", cell, T=100, B=B, H=H) for cell in ("LSTM", "GRU") for H in (64, 256, 1024, 2048) for B in (1, 16, 128)]
+    grid = [
+        problem("grid", cell, T=100, B=B, H=H)
+        for cell in ("LSTM", "GRU")
+        for H in (64, 256, 1024, 2048)
+        for B in (1, 16, 128)
+    ]
     yield from (p | {"dtype": t, "direction": d} for t in ALL for p in grid for d in BOTH)
     steps = [problem("streaming", "LSTM", T=1, B=B, H=H) for H in (128, 1024) for B in (1, 16)]
     yield from (p | {"dtype": t, "direction": "forward"} for t in ("bf16", "ieee") for p in steps)
@@ -62,7 +70,9 @@ def cases() -> Iterator[Row]:
     heads = [problem("flashrnn", "LSTM", T=1024, B=B, H=64, heads=12) for B in (2, 16, 128)]
     yield from (p | {"dtype": "bf16", "direction": d} for p in heads for d in BOTH)
     broken = problem("refused", "GRU", T=50, B=7, H=96)
-    yield from (broken | {"problem": f"{status}-GRU", "dtype": "fp32", "direction": "training"} for status, _ in REFUSED)
+    yield from (
+        broken | {"problem": f"{status}-GRU", "dtype": "fp32", "direction": "training"} for status, _ in REFUSED
+    )
 
 
 def rows() -> list[Row]:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes tests/data/costs_synthetic.csv: made-up results of a GPU that is exactly as the cost models say, but for noise.
+"""Writes tests/data/costs_synthetic.csv: made-up results of a GPU that is exactly as the cost models say, but for
+noise.
 
 No number in it is a measurement of anything: each is a model's time with the constants `TRUE`, times a random factor. A
 fit has to find those constants again.
@@ -50,8 +51,12 @@ def rows() -> Iterator[dict[str, object]]:
         for problem in problems.SETS[name]:
             for dtype in problem.dtypes:
                 for direction in problem.directions:
-                    yield from _of_case({"set": name, "problem": problem.name, "dtype": dtype, "direction": direction},
-                                        problem, given, rng)
+                    yield from _of_case(
+                        {"set": name, "problem": problem.name, "dtype": dtype, "direction": direction},
+                        problem,
+                        given,
+                        rng,
+                    )
 
 
 def _of_case(

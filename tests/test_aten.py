@@ -30,12 +30,15 @@ def flatten(weights: list[Tensor], *layout: Any) -> Tensor:
 
 
 class Cudnn:
-    """Stands in for torch._cudnn_rnn: takes its weights from the buffer alone, and what lies between them has to be 0."""
+    """Stands in for torch._cudnn_rnn: takes its weights from the buffer alone, and what lies between them has to be
+    0."""
 
     def __init__(self, theirs: nn.LSTM) -> None:
         self.theirs, self.calls = theirs, 0
 
-    def __call__(self, x: Tensor, weights: list[Tensor], per_layer: int, buffer: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    def __call__(
+        self, x: Tensor, weights: list[Tensor], per_layer: int, buffer: Tensor, *rest: Any
+    ) -> tuple[Tensor, ...]:
         self.calls += 1
         hx, cx, _, _, _, layers, batch_first, dropout, training, bidirectional, sizes, state = rest
         assert (dropout, state, sizes) == (0, None, []) and training == torch.is_grad_enabled()
@@ -93,7 +96,9 @@ def test_cudnn_reads_nothing_that_nobody_wrote(options: dict[str, Any], cudnn: C
     stand_in = cudnn(theirs)
     rows = theirs.num_layers * (1 + theirs.bidirectional)
     x, hx = torch.randn(5, 2, 3), (torch.randn(rows, 2, theirs.proj_size or 4), torch.randn(rows, 2, 4))
-    y, states = aten._cudnn("LSTM", x, hx, list(theirs.parameters()), theirs.num_layers, theirs.bidirectional, False, None)
+    y, states = aten._cudnn(
+        "LSTM", x, hx, list(theirs.parameters()), theirs.num_layers, theirs.bidirectional, False, None
+    )
     assert stand_in.calls == 1
     torch.testing.assert_close((y, states), theirs(x, hx))
 
@@ -165,7 +170,9 @@ def test_dropout_on_a_gpu_beside_torch_nn(name: str) -> None:
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
     with torch.no_grad():
         means = [torch.stack([layer(x)[0].mean((0, 1)) for _ in range(40)]).mean(0) for layer in (ours, theirs)]
-    torch.testing.assert_close(means[0], means[1], rtol=0, atol=5e-3)  # of 100,000 draws each: a hundredth of their spread
+    torch.testing.assert_close(
+        means[0], means[1], rtol=0, atol=5e-3
+    )  # of 100,000 draws each: a hundredth of their spread
     x.requires_grad_()
     (first,) = torch.autograd.grad(ours(x)[0].sin().sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(first.square().sum(), x)

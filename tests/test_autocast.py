@@ -71,7 +71,11 @@ def test_a_layer_gives_what_a_cast_layer_gives(name: str, call: str, dtype: torc
 @pytest.mark.parametrize("options", [{}, {"activation": "softsign"}], ids=["standard", "activation"])
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
 def test_a_cell_gives_what_a_cast_cell_gives(name: str, options: dict[str, Any], dtype: torch.dtype) -> None:
-    mine, cast, x = layer(f"{name}Cell", **options), layer(f"{name}Cell", **options).to(dtype), torch.randn(BATCH, INPUT)
+    mine, cast, x = (
+        layer(f"{name}Cell", **options),
+        layer(f"{name}Cell", **options).to(dtype),
+        torch.randn(BATCH, INPUT),
+    )
     hx: Any = torch.randn(BATCH, HIDDEN)
     hx = (hx, hx) if name == "LSTM" else hx
     for states in (None, hx):
@@ -96,7 +100,8 @@ def test_a_loop_over_a_cell_casts_its_weights_once() -> None:
 @pytest.mark.parametrize("backend", ["auto", "step", "reference"])
 @pytest.mark.parametrize("of_states", [*HALVES, torch.float32], ids=str)
 def test_states_and_packed_rows_may_have_another_dtype(backend: str, of_states: torch.dtype) -> None:
-    """States come back in autocast's dtype and are handed in again, beside an input in float32, or the other way round."""
+    """States come back in autocast's dtype and are handed in again, beside an input in float32, or the other way
+    round."""
     mine = layer("LSTM", backend=backend, num_layers=2)
     states = tuple(torch.randn(2, BATCH, HIDDEN).to(of_states) for _ in range(2))
     packed = pack_padded_sequence(inputs({}), torch.tensor([6, 4, 1]))
@@ -140,11 +145,17 @@ def test_double_and_complex_are_left_alone(dtype: torch.dtype, backend: str) -> 
 def test_what_autocast_leaves_as_it_is_has_to_fit(backend: str) -> None:
     mine, x = layer("GRU", backend=backend), inputs({})
     with torch.autocast("cpu", torch.bfloat16):
-        with pytest.raises(RuntimeError, match=r"found input tensor with torch.float64 and parameter tensor with torch.bfloat16"):
+        with pytest.raises(
+            RuntimeError, match=r"found input tensor with torch.float64 and parameter tensor with torch.bfloat16"
+        ):
             mine(x.double())
-        with pytest.raises(RuntimeError, match=r"found input tensor with torch.\w+ and hidden tensor with torch.float64"):
+        with pytest.raises(
+            RuntimeError, match=r"found input tensor with torch.\w+ and hidden tensor with torch.float64"
+        ):
             mine(x, torch.zeros(1, BATCH, HIDDEN).double())
-        with pytest.raises(RuntimeError, match=r"found input tensor with torch.bfloat16 and parameter tensor with torch.float64"):
+        with pytest.raises(
+            RuntimeError, match=r"found input tensor with torch.bfloat16 and parameter tensor with torch.float64"
+        ):
             layer("GRU", backend=backend, dtype=torch.float64)(x)
 
 
@@ -183,7 +194,9 @@ def test_a_kernel_that_takes_the_cast_call_alone() -> None:
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         found, expected = (each(x)[0] for each in layers)
     assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found, expected, rtol=0, atol=2**-7)  # of a value below 1, half a unit of bfloat16 and its sums
+    torch.testing.assert_close(
+        found, expected, rtol=0, atol=2**-7
+    )  # of a value below 1, half a unit of bfloat16 and its sums
 
 
 @pytest.mark.parametrize("call", [{}, {"lengths": torch.tensor([6, 2, 4])}], ids=["aten", "loops"])
@@ -216,7 +229,9 @@ def test_a_dtype_without_a_kernel_is_a_reason(monkeypatch: pytest.MonkeyPatch) -
     x, expected = inputs({}), layer("LSTM", backend="step").half()(inputs({}).half())
     with torch.autocast("cpu", torch.float16):
         same(layer("LSTM")(x), expected)
-        with pytest.raises(ValueError, match=r"no kernel for torch.float16 on this CPU: could not create a primitive descriptor\n"):
+        with pytest.raises(
+            ValueError, match=r"no kernel for torch.float16 on this CPU: could not create a primitive descriptor\n"
+        ):
             layer("LSTM", backend="aten")(x)
     same(layer("LSTM").half()(x.half()), expected)
     assert layer("LSTM")(x)[0].dtype == torch.float32

@@ -162,7 +162,9 @@ def test_layers_are_in_the_mode_of_the_direction(direction: str, monkeypatch: py
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_every_option_is_checked_against_the_truth_with_the_option(dtype: str, tmp_path: Path) -> None:
-    arguments = f"--device cpu --set tiny-options --dtype {dtype} --trials 1 --backend step,reference --direction training"
+    arguments = (
+        f"--device cpu --set tiny-options --dtype {dtype} --trials 1 --backend step,reference --direction training"
+    )
     status, rows = measured(tmp_path, *arguments.split())
     assert status == 0, [row for row in rows if row["status"] != "ok"]
     assert {row["option"] for row in rows} == {"", *options.OPTIONS}
@@ -221,7 +223,9 @@ def test_a_run_goes_on_where_one_of_the_same_commit_ended(
     assert "other columns" in capsys.readouterr().err
 
 
-def test_what_was_measured_of_other_code_or_versions_is_not_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_measured_of_other_code_or_versions_is_not_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, case = tmp_path / "rows.csv", variants.Case("tiny", problems.SETS["tiny"][0], "fp32", "forward")
     monkeypatch.setattr(machine, "_commit", lambda: ("one", "no"))
     facts = machine.columns(torch.device("cpu"), "two")
@@ -237,7 +241,9 @@ def test_what_was_measured_of_other_code_or_versions_is_not_finished(tmp_path: P
         run.table.finished(path, facts | {"dirty": "yes"})
 
 
-def test_no_other_package_is_measured_under_this_commit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_other_package_is_measured_under_this_commit(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(gpu_rnn, "__file__", "/usr/lib/python3/site-packages/gpu_rnn/__init__.py")
     assert run.main(ON_CPU) == 2
     assert "gpu_rnn is imported from /usr/lib/python3/site-packages" in capsys.readouterr().err
@@ -283,7 +289,8 @@ def test_the_gpus_kernels_are_checked_on_the_cpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("more", "times"), [({}, 1), ({"layers": 3}, 1.2), ({"layers": 3, "bidirectional": True}, 3), ({"H": 1024, "layers": 3}, 3)]
+    ("more", "times"),
+    [({}, 1), ({"layers": 3}, 1.2), ({"layers": 3, "bidirectional": True}, 3), ({"H": 1024, "layers": 3}, 3)],
 )
 def test_rows_have_the_floor_of_all_layers_and_the_predictions(
     more: dict[str, Any], times: float, monkeypatch: pytest.MonkeyPatch
@@ -301,7 +308,6 @@ def test_rows_have_the_floor_of_all_layers_and_the_predictions(
     assert float(rows["step"]["of_floor"]) == pytest.approx(times * one / 100, rel=0.01)  # 1 ms / 10 steps
 
 
-
 def test_names_are_unique_and_known() -> None:
     assert {
         "flashrnn",
@@ -316,9 +322,7 @@ def test_names_are_unique_and_known() -> None:
     for found in problems.SETS.values():
         assert len({p.name for p in found}) == len(found)
         for p in found:
-            assert (
-                set(p.dtypes) <= variants.DTYPES.keys() and set(p.directions) <= set(problems.BOTH) and p.note
-            )
+            assert set(p.dtypes) <= variants.DTYPES.keys() and set(p.directions) <= set(problems.BOTH) and p.note
 
 
 def test_the_table_of_sets_counts_their_cases() -> None:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton without what it needs (a compiler, a folder, a ptxas that knows the device, a driver that loads): said, and passed on.
+"""Triton without what it needs (a compiler, a folder, a ptxas that knows the device, a driver that loads): said, and
+passed on.
 
 Triton's real compiler and launcher, over the stub driver.
 """
@@ -45,7 +46,7 @@ def test_where_all_is_there_a_triton_kernel_is_taken() -> None:
 
 
 def assert_passed_on(said: list[str], why: str) -> None:
-    """"auto" took the reference, and both kernels say the same in `explain` and where they are named."""
+    """ "auto" took the reference, and both kernels say the same in `explain` and where they are named."""
     assert said[0] == "chosen reference"
     for line, start in zip(said[1:], ("resident False", "step False", "resident refused", "step refused"), strict=True):
         assert line.startswith(start) and "Triton cannot build its kernel here" in line and why in line, line
@@ -53,7 +54,9 @@ def assert_passed_on(said: list[str], why: str) -> None:
 
 
 def test_no_c_compiler(tmp_path: Path) -> None:
-    said = verdicts("import os; os.environ.pop('CC', None)\n", PATH=str(tmp_path), TRITON_CACHE_DIR=str(tmp_path / "cache"))
+    said = verdicts(
+        "import os; os.environ.pop('CC', None)\n", PATH=str(tmp_path), TRITON_CACHE_DIR=str(tmp_path / "cache")
+    )
     assert_passed_on(said, "Failed to find C compiler")
 
 
@@ -93,7 +96,10 @@ def test_an_architecture_that_ptxas_does_not_know(tmp_path: Path) -> None:
 
 def test_a_driver_that_does_not_load() -> None:
     """Where aten can run, it is next."""
-    aten = "found = gpu_rnn.explain(gpu_rnn.LSTM(4, 8).requires_grad_(False), torch.empty(3, 2, 4))\nassert found.chosen == 'aten'\n"
+    aten = (
+        "found = gpu_rnn.explain(gpu_rnn.LSTM(4, 8).requires_grad_(False), torch.empty(3, 2, 4))\n"
+        "assert found.chosen == 'aten'\n"
+    )
     assert_passed_on(verdicts("driver.fail(modules=209)\n" + aten), "status 209 of the stub driver")
 
 

@@ -67,12 +67,16 @@ HOW = [pytest.param("foreign", marks=AS_ROOT), "777", "770"]
 
 
 @pytest.mark.parametrize("how", HOW)
-def test_a_folder_that_others_write_to_is_refused(how: str, cache_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_folder_that_others_write_to_is_refused(
+    how: str, cache_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     filled(cache_folder)
     untrusted(cache_folder, how)
     with caplog.at_level(logging.WARNING, logger="gpu_rnn"):
         assert cache.kept("key", ".cubin") is None
-    who = "belongs to another user (number 65534)" if how == "foreign" else "can be written by other users: chmod go-w it"
+    who = (
+        "belongs to another user (number 65534)" if how == "foreign" else "can be written by other users: chmod go-w it"
+    )
     assert f"{cache_folder} {who}" in said(caplog) and "set GPU_RNN_CACHE to a folder of your own" in said(caplog)
     instead = cache.keep("key", ".cubin", CONTENT)
     assert instead.parent != cache_folder and instead.parent.stat().st_mode & 0o777 == 0o700
@@ -173,7 +177,9 @@ def test_a_full_disk_leaves_nothing_behind(step: str, cache_folder: Path, monkey
     assert not list(cache._temporary().glob(f"{cache.PART}*"))
 
 
-def test_what_a_killed_process_left_is_removed(cache_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_killed_process_left_is_removed(
+    cache_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     filled(cache_folder)
     old, new = cache_folder / f"{cache.PART}old", cache_folder / f"{cache.PART}new"
     for path, age in ((old, cache.ABANDONED + 5), (new, 0)):
@@ -207,7 +213,9 @@ def killed_while_writing(folder: Path, times: int) -> None:
     content = bytes(range(256)) * 4096
     assert cache.folder() == folder
     for k in range(times):
-        process = subprocess.Popen([sys.executable, "-c", WRITER, str(Path(cache.__file__).parent)], stdout=subprocess.PIPE)
+        process = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(Path(cache.__file__).parent)], stdout=subprocess.PIPE
+        )
         assert process.stdout is not None and process.stdout.readline() == b"ready\n"
         time.sleep(0.002 * (k % 25))
         process.send_signal(signal.SIGKILL)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A call while a CUDA graph is captured asks for no kernel that the same call before the capture did not load.
 
-To load one is not allowed while a graph is captured. Triton builds another for a pointer that is no multiple of 16 bytes,
-and for an integer that is 1 or no multiple of 16: whatever differs between the two calls must not change either.
+To load one is not allowed while a graph is captured. Triton builds another for a pointer that is no multiple of 16
+bytes, and for an integer that is 1 or no multiple of 16: whatever differs between the two calls must not change either.
 """
 
 from typing import Any
@@ -80,28 +80,34 @@ def test_the_variants_are_those_of_the_call_before(backend: str) -> None:
 @NEEDS_STUB
 def test_a_wavefront_asks_for_the_variants_of_the_call_before() -> None:
     """Its launches take parts of the tensors of all layers."""
-    found = run(PROGRAM + """
+    found = run(
+        PROGRAM
+        + """
 from gpu_rnn import diagonals, dispatch
 
 dispatch._plan = lambda problem, loop: dispatch._Plan(1.0, 2, diagonals.launched(problem, 2, problem.layers))
 dispatch.staggers = lambda problem, backend: True
 loaded("LSTM", 7, 3, 5, lambda T, B: {}, num_layers=3, backend="resident")
 print(len(driver.launches) > 2 * 3)  # which layer after layer takes
-""")
+"""
+    )
     assert found.splitlines() == ["True []", "True"]
 
 
 @pytest.mark.compile
 @NEEDS_STUB
 def test_one_build_of_a_step_serves_every_batch_and_number_of_steps() -> None:
-    found = run(PROGRAM + """
+    found = run(
+        PROGRAM
+        + """
 layer = gpu_rnn.LSTM(4, 5, backend="step", zoneout=0.1)
 call(layer, lambda t: t, 2, 3)
 driver.clear()
 for T, B in ((1, 1), (1, 16), (3, 1), (7, 5), (16, 16), (33, 2)):
     call(layer, elsewhere, T, B)
 print(driver.modules)
-""")
+"""
+    )
     assert found == "[]"
 
 
@@ -111,7 +117,9 @@ def elsewhere(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("options", [{}, {"zoneout": 0.1, "recurrent_dropout": 0.2}], ids=str)
-def test_the_group_kernels_are_those_of_the_call_before(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_group_kernels_are_those_of_the_call_before(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """They are told whether pairs of units can be loaded at once."""
     asked: set[Layout] = set()
     support.pretend(monkeypatch)

@@ -35,10 +35,15 @@ from certifying.certificate import FAILED, NOT_RUN, PASSED, Outcome  # noqa: E40
 from measuring import machine  # noqa: E402
 
 PRIMITIVES = ("-m", "cuda_cpu", "tests/test_cuda_primitives.py", "-k")
-CRASH = "import os; from certifying import record; w = record.Writer(os.environ[record.RECORD]); w.end('a', 'passed'); w.begin('b'); os.abort()"
+CRASH = (
+    "import os; from certifying import record; w = record.Writer(os.environ[record.RECORD]); "
+    "w.end('a', 'passed'); w.begin('b'); os.abort()"
+)
 
 
-def certified(steps: tuple[Step, ...], folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, Any]:
+def certified(
+    steps: tuple[Step, ...], folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str
+) -> tuple[int, Any]:
     """certify.py's exit status and its certificate, with these steps in the place of the emulated ones."""
     monkeypatch.setattr(certify, "steps_on_cpu", lambda soak: steps)
     monkeypatch.setattr(machine, "_commit", lambda: ("0" * 40, "no"))  # whatever is being edited here
@@ -135,7 +140,10 @@ def test_a_step_that_fails_ends_what_depends_on_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken = tmp_path / "test_broken.py"
-    broken.write_text("import pytest\ndef test_a(): pass\ndef test_b(): assert 1 == 2\n@pytest.mark.skip(reason='no x')\ndef test_c(): 0\n")
+    broken.write_text(
+        "import pytest\ndef test_a(): pass\ndef test_b(): assert 1 == 2\n@pytest.mark.skip(reason='no x')\ndef "
+        "test_c(): 0\n"
+    )
     steps = (
         Step("primitives", "", (certify.pytest(str(broken), "-p", "no:cacheprovider"),), 60, decisive=True),
         Step("matrix", "", (code("raise SystemExit('never')"),), 60),
@@ -225,7 +233,9 @@ def test_another_users_checkout_has_a_commit(monkeypatch: pytest.MonkeyPatch) ->
     assert machine._commit() == here and here[0]
 
 
-def test_where_git_does_not_answer_there_is_no_commit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_where_git_does_not_answer_there_is_no_commit(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("GIT_DIR", str(ROOT / "tests"))
     assert machine._commit() == ("", "")
     assert "git does not say which commit this is: fatal: not a git repository" in capsys.readouterr().err

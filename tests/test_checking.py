@@ -86,7 +86,9 @@ def test_no_limit_allows_what_is_no_number(odd: float) -> None:
     assert all(error == math.inf for error in errors.values())
     limits = checking.Limits("bf16")
     limits.widen(errors)  # of a yardstick that is refused itself
-    assert not any(error <= limits.allowed(name, each) for name in ("torch.nn", "step") for each, error in errors.items())
+    assert not any(
+        error <= limits.allowed(name, each) for name in ("torch.nn", "step") for each, error in errors.items()
+    )
 
 
 def test_the_check_leaves_torch_and_the_layers_as_they_were() -> None:
@@ -160,7 +162,8 @@ def test_graphs_are_captured_before_new_memory_is_poisoned() -> None:
 
     class Noted(variants.Variant):
         def call(self, inputs: variants.Inputs) -> Callable[[], tuple[torch.Tensor, ...]]:
-            return lambda: poisoned.append(torch.are_deterministic_algorithms_enabled()) or (torch.ones(1),)  # type: ignore[func-returns-value]
+            # type: ignore[func-returns-value]
+            return lambda: poisoned.append(torch.are_deterministic_algorithms_enabled()) or (torch.ones(1),)
 
         def results(self, inputs: variants.Inputs) -> dict[str, torch.Tensor]:
             return {"y": self.call(inputs)()[0]}

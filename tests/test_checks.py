@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The registered operations refuse tensors that do not fit, on every backend and before it; each test is one of `BACKENDS`."""
+"""The registered operations refuse tensors that do not fit, on every backend and before it; each test is one of
+`BACKENDS`."""
 
 from __future__ import annotations
 
@@ -22,6 +23,7 @@ ROW = ("x", *Weights._fields, *Control._fields, "states", "reset_values")
 
 def full() -> dict[str, Any]:
     """A call with every tensor that can stand beside the others."""
+
     def randn(*shape: int) -> Tensor:
         return torch.randn(shape)
 
@@ -65,7 +67,11 @@ def with_lengths() -> dict[str, Any]:
 
 def stacked() -> dict[str, Any]:
     call = simple() | {"w_ih": torch.randn(1, G, H, I), "w_between": torch.randn(1, G, H, H)}
-    return call | {"between": torch.ones(1, T, B, H), "options": "auto 00 save y", "flags": torch.zeros(T, B, 1, dtype=torch.uint8)}
+    return call | {
+        "between": torch.ones(1, T, B, H),
+        "options": "auto 00 save y",
+        "flags": torch.zeros(T, B, 1, dtype=torch.uint8),
+    }
 
 
 CALLS: dict[str, Callable[[], dict[str, Any]]] = {
@@ -94,7 +100,8 @@ def test_calls_that_fit_pass(call: Callable[[], dict[str, Any]]) -> None:
 
 
 def mutations(tensor: Tensor, first: int = 0) -> list[Tensor]:
-    """The same tensor longer and shorter by one along each axis, with an axis more and one less, and of other dtypes."""
+    """The same tensor longer and shorter by one along each axis, with an axis more and one less, and of other
+    dtypes."""
     found = [tensor[None], tensor.sum(0).to(tensor.dtype), tensor.to(torch.float64), tensor.to("meta")]
     if tensor.dtype != torch.int32:
         found.append(tensor.to(torch.int32))
@@ -157,7 +164,9 @@ def test_what_does_not_go_together_is_refused(name: str) -> None:
         run(call() | wrong)
 
 
-@pytest.mark.parametrize("options", ["auto", "", "auto xyz save y", "auto 2 save y", "auto 0 keep y", "auto 0 save y y", "auto  save y"])
+@pytest.mark.parametrize(
+    "options", ["auto", "", "auto xyz save y", "auto 2 save y", "auto 0 keep y", "auto 0 save y y", "auto  save y"]
+)
 def test_options_that_are_none_are_refused(options: str) -> None:
     with pytest.raises(ValueError, match=r"the options of a layer read like 'auto 01 save y'"):
         run(simple() | {"options": options})
@@ -196,7 +205,9 @@ def test_what_was_not_saved_is_computed_again() -> None:
     given = simple()
     y, h, c, *saved = run(given)
     nothing = [y, torch.empty(0), torch.empty(0), torch.empty(0)]
-    for own, other in zip(run_backward(given, [y, h, c], [y, *saved]), run_backward(given, [y, h, c], nothing), strict=True):
+    for own, other in zip(
+        run_backward(given, [y, h, c], [y, *saved]), run_backward(given, [y, h, c], nothing), strict=True
+    ):
         torch.testing.assert_close(own, other)
 
 

@@ -51,9 +51,7 @@ def test_help_names_every_command_and_gives_examples(tmp_path: Path) -> None:
 
 
 def test_the_command_line_loads_nothing_before_it_is_asked() -> None:
-    code = (
-        "import sys, gpu_rnn.cli; print({'matplotlib', 'gpu_rnn.demo', 'gpu_rnn.doctor'} & set(sys.modules))"
-    )
+    code = "import sys, gpu_rnn.cli; print({'matplotlib', 'gpu_rnn.demo', 'gpu_rnn.doctor'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 
@@ -88,9 +86,7 @@ def test_doctor_reports_versions_and_every_backend(tmp_path: Path) -> None:
     ],
     ids=" ".join,
 )
-def test_explain_prints_a_row_for_every_backend(
-    options: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_explain_prints_a_row_for_every_backend(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["explain", *options]) == 0
     table = capsys.readouterr().out
     assert all(backend in table for backend in dispatch.BACKENDS)
@@ -111,9 +107,7 @@ def test_explain_prints_a_row_for_every_backend(
     ],
     ids=" ".join,
 )
-def test_mistakes_get_one_line(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_mistakes_get_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(arguments) == 1
     error = capsys.readouterr().err
     assert message in error
@@ -169,9 +163,7 @@ def test_no_seeds_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "must be more than 0, not 0" in capsys.readouterr().err
 
 
-def test_missing_extras_are_named(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_missing_extras_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert cli.main(["demo", "--quick"]) == 1
     assert "matplotlib and tqdm: pip install 'gpu-rnn[demo]'" in capsys.readouterr().err

@@ -128,15 +128,11 @@ class Function:
         like = inputs[0]
         if not self.backward:
             runner(self.program.stages[self.number].ops)(values)
-            return torch.stack(
-                [lookup(values, out, like) for out in stage_outputs(self.program, self.number)]
-            )
+            return torch.stack([lookup(values, out, like) for out in stage_outputs(self.program, self.number)])
         derivative = differentiate(self.program, self.number)
         runner(derivative.ops)(values)
         found = dict(zip(derivative.wrt, derivative.outputs, strict=True))
-        return torch.stack(
-            [lookup(values, found[name], like) for group in self.groups[:-1] for name in group]
-        )
+        return torch.stack([lookup(values, found[name], like) for group in self.groups[:-1] for name in group])
 
     def check(self, actual: Tensor, inputs: Tensor) -> None:
         """Float32 both; the absolute part is for sums of terms of size 10 that cancel."""
@@ -151,11 +147,7 @@ def functions(program: Program) -> Iterator[Function]:
 def entry(name: str, function: Function) -> str:
     """A C function that applies a generated one to every point, in memory laid out point by point."""
     starts = [sum(function.sizes[:k]) for k in range(7)]
-    count = (
-        sum(function.sizes[:5])
-        if function.backward
-        else len(stage_outputs(function.program, function.number))
-    )
+    count = sum(function.sizes[:5]) if function.backward else len(stage_outputs(function.program, function.number))
     takes = [f"in + {start}" for start in starts[: 6 if function.backward else 5]]
     gives = [f"out + {start}" for start in starts[:5]] if function.backward else ["out"]
     return (

@@ -18,7 +18,8 @@ pytest_plugins = ["pytester"]
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ROOT / "tests"
-# What an image with PyTorch, Triton, CuPy and pytest lacks; importing them raises, find_spec says that they are not there.
+# What an image with PyTorch, Triton, CuPy and pytest lacks; importing them raises, find_spec says that they are not
+# there.
 BARE = ("build", "expecttest", "keras", "mkdocs", "sktime")
 COLLECT = f"import pytest, sys; sys.modules |= dict.fromkeys({BARE}); sys.exit(pytest.main(sys.argv[1:]))"
 MARKED = re.compile(r"^@pytest\.mark\.gpu|marks=pytest\.mark\.gpu", re.M)
@@ -66,7 +67,9 @@ def test_a_file_that_cannot_be_imported_is_an_error(name: str, checkout: pytest.
 
 
 def test_only_files_that_name_the_wanted_marker_are_imported(checkout: pytest.Pytester) -> None:
-    checkout.makepyfile(test_plain="raise RuntimeError('imported')", test_gpu="import pytest\n@pytest.mark.gpu\ndef test(): pass")
+    checkout.makepyfile(
+        test_plain="raise RuntimeError('imported')", test_gpu="import pytest\n@pytest.mark.gpu\ndef test(): pass"
+    )
     checkout.runpytest(".", "-m", "gpu and not slow").assert_outcomes(skipped=1)
     checkout.runpytest(".", "-m", "gpu or slow").assert_outcomes(errors=1)
     checkout.runpytest(".", "-m", "not slow").assert_outcomes(errors=1)
@@ -92,7 +95,12 @@ SOME = "import pytest\n" + "".join(f"@pytest.mark.{mark}\ndef test_{k}(): pass\n
     [("0", "others", {"interpreter": 1, "alone": 1}, 2), ("0", "alone", {"interpreter": 1, "others": 2}, 0)],
 )
 def test_what_is_left_to_other_runs_is_counted(
-    interpret: str, wanted: str, left: dict[str, int], skipped: int, checkout: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+    interpret: str,
+    wanted: str,
+    left: dict[str, int],
+    skipped: int,
+    checkout: pytest.Pytester,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = checkout.path / "left"
     for name, value in {"TRITON_INTERPRET": interpret, "GPU_RNN_TESTS": wanted, "GPU_RNN_LEFT": str(path)}.items():
@@ -115,7 +123,11 @@ def test_what_is_left_to_other_runs_is_counted(
     ],
 )
 def test_runs_with_nothing_to_do_are_not_started(
-    left: dict[str, int] | None, started: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    left: dict[str, int] | None,
+    started: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     suite = runpy.run_path(str(TESTS / "__main__.py"))
     ran = []

@@ -42,7 +42,9 @@ MISSING = [0, 4, 1]  # units below the limit: rows of any alignment that matters
 SPILLS = 1  # accesses to local memory in a step: none with Triton 3.7, one in two builds for sm_100 with 3.6's ptxas
 LARGE_SPILLS = 16  # likewise of the cells of most states and parameters, with lengths and options: 11 is the most
 LARGE = ("slstm", "peephole_lstm")
-ODD_SPILLS = 160  # what an odd H is granted, where each value has its own address; and a mask for each gate in full fp32
+ODD_SPILLS = (
+    160  # what an odd H is granted, where each value has its own address; and a mask for each gate in full fp32
+)
 STACK = 64  # bytes; the largest of `test_builds_everywhere` is 16
 GATES = -1  # stands for a cell's number of gates
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -68,9 +70,7 @@ class Build:
     spills: int  # accesses to local memory in the time loop
 
 
-def problem(
-    cell: str, kind: str, direction: str, architecture: int, hidden: int, options: str = "plain"
-) -> Problem:
+def problem(cell: str, kind: str, direction: str, architecture: int, hidden: int, options: str = "plain") -> Problem:
     dtype, precision = KINDS[kind]
     device = devices.describe(ARCHITECTURES[architecture])
     recurrence = support.RECURRENCES[cell]
@@ -204,9 +204,14 @@ def test_builds_everywhere(case: Case, tmp_path: Path) -> None:
 
 def table() -> str:
     """The budgets of the builds at the limits, as a table in Markdown."""
-    lines = ["| cell | kind | direction | architectures | H | warps | registers | shared memory, KiB |", "|---|" + "---|" * 7]
+    lines = [
+        "| cell | kind | direction | architectures | H | warps | registers | shared memory, KiB |",
+        "|---|" + "---|" * 7,
+    ]
     with TemporaryDirectory() as folder:
-        for cell, kind, direction in product(("lstm", "gru", "rnn"), ("bf16", "tf32", "fp32"), ("training", "backward")):
+        for cell, kind, direction in product(
+            ("lstm", "gru", "rnn"), ("bf16", "tf32", "fp32"), ("training", "backward")
+        ):
             rows: dict[tuple[int, int, int], list[tuple[int, Build]]] = {}
             for architecture in ARCHITECTURES:
                 hidden = limit(cell, kind, direction, architecture)

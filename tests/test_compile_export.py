@@ -136,9 +136,7 @@ def test_compiled_inference_saves_nothing(monkeypatch: pytest.MonkeyPatch) -> No
 def test_exported_with_any_number_of_steps_and_samples(kind: str, strict: bool) -> None:
     layer = build(kind).eval()
     axes = {0: BATCH, 1: STEPS} if layer.batch_first else {0: STEPS, 1: BATCH}
-    program = torch.export.export(
-        layer, (support.draw(4, 3, 2, seed=1),), dynamic_shapes=(axes,), strict=strict
-    )
+    program = torch.export.export(layer, (support.draw(4, 3, 2, seed=1),), dynamic_shapes=(axes,), strict=strict)
     assert "gpu_rnn.rnn" in program.graph_module.code
     assert layer.recurrence.text() in [arg for node in program.graph.nodes for arg in node.args]
     for sizes in SIZES:
@@ -203,7 +201,12 @@ class All(torch.nn.Module):
 @pytest.mark.parametrize("each", [False, True])
 @pytest.mark.parametrize(
     "layer",
-    [gpu_rnn.GRU(2, 3), gpu_rnn.RNN(2, 3, 2, bidirectional=True), gpu_rnn.LSTM(2, 3, 2), gpu_rnn.GRU(2, 3, bidirectional=True)],
+    [
+        gpu_rnn.GRU(2, 3),
+        gpu_rnn.RNN(2, 3, 2, bidirectional=True),
+        gpu_rnn.LSTM(2, 3, 2),
+        gpu_rnn.GRU(2, 3, bidirectional=True),
+    ],
     ids=["gru", "rnn of four", "lstm of two", "gru of two"],
 )
 def test_a_file_of_a_call_with_all_states_and_resets(layer: Any, each: bool, tmp_path: Path) -> None:

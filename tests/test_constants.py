@@ -58,9 +58,7 @@ def test_constants_are_of_the_layers_dtype(default: torch.dtype, backend: str) -
     layer = gpu_rnn.Recurrent(CELL, 3, 4, dtype=torch.float64, backend=backend)
     x = torch.randn(6, 2, 3, dtype=torch.float64)
     y, (_, v) = layer(x)
-    expected_y, expected_v = by_hand(
-        x, layer.weight_ih_l0, layer.weight_hh_l0, layer.bias_ih_l0 + layer.bias_hh_l0
-    )
+    expected_y, expected_v = by_hand(x, layer.weight_ih_l0, layer.weight_hh_l0, layer.bias_ih_l0 + layer.bias_hh_l0)
     assert y.dtype == v.dtype == torch.float64
     torch.testing.assert_close(y, expected_y, rtol=1e-15, atol=0)
     torch.testing.assert_close(v[0], expected_v, rtol=1e-14, atol=1e-14)
@@ -93,7 +91,11 @@ def test_partial_derivatives_are_of_the_values_dtype(default: torch.dtype) -> No
 
 def test_a_choice_of_numbers_in_a_later_stage() -> None:
     """There nothing but a truth value of the stage before may be read."""
-    text = "program 1 two\nstate h 0.0\nstage a:sum\nt0 = gt a_a 0.0\nproduct a_a\nstage b:sum\nt1 = where t0 0.1 -inf\nreturn t1\n"
+    text = (
+        "program 1 two\nstate h 0.0\n"
+        "stage a:sum\nt0 = gt a_a 0.0\nproduct a_a\n"
+        "stage b:sum\nt1 = where t0 0.1 -inf\nreturn t1\n"
+    )
     program = Program.parse(text)
     values = {"a_a": torch.tensor([1.0, -1.0], dtype=torch.float64)}
     for stage in program.stages:
@@ -125,7 +127,8 @@ def test_zoneout_draws_the_same_under_every_default(default: torch.dtype) -> Non
     ],
 )
 def test_printed_constants_are_float32s(number: float, triton: str, cuda: str) -> None:
-    """Triton takes a number that float32 has no normal value for as a float64, and computes in float64 from there on."""
+    """Triton takes a number that float32 has no normal value for as a float64, and computes in float64 from there
+    on."""
     text = f"program 1 one\nstate h 0.0\nstage a:sum\nt0 = mul a_a {number!r}\nreturn t0\n"
     program = Program.parse(text)
     assert f"t0 = a_a * {triton}\n" in codegen.source(program, "triton")

@@ -75,16 +75,12 @@ def product(machine: Machine, kernel: str, a: torch.Tensor, b: torch.Tensor, d: 
 
 
 @ON_BOTH
-@pytest.mark.parametrize(
-    "kernel, dtype", [("multiply_f16", torch.float16), ("multiply_bf16", torch.bfloat16)]
-)
+@pytest.mark.parametrize("kernel, dtype", [("multiply_f16", torch.float16), ("multiply_bf16", torch.bfloat16)])
 def test_products_of_halves(machine: Machine, kernel: str, dtype: torch.dtype) -> None:
     a, b, d = random(16, 16).to(dtype), random(16, 8).to(dtype), random(16, 8)
     expected = d.double() + a.double() @ b.double()
     # Products are exact in float; 16 additions, each within 2^-22 of sums below 32 (tensor cores truncate).
-    torch.testing.assert_close(
-        product(machine, kernel, a, b, d).double(), expected, rtol=0, atol=16 * 32 * 2**-22
-    )
+    torch.testing.assert_close(product(machine, kernel, a, b, d).double(), expected, rtol=0, atol=16 * 32 * 2**-22)
 
 
 @ON_BOTH

@@ -99,8 +99,7 @@ def launch(
         ("if (lane() < 16) shuffle_xor(1u, 1);", "deadlock"),
         ("if (lane() < 16) shuffle_xor(1u, 1); else warp_sync<A>(~0u);", "deadlock"),
         (
-            "float d[4] = {}; unsigned a[4] = {}, b[2] = {};"
-            "if (lane() < 16) mma_f16(d, a, b); else mma_bf16(d, a, b);",
+            "float d[4] = {}; unsigned a[4] = {}, b[2] = {};if (lane() < 16) mma_f16(d, a, b); else mma_bf16(d, a, b);",
             "different operations",
         ),
         ("warp_sync<A>(0xffff);", "full mask"),
@@ -141,11 +140,7 @@ def test_address_sanitizer_knows_where_buffers_end(body: str) -> None:
 
 
 def test_shared_memory_begins_as_nan() -> None:
-    assert (
-        launch("out[thread_index()] = reinterpret_cast<float *>(shared_memory())[thread_index()];")
-        .isnan()
-        .all()
-    )
+    assert launch("out[thread_index()] = reinterpret_cast<float *>(shared_memory())[thread_index()];").isnan().all()
 
 
 def test_no_thread_is_ordered_by_the_schedule_alone() -> None:
@@ -235,9 +230,7 @@ if (block_index() == 0) {
 
 @pytest.mark.parametrize("schedule", [shuffled, hoarding])
 @pytest.mark.parametrize("order, seen", [("release", True), ("relaxed", False)])
-def test_relaxed_stores_leave_their_block_late(
-    order: str, seen: bool, schedule: Callable[[int], Schedule]
-) -> None:
+def test_relaxed_stores_leave_their_block_late(order: str, seen: bool, schedule: Callable[[int], Schedule]) -> None:
     results = [launch(LATE % f"store_{order}<E>", schedule=schedule(seed), grid=3) for seed in range(4)]
     assert all((result[64:128].view(torch.int32) == 7).all() for result in results) == seen
 

@@ -72,9 +72,7 @@ def test_plaid_without_sktime_says_what_to_install(monkeypatch: pytest.MonkeyPat
         datasets.plaid()
 
 
-def test_plaid_is_read_from_sktime_without_importing_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_plaid_is_read_from_sktime_without_importing_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "sktime" / "datasets" / "data" / "PLAID"
     folder.mkdir(parents=True)
     (tmp_path / "sktime" / "__init__.py").write_text("raise AssertionError('imported')\n")
@@ -90,9 +88,7 @@ def test_plaid_is_read_from_sktime_without_importing_it(
     torch.testing.assert_close(found.train.inputs[10], expected.sign() * (1 + 1e4 * expected.abs()).log() / 5)
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("sktime") is None, reason="needs sktime: pip install 'gpu-rnn[long]'"
-)
+@pytest.mark.skipif(importlib.util.find_spec("sktime") is None, reason="needs sktime: pip install 'gpu-rnn[long]'")
 def test_plaid_is_that_of_its_documentation() -> None:
     found = datasets.plaid()
     lengths = torch.cat((found.train.lengths, found.test.lengths))
@@ -153,9 +149,7 @@ def _draw(path: Path) -> None:
         for library in ("torch.nn", "gpu_rnn")
     ]
     case = SimpleNamespace(label="GRU", theirs_label="torch.nn.GRU")
-    picture.draw(
-        runs, [Timing(case, (1e-3, 2e-3), (2e-3, 4e-3))], data="D", timed="T", device="a device", path=path
-    )
+    picture.draw(runs, [Timing(case, (1e-3, 2e-3), (2e-3, 4e-3))], data="D", timed="T", device="a device", path=path)
 
 
 def test_the_picture_is_a_png(tmp_path: Path) -> None:

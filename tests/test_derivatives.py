@@ -26,9 +26,7 @@ every_loop = pytest.mark.parametrize("backend", ["reference", "step"])
 every_recurrence = pytest.mark.parametrize("name", support.RECURRENCES)
 
 
-def pure(
-    name: str, inputs: support.Inputs, backend: str
-) -> tuple[Callable[..., tuple[Tensor, ...]], list[Tensor]]:
+def pure(name: str, inputs: support.Inputs, backend: str) -> tuple[Callable[..., tuple[Tensor, ...]], list[Tensor]]:
     """The layer as a function of all that has a gradient, and a point to evaluate it at."""
     recurrence, present = support.RECURRENCES[name], [w is not None for w in inputs.weights]
 
@@ -159,17 +157,13 @@ LAYERS: dict[str, Callable[[str], gpu_rnn.Recurrent]] = {
     "minimal": lambda backend: gpu_rnn.Recurrent(
         support.minimal_gated_unit(), 2, 3, batch_first=True, bias=False, dtype=torch.float64, backend=backend
     ),
-    "reset before": lambda backend: gpu_rnn.GRU(
-        2, 3, reset_after=False, dtype=torch.float64, backend=backend
-    ),
+    "reset before": lambda backend: gpu_rnn.GRU(2, 3, reset_after=False, dtype=torch.float64, backend=backend),
 }
 every_layer = pytest.mark.parametrize("kind", LAYERS)
 every_way = pytest.mark.parametrize("backend", ["auto", "reference", "step"])
 
 
-def prepare(
-    kind: str, backend: str
-) -> tuple[gpu_rnn.Recurrent, dict[str, Tensor], Tensor, Callable[..., Tensor]]:
+def prepare(kind: str, backend: str) -> tuple[gpu_rnn.Recurrent, dict[str, Tensor], Tensor, Callable[..., Tensor]]:
     """A layer, its parameters, an input, and a scalar loss of both."""
     torch.manual_seed(0)
     layer = LAYERS[kind](backend)
@@ -185,9 +179,7 @@ def prepare(
 
 def plain_gradients(loss: Callable[..., Tensor], params: dict[str, Tensor], x: Tensor) -> dict[str, Tensor]:
     """By autograd, on leaves: what every transform is compared with."""
-    leaves = {name: p.clone().requires_grad_() for name, p in params.items()} | {
-        "x": x.clone().requires_grad_()
-    }
+    leaves = {name: p.clone().requires_grad_() for name, p in params.items()} | {"x": x.clone().requires_grad_()}
     value = loss({name: leaves[name] for name in params}, leaves["x"])
     return dict(zip(leaves, torch.autograd.grad(value, list(leaves.values())), strict=True))
 
@@ -259,9 +251,7 @@ def test_gradients_per_sample_and_per_member(kind: str, backend: str) -> None:
     found = vmap(grad(loss), (0, None))(ensemble, xs[0])
     for k in range(3):
         expected_k = plain_gradients(loss, {name: p[k] for name, p in ensemble.items()}, xs[0])
-        torch.testing.assert_close(
-            {n: found[n][k] for n in params}, {n: expected_k[n] for n in params}, **CLOSE
-        )
+        torch.testing.assert_close({n: found[n][k] for n in params}, {n: expected_k[n] for n in params}, **CLOSE)
 
 
 @every_way

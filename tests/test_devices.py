@@ -21,7 +21,12 @@ def described(monkeypatch: pytest.MonkeyPatch) -> Iterator[Describe]:
 
     def found(name: str, major: int, minor: int, sms: int, **measured: int) -> devices.Device:
         properties = SimpleNamespace(
-            name=name, major=major, minor=minor, multi_processor_count=sms, shared_memory_per_block_optin=232448, **measured
+            name=name,
+            major=major,
+            minor=minor,
+            multi_processor_count=sms,
+            shared_memory_per_block_optin=232448,
+            **measured,
         )
         monkeypatch.setattr(torch.version, "cuda", "13.0")
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
@@ -32,9 +37,7 @@ def described(monkeypatch: pytest.MonkeyPatch) -> Iterator[Describe]:
     devices.of.cache_clear()
 
 
-@pytest.mark.parametrize(
-    ("name", "rate"), [("NVIDIA H200", 4800.0), ("NVIDIA H100 80GB HBM3", 3350.0)]
-)
+@pytest.mark.parametrize(("name", "rate"), [("NVIDIA H200", 4800.0), ("NVIDIA H100 80GB HBM3", 3350.0)])
 def test_relatives_are_told_apart_by_name(name: str, rate: float, described: Describe) -> None:
     found = described(name, 9, 0, 132)
     assert (found.name, found.memory_rate, found.clock) == (name, rate, 1.83)
@@ -43,7 +46,9 @@ def test_relatives_are_told_apart_by_name(name: str, rate: float, described: Des
 
 def test_a_stranger_is_measured(described: Describe) -> None:
     """An H100 NVL by its driver: 2 x 2619 MHz x 6016 bits."""
-    found = described("NVIDIA H100 NVL", 9, 0, 132, memory_clock_rate=2619000, memory_bus_width=6016, clock_rate=1785000)
+    found = described(
+        "NVIDIA H100 NVL", 9, 0, 132, memory_clock_rate=2619000, memory_bus_width=6016, clock_rate=1785000
+    )
     assert found.memory_rate == pytest.approx(3939, abs=1) and found.clock == pytest.approx(1.785)
 
 

@@ -83,9 +83,7 @@ CHOICES: list[tuple[Problem, str]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("given", "expected"), CHOICES, ids=lambda v: v if isinstance(v, str) else v.recurrence.name
-)
+@pytest.mark.parametrize(("given", "expected"), CHOICES, ids=lambda v: v if isinstance(v, str) else v.recurrence.name)
 def test_the_cheapest_that_can_run(given: Problem, expected: str) -> None:
     """Without the interpreter, which lets the resident kernel run on a CPU."""
     assert dispatch.select(given) == expected
@@ -140,9 +138,7 @@ REASONS: list[tuple[str, Problem, list[str]]] = [
 
 
 @pytest.mark.parametrize(("backend", "given", "reasons"), REASONS)
-def test_a_backend_by_name_refuses_with_every_reason(
-    backend: str, given: Problem, reasons: list[str]
-) -> None:
+def test_a_backend_by_name_refuses_with_every_reason(backend: str, given: Problem, reasons: list[str]) -> None:
     with pytest.raises(ValueError, match=f"backend='{backend}' cannot run this call") as caught:
         dispatch.select(given, backend)
     listed = re.findall(r"^  - (.*)$", str(caught.value), re.M)
@@ -154,9 +150,7 @@ def test_layers_refuse_in_the_same_words() -> None:
     x = torch.randn(4, 3, 2)
     with pytest.raises(ValueError, match=r"(?s)backend='aten' cannot run.*not this gru_reset_before"):
         gpu_rnn.GRU(2, 3, reset_after=False, backend="aten")(x)
-    with pytest.raises(
-        ValueError, match=r"(?s)backend='resident' cannot run.*needs an NVIDIA GPU.*backend='auto'"
-    ):
+    with pytest.raises(ValueError, match=r"(?s)backend='resident' cannot run.*needs an NVIDIA GPU.*backend='auto'"):
         gpu_rnn.LSTM(2, 3, backend="resident")(x)
     with pytest.raises(
         ValueError, match="backend must be 'auto' or one of resident, group, aten, step, reference, got 'cudnn'"
@@ -259,9 +253,7 @@ RUNS: list[tuple[gpu_rnn.Recurrent, str, list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("layer", "backend", "events"), RUNS, ids=lambda v: v if isinstance(v, str) else None
-)
+@pytest.mark.parametrize(("layer", "backend", "events"), RUNS, ids=lambda v: v if isinstance(v, str) else None)
 def test_what_is_explained_is_what_runs(layer: gpu_rnn.Recurrent, backend: str, events: list[str]) -> None:
     x = torch.randn(4, 3, 2)
     assert gpu_rnn.explain(layer, x).chosen == backend
@@ -294,8 +286,7 @@ def test_explain_for_a_device(device: str | None) -> None:
         assert row.predicted_us is None or row.predicted_us > 0
     head, columns, *lines, foot = str(explanation).splitlines()
     assert (
-        head
-        == f"lstm: T 100, B 32, input 64, hidden 64, layers 1, float32, forward and backward, on {expected.name}"
+        head == f"lstm: T 100, B 32, input 64, hidden 64, layers 1, float32, forward and backward, on {expected.name}"
     )
     assert "predicted" in foot and "µs/step" in columns
     assert re.search(rf"^{explanation.chosen} +chosen +\d+\.\d\d", "\n".join(lines), re.M)
@@ -328,9 +319,7 @@ def test_explain_reads_the_layer_and_the_call() -> None:
 
 
 def test_explain_refuses() -> None:
-    with pytest.raises(
-        ValueError, match=r"no description of a device 'H1000'; described are A100, .*H100.* and CPU"
-    ):
+    with pytest.raises(ValueError, match=r"no description of a device 'H1000'; described are A100, .*H100.* and CPU"):
         gpu_rnn.explain(gpu_rnn.LSTM(2, 3), device="H1000")
     with pytest.raises(TypeError, match=r"such as gpu_rnn.LSTM, not torch.nn.LSTM"):
         gpu_rnn.explain(torch.nn.LSTM(2, 3))

@@ -29,7 +29,9 @@ def run(layer: torch.nn.Module, value: float) -> list[Tensor]:
 
 @pytest.mark.parametrize("value", VALUES)
 @pytest.mark.parametrize("backend", ["reference", "step", "aten"])
-@pytest.mark.parametrize(("name", "options"), [("RNN", {"nonlinearity": "relu"}), ("RNN", {}), ("LSTM", {}), ("GRU", {})])
+@pytest.mark.parametrize(
+    ("name", "options"), [("RNN", {"nonlinearity": "relu"}), ("RNN", {}), ("LSTM", {}), ("GRU", {})]
+)
 def test_as_torch(name: str, options: dict, backend: str, value: float) -> None:
     theirs = getattr(torch.nn, name)(2, 3, dtype=torch.float64, **options)
     ours = getattr(gpu_rnn, name)(2, 3, dtype=torch.float64, backend=backend, **options)

@@ -13,7 +13,9 @@ from gpu_rnn import doctor
 from gpu_rnn.launch import building, nvrtc
 
 GPU = torch.device("cuda", 0)
-NEEDS_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed (Linux only)")
+NEEDS_TRITON = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed (Linux only)"
+)
 
 
 def compilers(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> str:
@@ -44,7 +46,9 @@ def test_an_architecture_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @NEEDS_TRITON
-@pytest.mark.parametrize(("cc", "words"), [("none-such", "C compiler not found: CC is 'none-such'"), ("", "or name one in CC")])
+@pytest.mark.parametrize(
+    ("cc", "words"), [("none-such", "C compiler not found: CC is 'none-such'"), ("", "or name one in CC")]
+)
 def test_no_c_compiler(cc: str, words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CC", cc)
     monkeypatch.setenv("PATH", str(tmp_path))

@@ -56,7 +56,9 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("count", [pytest.param(300, id="quick"), pytest.param(20_000, id="long", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "count", [pytest.param(300, id="quick"), pytest.param(20_000, id="long", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", LAYERS)
 def test_memory_levels_off_over_many_calls(name: str, count: int) -> None:
     """Of other sizes each time, with and without lengths and a backward pass."""
@@ -92,7 +94,9 @@ def test_memory_levels_off_over_many_cells() -> None:
     levels_off(call, before=1500, after=500)  # each is asked for in three ways, and dispatch remembers 4,096 answers
 
 
-@pytest.mark.parametrize("count", [pytest.param(150, id="quick"), pytest.param(2_000, id="long", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "count", [pytest.param(150, id="quick"), pytest.param(2_000, id="long", marks=pytest.mark.slow)]
+)
 def test_memory_levels_off_over_many_layers(count: int) -> None:
     def make(number: int) -> None:
         layer = gpu_rnn.LSTM(3 + number % 5, 4, activation="softsign" if number % 2 else "tanh")
@@ -127,14 +131,18 @@ def test_every_cache_is_bounded() -> None:
 
 def test_the_names_of_kernels_that_may_give_up_are_bounded() -> None:
     """There is one for each size, and 16 bits for its number: those of the last launches are known."""
-    layout = Layout(gpu_rnn.cells.lstm().program.text, torch.half, "ieee", False, 1, 1, 1, 1, 1, 1, 0, True, True, False, 1)
+    layout = Layout(
+        gpu_rnn.cells.lstm().program.text, torch.half, "ieee", False, 1, 1, 1, 1, 1, 1, 0, True, True, False, 1
+    )
     numbers = [group.name_of(layout, steps, 1, 1, 8) for steps in range(3 * group.NAMES)]
     assert len(group._names) == group.NAMES and all(0 < number <= 0xFFFF for number in numbers)
     assert len(set(numbers[-group.NAMES :])) == group.NAMES
     assert group.name_of(layout, 3 * group.NAMES - 1, 1, 1, 8) == numbers[-1]
 
 
-@pytest.mark.parametrize("steps", [pytest.param(3_000, id="quick"), pytest.param(100_000, id="long", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "steps", [pytest.param(3_000, id="quick"), pytest.param(100_000, id="long", marks=pytest.mark.slow)]
+)
 def test_many_steps_are_right(steps: int) -> None:
     """Beside torch.nn's layer, outputs and gradients."""
     torch.manual_seed(0)
@@ -184,7 +192,10 @@ class Encoded(Dataset[torch.Tensor]):
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow), pytest.param("forkserver", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "method",
+    ["fork", pytest.param("spawn", marks=pytest.mark.slow), pytest.param("forkserver", marks=pytest.mark.slow)],
+)
 def test_workers_of_a_data_loader(method: str) -> None:
     if method not in get_all_start_methods():
         pytest.skip(f"this platform has no {method}")
@@ -210,7 +221,9 @@ def interrupt(work: Callable[[], Any], after: float) -> bool:
     thread.start()
     time.sleep(after)
     while thread.is_alive():  # again, should it have been raised where Python ignores it, as in a finalizer
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(KeyboardInterrupt))
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(
+            ctypes.c_ulong(thread.ident or 0), ctypes.py_object(KeyboardInterrupt)
+        )
         thread.join(timeout=5)
     return bool(outcome) and outcome[0]
 

@@ -18,7 +18,9 @@ TAKEN = {"": 10.0, " ": 10.0, " 5 ": 5.0, "0.001": 0.001, "1e6": 1e6, "2.5E1": 2
 @pytest.mark.parametrize("text", REFUSED)
 def test_a_deadline_that_is_none_is_refused_by_name(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPU_RNN_DEADLINE", text)
-    with pytest.raises(ValueError, match=r"GPU_RNN_DEADLINE is .* not a number of seconds from 0\.001 to 1000000: correct it"):
+    with pytest.raises(
+        ValueError, match=r"GPU_RNN_DEADLINE is .* not a number of seconds from 0\.001 to 1000000: correct it"
+    ):
         environment.deadline()
 
 
@@ -46,7 +48,9 @@ def test_a_wrong_deadline_is_refused_before_anything_is_launched(monkeypatch: py
 def test_a_backend_that_is_none_is_refused_at_the_call(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPU_RNN_BACKEND", text)
     for layer in (gpu_rnn.LSTM(2, 3), gpu_rnn.LSTM(2, 3, activation="relu")):
-        with pytest.raises(ValueError, match=f"GPU_RNN_BACKEND is '{text}' .* not 'auto' or one of resident, group, aten"):
+        with pytest.raises(
+            ValueError, match=f"GPU_RNN_BACKEND is '{text}' .* not 'auto' or one of resident, group, aten"
+        ):
             layer(torch.randn(4, 1, 2))
 
 

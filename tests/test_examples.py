@@ -57,7 +57,8 @@ def test_memory_policy_needs_resets() -> None:
 
 
 def test_episodes_of_stable_baselines_and_torchrl() -> None:
-    """Beside a loop over steps that multiplies the states with 0 where an episode begins, as Stable-Baselines3 does it."""
+    """Beside a loop over steps that multiplies the states with 0 where an episode begins, as Stable-Baselines3 does
+    it."""
     episodes = load("episodes")
     torch.manual_seed(0)
     lstm = gpu_rnn.LSTM(3, 5)

@@ -60,9 +60,7 @@ def complaints(rows: Iterable[fit.Timed], given: rates.Rates) -> list[str]:
 
 
 @pytest.mark.parametrize("folder", FOLDERS or [None], ids=lambda folder: folder.name if folder else "made-up results")
-def test_the_choice_holds_against_the_results(
-    folder: Path | None, timed: list[fit.Timed], fitted: rates.Rates
-) -> None:
+def test_the_choice_holds_against_the_results(folder: Path | None, timed: list[fit.Timed], fitted: rates.Rates) -> None:
     """No choice is more than 5 % above the fastest of ours, nor slower than torch.nn by more than the noise.
 
     As long as nothing is measured the made-up results stand in, with the constants fitted to them.
@@ -91,8 +89,11 @@ def test_a_fit_finds_the_constants_again(fitted: rates.Rates) -> None:
     for backend, constants in synthetic.TRUE.items():
         for name, true in constants.items():
             assert getattr(getattr(fitted, backend), name) == pytest.approx(true, rel=0.1)
-    moved = [name for name in ("tensor_share", "l2_bytes", "instructions", "start", "projection")
-             if abs(math.log(getattr(fitted.group, name) / getattr(rates.PREDICTED.group, name))) > 0.2]
+    moved = [
+        name
+        for name in ("tensor_share", "l2_bytes", "instructions", "start", "projection")
+        if abs(math.log(getattr(fitted.group, name) / getattr(rates.PREDICTED.group, name))) > 0.2
+    ]
     assert not moved  # what was as predicted
 
 
@@ -114,12 +115,16 @@ def test_few_rows_do_not_run_away(timed: list[fit.Timed]) -> None:
     for name, value in alone["aten"].items():
         assert value / getattr(rates.PREDICTED.aten, name) < 3
     far = fit.fit([replace(row, seconds=100 * row.seconds) for row in aten])["aten"]
-    assert max(value / getattr(rates.PREDICTED.aten, name) for name, value in far.items()) == pytest.approx(fit.FARTHEST, 0.01)
+    assert max(value / getattr(rates.PREDICTED.aten, name) for name, value in far.items()) == pytest.approx(
+        fit.FARTHEST, 0.01
+    )
     with_it, without = fit.fit([odd, *aten[1:]])["aten"], fit.fit(aten)["aten"]
     assert with_it == {name: pytest.approx(value, rel=0.02) for name, value in without.items()}
 
 
-def changed(tmp_path: Path, change: Callable[[dict[str, str]], None], columns: tuple[str, ...] = synthetic.COLUMNS) -> Path:
+def changed(
+    tmp_path: Path, change: Callable[[dict[str, str]], None], columns: tuple[str, ...] = synthetic.COLUMNS
+) -> Path:
     """The made-up results of the first cases with every row changed."""
     path = tmp_path / "rows.csv"
     with synthetic.FILE.open(newline="") as file:
@@ -140,7 +145,10 @@ def of(device: str) -> Callable[[dict[str, str]], None]:
 BAD: dict[str, tuple[Callable[[dict[str, str]], None], str]] = {
     "nothing timed": (lambda row: row.update(status="wrong"), r"no row of our backends has a time \(status ok\)"),
     "two devices": (lambda row: row.update(device=row["variant"]), "exactly one device"),
-    "a CPU": (of("AMD EPYC, 1 thread"), r"no rates of 'AMD EPYC, 1 thread'.*describe it in gpu_rnn/devices.py, where A100"),
+    "a CPU": (
+        of("AMD EPYC, 1 thread"),
+        r"no rates of 'AMD EPYC, 1 thread'.*describe it in gpu_rnn/devices.py, where A100",
+    ),
     "a slice of a GPU": (of("NVIDIA H100 80GB HBM3 MIG 1g.10gb"), "no rates of"),
     "a relative": (of("NVIDIA H100 PCIe"), "no rates of"),
     "an older relative": (of("NVIDIA A100-PCIE-40GB"), "no rates of"),
@@ -159,10 +167,15 @@ def test_what_cannot_be_fitted(kind: str, tmp_path: Path, capsys: pytest.Capture
 
 def test_a_backend_that_was_refused_is_named(tmp_path: Path) -> None:
     """Dispatch may take it, but a choice among times cannot fall on it: regret alone would say that all is well."""
-    path = changed(tmp_path, lambda row: row.update(status="wrong", median_us="") if row["variant"] == "group" else None)
+    path = changed(
+        tmp_path, lambda row: row.update(status="wrong", median_us="") if row["variant"] == "group" else None
+    )
     rows = fit.read([path])
     said = fit.report(rows, rates.PREDICTED, rates.PREDICTED)
-    assert f"No choice could fall on what has no time, though dispatch may take it:\n  {rows[0].case}: group is wrong" in said
+    assert (
+        f"No choice could fall on what has no time, though dispatch may take it:\n  {rows[0].case}: group is wrong"
+        in said
+    )
     everything = fit.read([changed(tmp_path, lambda row: None)])
     assert "No choice could fall" not in fit.report(everything, rates.PREDICTED, rates.PREDICTED)
 
@@ -189,15 +202,29 @@ def test_a_drivers_name_means_a_described_device(name: str, key: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["NVIDIA A100-SXM4-40GB", "NVIDIA A100-SXM-64GB", "GRID A100-40C", "NVIDIA H100 PCIe", "NVIDIA H100 96GB HBM3"]
+    "name",
+    ["NVIDIA A100-SXM4-40GB", "NVIDIA A100-SXM-64GB", "GRID A100-40C", "NVIDIA H100 PCIe", "NVIDIA H100 96GB HBM3"],
 )
 def test_a_relative_with_other_rates_is_not_taken_for_it(name: str) -> None:
     assert devices.known_as(name) is None
 
 
 def case(**columns: str) -> results.Case:
-    given = {"set": "s", "problem": "p", "cell": "LSTM", "T": "7", "B": "3", "I": "5", "H": "16", "layers": "1",
-             "bidirectional": "False", "heads": "1", "option": "", "dtype": "bf16", "direction": "forward"} | columns
+    given = {
+        "set": "s",
+        "problem": "p",
+        "cell": "LSTM",
+        "T": "7",
+        "B": "3",
+        "I": "5",
+        "H": "16",
+        "layers": "1",
+        "bidirectional": "False",
+        "heads": "1",
+        "option": "",
+        "dtype": "bf16",
+        "direction": "forward",
+    } | columns
     return results.Case((defaultdict(str, given),))
 
 

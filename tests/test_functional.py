@@ -44,7 +44,10 @@ def test_every_kind_of_stack_passes() -> None:
     import gpu_rnn
 
     options = {"num_layers": 2, "bidirectional": True, "layer_norm": True}
-    for layer in (gpu_rnn.LSTM(I, H + 1, proj_size=H, peephole=True, **options), gpu_rnn.GRU(I, H, bias=False, **options)):
+    for layer in (
+        gpu_rnn.LSTM(I, H + 1, proj_size=H, peephole=True, **options),
+        gpu_rnn.GRU(I, H, bias=False, **options),
+    ):
         weights = layer._weights()
         stack = layer._stack()
         assert [tuple(w.shape) for w in weights] == stack.weight_shapes(I, layer.hidden_size)
@@ -57,7 +60,11 @@ STEP = torch.zeros(B, H)
 PROJECTED = [torch.zeros(4 * H, I), torch.zeros(4 * H, H), *WEIGHTS[2:], torch.zeros(H, H)]
 
 CELLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "GRU, h of five dimensions": ({"hx": (DEEP,), "weights": GRU, "recurrence": cells.gru()}, RuntimeError, r"hx is \(B, H\) each"),
+    "GRU, h of five dimensions": (
+        {"hx": (DEEP,), "weights": GRU, "recurrence": cells.gru()},
+        RuntimeError,
+        r"hx is \(B, H\) each",
+    ),
     "LSTM, h of five dimensions": ({"hx": (DEEP, STEP)}, RuntimeError, r"got \(1, 1, 5, 127, 1\) for h"),
     "LSTM, c of three dimensions": ({"hx": (STEP, torch.zeros(1, 1, 4))}, RuntimeError, r"got \(1, 1, 4\) for c"),
     "LSTM, no c": ({"hx": (STEP, None)}, TypeError, r"2 Tensors \(h, c\), got NoneType for c; .* give hx=None"),
@@ -69,13 +76,25 @@ CELLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "another device": ({"hx": (STEP.to("meta"), STEP)}, RuntimeError, "hidden tensors are not at the same device"),
     "no biases": ({"weights": WEIGHTS[:2]}, RuntimeError, "the weights are"),
     "biases too many": ({"bias": False}, RuntimeError, "the weights are"),
-    "a weight missing": ({"weights": [*WEIGHTS[:3], None]}, TypeError, r"weights\[3\] should be a Tensor, got NoneType"),
+    "a weight missing": (
+        {"weights": [*WEIGHTS[:3], None]},
+        TypeError,
+        r"weights\[3\] should be a Tensor, got NoneType",
+    ),
     "no weights": ({"weights": []}, RuntimeError, r"in a row w_ih \(4·H, 5\)"),
     "a weight": ({"weights": WEIGHTS[0]}, TypeError, "a sequence of Tensors, got Tensor"),
     "weights of a GRU": ({"weights": GRU}, RuntimeError, "the weights are"),
     "x of three dimensions": ({"x": torch.zeros(1, B, I)}, RuntimeError, r"x is \(B, I\), got \(1, 3, 5\)"),
-    "x of integers": ({"x": torch.zeros(B, I, dtype=torch.int64)}, TypeError, "floating-point or complex numbers, got torch.int64"),
-    "x of float64": ({"x": torch.zeros(B, I, dtype=torch.float64)}, RuntimeError, "parameter tensors are not the same dtype"),
+    "x of integers": (
+        {"x": torch.zeros(B, I, dtype=torch.int64)},
+        TypeError,
+        "floating-point or complex numbers, got torch.int64",
+    ),
+    "x of float64": (
+        {"x": torch.zeros(B, I, dtype=torch.float64)},
+        RuntimeError,
+        "parameter tensors are not the same dtype",
+    ),
     "x an array": ({"x": np.zeros((B, I))}, TypeError, "x should be a Tensor, got ndarray"),
     "x sparse": ({"x": torch.zeros(B, I).to_sparse()}, TypeError, "strided"),
     "bias a number": ({"bias": 1}, TypeError, "bias should be True or False, got: 1"),
@@ -88,7 +107,14 @@ CELLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 @pytest.mark.parametrize("name", CELLS)
 def test_malformed_steps_are_refused_in_words(name: str, backend: str) -> None:
     wrong, error, words = CELLS[name]
-    call = {"x": torch.zeros(B, I), "hx": None, "weights": WEIGHTS, "recurrence": cells.lstm(), "backend": backend, **wrong}
+    call = {
+        "x": torch.zeros(B, I),
+        "hx": None,
+        "weights": WEIGHTS,
+        "recurrence": cells.lstm(),
+        "backend": backend,
+        **wrong,
+    }
     with pytest.raises(error, match=words):
         functional.cell(call.pop("x"), call.pop("hx"), call.pop("weights"), call.pop("recurrence"), **call)
 
@@ -106,9 +132,21 @@ CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "packed, growing": (packed(3, 4), ValueError, r"never grow and end above 0.*\[3, 4\]"),
     "packed, negative": (packed(8, -1), ValueError, "never grow and end above 0"),
     "packed, another sum": (packed(4, 4), ValueError, "add up to the rows of x, 7, got 8"),
-    "packed, no steps": ({"x": torch.zeros(0, I), "batch_sizes": torch.zeros(0, dtype=torch.int64)}, RuntimeError, "larger than 0"),
-    "packed, int32": (packed(4, 3) | {"batch_sizes": torch.tensor([4, 3], dtype=torch.int32)}, TypeError, "int64 tensor .* on the CPU"),
-    "packed, on a device": (packed(4, 3) | {"batch_sizes": torch.tensor([4, 3]).to("meta")}, TypeError, "on the CPU.* on meta"),
+    "packed, no steps": (
+        {"x": torch.zeros(0, I), "batch_sizes": torch.zeros(0, dtype=torch.int64)},
+        RuntimeError,
+        "larger than 0",
+    ),
+    "packed, int32": (
+        packed(4, 3) | {"batch_sizes": torch.tensor([4, 3], dtype=torch.int32)},
+        TypeError,
+        "int64 tensor .* on the CPU",
+    ),
+    "packed, on a device": (
+        packed(4, 3) | {"batch_sizes": torch.tensor([4, 3]).to("meta")},
+        TypeError,
+        "on the CPU.* on meta",
+    ),
     "packed, a list": (packed(4, 3) | {"batch_sizes": [4, 3]}, TypeError, "batch_sizes is an int64 tensor"),
     "packed, and a mask": (packed(4, 3) | {"mask": PAD}, ValueError, "mask cannot come with a PackedSequence"),
     "no c": ({"hx": (HX, None)}, TypeError, "got NoneType for c"),
@@ -119,7 +157,11 @@ CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "projection": ({"proj_size": -1}, ValueError, "proj_size should be 0 or more"),
     "projection as wide": ({"proj_size": H, "weights": PROJECTED}, ValueError, "smaller than hidden_size"),
     "projection of a GRU": ({"proj_size": 1, "recurrence": cells.gru()}, ValueError, "only supported for LSTM"),
-    "projection of a cell that takes h": ({"proj_size": 1, "recurrence": cells.gru(reset_after=False)}, ValueError, "unit by unit"),
+    "projection of a cell that takes h": (
+        {"proj_size": 1, "recurrence": cells.gru(reset_after=False)},
+        ValueError,
+        "unit by unit",
+    ),
     "bidirectional": ({"bidirectional": 1}, TypeError, "bidirectional should be True or False"),
     "training": ({"training": None}, TypeError, "training should be True or False"),
     "mask of floats": ({"mask": torch.ones(T, B)}, TypeError, "mask is a bool tensor"),
@@ -140,7 +182,14 @@ CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 @pytest.mark.parametrize("name", CALLS)
 def test_malformed_calls_are_refused_in_words(name: str, backend: str) -> None:
     wrong, error, words = CALLS[name]
-    call = {"x": torch.zeros(T, B, I), "hx": None, "weights": WEIGHTS, "recurrence": cells.lstm(), "backend": backend, **wrong}
+    call = {
+        "x": torch.zeros(T, B, I),
+        "hx": None,
+        "weights": WEIGHTS,
+        "recurrence": cells.lstm(),
+        "backend": backend,
+        **wrong,
+    }
     with pytest.raises(error, match=words):
         functional.rnn(call.pop("x"), call.pop("hx"), call.pop("weights"), call.pop("recurrence"), **call)
 
@@ -153,7 +202,9 @@ def test_lengths_of_any_integers_and_masks_of_arrays_are_taken(dtype: Any) -> No
     given = functional.rnn(x, None, weights, cells.lstm(), lengths=lengths.astype(dtype))
     expected = functional.rnn(x, None, weights, cells.lstm(), lengths=torch.as_tensor(lengths))
     masked = functional.rnn(x, None, weights, cells.lstm(), mask=np.arange(300)[:, None] < lengths)
-    for own, other, third in zip((given[0], *given[1]), (expected[0], *expected[1]), (masked[0], *masked[1]), strict=True):
+    for own, other, third in zip(
+        (given[0], *given[1]), (expected[0], *expected[1]), (masked[0], *masked[1]), strict=True
+    ):
         assert torch.equal(own, other)
         torch.testing.assert_close(third, other)
 

@@ -66,9 +66,7 @@ def test_a_wrong_derivative_is_found(operation: str, monkeypatch: pytest.MonkeyP
         return (d * 0.99, *[None] * (len(args) - 1))
 
     drawn = (cases.draw(1, number) for number in itertools.count())
-    case = next(
-        c for c in drawn if operation in str(c.formula) and c.way == "first derivatives" and c.sizes.T > 2
-    )
+    case = next(c for c in drawn if operation in str(c.formula) and c.way == "first derivatives" and c.sizes.T > 2)
     monkeypatch.setitem(OPERATIONS, operation, replace(OPERATIONS[operation], derivative=wrong))
     said = [said for _, said in cases.check(case) if said]
     assert len(said) == 1 and "step float64" in said[0]

@@ -37,7 +37,9 @@ from gpu_rnn.problem import Problem
 
 pytestmark = [
     pytest.mark.cuda_cpu,
-    pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed; it builds the CUDA sources for the CPU"),
+    pytest.mark.skipif(
+        shutil.which("g++") is None, reason="g++ is not installed; it builds the CUDA sources for the CPU"
+    ),
 ]
 CASES = [*cases(), *steered_cases(), *(pytest.param(case, marks=pytest.mark.slow) for case in pairs_of_options())]
 WATCHED = [  # under ThreadSanitizer
@@ -182,7 +184,11 @@ extern "C" __global__ void waits(unsigned *left, unsigned long long *error, unsi
 def test_who_has_not_started_is_waited_for_longer(number: int, times: int) -> None:
     """As beside a kernel of NCCL that holds multiprocessors until another process comes."""
     program = build.load(source(Case("lstm", "fp16", 2).layout(False)) + WAITING)
-    left, error, took = torch.zeros(2, dtype=torch.int32), torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    left, error, took = (
+        torch.zeros(2, dtype=torch.int32),
+        torch.zeros(1, dtype=torch.int64),
+        torch.zeros(1, dtype=torch.int64),
+    )
     limit = 4_000_000  # ns; the clock is looked at every 1,024 polls of 32 threads, which take 1,000 ns each
     build.run(program, "waits", 1, 32, 65536, [left, error, took, limit, number])
     assert error.item() & 0xFFFFFFFF == number and left[0] == 1
@@ -230,7 +236,9 @@ def test_data_that_never_comes_ends_in_an_error(cell, counter, monkeypatch):
     result, error = forward(case, case.inputs(), grid=5)  # one member of the second group is missing
     assert all(value.isnan().all() for value in named(result).values())
     monkeypatch.setattr(group, "_errors", {torch.device("cpu"): error})
-    with pytest.raises(RuntimeError, match=rf"group_forward of {cell} \(T 4, B 5, N 2, H 46, .*gave up in step 0 of group 1"):
+    with pytest.raises(
+        RuntimeError, match=rf"group_forward of {cell} \(T 4, B 5, N 2, H 46, .*gave up in step 0 of group 1"
+    ):
         group.check()
     group.check()  # said once
 

@@ -63,7 +63,10 @@ def test_more_recurrences_than_fit_at_once_take_turns() -> None:
 
 def table() -> str:
     """Predicted µs a step of the time loop, and the floor of each, as a table in Markdown."""
-    lines = ["| H, B | S × groups, forward and backward | forward | floor | backward | floor | chosen |", "|---" * 7 + "|"]
+    lines = [
+        "| H, B | S × groups, forward and backward | forward | floor | backward | floor | chosen |",
+        "|---" * 7 + "|",
+    ]
     for shape in SHAPES:
         problems = problem(*shape, "training"), problem(*shape, "backward")
         choices = [choose(p) for p in problems]

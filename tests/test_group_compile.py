@@ -25,7 +25,14 @@ from gpu_rnn.launch.group_choice import Choice, choose, largest
 from gpu_rnn.launch.group_layout import source
 from gpu_rnn.problem import DIRECTIONS, Problem
 
-DEVICES = {"sm_80": "A100", "sm_86": "RTX 3090", "sm_89": "RTX 4090", "sm_90a": "H100", "sm_100": "B200", "sm_120": "RTX 5090"}
+DEVICES = {
+    "sm_80": "A100",
+    "sm_86": "RTX 3090",
+    "sm_89": "RTX 4090",
+    "sm_90a": "H100",
+    "sm_100": "B200",
+    "sm_120": "RTX 5090",
+}
 SHARED_MEMORY = {  # CUDA C++ programming guide, table of compute capabilities
     "sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90a": 232448, "sm_100": 232448, "sm_120": 101376,
 }  # fmt: skip
@@ -51,7 +58,17 @@ class Case(NamedTuple):
         dtype, precision = KINDS[self.kind]
         device = devices.describe(DEVICES[self.arch])
         given = Problem(
-            support.RECURRENCES[self.cell], 100, 64, 1, 64, self.H or 16, dtype, "cuda", device, self.direction, precision
+            support.RECURRENCES[self.cell],
+            100,
+            64,
+            1,
+            64,
+            self.H or 16,
+            dtype,
+            "cuda",
+            device,
+            self.direction,
+            precision,
         )
         if self.options:
             given = replace(given, flags=True, reset_values=True, drop=given.G, zone=True, all_states=True)
@@ -65,7 +82,9 @@ class Case(NamedTuple):
 
 
 PAIRS = [Case(*case) for case in pairwise(list(DEVICES), DIRECTIONS, list(KINDS), CELLS, [0, 128])]
-EVERY = [Case(*case) for case in product(DEVICES, ("training", "backward"), ("bf16", "tf32", "fp32"), ("lstm", "gru"), [0])]
+EVERY = [
+    Case(*case) for case in product(DEVICES, ("training", "backward"), ("bf16", "tf32", "fp32"), ("lstm", "gru"), [0])
+]
 
 STEERED = [  # with every option
     Case(arch, direction, list(KINDS)[(i + k) % 4], ("lstm", "gru")[(i + k) % 2], 0, True)
@@ -112,7 +131,9 @@ def test_weights_that_do_not_fit_in_registers_go_to_shared_memory() -> None:
     assert not cubin.usage(nvrtc.compile_cubin(source(fitted), "sm_90a")).stack
 
 
-@pytest.mark.parametrize("cell, kind, direction, least", [("lstm", "bf16", "training", 2048), ("lstm", "tf32", "training", 1024)])
+@pytest.mark.parametrize(
+    "cell, kind, direction, least", [("lstm", "bf16", "training", 2048), ("lstm", "tf32", "training", 1024)]
+)
 def test_what_an_h100_holds(cell: str, kind: str, direction: str, least: int) -> None:
     problem = Case("sm_90a", direction, kind, cell, 0).problem
     assert problem.H >= least
@@ -121,7 +142,10 @@ def test_what_an_h100_holds(cell: str, kind: str, direction: str, least: int) ->
 
 def table() -> str:
     """The budgets of the layouts at the largest H, B = 64, as a table in Markdown."""
-    lines = ["| cell | kind | direction | architectures | largest H | S × groups | threads | registers | shared memory, KiB |"]
+    lines = [
+        "| cell | kind | direction | architectures | largest H | S × groups | threads | registers | shared "
+        "memory, KiB |"
+    ]
     lines.append("|---|" + "---|" * 8)
     rows: dict[tuple[str | int, ...], list[tuple[str, int]]] = {}
     for case in sorted(EVERY, key=lambda c: (c.cell, c.kind, c.direction)):

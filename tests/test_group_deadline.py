@@ -22,7 +22,9 @@ PLACES = [
     pytest.param("cpu", marks=[pytest.mark.cuda_cpu, NEEDS_COMPILER]),
     pytest.param("cuda", marks=pytest.mark.gpu(alone=True)),  # who shares the GPU gets a part of each second
 ]
-HIDDEN = 256  # 768 KiB of a GRU in full float32: more than a block holds, so groups have members that wait for each other
+HIDDEN = (
+    256  # 768 KiB of a GRU in full float32: more than a block holds, so groups have members that wait for each other
+)
 
 
 @pytest.fixture(params=PLACES)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers on the group kernel, from dispatch to the gradients: on the CPU runtime with only the launch replaced, and on a GPU."""
+"""Layers on the group kernel, from dispatch to the gradients: on the CPU runtime with only the launch replaced, and on
+a GPU."""
 
 from __future__ import annotations
 

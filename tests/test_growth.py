@@ -66,8 +66,8 @@ ALIKE = ("zoneout", "recurrent dropout", "mask")  # as others
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ALIKE)) for n in OPTIONS])
 def test_second_derivatives_take_memory_and_time_in_proportion_to_the_steps(name: str) -> None:
-    """From 24 to 48 steps comes at most a little more than twice what comes from 12 to 24: a derivative that is as large as all steps,
-    for each step, adds four times as much."""
+    """From 24 to 48 steps comes at most a little more than twice what comes from 12 to 24: a derivative that is as
+    large as all steps, for each step, adds four times as much."""
     layer = gpu_rnn.GRU(4, 8, **OPTIONS[name])
     first, second, third = (second_derivatives(layer, name, steps) for steps in (12, 24, 48))
     for what, most in (("bytes", 2.3), ("operations", 2.1)):

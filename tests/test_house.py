@@ -13,7 +13,9 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = {".py", ".cu", ".cuh", ".cpp", ".h", ".toml", ".sh"}
 SOURCE_NAMES = {"Makefile", "Dockerfile", "constraints.txt", "run", "venv"}
 # A path of one person's machine works nowhere else; a registry's host is for pip's configuration to name.
-UNPORTABLE = re.compile(r"(?<![\w.])/(?:root|home|work|Users)/|(?:pypi|pythonhosted|npmjs|pytorch|debian)\.(?:org|com)/\w")
+UNPORTABLE = re.compile(
+    r"(?<![\w.])/(?:root|home|work|Users)/|(?:pypi|pythonhosted|npmjs|pytorch|debian)\.(?:org|com)/\w"
+)
 
 
 def tracked() -> list[Path]:
@@ -28,8 +30,11 @@ def test_every_source_names_its_licence() -> None:
     sources = [path for path in tracked() if path.suffix in SOURCES or path.name in SOURCE_NAMES]
     assert sources
     heads = {path: path.read_text().split("\n", 2)[:2] for path in sources}
-    bare = [path.relative_to(ROOT) for path, head in heads.items()
-            if "SPDX-License-Identifier: Apache-2.0" not in head[head[0].startswith("#!")]]
+    bare = [
+        path.relative_to(ROOT)
+        for path, head in heads.items()
+        if "SPDX-License-Identifier: Apache-2.0" not in head[head[0].startswith("#!")]
+    ]
     assert not bare
 
 

@@ -30,7 +30,8 @@ def uniform(limit: float) -> Any:
 
 
 def cut(variance: float) -> Any:
-    """Keras's truncated normal: the normal is so much wider that after the cut at two of its deviations this is left."""
+    """Keras's truncated normal: the normal is so much wider that after the cut at two of its deviations this is
+    left."""
     std = math.sqrt(variance) / 0.87962566103423978
     return stats.truncnorm(-2, 2, scale=std)
 
@@ -221,7 +222,8 @@ def test_values_repeat_with_the_seed() -> None:
 
 @pytest.fixture
 def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Tensor], None]]:
-    """torch.nn.init as transformers has it while it loads: its functions leave what is marked as it is. Returns the mark."""
+    """torch.nn.init as transformers has it while it loads: its functions leave what is marked as it is. Returns the
+    mark."""
     kept: set[int] = set()
 
     def guard(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -241,7 +243,10 @@ GUARDED: dict[str, dict[str, Any]] = {
     "unit_forget_bias": {"unit_forget_bias": True},
     "zeros and 1": {"bias_initializer": "zeros", "unit_forget_bias": True},
     "a function": {"recurrent_initializer": lambda w: [each.fill_(1) for each in w.chunk(GATES)]},
-    "torch's, bound before": {"kernel_initializer": nn.init.kaiming_normal_, "recurrent_initializer": nn.init.orthogonal_},
+    "torch's, bound before": {
+        "kernel_initializer": nn.init.kaiming_normal_,
+        "recurrent_initializer": nn.init.orthogonal_,
+    },
     "bfloat16": {"recurrent_initializer": "orthogonal", "dtype": torch.bfloat16},
     **{name: {"kernel_initializer": name, "recurrent_initializer": name} for name in INITIALIZERS},
 }
@@ -265,7 +270,10 @@ def test_sharded_weights_take_every_initializer(tmp_path: Path) -> None:
     """FSDP2's recipe in two processes: made on "meta", sharded, to_empty, reset_parameters."""
     script = Path(__file__).parent / "fsdp_initializers.py"
     command = [sys.executable, str(script)]
-    both = [subprocess.Popen([*command, str(rank), str(tmp_path / "store")], stderr=subprocess.PIPE, text=True) for rank in (0, 1)]
+    both = [
+        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], stderr=subprocess.PIPE, text=True)
+        for rank in (0, 1)
+    ]
     try:
         for process in both:
             _, errors = process.communicate(timeout=180)

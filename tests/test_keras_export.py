@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our Keras layers in programs that torch.export and Keras's model.export write, for batches and lengths not yet known."""
+"""Our Keras layers in programs that torch.export and Keras's model.export write, for batches and lengths not yet
+known."""
 
 from __future__ import annotations
 
@@ -49,7 +50,9 @@ def assert_exported(model: Any, policy: str = "float32") -> None:
     program = exported(model)
     for batch, steps in OTHERS:
         x = inputs(batch, steps)
-        torch.testing.assert_close(support.flat(program(x)), support.flat(model(x)), rtol=0, atol=support.POLICIES[policy])
+        torch.testing.assert_close(
+            support.flat(program(x)), support.flat(model(x)), rtol=0, atol=support.POLICIES[policy]
+        )
 
 
 @pytest.mark.parametrize(
@@ -119,7 +122,12 @@ def onnx_file(layer: Any, folder: Path) -> tuple[Any, Path]:
 
 @pytest.mark.parametrize(
     ("name", "options", "wrap"),
-    [("LSTM", {}, True), ("GRU", SEQUENCES, False), slow("SimpleRNN", SEQUENCES, True), slow("LSTM", LAYERS[3][1], False)],
+    [
+        ("LSTM", {}, True),
+        ("GRU", SEQUENCES, False),
+        slow("SimpleRNN", SEQUENCES, True),
+        slow("LSTM", LAYERS[3][1], False),
+    ],
     ids=str,
 )
 def test_keras_writes_standard_layers_into_onnx_files(
@@ -143,7 +151,10 @@ def test_keras_writes_standard_layers_into_onnx_files(
     ("layers", "words"),
     [
         ([gpu_rnn.keras.LSTM(3, activation="softsign")], "activations other than Keras's defaults"),
-        ([keras.layers.Masking(), gpu_rnn.keras.Bidirectional(gpu_rnn.keras.GRU(3, reset_after=False))], "False, a mask"),
+        (
+            [keras.layers.Masking(), gpu_rnn.keras.Bidirectional(gpu_rnn.keras.GRU(3, reset_after=False))],
+            "False, a mask",
+        ),
     ],
 )
 def test_what_onnx_has_no_node_for_is_refused_in_words(layers: list[Any], words: str, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HDF5 files of 2018, made here by hand as Keras 2 wrote them: CuDNNLSTM and CuDNNGRU are loaded, whole or as weights."""
+"""HDF5 files of 2018, made here by hand as Keras 2 wrote them: CuDNNLSTM and CuDNNGRU are loaded, whole or as
+weights."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ class CuDNN:
         self.b_r = {gate: rng.normal(size=UNITS).astype("float32") for gate in GATES[kind]}
 
     def weights(self) -> dict[str, np.ndarray]:
-        """As the file has them: gate beside gate, each a matrix (I, H) or (H, H) that cuDNN reads row by row as (H, I)."""
+        """As the file has them: gate beside gate, each a matrix (I, H) or (H, H) that cuDNN reads row by row as (H,
+        I)."""
         order = GATES[self.kind]
         return {
             "kernel": np.hstack([self.w[gate].reshape(self.features, UNITS) for gate in order]),
@@ -185,14 +187,18 @@ def test_other_hdf5_files_are_loaded_as_keras_does(tmp_path: Path) -> None:
     model.save_weights(tmp_path / "model.weights.h5")
     ours = gpu_rnn.keras.load_model(tmp_path / "model.h5")
     assert [type(layer) for layer in ours.layers[:2]] == [gpu_rnn.keras.LSTM, gpu_rnn.keras.Bidirectional]
-    np.testing.assert_allclose(ours.predict(inputs(), verbose=0), model.predict(inputs(), verbose=0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        ours.predict(inputs(), verbose=0), model.predict(inputs(), verbose=0), rtol=1e-5, atol=1e-6
+    )
     ours.save(tmp_path / "ours.h5")
     again = gpu_rnn.keras.load_model(tmp_path / "ours.h5", layers="keras")
     assert type(again.layers[0]) is keras.layers.LSTM
     for loaded in (again, ours):
         loaded.set_weights([0 * weight for weight in loaded.get_weights()])
         gpu_rnn.keras.load_weights(loaded, tmp_path / "model.weights.h5")
-        np.testing.assert_allclose(loaded.predict(inputs(), verbose=0), model.predict(inputs(), verbose=0), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            loaded.predict(inputs(), verbose=0), model.predict(inputs(), verbose=0), rtol=1e-5, atol=1e-6
+        )
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -32,7 +32,9 @@ def layer_of(name: str, **options: Any) -> Any:
 
 def both_of(name: str, merge: str | None, backwards: bool, **options: Any) -> Any:
     """A Bidirectional whose forward layer may be the one that runs backwards: all its outputs are turned then."""
-    layers = (layer_of(name, go_backwards=turned, return_sequences=True, **options) for turned in (backwards, not backwards))
+    layers = (
+        layer_of(name, go_backwards=turned, return_sequences=True, **options) for turned in (backwards, not backwards)
+    )
     return gpu_rnn.keras.Bidirectional(next(layers), backward_layer=next(layers), merge_mode=merge)
 
 

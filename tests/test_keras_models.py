@@ -60,7 +60,9 @@ def reader(layers: Any) -> Any:
 
 def recurrent(model: Any) -> list[Any]:
     """Every recurrent layer of a model."""
-    return [layer for layer in model._flatten_layers() if isinstance(layer, (keras.layers.RNN, keras.layers.Bidirectional))]
+    return [
+        layer for layer in model._flatten_layers() if isinstance(layer, (keras.layers.RNN, keras.layers.Bidirectional))
+    ]
 
 
 def is_ours(layer: Any) -> bool:
@@ -119,7 +121,10 @@ def test_our_models_are_saved_and_loaded_as_ours(tmp_path: Path) -> None:
     model = reader(gpu_rnn.keras)
     train(model)
     model.save(tmp_path / "model.keras")
-    for loaded in (keras.models.load_model(tmp_path / "model.keras"), gpu_rnn.keras.load_model(tmp_path / "model.keras")):
+    for loaded in (
+        keras.models.load_model(tmp_path / "model.keras"),
+        gpu_rnn.keras.load_model(tmp_path / "model.keras"),
+    ):
         assert all(is_ours(layer) for layer in recurrent(loaded))
         np.testing.assert_array_equal(predict(loaded), predict(model))
 
@@ -143,7 +148,9 @@ print(model.predict(numpy.load(sys.argv[2]), verbose=0).tolist())
 
 def python(program: str, *arguments: Any, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", program, *map(str, arguments)]
-    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(
+        command, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=120
+    )
 
 
 def test_an_exchanged_model_needs_no_gpu_rnn(tmp_path: Path) -> None:
@@ -266,8 +273,16 @@ import gpu_rnn.keras
     ("program", "backend", "words"),
     [
         ("import sys; sys.modules['keras'] = None; " + IMPORT, "torch", "pip install 'gpu-rnn[keras]'"),
-        ("import sys; sys.modules['tensorflow'] = None; " + IMPORT, "tensorflow", "KERAS_BACKEND=torch before keras is imported"),
-        (FAKE.format(version="3.9", backend="jax"), "torch", "this process uses 'jax'. Set the environment variable KERAS_BACKEND"),
+        (
+            "import sys; sys.modules['tensorflow'] = None; " + IMPORT,
+            "tensorflow",
+            "KERAS_BACKEND=torch before keras is imported",
+        ),
+        (
+            FAKE.format(version="3.9", backend="jax"),
+            "torch",
+            "this process uses 'jax'. Set the environment variable KERAS_BACKEND",
+        ),
         (FAKE.format(version="2.15", backend="torch"), "torch", "needs Keras 3, not 2.15"),
     ],
 )

@@ -123,7 +123,9 @@ def test_every_activation(activation: str) -> None:
 
 @pytest.mark.parametrize("activation", sorted(NOT_POINTWISE))
 def test_activations_that_mix_units_are_refused(activation: str) -> None:
-    with pytest.raises(ValueError, match=rf"(?s)^rnn: activation {activation}: .* mixes units \(softmax\) or has weights"):
+    with pytest.raises(
+        ValueError, match=rf"(?s)^rnn: activation {activation}: .* mixes units \(softmax\) or has weights"
+    ):
         gpu_rnn.keras.SimpleRNN(3, activation=activation)
 
 
@@ -394,7 +396,9 @@ def test_alike_directions_are_one_loop(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # bfloat16 has 8 bits: 2 units in the last place of values below 1.
-@pytest.mark.parametrize(("policy", "tolerance"), [("float32", 1e-6), ("mixed_bfloat16", 2**-7), ("mixed_float16", 2**-10)])
+@pytest.mark.parametrize(
+    ("policy", "tolerance"), [("float32", 1e-6), ("mixed_bfloat16", 2**-7), ("mixed_float16", 2**-10)]
+)
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "SimpleRNN"])
 def test_dtypes(name: str, policy: str, tolerance: float) -> None:
     theirs, ours = support.pair(name, {"dtype": policy, "return_sequences": True})

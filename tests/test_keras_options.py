@@ -112,7 +112,10 @@ def test_each_option_acts_as_keras_own(name: str, option: str) -> None:
 
 def test_every_option_is_tested() -> None:
     parameters = {p for name in NAMES for p in inspect.signature(getattr(keras.layers, name)).parameters}
-    assert parameters - {"units", "kwargs"} == set(OPTIONS) - {"zero_output_for_mask", "dtype", "trainable", "name"} | WITHOUT_EFFECT
+    assert (
+        parameters - {"units", "kwargs"}
+        == set(OPTIONS) - {"zero_output_for_mask", "dtype", "trainable", "name"} | WITHOUT_EFFECT
+    )
 
 
 @pytest.mark.parametrize("name", [*NAMES, "Bidirectional"])

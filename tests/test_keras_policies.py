@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our Keras layers under every dtype policy: states go on, shapes are inferred without drawing, values are float32's."""
+"""Our Keras layers under every dtype policy: states go on, shapes are inferred without drawing, values are
+float32's."""
 
 from __future__ import annotations
 
@@ -105,7 +106,8 @@ class Around(keras.Layer):
 
 @pytest.fixture
 def devices(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Where the loops run: those of a symbolic call on meta, unless something raised there and Keras tried once more."""
+    """Where the loops run: those of a symbolic call on meta, unless something raised there and Keras tried once
+    more."""
     seen: list[str] = []
     loop = functional.rnn
 
@@ -129,9 +131,13 @@ SYMBOLIC: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("policy", ["mixed_bfloat16", *(pytest.param(p, marks=pytest.mark.slow) for p in ("float32", "float16"))])
+@pytest.mark.parametrize(
+    "policy", ["mixed_bfloat16", *(pytest.param(p, marks=pytest.mark.slow) for p in ("float32", "float16"))]
+)
 @kinds
-@pytest.mark.parametrize("given", ["nothing", "both", *(pytest.param(g, marks=pytest.mark.slow) for g in ("mask", "states"))])
+@pytest.mark.parametrize(
+    "given", ["nothing", "both", *(pytest.param(g, marks=pytest.mark.slow) for g in ("mask", "states"))]
+)
 @pytest.mark.parametrize(("name", "options"), SYMBOLIC, ids=str)
 def test_a_symbolic_call_draws_nothing(
     name: str, options: dict[str, Any], given: str, make: Callable[..., Any], policy: str, devices: list[str]
@@ -199,7 +205,9 @@ def test_a_cell_may_have_a_policy_of_its_own(policy: Any, change: Any, training:
         found.append(layer(inputs(), mask=support.mask_of("right"), training=training))
     assert [part.dtype for part in found[0]] == [part.dtype for part in found[1]]
     assert str(found[0][0].dtype) == f"torch.{layer.compute_dtype}"
-    for ours, theirs in zip(*found, strict=True):  # Keras rounds the states to the layer's dtype or the cell's at each step
+    for ours, theirs in zip(
+        *found, strict=True
+    ):  # Keras rounds the states to the layer's dtype or the cell's at each step
         torch.testing.assert_close(ours.float(), theirs.float(), rtol=0, atol=2**-6)
 
 
@@ -220,7 +228,9 @@ def test_what_a_float32_cell_computes_is_float32(name: str) -> None:
 def test_mixed_precision_trains_with_a_scaled_loss(name: str, make: Callable[..., Any]) -> None:
     keras.utils.set_random_seed(0)
     layer = make(gpu_rnn.keras, name, "mixed_float16", recurrent_dropout=0.1)
-    model = keras.Sequential([keras.Input((5, 3)), keras.layers.Masking(), layer, keras.layers.Dense(1, dtype="float32")])
+    model = keras.Sequential(
+        [keras.Input((5, 3)), keras.layers.Masking(), layer, keras.layers.Dense(1, dtype="float32")]
+    )
     model.compile(keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(0.02), initial_scale=2.0**6), "mse")
     x = np.random.default_rng(0).normal(size=(32, 5, 3)).astype("float32")
     losses = model.fit(x, x[:, 0, :1], epochs=4, verbose=0).history["loss"]

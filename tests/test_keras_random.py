@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random Keras layers beside Keras's own in float32: other ones at each run, with a seed that is printed.
 
-Under every policy, called eagerly, in a functional model, exported, and stateful over two batches; in training, with gradients.
-More of them: ``GPU_RNN_FUZZ_SEED=<any> pytest tests/test_keras_random.py`` without ``-m "not slow"``.
+Under every policy, called eagerly, in a functional model, exported, and stateful over two batches; in training, with
+gradients. More of them: ``GPU_RNN_FUZZ_SEED=<any> pytest tests/test_keras_random.py`` without ``-m "not slow"``.
 """
 
 from __future__ import annotations
@@ -70,7 +70,18 @@ def draw(number: int) -> Case:
     batch, steps, units = rng.randint(1, 5), rng.randint(2, 9), rng.randint(1, 6)
     masked, given = rng.random() < 0.5, rng.random() < 0.4
     return Case(
-        name, merge, rng.choice(POLICIES), way, options, batch, steps, units, masked, given, training, rng.randrange(10**6)
+        name,
+        merge,
+        rng.choice(POLICIES),
+        way,
+        options,
+        batch,
+        steps,
+        units,
+        masked,
+        given,
+        training,
+        rng.randrange(10**6),
     )
 
 
@@ -171,7 +182,8 @@ def outcome(case: Case, library: Any) -> list[Tensor]:
 
 
 def said(case: Case) -> str:
-    """What is wrong, or nothing: the bound grows with the values and, in gradients, with what Keras's own rounding makes."""
+    """What is wrong, or nothing: the bound grows with the values and, in gradients, with what Keras's own rounding
+    makes."""
     found, expected = outcome(case, gpu_rnn.keras), outcome(case._replace(policy="float32"), keras.layers)
     if [part.shape for part in found] != [part.shape for part in expected]:
         return f"shapes {[part.shape for part in found]}, Keras's {[part.shape for part in expected]}"

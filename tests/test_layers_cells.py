@@ -12,10 +12,7 @@ import gpu_rnn
 
 OPTIONS = {"RNNCell": [{}, {"nonlinearity": "relu"}], "LSTMCell": [{}], "GRUCell": [{}]}
 CELL_OPTIONS = [
-    (name, {**own, **bias})
-    for name in support.CELLS
-    for own in OPTIONS[name]
-    for bias in ({}, {"bias": False})
+    (name, {**own, **bias}) for name in support.CELLS for own in OPTIONS[name] for bias in ({}, {"bias": False})
 ]
 
 
@@ -23,16 +20,12 @@ CELL_OPTIONS = [
 @pytest.mark.parametrize("batch", [(), (4,), (0,)], ids=["unbatched", "batched", "empty"])
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize(("name", "options"), CELL_OPTIONS)
-def test_values_and_gradients(
-    name: str, options: dict, backend: str, batch: tuple, with_states: bool
-) -> None:
+def test_values_and_gradients(name: str, options: dict, backend: str, batch: tuple, with_states: bool) -> None:
     theirs, mine = support.pair(name, 3, 5, ours={"backend": backend}, **options)
     x, h, c = support.draw(*batch, 3), support.draw(*batch, 5, seed=2), support.draw(*batch, 5, seed=3)
     hx = ((h, c) if name == "LSTMCell" else h) if with_states else None
     support.assert_same(theirs, mine, x, hx, sources={"x": x, "h": h, "c": c})
-    assert [out.shape for out in support.leaves(mine(x, hx))] == [
-        out.shape for out in support.leaves(theirs(x, hx))
-    ]
+    assert [out.shape for out in support.leaves(mine(x, hx))] == [out.shape for out in support.leaves(theirs(x, hx))]
 
 
 @pytest.mark.parametrize("activation", ["tanh", "softsign"])
@@ -71,9 +64,7 @@ def test_same_seed_same_names_same_repr(name: str, options: dict) -> None:
 def test_cell_is_one_step_of_the_layer(name: str, options: dict) -> None:
     layer = getattr(gpu_rnn, name)(3, 5, dtype=torch.float64, **options)
     cell = getattr(gpu_rnn, name + "Cell")(3, 5, dtype=torch.float64, **options)
-    cell.load_state_dict(
-        {key.removesuffix("_l0"): value for key, value in layer.state_dict().items()}, strict=True
-    )
+    cell.load_state_dict({key.removesuffix("_l0"): value for key, value in layer.state_dict().items()}, strict=True)
     x = support.draw(6, 2, 3)
     outputs, hx = [], None
     for step in x:
@@ -81,6 +72,4 @@ def test_cell_is_one_step_of_the_layer(name: str, options: dict) -> None:
         outputs.append(support.leaves(hx)[0])
     output, state = layer(x)
     torch.testing.assert_close(torch.stack(outputs), output, **support.TOLERANCE)
-    torch.testing.assert_close(
-        [part[0] for part in support.leaves(state)], support.leaves(hx), **support.TOLERANCE
-    )
+    torch.testing.assert_close([part[0] for part in support.leaves(state)], support.leaves(hx), **support.TOLERANCE)

@@ -111,9 +111,7 @@ def test_exported_recurrence_needs_nothing_of_the_users_code(tmp_path: Path) -> 
     recurrence = gpu_rnn.Recurrence(minimal, gates=("f", "n"), states=("h",))
     layer = gpu_rnn.Recurrent(recurrence, 3, 5, 2, bidirectional=True).eval()
     axes = {0: torch.export.Dim("steps"), 1: torch.export.Dim("batch")}
-    torch.export.save(
-        torch.export.export(layer, (draw(layer, 6, 4),), dynamic_shapes=(axes,)), tmp_path / "m.pt2"
-    )
+    torch.export.save(torch.export.export(layer, (draw(layer, 6, 4),), dynamic_shapes=(axes,)), tmp_path / "m.pt2")
     x = draw(layer, 9, 2).detach()
     torch.save({"x": x, "y": layer(x)[0].detach()}, tmp_path / "calls.pt")
     script = """

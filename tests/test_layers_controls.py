@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Masks, lengths, resets and what training adds at random, through the layers; what they compute is in test_options.py."""
+"""Masks, lengths, resets and what training adds at random, through the layers; what they compute is in
+test_options.py."""
 
 from __future__ import annotations
 
@@ -140,7 +141,9 @@ def test_reset_state_of_one_state_for_each_step(backend: str, per_step: int) -> 
     torch.testing.assert_close(*results, **EXACT)
 
 
-@pytest.mark.parametrize("lengths", [[4, 0, 6, 3], (4, 0, 6, 3), np.array([4, 0, 6, 3]), torch.tensor([4, 0, 6, 3]).int()])
+@pytest.mark.parametrize(
+    "lengths", [[4, 0, 6, 3], (4, 0, 6, 3), np.array([4, 0, 6, 3]), torch.tensor([4, 0, 6, 3]).int()]
+)
 def test_lengths_of_any_kind(lengths: Any) -> None:
     found = layer(return_sequences=False)
     x = support.draw(STEPS, BATCH, INPUT)
@@ -156,7 +159,9 @@ def test_options_can_be_changed_on_a_layer() -> None:
         found.zoneout = 2.0
     with pytest.raises(AttributeError):
         found.layer_norm = True
-    torch.testing.assert_close(found.eval()(x := support.draw(1, BATCH, INPUT))[0], 0.75 * layer().eval()(x)[0], **EXACT)
+    torch.testing.assert_close(
+        found.eval()(x := support.draw(1, BATCH, INPUT))[0], 0.75 * layer().eval()(x)[0], **EXACT
+    )
 
 
 def test_zoneout_of_a_state_that_begins_at_infinity() -> None:
@@ -243,7 +248,9 @@ def test_zoneout_of_everything_at_evaluation_has_gradients_of_zero(name: str, op
     output, _ = found(x, h)
     first = support.leaves(h)[0]
     torch.testing.assert_close(output, first.expand(STEPS, -1, -1), **EXACT)
-    grads = torch.autograd.grad(output.sum(), [first, x, *found.parameters()], materialize_grads=True, allow_unused=True)
+    grads = torch.autograd.grad(
+        output.sum(), [first, x, *found.parameters()], materialize_grads=True, allow_unused=True
+    )
     assert grads[0].eq(STEPS).all()
     assert all(grad.eq(0).all() for grad in grads[1:])
 
@@ -260,7 +267,12 @@ def test_layer_norm_makes_the_scale_of_weights_irrelevant() -> None:
 
 
 def test_initializers_and_the_forget_bias() -> None:
-    found = layer(recurrent_initializer="orthogonal", kernel_initializer=nn.init.ones_, bias_initializer="zeros", unit_forget_bias=True)
+    found = layer(
+        recurrent_initializer="orthogonal",
+        kernel_initializer=nn.init.ones_,
+        bias_initializer="zeros",
+        unit_forget_bias=True,
+    )
     assert found.weight_ih_l0.eq(1).all()
     torch.testing.assert_close(found.weight_hh_l0.T @ found.weight_hh_l0, torch.eye(HIDDEN, dtype=torch.float64))
     bias = (found.bias_ih_l0 + found.bias_hh_l0).chunk(4)
@@ -273,7 +285,10 @@ def test_initializers_and_the_forget_bias() -> None:
     [
         {"mask": mask()},
         {"lengths": torch.tensor([4, 0, 6, 3])},
-        {"resets": mask(), "reset_state": (torch.ones(2, BATCH, HIDDEN).double(), torch.zeros(2, BATCH, HIDDEN).double())},
+        {
+            "resets": mask(),
+            "reset_state": (torch.ones(2, BATCH, HIDDEN).double(), torch.zeros(2, BATCH, HIDDEN).double()),
+        },
         {"return_all_states": True},
     ],
     ids=lambda call: next(iter(call)),
@@ -332,7 +347,8 @@ def test_vmap_over_masks_and_over_weights() -> None:
     torch.testing.assert_close(mapped, torch.stack([found(x, mask=keep)[0] for keep in masks]), **EXACT)
     weights = {name: torch.stack([w, 2 * w]) for name, w in found.named_parameters()}
     one_by_one = [
-        torch.func.functional_call(found, {n: w[k] for n, w in weights.items()}, (x,), {"mask": masks[k]})[0] for k in range(2)
+        torch.func.functional_call(found, {n: w[k] for n, w in weights.items()}, (x,), {"mask": masks[k]})[0]
+        for k in range(2)
     ]
     together = torch.vmap(lambda w, keep: torch.func.functional_call(found, w, (x,), {"mask": keep})[0])(weights, masks)
     torch.testing.assert_close(together, torch.stack(one_by_one), **EXACT)
@@ -364,10 +380,22 @@ def test_derivatives_of_every_kind() -> None:
         ({"lengths": [1, 2, 3, 7]}, ValueError, "between 0 and 6"),
         ({"lengths": [1, 2, 3, -1]}, ValueError, "between 0 and 6"),
         ({"reset_state": (torch.ones(1, BATCH, HIDDEN),) * 2}, ValueError, "give resets too"),
-        ({"resets": torch.ones(STEPS, BATCH, dtype=torch.bool), "reset_state": (torch.ones(BATCH, HIDDEN),) * 2}, ValueError, "reset_state"),
-        ({"resets": torch.ones(STEPS, BATCH, dtype=torch.bool), "reset_state": torch.ones(1, BATCH, HIDDEN)}, TypeError, "tuple of 2"),
+        (
+            {"resets": torch.ones(STEPS, BATCH, dtype=torch.bool), "reset_state": (torch.ones(BATCH, HIDDEN),) * 2},
+            ValueError,
+            "reset_state",
+        ),
+        (
+            {"resets": torch.ones(STEPS, BATCH, dtype=torch.bool), "reset_state": torch.ones(1, BATCH, HIDDEN)},
+            TypeError,
+            "tuple of 2",
+        ),
         ({"masks": None}, TypeError, "masks"),
-        ({"resets": mask(), "reset_state": (torch.ones(1, BATCH, HIDDEN),) * 2}, RuntimeError, "reset_state is torch.float32"),
+        (
+            {"resets": mask(), "reset_state": (torch.ones(1, BATCH, HIDDEN),) * 2},
+            RuntimeError,
+            "reset_state is torch.float32",
+        ),
         ({"resets": mask(), "reset_state": torch.ones(1, BATCH, HIDDEN)}, TypeError, "reset_state should be a tuple"),
     ],
     ids=lambda value: str(list(value)) if isinstance(value, dict) else "",

@@ -59,9 +59,7 @@ def test_same_seed_gives_the_same_weights_under_the_same_names(name: str, option
     torch.manual_seed(0)
     mine = getattr(gpu_rnn, name)(4, 6, **options)
     assert torch.rand(()) == after_theirs, "the construction drew other random numbers than torch.nn's"
-    assert [(n, p.shape) for n, p in mine.named_parameters()] == [
-        (n, p.shape) for n, p in theirs.named_parameters()
-    ]
+    assert [(n, p.shape) for n, p in mine.named_parameters()] == [(n, p.shape) for n, p in theirs.named_parameters()]
     torch.testing.assert_close(mine.state_dict(), theirs.state_dict(), rtol=0, atol=0)
     theirs.load_state_dict(mine.state_dict(), strict=True)
     assert [[p.shape for p in own] for own in mine.all_weights] == [
@@ -98,9 +96,7 @@ def test_signature_has_torchs_arguments_first_and_in_order(name: str) -> None:
     assert [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD] == positional
     others = {p.kind for p in parameters if p.name not in positional}
     assert others <= {inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD}  # the latter: LayerOptions
-    assert issubclass(
-        getattr(gpu_rnn, name), nn.RNNBase if name in support.LAYERS else nn.modules.rnn.RNNCellBase
-    )
+    assert issubclass(getattr(gpu_rnn, name), nn.RNNBase if name in support.LAYERS else nn.modules.rnn.RNNCellBase)
 
 
 def test_packed_output_keeps_order_and_sizes() -> None:
@@ -137,9 +133,7 @@ def test_dropout_is_fresh_for_each_element_and_step_and_only_between_layers(back
     output = layer(torch.ones(50, 40, 8))[0]
     # The second layer passes on what the first one's output became: 0, or 1 / (1 - p); nothing is dropped after it.
     torch.testing.assert_close(output.unique(), torch.tensor([0, 1 / 0.75]))
-    assert output.eq(0).float().mean().item() == pytest.approx(
-        0.25, abs=0.02
-    )  # 16,000 draws: 6 standard deviations
+    assert output.eq(0).float().mean().item() == pytest.approx(0.25, abs=0.02)  # 16,000 draws: 6 standard deviations
     for axis in range(3):
         assert output.ne(output.select(axis, 0).unsqueeze(axis)).any(), f"one mask for all of axis {axis}"
     assert layer.eval()(torch.ones(2, 1, 8))[0].eq(1).all()

@@ -50,9 +50,7 @@ BAD_ARGUMENTS = {
 @pytest.mark.parametrize("name", support.LAYERS)
 @pytest.mark.parametrize(("args", "kwargs"), BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS)
 def test_bad_arguments(name: str, args: tuple, kwargs: dict) -> None:
-    assert_same_error(
-        lambda: getattr(nn, name)(*args, **kwargs), lambda: getattr(gpu_rnn, name)(*args, **kwargs)
-    )
+    assert_same_error(lambda: getattr(nn, name)(*args, **kwargs), lambda: getattr(gpu_rnn, name)(*args, **kwargs))
 
 
 @pytest.mark.parametrize(("args", "kwargs"), BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS)
@@ -63,16 +61,12 @@ def test_bad_arguments_of_recurrent(args: tuple, kwargs: dict) -> None:
 
 @pytest.mark.parametrize("proj_size", [5, 6, -1])
 def test_bad_projection(proj_size: int) -> None:
-    assert_same_error(
-        lambda: nn.LSTM(3, 5, proj_size=proj_size), lambda: gpu_rnn.LSTM(3, 5, proj_size=proj_size)
-    )
+    assert_same_error(lambda: nn.LSTM(3, 5, proj_size=proj_size), lambda: gpu_rnn.LSTM(3, 5, proj_size=proj_size))
 
 
 @pytest.mark.parametrize("name", ["RNN", "GRU"])
 def test_projection_is_for_lstm_only(name: str) -> None:
-    assert_same_error(
-        lambda: getattr(nn, name)(3, 5, proj_size=2), lambda: getattr(gpu_rnn, name)(3, 5, proj_size=2)
-    )
+    assert_same_error(lambda: getattr(nn, name)(3, 5, proj_size=2), lambda: getattr(gpu_rnn, name)(3, 5, proj_size=2))
 
 
 def test_bad_nonlinearity() -> None:
@@ -90,7 +84,9 @@ def test_unknown_argument(name: str) -> None:
 
 
 def test_an_unknown_argument_is_answered_with_all_there_are() -> None:
-    with pytest.raises(TypeError, match=r"'peepholes'; besides torch.nn's it takes activation, .*peephole, .*layer_norm"):
+    with pytest.raises(
+        TypeError, match=r"'peepholes'; besides torch.nn's it takes activation, .*peephole, .*layer_norm"
+    ):
         gpu_rnn.LSTM(3, 5, peepholes=True)
 
 

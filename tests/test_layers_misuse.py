@@ -36,7 +36,11 @@ CONSTRUCTORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "give recurrent_dropout=p, too",
     ),
-    "softmax": (lambda: gpu_rnn.LSTM(I, H, activation=lambda v: v.softmax(-1)), ValueError, "which a recurrence cannot hold"),
+    "softmax": (
+        lambda: gpu_rnn.LSTM(I, H, activation=lambda v: v.softmax(-1)),
+        ValueError,
+        "which a recurrence cannot hold",
+    ),
     "a mean": (lambda: gpu_rnn.GRUCell(I, H, activation=lambda v: v - v.mean()), ValueError, "gru: .* a recurrence"),
     "dropout": (lambda: gpu_rnn.RNN(I, H, activation=F.dropout), ValueError, "draws random numbers"),
     "a module that draws": (lambda: gpu_rnn.RNN(I, H, activation=nn.RReLU()), ValueError, "draws random numbers"),
@@ -47,8 +51,16 @@ CONSTRUCTORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         TypeError,
         "besides torch.nn's it takes activation, backend, recurrent_dropout",
     ),
-    "a mask": (lambda: gpu_rnn.GRU(I, H, mask=PAD), TypeError, r"mask is an argument of the call: layer\(x, mask=...\)"),
-    "all states": (lambda: gpu_rnn.RNN(I, H, return_all_states=True), TypeError, "return_all_states is an argument of the call"),
+    "a mask": (
+        lambda: gpu_rnn.GRU(I, H, mask=PAD),
+        TypeError,
+        r"mask is an argument of the call: layer\(x, mask=...\)",
+    ),
+    "all states": (
+        lambda: gpu_rnn.RNN(I, H, return_all_states=True),
+        TypeError,
+        "return_all_states is an argument of the call",
+    ),
     "a function of two": (
         lambda: gpu_rnn.GRU(I, H, recurrent_activation=lambda v, w: v),
         ValueError,
@@ -59,7 +71,11 @@ CONSTRUCTORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "^lstm: activation softmax: `softmax`: .* missing 1 required",
     ),
-    "one of NumPy's": (lambda: gpu_rnn.LSTM(I, H, activation=np.tanh), ValueError, "^lstm: activation tanh: `tanh` branches on"),
+    "one of NumPy's": (
+        lambda: gpu_rnn.LSTM(I, H, activation=np.tanh),
+        ValueError,
+        "^lstm: activation tanh: `tanh` branches on",
+    ),
     "a module of many units": (
         lambda: gpu_rnn.LSTM(I, H, activation=nn.Softmax(0)),
         ValueError,
@@ -84,20 +100,44 @@ def test_what_cannot_be_is_said_by_the_constructor(name: str) -> None:
 
 
 CALLS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
-    "a mask by place": (lambda: gpu_rnn.LSTM(I, H)(X, None, PAD), TypeError, r"LSTM: .* by name: layer\(x, hx, mask=mask\)"),
-    "all states in words": (lambda: gpu_rnn.GRU(I, H)(X, return_all_states="last"), TypeError, "True or False, got: 'last'"),
+    "a mask by place": (
+        lambda: gpu_rnn.LSTM(I, H)(X, None, PAD),
+        TypeError,
+        r"LSTM: .* by name: layer\(x, hx, mask=mask\)",
+    ),
+    "all states in words": (
+        lambda: gpu_rnn.GRU(I, H)(X, return_all_states="last"),
+        TypeError,
+        "True or False, got: 'last'",
+    ),
     "no c": (lambda: gpu_rnn.LSTM(I, H)(X, (STATE, None)), TypeError, r"\(h, c\), got NoneType for c"),
     "no c of a cell": (lambda: gpu_rnn.LSTMCell(I, H)(X[0], (STATE[0], None)), TypeError, "got NoneType for c"),
-    "h of float64": (lambda: gpu_rnn.GRU(I, H)(X, STATE.double()), RuntimeError, "hidden tensors are not the same dtype"),
+    "h of float64": (
+        lambda: gpu_rnn.GRU(I, H)(X, STATE.double()),
+        RuntimeError,
+        "hidden tensors are not the same dtype",
+    ),
     "c of float64": (lambda: gpu_rnn.LSTM(I, H)(X, (STATE, STATE.double())), RuntimeError, "are not the same dtype"),
     "h of a cell": (lambda: gpu_rnn.GRUCell(I, H)(X[0], STATE[0].double()), RuntimeError, "are not the same dtype"),
     "an array": (lambda: gpu_rnn.GRU(I, H)(X.numpy()), TypeError, "input should be a Tensor, got ndarray"),
-    "an array with a mask": (lambda: gpu_rnn.GRU(I, H)(X.numpy(), mask=PAD.numpy()), TypeError, "input should be a Tensor"),
-    "lengths of nothing": (lambda: gpu_rnn.GRU(I, H)(X, lengths=[None, X, 1]), TypeError, r"lengths are a list or tensor of \(B\) integers"),
+    "an array with a mask": (
+        lambda: gpu_rnn.GRU(I, H)(X.numpy(), mask=PAD.numpy()),
+        TypeError,
+        "input should be a Tensor",
+    ),
+    "lengths of nothing": (
+        lambda: gpu_rnn.GRU(I, H)(X, lengths=[None, X, 1]),
+        TypeError,
+        r"lengths are a list or tensor of \(B\) integers",
+    ),
     "states as a number": (lambda: gpu_rnn.LSTM(I, H)(X, 0), TypeError, r"a tuple of 2 Tensors \(h, c\), got int"),
     "a list": (lambda: gpu_rnn.GRUCell(I, H)(X[0].tolist()), TypeError, "input should be a Tensor, got list"),
     "a sparse tensor": (lambda: gpu_rnn.GRU(I, H)(X.to_sparse()), TypeError, r"use .to_dense\(\)"),
-    "one length": (lambda: gpu_rnn.GRU(I, H)(X[:, 0], lengths=3), TypeError, r"a list or tensor of \(B\) integers, .* got 3"),
+    "one length": (
+        lambda: gpu_rnn.GRU(I, H)(X[:, 0], lengths=3),
+        TypeError,
+        r"a list or tensor of \(B\) integers, .* got 3",
+    ),
     "lengths of one row": (lambda: gpu_rnn.GRU(I, H)(X[:, 0], lengths=[3, 2]), ValueError, "each of the 1 rows"),
     "a mask turned": (lambda: gpu_rnn.GRU(I, H)(X, mask=PAD.T), ValueError, r"features, \(6, 4\), got \(4, 6\)"),
     "a mask of steps": (lambda: gpu_rnn.GRU(I, H)(X, mask=PAD[:, 0]), ValueError, r"features, \(6, 4\), got \(6,\)"),
@@ -121,8 +161,16 @@ CALLS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         r"features, \(6,\), got \(5,\)",
     ),
-    "explain a layer of torch": (lambda: gpu_rnn.explain(nn.LSTM(I, H), X), TypeError, "gpu_rnn.LSTM, not torch.nn.LSTM"),
-    "debug without values": (lambda: gpu_rnn.debug(gpu_rnn.GRU(I, H), X.to("meta")), ValueError, "x is on meta, the layer on cpu"),
+    "explain a layer of torch": (
+        lambda: gpu_rnn.explain(nn.LSTM(I, H), X),
+        TypeError,
+        "gpu_rnn.LSTM, not torch.nn.LSTM",
+    ),
+    "debug without values": (
+        lambda: gpu_rnn.debug(gpu_rnn.GRU(I, H), X.to("meta")),
+        ValueError,
+        "x is on meta, the layer on cpu",
+    ),
     "debug of a layer without values": (
         lambda: gpu_rnn.debug(gpu_rnn.GRU(I, H, device="meta"), X.to("meta")),
         ValueError,
@@ -153,7 +201,12 @@ def set_to(name: str, value: Any, **options: Any) -> Any:
 
 
 ASSIGNMENTS: dict[str, tuple[str, Any, type[Exception], str]] = {
-    "recurrent_dropout": ("recurrent_dropout", 7, ValueError, r"recurrent_dropout should be a number in range \[0, 1\]"),
+    "recurrent_dropout": (
+        "recurrent_dropout",
+        7,
+        ValueError,
+        r"recurrent_dropout should be a number in range \[0, 1\]",
+    ),
     "weight_drop": ("weight_drop", "0.5", TypeError, "weight_drop should be a number"),
     "dropout": ("dropout", -1, ValueError, r"dropout should be a number in range \[0, 1\]"),
     "zoneout": ("zoneout", (0.1,), ValueError, "one for each state"),
@@ -205,7 +258,9 @@ def test_sizes_that_the_weights_do_not_have(name: str) -> None:
         module(X[0])
 
 
-@pytest.mark.parametrize("module", [nn.Tanh(), nn.Hardtanh(), nn.SiLU(), nn.GELU("tanh"), nn.ReLU(inplace=False)], ids=str)
+@pytest.mark.parametrize(
+    "module", [nn.Tanh(), nn.Hardtanh(), nn.SiLU(), nn.GELU("tanh"), nn.ReLU(inplace=False)], ids=str
+)
 def test_modules_that_are_plain_functions_are_activations(module: nn.Module) -> None:
     layer = gpu_rnn.LSTM(I, H, activation=module)
     other = gpu_rnn.LSTM(I, H, activation=lambda v: module(v))
@@ -238,7 +293,9 @@ def test_weights_of_arrays_in_another_byte_order() -> None:
 def test_code_for_torch_nn_finds_what_it_calls() -> None:
     layer, theirs = gpu_rnn.LSTM(I, H), nn.LSTM(I, H)
     for each in (layer, theirs):
-        each._flat_weights = [getattr(each, name) for name in each._flat_weights_names]  # as after a weight was replaced
+        each._flat_weights = [
+            getattr(each, name) for name in each._flat_weights_names
+        ]  # as after a weight was replaced
         each.check_forward_args(X, (STATE, STATE), None)
         with pytest.raises(RuntimeError, match=r"Expected hidden\[1\] size"):
             each.check_forward_args(X, (STATE, STATE[:, 1:]), None)
@@ -254,7 +311,9 @@ def test_every_class_says_what_its_arguments_are(name: str) -> None:
     cls = getattr(gpu_rnn, name)
     parameters = {*inspect.signature(cls.__init__).parameters, *inspect.signature(cls.forward).parameters}
     wanted = parameters - {"self", "options", "further"} | (set(DEFAULTS) if "options" in parameters else set())
-    starts = [line.split(":")[0] for line in inspect.getdoc(cls).splitlines() if line.startswith("    ") and ":" in line]
+    starts = [
+        line.split(":")[0] for line in inspect.getdoc(cls).splitlines() if line.startswith("    ") and ":" in line
+    ]
     said = {word.strip() for start in starts for word in start.split(",")}
     if name in ("RNN", "GRU"):
         wanted.discard("proj_size")  # it is there to be refused
@@ -274,7 +333,12 @@ tensors: list[Tensor] = [y, h, c, z, n, every, gpu_rnn.GRUCell(3, 4)(x[0])]
 packed, _ = gpu_rnn.RNN(3, 4)(torch.nn.utils.rnn.pack_sequence([x[:, 0]]))
 data: Tensor = packed.data
 """
-UNTYPED = ['gpu_rnn.GRU(3, 4)(x, mask="no")', "gpu_rnn.GRU(3, 4)(x, masks=pad)", "gpu_rnn.LSTM(3, 4)(x, h)", "z + packed"]
+UNTYPED = [
+    'gpu_rnn.GRU(3, 4)(x, mask="no")',
+    "gpu_rnn.GRU(3, 4)(x, masks=pad)",
+    "gpu_rnn.LSTM(3, 4)(x, h)",
+    "z + packed",
+]
 
 
 @pytest.mark.slow

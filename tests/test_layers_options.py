@@ -118,8 +118,13 @@ def test_options_work_in_stacks_directions_and_packs(name: str, options: dict) -
     for sequence, output in zip(sequences, outputs, strict=True):
         level = sequence
         for index in range(2):
-            level = torch.cat([alone(layer, name, options, index, "")(level)[0],
-                               alone(layer, name, options, index, "_reverse")(level.flip(0))[0].flip(0)], 1)  # fmt: skip
+            level = torch.cat(
+                [
+                    alone(layer, name, options, index, "")(level)[0],
+                    alone(layer, name, options, index, "_reverse")(level.flip(0))[0].flip(0),
+                ],
+                1,
+            )
         torch.testing.assert_close(output, level, **support.TOLERANCE)
 
 
@@ -173,17 +178,13 @@ def test_recurrent_with_many_states_takes_and_returns_them_in_order() -> None:
     output, states = single(x[:4])
     rest, _ = single(x[4:], states)
     torch.testing.assert_close(torch.cat([output, rest]), single(x)[0], **support.TOLERANCE)
-    with pytest.raises(
-        TypeError, match=r"Recurrent: hx should be a tuple of 4 Tensors \(h, c, n, m\), got Tensor"
-    ):
+    with pytest.raises(TypeError, match=r"Recurrent: hx should be a tuple of 4 Tensors \(h, c, n, m\), got Tensor"):
         single(x, states[0])
     with pytest.raises(RuntimeError, match=r"hx and cx and nx and mx should also be 3-D"):
         single(x, tuple(state[0] for state in states))
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"num_layers": 2, "bidirectional": True, "batch_first": True, "bias": False}]
-)
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True, "batch_first": True, "bias": False}])
 def test_recurrent_equals_the_layer_of_the_same_recurrence(options: dict) -> None:
     for recurrence, layer in (
         (cells.gru(), gpu_rnn.GRU),

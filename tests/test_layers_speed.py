@@ -71,9 +71,7 @@ def settled(theirs: Callable[[], object], ours: Callable[[], object]) -> Timing:
     return timing
 
 
-def calls(
-    name: str, options: dict, steps: int, batch: int, size: int
-) -> Iterator[tuple[str, Callable, Callable]]:
+def calls(name: str, options: dict, steps: int, batch: int, size: int) -> Iterator[tuple[str, Callable, Callable]]:
     theirs, ours = support.pair(name, size, size, dtype=torch.float32, **options)
     x = torch.randn(batch, size) if name.endswith("Cell") else torch.randn(steps, batch, size)
 

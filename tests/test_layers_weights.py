@@ -69,7 +69,8 @@ def made(which: str, **options: Any) -> tuple[nn.Module, Tensor]:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("which", MODULES)
 def test_a_weight_of_another_shape_is_refused(which: str, shape: str) -> None:
-    """In the module's words, before any backend: ATen's kernels would corrupt memory, broadcasting give wrong numbers."""
+    """In the module's words, before any backend: ATen's kernels would corrupt memory, broadcasting give wrong
+    numbers."""
     whole, _ = made(which)
     for name, weight in whole.named_parameters():
         other = SHAPES[shape](weight.shape)

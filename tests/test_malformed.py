@@ -68,11 +68,15 @@ def others(value: Any) -> st.SearchStrategy[Any]:
     """What may stand in the place of a value: nearly the same, or anything."""
     anything = [st.none(), st.integers(-2, 400_000), st.floats(), st.text(max_size=3), st.booleans(), tensors()]
     if isinstance(value, Tensor):
-        near = [st.just(other) for other in (value[None], value[..., :1], value[:1], value.double(), value.numpy(), [value])]
+        near = [
+            st.just(other) for other in (value[None], value[..., :1], value[:1], value.double(), value.numpy(), [value])
+        ]
         return st.one_of(*near, tensors(), *anything)
     if isinstance(value, (list, tuple)):
         parts = st.lists(st.one_of(tensors(), st.none(), *(st.just(part) for part in value)), max_size=len(value) + 2)
-        one = st.integers(0, len(value) - 1).flatmap(lambda n: others(value[n]).map(lambda new: [*value[:n], new, *value[n + 1 :]]))
+        one = st.integers(0, len(value) - 1).flatmap(
+            lambda n: others(value[n]).map(lambda new: [*value[:n], new, *value[n + 1 :]])
+        )
         return st.one_of(parts, parts.map(tuple), one, one.map(tuple), *anything)
     return st.one_of(*anything)
 
@@ -142,7 +146,10 @@ def whole_calls(draw: Any) -> dict[str, Any]:
         return call | {"x": torch.ones(7, I), "batch_sizes": torch.tensor([3, 2, 1, 1])}
     pad, where = torch.ones(T, B, dtype=torch.bool), torch.zeros(T, B, dtype=torch.bool)
     call |= {"mask": pad, "lengths": torch.tensor([4, 0, 2]), "resets": where, "reset_state": call["hx"]}
-    call |= {"recurrent_mask": torch.ones(layers, B, 1, H), "zone": torch.zeros(states, T, layers, B, H, dtype=torch.bool)}
+    call |= {
+        "recurrent_mask": torch.ones(layers, B, 1, H),
+        "zone": torch.zeros(states, T, layers, B, H, dtype=torch.bool),
+    }
     kept = draw(st.sets(st.sampled_from(["mask", "lengths", "resets", "recurrent_mask", "zone"])))
     left = {"mask", "lengths", "resets", "reset_state", "recurrent_mask", "zone"} - kept
     return {name: value for name, value in call.items() if name not in left}
@@ -174,7 +181,9 @@ def single_steps(draw: Any) -> dict[str, Any]:
 @given(call=spoiled(single_steps()))
 def test_single_steps(backend: str, call: dict[str, Any]) -> None:
     def run(backend: str) -> Any:
-        return functional.cell(*(call[n] for n in ("x", "hx", "weights", "recurrence")), bias=call["bias"], backend=backend)
+        return functional.cell(
+            *(call[n] for n in ("x", "hx", "weights", "recurrence")), bias=call["bias"], backend=backend
+        )
 
     check(lambda: run(backend), lambda: run("reference"))
 
@@ -190,7 +199,13 @@ def module_calls(draw: Any) -> dict[str, Any]:
         return {"input": torch.ones(B, I), "hx": (state[0], state[0]) if "LSTM" in name else state[0], "module": module}
     hx = (state, state) if "LSTM" in name else state
     pad = torch.ones(T, B, dtype=torch.bool)
-    call = {"mask": pad, "lengths": torch.tensor([4, 0, 2]), "resets": ~pad, "reset_state": hx, "return_all_states": True}
+    call = {
+        "mask": pad,
+        "lengths": torch.tensor([4, 0, 2]),
+        "resets": ~pad,
+        "reset_state": hx,
+        "return_all_states": True,
+    }
     for each in draw(st.sets(st.sampled_from(["mask", "lengths", "return_all_states"]))):
         del call[each]
     return call | {"input": torch.ones(T, B, I), "hx": hx, "module": module}
@@ -234,7 +249,11 @@ def operations(draw: Any) -> dict[str, Any]:
             call[name] = draw(st.sampled_from([*WORDS, value, value + " "]))
         else:
             optional = [st.none()] if name not in ("x", "w_ih", "w_hh") else []
-            near = [st.just(other) for other in (value[None], value[:1], value.double(), value * 400_000)] if value is not None else []
+            near = (
+                [st.just(other) for other in (value[None], value[:1], value.double(), value * 400_000)]
+                if value is not None
+                else []
+            )
             call[name] = draw(st.one_of(*near, *optional, tensors()))
     return call
 
@@ -251,7 +270,21 @@ def test_registered_operations(backend: str, call: dict[str, Any]) -> None:
 def test_no_call_ends_the_process(interpreting: str, tmp_path: Path) -> None:
     """Thousands of others at each run; pytest says how one repeats."""
     here = Path(__file__)
-    command = [sys.executable, "-X", "faulthandler", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "not ends"]
+    command = [
+        sys.executable,
+        "-X",
+        "faulthandler",
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "not ends",
+    ]
     env = os.environ | {"TRITON_INTERPRET": interpreting, "MALFORMED_EXAMPLES": "1000"}
-    done = subprocess.run([*command, str(here)], capture_output=True, text=True, check=False, env=env, cwd=here.parent.parent)
+    done = subprocess.run(
+        [*command, str(here)], capture_output=True, text=True, check=False, env=env, cwd=here.parent.parent
+    )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

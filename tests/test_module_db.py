@@ -31,9 +31,7 @@ with warnings.catch_warnings():
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 
 NAMES = (*support.LAYERS, *support.CELLS)
-INFOS = {
-    info.module_cls.__name__: info for info in common_modules.module_db if info.module_cls.__name__ in NAMES
-}
+INFOS = {info.module_cls.__name__: info for info in common_modules.module_db if info.module_cls.__name__ in NAMES}
 MAKE = {"device": "cpu", "dtype": torch.float64, "requires_grad": True}
 
 
@@ -78,9 +76,7 @@ def test_samples(name: str, training: bool, backend: str) -> None:
     tried = 0
     for sample in samples(INFOS[name], training):
         theirs, mine = build(sample, name, training, backend=backend)
-        torch.testing.assert_close(
-            derivatives(mine, sample), derivatives(theirs, sample), **support.TOLERANCE
-        )
+        torch.testing.assert_close(derivatives(mine, sample), derivatives(theirs, sample), **support.TOLERANCE)
         if not is_packed(sample):  # torch's own reference for these samples fails on PackedSequence
             assert_reference(mine, sample)
         tried += 1
@@ -98,9 +94,7 @@ def error_samples() -> list[Any]:
     for name, training in itertools.product(NAMES, [True, False]):
         info = INFOS[name]
         for i, sample in enumerate(info.module_error_inputs_func(info, training=training, **MAKE)):
-            found.append(
-                pytest.param(name, training, sample, id=f"{name}-{'train' if training else 'eval'}-{i}")
-            )
+            found.append(pytest.param(name, training, sample, id=f"{name}-{'train' if training else 'eval'}-{i}"))
     return found
 
 
@@ -126,7 +120,8 @@ def test_error_samples(name: str, training: bool, sample: ErrorModuleInput) -> N
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", support.LAYERS)
 def test_graphs_of_symbols(name: str, training: bool, every: int) -> None:
-    """AOTAutograd with symbolic sizes, as torch's own suite checks each module of its database: outputs and gradients."""
+    """AOTAutograd with symbolic sizes, as torch's own suite checks each module of its database: outputs and
+    gradients."""
     info = INFOS[name]
     for sample in list(info.module_inputs_func(info, training=training, **MAKE))[::every]:
         options = sample.constructor_input
@@ -135,7 +130,10 @@ def test_graphs_of_symbols(name: str, training: bool, every: int) -> None:
         inputs = support.leaves(sample.forward_input.args)
 
         def function(
-            parameters: dict[str, Tensor], inputs: list[Tensor], module: nn.Module = module, sample: ModuleInput = sample
+            parameters: dict[str, Tensor],
+            inputs: list[Tensor],
+            module: nn.Module = module,
+            sample: ModuleInput = sample,
         ) -> Any:
             own = iter(inputs)
             args = tree_map(lambda value: next(own) if isinstance(value, Tensor) else value, sample.forward_input.args)

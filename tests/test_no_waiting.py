@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A call on a GPU never makes the host wait for it: nothing reads a value, and what comes from the host is page-locked."""
+"""A call on a GPU never makes the host wait for it: nothing reads a value, and what comes from the host is
+page-locked."""
 
 from __future__ import annotations
 
@@ -83,7 +84,9 @@ def test_a_call(name: str, backend: str) -> None:
 def test_a_packed_sequence(enforce_sorted: bool, backend: str, dtype: torch.dtype) -> None:
     """Its batch sizes are on the host anyway. In float64 the steps run in torch."""
     layer = gpu_rnn.GRU(4, H, bidirectional=True, backend=backend, dtype=dtype)
-    packed = pack_padded_sequence(torch.randn(T, B, 4, dtype=dtype), torch.tensor([T, 2, 2]), enforce_sorted=enforce_sorted)
+    packed = pack_padded_sequence(
+        torch.randn(T, B, 4, dtype=dtype), torch.tensor([T, 2, 2]), enforce_sorted=enforce_sorted
+    )
     expected = layer(packed)[0].data
     indices = (None if each is None else OnGPU(each) for each in (packed.sorted_indices, packed.unsorted_indices))
     with Pretend() as gpu:
@@ -124,7 +127,8 @@ def test_lengths_of_every_integer_type_are_clamped_as_they_are(dtype: torch.dtyp
 @pytest.mark.parametrize("ask", [
     lambda t: t[0].item(), lambda t: bool((t > 0).any()), lambda t: t[t > 0], lambda t: torch.where(t > 0),
     lambda t: torch.ones(3).to(t.device), lambda t: t.masked_select(t > 0), lambda t: t.copy_(torch.ones(3)),
-    lambda t: t.index_put((t > 0,), t.sum()), lambda t: torch.equal(t, t), lambda t: torch.ones(3).to(t.device, non_blocking=True),
+    lambda t: t.index_put((t > 0,), t.sum()), lambda t: torch.equal(t, t),
+    lambda t: torch.ones(3).to(t.device, non_blocking=True),
 ])  # fmt: skip
 def test_what_waits_is_seen(ask: Any) -> None:
     with Pretend() as gpu:
@@ -141,7 +145,10 @@ def test_a_call_on_a_gpu(name: str, backend: str) -> None:
         pytest.skip("there is no layer normalisation on this backend")
     layer = gpu_rnn.GRU(4, H, backend=backend, device="cuda", **options)
     x = torch.randn(*((B, T) if "batch_first" in options else (T, B)), 4, device="cuda")
-    steering = {key: {k: getattr(v, "held", v) for k, v in given.items()} for key, given in calls("batch_first" in options).items()}
+    steering = {
+        key: {k: getattr(v, "held", v) for k, v in given.items()}
+        for key, given in calls("batch_first" in options).items()
+    }
     host = ("lengths on the host", "a list of lengths")
     for kind, given in steering.items():
         given = {k: v.cuda() if isinstance(v, torch.Tensor) and kind not in host else v for k, v in given.items()}

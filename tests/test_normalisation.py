@@ -57,7 +57,9 @@ def test_there_and_back(centred: bool, given: bool) -> None:
     torch.testing.assert_close(normalisation.Back(found.rstd)(d, found), wanted, **CLOSE)
 
 
-@pytest.mark.parametrize("controls", [{}, {"lengths": torch.tensor([7, 2, 5])}, {"mask": True}], ids=["plain", "lengths", "mask"])
+@pytest.mark.parametrize(
+    "controls", [{}, {"lengths": torch.tensor([7, 2, 5])}, {"mask": True}], ids=["plain", "lengths", "mask"]
+)
 @pytest.mark.parametrize("name", LAYERS)
 def test_kept_products_give_the_gradients_of_those_taken_once_more(
     name: str, controls: dict[str, Any], monkeypatch: pytest.MonkeyPatch

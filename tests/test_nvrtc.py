@@ -106,8 +106,14 @@ def test_a_torn_file_is_built_again(kind: str, folder: Path):
 
 @needs_nvrtc
 def test_registers_and_stack_are_read_from_the_machine_code():
-    indexed = 'extern "C" __global__ void f(int *p, int k) { int a[64] = {}; for (int i = 0; i < 64; i++) a[p[i] & 63] = i; *p = a[k]; }'
-    plain, local = cubin.usage(nvrtc.compile_cubin(SOURCE, "sm_90a")), cubin.usage(nvrtc.compile_cubin(indexed, "sm_90a"))
+    indexed = (
+        'extern "C" __global__ void f(int *p, int k) '
+        "{ int a[64] = {}; for (int i = 0; i < 64; i++) a[p[i] & 63] = i; *p = a[k]; }"
+    )
+    plain, local = (
+        cubin.usage(nvrtc.compile_cubin(SOURCE, "sm_90a")),
+        cubin.usage(nvrtc.compile_cubin(indexed, "sm_90a")),
+    )
     assert 4 <= plain.registers <= 32 and plain.stack == 0
     assert local.stack == 256
 

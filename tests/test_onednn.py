@@ -58,7 +58,9 @@ def test_the_step_loop(options: dict[str, bool]) -> None:
     }
 
     def run(backend: str) -> tuple[Tensor, ...]:
-        y = functional.rnn(x, None, weights, cells.lstm(), backend=backend, **{name: given[name] for name in options})[0]
+        y = functional.rnn(x, None, weights, cells.lstm(), backend=backend, **{name: given[name] for name in options})[
+            0
+        ]
         return y, *torch.autograd.grad(y.square().sum(), [x, *weights])
 
     for found, expected in zip(run("step"), run("reference"), strict=True):

@@ -46,8 +46,11 @@ OPTIONS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
 }
 
 
-def problem(layer: str, constructor: dict[str, Any], call: tuple[str, ...], dtype: torch.dtype = torch.bfloat16) -> Problem:
-    """A call in training on an H100, of a size that every backend takes: an option is then all that speaks against it."""
+def problem(
+    layer: str, constructor: dict[str, Any], call: tuple[str, ...], dtype: torch.dtype = torch.bfloat16
+) -> Problem:
+    """A call in training on an H100, of a size that every backend takes: an option is then all that speaks against
+    it."""
     options = {"device": "meta", "dtype": dtype, **constructor}
     first = (gpu_rnn.cells.slstm(),) if layer == "Recurrent" else ()
     made = getattr(gpu_rnn, layer)(*first, 64, 64, **options)
@@ -56,10 +59,15 @@ def problem(layer: str, constructor: dict[str, Any], call: tuple[str, ...], dtyp
 
 
 def against(name: str, given: Problem) -> list[str]:
-    """A backend's reasons in either pass; without those that a plain call would have here too, as of a missing package."""
+    """A backend's reasons in either pass; without those that a plain call would have here too, as of a missing
+    package."""
     plain = problem(*OPTIONS["none"])
     passes = [
-        [reason for d in ("training", "backward") for reason in dispatch.BACKENDS[name].unsupported(replace(p, direction=d))]
+        [
+            reason
+            for d in ("training", "backward")
+            for reason in dispatch.BACKENDS[name].unsupported(replace(p, direction=d))
+        ]
         for p in (given, plain)
     ]
     return [reason for reason in dict.fromkeys(passes[0]) if reason not in passes[1]]

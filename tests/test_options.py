@@ -31,7 +31,8 @@ counted: dict[str, Counter[str]] = defaultdict(Counter)  # of each backend
 
 @pytest.fixture(scope="module", autouse=True)
 def every_option_is_drawn() -> Iterator[None]:
-    """By each of the tests that ran: one that draws an option never says nothing of it. Memory that nobody wrote is NaN."""
+    """By each of the tests that ran: one that draws an option never says nothing of it. Memory that nobody wrote is
+    NaN."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -47,7 +48,10 @@ def calls(draw: Any, without: frozenset[str] = frozenset()) -> dict[str, Any]:
     if "proj_size" in chosen:
         cell = "lstm"
     least = 2 if "proj_size" in chosen else 1  # a projection makes h narrower
-    sizes = {name: draw(st.integers(low, most)) for name, low, most in (("T", 1, 5), ("B", 1, 3), ("I", 1, 3), ("H", least, 4))}
+    sizes = {
+        name: draw(st.integers(low, most))
+        for name, low, most in (("T", 1, 5), ("B", 1, 3), ("I", 1, 3), ("H", least, 4))
+    }
     return {"cell": cell, "options": sensible(chosen), "seed": draw(st.integers(0, 2**20)), **sizes}
 
 

@@ -83,7 +83,8 @@ def calls(
 def measure(*functions: Callable[[], Any]) -> list[float]:
     """Milliseconds of this thread: the fastest of calls in turn and in random order, as others' load only ever adds.
 
-    Like `timeit`, without the garbage collector: it goes through all that this process has, such as other tests' objects.
+    Like `timeit`, without the garbage collector: it goes through all that this process has, such as other tests'
+    objects.
     """
     gc.collect()
     gc.disable()

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Other libraries beside ours: their layouts, by plain stand-ins with the signatures of flashrnn 1.0.8 and torchrl 0.14.1.
+"""Other libraries beside ours: their layouts, by plain stand-ins with the signatures of flashrnn 1.0.8 and torchrl
+0.14.1.
 
 The stand-ins compute the formulas in the peers' own layouts, so that a wrong conversion gives wrong numbers.
 """
@@ -163,7 +164,10 @@ def test_peers_compute_what_we_do_from_the_same_weights(
     limits = checking.Limits(checking.precision(case, tensor_cores=False))
     for variant in found.values():
         errors = checking.errors(variant, side.inputs, exact, 0)
-        assert all(error <= limits.allowed(variant.name, name) for name, error in errors.items()), (variant.name, errors)
+        assert all(error <= limits.allowed(variant.name, name) for name, error in errors.items()), (
+            variant.name,
+            errors,
+        )
         assert variant.note
 
 

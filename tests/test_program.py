@@ -149,10 +149,7 @@ def points(program: Program, positive: bool) -> dict[str, Tensor]:
     corners = torch.tensor(list(itertools.product(special, repeat=len(program.gates))), dtype=torch.float64)
     anywhere = support.draw(200, len(program.gates), seed=1)
     columns = torch.cat([corners, anywhere.abs() + 0.1 if positive else anywhere]).T
-    return {
-        f"a_{gate}": column.clone().requires_grad_()
-        for gate, column in zip(program.gates, columns, strict=True)
-    }
+    return {f"a_{gate}": column.clone().requires_grad_() for gate, column in zip(program.gates, columns, strict=True)}
 
 
 def by_rules(program: Program, values: dict[str, Tensor], d: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -179,9 +176,7 @@ def test_derivative_of_every_operation_is_autograds(name: str) -> None:
     if not expected.requires_grad:  # comparisons: no gradient on either side
         assert all(g.eq(0).all() for g in grads.values())
         return
-    wanted = torch.autograd.grad(
-        expected, list(values.values()), d, allow_unused=True, materialize_grads=True
-    )
+    wanted = torch.autograd.grad(expected, list(values.values()), d, allow_unused=True, materialize_grads=True)
     for gate, truth in zip(values, wanted, strict=True):
         torch.testing.assert_close(grads[gate], truth, rtol=1e-13, atol=1e-13)
 
@@ -198,10 +193,7 @@ def test_derivative_of_every_operation_is_autograds_at_infinity_and_nan(name: st
     if name == "div":  # d / b overflows for a denormal b; torch takes y / b, a second division
         few = [point for point in few if abs(point) != 5e-324]
     columns = torch.tensor(list(itertools.product(few, repeat=len(program.gates))), dtype=torch.float64).T
-    values = {
-        f"a_{gate}": column.clone().requires_grad_()
-        for gate, column in zip(program.gates, columns, strict=True)
-    }
+    values = {f"a_{gate}": column.clone().requires_grad_() for gate, column in zip(program.gates, columns, strict=True)}
     given = {**values, "s_h": torch.zeros(()).double()}
     runner(program.stages[0].ops)(given)
     expected = lookup(given, program.stages[0].outputs[0], columns[0])
@@ -210,9 +202,7 @@ def test_derivative_of_every_operation_is_autograds_at_infinity_and_nan(name: st
     torch.testing.assert_close(value, expected.detach(), rtol=0, atol=0, equal_nan=True)
     if not expected.requires_grad:
         return
-    wanted = torch.autograd.grad(
-        expected, list(values.values()), d, allow_unused=True, materialize_grads=True
-    )
+    wanted = torch.autograd.grad(expected, list(values.values()), d, allow_unused=True, materialize_grads=True)
     for gate, truth in zip(values, wanted, strict=True):
         torch.testing.assert_close(grads[gate], truth, rtol=1e-13, atol=1e-13, equal_nan=True)
 
@@ -269,7 +259,9 @@ def test_activation_and_derivative_at_infinity_and_nan(name: str) -> None:
     found, nan = grads["a_h"], x.isnan()
     rtol = ROUNDED_BY_TORCH.get(name, 1e-12)
     torch.testing.assert_close(found[~nan], wanted[~nan], rtol=rtol, atol=1e-14, equal_nan=True)
-    alone = x.detach()[nan].requires_grad_()  # there torch's vectors and its single elements differ, of hardtanh and others
+    alone = x.detach()[
+        nan
+    ].requires_grad_()  # there torch's vectors and its single elements differ, of hardtanh and others
     (of_one,) = torch.autograd.grad(function(alone), alone, d[nan])
     answers = {str(float(each)) for each in (*of_one, *wanted[nan])}
     shown = {str(1.25 / 6)} if name == "hardsigmoid" else set()  # torch: 0, which hides it
@@ -296,9 +288,7 @@ def test_derivative_of_every_stage_is_autograds(name: str) -> None:
         handed_on = () if last else differentiate(program, number + 1).carried
         outputs = [known[str(out)] for out in (*program.stages[number].outputs, *handed_on)]
         seeds = [support.draw(50, seed=40 + k) for k in range(len(outputs))]
-        wanted = torch.autograd.grad(
-            outputs, list(given.values()), seeds, allow_unused=True, materialize_grads=True
-        )
+        wanted = torch.autograd.grad(outputs, list(given.values()), seeds, allow_unused=True, materialize_grads=True)
         found = {word: value.detach() for word, value in given.items()} | dict(
             zip(derivative.seeds, seeds, strict=True)
         )

@@ -100,7 +100,22 @@ def test_the_sign_of_zero_is_kept() -> None:
     assert found == [float("inf"), -float("inf")]
 
 
-VOCABULARY = [*OPERATIONS, *TEXT.split(), "t0", "t5", "a_i", "s_h", "0.0", "-0.0", "1e300", "nan", "inf", "x:sum", "=", ""]
+VOCABULARY = [
+    *OPERATIONS,
+    *TEXT.split(),
+    "t0",
+    "t5",
+    "a_i",
+    "s_h",
+    "0.0",
+    "-0.0",
+    "1e300",
+    "nan",
+    "inf",
+    "x:sum",
+    "=",
+    "",
+]
 
 
 @st.composite

@@ -57,7 +57,9 @@ LAYERS: dict[str, Callable[[], Net]] = {
     "reset before": lambda: Net(gpu_rnn.GRU(I, H, reset_after=False), "lengths"),
     "peephole": lambda: Net(gpu_rnn.LSTM(I, H, 2, peephole=True), "mask"),
     "norm": lambda: Net(gpu_rnn.LSTM(I, H, layer_norm=True), "resets"),
-    "softsign": lambda: Net(gpu_rnn.RNN(I, H, activation="softsign", bidirectional=True), "mask", "resets", "return_all_states"),
+    "softsign": lambda: Net(
+        gpu_rnn.RNN(I, H, activation="softsign", bidirectional=True), "mask", "resets", "return_all_states"
+    ),
     "step": lambda: Net(gpu_rnn.LSTM(I, H, backend="step"), "return_all_states"),
     "reference": lambda: Net(gpu_rnn.GRU(I, H, backend="reference")),
     "cell": lambda: Net(gpu_rnn.GRUCell(I, H, reset_after=False)),
@@ -150,9 +152,7 @@ NESTED: dict[str, Callable[[Net], Callable[[Tensor], Any]]] = {
 
 
 @pytest.mark.parametrize("mode", ["real", "fake"])
-@pytest.mark.parametrize(
-    "way", [pytest.param(way, marks=() if "vmap" in way else pytest.mark.slow) for way in NESTED]
-)
+@pytest.mark.parametrize("way", [pytest.param(way, marks=() if "vmap" in way else pytest.mark.slow) for way in NESTED])
 @pytest.mark.parametrize("name", ["lstm", pytest.param("peephole", marks=pytest.mark.slow), "step"])
 def test_transforms_in_a_graph(name: str, way: str, mode: str) -> None:
     function = NESTED[way](make(name))
@@ -198,7 +198,9 @@ def test_fake_tensors(name: str, training: bool) -> None:
     close(real(x), expected)
 
 
-@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this torch is built without CUDA, and indexes no such tensor")
+@pytest.mark.skipif(
+    not torch.backends.cuda.is_built(), reason="this torch is built without CUDA, and indexes no such tensor"
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @every_layer
 def test_fake_tensors_of_a_gpu_that_is_not_here(name: str, dtype: torch.dtype) -> None:
@@ -206,7 +208,9 @@ def test_fake_tensors_of_a_gpu_that_is_not_here(name: str, dtype: torch.dtype) -
         net = LAYERS[name]().requires_grad_(False)
         for module in net.modules():  # Module.to would ask the driver
             for own, p in list(module.named_parameters(recurse=False)):
-                module._parameters[own] = nn.Parameter(torch.empty(p.shape, device="cuda", dtype=dtype), requires_grad=False)
+                module._parameters[own] = nn.Parameter(
+                    torch.empty(p.shape, device="cuda", dtype=dtype), requires_grad=False
+                )
         found = net(torch.empty(T, B, I, device="cuda", dtype=dtype))
     assert (found.device.type, found.dtype, found.shape[0]) == ("cuda", dtype, B if "cell" in name else T)
 
@@ -231,7 +235,8 @@ def test_a_backend_that_no_registered_operation_has() -> None:
 @pytest.mark.parametrize("kept", [True, False])
 @every_layer
 def test_jit_trace(name: str, kept: bool) -> None:
-    """Passes torch's own check, and is right for other values, sizes and after a file; standard layers without this package."""
+    """Passes torch's own check, and is right for other values, sizes and after a file; standard layers without this
+    package."""
     net = make(name).eval()
     with warnings.catch_warnings(), torch.set_grad_enabled(kept):
         warnings.simplefilter("ignore", torch.jit.TracerWarning)  # of sizes that are compared, as with torch.nn's
@@ -247,9 +252,7 @@ def test_jit_trace(name: str, kept: bool) -> None:
         close(program(draw(3, steps, batch)), net(draw(3, steps, batch)))
     x, other = (draw(4).requires_grad_() for _ in range(2))
     wanted = [x, *traced.parameters()], [other, *net.parameters()]
-    close(
-        torch.autograd.grad(traced(x).sin().sum(), wanted[0]), torch.autograd.grad(loss_of(net)(other), wanted[1])
-    )
+    close(torch.autograd.grad(traced(x).sin().sum(), wanted[0]), torch.autograd.grad(loss_of(net)(other), wanted[1]))
 
 
 QUIET = """
@@ -405,7 +408,8 @@ class Wrapped(Tensor):
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> Wrapped:
-        return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, strides=inner.stride())  # type: ignore[attr-defined]
+        # type: ignore[attr-defined]
+        return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, strides=inner.stride())
 
     def __init__(self, inner: Tensor) -> None:
         self.inner = inner

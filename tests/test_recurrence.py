@@ -69,9 +69,7 @@ def test_equality_is_of_what_is_computed() -> None:
     assert slopes[0] == slopes[1] != slopes[2]
     assert cells.lstm() == cells.lstm("tanh", "sigmoid") != cells.lstm("relu")
     assert cells.lstm(torch.tanh).program == cells.lstm().program
-    assert cells.gru(recurrent_activation="hard_sigmoid") != cells.gru(
-        recurrent_activation="keras2_hard_sigmoid"
-    )
+    assert cells.gru(recurrent_activation="hard_sigmoid") != cells.gru(recurrent_activation="keras2_hard_sigmoid")
 
 
 def test_only_standard_cells_are_atens() -> None:
@@ -94,9 +92,7 @@ def test_activation_by_name_and_by_function(name: str) -> None:
 
 
 def test_activations_refuse_what_is_none() -> None:
-    with pytest.raises(
-        ValueError, match=r"unknown activation 'tanhh'; use one of tanh, sigmoid, .* or a function"
-    ):
+    with pytest.raises(ValueError, match=r"unknown activation 'tanhh'; use one of tanh, sigmoid, .* or a function"):
         cells.lstm("tanhh")
     with pytest.raises(TypeError, match=r"a plain torch function such as torch.tanh or torch.nn.Tanh\(\), not type"):
         cells.gru(torch.nn.Tanh)

@@ -56,13 +56,9 @@ def test_torch_nn(
 
     weights = list(theirs.parameters())
     names = ("num_layers", "bias", "bidirectional", "proj_size")
-    same = {name: getattr(theirs, name) for name in names} | {
-        "batch_first": theirs.batch_first and not packed
-    }
+    same = {name: getattr(theirs, name) for name in names} | {"batch_first": theirs.batch_first and not packed}
     given = (x, None) if pack is None else (pack.data, pack.batch_sizes)
-    y, states = functional.rnn(
-        given[0], hx, weights, recurrence, batch_sizes=given[1], backend=backend, **same
-    )
+    y, states = functional.rnn(given[0], hx, weights, recurrence, batch_sizes=given[1], backend=backend, **same)
     actual = [y, *states]
     torch.testing.assert_close(actual, expected, rtol=EXACT, atol=EXACT)
 
@@ -153,18 +149,14 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 PAIRS = [
-    pytest.param(
-        recurrence, OPTIONS[number % len(OPTIONS)], id="-".join([*names, str(number % len(OPTIONS))])
-    )
+    pytest.param(recurrence, OPTIONS[number % len(OPTIONS)], id="-".join([*names, str(number % len(OPTIONS))]))
     for number, (*names, recurrence) in enumerate(support.pairs())
 ]
 
 
 @pytest.mark.parametrize(("recurrence", "options"), PAIRS)
 def test_step_gives_what_the_reference_gives(recurrence: Recurrence, options: dict[str, Any]) -> None:
-    inputs = support.make(
-        recurrence, scale=0.2, **options
-    )  # exp and relu of exp run away with larger weights
+    inputs = support.make(recurrence, scale=0.2, **options)  # exp and relu of exp run away with larger weights
     expected = support.values_and_gradients(recurrence, inputs, "reference")
     support.assert_same(support.values_and_gradients(recurrence, inputs, "step"), expected, EXACT)
     assert all(value.isfinite().all() for value in expected.values())

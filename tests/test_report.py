@@ -104,7 +104,10 @@ def test_what_is_committed_is_what_the_results_say(tmp_path: Path) -> None:
 
 
 def test_results_of_a_cpu_speak_of_no_gpu(tmp_path: Path) -> None:
-    rows = [row | {"device": "Synthetic CPU (made-up numbers)", "driver": "", "cuda": "", "cudnn": ""} for row in synthetic_rows()]
+    rows = [
+        row | {"device": "Synthetic CPU (made-up numbers)", "driver": "", "cuda": "", "cudnn": ""}
+        for row in synthetic_rows()
+    ]
     (tmp_path / "results" / "synthetic-cpu").mkdir(parents=True)
     (tmp_path / "results" / "synthetic-cpu" / "certificate.md").write_text("of an emulated GPU")
     page = publish(tmp_path, {"synthetic-cpu": rows})
@@ -212,7 +215,9 @@ def test_losses_are_bold_counted_and_listed_in_one_place(made: Path) -> None:
         option for option, cost in synthetic.OPTIONS.items() if cost > results.OPTION_LIMIT
     }
     readme = (made / "README.md").read_text()
-    assert f"**Slower** in {len(lost)} of {len(with_ratio(rows))} cases, at worst {listed[0][0]} {listed[0][1]}" in readme
+    assert (
+        f"**Slower** in {len(lost)} of {len(with_ratio(rows))} cases, at worst {listed[0][0]} {listed[0][1]}" in readme
+    )
 
 
 def test_what_has_no_time_is_listed_with_its_reason(made: Path) -> None:
@@ -332,7 +337,9 @@ def test_a_row_that_was_cut_off_is_refused(more: str, tmp_path: Path, capsys: py
 
 @pytest.mark.parametrize("name", ["median_us", "ratio"])
 @pytest.mark.parametrize("value", ["nan", "inf", "0", "quick"])
-def test_what_is_no_time_is_in_no_mean(name: str, value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_no_time_is_in_no_mean(
+    name: str, value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = synthetic_rows()
     rows[5][name] = value
     write(tmp_path / "a.csv", rows)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The resident kernel against the float64 reference: values, final states and all gradients, interpreted and on a GPU."""
+"""The resident kernel against the float64 reference: values, final states and all gradients, interpreted and on a
+GPU."""
 
 from __future__ import annotations
 
@@ -107,7 +108,13 @@ def launched(save: bool, padding: float) -> tuple[Tensor, dict[str, Tensor]]:
     d_y = torch.ones_like(result.y).masked_fill(beyond, padding)
     call = inputs.detached().call(recurrence, replace(given, direction="backward"))
     found = resident.backward(call, result, d_y, call.states, None)
-    return gates, {"y": result.y, "h": result.final[0], "d_gates": found.d_gates, "d_r": found.d_recurrent, "d_h": found.d_states[0]}
+    return gates, {
+        "y": result.y,
+        "h": result.final[0],
+        "d_gates": found.d_gates,
+        "d_r": found.d_recurrent,
+        "d_h": found.d_states[0],
+    }
 
 
 @pytest.mark.interpreter
@@ -139,7 +146,9 @@ def two_products() -> Recurrence:
         c = kept + torch.tanh(x.d + p.other * r.d) * torch.sigmoid(x.e + r.e)
         return torch.tanh(c + b) * p.own + s.h / 2, c
 
-    return Recurrence([(("a", "b"), first), (("d", "e"), second)], states=("h", "c"), params=("own", "other"), name="two")
+    return Recurrence(
+        [(("a", "b"), first), (("d", "e"), second)], states=("h", "c"), params=("own", "other"), name="two"
+    )
 
 
 @pytest.mark.interpreter

@@ -23,7 +23,9 @@ from gpu_rnn.reference import project
 STEERING = ["", "lengths", "mask", "resets", "mask resets", "reset_values", "mask reset_values_per_step"]
 DROPS = ["", "drop", "drop_per_gate"]
 ALONE = list(product(CELLS, OPTIONS))
-PAIRS = pairwise(CELLS, STEERING, DROPS, ["", "zone"], ["", "all_states"], DTYPES, SHAPES, ["0", "1", "01"], [True, False])
+PAIRS = pairwise(
+    CELLS, STEERING, DROPS, ["", "zone"], ["", "all_states"], DTYPES, SHAPES, ["0", "1", "01"], [True, False]
+)
 Case = tuple[str, str, str, str, str, torch.dtype, tuple[int, int, int], str, bool]
 
 
@@ -68,7 +70,12 @@ def test_options_together_on_a_gpu(case: Case) -> None:
 @pytest.mark.parametrize("cell", CELLS)
 def test_many_steps_on_a_gpu(cell: str) -> None:
     sizes = (60, 70, 64)
-    compare(*inputs_of((cell, "mask reset_values", "drop_per_gate", "zone", "all_states", torch.float32, sizes, "01", True)), "cuda")
+    compare(
+        *inputs_of(
+            (cell, "mask reset_values", "drop_per_gate", "zone", "all_states", torch.float32, sizes, "01", True)
+        ),
+        "cuda",
+    )
 
 
 @pytest.mark.parametrize("option", [option for option in OPTIONS if option != "all_states"])
@@ -90,7 +97,8 @@ def loops(cell: str, option: str, direction: str) -> tuple[Call, Tensor]:
 
 
 def both_passes(option: str, which: int, padding: float) -> dict[str, Tensor]:
-    """All results, with `padding` where no value may matter: the gates of skipped steps, or states that a reset drops."""
+    """All results, with `padding` where no value may matter: the gates of skipped steps, or states that a reset
+    drops."""
     call, gates = loops("peephole_lstm", option, "training")
     assert call.control.flags is not None
     flagged = (call.control.flags & which).bool()
@@ -108,7 +116,9 @@ def both_passes(option: str, which: int, padding: float) -> dict[str, Tensor]:
     found = resident.backward(call, result, torch.ones_like(result.y), d_final, None)
     outputs = {"y": result.y, "d_gates": found.d_gates, "d_params": found.d_params, "d_r": found.d_recurrent}
     listed = [*result.final, *found.d_states, *found.d_resets]
-    return {name: value for name, value in outputs.items() if value is not None} | dict(zip(map(str, range(9)), listed, strict=False))
+    return {name: value for name, value in outputs.items() if value is not None} | dict(
+        zip(map(str, range(9)), listed, strict=False)
+    )
 
 
 @pytest.mark.interpreter

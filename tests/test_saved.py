@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an earlier version has written is loaded, and computes what it did then; `tools/write_saved.py` writes such files."""
+"""What an earlier version has written is loaded, and computes what it did then; `tools/write_saved.py` writes such
+files."""
 
 from __future__ import annotations
 
@@ -55,7 +56,9 @@ def test_exported_programs(folder: Path, name: str) -> None:
 
 
 @every_version
-@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")  # Keras's own
+@pytest.mark.filterwarnings(
+    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
+)  # Keras's own
 def test_keras_model(folder: Path) -> None:
     if importlib.util.find_spec("keras") is None:
         pytest.skip("Keras is not installed: pip install gpu-rnn[keras]")

@@ -84,7 +84,9 @@ class Kept:
         self.tensor = tensor
 
 
-def by_hand(theirs: nn.LSTM, layers: list[nn.LSTM], x: Tensor, hx: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+def by_hand(
+    theirs: nn.LSTM, layers: list[nn.LSTM], x: Tensor, hx: tuple[Tensor, ...]
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """A stack with dropout, written out."""
     final = []
     for number, layer in enumerate(layers):
@@ -100,7 +102,9 @@ def test_dropout_repeats_and_is_derived_twice() -> None:
     layers = [nn.LSTM(size, 4, bidirectional=True, dtype=torch.float64) for size in (3, 8, 8)]
     own = list(theirs.parameters())
     for number, layer in enumerate(layers):
-        for name, weight in zip([n for n, _ in layer.named_parameters()], own[8 * number : 8 * number + 8], strict=True):
+        for name, weight in zip(
+            [n for n, _ in layer.named_parameters()], own[8 * number : 8 * number + 8], strict=True
+        ):
             layer._parameters[name] = weight
         layer._flat_weights = own[8 * number : 8 * number + 8]
     x = torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True)

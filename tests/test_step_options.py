@@ -272,9 +272,7 @@ def test_the_options_drawn_here_change_something(options: Options) -> None:
     recurrence = support.RECURRENCES["lstm"]
     outputs = support.run(recurrence, make("lstm", options), "reference")
     without = support.run(recurrence, make("lstm", ()), "reference")
-    assert len(outputs) > len(without) or any(
-        (a - b).abs().max() > 0.01 for a, b in zip(outputs, without, strict=True)
-    )
+    assert len(outputs) > len(without) or any((a - b).abs().max() > 0.01 for a, b in zip(outputs, without, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -13,7 +13,9 @@ def layer(backend):
 
 
 def test_launches_and_modules_are_seen() -> None:
-    found = run(LAYER + """
+    found = run(
+        LAYER
+        + """
 layer("resident")
 print(*(launch.kernel for launch in driver.launches), *driver.modules, driver.launches[0].threads)
 layer("resident")
@@ -21,18 +23,22 @@ print(len(driver.launches), len(driver.modules))
 driver.clear()
 layer("step")
 print(*(launch.kernel for launch in driver.launches), *driver.modules)
-""")
+"""
+    )
     assert found.splitlines() == [
         "resident_forward resident_forward 64", "2 1", "step_forward step_forward step_forward step_forward"
     ]  # fmt: skip
 
 
 def test_failures_are_the_drivers() -> None:
-    found = run(LAYER + """
+    found = run(
+        LAYER
+        + """
 driver.fail(launches=719)
 try:
     layer("resident")
 except RuntimeError as error:
     print(error)
-""")
+"""
+    )
     assert "status 719 of the stub driver" in found

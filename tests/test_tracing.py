@@ -27,7 +27,8 @@ def another_thread(function: Callable[[], Any]) -> Any:
 
 
 def traced_while(function: Callable[[], Any]) -> list[Any]:
-    """What a function finds that another thread calls in the middle of a trace, once before and once after an operation."""
+    """What a function finds that another thread calls in the middle of a trace, once before and once after an
+    operation."""
     found = []
 
     def step(x: Any, r: Any, s: Any) -> Any:
@@ -41,7 +42,9 @@ def traced_while(function: Callable[[], Any]) -> list[Any]:
 
 
 def test_compiled_models_run_while_another_thread_traces() -> None:
-    compiled = torch.compile(torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh()), backend="eager", fullgraph=True)
+    compiled = torch.compile(
+        torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh()), backend="eager", fullgraph=True
+    )
     x = torch.randn(4, 2)
     expected = compiled(x)
     fresh = torch.compile(lambda value: value.sin() * 2, backend="eager", fullgraph=True)
@@ -218,7 +221,11 @@ def test_misuse_is_named_with_its_line(what: str) -> None:
 
 
 def test_a_long_line_is_shortened() -> None:
-    steps = {"a line with": lambda x, r, s: s.c, "many steps, as": lambda x, r, s: s.d, "dicts have": "is shown by its head"}
+    steps = {
+        "a line with": lambda x, r, s: s.c,
+        "many steps, as": lambda x, r, s: s.d,
+        "dicts have": "is shown by its head",
+    }
     with pytest.raises(TraceError) as caught:
         Recurrence(steps["a line with"], gates=("f",), name="cell")
     shown = str(caught.value).split("`")[1]
@@ -263,7 +270,9 @@ def test_a_value_prints_what_it_is(capsys: pytest.CaptureFixture[str]) -> None:
 
 def lines(step: Callable[..., Any]) -> list[str]:
     program = Recurrence(step, gates=("f",), name="cell").program
-    return [f"{op.name} {' '.join(map(str, op.args))}" for op in program.stages[0].ops] + [str(program.stages[0].outputs[0])]
+    return [f"{op.name} {' '.join(map(str, op.args))}" for op in program.stages[0].ops] + [
+        str(program.stages[0].outputs[0])
+    ]
 
 
 def test_what_is_folded_keeps_nan() -> None:

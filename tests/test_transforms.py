@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch.func's transforms and their nestings under every kernel that a CPU can stand in for, beside plain autograd in loops."""
+"""torch.func's transforms and their nestings under every kernel that a CPU can stand in for, beside plain autograd in
+loops."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every scalar operation, as printed for Triton, against torch in float64: small and large arguments, infinities, NaN."""
+"""Every scalar operation, as printed for Triton, against torch in float64: small and large arguments, infinities,
+NaN."""
 
 from __future__ import annotations
 
@@ -14,7 +15,28 @@ from gpu_rnn.operations import OPERATIONS
 from gpu_rnn.program import Program
 
 SIZE = 256
-MAGNITUDES = [0.0, 1e-30, 1e-12, 1e-6, 1e-4, 0.01, 0.1, 0.3, 0.49, 0.51, 0.54, 0.56, 0.9, 1.0, 1.7, 3.0, 6.0, 9.5, 20.0, 80.0]
+MAGNITUDES = [
+    0.0,
+    1e-30,
+    1e-12,
+    1e-6,
+    1e-4,
+    0.01,
+    0.1,
+    0.3,
+    0.49,
+    0.51,
+    0.54,
+    0.56,
+    0.9,
+    1.0,
+    1.7,
+    3.0,
+    6.0,
+    9.5,
+    20.0,
+    80.0,
+]
 SPECIAL = [float("inf"), -float("inf"), float("nan")]
 POINTS = [*MAGNITUDES, *(-m for m in MAGNITUDES), *SPECIAL]
 POSITIVE = {"log", "sqrt"}  # torch gives NaN below 0, the hardware too, but its log of a negative is not tested
@@ -25,14 +47,15 @@ UNITS = {  # of the last place that an operation may be off by, where more than 
     "exp": 60,
     "expm1": 60,
     "erf": 4,
-    # Of Kahan's formula: CUDA's logf, 1 unit (its table of maximum errors); div.full.f32, 2 (PTX ISA); the product and 1 + x,
-    # a half each.
+    # Of Kahan's formula: CUDA's logf, 1 unit (its table of maximum errors); div.full.f32, 2 (PTX ISA); the product and
+    # 1 + x, a half each.
     "log1p": 4,
 }
 
 
 def as_program(name: str) -> Program:
-    """``h' = name(arguments)`` with the gates as arguments; a truth is a gate above 0 going in, and 1 or 0 coming out."""
+    """``h' = name(arguments)`` with the gates as arguments; a truth is a gate above 0 going in, and 1 or 0 coming
+    out."""
     operation = OPERATIONS[name]
     gates = "bcd"[: operation.arity]
     truths = {"where": 1, "and": 2, "or": 2, "not": 1}.get(name, 0)
@@ -53,7 +76,9 @@ def arguments(name: str) -> Tensor:
     if OPERATIONS[name].arity == 1:
         points = [(abs(p) if name in POSITIVE else max(p, -1.0) if name == "log1p" else p,) for p in POINTS]
     else:
-        few = [-2.0, -0.5, 0.0, 0.5, 2.0, float("nan")] if OPERATIONS[name].arity == 2 else [-1.5, 0.0, 2.0, float("nan")]
+        few = (
+            [-2.0, -0.5, 0.0, 0.5, 2.0, float("nan")] if OPERATIONS[name].arity == 2 else [-1.5, 0.0, 2.0, float("nan")]
+        )
         points = list(product(few, repeat=OPERATIONS[name].arity))
     padded = points + [points[0]] * (SIZE - len(points))
     return torch.tensor(padded, dtype=torch.float32).T.contiguous()

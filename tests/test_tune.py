@@ -35,7 +35,11 @@ pytestmark = pytest.mark.usefixtures("cache_folder")
 
 def slow(monkeypatch: pytest.MonkeyPatch, *backends: str) -> None:
     """Makes backends slow."""
-    for module, name in {"aten": (aten, "stack"), "step": (step, "forward"), "reference": (reference, "forward")}.items():
+    for module, name in {
+        "aten": (aten, "stack"),
+        "step": (step, "forward"),
+        "reference": (reference, "forward"),
+    }.items():
         if module in backends:
             monkeypatch.setattr(*name, delayed(getattr(*name)))
 
@@ -101,14 +105,17 @@ import torch, gpu_rnn
 layer, x = gpu_rnn.LSTM(2, 4, 2), torch.randn(6, 3, 2)
 with torch.profiler.profile() as profile:
     layer(x)[0].sum().backward()
-print(gpu_rnn.explain(layer, x).chosen, *sorted({event.name for event in profile.events() if "gpu_rnn::" in event.name}))
+ours = {event.name for event in profile.events() if "gpu_rnn::" in event.name}
+print(gpu_rnn.explain(layer, x).chosen, *sorted(ours))
 """
 
 
 def fresh() -> list[str]:
     """The backend that a new process chooses, and what runs there."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", FRESH], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FRESH], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
 
@@ -130,7 +137,9 @@ def test_a_choice_holds_up_to_the_next_power_of_two(monkeypatch: pytest.MonkeyPa
     decide(monkeypatch, "step")
     tuned = gpu_rnn.tune(LSTM(I, 4), x(5, 3))
     assert "kept for T 5 to 8, B 3 to 4 in " in str(tuned)
-    chosen = {(t, b): gpu_rnn.explain(LSTM(I, 4), x(t, b)).chosen for t, b in [(5, 3), (8, 4), (9, 3), (4, 3), (5, 2), (8, 5)]}
+    chosen = {
+        (t, b): gpu_rnn.explain(LSTM(I, 4), x(t, b)).chosen for t, b in [(5, 3), (8, 4), (9, 3), (4, 3), (5, 2), (8, 5)]
+    }
     assert [size for size, backend in chosen.items() if backend != "aten"] == [(5, 3), (8, 4)]
     assert {gpu_rnn.explain(layer, x()).chosen for layer in (LSTM(I, 5), GRU(I, 4), LSTM(I, 4, 2))} == {"aten"}
     assert gpu_rnn.explain(LSTM(I, 4).double(), x().double()).chosen == "aten"
@@ -194,7 +203,9 @@ def test_all_else_stays_as_it_was(capfd: pytest.CaptureFixture[str], monkeypatch
     parametrizations.spectral_norm(layer, "weight_hh_l0")  # its buffers move with each call in training mode
     called, steps = [], []
     backward = step.backward
-    monkeypatch.setattr(step, "backward", lambda *given: steps.append(torch._C._is_multithreading_enabled()) or backward(*given))
+    monkeypatch.setattr(
+        step, "backward", lambda *given: steps.append(torch._C._is_multithreading_enabled()) or backward(*given)
+    )
     layer.register_forward_hook(lambda *_: called.append("layer"))
     layer.bias_ih_l0.register_hook(lambda _: called.append("gradient"))
     given, state = x().requires_grad_(), (torch.randn(2, B, 4), torch.randn(2, B, 4, requires_grad=True))
@@ -220,7 +231,9 @@ def test_explain_says_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None
     assert {row.backend: row.measured_us for row in found.rows if row.measured_us} == medians
     assert medians["reference"] > 1e6 * DELAY / T
     assert f"{medians['aten']:8.2f}  measured by tune on this device" in str(found)
-    assert str(found).endswith("not measured, unless a line says otherwise; on a CPU predictions only rank the backends")
+    assert str(found).endswith(
+        "not measured, unless a line says otherwise; on a CPU predictions only rank the backends"
+    )
     elsewhere = str(gpu_rnn.explain(layer, x(), device="H100"))
     assert elsewhere.endswith("not measured")
     table = str(tuned).splitlines()
@@ -257,7 +270,9 @@ def test_it_needs_no_tqdm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_cannot_be_tuned() -> None:
-    with pytest.raises(TypeError, match=r"tune takes a layer of this package, such as gpu_rnn\.LSTM, not torch\.nn\.LSTM"):
+    with pytest.raises(
+        TypeError, match=r"tune takes a layer of this package, such as gpu_rnn\.LSTM, not torch\.nn\.LSTM"
+    ):
         gpu_rnn.tune(torch.nn.LSTM(I, 4), x())
     with pytest.raises(TypeError, match="a layer's call has no argument masks"):
         gpu_rnn.tune(LSTM(I, 4), x(), masks=None)
@@ -315,7 +330,9 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "forward and backward" not in "".join(capsys.readouterr())
 
 
-def test_ctrl_c_keeps_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cache_folder: Path) -> None:
+def test_ctrl_c_keeps_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cache_folder: Path
+) -> None:
     def interrupted(*arguments: Any, **named: Any) -> Any:
         raise KeyboardInterrupt
 

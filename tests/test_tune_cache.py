@@ -29,8 +29,10 @@ BROKEN: dict[str, str | dict[str, choices.Times]] = {
     "text": "no JSON",
     "a list": "[]",
     "nothing": "{}",
-    "no times": '{{"device": "{device}", "gpu_rnn": "{gpu_rnn}", "torch": "{torch}", "triton": "{triton}", "choices": 3}}',
-    "another version": '{{"device": "{device}", "gpu_rnn": "0", "torch": "{torch}", "triton": "{triton}", "choices": {{}}}}',
+    "no times": '{{"device": "{device}", "gpu_rnn": "{gpu_rnn}", "torch": "{torch}", "triton": "{triton}", '
+    '"choices": 3}}',
+    "another version": '{{"device": "{device}", "gpu_rnn": "0", "torch": "{torch}", "triton": "{triton}", '
+    '"choices": {{}}}}',
     "too deep": "[" * 100_000,
     "changed by one digit": '{{"device": "{device}", "gpu_rnn": "{gpu_rnn}", "torch": "{torch}", "triton": "{triton}", '
     '"digest": "0", "choices": {{}}}}',
@@ -110,7 +112,9 @@ def test_one_process_waits_for_another_that_writes(monkeypatch: pytest.MonkeyPat
     assert not list(path.parent.glob("*.lock"))
 
 
-def test_a_lock_that_a_killed_process_left_holds_nobody_up_for_long(monkeypatch: pytest.MonkeyPatch, cache_folder: Path) -> None:
+def test_a_lock_that_a_killed_process_left_holds_nobody_up_for_long(
+    monkeypatch: pytest.MonkeyPatch, cache_folder: Path
+) -> None:
     decide(monkeypatch, "step")
     monkeypatch.setattr(cache, "PATIENCE", 0.1)
     path = gpu_rnn.tune(LSTM(I, 4), x()).path
@@ -161,9 +165,7 @@ def test_a_full_disk_is_said_too(monkeypatch: pytest.MonkeyPatch, cache_folder: 
     monkeypatch.undo()
 
 
-def test_doctor_says_what_the_cache_holds(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache_folder: Path
-) -> None:
+def test_doctor_says_what_the_cache_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache_folder: Path) -> None:
     def said() -> list[str]:
         lines = doctor.report(torch.device("cpu")).splitlines()
         first = next(number for number, line in enumerate(lines) if line.startswith("cache"))

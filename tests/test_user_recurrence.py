@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A user's own cell through the resident kernel, from the layer down: seen by the profiler, and under every transform."""
+"""A user's own cell through the resident kernel, from the layer down: seen by the profiler, and under every
+transform."""
 
 from __future__ import annotations
 

@@ -135,11 +135,14 @@ def test_reset_values(of_steps: tuple[int, ...], force: Force) -> None:
 
 TRITON = [pytest.param("cpu", marks=pytest.mark.interpreter), pytest.param("cuda", marks=pytest.mark.gpu)]
 CUDA = [pytest.param("cpu", marks=[pytest.mark.cuda_cpu, NEEDS_COMPILER]), pytest.param("cuda", marks=pytest.mark.gpu)]
-KERNELS = ("make", "options", "call"), [
-    (gpu_rnn.LSTM, {"dropout": 0.3, "recurrent_dropout": 0.2, "zoneout": 0.1}, "resets"),
-    (gpu_rnn.GRU, {"bias": False}, "lengths"),
-    (gpu_rnn.LSTM, {"peephole": True}, ""),
-]
+KERNELS = (
+    ("make", "options", "call"),
+    [
+        (gpu_rnn.LSTM, {"dropout": 0.3, "recurrent_dropout": 0.2, "zoneout": 0.1}, "resets"),
+        (gpu_rnn.GRU, {"bias": False}, "lengths"),
+        (gpu_rnn.LSTM, {"peephole": True}, ""),
+    ],
+)
 
 
 @pytest.mark.parametrize(*KERNELS)
@@ -229,7 +232,9 @@ def test_number_of_launches(force: Force, monkeypatch: pytest.MonkeyPatch) -> No
     """K + L - 1 for K chunks of L layers, and one a layer for the odd steps."""
     launches: list[tuple[int, int]] = []
     kernel = step.forward
-    monkeypatch.setattr(step, "forward", lambda call, gates, *rest: launches.append(gates.shape[:3:2]) or kernel(call, gates, *rest))
+    monkeypatch.setattr(
+        step, "forward", lambda call, gates, *rest: launches.append(gates.shape[:3:2]) or kernel(call, gates, *rest)
+    )
     force(3)
     gpu_rnn.LSTM(3, 4, 3, backend="step")(torch.randn(10, 2, 3))
     assert launches == [(1, 1)] * 3 + [(3, 1), (3, 2), (3, 3), (3, 2), (3, 1)]
@@ -252,7 +257,11 @@ def test_inference_keeps_no_input_products(force: Force, monkeypatch: pytest.Mon
     kept: list[bool] = []
     kernel = step.forward
     monkeypatch.setattr(
-        step, "forward", lambda call, gates, *rest: kept.append(gates.untyped_storage().nbytes() > gates.nbytes) or kernel(call, gates, *rest)
+        step,
+        "forward",
+        lambda call, gates, *rest: (
+            kept.append(gates.untyped_storage().nbytes() > gates.nbytes) or kernel(call, gates, *rest)
+        ),
     )
     force(2)
     layer = gpu_rnn.LSTM(3, 4, 3, backend="step")
@@ -360,7 +369,9 @@ def test_explain_says_so() -> None:
     x = torch.empty(1600, 64, 384, dtype=torch.float16, device="meta")
     found = gpu_rnn.explain(layer, x, device="H100")
     assert len(found.chunks) == 2 and all(1 < chunk < 1600 for chunk in found.chunks)
-    assert f"layers run as a wavefront, steps at a time: {found.chunks[0]} forward, {found.chunks[1]} backward" in str(found)
+    assert f"layers run as a wavefront, steps at a time: {found.chunks[0]} forward, {found.chunks[1]} backward" in str(
+        found
+    )
     assert gpu_rnn.explain(layer, x).chunks == gpu_rnn.explain(layer, x, device="CPU").chunks == ()
 
 
@@ -376,7 +387,10 @@ STACKS = {
 
 def table() -> str:
     """Predicted µs a step of whole stacks, layer after layer and as a wavefront, as a table in Markdown."""
-    lines = ["| stack | I, H, layers, T, B | forward, one by one | wavefront, chunk | backward, one by one | wavefront, chunk | training runs |"]
+    lines = [
+        "| stack | I, H, layers, T, B | forward, one by one | wavefront, chunk | backward, one by one | wavefront, "
+        "chunk | training runs |"
+    ]
     lines.append("|---" * 7 + "|")
     for name, (features, hidden, layers, steps, batch) in STACKS.items():
         problem = replace(described(layers, hidden, steps), I=features, B=batch)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Transforms of a layer's call and their nestings, each written once over `Ways`: torch.func's, or plain autograd and loops."""
+"""Transforms of a layer's call and their nestings, each written once over `Ways`: torch.func's, or plain autograd and
+loops."""
 
 from __future__ import annotations
 
@@ -56,7 +57,11 @@ class Case(NamedTuple):
         gates, directions = len(recurrence.gates) * H, 2 if self.bidirectional else 1
         shapes: list[tuple[int, ...]] = []
         for layer in range(self.layers):
-            own: list[tuple[int, ...]] = [(gates, directions * H if layer else I), (gates, H), *[(gates,)] * (2 * self.bias)]
+            own: list[tuple[int, ...]] = [
+                (gates, directions * H if layer else I),
+                (gates, H),
+                *[(gates,)] * (2 * self.bias),
+            ]
             shapes += (own + [(len(recurrence.params), H)] * bool(recurrence.params)) * directions
         weights = [draw(*shape, seed=10 + k, scale=0.7) for k, shape in enumerate(shapes)]
         hx = tuple(draw(self.rows, B, H, seed=5 + k, scale=0.5) for k in range(len(recurrence.states)))
@@ -78,7 +83,12 @@ class Case(NamedTuple):
 
     def call(self, backend: str) -> Function:
         """x, hx, weights, controls -> y and the final states in one vector."""
-        options = {"num_layers": self.layers, "bidirectional": self.bidirectional, "bias": self.bias, "backend": backend}
+        options = {
+            "num_layers": self.layers,
+            "bidirectional": self.bidirectional,
+            "bias": self.bias,
+            "backend": backend,
+        }
 
         def function(x: Tensor, hx: Any, weights: Any, controls: Any) -> Tensor:
             given = {name: c.to(x.dtype) if name == "recurrent_mask" else c for name, c in controls.items()}
@@ -98,7 +108,9 @@ class Plain:
         def found(*args: Any) -> Any:
             leaves, tree = tree_flatten(args)
             with torch.enable_grad():
-                own = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() if _real(t) else t for t in leaves]
+                own = [
+                    t.view_as(t) if t.requires_grad else t.detach().requires_grad_() if _real(t) else t for t in leaves
+                ]
                 given = tree_unflatten(own, tree)
                 wanted = given[argnums] if isinstance(argnums, int) else tuple(given[k] for k in argnums)
                 flat, kind = tree_flatten(wanted)
@@ -110,7 +122,9 @@ class Plain:
 
     @staticmethod
     def vjp(function: Function, *args: Any) -> tuple[Any, Function]:
-        return function(*args), lambda v: Plain.grad(lambda *a: (function(*a) * v).sum(), tuple(range(len(args))))(*args)
+        return function(*args), lambda v: Plain.grad(lambda *a: (function(*a) * v).sum(), tuple(range(len(args))))(
+            *args
+        )
 
     @staticmethod
     def jacrev(function: Function) -> Function:
@@ -175,13 +189,15 @@ def _some(f: Function) -> Function:
     return lambda *args: f(*args)[::9]
 
 
-# name -> (the transforms, the call as a function, its point, that many points) -> tensors. A name lists what is applied,
-# the outermost first; after a colon, to which argument.
+# name -> (the transforms, the call as a function, its point, that many points) -> tensors. A name lists what is
+# applied, the outermost first; after a colon, to which argument.
 WAYS: dict[str, Callable[[Any, Function, Point, Point], Any]] = {
     "grad": lambda t, f, p, m: t.grad(_loss(f), (0, 1, 2))(*p),
     "jacrev: x": lambda t, f, p, m: t.jacrev(_of_x(_some(f), p))(p.x),
     "jacrev: hx": lambda t, f, p, m: t.jacrev(lambda h: _some(f)(p.x, (h, *p.hx[1:]), *p[2:]))(p.hx[0]),
-    "jacrev: weights": lambda t, f, p, m: t.jacrev(lambda w: _some(f)(*p[:2], [p.weights[0], w, *p.weights[2:]], p[3]))(p.weights[1]),
+    "jacrev: weights": lambda t, f, p, m: t.jacrev(lambda w: _some(f)(*p[:2], [p.weights[0], w, *p.weights[2:]], p[3]))(
+        p.weights[1]
+    ),
     "jacfwd: x": lambda t, f, p, m: t.jacfwd(_of_x(_some(f), p))(p.x),
     "jvp": lambda t, f, p, m: t.jvp(lambda *a: f(*a, p[3]), p[:3], p.along(7)[:3]),
     "vmap: x": lambda t, f, p, m: t.vmap(f, (0, None, None, None))(m.x, *p[1:]),
@@ -195,11 +211,15 @@ WAYS: dict[str, Callable[[Any, Function, Point, Point], Any]] = {
     "vmap jacrev": lambda t, f, p, m: t.vmap(t.jacrev(_of_x(_some(f), p)))(m.x),
     "vmap jvp": lambda t, f, p, m: t.vmap(lambda x, v: t.jvp(_of_x(f, p), (x,), (v,)))(m.x, m.x.cos()),
     "vmap vmap": lambda t, f, p, m: t.vmap(lambda x: t.vmap(f, (None, None, 0, None))(x, p.hx, m.weights, p[3]))(m.x),
-    "grad vmap": lambda t, f, p, m: t.grad(lambda w: t.vmap(_loss(f), (0, None, None, None))(m.x, p.hx, w, p[3]).sum())(p.weights),
+    "grad vmap": lambda t, f, p, m: t.grad(lambda w: t.vmap(_loss(f), (0, None, None, None))(m.x, p.hx, w, p[3]).sum())(
+        p.weights
+    ),
     "jacrev vmap": lambda t, f, p, m: t.jacrev(t.vmap(_of_x(_some(f), p)))(m.x),
-    "jvp vmap": lambda t, f, p, m: t.jvp(t.vmap(f, (0, None, None, None)), (m.x, *p[1:]), (m.x.cos(), *p.along(3)[1:3], p[3]))
-    if not p.controls
-    else t.jvp(t.vmap(lambda x: f(x, *p[1:])), (m.x,), (m.x.cos(),)),
+    "jvp vmap": lambda t, f, p, m: (
+        t.jvp(t.vmap(f, (0, None, None, None)), (m.x, *p[1:]), (m.x.cos(), *p.along(3)[1:3], p[3]))
+        if not p.controls
+        else t.jvp(t.vmap(lambda x: f(x, *p[1:])), (m.x,), (m.x.cos(),))
+    ),
     "grad grad": lambda t, f, p, m: t.grad(lambda *a: _norm(t.grad(_loss(f), (0, 1, 2))(*a, p[3])), (0, 1, 2))(*p[:3]),
     "grad jvp": lambda t, f, p, m: t.grad(lambda x: t.jvp(_of_x(f, p), (x,), (p.x.cos(),))[1].sin().sum())(p.x),
     "jvp grad": lambda t, f, p, m: t.jvp(t.grad(lambda x: _loss(f)(x, *p[1:])), (p.x,), (p.x.cos(),)),
@@ -229,7 +249,8 @@ CASES = {
 }
 
 
-# Those in which kernels see what no other test shows them: expanded and folded axes, rows of a Jacobian, both passes mapped.
+# Those in which kernels see what no other test shows them: expanded and folded axes, rows of a Jacobian, both passes
+# mapped.
 QUICK = (
     *("grad", "jacrev: x", "vmap: all", "vmap vjp", "vmap grad: x", "vmap grad: all"),
     *("vmap vmap", "jacrev vmap", "jvp vmap", "grad grad", "hessian", "vmap hessian"),

@@ -23,7 +23,8 @@ MEMBERS = [f"sktime/datasets/data/JapaneseVowels/JapaneseVowels_{part}.ts" for p
 
 
 def convert(wheel: Path, target: Path = TARGET) -> None:
-    """Writes steps (sum of T, 12) float32, lengths (640,) and labels (640,) int64, the 270 training recordings first."""
+    """Writes steps (sum of T, 12) float32, lengths (640,) and labels (640,) int64, the 270 training recordings
+    first."""
     recordings: list[np.ndarray] = []
     labels: list[int] = []
     with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheel) as archive:

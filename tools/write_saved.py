@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes tests/data/saved: layers, a recurrence, an exported program and a Keras model, each with an input and its output.
+"""Writes tests/data/saved: layers, a recurrence, an exported program and a Keras model, each with an input and its
+output.
 
 python tools/write_saved.py FOLDER [--keras]
 

@@ -23,7 +23,9 @@ from gpu_rnn.explanation import Explanation
 
 REFERENCE_BYTES = 4 * 2**30
 """What the reference's graph may take; above, torch.nn in float64 stands in for it."""
-TENSORS_A_STEP = 9  # of (B, H) that the reference's graph keeps: saved_tensors_hooks count 8.3 for an LSTM, 7.2 for a GRU
+TENSORS_A_STEP = (
+    9  # of (B, H) that the reference's graph keeps: saved_tensors_hooks count 8.3 for an LSTM, 7.2 for a GRU
+)
 
 Call = Mapping[str, Any]  # keyword arguments of a layer's call
 
@@ -59,7 +61,9 @@ def build(case: Case, device: torch.device, names: list[str]) -> Comparison:
     """torch.nn, and those of the named backends and peers that can run the case."""
     problem, training = case.problem, case.direction == "training"
     theirs = [_layer(nn, problem, device, DTYPES[case.dtype]) for _ in range(problem.heads)]
-    for layer in theirs:  # in training mode cuDNN and oneDNN keep what a backward pass needs, whether one follows or not
+    for (
+        layer
+    ) in theirs:  # in training mode cuDNN and oneDNN keep what a backward pass needs, whether one follows or not
         layer.train(training)
     heads = (problem.heads,) if problem.heads > 1 else ()
     x = torch.randn(problem.T, problem.B, *heads, problem.I, device=device).to(DTYPES[case.dtype])
@@ -104,8 +108,9 @@ def _with_option(case: Case, like: nn.Module) -> nn.Module:
     weight = next(like.parameters())
     layer = _layer(gpu_rnn, case.problem, weight.device, weight.dtype, **case.option.layer)
     own = layer.load_state_dict(like.state_dict(), strict=False).missing_keys
-    # Scales and peepholes. Drawn around 1 they make an LSTM chaotic: after 128 steps at H 64 plain PyTorch's gradients in bf16
-    # are off by 90 %, and nothing can be compared. These leave 2 %, and an option that is missing changes y by 6 %.
+    # Scales and peepholes. Drawn around 1 they make an LSTM chaotic: after 128 steps at H 64 plain PyTorch's gradients
+    # in bf16 are off by 90 %, and nothing can be compared. These leave 2 %, and an option that is missing changes y by
+    # 6 %.
     for name in own:
         nn.init.uniform_(layer.get_parameter(name), 0.1, 0.3)
     return layer.train(like.training)
@@ -141,9 +146,7 @@ def _flat(result: tuple[Any, ...]) -> tuple[Tensor, ...]:
 
 def _torch(layers: list[nn.Module]) -> Variant:
     """torch.nn, which has no heads: as many layers, one after another."""
-    weights = {
-        name: tuple(layer.get_parameter(name) for layer in layers) for name, _ in layers[0].named_parameters()
-    }
+    weights = {name: tuple(layer.get_parameter(name) for layer in layers) for name, _ in layers[0].named_parameters()}
     if len(layers) == 1:
         return Variant(TORCH, lambda x: _flat(layers[0](x)), weights)
 

@@ -80,7 +80,8 @@ NONE = Option()
 
 @contextmanager
 def same_masks(seed: int) -> Iterator[None]:
-    """Inside, a layer's random masks are the same on every backend and in every dtype: drawn in fp32, from this seed."""
+    """Inside, a layer's random masks are the same on every backend and in every dtype: drawn in fp32, from this
+    seed."""
     draw = regularization.recurrent_mask
 
     def in_fp32(like: Tensor, probability: float, shape: tuple[int, ...]) -> Tensor:

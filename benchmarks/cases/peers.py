@@ -27,9 +27,7 @@ Call = Mapping[str, Any]
 ERRORS = (AssertionError, ImportError, OSError)
 
 
-def find(
-    case: Case, layers: list[nn.Module], call: Call, names: list[str]
-) -> tuple[list[Variant], dict[str, str]]:
+def find(case: Case, layers: list[nn.Module], call: Call, names: list[str]) -> tuple[list[Variant], dict[str, str]]:
     """The named peers' variants of a case, and for each of the others why there is none."""
     found, left_out = [], {}
     for name in [name for name in PEERS if name in names]:
@@ -114,7 +112,8 @@ def _flashrnn(case: Case, layers: list[nn.Module], call: Call) -> Variant:
 
 # torchrl 0.14: lstm_triton(x (B, T, I), h and c (B, T, H) after resets, torch.nn's weights, is_init (B, T)) gives h and
 # c of all steps and the last; gru_triton the same with h alone. They are what `recurrent_backend="triton"` of its
-# LSTMModule and GRUModule calls; called without the modules, because their TensorDicts take time that is not the kernels'.
+# LSTMModule and GRUModule calls; called without the modules, because their TensorDicts take time that is not the
+# kernels'.
 def _torchrl_refuses(case: Case) -> str:
     p = case.problem
     if p.cell not in ("LSTM", "GRU"):

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The named sets of shapes that the layers are measured on. Sizes: T steps, B batch, I input features, H hidden units."""
+"""The named sets of shapes that the layers are measured on. Sizes: T steps, B batch, I input features, H hidden
+units."""
 
 from __future__ import annotations
 
@@ -58,16 +59,12 @@ def named(cell: str, *, T: int, B: int, H: int, I: int | None = None, **more: ob
 
 def _flashrnn() -> list[Problem]:
     note = "FlashRNN (arXiv:2412.07752), model width 768; here each head has the input projection of its own features"
-    sizes = [
-        (dim, heads, 16, 1024) for dim, heads in ((16, 48), (32, 24), (64, 12), (128, 6), (256, 3), (768, 1))
-    ]
+    sizes = [(dim, heads, 16, 1024) for dim, heads in ((16, 48), (32, 24), (64, 12), (128, 6), (256, 3), (768, 1))]
     for dim, heads in ((64, 12), (768, 1)):
         sizes += [(dim, heads, batch, 1024) for batch in (2, 4, 8, 32, 64, 128, 256)]
         sizes += [(dim, heads, 16, steps) for steps in (256, 512, 2048)]
     return [
-        named(cell, T=T, B=B, H=dim, heads=heads, note=note)
-        for cell in ("LSTM", "GRU")
-        for dim, heads, B, T in sizes
+        named(cell, T=T, B=B, H=dim, heads=heads, note=note) for cell in ("LSTM", "GRU") for dim, heads, B, T in sizes
     ]
 
 
@@ -157,9 +154,7 @@ def _scaling() -> list[Problem]:
 
 
 def _quick() -> list[Problem]:
-    note = (
-        "one of each kind: small, stacked, both directions, heads, large, cuDNN's persistent corner, one step"
-    )
+    note = "one of each kind: small, stacked, both directions, heads, large, cuDNN's persistent corner, one step"
     return [
         named("LSTM", T=256, B=32, H=64, dtypes=ROUGH, note=note),
         named("LSTM", T=256, B=32, H=128, dtypes=ROUGH, note=note),
@@ -185,7 +180,9 @@ def _tiny() -> list[Problem]:
     ]
 
 
-SWEEP = "the options at sizes between the small kernels' and the large ones'; torch.nn, without, is the yardstick of all"
+SWEEP = (
+    "the options at sizes between the small kernels' and the large ones'; torch.nn, without, is the yardstick of all"
+)
 
 
 def _demo() -> list[Problem]:
@@ -212,8 +209,8 @@ SETS: dict[str, tuple[Problem, ...]] = {
     }.items()
 }
 
-# What `--all` measures, most valuable first, because a run may be cut short: the real networks, then FlashRNN's figures,
-# options and scaling, then the large grids. Before them comes `quick`, in bf16 alone.
+# What `--all` measures, most valuable first, because a run may be cut short: the real networks, then FlashRNN's
+# figures, options and scaling, then the large grids. Before them comes `quick`, in bf16 alone.
 ORDER = (
     *("rl", "nanopore", "gnmt", "rnnt", "streaming"),
     *("flashrnn", "options", "scaling", "deepbench", "haste", "demo"),

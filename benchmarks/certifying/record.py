@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a step of `certify.py` did, a JSON line for each thing checked, so that a crash leaves all that came before.
 
-As a plugin of pytest (PYTEST_PLUGINS=certifying.record, and GPU_RNN_RECORD names the file) it writes such lines for tests, and with
-GPU_RNN_SHARD, "k/n", it keeps only every n-th test, so that n processes share a suite.
+As a plugin of pytest (PYTEST_PLUGINS=certifying.record, and GPU_RNN_RECORD names the file) it writes such lines for
+tests, and with GPU_RNN_SHARD, "k/n", it keeps only every n-th test, so that n processes share a suite.
 """
 
 from __future__ import annotations
@@ -80,9 +80,7 @@ def read(*paths: Path) -> Record:
 
 def _lines(*paths: Path) -> Iterator[dict[str, Any]]:
     for path in paths:
-        for text in (
-            path.read_text().split("\n")[:-1] if path.exists() else ()
-        ):  # the last may be half written
+        for text in path.read_text().split("\n")[:-1] if path.exists() else ():  # the last may be half written
             yield json.loads(text)
 
 

@@ -20,16 +20,14 @@ from gpu_rnn import cells
 from gpu_rnn.activations import ACTIVATIONS
 from gpu_rnn.recurrence import Recurrence
 
-# Cases in a row with the same cell, dtype, options and H: what a kernel is compiled for. Compiling takes seconds, a case
-# a part of one.
+# Cases in a row with the same cell, dtype, options and H: what a kernel is compiled for. Compiling takes seconds, a
+# case a part of one.
 SAME = 6
 MOST_OPTIONS = 5
-# Features and units: the normalised product of one feature, or of two units, hardly depends on them, and rounding is all
-# there is of its gradient.
+# Features and units: the normalised product of one feature, or of two units, hardly depends on them, and rounding is
+# all there is of its gradient.
 LEAST_NORMALISED = 3
-UNBOUNDED = (
-    "exp",
-)  # fed back it overflows within a few steps, in plain PyTorch too: nothing could be compared
+UNBOUNDED = ("exp",)  # fed back it overflows within a few steps, in plain PyTorch too: nothing could be compared
 
 
 @dataclass(frozen=True)
@@ -78,12 +76,8 @@ class Case:
     def members(self, device: torch.device) -> list[Given]:
         """A call's tensors for each head, float64, with the values that the dtype can hold."""
         scale = self.sizes.H**-0.5  # as layers start: larger weights blow any rounding up
-        draw = partial(
-            option_calls.tensors, self.cell, self.recurrence, self.sizes, self.options, weight_scale=scale
-        )
-        drawn = [
-            draw(self.seed + k).to(PRECISIONS[self.precision][0]).to(torch.float64) for k in range(self.heads)
-        ]
+        draw = partial(option_calls.tensors, self.cell, self.recurrence, self.sizes, self.options, weight_scale=scale)
+        drawn = [draw(self.seed + k).to(PRECISIONS[self.precision][0]).to(torch.float64) for k in range(self.heads)]
         shared = {name: getattr(drawn[0], name) for name in CONTROLS}
         return [option_calls.on(replace(made, **shared), device) for made in drawn]
 
@@ -103,9 +97,7 @@ def draw(seed: int, number: int, device: str) -> Case:
     hidden = kind.randint(*kind.choice(limits.H))
     own = random.Random(f"{seed} {number} sizes")
     least = LEAST_NORMALISED if "layer_norm" in chosen else 1
-    sizes = Sizes(
-        own.randint(1, limits.T), own.randint(1, limits.B), own.randint(least, limits.I), max(hidden, least)
-    )
+    sizes = Sizes(own.randint(1, limits.T), own.randint(1, limits.B), own.randint(least, limits.I), max(hidden, least))
     options = option_calls.sensible(chosen)
     sizes = option_calls.fitting(sizes, options)
     case = Case(number, cell, activations, precision, options, heads, sizes, own.randrange(2**31), own.random() < 0.5)

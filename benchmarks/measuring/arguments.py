@@ -90,18 +90,14 @@ def parser(description: str) -> argparse.ArgumentParser:
 def _add_what(parser: argparse.ArgumentParser) -> None:
     """Which cases."""
     sets = ", ".join(problems.SETS)
-    parser.add_argument(
-        "--set", type=_names, metavar="NAME,...", help=f"of {sets} (default: quick; on a CPU tiny)"
-    )
+    parser.add_argument("--set", type=_names, metavar="NAME,...", help=f"of {sets} (default: quick; on a CPU tiny)")
     parser.add_argument(
         "--all", action="store_true", help="every set, most valuable cases first; see --seconds and --resume"
     )
     parser.add_argument(
         "--dtype", type=_names, metavar="NAME,...", help="of bf16, fp16, fp32, ieee (default: each problem's)"
     )
-    parser.add_argument(
-        "--direction", type=_names, metavar="NAME,...", help="of forward, training (default: both)"
-    )
+    parser.add_argument("--direction", type=_names, metavar="NAME,...", help="of forward, training (default: both)")
     parser.add_argument(
         "--backend",
         type=_names,
@@ -147,7 +143,5 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
         help="append to FILE, without the cases that it has of this commit and device",
     )
     parser.add_argument("--device", help="cpu, cuda or cuda:1 (default: the GPU if there is one)")
-    parser.add_argument(
-        "--seed", type=int, help="of weights and inputs (default: a new one, written into the rows)"
-    )
+    parser.add_argument("--seed", type=int, help="of weights and inputs (default: a new one, written into the rows)")
     parser.add_argument("--commit", help="to write into the rows where the code is no git checkout")

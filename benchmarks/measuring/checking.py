@@ -16,20 +16,20 @@ from torch import Tensor
 
 PLAIN = (TORCH, "reference")
 # Largest ‖result − reference‖ / ‖reference‖ of any output or gradient: some times the unit roundoff of the products'
-# operands (bf16 4e-3, fp16 and tf32 5e-4, fp32 6e-8), since errors add up over time. Where torch.nn in the same dtype is
-# further off (with an option: our reference), twice its error is allowed.
+# operands (bf16 4e-3, fp16 and tf32 5e-4, fp32 6e-8), since errors add up over time. Where torch.nn in the same dtype
+# is further off (with an option: our reference), twice its error is allowed.
 TOLERANCE = {"bf16": 2e-2, "fp16": 4e-3, "tf32": 4e-3, "ieee": 1e-4}
-# Times that, the largest |result − reference| of one element by the reference's root mean square, because one wrong element is
-# lost in the norm of a large tensor. The largest of 10⁸ normal errors is 6 times their root mean square, and errors differ
-# in size from step to step and unit to unit besides: plain PyTorch's largest is 9 times in outputs and 17 times in
-# gradients (256 steps, H 64, fp32, fp16 and bf16), which is at most half of these limits.
+# Times that, the largest |result − reference| of one element by the reference's root mean square, because one wrong
+# element is lost in the norm of a large tensor. The largest of 10⁸ normal errors is 6 times their root mean square, and
+# errors differ in size from step to step and unit to unit besides: plain PyTorch's largest is 9 times in outputs and 17
+# times in gradients (256 steps, H 64, fp32, fp16 and bf16), which is at most half of these limits.
 OUTPUT, GRADIENT = 8, 32
 ELEMENT = "an element of "  # of what these errors are named
-# Nothing is allowed more than this many times its limit. Plain PyTorch, the yardstick, is held to this alone: the reference's
-# autograd sums the gradients of the weights step by step in the dtype itself.
+# Nothing is allowed more than this many times its limit. Plain PyTorch, the yardstick, is held to this alone: the
+# reference's autograd sums the gradients of the weights step by step in the dtype itself.
 MOST = 5
-# Calls before the one that is checked: the first compiles, the second captures graphs (launch/graphs.py), which are kept
-# for what is timed and must not hold the poison's fills.
+# Calls before the one that is checked: the first compiles, the second captures graphs (launch/graphs.py), which are
+# kept for what is timed and must not hold the poison's fills.
 UNPOISONED = 2
 
 Errors = dict[str, float]  # by output and gradient, and of an element of each
@@ -50,7 +50,8 @@ class Limits:
         return most if variant in PLAIN else min(most, max(tolerance, self._twice.get(kind, 0)))
 
     def widen(self, found: Errors) -> None:
-        """Allows twice the yardstick's errors: norms, elements of outputs and elements of gradients each by their largest."""
+        """Allows twice the yardstick's errors: norms, elements of outputs and elements of gradients each by their
+        largest."""
         for name, error in found.items():
             self._twice[_kind(name)] = max(self._twice.get(_kind(name), 0), 2 * error)
 
@@ -106,7 +107,8 @@ def errors(variant: Variant, inputs: Inputs, truth: Outputs, seed: int) -> Error
 
 
 def distances(found: Outputs, truth: Outputs) -> Errors:
-    """‖result − truth‖ / ‖truth‖ of each, and max |result − truth| of an element of it by the truth's root mean square."""
+    """‖result − truth‖ / ‖truth‖ of each, and max |result − truth| of an element of it by the truth's root mean
+    square."""
     named = {name: distance(found[name], right) for name, right in truth.items()}
     norms = {name: norm for name, (norm, _) in named.items()}
     return norms | {f"{ELEMENT}{name}": element for name, (_, element) in named.items()}

@@ -21,7 +21,8 @@ TESTS = Path(__file__).resolve().parents[2] / "tests"
 
 
 def unavailable() -> str:
-    """What is missing here, empty if nothing is: kernels that run in the interpreter, and the tests' runtime for CUDA."""
+    """What is missing here, empty if nothing is: kernels that run in the interpreter, and the tests' runtime for
+    CUDA."""
     needed = {"triton": "Triton (Linux only)", "pytest": "pytest, which the tests' runtime is written for"}
     missing = [words for name, words in needed.items() if find_spec(name) is None]
     missing += [] if shutil.which("g++") else ["g++"]

@@ -60,7 +60,8 @@ def check_nothing_chooses(device: torch.device) -> None:
         raise ValueError("GPU_RNN_BACKEND chooses the backend here, and the models are to: unset it")
     if count := choices.held(devices.of(device)).here:
         raise ValueError(
-            f"what gpu_rnn.tune kept here ({count} choices) would stand for what a layer takes by itself: set GPU_RNN_CACHE "
+            f"what gpu_rnn.tune kept here ({count} choices) would stand for what a layer takes by itself: set "
+            "GPU_RNN_CACHE "
             "to another folder, or gpu_rnn.tuning.forget()"
         )
 
@@ -83,7 +84,8 @@ CACHES = {
 
 
 def keep_caches() -> None:
-    """Where the home cannot be written, compiled kernels are kept in build/, here and in the processes started from here."""
+    """Where the home cannot be written, compiled kernels are kept in build/, here and in the processes started from
+    here."""
     try:
         if os.access(Path.home(), os.W_OK):
             return

@@ -106,12 +106,17 @@ def finished(path: Path, facts: dict[str, str]) -> set[tuple[str, ...]]:
     """The keys of the cases that a results file has of the same commit, device and versions.
 
     Raises:
-        ValueError: the file is none of this version's, or ends within a row; the code has no commit, or is not known to.
+        ValueError: the file is none of this version's, or ends within a row; the code has no commit, or is not known
+            to.
     """
     if not facts["commit"]:
-        raise ValueError("--resume leaves out what was measured of the same commit, which is not known here: give --commit")
+        raise ValueError(
+            "--resume leaves out what was measured of the same commit, which is not known here: give --commit"
+        )
     if facts["dirty"] == "yes":  # two changed checkouts of one commit need not be the same
-        raise ValueError("--resume leaves out what was measured of the same code, which no commit names here: commit the changes")
+        raise ValueError(
+            "--resume leaves out what was measured of the same code, which no commit names here: commit the changes"
+        )
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
         if tuple(reader.fieldnames or ()) != COLUMNS:

@@ -24,8 +24,8 @@ def interleave(
     deadline: float,
     graph: bool = False,
 ) -> dict[str, Timing]:
-    """`gpu_rnn.timing.interleave`, on a GPU with `graph` of replays of a CUDA graph, which leaves out what the host takes
-    to launch. All calls or none: where one of them cannot be captured, all are timed by events."""
+    """`gpu_rnn.timing.interleave`, on a GPU with `graph` of replays of a CUDA graph, which leaves out what the host
+    takes to launch. All calls or none: where one of them cannot be captured, all are timed by events."""
     limits = {"trials": trials, "seconds": seconds, "deadline": deadline}
     if graph and device.type == "cuda":
         captured = {name: replay for name, call in calls.items() if (replay := _captured(call))}

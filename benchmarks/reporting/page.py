@@ -32,7 +32,17 @@ VERSIONS = ("driver", "cuda", "cudnn", "torch", "triton", "cupy")
 def markdown(gpu: Measured, pictures: Mapping[str, tuple[str, list[str]]], certified: bool) -> str:
     """The page. `pictures`: by title, what to say about them and their paths."""
     cases = gpu.cases
-    lines = [f"# {gpu.device}", "", *_provenance(cases), "", _standing(gpu, certified), "", "## Summary", "", *_summary(cases)]
+    lines = [
+        f"# {gpu.device}",
+        "",
+        *_provenance(cases),
+        "",
+        _standing(gpu, certified),
+        "",
+        "## Summary",
+        "",
+        *_summary(cases),
+    ]
     lines += ["", "## Where it is slower", "", *_slower(gpu)]
     for title, (caption, paths) in pictures.items():
         lines += ["", f"## {title}", "", caption]
@@ -54,10 +64,14 @@ def _standing(gpu: Measured, certified: bool) -> str:
 def of_set(gpu: Measured, name: str, cases: Sequence[Case]) -> str:
     """The page with every case of a set."""
     about = [
-        f"Of the report on [{gpu.device}](../{gpu.name}.md). Times are µs a step, all layers together: median (20th to 80th",
-        "percentile). The backend is the one that a layer takes by itself. **Bold** is a loss: a ratio to torch.nn below",
-        f"{NOISE}, an option that takes more than {OPTION_LIMIT:.2f} times the default's time, or another variant that is faster.",
-        "The floor is the least that a GPU allows a step, whoever writes the kernel, and \"of it\" that by our time. MiB are the",
+        f"Of the report on [{gpu.device}](../{gpu.name}.md). Times are µs a step, all layers together: median (20th "
+        "to 80th",
+        "percentile). The backend is the one that a layer takes by itself. **Bold** is a loss: a ratio to "
+        "torch.nn below",
+        f"{NOISE}, an option that takes more than {OPTION_LIMIT:.2f} times the default's time, or another variant "
+        "that is faster.",
+        'The floor is the least that a GPU allows a step, whoever writes the kernel, and "of it" that by our time. '
+        "MiB are the",
         "most that a call takes on top of its input and weights.",
     ]
     return "\n".join([f"# The set {name}", "", *about, "", *_cases(cases)]) + "\n"
@@ -100,16 +114,25 @@ def _counted(cases: Sequence[Case]) -> list[object]:
 
 def _slower(gpu: Measured) -> list[str]:
     """All losses, to torch.nn, to other libraries and of options, the worst first."""
-    peers = [(case, row, per_step(row) / per_step(case.ours)) for case in gpu.cases if timed(case.ours) for row in case.peers]
+    peers = [
+        (case, row, per_step(row) / per_step(case.ours)) for case in gpu.cases if timed(case.ours) for row in case.peers
+    ]
     behind = sorted((item for item in peers if item[2] < NOISE), key=lambda item: item[2])
     options = against_default(gpu.cases)
     dear = sorted((item for item in options if item[1] > OPTION_LIMIT), key=lambda item: -item[1])
     share = f"{100 * (OPTION_LIMIT - 1):.0f} %"
     lines = [f"Than torch.nn, by more than noise: **{len(gpu.lost)} of {len(gpu.ratios)}** cases."]
     lines += _listed(["case", "backend", "ratio:"], [[c, c.ours["variant"], ratio(c.ratio)] for c in gpu.lost])
-    lines += ["", f"Than another library ({', '.join(PEERS)}), by more than noise: **{len(behind)} of {len(peers)}** comparisons."]
+    lines += [
+        "",
+        f"Than another library ({', '.join(PEERS)}), by more than noise: **{len(behind)} of {len(peers)}** "
+        "comparisons.",
+    ]
     lines += _listed(["case", "library", "its time by ours:"], [[c, row["variant"], ratio(r)] for c, row, r in behind])
-    lines += ["", f"With an option, more than {share} over the same layer without: **{len(dear)} of {len(options)}** cases."]
+    lines += [
+        "",
+        f"With an option, more than {share} over the same layer without: **{len(dear)} of {len(options)}** cases.",
+    ]
     return lines + _listed(["case", "time by the default's:"], [[case, _cost(cost)] for case, cost in dear])
 
 

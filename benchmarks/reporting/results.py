@@ -135,7 +135,10 @@ def _rows(path: Path) -> list[Row]:
             raise ValueError(f"{path}, line {reader.line_num}: a row that was cut off; delete the rows of its case")
         for name in ("median_us", "ratio"):
             if row["status"] == "ok" and (row[name] or name == "median_us") and not _is_time(row[name]):
-                raise ValueError(f"{path}, line {reader.line_num}: status is ok, and {name} is {row[name]!r}: run.py wrote no such row")
+                raise ValueError(
+                    f"{path}, line {reader.line_num}: status is ok, and {name} is {row[name]!r}: run.py wrote no "
+                    "such row"
+                )
         rows.append(defaultdict(str, row))
     return rows
 

@@ -77,17 +77,21 @@ def by_dtype(cases: Iterable[Case]) -> list[str]:
 
 
 def block(gpus: Sequence[Measured], docs: str) -> list[str]:
-    """What README.md says: the GPU with the most cases in a table, the others in a line each. `docs` is the folder's name."""
+    """What README.md says: the GPU with the most cases in a table, the others in a line each. `docs` is the folder's
+    name."""
     if not gpus:
         return [
-            "**Nothing has been measured on a GPU yet.** Where the library is faster than torch.nn, by how much, and where it is not, is",
+            "**Nothing has been measured on a GPU yet.** Where the library is faster than torch.nn, by how much, and "
+            "where it is not, is",
             f"still to be measured, by {HOW}. [Performance]({docs}/performance.md)",
-            "says how. Until then there are only predictions, called so: in [kernels/README.md](kernels/README.md), and from `explain`.",
+            "says how. Until then there are only predictions, called so: in [kernels/README.md](kernels/README.md), "
+            "and from `explain`.",
         ]
     first, *others = sorted(gpus, key=lambda gpu: -len(gpu.ratios))
     page = f"{docs}/performance/{first.name}.md"
     lines = [
-        f"On **{first.device}** ({first.date}), this many times as fast as torch.nn: geometric mean (lowest to highest) of "
+        f"On **{first.device}** ({first.date}), this many times as fast as torch.nn: geometric mean (lowest to "
+        "highest) of "
         f"[{len(first.ratios)} cases]({page}).",
         "",
         *by_dtype(first.cases),
@@ -115,7 +119,9 @@ def inserted(text: str, lines: Sequence[str], path: Path) -> str:
         ValueError: the markers are not there, each once and in order.
     """
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{path} needs these two lines, once, in this order, for the report between them:\n{BEGIN}\n{END}")
+        raise ValueError(
+            f"{path} needs these two lines, once, in this order, for the report between them:\n{BEGIN}\n{END}"
+        )
     before, _, rest = text.partition(BEGIN)
     return before + "\n".join([BEGIN, *lines, END]) + rest.partition(END)[2]
 
@@ -132,22 +138,23 @@ def index(gpus: Sequence[Measured]) -> str:
     return "\n".join([*lines, "", ABOUT])
 
 
-ABOUT = f'''## What is measured
+ABOUT = f"""## What is measured
 
-`benchmarks/run.py` times torch.nn and every backend on the same weights and input, in turns, in one run; other libraries'
-kernels beside them where they are installed. Before a result is timed, all its outputs and gradients are compared with
-float64; what is wrong has no time and is listed as such. The ratio is torch.nn's time by that of the backend which a layer
-takes by itself: above 1 ours is the faster, below {NOISE}, which is more than noise, it is a loss, and set in bold. All losses of a GPU
-are listed in one place on its page. `forward` is inference, `training` forward and backward; `fp32` multiplies in tf32, which is
-torch's default for recurrent layers, `ieee` in full precision. `benchmarks/README.md` in the source has the details.
+`benchmarks/run.py` times torch.nn and every backend on the same weights and input, in turns, in one run; other
+libraries' kernels beside them where they are installed. Before a result is timed, all its outputs and gradients are
+compared with float64; what is wrong has no time and is listed as such. The ratio is torch.nn's time by that of the
+backend which a layer takes by itself: above 1 ours is the faster, below {NOISE}, which is more than noise, it is a
+loss, and set in bold. All losses of a GPU are listed in one place on its page. `forward` is inference, `training`
+forward and backward; `fp32` multiplies in tf32, which is torch's default for recurrent layers, `ieee` in full
+precision. `benchmarks/README.md` in the source has the details.
 
-`make report` rebuilds these pages, their pictures and README's figures from `benchmarks/results`, and nothing else goes into
-them.
+`make report` rebuilds these pages, their pictures and README's figures from `benchmarks/results`, and nothing else
+goes into them.
 
 ## What is predicted
 
-A layer takes the backend that is predicted cheapest. The cost models' figures for H100 stand in `kernels/README.md` in the
-source; for a layer of yours, on a GPU that need not be there:
+A layer takes the backend that is predicted cheapest. The cost models' figures for H100 stand in `kernels/README.md` in
+the source; for a layer of yours, on a GPU that need not be there:
 
 ```python
 import torch, gpu_rnn
@@ -155,4 +162,4 @@ import torch, gpu_rnn
 x = torch.empty(100, 32, 64, dtype=torch.bfloat16)
 print(gpu_rnn.explain(gpu_rnn.LSTM(64, 512).bfloat16(), x, device="H100"))
 ```
-'''
+"""

@@ -51,9 +51,7 @@ def run(options: Options) -> None:
     _require_extras()
     start = time.perf_counter()
     print(doctor.report(options.device))
-    seeds, epochs = (
-        (1, options.epochs or QUICK_EPOCHS) if options.quick else (options.seeds, options.epochs or EPOCHS)
-    )
+    seeds, epochs = (1, options.epochs or QUICK_EPOCHS) if options.quick else (options.seeds, options.epochs or EPOCHS)
 
     with _one_thread():
         _learn_and_draw(options, seeds, epochs)
@@ -144,9 +142,7 @@ def _learn_one(variant: Variant, library: ModuleType, data: Dataset, seeds: int,
     with tqdm(total=seeds * epochs, desc=name, unit="epoch", leave=False, dynamic_ncols=True, disable=None) as bar:
 
         def progress(epoch: Epoch) -> None:
-            bar.set_postfix_str(
-                f"loss {epoch.loss:.3f}, accuracy {100 * epoch.accuracy:.1f} %", refresh=False
-            )
+            bar.set_postfix_str(f"loss {epoch.loss:.3f}, accuracy {100 * epoch.accuracy:.1f} %", refresh=False)
             bar.update()
 
         return repeat(variant, library, data, seeds=seeds, epochs=epochs, progress=progress)

@@ -107,9 +107,7 @@ def japanese_vowels() -> Dataset:
     in_train = steps[: int(lengths[:VOWELS_TRAIN].sum())]
     steps = (steps - in_train.mean(0)) / in_train.std(0)
     recordings = list(steps.split(lengths.tolist()))
-    return _dataset(
-        "JapaneseVowels", recordings, labels.long(), VOWELS_TRAIN, VOWELS_SPEAKERS, peak_rate=3e-3
-    )
+    return _dataset("JapaneseVowels", recordings, labels.long(), VOWELS_TRAIN, VOWELS_SPEAKERS, peak_rate=3e-3)
 
 
 def plaid() -> Dataset:
@@ -159,9 +157,7 @@ def read_ts(path: Path) -> tuple[list[np.ndarray], list[str]]:
 def _sktime_folder() -> Path:
     spec = importlib.util.find_spec("sktime")  # finds the package without paying for its import
     if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(
-            "PLAID comes with sktime, which is not installed: pip install 'gpu-rnn[long]'"
-        )
+        raise ModuleNotFoundError("PLAID comes with sktime, which is not installed: pip install 'gpu-rnn[long]'")
     return Path(spec.origin).parent
 
 

@@ -88,7 +88,10 @@ def table(timings: Sequence[Timing]) -> str:
         ]
     lines.append("ratio: theirs divided by ours, so above 1.00x gpu_rnn is the faster")
     if any(timing.case.backend == "step" and not timing.case.inputs.data.is_cuda for timing in timings):
-        lines.append("On a CPU a layer that torch.nn lacks is a loop of torch operations, too: its kernels are for GPUs. It takes")
+        lines.append(
+            "On a CPU a layer that torch.nn lacks is a loop of torch operations, too: its kernels are for GPUs. "
+            "It takes"
+        )
         lines.append("every row to the longest one's end, where the Python loop leaves out those that have ended.")
     return "\n".join(lines)
 

@@ -7,8 +7,9 @@ constructor, weights, regularizers, constraints, dropout masks, states, shapes a
 
     import gpu_rnn.keras
 
-    model = keras.Sequential([keras.Input((None, 8)), gpu_rnn.keras.LSTM(64, recurrent_dropout=0.2), keras.layers.Dense(1)])
-    model = gpu_rnn.keras.load_model("model.keras")  # its RNN layers, whosever they are, become these
+    model = keras.Sequential([keras.Input((None, 8)), gpu_rnn.keras.LSTM(64, recurrent_dropout=0.2),
+    keras.layers.Dense(1)]) model = gpu_rnn.keras.load_model("model.keras")  # its RNN layers, whosever they are, become
+    these
 
 This module needs Keras 3 and its PyTorch backend: ``pip install gpu-rnn[keras]`` and ``KERAS_BACKEND=torch``.
 """
@@ -28,7 +29,9 @@ except ImportError as error:
     ) from error
 
 if not keras.__version__.startswith("3."):
-    raise ImportError(f"gpu_rnn.keras needs Keras 3, not {keras.__version__}: pip install 'gpu-rnn[keras]'", name="keras")
+    raise ImportError(
+        f"gpu_rnn.keras needs Keras 3, not {keras.__version__}: pip install 'gpu-rnn[keras]'", name="keras"
+    )
 if keras.backend.backend() != "torch":
     raise ImportError(
         f"gpu_rnn.keras runs on Keras's PyTorch backend, and this process uses {keras.backend.backend()!r}. {SWITCH}",

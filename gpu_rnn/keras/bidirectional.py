@@ -22,7 +22,8 @@ MERGES = {
 
 @keras.saving.register_keras_serializable(package="gpu_rnn")
 class Bidirectional(keras.layers.Bidirectional):
-    """A layer forwards and one backwards in time, with the constructor, weights and files of `keras.layers.Bidirectional`.
+    """A layer forwards and one backwards in time, with the constructor, weights and files of
+    `keras.layers.Bidirectional`.
 
     Layers of this module that are alike run in one loop; what the two do not share, stateful layers and dropout of the
     inputs in training make it two.
@@ -69,7 +70,8 @@ class Bidirectional(keras.layers.Bidirectional):
         given = len(initial_state) if isinstance(initial_state, (list, tuple)) else "no list"
         if given != half + count:
             raise ValueError(
-                f"initial_state of {self.name} is a list of {half + count} states, the forward layer's and then the backward "
+                f"initial_state of {self.name} is a list of {half + count} states, the forward layer's and then the "
+                "backward "
                 f"layer's; got {given}"
             )
         return initial_state[:half], initial_state[half:]

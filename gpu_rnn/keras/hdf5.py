@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """HDF5 files of Keras 2, in which CuDNNLSTM and CuDNNGRU stand for what LSTM and GRU are today.
 
-Keras 2 turned their weights as it loaded them (`keras/engine/saving.py`, `_convert_rnn_weights`); Keras 3 knows neither class.
+Keras 2 turned their weights as it loaded them (`keras/engine/saving.py`, `_convert_rnn_weights`); Keras 3 knows neither
+class.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ RECURRENT = re.compile(r"recurrent_kernel((_\d+)?(:0)?)")
 def load_weights(model: Any, filepath: str | Path, **options: Any) -> None:
     """`model.load_weights` that also takes Keras 2's HDF5 files with weights of CuDNNLSTM and CuDNNGRU.
 
-    Those become weights of LSTM and of GRU with reset_after=True, whether the model's layers are Keras's or this library's.
+    Those become weights of LSTM and of GRU with reset_after=True, whether the model's layers are Keras's or this
+    library's.
 
     Args:
         model: a `keras.Model`.
@@ -83,7 +85,8 @@ def _turn(group: h5py.Group, suffix: str) -> None:
 
 
 def _modern(config: Any) -> Any:
-    """A configuration with Keras 2's Sequential as Keras 3 has it: a dict, and its first layer's input a layer of its own."""
+    """A configuration with Keras 2's Sequential as Keras 3 has it: a dict, and its first layer's input a layer of its
+    own."""
     if isinstance(config, list):
         return [_modern(part) for part in config]
     if not isinstance(config, dict):
@@ -96,6 +99,10 @@ def _modern(config: Any) -> Any:
     first = own["layers"][0] if own["layers"] else {}
     if first.get("class_name") != "InputLayer" and "batch_input_shape" in first.get("config", {}):
         shape = first["config"].pop("batch_input_shape")
-        entry = {"name": f"{first['config']['name']}_input", "batch_shape": shape, "dtype": first["config"].get("dtype")}
+        entry = {
+            "name": f"{first['config']['name']}_input",
+            "batch_shape": shape,
+            "dtype": first["config"].get("dtype"),
+        }
         own["layers"] = [{"class_name": "InputLayer", "config": entry}, *own["layers"]]
     return config | {"config": own}

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keras's recurrent layers with another loop over time: `TimeLoop.inner_loop`, the method that their `call` leaves for it."""
+"""Keras's recurrent layers with another loop over time: `TimeLoop.inner_loop`, the method that their `call` leaves for
+it."""
 
 from __future__ import annotations
 
@@ -79,7 +80,8 @@ class TimeLoop:
         Args:
             sequences: (B, T, F).
             initial_state: for each state a tensor (B, units), or (1, units) for all samples.
-            mask: (B, T), (1, T), the same with a last axis of 1, or a list of one of these, or None. True: the step counts.
+            mask: (B, T), (1, T), the same with a last axis of 1, or a list of one of these, or None. True: the step
+                counts.
 
         Returns:
             The last output (B, units), the outputs (B, T, units) in the order of processing, the final states.
@@ -112,7 +114,8 @@ class TimeLoop:
         lacking += ["recurrent_dropout"] * bool(self.cell.recurrent_dropout) + ["mask"] * masked
         if lacking:
             raise ValueError(
-                f"use_cudnn=True, and cuDNN has no {', no '.join(lacking)}. Use use_cudnn='auto', which runs this elsewhere."
+                f"use_cudnn=True, and cuDNN has no {', no '.join(lacking)}. Use use_cudnn='auto', which runs this "
+                "elsewhere."
             )
 
 
@@ -206,7 +209,8 @@ def run(
         The outputs (B, T, D·units) in the order of time, 0 at masked steps, and the final states (D, B, units).
 
     Raises:
-        ValueError: features or states of another shape than the layers', or use_cudnn=True and cuDNN cannot run this call.
+        ValueError: features or states of another shape than the layers', or use_cudnn=True and cuDNN cannot run this
+            call.
         NotImplementedError: a call that an ONNX file is made of, and that has no node there.
     """
     first = layers[0]
@@ -223,7 +227,9 @@ def run(
     if training and first.cell.recurrent_dropout:
         masks = [layer.cell.get_recurrent_dropout_mask(own[0]) for layer, own in zip(layers, initial, strict=True)]
         drop = torch.stack([torch.stack(gatewise(layer, m), 1) for layer, m in zip(layers, masks, strict=True)])
-        drop = drop.to(dtype).expand(-1, x.shape[0], -1, -1)  # Keras draws one for all samples where a state is one for all
+        drop = drop.to(dtype).expand(
+            -1, x.shape[0], -1, -1
+        )  # Keras draws one for all samples where a state is one for all
     recurrence, backend = what_runs(first, masked=mask is not None, dropped=drop is not None)
     y, final, *_ = functional.rnn(
         x,
@@ -241,11 +247,16 @@ def run(
 
 
 def what_runs(layer: Any, masked: bool, dropped: bool) -> tuple[Recurrence, str]:
-    """A layer's recurrence and backend: ATen's, whatever use_cudnn says, where ATen's call becomes a node of an ONNX file."""
+    """A layer's recurrence and backend: ATen's, whatever use_cudnn says, where ATen's call becomes a node of an ONNX
+    file."""
     if not torch.onnx.is_in_onnx_export():
         return layer.recurrence if layer.cudnn else layer.loops_only, "aten" if layer.cudnn is True else "auto"
     other = layer.recurrence.aten is None
-    reasons = {"activations other than Keras's defaults, or reset_after=False": other, "a mask": masked, "dropout": dropped}
+    reasons = {
+        "activations other than Keras's defaults, or reset_after=False": other,
+        "a mask": masked,
+        "dropout": dropped,
+    }
     lacking = [reason for reason, found in reasons.items() if found]
     if lacking:
         raise NotImplementedError(
@@ -293,7 +304,8 @@ def check_features(layer: Any, x: Tensor) -> None:
     features = layer.cell.kernel.shape[0]
     if x.shape[-1] != features:
         raise ValueError(
-            f"{layer.name} was built for inputs (B, T, {features}), got {tuple(x.shape)}: expected {features} features, "
+            f"{layer.name} was built for inputs (B, T, {features}), got {tuple(x.shape)}: expected {features} "
+            "features, "
             f"got {x.shape[-1]}"
         )
 
@@ -327,7 +339,8 @@ def step_mask(mask: Any, sequences: Tensor) -> Tensor | None:
     two = given.squeeze(-1) if given.dim() == 3 else given
     if tuple(two.shape) not in ((batch, steps), (1, steps)):
         raise ValueError(
-            f"a mask has shape (B, T) = ({batch}, {steps}), or (1, {steps}) for all samples, and may have a last axis of 1; "
+            f"a mask has shape (B, T) = ({batch}, {steps}), or (1, {steps}) for all samples, and may have a last "
+            "axis of 1; "
             f"got {tuple(given.shape)}"
         )
     return two.expand(batch, -1)

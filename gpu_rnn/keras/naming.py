@@ -12,7 +12,8 @@ OURS = "gpu_rnn>"  # what Keras finds our classes by; its own it finds by their 
 
 
 def rename(config: Any, layers: str) -> Any:
-    """A configuration with the recurrent layers' classes, at any depth, named as `layers`, a key of MODULES, names them."""
+    """A configuration with the recurrent layers' classes, at any depth, named as `layers`, a key of MODULES, names
+    them."""
     if isinstance(config, list):
         return [rename(part, layers) for part in config]
     if not isinstance(config, dict):
@@ -24,7 +25,9 @@ def rename(config: Any, layers: str) -> Any:
         renamed["config"] = renamed["config"] | more
     registered = OURS + name
     # A class without a module is one of an HDF5 file.
-    known = "module" not in config or config.get("registered_name") == registered or config["module"] == MODULES["keras"]
+    known = (
+        "module" not in config or config.get("registered_name") == registered or config["module"] == MODULES["keras"]
+    )
     if name in NAMES and known:
         renamed |= {"class_name": name, "module": MODULES[layers]}
         renamed["registered_name"] = registered if layers == "gpu_rnn" else None

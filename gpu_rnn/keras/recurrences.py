@@ -20,7 +20,20 @@ from gpu_rnn.tracing import TraceError
 
 # The functions that are the same in both libraries go by this library's names: a recurrence of names is shared, and
 # ATen knows it. Keras's leaky_relu is not torch's (its slope is 0.2), so it is traced, as every other function is.
-SAME = ("tanh", "sigmoid", "hard_sigmoid", "relu", "elu", "selu", "softsign", "softplus", "hard_tanh", "silu", "gelu", "linear")
+SAME = (
+    "tanh",
+    "sigmoid",
+    "hard_sigmoid",
+    "relu",
+    "elu",
+    "selu",
+    "softsign",
+    "softplus",
+    "hard_tanh",
+    "silu",
+    "gelu",
+    "linear",
+)
 KNOWN: dict[Callable[..., Any], str | Activation] = {
     **{getattr(keras.activations, name): name for name in SAME},
     keras.activations.exponential: "exp",
@@ -49,7 +62,8 @@ def of(cell: Any) -> Recurrence:
         return cells.rnn(*own)
     except TraceError as error:
         raise ValueError(
-            f"{error}\nActivations run inside the kernels, unit by unit: one that mixes units (softmax) or has weights, "
+            f"{error}\nActivations run inside the kernels, unit by unit: one that mixes units (softmax) or has "
+            "weights, "
             "variables or tensors of its own cannot. Write it as arithmetic of x and numbers, or use keras.layers' own "
             "layer here."
         ) from error
@@ -71,7 +85,8 @@ def unknown_to_aten(cell: Any) -> list[str]:
 
 
 class Numbers(TorchFunctionMode):
-    """Keras makes tensors of the numbers in a function. A trace takes those for somebody's weights, and these for numbers."""
+    """Keras makes tensors of the numbers in a function. A trace takes those for somebody's weights, and these for
+    numbers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,6 +130,7 @@ def _refuse_training(function: Any) -> None:
         call = layer.function if isinstance(layer, keras.layers.Lambda) else layer.call
         if "training" in inspect.signature(call).parameters:
             raise ValueError(
-                f"{type(layer).__name__} as an activation: it may be another function in training, and here an activation "
+                f"{type(layer).__name__} as an activation: it may be another function in training, and here an "
+                "activation "
                 "is one. Give it as a layer of its own, use dropout= or recurrent_dropout=, or keras.layers' own layer."
             )

@@ -24,8 +24,8 @@ CONFIG = "config.json"
 def load_model(filepath: str | Path, *, layers: str = "gpu_rnn", **options: Any) -> Any:
     """A model from a .keras or HDF5 file, its LSTM, GRU, SimpleRNN and Bidirectional layers being those of one library.
 
-    Weights, the optimizer's state and the compile settings are loaded as `keras.models.load_model` loads them. In HDF5 files
-    of Keras 2, CuDNNLSTM and CuDNNGRU become LSTM and GRU.
+    Weights, the optimizer's state and the compile settings are loaded as `keras.models.load_model` loads them. In HDF5
+    files of Keras 2, CuDNNLSTM and CuDNNGRU become LSTM and GRU.
 
     Args:
         filepath: a file that `model.save` wrote, with either library's layers or both.
@@ -48,7 +48,9 @@ def load_model(filepath: str | Path, *, layers: str = "gpu_rnn", **options: Any)
     if not Path(filepath).exists():
         raise FileNotFoundError(f"there is no file {filepath}")
     if not zipfile.is_zipfile(filepath) and not h5py.is_hdf5(filepath):
-        raise ValueError(f"{filepath} is no .keras or HDF5 file: load it with keras.models.load_model and exchange() the model")
+        raise ValueError(
+            f"{filepath} is no .keras or HDF5 file: load it with keras.models.load_model and exchange() the model"
+        )
     with tempfile.TemporaryDirectory() as folder:
         if h5py.is_hdf5(filepath):
             copy = Path(folder) / "model.h5"
@@ -63,7 +65,8 @@ def load_model(filepath: str | Path, *, layers: str = "gpu_rnn", **options: Any)
 
 
 def exchange(model: Any, *, layers: str = "gpu_rnn", **options: Any) -> Any:
-    """A copy of a model, its weights, its optimizer's and its random generators' states, with its recurrent layers exchanged.
+    """A copy of a model, its weights, its optimizer's and its random generators' states, with its recurrent layers
+    exchanged.
 
     Args:
         model: a `keras.Model`.

@@ -29,7 +29,9 @@ def unsupported(problem: Problem) -> list[str]:
     """Why ATen cannot run a problem."""
     reasons = []
     if problem.recurrence.aten is None:
-        reasons.append(f"ATen has LSTM, GRU and RNN with their standard activations only, not this {problem.recurrence.name}")
+        reasons.append(
+            f"ATen has LSTM, GRU and RNN with their standard activations only, not this {problem.recurrence.name}"
+        )
     if problem.transforms:
         reasons.append("ATen's recurrent kernels have no rules for torch.func transforms and forward-mode derivatives")
     if problem.lengths and not problem.packed:
@@ -49,7 +51,8 @@ def missing(mode: str, dtype: torch.dtype, training: bool) -> str:
 
 @lru_cache(maxsize=64)
 def _tried(mode: str, dtype: torch.dtype, training: bool) -> str:
-    """oneDNN has its 16-bit kernels on some machines only, and PyTorch does not always know on which: one step is tried."""
+    """oneDNN has its 16-bit kernels on some machines only, and PyTorch does not always know on which: one step is
+    tried."""
     gates = {"LSTM": 4, "GRU": 3}.get(mode, 1)
     # Not the caller's grad mode, whose hooks would meet what is saved here, nor anything that records.
     with _disable_current_modes(), torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
@@ -114,7 +117,12 @@ def stack(
 
 
 FUNCTIONS: dict[str, Any] = {"LSTM": VF.lstm, "GRU": VF.gru, "RNN_TANH": VF.rnn_tanh, "RNN_RELU": VF.rnn_relu}
-CELLS: dict[str, Any] = {"LSTM": VF.lstm_cell, "GRU": VF.gru_cell, "RNN_TANH": VF.rnn_tanh_cell, "RNN_RELU": VF.rnn_relu_cell}
+CELLS: dict[str, Any] = {
+    "LSTM": VF.lstm_cell,
+    "GRU": VF.gru_cell,
+    "RNN_TANH": VF.rnn_tanh_cell,
+    "RNN_RELU": VF.rnn_relu_cell,
+}
 
 
 def _cudnn(
@@ -153,7 +161,8 @@ def _cudnn(
 def _cudnn_buffer(weights: Sequence[Tensor], per_layer: int, width: int, layout: tuple[Any, ...]) -> Tensor:
     """The weights in one buffer as cuDNN wants it, copied at each call.
 
-    Nothing says cheaply that a weight is what it was: ``p.data.copy_()`` leaves its version as it is. cuDNN reads the whole
+    Nothing says cheaply that a weight is what it was: ``p.data.copy_()`` leaves its version as it is. cuDNN reads the
+    whole
     buffer: without biases their places are there all the same, and have to hold zeros.
     """
     like = weights[0]

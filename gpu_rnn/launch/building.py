@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether Triton can build a backend's kernels on the devices at hand, found out before the backend is taken.
 
-Triton compiles when a kernel is launched first, and then needs a C compiler, a folder to write to, and a ptxas that knows
-the device. Here the launcher's own launches are compiled and loaded with tensors that have no memory; the call that
-follows finds what it needs.
+Triton compiles when a kernel is launched first, and then needs a C compiler, a folder to write to, and a ptxas that
+knows the device. Here the launcher's own launches are compiled and loaded with tensors that have no memory; the call
+that follows finds what it needs.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class Kernel(NamedTuple):
 
 
 class Example(NamedTuple):
-    """A problem's tensors, all without memory: what it is called with, its pre-activations, what its forward pass gives."""
+    """A problem's tensors, all without memory: what it is called with, its pre-activations, what its forward pass
+    gives."""
 
     call: Call
     gates: Tensor
@@ -84,7 +85,8 @@ class Builds:
         self._failure = lru_cache(maxsize=1024)(self._built)
 
     def prepare(self, problem: Problem) -> None:
-        """Builds the kernels of a problem that is supported so far; where that fails, `reasons` has one from then on."""
+        """Builds the kernels of a problem that is supported so far; where that fails, `reasons` has one from then
+        on."""
         if interpreter.INTERPRETING or find_spec("triton") is None:
             return
         alike = _alike(problem)
@@ -129,7 +131,14 @@ def ptxas_refusal(arch: int) -> str:
     """
     from triton.backends.nvidia import compiler
 
-    command = [compiler.get_ptxas(arch).path, "--gpu-name", compiler.sm_arch_from_capability(arch), "-", "-o", os.devnull]
+    command = [
+        compiler.get_ptxas(arch).path,
+        "--gpu-name",
+        compiler.sm_arch_from_capability(arch),
+        "-",
+        "-o",
+        os.devnull,
+    ]
     done = subprocess.run(command, input=EMPTY, capture_output=True, text=True, timeout=60, check=False)
     return done.stderr.strip() if done.returncode else ""
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the launchers of the persistent kernels share: limits, forms of arguments, and the rates that their models count with."""
+"""What the launchers of the persistent kernels share: limits, forms of arguments, and the rates that their models count
+with."""
 
 from __future__ import annotations
 
@@ -21,7 +22,18 @@ OLDEST = (8, 0)
 SHARED_BYTES = 128  # from shared memory
 L2 = 50 << 20  # bytes that stay near from step to step: an H100's; an A100 has 40 MB
 LANES, SPECIAL = 128, 16  # fp32 operations, and exponentials or roots
-FUNCTIONS = ("tanh", "sigmoid", "exp", "expm1", "log", "log1p", "sqrt", "erf", "sin", "cos")  # an exponential and a root each
+FUNCTIONS = (
+    "tanh",
+    "sigmoid",
+    "exp",
+    "expm1",
+    "log",
+    "log1p",
+    "sqrt",
+    "erf",
+    "sin",
+    "cos",
+)  # an exponential and a root each
 
 
 def product_rate(problem: Problem) -> float:
@@ -75,8 +87,9 @@ def summed(call: Call, found: LoopGradients) -> LoopGradients:
 
 
 def beside(call: Call, gates: Tensor) -> tuple[Tensor, Tensor]:
-    """The saved gates as a backward kernel reads them, and where their gradients go, with the same strides, gaps too: the
-    kernels have one set of offsets for both. Gates that share memory, as vmap makes them, are copied: gradients do not."""
+    """The saved gates as a backward kernel reads them, and where their gradients go, with the same strides, gaps too:
+    the kernels have one set of offsets for both. Gates that share memory, as vmap makes them, are copied: gradients do
+    not."""
     gates = rows(gates)
     if call.d_gates is not None and call.d_gates.stride() == gates.stride():
         return gates, call.d_gates
@@ -107,8 +120,8 @@ def rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-# Which build of a kernel runs depends on how its tensors lie. What comes from outside is brought to one form, so that a user's
-# CUDA graph, which cannot load another build while it is captured, needs the one that the call before it had.
+# Which build of a kernel runs depends on how its tensors lie. What comes from outside is brought to one form, so that a
+# user's CUDA graph, which cannot load another build while it is captured, needs the one that the call before it had.
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -118,7 +131,8 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def even_rows(tensor: Tensor) -> Tensor:
-    """As `rows`, with rows that all lie at the multiples at which those of a contiguous tensor lie, up to 16 elements."""
+    """As `rows`, with rows that all lie at the multiples at which those of a contiguous tensor lie, up to 16
+    elements."""
     apart, (*strides, last) = math.gcd(16, tensor.shape[-1]), tensor.stride()
     even = last == 1 and tensor.data_ptr() % 16 == 0 and all(stride % apart == 0 for stride in strides)
     return tensor if even else tensor.clone(memory_format=torch.contiguous_format)

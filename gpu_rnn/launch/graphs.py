@@ -40,11 +40,12 @@ def alone(function: Callable[..., Any]) -> Callable[..., Any]:
 class Chunks:
     """Runs steps in chunks: on a GPU full ones as a replayed graph, over buffers kept for the next call.
 
-    The first call with a key runs without a graph over buffers of its own, and so loads every kernel that the graph has.
-    From the second on there is one, if the first came to its end.
+    The first call with a key runs without a graph over buffers of its own, and so loads every kernel that the graph
+    has. From the second on there is one, if the first came to its end.
     """
 
-    kept: OrderedDict[tuple[Any, ...], Chunks | None] = OrderedDict()  # noqa: RUF012  # None: a first call came to its end
+    # None: a first call came to its end
+    kept: OrderedDict[tuple[Any, ...], Chunks | None] = OrderedDict()  # noqa: RUF012
 
     def __init__(self, loop: Any, chunk: int, key: tuple[Any, ...] = (), place: _Place | None = None) -> None:
         """`place`: where its graph is captured; without one there is none."""
@@ -110,11 +111,11 @@ class Chunks:
 
 
 class _Place:
-    """Where all graphs that are replayed on one stream are captured: on a stream of their own, into memory that they share, as
-    nothing stands in it between two replays.
+    """Where all graphs that are replayed on one stream are captured: on a stream of their own, into memory that they
+    share, as nothing stands in it between two replays.
 
-    cuBLAS's workspace of that stream lies there as well, for it is made in the first capture. That graph stays, and with it the
-    memory, so that no other can come to use what a graph still writes to.
+    cuBLAS's workspace of that stream lies there as well, for it is made in the first capture. That graph stays, and
+    with it the memory, so that no other can come to use what a graph still writes to.
     """
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
@@ -127,8 +128,8 @@ STREAMS = 32  # that torch hands out in turn
 
 
 def _place(device: torch.device, stream: int) -> _Place | None:
-    """That of a stream; None where torch has no stream left for one. A stream's priority says nothing of a graph's, and few
-    others use those of a higher one."""
+    """That of a stream; None where torch has no stream left for one. A stream's priority says nothing of a graph's, and
+    few others use those of a higher one."""
     if (device, stream) not in _places:
         taken = {place.stream for place in _places.values()}
         drawn = (torch.cuda.Stream(device, priority=-1) for _ in range(STREAMS))
@@ -140,9 +141,9 @@ def _place(device: torch.device, stream: int) -> _Place | None:
 
 
 def _in_a_lent_pool(device: torch.device) -> bool:
-    """Whether what is allocated now comes from a pool of somebody else's, as under torch.cuda.use_mem_pool or in the warm-up
-    of torch.compile(mode="reduce-overhead"). It would be given out again while a graph still writes to it, and torch.compile
-    refuses what outlives its call."""
+    """Whether what is allocated now comes from a pool of somebody else's, as under torch.cuda.use_mem_pool or in the
+    warm-up of torch.compile(mode="reduce-overhead"). It would be given out again while a graph still writes to it, and
+    torch.compile refuses what outlives its call."""
     if torch.cuda.get_allocator_backend() != "native":  # others have no such pools
         return False
     probe = torch.empty(1, device=device)

@@ -67,9 +67,7 @@ def _refusal(layout: Layout, blocks: int, device: torch.device) -> str:
 @lru_cache(maxsize=256)
 def _function(layout: Layout, arch: str) -> nvrtc.Function:
     fitted = fit(layout, arch)
-    return nvrtc.Function(
-        source(fitted), fitted.kernel, arch, fitted.shared_bytes, cooperative=fitted.members > 1
-    )
+    return nvrtc.Function(source(fitted), fitted.kernel, arch, fitted.shared_bytes, cooperative=fitted.members > 1)
 
 
 @lru_cache(maxsize=256)
@@ -103,6 +101,7 @@ def exchange(layout: Layout, groups: int, left: Tensor, error: Tensor) -> tuple[
     words = torch.int32 if layout.half else torch.int64
     slots = torch.full((groups * layout.ring * layout.slot,), -1, dtype=words, device=left.device)
     return slots, left, left.new_zeros(1 + groups * layout.tiles), error
+
 
 _names: OrderedDict[str, int] = OrderedDict()  # of the kernels that were launched last
 _counter = itertools.count()
@@ -173,7 +172,17 @@ def _launches(
     for first in range(0, n, choice.at_once):
         count = min(choice.at_once, n - first) * groups
         slots = exchange(layout, count, left, error)
-        arguments = (*tensors, *slots, round(environment.deadline() * 1e9), pattern, *strides, *sizes, first, groups, name)
+        arguments = (
+            *tensors,
+            *slots,
+            round(environment.deadline() * 1e9),
+            pattern,
+            *strides,
+            *sizes,
+            first,
+            groups,
+            name,
+        )
         launches.append(Launch(layout, count * layout.members if batch else 0, arguments))
     return launches
 
@@ -190,9 +199,7 @@ def _steered(layout: Layout, call: Call) -> tuple[Layout, list[Tensor | int]]:
     control, values = call.control, call.reset_values
     drop = 0 if control.drop is None else min(control.drop.shape[2], 2)
     per_step = 1 + (len(values[0]) > 1) if values else 0
-    layout = replace(
-        layout, flags=control.flags is not None, values=per_step, drop=drop, zone=control.zone is not None
-    )
+    layout = replace(layout, flags=control.flags is not None, values=per_step, drop=drop, zone=control.zone is not None)
     scalars = [torch.stack(values) if values else None, control.drop]
     given, drops = (None if t is None else t.to(layout.dtype) for t in scalars)
     return layout, [_pointer(t) for t in (control.lengths, control.flags, given, drops, control.zone)]
@@ -295,9 +302,7 @@ def forward(call: Call, gates: Tensor, save: bool, all_states: bool) -> Result:
     return result
 
 
-def backward(
-    call: Call, saved: Result, d_y: Tensor, d_final: list[Tensor], d_inner: Tensor | None
-) -> LoopGradients:
+def backward(call: Call, saved: Result, d_y: Tensor, d_final: list[Tensor], d_inner: Tensor | None) -> LoopGradients:
     """The backward loop. Shapes: `prepare_backward`.
 
     Raises:

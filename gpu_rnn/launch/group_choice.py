@@ -2,8 +2,8 @@
 """Which layout of the group kernel a problem gets: what fits, and of that the fastest by a model of one step.
 
 The model adds up what kernels/README.md names: tensor cores, weights read from shared memory, words that come in, and
-what synchronisation takes. Layouts are ranked, and the floor is counted, by the predicted constants: a results file holds
-the times of the layouts so chosen, so constants fitted to it say what those take and nothing of any other.
+what synchronisation takes. Layouts are ranked, and the floor is counted, by the predicted constants: a results file
+holds the times of the layouts so chosen, so constants fitted to it say what those take and nothing of any other.
 """
 
 from __future__ import annotations

@@ -46,7 +46,8 @@ def compiled(ops: tuple[Op, ...], wanted: tuple[Argument, ...]) -> Callable[[dic
 def fused(ops: Iterable[Op], wanted: Iterable[Argument]) -> tuple[Op, ...]:
     """The same with one operation for several where torch has one: a sum with a product, the slopes of two functions.
 
-    Products are taken in another order: of factors beyond sigmoid's and tanh's values, one may overflow where others did.
+    Products are taken in another order: of factors beyond sigmoid's and tanh's values, one may overflow where others
+    did.
     """
     made: dict[Argument, Op] = {}
     for op in ops:

@@ -35,7 +35,8 @@ def backward(call: Call, saved: Result, d_y: Tensor, d_final: list[Tensor], d_in
 
 
 class _Term:
-    """The gradient of one input of a stage in a step: the sum of partial derivatives times what comes in for outputs."""
+    """The gradient of one input of a stage in a step: the sum of partial derivatives times what comes in for
+    outputs."""
 
     def __init__(self, name: str, outputs: Sequence[dict[str, Tensor]]) -> None:
         self.parts = [(index, partials[name].unbind(0)) for index, partials in enumerate(outputs) if name in partials]
@@ -98,7 +99,8 @@ class _Norm:
         self.d_scale.zero_()
 
     def back(self, t: int, step: int, d: Tensor) -> Tensor:
-        """From the gradients of what the scales made at step t, number `step` of the chunk, those of the products, flat."""
+        """From the gradients of what the scales made at step t, number `step` of the chunk, those of the products,
+        flat."""
         self.d_scale.addcmul_(d, self.products[step].values)
         self.through(d * self.scale, self.products[step], self.d_products[t])
         return self.d_flat[t]
@@ -136,7 +138,8 @@ class _Stage:
             self.norm = _Norm(weights.norm[:, rows].to(d.dtype), d.products[:, :, :, rows])
         steps, batch = d.gates.shape[:2]
         self.product = Product(w_hh, masks(call.control.drop, rows), batch, steps)
-        # Of each step, of neighbouring gates that lie in the same tensor: (B, N, gates, H), or without scales (B, N, gates·H).
+        # Of each step, of neighbouring gates that lie in the same tensor: (B, N, gates, H), or without scales (B, N,
+        # gates·H).
         self.d_sources = [(source.flatten(3) if self.norm is None else source).unbind(0) for source in sources]
 
     @property
@@ -146,7 +149,8 @@ class _Stage:
         return {str(name) for name in args.union(self.wanted)}
 
     def prepare(self, values: dict[str, Any], like: Tensor, alive: Tensor | None) -> None:
-        """The partial derivatives at the steps of a chunk, 0 where a row is masked; `alive`: the words of the others."""
+        """The partial derivatives at the steps of a chunk, 0 where a row is masked; `alive`: the words of the
+        others."""
         self.run(values)
 
         def partial(value: Argument) -> Tensor:
@@ -189,7 +193,8 @@ class _Stage:
         return cast(self.product.back(d), self.d.dtype)
 
     def d_states(self, step: int, seeds: list[Tensor]) -> Iterator[tuple[int, Tensor]]:
-        """The gradients of the states before the step, (B, N, H), other than through the product, with their numbers."""
+        """The gradients of the states before the step, (B, N, H), other than through the product, with their
+        numbers."""
         for k, term in zip(self.reached, self.to_states, strict=True):
             yield k, term.sum(step, seeds)
 
@@ -221,7 +226,9 @@ class _Loop:
         )
         self.stages = [_Stage(call, number, self.d) for number in range(len(program.stages))]
         self.reads = set().union(*(stage.reads for stage in self.stages))
-        self.normalised = None if saved.kept is None else Normalised(*(reorder(values[1], order) for values in saved.kept))
+        self.normalised = (
+            None if saved.kept is None else Normalised(*(reorder(values[1], order) for values in saved.kept))
+        )
         if scales is not None and self.normalised is None:
             self.reads.add(f"s_{program.state_names[0]}")
         self._steer(steering, len(d_y))
@@ -238,8 +245,11 @@ class _Loop:
         self.keeps = [True] * steps if steering.zone is not None else steps_with(skip, steps)
         widths = [state.shape[-1] for state in self.call.states]
         kept = [keep[..., :width] for keep, width in zip(steering.keeps, widths, strict=True) if keep is not None]
-        self.kept = [keep.view(torch.uint8).to(self.dtype).unbind(0) for keep in kept]  # of bool: six times as long on a CPU
-        # A masked row's partial derivatives are 0. A unit that keeps its state alone, and a projected h, have 0 come in instead.
+        self.kept = [
+            keep.view(torch.uint8).to(self.dtype).unbind(0) for keep in kept
+        ]  # of bool: six times as long on a CPU
+        # A masked row's partial derivatives are 0. A unit that keeps its state alone, and a projected h, have 0 come in
+        # instead.
         self.alive = None if skip is None else words(~skip, self.dtype)
         clears = steering.zone is not None or self.call.weights.w_hr is not None
         self.made = [words(~keep, self.dtype).unbind(0) for keep in kept if clears]
@@ -296,7 +306,8 @@ class _Loop:
         return torch.where(self.reset[part], value, before)
 
     def _step(self, t: int, step: int) -> Tensor:
-        """The gradients of the states after step t become those before it; returns that of the h which the step made."""
+        """The gradients of the states after step t become those before it; returns that of the h which the step
+        made."""
         seeds = [self.d_states[0] + self.d_y[t], *self.d_states[1:]]
         for k, d in enumerate(self.d_inner, 1):
             seeds[k] = seeds[k] + d[t]
@@ -315,7 +326,9 @@ class _Loop:
                 found[k] = d if before is None else before.add_(d)
             seeds = [d_entering, *stage.d_carried(step, seeds)]
         found[0] = d_entering if found[0] is None else d_entering.add_(found[0])
-        self._enter(t, [torch.zeros_like(like) if d is None else d for d, like in zip(found, incoming, strict=True)], incoming)
+        self._enter(
+            t, [torch.zeros_like(like) if d is None else d for d, like in zip(found, incoming, strict=True)], incoming
+        )
         return d_made
 
     def _enter(self, t: int, d_states: list[Tensor], incoming: list[Tensor]) -> None:

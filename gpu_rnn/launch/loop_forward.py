@@ -156,7 +156,9 @@ class _Stage:
         return zip(self.names, [gate.to(self.dtype) for gate in gates] if self.narrow else gates, strict=True)
 
 
-Part = tuple[slice, Tensor]  # gates that are neighbours in the same tensor, and there (T, B, N, gates, H): see `products.runs`
+Part = tuple[
+    slice, Tensor
+]  # gates that are neighbours in the same tensor, and there (T, B, N, gates, H): see `products.runs`
 
 
 class _Plain:

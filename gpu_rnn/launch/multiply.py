@@ -25,18 +25,21 @@ def cast(values: Tensor, dtype: torch.dtype) -> Tensor:
 class Product:
     """What enters a stage, (B, N, P), times the rows of W_hh of some of its gates: (B, N, gates, H).
 
-    The products themselves lie as (N, B, gates, H), or as (N, gates, B, H) where each gate has a mask of its own: that is
-    the "own layout" below. Nothing is copied of weights and masks that are contiguous and of one dtype.
+    The products themselves lie as (N, B, gates, H), or as (N, gates, B, H) where each gate has a mask of its own: that
+    is the "own layout" below. Nothing is copied of weights and masks that are contiguous and of one dtype.
     """
 
     def __init__(self, weights: Tensor, drop: Tensor | None, rows: int = 0, times: int = 0) -> None:
-        """`weights` (N, gates, H, P), `drop` from `masks`; `rows` B, or 0 if the weights' values will change; `times` T."""
+        """`weights` (N, gates, H, P), `drop` from `masks`; `rows` B, or 0 if the weights' values will change; `times`
+        T."""
         self.gates, self.hidden, self.dtype = *weights.shape[1:3], weights.dtype
         self.by_gate = drop is not None and drop.shape[1] > 1
         self.drop = None if drop is None else drop.to(self.dtype).contiguous()
         if self.drop is not None and not self.by_gate:
             self.drop = self.drop[:, 0]
-        self.weights = weights.flatten(0, 1) if self.by_gate else weights.flatten(1, 2)  # (N·gates, H, P), (N, gates·H, P)
+        self.weights = (
+            weights.flatten(0, 1) if self.by_gate else weights.flatten(1, 2)
+        )  # (N·gates, H, P), (N, gates·H, P)
         self.transposed = self.weights.transpose(1, 2)
         self.rows, self.times = 0 if self.by_gate else rows, times
 
@@ -101,7 +104,9 @@ class Product:
     def back(self, d_product: Tensor) -> Tensor:
         """(B, N, gates·H) -> (B, N, P)."""
         if self.by_gate:
-            return self.own_back(self.own_layout(d_product.view(*d_product.shape[:2], self.gates, self.hidden))).transpose(0, 1)
+            return self.own_back(
+                self.own_layout(d_product.view(*d_product.shape[:2], self.gates, self.hidden))
+            ).transpose(0, 1)
         return self.dropped(self.way_back.by_row(d_product))
 
     def dropped(self, values: Tensor) -> Tensor:
@@ -114,7 +119,9 @@ class Product:
         if not self.by_gate:
             rows = self.dropped(entering).flatten(0, 1)
             packed = bool(self.there.packed)
-            found = self.there.by_row(rows) if packed else onednn.bmm(rows.transpose(0, 1), self.transposed).transpose(0, 1)
+            found = (
+                self.there.by_row(rows) if packed else onednn.bmm(rows.transpose(0, 1), self.transposed).transpose(0, 1)
+            )
             return found.unflatten(0, entering.shape[:2]).unflatten(3, (self.gates, self.hidden))
         assert self.drop is not None
         dropped = entering.permute(2, 0, 1, 3)[:, None] * self.drop[:, :, None]  # (N, gates, T, B, P)

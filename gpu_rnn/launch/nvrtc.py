@@ -208,9 +208,7 @@ class Function:
             raise CompileError(f"{device} does not take {self.name}: {error}") from error
         return count * torch.cuda.get_device_properties(device).multi_processor_count
 
-    def __call__(
-        self, grid: int, threads: int, arguments: Sequence[torch.Tensor | int], device: torch.device
-    ) -> None:
+    def __call__(self, grid: int, threads: int, arguments: Sequence[torch.Tensor | int], device: torch.device) -> None:
         """Launches on torch's current stream. Tensors go by pointer; of an integer the kernel takes what it needs."""
         values = [np.uint64(a.data_ptr() if isinstance(a, torch.Tensor) else a) for a in arguments]
         with _current(device):

@@ -14,7 +14,10 @@ def unsupported(problem: Problem) -> list[str]:
 
 
 def cost(problem: Problem, given: rates.Rates | None = None) -> float:
-    """Seconds by the cost model (see `resident.cost`): every operation of every step is one torch call, and autograd records each."""
+    """Seconds by the cost model (see `resident.cost`): every operation of every step is one torch call, and autograd
+    records each."""
     operations = sum(len(stage.ops) + 4 * len(stage.gates) for stage in problem.program.stages)
     steps = problem.T * problem.layers * (3 if problem.training else 1)
-    return steps * operations * (given or rates.of(problem.device)).reference.operation + problem.flops / product_rate(problem)
+    return steps * operations * (given or rates.of(problem.device)).reference.operation + problem.flops / product_rate(
+        problem
+    )

@@ -25,7 +25,8 @@ Pairs = Sequence[tuple[Tensor, Tensor]]  # a buffer (steps, ...) and what it hol
 
 
 def takes(gates: Tensor, call: Call) -> bool:
-    """Whether this loop takes a call: on a GPU with Triton, or in its interpreter; the rest goes to the loop in torch."""
+    """Whether this loop takes a call: on a GPU with Triton, or in its interpreter; the rest goes to the loop in
+    torch."""
     on_device = interpreter.INTERPRETING or (gates.is_cuda and find_spec("triton") is not None)
     return on_device and _fits(gates.dtype, call.weights.w_hr is not None, call.program)
 
@@ -56,7 +57,8 @@ def kernels(problem: Problem) -> Iterator[Kernel]:
 
 
 def _h_only_enters_the_product(program: Program) -> bool:
-    """As the h of an LSTM: a projected one has other units than the gates, so that no kernel could read it beside them."""
+    """As the h of an LSTM: a projected one has other units than the gates, so that no kernel could read it beside
+    them."""
     stage, *others = program.stages
     read = {*stage.outputs, *(arg for op in stage.ops for arg in op.args)}
     return not others and f"s_{program.state_names[0]}" not in read
@@ -101,7 +103,9 @@ def forward(call: Call, gates: Tensor, save: bool, all_states: bool) -> Result:
     gates = reorder(gates, steering.order)
     kind = Kind.of(call, save, save or all_states)
     chunks = Chunks.get(
-        ("forward", program.text, kind, call.problem.precision), lambda count: Forward(program, gates, count, kind), gates
+        ("forward", program.text, kind, call.problem.precision),
+        lambda count: Forward(program, gates, count, kind),
+        gates,
     )
     loop = chunks.loop
     loop.load(call)
@@ -134,7 +138,9 @@ def backward(call: Call, saved: Result, d_y: Tensor, d_final: list[Tensor], d_in
     gates, recurrent = reorder(saved.gates, order), reorder(saved.recurrent, order)
     kind = Kind.of(call, inner=d_inner is not None)
     chunks = Chunks.get(
-        ("backward", program.text, kind, call.problem.precision), lambda count: Backward(program, gates, count, kind), gates
+        ("backward", program.text, kind, call.problem.precision),
+        lambda count: Backward(program, gates, count, kind),
+        gates,
     )
     loop = chunks.loop
     loop.load(call)

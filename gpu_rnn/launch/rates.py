@@ -22,7 +22,9 @@ from gpu_rnn.devices import DEVICES, Device, known_as
 class Resident:
     """Of `launch/resident.py`."""
 
-    instructions: float = 10.0  # for a unit and operation: the 90 a unit of an LSTM's time loop, built for sm_90, over 9
+    instructions: float = (
+        10.0  # for a unit and operation: the 90 a unit of an LSTM's time loop, built for sm_90, over 9
+    )
     backward: float = 1.4  # times as many in the backward loop; likewise
     latency: float = 700.0  # cycles that nothing hides: product, two barriers, exchange of h, activations in a row
     start: float = 1e-5  # seconds: launches of projection and kernel
@@ -50,8 +52,8 @@ class Group:
 class Aten:
     """Of `launch/aten.py`."""
 
-    # Seconds: two launches a step outside cuDNN's persistent kernels, and inside them the published 1.96 µs (fp16, H 768,
-    # B 16, T 1024 on an H100, FlashRNN's table).
+    # Seconds: two launches a step outside cuDNN's persistent kernels, and inside them the published 1.96 µs (fp16, H
+    # 768, B 16, T 1024 on an H100, FlashRNN's table).
     step: float = 6e-6
     persistent_step: float = 2e-6
     products: float = 1.0  # times what all products take at the peak rate

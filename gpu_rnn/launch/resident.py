@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""W_hh stays on chip for the whole sequence (`kernels/triton/resident.py`): its limits, its cost, its tiles, its launch.
+"""W_hh stays on chip for the whole sequence (`kernels/triton/resident.py`): its limits, its cost, its tiles, its
+launch.
 
 Any recurrence with one product a step, or two. Programs never wait for each other, so any grid is right on any device.
 """
@@ -61,8 +62,8 @@ def padded(hidden: int) -> int:
 
 
 def shared_memory(problem: Problem, stages: int) -> int:
-    """Bytes of a block's shared memory, at most: W_hh, the loads under way, and fp32 blocks to exchange values: two, and
-    a third where what comes back through the products is dropped."""
+    """Bytes of a block's shared memory, at most: W_hh, the loads under way, and fp32 blocks to exchange values: two,
+    and a third where what comes back through the products is dropped."""
     gates, width, itemsize = problem.G, padded(problem.H), problem.dtype.itemsize
     exchanged = 3 if problem.drop and problem.direction == "backward" else 2
     return gates * width**2 * itemsize + ROWS * width * ((stages - 1) * _loaded(problem) + 4 * exchanged)
@@ -331,7 +332,9 @@ def _kernels(problem: Problem) -> list[building.Kernel]:
     """The launch that a problem takes."""
     call, gates, saved = building.example(problem)
     if problem.direction == "backward":
-        launch: Launch = prepare_backward(call, saved, saved.y, saved.final, saved.inner if problem.all_states else None)[0]
+        launch: Launch = prepare_backward(
+            call, saved, saved.y, saved.final, saved.inner if problem.all_states else None
+        )[0]
     else:
         launch = prepare_forward(call, gates, problem.direction == "training", problem.all_states)[0]
     return [building.Kernel(launch.kernel, launch.grid, launch.arguments)]
@@ -348,9 +351,7 @@ def forward(call: Call, gates: Tensor, save: bool, all_states: bool) -> Result:
     return result
 
 
-def backward(
-    call: Call, saved: Result, d_y: Tensor, d_final: list[Tensor], d_inner: Tensor | None
-) -> LoopGradients:
+def backward(call: Call, saved: Result, d_y: Tensor, d_final: list[Tensor], d_inner: Tensor | None) -> LoopGradients:
     """The backward loop in one launch. Shapes: `prepare_backward`."""
     launch, found = prepare_backward(call, saved, d_y, d_final, d_inner)
     launch(d_y)

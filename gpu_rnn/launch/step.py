@@ -26,7 +26,8 @@ def unsupported(problem: Problem) -> list[str]:
 
 
 def cost(problem: Problem, given: rates.Rates | None = None) -> float:
-    """Seconds by the cost model (see `resident.cost`): the products, and a torch operation for each of the program's, or two launches a stage.
+    """Seconds by the cost model (see `resident.cost`): the products, and a torch operation for each of the program's,
+    or two launches a stage.
 
     On a GPU a projection of h takes two launches more.
     """

@@ -3,9 +3,9 @@
 
 Everything a step reads stands in these buffers, so that a CUDA graph of the steps can be replayed for another call.
 
-A projection of h is a recurrence of its own, whose one gate is the product with W_hr and whose new h is that product: so
-the kernels that steer states steer a projected h too, of P units. The h of the recurrence itself is the one before its
-projection then, which no mask, zoneout or reset concerns: what the kernels keep of it is never read.
+A projection of h is a recurrence of its own, whose one gate is the product with W_hr and whose new h is that product:
+so the kernels that steer states steer a projected h too, of P units. The h of the recurrence itself is the one before
+its projection then, which no mask, zoneout or reset concerns: what the kernels keep of it is never read.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from gpu_rnn.products import runs
 from gpu_rnn.program import Program
 
 BLOCK = 256  # elements a program of the pointwise kernels
-ALIGN = 16  # elements: each step begins at a multiple of it, so that the kernels' variants do not depend on the step, T or B
+# elements: each step begins at a multiple of it, so that the kernels' variants do not depend on the step, T or B
+ALIGN = 16
 PROJECTION = Program.parse("program 1 projection\nstate h 0.0\nstage h:split\nreturn r_h\n")
 
 
@@ -79,7 +80,9 @@ def _stages(program: Program) -> list[_StageShape]:
         last = number == len(program.stages) - 1
         hands_on = -1 if last else len(carried_values(program, number + 1))
         own = [k for k in kept if k >= 0]
-        shapes.append(_StageShape(number, rows, kept, min(own, default=0), len(carried_values(program, number)), hands_on))
+        shapes.append(
+            _StageShape(number, rows, kept, min(own, default=0), len(carried_values(program, number)), hands_on)
+        )
     return shapes
 
 
@@ -260,7 +263,9 @@ class Backward(_Steps):
         super().__init__(program, like, steps, kind, width)
         _, batch, n, _, hidden = like.shape
         states, values = len(program.states), [shape.reads for shape in self.shapes]
-        self.d_gates, self.d_recurrent = (over_time(like, (steps,), each.shape[1:]) for each in (self.gates, self.recurrent))
+        self.d_gates, self.d_recurrent = (
+            over_time(like, (steps,), each.shape[1:]) for each in (self.gates, self.recurrent)
+        )
         self.before = self.states_over(like)
         self.values = [self.states_over(like, count=count) for count in values]
         self.d_y = over_time(like, (steps,), (batch, n, hidden))

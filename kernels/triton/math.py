@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scalar functions for generated code, which calls them as ``m.<name>``: fp32 in, fp32 out, to a few units in the last place.
+"""Scalar functions for generated code, which calls them as ``m.<name>``: fp32 in, fp32 out, to a few units in the last
+place.
 
 Triton's own set has no tanh, expm1 or log1p that works both compiled and interpreted, and its exp is the hardware's
 base-2 one: exact enough except where a difference with 1 cancels. There a polynomial takes over. The polynomials are
@@ -21,7 +22,8 @@ def one_over(x):
 
 @triton.jit
 def tanh(x):
-    """x + x³ P(x²) below 0.55 (relative error below 6.6e-8, in fp32 at 200,000 points), else 1 − 2 / (e^2|x| + 1) with the sign of x."""
+    """x + x³ P(x²) below 0.55 (relative error below 6.6e-8, in fp32 at 200,000 points), else 1 − 2 / (e^2|x| + 1) with
+    the sign of x."""
     u = x * x
     p = -0.00661575 * u + 0.02131274
     p = p * u - 0.05391007

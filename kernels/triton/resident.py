@@ -93,7 +93,8 @@ def pull_back(
     DROP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Stores the gradients of the gates `BEGIN` to `END`; returns `d_entering` with what comes through their products."""
+    """Stores the gradients of the gates `BEGIN` to `END`; returns `d_entering` with what comes through their
+    products."""
     dtype: tl.constexpr = b_w[0].dtype
     # Two sums, so that the tensor cores need not wait for each other's result.
     even, odd = tl.zeros_like(d_entering), d_entering

@@ -27,9 +27,9 @@ def offsets(B, N, H, BLOCK: tl.constexpr):
     return o, row, row % N, row // N, o % H, o < B.to(tl.int64) * N * H
 
 
-# One build serves every batch and number of steps: each step of a buffer begins at a multiple of 16 elements, so that its
-# pointers are always aligned, and strides come in `ALIGN` elements. A user's CUDA graph, which cannot load another build
-# while it is captured, so finds the one that the call before it had.
+# One build serves every batch and number of steps: each step of a buffer begins at a multiple of 16 elements, so that
+# its pointers are always aligned, and strides come in `ALIGN` elements. A user's CUDA graph, which cannot load another
+# build while it is captured, so finds the one that the call before it had.
 ALIGN = tl.constexpr(16)
 GENERAL = ("state_stride", "reset_stride", "B")
 
@@ -151,7 +151,8 @@ def step_backward(
     p_params,  # (N, P, H)
     p_flags,  # (B, N) or None
     p_zone,  # this step of (S, T, B, N, H) or None
-    p_d_entered,  # this step of (S, T, B, N, H), out, or None: of the states as the step after this one entered with them
+    # this step of (S, T, B, N, H), out, or None: of the states as the step after this one entered with them
+    p_d_entered,
     state_stride,  # between states in before and all others like it, and between values in values, in ALIGN elements
     B,
     N,

@@ -207,9 +207,7 @@ def run(
 def execute(program: Program, arguments: Sequence[str], timeout: float) -> None:
     command = [str(program.path), *arguments]
     try:
-        done = subprocess.run(
-            command, env=os.environ | OPTIONS, capture_output=True, text=True, timeout=timeout
-        )
+        done = subprocess.run(command, env=os.environ | OPTIONS, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:
         raise Failure("timeout", f"no end in {timeout} s: a wait without poll_pause, or a deadline") from None
     if done.returncode == 0:
@@ -243,9 +241,7 @@ class Buffers:
 
     def contents(self) -> bytes:
         storages = [storage for _, storage in self.storages.values()]
-        head = struct.pack(
-            f"<{1 + len(storages)}q", len(storages), *(storage.nbytes() for storage in storages)
-        )
+        head = struct.pack(f"<{1 + len(storages)}q", len(storages), *(storage.nbytes() for storage in storages))
         return head + b"".join(self.bytes_of(storage).numpy().tobytes() for storage in storages)
 
     def take(self, contents: bytes) -> None:
@@ -254,7 +250,5 @@ class Buffers:
         for _, storage in reversed(self.storages.values()):
             if storage.nbytes():
                 start = end - storage.nbytes()
-                self.bytes_of(storage).copy_(
-                    torch.frombuffer(bytearray(contents[start:end]), dtype=torch.uint8)
-                )
+                self.bytes_of(storage).copy_(torch.frombuffer(bytearray(contents[start:end]), dtype=torch.uint8))
                 end = start

@@ -23,24 +23,18 @@ class Machine(Protocol):
     ) -> None: ...
 
 
-def on_cpu(
-    source: Path, kernel: str, grid: int, block: int, shared_bytes: int, args: Iterable[Argument]
-) -> None:
+def on_cpu(source: Path, kernel: str, grid: int, block: int, shared_bytes: int, args: Iterable[Argument]) -> None:
     run(load(source), kernel, grid, block, shared_bytes, args)
 
 
-def on_gpu(
-    source: Path, kernel: str, grid: int, block: int, shared_bytes: int, args: Iterable[Argument]
-) -> None:
+def on_gpu(source: Path, kernel: str, grid: int, block: int, shared_bytes: int, args: Iterable[Argument]) -> None:
     if nvrtc.no_driver():
         pytest.skip(nvrtc.no_driver())
     arch = nvrtc.architecture(torch.cuda.get_device_capability())
     function = nvrtc.Function(source.read_text(), kernel, arch, shared_bytes)
     values = list(args)
     copies = [value.cuda() if isinstance(value, torch.Tensor) else value for value in values]
-    function(
-        grid, block, [sized(value) for value in copies], torch.device("cuda", torch.cuda.current_device())
-    )
+    function(grid, block, [sized(value) for value in copies], torch.device("cuda", torch.cuda.current_device()))
     for value, copy in zip(values, copies, strict=True):
         if isinstance(value, torch.Tensor):
             value.copy_(copy)

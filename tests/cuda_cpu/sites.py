@@ -97,9 +97,7 @@ def read(text: str) -> Source:
             if word:
                 sites[name] = len(sites)
     proofs = {
-        name: comment.split("GPU only:")[1].strip()
-        for name, comment in comments.items()
-        if "GPU only:" in comment
+        name: comment.split("GPU only:")[1].strip() for name, comment in comments.items() if "GPU only:" in comment
     }
     code = COMMENT.sub(" ", re.sub(r"\benum\s+Site\s*\{.*?\}", "", text, flags=re.S))
     errors = [
@@ -127,9 +125,7 @@ def notice(site: int, cases: Mapping[str, Case], runs: Iterable[tuple[Sanitizer,
     return None
 
 
-def check(
-    text: str, cases: Mapping[str, Case], runs: Collection[tuple[Sanitizer, Schedule]] = RUNS
-) -> Report:
+def check(text: str, cases: Mapping[str, Case], runs: Collection[tuple[Sanitizer, Schedule]] = RUNS) -> Report:
     """Disable each site of `text` while `cases` run.
 
     Raises:

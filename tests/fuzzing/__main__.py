@@ -58,9 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT  # what a shell reports for Ctrl-C
     finally:
         shown.close()
-        print(
-            f"fuzz: seed {seed}; " + ", ".join(f"{name} {count}" for name, count in sorted(compared.items()))
-        )
+        print(f"fuzz: seed {seed}; " + ", ".join(f"{name} {count}" for name, count in sorted(compared.items())))
         print(f"fuzz: {outcomes['passed']} passed, {outcomes['failed']} failed")
     return 1 if outcomes["failed"] else 0
 

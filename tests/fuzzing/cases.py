@@ -67,9 +67,7 @@ class Case:
         made = option_calls.tensors(self.cell, self.recurrence, self.sizes, self.options, self.seed)
         if self.formula is None:
             return made
-        return replace(
-            made, formula=(self.formula.by_hand, len(self.formula.gates)), initial=[*self.formula.initial]
-        )
+        return replace(made, formula=(self.formula.by_hand, len(self.formula.gates)), initial=[*self.formula.initial])
 
     def backends(self) -> list[tuple[str, torch.dtype]]:
         """Those that must take the case, with the dtypes to run them in."""
@@ -83,12 +81,7 @@ class Case:
             alone = not self.options & {"layer_norm", "proj_size"}
             if interpreter.INTERPRETING and alone:
                 found.append(("resident", torch.float32))
-            if (
-                self.number % GROUP_EVERY == 0
-                and alone
-                and len(self.recurrence.program.stages) == 1
-                and HAS_COMPILER
-            ):
+            if self.number % GROUP_EVERY == 0 and alone and len(self.recurrence.program.stages) == 1 and HAS_COMPILER:
                 found.append(("group", torch.float32))
         return found
 
@@ -120,9 +113,7 @@ def draw(seed: int, number: int) -> Case:
         chosen = [name for name in chosen if name in PLAIN]
     options = option_calls.sensible(chosen)
     sizes = option_calls.fitting(Sizes(*(rng.randint(1, most) for most in MOST.values())), options)
-    return Case(
-        number, cell, formula, options, sizes, rng.choice(LAYOUTS), rng.choice(WAYS), rng.randrange(2**31)
-    )
+    return Case(number, cell, formula, options, sizes, rng.choice(LAYOUTS), rng.choice(WAYS), rng.randrange(2**31))
 
 
 class Truth:
@@ -191,9 +182,7 @@ def run(case: Case, backend: str, dtype: torch.dtype) -> list[Tensor]:
     """The library's results."""
     given = case.given if dtype == torch.float64 else case.given.to(dtype)
     laid = with_leaves(given, [_laid(leaf, case.layout) for leaf in leaves(given).values()])
-    context = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}.get(
-        case.way, torch.enable_grad
-    )
+    context = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}.get(case.way, torch.enable_grad)
     with pytest.MonkeyPatch.context() as monkeypatch, context():
         if backend == "group":
             pretend(monkeypatch)

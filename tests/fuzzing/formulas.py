@@ -86,9 +86,7 @@ class Formula:
         stages = [(stage.gates, _step(stage)) for stage in self.stages]
         states = dict(zip(self.states, self.initial, strict=True))
         if len(stages) == 1:
-            return Recurrence(
-                stages[0][1], gates=stages[0][0], states=states, params=self.params, name="drawn"
-            )
+            return Recurrence(stages[0][1], gates=stages[0][0], states=states, params=self.params, name="drawn")
         return Recurrence(stages, states=states, params=self.params, name="drawn")
 
     def by_hand(

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is on the CPU is taken to be on an H200 whose driver is the stub. Import it in a process that `process.run` started.
+"""What is on the CPU is taken to be on an H200 whose driver is the stub. Import it in a process that `process.run`
+started.
 
 Triton compiles, specialises and launches as on a GPU, up to the driver's call; then nothing runs, so results are
 whatever the buffers held.
@@ -66,12 +67,14 @@ class Driver:
 
     @property
     def modules(self) -> list[str]:
-        """The kernels whose machine code was loaded since the last `clear`: one for each variant that launches asked for."""
+        """The kernels whose machine code was loaded since the last `clear`: one for each variant that launches asked
+        for."""
         kept = ((ctypes.c_char * 256) * MOST).in_dll(self._library, "stub_kernels")
         return [kept[k % MOST].value.decode() for k in range(self._first_module, self._number("stub_loaded").value)]
 
     def fail(self, modules: int = 0, launches: int = 0) -> None:
-        """From now on loading a module, or a launch, gives that status of the driver (209: no kernel image); 0: none."""
+        """From now on loading a module, or a launch, gives that status of the driver (209: no kernel image); 0:
+        none."""
         self._number("stub_module_status", ctypes.c_int).value = modules
         self._number("stub_launch_status", ctypes.c_int).value = launches
 

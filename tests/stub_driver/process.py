@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Python of its own in which Triton's real launcher meets the stub driver; README.md beside this says what that shows.
+"""A Python of its own in which Triton's real launcher meets the stub driver; README.md beside this says what that
+shows.
 
-    @NEEDS_STUB
-    def test_something() -> None:
-        assert run("gpu_rnn.LSTM(4, 8, backend='resident')(torch.randn(3, 2, 4)); print(len(driver.launches))") == "1"
+@NEEDS_STUB
+def test_something() -> None:
+    assert run("gpu_rnn.LSTM(4, 8, backend='resident')(torch.randn(3, 2, 4)); print(len(driver.launches))") == "1"
 """
 
 import importlib.util
@@ -24,7 +25,8 @@ FLAGS = ("-shared", "-fPIC", "-O1", "-Wl,-soname,libcuda.so.1")
 PRELUDE = "import torch, gpu_rnn\nfrom stub_driver.gpu import driver\n"
 
 _missing = [words for words, there in {
-    "Triton (it exists for Linux only)": importlib.util.find_spec("triton"), "g++, which builds the stub driver": shutil.which("g++")
+    "Triton (it exists for Linux only)": importlib.util.find_spec("triton"), "g++, which builds the "
+        "stub driver": shutil.which("g++")
 }.items() if not there]  # fmt: skip
 NEEDS_STUB = pytest.mark.skipif(bool(_missing), reason=f"not found: {', '.join(_missing) or 'nothing'}")
 

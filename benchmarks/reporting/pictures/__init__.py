@@ -17,7 +17,8 @@ from . import against, options, ratio, scaling, style
 PICTURES: dict[str, tuple[str, dict[str, Callable[[Sequence[Case]], Figure | None]]]] = {
     "Ratio to torch.nn": (
         "torch.nn's time by ours over hidden units H and batch B, of one layer in one direction. Where several shapes\n"
-        "share H and B, the lowest of their ratios. Blue: ours is the faster; red, with losses in bold: the slower; grey:\n"
+        "share H and B, the lowest of their ratios. Blue: ours is the faster; red, with losses in bold: the slower; "
+        "grey:\n"
         "not measured.",
         {
             f"ratio-{cell.lower()}{'-few-steps' * few}": partial(ratio.draw, cell=cell, few=few)
@@ -26,7 +27,8 @@ PICTURES: dict[str, tuple[str, dict[str, Callable[[Sequence[Case]], Figure | Non
         },
     ),
     "Time of a step and its floor": (
-        "The floor is the least that a GPU's units, memories and synchronisation allow, whoever writes the kernel. The\n"
+        "The floor is the least that a GPU's units, memories and synchronisation allow, whoever writes the "
+        "kernel. The\n"
         "lines are fractions of the floor's speed.",
         {"floor": against.floor},
     ),
@@ -36,11 +38,13 @@ PICTURES: dict[str, tuple[str, dict[str, Callable[[Sequence[Case]], Figure | Non
         {"memory": against.memory},
     ),
     "Options": (
-        f"Time with an option by that of the same layer without. Shaded: at most {100 * (OPTION_LIMIT - 1):.0f} % more.",
+        f"Time with an option by that of the same layer without. Shaded: at most {100 * (OPTION_LIMIT - 1):.0f} "
+        "% more.",
         {"options": options.draw},
     ),
     "Other libraries": (
-        "Ours against the kernels of FlashRNN and torchrl, in the same run. The lines are multiples of the other library's\n"
+        "Ours against the kernels of FlashRNN and torchrl, in the same run. The lines are multiples of the other "
+        "library's\n"
         "time: below 1× ours is the faster.",
         {"peers": against.peers},
     ),

@@ -23,7 +23,8 @@ Grid = dict[tuple[int, int], float]  # ratio by H and B
 
 
 def draw(cases: Sequence[Case], cell: str, few: bool) -> Figure | None:
-    """One layer, one direction, no heads, T up to FEW or above. Where shapes share H and B, the lowest of their ratios."""
+    """One layer, one direction, no heads, T up to FEW or above. Where shapes share H and B, the lowest of their
+    ratios."""
     grids: dict[tuple[str, str], Grid] = {}
     for case in cases:
         single = (case["layers"], case["bidirectional"], case["heads"]) == ("1", "False", "1")

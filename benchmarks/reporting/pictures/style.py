@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How every picture looks, and how it is written: SVG, the same bytes for the same results.
 
-Text stays text, so that a diff shows which figure changed. The background is white, also on a dark page: what follows the
-page's colours would depend on the reader's browser.
+Text stays text, so that a diff shows which figure changed. The background is white, also on a dark page: what follows
+the page's colours would depend on the reader's browser.
 """
 
 from __future__ import annotations
