@@ -32,8 +32,8 @@ from certifying.certificate import FAILED, INTERRUPTED, NOT_RUN, PASSED, Outcome
 from certifying.record import Record
 from measuring import emulation, machine
 
-from gpu_rnn import doctor
 from gpu_rnn.cli import positive
+from gpu_rnn.diagnostics import doctor
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = Path(__file__).resolve().parent

@@ -2,7 +2,7 @@
 """Fits the constants of the cost models to results of one GPU, and says what the choices that follow from them lose.
 
 python benchmarks/fit.py benchmarks/results/<gpu>/*.csv            prints errors, constants and regret, before and after
-python benchmarks/fit.py benchmarks/results/<gpu>/*.csv --write    and writes gpu_rnn/launch/rates.json
+python benchmarks/fit.py benchmarks/results/<gpu>/*.csv --write    and writes gpu_rnn/backends/rates.json
 
 Regret is the time of the backend that dispatch would choose by that of the fastest measured of ours, less 1.
 """
@@ -28,11 +28,13 @@ from measuring.machine import ROOT
 from reporting import results
 from scipy.optimize import least_squares
 
-from gpu_rnn import devices, dispatch
+from gpu_rnn import devices
+from gpu_rnn.backends import rates
+from gpu_rnn.backends.group import nvrtc
+from gpu_rnn.backends.problem import Problem
+from gpu_rnn.backends.rates import Rates
 from gpu_rnn.devices import Device
-from gpu_rnn.launch import nvrtc, rates
-from gpu_rnn.launch.rates import Rates
-from gpu_rnn.problem import Problem
+from gpu_rnn.dispatch import choice
 
 RESULTS = ROOT / "benchmarks" / "results"
 SCATTER = 0.05  # an error of a row that counts as one unit, beyond which it counts less and less
@@ -54,7 +56,7 @@ class Timed:
 
     def predicted(self, given: Rates) -> float:
         """Seconds by the model; a row asks for its backend by name, so that both passes run on it."""
-        return dispatch.total_cost(self.problem, self.backend, (self.backend,), given)
+        return choice.total_cost(self.problem, self.backend, (self.backend,), given)
 
     def error(self, given: Rates) -> float:
         """The logarithm of predicted by measured."""
@@ -105,7 +107,7 @@ def read(files: Iterable[Path]) -> list[Timed]:
         for case in cases
         for problem in [problem_of(case, device)]
         for row in case.rows
-        if row["variant"] in dispatch.BACKENDS and results.timed(row)
+        if row["variant"] in choice.BACKENDS and results.timed(row)
     ]
     if not found:
         raise ValueError(f"{', '.join(map(str, files))}: no row of our backends has a time (status ok)")
@@ -184,8 +186,8 @@ def decisions(rows: Sequence[Timed], given: Rates) -> list[Decision]:
 
 
 def _decision(rows: Sequence[Timed], given: Rates) -> Decision:
-    loops = [row.backend for row in rows if row.backend in dispatch.LOOPS]
-    chosen = min(rows, key=lambda row: dispatch.total_cost(row.problem, row.backend, loops, given))
+    loops = [row.backend for row in rows if row.backend in choice.LOOPS]
+    chosen = min(rows, key=lambda row: choice.total_cost(row.problem, row.backend, loops, given))
     fastest = min(rows, key=lambda row: row.seconds)
     return Decision(chosen.case, chosen.backend, fastest.backend, chosen.seconds / fastest.seconds - 1)
 
@@ -213,7 +215,7 @@ def report(rows: Sequence[Timed], before: Rates, after: Rates) -> str:
 
 
 def _refused(row: results.Row) -> bool:
-    return row["variant"] in dispatch.BACKENDS and not results.timed(row)
+    return row["variant"] in choice.BACKENDS and not results.timed(row)
 
 
 def _spread(errors: Sequence[float]) -> str:
@@ -270,7 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="fit.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="what run.py wrote, of one GPU")
-    parser.add_argument("--write", action="store_true", help="write the constants into gpu_rnn/launch/rates.json")
+    parser.add_argument("--write", action="store_true", help="write the constants into gpu_rnn/backends/rates.json")
     options = parser.parse_args(arguments)
     try:
         rows = read(options.files)

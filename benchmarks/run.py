@@ -29,7 +29,7 @@ from measuring import arguments, checking, emulation, machine, timing
 from measuring import rows as table
 from measuring.rows import Row
 
-from gpu_rnn import doctor
+from gpu_rnn.diagnostics import doctor
 
 CASE_SECONDS = {"quick": 1.0, "full": 4.0}  # of samples, for all variants of a case
 SIGNS = "* is the backend that a layer takes by itself; (2.00x) is twice as fast as torch.nn"

@@ -28,7 +28,7 @@ from certifying.record import RECORD, Writer, read
 from measuring import machine
 
 import gpu_rnn
-from gpu_rnn.launch import nvrtc
+from gpu_rnn.backends.group import nvrtc
 
 TOOLS = ("memcheck", "racecheck")
 MISSING = (

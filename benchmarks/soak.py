@@ -34,10 +34,11 @@ from options_by_hand import Given
 from torch import Tensor
 
 import gpu_rnn
-from gpu_rnn import dispatch, doctor
 from gpu_rnn.cli import positive
+from gpu_rnn.diagnostics import doctor
+from gpu_rnn.dispatch import choice
 
-BACKENDS = tuple(name for name in dispatch.BACKENDS if name != "reference")  # which is the truth
+BACKENDS = tuple(name for name in choice.BACKENDS if name != "reference")  # which is the truth
 FULL = 10 * TIGHT  # the floor in full float32: longer sums than those of the tests that TIGHT is from
 ROUNDINGS = 8
 MOST = 25  # floors: where plain PyTorch is off by more, nothing can be said

@@ -2,17 +2,21 @@
 """Recurrent layers for PyTorch that run the whole time loop on the GPU, with every option at the speed of the
 default."""
 
-from gpu_rnn import activations, cells
-from gpu_rnn.cell_layers import GRUCell, LSTMCell, RNNCell
-from gpu_rnn.debugging import debug
-from gpu_rnn.explanation import explain
-from gpu_rnn.launch.group import check
-from gpu_rnn.layers import GRU, LSTM, RNN, Recurrent
-from gpu_rnn.recurrence import Recurrence
-from gpu_rnn.tracing import TraceError
-from gpu_rnn.tuning import Tuned, tune
+import sys
 
-__version__ = "0.1.0"
+from gpu_rnn import activations, cells
+from gpu_rnn._version import __version__
+from gpu_rnn.backends.group.launch import check
+from gpu_rnn.compiler.tracing import TraceError
+from gpu_rnn.diagnostics import tuning
+from gpu_rnn.diagnostics.debugging import debug
+from gpu_rnn.diagnostics.explanation import explain
+from gpu_rnn.diagnostics.tuning import Tuned, tune
+from gpu_rnn.layers import GRU, LSTM, RNN, GRUCell, LSTMCell, Recurrent, RNNCell, cell
+from gpu_rnn.recurrence import Recurrence
+
+# Names that programs import and pickled layers hold, from before these modules stood in packages.
+sys.modules |= {"gpu_rnn.tuning": tuning, "gpu_rnn.cell_layers": cell}
 
 __all__ = [
     "GRU",

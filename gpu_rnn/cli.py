@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpu_rnn import __version__
+from gpu_rnn._version import __version__
 
 if TYPE_CHECKING:
     import torch
 
-    from gpu_rnn.layer_base import LayerBase
+    from gpu_rnn.layers.base import LayerBase
 
 __all__ = ["main", "positive"]
 
@@ -43,15 +43,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from gpu_rnn import doctor
+    from gpu_rnn.diagnostics import doctor
 
     print(doctor.report(doctor.pick_device(options.device)))
     return 0
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from gpu_rnn import doctor
     from gpu_rnn.demo import command
+    from gpu_rnn.diagnostics import doctor
 
     command.run(
         command.Options(
@@ -68,7 +68,7 @@ def _demo(options: argparse.Namespace) -> int:
 
 def _bench(options: argparse.Namespace) -> int:
     """A checkout's benchmarks time every backend; an installed package has the demo's layers to time."""
-    from gpu_rnn import doctor
+    from gpu_rnn.diagnostics import doctor
 
     benchmarks = Path(__file__).parents[1] / "benchmarks" / "run.py"
     if benchmarks.exists() and not options.demo:
@@ -89,7 +89,7 @@ def _bench(options: argparse.Namespace) -> int:
 
 def _explain(options: argparse.Namespace) -> int:
     import gpu_rnn
-    from gpu_rnn import doctor
+    from gpu_rnn.diagnostics import doctor
 
     # A described device needs no memory.
     device = "meta" if options.device else doctor.pick_device(None)
@@ -100,7 +100,7 @@ def _explain(options: argparse.Namespace) -> int:
 
 def _tune(options: argparse.Namespace) -> int:
     import gpu_rnn
-    from gpu_rnn import doctor
+    from gpu_rnn.diagnostics import doctor
 
     layer, x = _described_call(options, doctor.pick_device(options.device), options.training)
     able = sum(row.runs for row in gpu_rnn.explain(layer, x).rows)

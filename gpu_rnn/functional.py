@@ -8,11 +8,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gpu_rnn import arguments, autocast, autograd, dispatch, environment, onlookers, second_order
-from gpu_rnn.controls import NONE, Controls
-from gpu_rnn.launch import aten
+from gpu_rnn import environment
+from gpu_rnn.backends import aten
+from gpu_rnn.call import arguments, autocast, autograd, onlookers, second_order
+from gpu_rnn.call.controls import NONE, Controls
+from gpu_rnn.call.stack import Stack, States
+from gpu_rnn.dispatch import choice
 from gpu_rnn.recurrence import Recurrence
-from gpu_rnn.stack import Stack, States
 
 
 def rnn(
@@ -136,7 +138,7 @@ def run(
         if x.is_cpu and _certainly_aten(stack, x, controls):
             return *stack.aten(x, hx or stack.initial(x, weights, batch), weights, batch_sizes), ()
         problem = stack.problem(x, hx, weights, steps, batch, batch_sizes is not None, controls)
-        if dispatch.select(problem, stack.backend) == "aten":
+        if choice.select(problem, stack.backend) == "aten":
             states = hx or stack.initial(x, weights, batch)
             if x.is_cuda:
                 return *_aten_on_gpu(stack, x, states, weights, batch_sizes, problem.training), ()
@@ -149,7 +151,7 @@ def run(
 def _certainly_aten(stack: Stack, x: Tensor, controls: Controls) -> bool:
     """On a CPU ATen is predicted cheapest wherever it runs: no Problem is needed, which takes 5 µs of a short call to
     make."""
-    return dispatch.only_predicted_on_cpu() and _takes_aten(stack, x, controls)
+    return choice.only_predicted_on_cpu() and _takes_aten(stack, x, controls)
 
 
 def _takes_aten(stack: Stack, x: Tensor, controls: Controls) -> bool:

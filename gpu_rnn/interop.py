@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpu_rnn.weight_layouts import (
+from gpu_rnn.layers.weight_layouts import (
     ORDERS,
     PEEPHOLES,
     Array,

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from gpu_rnn.compiler.program import Program
+from gpu_rnn.compiler.tracing import trace
 from gpu_rnn.once import once
-from gpu_rnn.program import Program
-from gpu_rnn.tracing import trace
 
 _numbers = itertools.count()
 
@@ -169,7 +169,7 @@ class Recurrence:
         Raises:
             ValueError: another language.
         """
-        from gpu_rnn import codegen
+        from gpu_rnn.compiler import codegen
 
         return codegen.source(self.program, language, backward=backward, comments=True)
 

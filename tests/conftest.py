@@ -17,8 +17,11 @@ from typing import Any
 import pytest
 import torch
 
-from gpu_rnn import cache, dispatch, tuning
-from gpu_rnn.launch import group, nvrtc
+from gpu_rnn import cache
+from gpu_rnn.backends.group import launch as group
+from gpu_rnn.backends.group import nvrtc
+from gpu_rnn.diagnostics import tuning
+from gpu_rnn.dispatch import choice
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it at import: one kind a process
 
@@ -209,7 +212,7 @@ def with_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
     """The choice on a described GPU does not depend on what is installed here."""
     monkeypatch.setattr(nvrtc, "unavailable", lambda: "")
     monkeypatch.setattr(group, "prepare", lambda problem: None)
-    dispatch._forget_answers()
+    choice._forget_answers()
 
 
 @pytest.fixture

@@ -15,11 +15,14 @@ from option_support import OPTIONS, with_options
 from pairwise import pairwise
 from torch import Tensor
 
-from gpu_rnn import devices, dispatch, products, reference
-from gpu_rnn.launch import group, nvrtc
-from gpu_rnn.launch.group_choice import Choice
-from gpu_rnn.launch.group_layout import Layout, source
-from gpu_rnn.layout import Result
+from gpu_rnn import devices
+from gpu_rnn.backends import linear, reference
+from gpu_rnn.backends.group import launch as group
+from gpu_rnn.backends.group import nvrtc
+from gpu_rnn.backends.group.choice import Choice
+from gpu_rnn.backends.group.layout import Layout, source
+from gpu_rnn.backends.tensors import Result
+from gpu_rnn.dispatch import choice as dispatch
 
 PRECISIONS = {
     "fp32": (torch.float32, "ieee"),
@@ -165,7 +168,7 @@ def gradients(case: Case, inputs: Inputs, **options: Any) -> dict[str, Tensor]:
     run_on_cpu(launches, **options)
     assert not error.item()
     loop = loop._replace(d_params=loop.d_params.sum(0) if program.params else None)
-    d_x, d_weights = products.gradients(call, low.x, saved, loop)
+    d_x, d_weights = linear.gradients(call, low.x, saved, loop)
     found = low._replace(x=d_x, weights=d_weights, states=loop.d_states, reset_values=loop.d_resets).named()
     return {f"d {name}": value for name, value in found.items()}
 

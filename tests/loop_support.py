@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 import gpu_rnn
-from gpu_rnn import activations, autograd, cells, layout
-from gpu_rnn.execution import Options, call_of
-from gpu_rnn.layout import Call, Control, Weights
-from gpu_rnn.problem import Problem
+from gpu_rnn import activations, cells
+from gpu_rnn.backends import tensors
+from gpu_rnn.backends.problem import Problem
+from gpu_rnn.backends.tensors import Call, Control, Weights
+from gpu_rnn.call import autograd
+from gpu_rnn.call.passes import Options, call_of
 from gpu_rnn.recurrence import Recurrence
 
 
@@ -53,12 +55,12 @@ def pairs() -> Iterator[tuple[str, str, str, Recurrence]]:
 
 
 class Inputs(NamedTuple):
-    """What `gpu_rnn.autograd.layer` takes, in its layout."""
+    """What `gpu_rnn.call.autograd.layer` takes, in its layout."""
 
     x: Tensor  # (T, B, I)
     weights: Weights
     states: list[Tensor]  # (B, N, ·)
-    control: Control = layout.PLAIN
+    control: Control = tensors.PLAIN
     reset_values: Sequence[Tensor] = ()
     reverse: str = "0"
     all_states: bool = False
@@ -68,9 +70,9 @@ class Inputs(NamedTuple):
         return self.control.lengths
 
     @property
-    def layer(self) -> layout.Inputs:
-        """As `gpu_rnn.autograd.layer` takes them."""
-        return layout.Inputs(self.x, self.weights, self.control, self.states, list(self.reset_values))
+    def layer(self) -> tensors.Inputs:
+        """As `gpu_rnn.call.autograd.layer` takes them."""
+        return tensors.Inputs(self.x, self.weights, self.control, self.states, list(self.reset_values))
 
     def options(self, backend: str = "auto", save: bool = False) -> Options:
         return Options(backend, self.reverse, save, self.all_states)

@@ -9,7 +9,7 @@ import loop_support as support
 import torch
 from torch import Tensor
 
-from gpu_rnn.layout import RESET, SKIP
+from gpu_rnn.backends.tensors import RESET, SKIP
 from gpu_rnn.recurrence import Recurrence
 
 OPTIONS = ("mask", "resets", "reset_values", "reset_values_per_step", "drop", "drop_per_gate", "zone", "all_states")

@@ -25,8 +25,10 @@ from cases import problems  # noqa: E402
 from cases.names import TORCH  # noqa: E402
 from reporting import results  # noqa: E402
 
-from gpu_rnn import dispatch  # noqa: E402
-from gpu_rnn.launch import group, nvrtc, rates  # noqa: E402
+from gpu_rnn.backends import rates  # noqa: E402
+from gpu_rnn.backends.group import launch as group  # noqa: E402
+from gpu_rnn.backends.group import nvrtc  # noqa: E402
+from gpu_rnn.dispatch import choice  # noqa: E402
 
 FILE = ROOT / "tests" / "data" / "costs_synthetic.csv"
 DEVICE = "Synthetic H100 (made-up numbers; no measurement)"
@@ -67,11 +69,11 @@ def _of_case(
     asked = fit.problem_of(case, fit.describe(DEVICE))
     one = replace(asked, N=asked.N // problem.heads, reverse=asked.reverse, transforms=False)
     # torch.nn is ATen with a little around it, for each head in turn.
-    times = {TORCH: 1.1 * problem.heads * dispatch.total_cost(one, "aten", given=given)}
+    times = {TORCH: 1.1 * problem.heads * choice.total_cost(one, "aten", given=given)}
     passes = [asked, replace(asked, direction="backward")] if asked.training else [asked]
-    for backend, module in dispatch.BACKENDS.items():
+    for backend, module in choice.BACKENDS.items():
         if not any(module.unsupported(each) for each in passes):
-            times[backend] = dispatch.total_cost(asked, backend, (backend,), given)
+            times[backend] = choice.total_cost(asked, backend, (backend,), given)
     for variant, seconds in times.items():
         us = 1e6 * seconds * rng.lognormvariate(0, NOISE)
         row = {**named, **sizes, "option": problem.option, "variant": variant, "status": "ok", "median_us": f"{us:.2f}"}

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import gpu_rnn
 from gpu_rnn import cells
-from gpu_rnn.launch import aten
-from gpu_rnn.problem import Problem
+from gpu_rnn.backends import aten
+from gpu_rnn.backends.problem import Problem
 
 GAP = 5  # elements that the stand-in for cuDNN leaves between two weights
 

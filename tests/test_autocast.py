@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import gpu_rnn
-from gpu_rnn import cells, dispatch, functional
-from gpu_rnn.launch import aten
+from gpu_rnn import cells, functional
+from gpu_rnn.backends import aten
+from gpu_rnn.dispatch import choice
 
 STEPS, BATCH, INPUT, HIDDEN = 6, 3, 5, 4
 HALVES = [torch.bfloat16, torch.float16]
@@ -171,8 +172,8 @@ def test_autocast_of_another_device_changes_nothing() -> None:
 
 def test_dispatch_sees_the_cast_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    select = dispatch.select
-    monkeypatch.setattr(dispatch, "select", lambda p, *rest: (seen.append(p.dtype), select(p, *rest))[1])
+    select = choice.select
+    monkeypatch.setattr(choice, "select", lambda p, *rest: (seen.append(p.dtype), select(p, *rest))[1])
     mine, x = layer("LSTM", num_layers=2), inputs({})
     with torch.autocast("cpu", torch.float16):
         mine(x, lengths=torch.tensor([6, 2, 4]))
@@ -208,7 +209,7 @@ def test_autocast_is_off_below(call: dict[str, Any], monkeypatch: pytest.MonkeyP
         return lambda *given: (on.append(torch.is_autocast_enabled("cpu")), function(*given))[1]
 
     monkeypatch.setitem(aten.FUNCTIONS, "LSTM", watched(aten.FUNCTIONS["LSTM"]))
-    monkeypatch.setattr(dispatch.BACKENDS["step"], "forward", watched(dispatch.BACKENDS["step"].forward))
+    monkeypatch.setattr(choice.BACKENDS["step"], "forward", watched(choice.BACKENDS["step"].forward))
     with torch.autocast("cpu", torch.bfloat16):
         layer("LSTM")(inputs({}), **call)
         assert torch.is_autocast_enabled("cpu")
@@ -225,7 +226,7 @@ def test_a_dtype_without_a_kernel_is_a_reason(monkeypatch: pytest.MonkeyPatch) -
         return run(x, *rest)
 
     monkeypatch.setitem(aten.FUNCTIONS, "LSTM", lacking)
-    aten._tried.cache_clear(), dispatch._forget_answers()
+    aten._tried.cache_clear(), choice._forget_answers()
     x, expected = inputs({}), layer("LSTM", backend="step").half()(inputs({}).half())
     with torch.autocast("cpu", torch.float16):
         same(layer("LSTM")(x), expected)
@@ -235,7 +236,7 @@ def test_a_dtype_without_a_kernel_is_a_reason(monkeypatch: pytest.MonkeyPatch) -
             layer("LSTM", backend="aten")(x)
     same(layer("LSTM").half()(x.half()), expected)
     assert layer("LSTM")(x)[0].dtype == torch.float32
-    aten._tried.cache_clear(), dispatch._forget_answers()
+    aten._tried.cache_clear(), choice._forget_answers()
 
 
 def test_trying_a_dtype_touches_nothing_of_the_callers() -> None:

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 import gpu_rnn
-from gpu_rnn import reference
-from gpu_rnn.launch import step
+from gpu_rnn.backends import reference
+from gpu_rnn.backends.step import launch as step
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))  # its scripts import what lies beside them

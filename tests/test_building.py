@@ -34,7 +34,7 @@ for backend in ("resident", "step"):
     except ValueError as error:
         print(backend, "refused", str(error).splitlines()[1])
 """
-NO_GROUP = "from gpu_rnn.launch import nvrtc\nnvrtc.unavailable = lambda: 'no CuPy'\n"
+NO_GROUP = "from gpu_rnn.backends.group import nvrtc\nnvrtc.unavailable = lambda: 'no CuPy'\n"
 
 
 def verdicts(before: str = "", options: str = "", **environment: str) -> list[str]:

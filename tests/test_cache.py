@@ -18,7 +18,9 @@ import torch
 from tune_support import decide
 
 import gpu_rnn
-from gpu_rnn import cache, choices, dispatch, doctor
+from gpu_rnn import cache
+from gpu_rnn.diagnostics import doctor
+from gpu_rnn.dispatch import choice, measured
 
 pytestmark = pytest.mark.usefixtures("cache_folder")
 
@@ -145,7 +147,7 @@ def test_tuned_choices_of_others_are_refused(
     path = gpu_rnn.tune(layer, inputs).path
     assert gpu_rnn.explain(layer, inputs).chosen == "step"
     untrusted(path, how)
-    for cached in (choices._kept, choices.any_on_cpu, dispatch._select, cache.folder):  # as in a new process
+    for cached in (measured._kept, measured.any_on_cpu, choice._select, cache.folder):  # as in a new process
         cached.cache_clear()
     with caplog.at_level(logging.WARNING, logger="gpu_rnn"):
         assert gpu_rnn.explain(layer, inputs).chosen == "aten"

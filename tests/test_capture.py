@@ -13,16 +13,17 @@ import torch
 from stub_driver.process import NEEDS_STUB, run
 
 import gpu_rnn
-from gpu_rnn.launch import group
-from gpu_rnn.launch.group_layout import Layout
+from gpu_rnn.backends.group import launch as group
+from gpu_rnn.backends.group.layout import Layout
 
 PROGRAM = """
-from gpu_rnn.launch import graphs
+from gpu_rnn.backends.step import cuda_graphs
 
-whole = graphs.Chunks.get  # as while a graph is captured: all steps at once, in buffers of the call's own
+whole = cuda_graphs.Chunks.get  # as while a graph is captured: all steps at once, in buffers of the call's own
 
 def chunked(key, make, like):
-    return whole(key, make, like) if len(like) < graphs.CHUNK else graphs.Chunks(make(graphs.CHUNK), graphs.CHUNK)
+    size = cuda_graphs.CHUNK
+    return whole(key, make, like) if len(like) < size else cuda_graphs.Chunks(make(size), size)
 
 def elsewhere(tensor):
     "The same values, not at a multiple of 16 bytes."
@@ -38,11 +39,11 @@ def loaded(name, T, B, H, given, **options):
     "What the second call loads; how many the first did."
     layer = getattr(gpu_rnn, name)(4, H, **options)
     driver.clear()
-    graphs.Chunks.get = chunked
+    cuda_graphs.Chunks.get = chunked
     call(layer, lambda t: t, T, B, **given(T, B))
     first = len(driver.modules)
     driver.clear()
-    graphs.Chunks.get = whole
+    cuda_graphs.Chunks.get = whole
     for name, p in layer.named_parameters():
         p.data = elsewhere(p)
     call(layer, elsewhere, T, B, **{key: elsewhere(value) for key, value in given(T, B).items()})

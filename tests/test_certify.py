@@ -21,7 +21,8 @@ import pytest
 import torch
 from cuda_cpu.machines import NEEDS_COMPILER
 
-from gpu_rnn.launch import nvrtc, step
+from gpu_rnn.backends.group import nvrtc
+from gpu_rnn.backends.step import launch as step
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))  # its scripts import what lies beside them

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import gpu_rnn
-from gpu_rnn.launch import step
+from gpu_rnn.backends.step import launch as step
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))  # its scripts import what lies beside them
@@ -94,7 +94,7 @@ def test_no_limit_allows_what_is_no_number(odd: float) -> None:
 def test_the_check_leaves_torch_and_the_layers_as_they_were() -> None:
     case = variants.Case("tiny", problems.SETS["tiny"][0], "fp32", "training")
     settings = (torch.backends.cudnn.rnn, torch.backends.cuda.matmul)  # of peers' products, too
-    before, mask = [each.fp32_precision for each in settings], gpu_rnn.regularization.recurrent_mask
+    before, mask = [each.fp32_precision for each in settings], gpu_rnn.layers.regularization.recurrent_mask
     for dtype, precision in {"ieee": "ieee", "fp32": "tf32"}.items():
         with checking.products_as(variants.Case("tiny", case.problem, dtype, "forward")):
             assert {each.fp32_precision for each in settings} == {precision}
@@ -105,17 +105,17 @@ def test_the_check_leaves_torch_and_the_layers_as_they_were() -> None:
         assert checking.errors(side.variants[0], side.inputs, exact, 0).keys() >= names
     assert not torch.are_deterministic_algorithms_enabled()
     assert [each.fp32_precision for each in settings] == before
-    assert gpu_rnn.regularization.recurrent_mask is mask
+    assert gpu_rnn.layers.regularization.recurrent_mask is mask
 
 
 def test_masks_of_the_check_are_drawn_in_one_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     def drawn(like: torch.Tensor, probability: float, shape: tuple[int, ...]) -> torch.Tensor:
         return torch.full(shape, float(like.dtype == torch.float32), dtype=like.dtype)  # a GPU's draws differ by dtype
 
-    monkeypatch.setattr(gpu_rnn.regularization, "recurrent_mask", drawn)
+    monkeypatch.setattr(gpu_rnn.layers.regularization, "recurrent_mask", drawn)
     with options.same_masks(0):
         for dtype in (torch.bfloat16, torch.float64):
-            mask = gpu_rnn.regularization.recurrent_mask(torch.empty(1, dtype=dtype), 0.5, (2, 3))
+            mask = gpu_rnn.layers.regularization.recurrent_mask(torch.empty(1, dtype=dtype), 0.5, (2, 3))
             assert mask.dtype == dtype and bool((mask == 1).all())
 
 
@@ -169,4 +169,4 @@ def test_graphs_are_captured_before_new_memory_is_poisoned() -> None:
             return {"y": self.call(inputs)()[0]}
 
     assert {*checking.errors(Noted("step", lambda x: (x,), {}), OnGPU(), {"y": torch.ones(1)}, 0).values()} == {0}
-    assert poisoned == [False, False, True]  # launch/graphs.py captures at a shape's second call
+    assert poisoned == [False, False, True]  # backends/step/cuda_graphs.py captures at a shape's second call

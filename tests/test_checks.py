@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpu_rnn import cells, checks
-from gpu_rnn.execution import Options
-from gpu_rnn.layout import FIRST_CONTROL, Control, Inputs, Result, Weights
+from gpu_rnn import cells
+from gpu_rnn.backends.tensors import FIRST_CONTROL, Control, Inputs, Result, Weights
+from gpu_rnn.call import checks
+from gpu_rnn.call.passes import Options
 
 T, B, I, H, P = 4, 3, 2, 5, 3  # noqa: E741
 N, G, S, U = 2, 4, 2, 3  # a bidirectional LSTM with peepholes

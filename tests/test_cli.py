@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import gpu_rnn
-from gpu_rnn import cli, dispatch
+from gpu_rnn import cli
+from gpu_rnn.dispatch import choice
 
 COMMAND = [sys.executable, "-m", "gpu_rnn"]
 ENVIRONMENT = {**os.environ, "PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -51,7 +52,8 @@ def test_help_names_every_command_and_gives_examples(tmp_path: Path) -> None:
 
 
 def test_the_command_line_loads_nothing_before_it_is_asked() -> None:
-    code = "import sys, gpu_rnn.cli; print({'matplotlib', 'gpu_rnn.demo', 'gpu_rnn.doctor'} & set(sys.modules))"
+    heavy = {"matplotlib", "gpu_rnn.demo", "gpu_rnn.diagnostics.doctor"}
+    code = f"import sys, gpu_rnn.cli; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 
@@ -61,7 +63,7 @@ def test_doctor_reports_versions_and_every_backend(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert f"torch {torch.__version__}" in done.stdout
     rows = {line.split()[0]: line for line in done.stdout.splitlines() if line.split()[:1]}
-    assert dispatch.BACKENDS.keys() <= rows.keys()
+    assert choice.BACKENDS.keys() <= rows.keys()
     assert "needs an NVIDIA GPU" in rows["resident"]
     assert "chosen" in rows["aten"]
 
@@ -89,7 +91,7 @@ def test_doctor_reports_versions_and_every_backend(tmp_path: Path) -> None:
 def test_explain_prints_a_row_for_every_backend(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["explain", *options]) == 0
     table = capsys.readouterr().out
-    assert all(backend in table for backend in dispatch.BACKENDS)
+    assert all(backend in table for backend in choice.BACKENDS)
 
 
 @pytest.mark.parametrize(

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 import gpu_rnn
-from gpu_rnn import cells, codegen
-from gpu_rnn.derivative import differentiate, stage_outputs
-from gpu_rnn.evaluation import runner
-from gpu_rnn.launch import generated, interpreter
-from gpu_rnn.program import Program, lookup
+from gpu_rnn import cells
+from gpu_rnn.backends import triton_interpreter
+from gpu_rnn.compiler import codegen, triton_module
+from gpu_rnn.compiler.derivative import differentiate, stage_outputs
+from gpu_rnn.compiler.evaluation import runner
+from gpu_rnn.compiler.program import Program, lookup
 
 GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_CELLS = ("lstm", "gru", "gru_reset_before", "slstm")
@@ -204,12 +205,12 @@ def test_triton_computes_what_the_program_computes(name: str) -> None:
     from generated_kernel import apply
 
     program = TRACED[name].program
-    module = generated.triton_module(program)
+    module = triton_module.triton_module(program)
     for function in functions(program):
         inputs = function.inputs()
         found = torch.full_like(function.expected(inputs), 7)
         step = getattr(module, function.name)
-        with interpreter.arithmetic():
+        with triton_interpreter.arithmetic():
             apply[(1,)](inputs, found, step, *function.sizes, SIZE=POINTS)
         function.check(found, inputs)
 

@@ -25,9 +25,9 @@ from cuda_tools import opened
 from pairwise import pairwise
 
 from gpu_rnn import devices
-from gpu_rnn.launch import resident
-from gpu_rnn.layout import Call, Control, Result, Weights
-from gpu_rnn.problem import DIRECTIONS, Problem
+from gpu_rnn.backends import resident
+from gpu_rnn.backends.problem import DIRECTIONS, Problem
+from gpu_rnn.backends.tensors import Call, Control, Result, Weights
 
 ARCHITECTURES = {80: "A100", 86: "RTX 3090", 89: "RTX 4090", 90: "H100", 100: "B200", 120: "RTX 5090"}
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}  # CUDA C++ programming guide

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import gpu_rnn
-from gpu_rnn import cells, execution
+from gpu_rnn import cells
+from gpu_rnn.call import passes
 from gpu_rnn.recurrence import Recurrence
 
 STEPS, BATCH = torch.export.Dim("steps"), torch.export.Dim("batch")
@@ -119,10 +120,8 @@ def test_compiled_values_and_gradients(kind: str, backend: str) -> None:
 
 
 def test_compiled_inference_saves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, seen, run = build("gru_reset_before", "step"), [], execution.run
-    monkeypatch.setattr(
-        execution, "run", lambda text, options, *rest: seen.append(options) or run(text, options, *rest)
-    )
+    layer, seen, run = build("gru_reset_before", "step"), [], passes.run
+    monkeypatch.setattr(passes, "run", lambda text, options, *rest: seen.append(options) or run(text, options, *rest))
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x = support.draw(4, 3, 2, seed=1)
     with torch.no_grad():

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 import gpu_rnn
-from gpu_rnn import activations, codegen, regularization
-from gpu_rnn.evaluation import runner
-from gpu_rnn.launch.jacobian import jacobian
-from gpu_rnn.program import Program
+from gpu_rnn import activations
+from gpu_rnn.compiler import codegen
+from gpu_rnn.compiler.evaluation import runner
+from gpu_rnn.compiler.jacobian import jacobian
+from gpu_rnn.compiler.program import Program
+from gpu_rnn.layers import regularization
 
 DEFAULTS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 every_loop = pytest.mark.parametrize("backend", ["reference", "step"])

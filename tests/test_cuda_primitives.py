@@ -16,7 +16,7 @@ from cuda_cpu import relay
 from cuda_cpu.build import CUDA, HERE
 from cuda_cpu.machines import NEEDS_COMPILER, Machine, on_cpu, on_gpu
 
-from gpu_rnn.launch import nvrtc
+from gpu_rnn.backends.group import nvrtc
 
 PLACES = [
     pytest.param(on_cpu, marks=[pytest.mark.cuda_cpu, NEEDS_COMPILER]),

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
 
 import gpu_rnn
-from gpu_rnn.layout import Weights
+from gpu_rnn.backends.tensors import Weights
 
 SIZES = {"T": 3, "B": 2, "I": 2, "H": 2}
 CLOSE = {"rtol": 1e-8, "atol": 1e-9}

@@ -15,9 +15,12 @@ import torch
 from profiling import operations
 
 import gpu_rnn
-from gpu_rnn import cells, devices, dispatch
-from gpu_rnn.launch import cubin, group, nvrtc, step
-from gpu_rnn.problem import Problem
+from gpu_rnn import cells, devices
+from gpu_rnn.backends.group import cubin, nvrtc
+from gpu_rnn.backends.group import launch as group
+from gpu_rnn.backends.problem import Problem
+from gpu_rnn.backends.step import launch as step
+from gpu_rnn.dispatch import choice
 
 COMPILE = nvrtc.compile_cubin
 NAMES = ["resident", "group", "aten", "step", "reference"]
@@ -34,7 +37,7 @@ def fresh_choices(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(nvrtc, "compile_cubin", lambda source, arch: b"")
     monkeypatch.setattr(cubin, "usage", lambda code: cubin.Usage(255, 0))
     monkeypatch.setattr(group, "_failures", {})
-    caches = (dispatch._select, dispatch._say_once, group.fit)
+    caches = (choice._select, choice._say_once, group.fit)
     for cached in caches:
         cached.cache_clear()
     yield
@@ -44,7 +47,7 @@ def fresh_choices(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def problem(recurrence: gpu_rnn.Recurrence | None = None, device: str = "cpu", **options: Any) -> Problem:
     sizes = {"T": 100, "B": 32, "N": 1, "I": 64, "H": 64} | options
-    return dispatch.described(Problem(recurrence or cells.lstm(), **sizes), device)
+    return choice.described(Problem(recurrence or cells.lstm(), **sizes), device)
 
 
 def test_large_weights_are_read_at_each_step() -> None:
@@ -56,8 +59,8 @@ def test_large_weights_are_read_at_each_step() -> None:
 
 
 def test_order_of_the_table() -> None:
-    assert [name for name in dispatch.BACKENDS if name in NAMES] == NAMES
-    assert "aten" not in dispatch.LOOPS and dispatch.LOOPS[-1] == "reference"
+    assert [name for name in choice.BACKENDS if name in NAMES] == NAMES
+    assert "aten" not in choice.LOOPS and choice.LOOPS[-1] == "reference"
 
 
 half = {"dtype": torch.bfloat16}
@@ -86,31 +89,31 @@ CHOICES: list[tuple[Problem, str]] = [
 @pytest.mark.parametrize(("given", "expected"), CHOICES, ids=lambda v: v if isinstance(v, str) else v.recurrence.name)
 def test_the_cheapest_that_can_run(given: Problem, expected: str) -> None:
     """Without the interpreter, which lets the resident kernel run on a CPU."""
-    assert dispatch.select(given) == expected
-    able = [name for name, module in dispatch.BACKENDS.items() if not module.unsupported(given)]
+    assert choice.select(given) == expected
+    able = [name for name, module in choice.BACKENDS.items() if not module.unsupported(given)]
     assert expected in able
-    costs = {row.backend: row.predicted_us for row in dispatch.explain(given) if row.runs}
+    costs = {row.backend: row.predicted_us for row in choice.explain(given) if row.runs}
     assert list(costs) == able and costs[expected] == min(costs.values())
 
 
 def test_the_choice_follows_costs_and_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     given = problem()
     monkeypatch.setattr(step, "cost", lambda problem, given: 0.0)
-    assert dispatch.select(given) == "step"
-    dispatch._select.cache_clear()
+    assert choice.select(given) == "step"
+    choice._select.cache_clear()
     monkeypatch.setattr(step, "unsupported", lambda problem: ["broken"])
-    assert dispatch.select(given) == "aten"
-    assert dispatch.select(given, among=dispatch.LOOPS) == "reference"
+    assert choice.select(given) == "aten"
+    assert choice.select(given, among=choice.LOOPS) == "reference"
 
 
 def test_in_training_both_passes_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """A loop with a free forward pass is not chosen for its backward pass, which may run on another loop."""
     costs = {"inference": 0.0, "training": 0.0, "backward": 1e9}
     monkeypatch.setattr(step, "cost", lambda problem, given: costs[problem.direction])
-    assert dispatch.select(problem(cells.lstm("relu"))) == "step"
+    assert choice.select(problem(cells.lstm("relu"))) == "step"
     training = problem(cells.lstm("relu"), direction="training")
-    assert dispatch.select(replace(training, direction="backward")) == "reference"
-    predicted = {row.backend: row.predicted_us for row in dispatch.explain(training)}
+    assert choice.select(replace(training, direction="backward")) == "reference"
+    predicted = {row.backend: row.predicted_us for row in choice.explain(training)}
     assert predicted["step"] == pytest.approx(predicted["reference"], rel=0.9)
 
 
@@ -140,9 +143,9 @@ REASONS: list[tuple[str, Problem, list[str]]] = [
 @pytest.mark.parametrize(("backend", "given", "reasons"), REASONS)
 def test_a_backend_by_name_refuses_with_every_reason(backend: str, given: Problem, reasons: list[str]) -> None:
     with pytest.raises(ValueError, match=f"backend='{backend}' cannot run this call") as caught:
-        dispatch.select(given, backend)
+        choice.select(given, backend)
     listed = re.findall(r"^  - (.*)$", str(caught.value), re.M)
-    assert listed == dispatch.BACKENDS[backend].unsupported(given)
+    assert listed == choice.BACKENDS[backend].unsupported(given)
     assert all(any(reason in line for line in listed) for reason in reasons) and len(listed) >= len(reasons)
 
 
@@ -176,21 +179,21 @@ def test_a_kernel_that_does_not_build_is_a_reason(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(nvrtc, "compile_cubin", refuse)
     given = problem(device="H100", **half)
-    assert dispatch.select(given) == "resident"
+    assert choice.select(given) == "resident"
     assert group.unsupported(given) == ["NVRTC 0.0 does not compile for sm_90a:\nout of luck"]
     with pytest.raises(ValueError, match=r"(?s)backend='group' cannot run.*out of luck"):
-        dispatch.select(given, "group")
-    row = dispatch.explain(given, "group")[1]
+        choice.select(given, "group")
+    row = choice.explain(given, "group")[1]
     assert not row.runs and row.reasons == ("NVRTC 0.0 does not compile for sm_90a:\nout of luck",)
     monkeypatch.setenv("GPU_RNN_BACKEND", "group")
-    assert dispatch.select(replace(given, B=7)) != "group"
-    assert dispatch.select(replace(given, direction="backward")) == "group"
+    assert choice.select(replace(given, B=7)) != "group"
+    assert choice.select(replace(given, direction="backward")) == "group"
 
 
 @pytest.mark.parametrize("backend", ["resident", "group", "step"])
 def test_a_backend_by_name_is_asked_for_both_passes(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What cannot run backward is refused at the call, not after it."""
-    module, refused = dispatch.BACKENDS[backend], "takes no gradients today"
+    module, refused = choice.BACKENDS[backend], "takes no gradients today"
     able = module.unsupported
 
     def unsupported(problem: Problem) -> list[str]:
@@ -201,13 +204,13 @@ def test_a_backend_by_name_is_asked_for_both_passes(backend: str, monkeypatch: p
     words = f"backend='{backend}' cannot run this call:\n  - in the backward pass: {refused}"
     for whole in (given, replace(given, layers=3, N=2, reverse="01")):
         with pytest.raises(ValueError, match=words):
-            dispatch.select(whole, backend)
-    if backend in dispatch.WAVEFRONTS:
+            choice.select(whole, backend)
+    if backend in choice.WAVEFRONTS:
         with pytest.raises(ValueError, match=refused):
-            dispatch.wavefront(replace(given, layers=3), backend)
+            choice.wavefront(replace(given, layers=3), backend)
     inference = replace(given, direction="inference")
-    assert dispatch.select(inference, backend) == backend
-    assert dispatch.select(given) in dispatch.BACKENDS  # "auto" may take another backward
+    assert choice.select(inference, backend) == backend
+    assert choice.select(given) in choice.BACKENDS  # "auto" may take another backward
 
 
 def test_backward_is_built_at_the_call_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,8 +222,8 @@ def test_backward_is_built_at_the_call_too(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(nvrtc, "compile_cubin", refuse)
     given = problem(device="H100", direction="training", **half)
     with pytest.raises(ValueError, match="in the backward pass: out of luck"):
-        dispatch.select(given, "group")
-    (row,) = (row for row in dispatch.explain(given, "group") if row.backend == "group")
+        choice.select(given, "group")
+    (row,) = (row for row in choice.explain(given, "group") if row.backend == "group")
     assert row.runs and not row.chosen and row.reasons == ("backward on another loop: out of luck",)
 
 
@@ -229,20 +232,20 @@ def test_nvrtc_says_why_a_kernel_does_not_build(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(nvrtc, "compile_cubin", COMPILE)
     monkeypatch.setattr(group, "source", lambda layout: "broken;\n")
     with pytest.raises(ValueError, match=r"(?s)does not compile for sm_80:\ngpu_rnn.cu\(1\): error: .*broken"):
-        dispatch.select(problem(device="A100", **half), "group")
+        choice.select(problem(device="A100", **half), "group")
 
 
 def test_environment_names_a_preference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPU_RNN_BACKEND", "reference")
-    assert dispatch.select(problem()) == "reference"
-    assert dispatch.select(problem(), "step") == "step"
-    dispatch._select.cache_clear()
+    assert choice.select(problem()) == "reference"
+    assert choice.select(problem(), "step") == "step"
+    choice._select.cache_clear()
     monkeypatch.setenv("GPU_RNN_BACKEND", "resident")  # cannot run here: only a preference
-    assert dispatch.select(problem()) == "aten"
-    dispatch._select.cache_clear()
+    assert choice.select(problem()) == "aten"
+    choice._select.cache_clear()
     monkeypatch.setenv("GPU_RNN_BACKEND", "fastest")
     with pytest.raises(ValueError, match="GPU_RNN_BACKEND is 'fastest'"):
-        dispatch.select(problem())
+        choice.select(problem())
 
 
 RUNS: list[tuple[gpu_rnn.Recurrent, str, list[str]]] = [

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpu_rnn import doctor
-from gpu_rnn.launch import building, nvrtc
+from gpu_rnn.backends import building
+from gpu_rnn.backends.group import nvrtc
+from gpu_rnn.diagnostics import doctor
 
 GPU = torch.device("cuda", 0)
 NEEDS_TRITON = pytest.mark.skipif(

@@ -23,8 +23,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import gpu_rnn
-from gpu_rnn.launch import group
-from gpu_rnn.launch.group_layout import Layout
+from gpu_rnn.backends.group import launch as group
+from gpu_rnn.backends.group.layout import Layout
 
 STATM = Path("/proc/self/statm")
 
@@ -107,7 +107,8 @@ def test_memory_levels_off_over_many_layers(count: int) -> None:
 
 # Those that hold one entry, and those that something else bounds.
 UNBOUNDED = {
-    "gpu_rnn.launch.generated._triton_module": "as many as there are cells; Triton keeps each cell's kernels anyway",
+    "gpu_rnn.compiler.triton_module._triton_module": "as many as there are cells; Triton keeps each cell's "
+    "kernels anyway",
 }
 
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import gpu_rnn
-from gpu_rnn import cache, dispatch, environment
-from gpu_rnn.launch import group
-from gpu_rnn.problem import Problem
+from gpu_rnn import cache, environment
+from gpu_rnn.backends.group import launch as group
+from gpu_rnn.backends.problem import Problem
+from gpu_rnn.dispatch import choice
 
 REFUSED = ("abc", "-1", "0", "inf", "nan", "1e999", "1e300", "1e-12", "5s", "0x10", "\u0665", "1_0", "1e7", "+", ".")
 TAKEN = {"": 10.0, " ": 10.0, " 5 ": 5.0, "0.001": 0.001, "1e6": 1e6, "2.5E1": 25.0, ".5": 0.5}
@@ -57,10 +58,10 @@ def test_a_backend_that_is_none_is_refused_at_the_call(text: str, monkeypatch: p
 @pytest.mark.parametrize("text", ["", " ", "auto", " auto "])
 def test_no_preference(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPU_RNN_BACKEND", text)
-    assert environment.backend(dispatch.BACKENDS) == ""
+    assert environment.backend(choice.BACKENDS) == ""
     assert gpu_rnn.LSTM(2, 3)(torch.randn(4, 1, 2))[0].shape == (4, 1, 3)
     problem = Problem(gpu_rnn.cells.gru(), 4, 1, 1, 2, 3)
-    assert dispatch.select(problem) == "aten"
+    assert choice.select(problem) == "aten"
 
 
 def test_an_empty_cache_folder_is_the_users(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,8 +20,11 @@ import synthetic_costs as synthetic
 import torch
 
 import gpu_rnn
-from gpu_rnn import devices, dispatch
-from gpu_rnn.launch import group, nvrtc, rates
+from gpu_rnn import devices
+from gpu_rnn.backends import rates
+from gpu_rnn.backends.group import launch as group
+from gpu_rnn.backends.group import nvrtc
+from gpu_rnn.dispatch import choice
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))  # its scripts import what lies beside them
@@ -276,7 +279,7 @@ def test_what_is_written_is_what_dispatch_counts_with(
         assert "µs/step: by cost models fitted to tests/data/costs_synthetic.csv (Synthetic H100 (made-up" in text
     finally:
         rates._fitted.cache_clear()
-        dispatch._select.cache_clear()
+        choice._select.cache_clear()
 
 
 @pytest.fixture
@@ -294,7 +297,7 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
 
     yield write
     rates._fitted.cache_clear()
-    dispatch._select.cache_clear()
+    choice._select.cache_clear()
 
 
 def test_devices_of_one_capability_have_each_their_own_constants(written: Callable[[str, float], None]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from fuzzing import cases
 
-from gpu_rnn.operations import OPERATIONS
+from gpu_rnn.compiler.operations import OPERATIONS
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 
-from gpu_rnn.launch import graphs
+from gpu_rnn.backends.step import cuda_graphs
 
-CHUNK = graphs.CHUNK
+CHUNK = cuda_graphs.CHUNK
 
 
 class Loop:
@@ -72,7 +72,7 @@ def stream(device: Any, priority: int) -> Any:
     """In turn, as torch hands them out."""
     assert priority == -1
     Device.streams += 1
-    return 1000 + Device.streams % graphs.STREAMS
+    return 1000 + Device.streams % cuda_graphs.STREAMS
 
 
 @contextmanager
@@ -92,7 +92,7 @@ def snapshot() -> list[dict[str, Any]]:
 @pytest.fixture
 def get(monkeypatch: pytest.MonkeyPatch) -> Any:
     """`Chunks.get` for a tensor on a GPU, whose loop takes so many bytes twice."""
-    monkeypatch.setattr(graphs.Chunks, "kept", type(graphs.Chunks.kept)())
+    monkeypatch.setattr(cuda_graphs.Chunks, "kept", type(cuda_graphs.Chunks.kept)())
     monkeypatch.setattr(Device, "log", [])
     monkeypatch.setattr(Device, "streams", 0)
     monkeypatch.setattr(Device, "segment", (0, 0))
@@ -105,27 +105,27 @@ def get(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(torch.cuda, "memory_snapshot", snapshot)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: Device.log.append("emptied"))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: Device.log.append("waited"))
-    monkeypatch.setattr(graphs, "_places", {})
+    monkeypatch.setattr(cuda_graphs, "_places", {})
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *size, device=None, **rest: empty(*size, **rest))
     like = SimpleNamespace(shape=(CHUNK, 2), is_cuda=True, device="cuda", dtype=torch.float32)
 
-    def found(key: Any, size: int = 1, fails: bool = False) -> graphs.Chunks:
-        return graphs.Chunks.get((key,), lambda steps: Loop(size, fails), like)  # type: ignore[arg-type]
+    def found(key: Any, size: int = 1, fails: bool = False) -> cuda_graphs.Chunks:
+        return cuda_graphs.Chunks.get((key,), lambda steps: Loop(size, fails), like)  # type: ignore[arg-type]
 
     return found
 
 
-def called(get: Any, key: Any, size: int = 1, steps: tuple[int, ...] = (CHUNK, CHUNK, 3)) -> graphs.Chunks:
+def called(get: Any, key: Any, size: int = 1, steps: tuple[int, ...] = (CHUNK, CHUNK, 3)) -> cuda_graphs.Chunks:
     """What a call used, and `Device.log` of this call alone."""
     Device.log.clear()
-    chunks: graphs.Chunks = get(key, size)
+    chunks: cuda_graphs.Chunks = get(key, size)
     for count in steps:
         chunks.run(count)
     return chunks
 
 
-def warm(get: Any, key: Any, size: int = 1) -> graphs.Chunks:
+def warm(get: Any, key: Any, size: int = 1) -> cuda_graphs.Chunks:
     """A key's graph."""
     called(get, key, size)
     return called(get, key, size)
@@ -156,7 +156,7 @@ def test_a_capture_neither_waits_nor_empties_the_caches(get: Any) -> None:
 def test_the_memory_of_a_stream_s_graphs_stays_when_all_have_gone(get: Any) -> None:
     """cuBLAS keeps a workspace in it, which graphs to come will use too."""
     pool = warm(get, 0).graph.pool()  # type: ignore[union-attr]
-    graphs.Chunks.kept.clear()
+    cuda_graphs.Chunks.kept.clear()
     gc.collect()
     assert len(Graph.alive) == 1
     assert warm(get, 1).graph.pool() is pool  # type: ignore[union-attr]
@@ -165,11 +165,11 @@ def test_the_memory_of_a_stream_s_graphs_stays_when_all_have_gone(get: Any) -> N
 def test_no_two_streams_graphs_share_a_workspace(get: Any) -> None:
     """torch hands out 32 streams in turn: who would get one of another's has no graph."""
     captured = []
-    for number in range(graphs.STREAMS + 3):
+    for number in range(cuda_graphs.STREAMS + 3):
         with use(number):
             captured.append(warm(get, 0).graph is not None)
-    assert captured == [True] * graphs.STREAMS + [False] * 3
-    assert len({place.stream for place in graphs._places.values()}) == graphs.STREAMS
+    assert captured == [True] * cuda_graphs.STREAMS + [False] * 3
+    assert len({place.stream for place in cuda_graphs._places.values()}) == cuda_graphs.STREAMS
 
 
 def test_a_first_call_that_fails_leaves_the_next_one_a_first_call(get: Any) -> None:
@@ -212,22 +212,22 @@ def test_nothing_is_kept_while_a_graph_is_captured(get: Any, monkeypatch: pytest
     for _ in range(3):
         called(get, 0)
     assert "begin" not in Device.log
-    assert not graphs.Chunks.kept
+    assert not cuda_graphs.Chunks.kept
 
 
 def test_the_oldest_goes_where_there_are_too_many(get: Any) -> None:
     first = warm(get, 0)
     assert get(0) is first
-    for key in range(1, graphs.GRAPHS):
+    for key in range(1, cuda_graphs.GRAPHS):
         warm(get, key)
     assert get(0) is first
     warm(get, "one more")
     assert get(0) is first  # used since key 1 was
-    assert len(graphs.Chunks.kept) == graphs.GRAPHS
+    assert len(cuda_graphs.Chunks.kept) == cuda_graphs.GRAPHS
 
 
 def test_the_oldest_goes_where_they_take_too_much(get: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "BYTES", 100)
+    monkeypatch.setattr(cuda_graphs, "BYTES", 100)
     first, second = warm(get, 1, 30), warm(get, 2, 30)  # 60 bytes each
     assert get(1) is first
     warm(get, 3, 30)
@@ -240,9 +240,11 @@ def test_what_goes_is_freed_at_once(get: Any) -> None:
     gc.collect()
     gc.disable()
     try:
-        for key in range(3 * graphs.GRAPHS):
+        for key in range(3 * cuda_graphs.GRAPHS):
             warm(get, key)
-        assert len(Graph.alive) == len(graphs.Chunks.kept) + 1 == graphs.GRAPHS + 1  # the stream's first stays
+        assert (
+            len(Graph.alive) == len(cuda_graphs.Chunks.kept) + 1 == cuda_graphs.GRAPHS + 1
+        )  # the stream's first stays
     finally:
         gc.enable()
 
@@ -253,7 +255,7 @@ def test_a_child_forked_while_another_thread_is_in_the_loop_can_run_one() -> Non
     held, done = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with graphs._one_call:
+        with cuda_graphs._one_call:
             held.set()
             done.wait()
 
@@ -262,7 +264,7 @@ def test_a_child_forked_while_another_thread_is_in_the_loop_can_run_one() -> Non
     held.wait()
     child = os.fork()
     if child == 0:
-        os._exit(0 if graphs._one_call.acquire(timeout=20) else 1)
+        os._exit(0 if cuda_graphs._one_call.acquire(timeout=20) else 1)
     done.set()
     thread.join()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

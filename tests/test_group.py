@@ -29,11 +29,12 @@ from group_support import (
 )
 from loop_support import RECURRENCES
 
-from gpu_rnn import Recurrence, devices, reference
-from gpu_rnn.launch import group
-from gpu_rnn.launch.group_layout import source
-from gpu_rnn.layout import SKIP
-from gpu_rnn.problem import Problem
+from gpu_rnn import Recurrence, devices
+from gpu_rnn.backends import reference
+from gpu_rnn.backends.group import launch as group
+from gpu_rnn.backends.group.layout import source
+from gpu_rnn.backends.problem import Problem
+from gpu_rnn.backends.tensors import SKIP
 
 pytestmark = [
     pytest.mark.cuda_cpu,

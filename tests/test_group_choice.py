@@ -13,9 +13,10 @@ import pytest
 import torch
 
 import gpu_rnn
-from gpu_rnn import cells, dispatch
-from gpu_rnn.launch.group_choice import choose, floor
-from gpu_rnn.problem import Problem
+from gpu_rnn import cells
+from gpu_rnn.backends.group.choice import choose, floor
+from gpu_rnn.backends.problem import Problem
+from gpu_rnn.dispatch import choice
 
 SHAPES = [(128, 32), (256, 64), (512, 64), (1024, 64), (1024, 1), (2048, 64)]  # H, B
 # Calculated by hand from data sheets, with the same rates; activations, rounding and the barrier left out of the first.
@@ -25,7 +26,7 @@ STEPS = 1000
 
 def problem(hidden: int, batch: int, direction: str) -> Problem:
     given = Problem(cells.lstm(), STEPS, batch, 1, hidden, hidden, torch.bfloat16, direction=direction)
-    return dispatch.described(given, "H100")
+    return choice.described(given, "H100")
 
 
 @pytest.mark.parametrize(("shape", "bounds"), list(zip(SHAPES, FLOORS, strict=True)))
@@ -72,7 +73,7 @@ def table() -> str:
         choices = [choose(p) for p in problems]
         layouts = ", ".join(f"{c.layout.members} × {c.groups}" for c in choices)
         figures = [f"{s * 1e6:.1f}" for c, p in zip(choices, problems, strict=True) for s in (c.step, floor(p))]
-        chosen = dispatch.select(problems[0])
+        chosen = choice.select(problems[0])
         lines.append(" | ".join(["| " + ", ".join(map(str, shape)), layouts, *figures, chosen]) + " |")
     return "\n".join(lines)
 

@@ -20,10 +20,11 @@ from cuda_tools import opened
 from pairwise import pairwise
 
 from gpu_rnn import devices
-from gpu_rnn.launch import cubin, group, nvrtc
-from gpu_rnn.launch.group_choice import Choice, choose, largest
-from gpu_rnn.launch.group_layout import source
-from gpu_rnn.problem import DIRECTIONS, Problem
+from gpu_rnn.backends.group import cubin, nvrtc
+from gpu_rnn.backends.group import launch as group
+from gpu_rnn.backends.group.choice import Choice, choose, largest
+from gpu_rnn.backends.group.layout import source
+from gpu_rnn.backends.problem import DIRECTIONS, Problem
 
 DEVICES = {
     "sm_80": "A100",

@@ -16,7 +16,7 @@ from cuda_cpu.machines import NEEDS_COMPILER
 from group_support import pretend
 
 import gpu_rnn
-from gpu_rnn.launch import group
+from gpu_rnn.backends.group import launch as group
 
 PLACES = [
     pytest.param("cpu", marks=[pytest.mark.cuda_cpu, NEEDS_COMPILER]),

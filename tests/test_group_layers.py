@@ -15,7 +15,7 @@ from loop_support import RECURRENCES, make, values_and_gradients
 from option_support import OPTIONS, with_options
 
 import gpu_rnn
-from gpu_rnn.launch import group
+from gpu_rnn.backends.group import launch as group
 
 PLACES = [
     pytest.param("cpu", marks=[pytest.mark.cuda_cpu, NEEDS_COMPILER]),

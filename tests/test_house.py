@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rules of the repository that no linter checks."""
 
+import ast
 import re
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "gpu_rnn"
 SOURCES = {".py", ".cu", ".cuh", ".cpp", ".h", ".toml", ".sh"}
 SOURCE_NAMES = {"Makefile", "Dockerfile", "constraints.txt", "run", "venv"}
 # A path of one person's machine works nowhere else; a registry's host is for pip's configuration to name.
@@ -67,3 +69,55 @@ def test_what_is_installed_is_pinned() -> None:
     asked += [r for extra in ("cuda12", "cuda13", "docs", "keras") for r in extras[extra]]
     pinned = re.findall(r"^([\w-]+)==", (ROOT / "constraints.txt").read_text(), re.M)
     assert {re.match(r"[\w-]+", requirement)[0] for requirement in asked} <= set(pinned)
+
+
+# From the door down. A file imports from its own room and from the floors below.
+FLOORS = (
+    ("__main__",),
+    ("cli",),
+    ("demo", "keras"),
+    ("__init__",),
+    ("diagnostics", "interop"),
+    ("layers",),
+    ("functional",),
+    ("call",),
+    ("dispatch",),
+    ("backends",),
+    ("cells", "initializers"),
+    ("recurrence",),
+    ("compiler",),
+    ("activations", "cache", "devices", "kernels"),
+    ("_version", "environment", "forking", "once"),
+)
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def imported(path: Path) -> set[str]:
+    """The rooms that a file of the package imports from, in functions too."""
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "gpu_rnn":
+            _, *room = node.module.split(".")
+            rooms |= {room[0]} if room else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names = [alias.name.split(".") for alias in node.names]
+            rooms |= {[*name, "__init__"][1] for name in names if name[0] == "gpu_rnn"}
+    return {room if room in FLOOR else "__init__" for room in rooms}
+
+
+def test_every_room_has_a_floor() -> None:
+    """A new file at the top of the package is a decision: it is entered here and in CONTRIBUTING.md."""
+    rooms = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")}
+    assert rooms - {"kernels"} == set(FLOOR) - {"kernels"}
+
+
+def test_imports_run_downwards() -> None:
+    up = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        up += [
+            f"{path.relative_to(ROOT)} imports {other}"
+            for other in sorted(imported(path) - {room})
+            if FLOOR[other] <= FLOOR[room]
+        ]
+    assert not up

@@ -16,7 +16,7 @@ if importlib.util.find_spec("keras") is None:
 import keras_support as support
 from keras_support import exact, gpu_rnn, keras  # noqa: F401  (a fixture)
 
-from gpu_rnn.launch import aten
+from gpu_rnn.backends import aten
 
 pytestmark = [support.quiet, pytest.mark.usefixtures("exact")]
 

@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pack_sequence
 
 import gpu_rnn
 from gpu_rnn import interop
-from gpu_rnn.layer_options import DEFAULTS
+from gpu_rnn.layers.options import DEFAULTS
 
 T, B, I, H = 6, 4, 3, 5  # noqa: E741
 X, PAD = torch.zeros(T, B, I), torch.ones(T, B, dtype=torch.bool)

@@ -12,9 +12,13 @@ from pretend_gpu import OnGPU, Pretend, move, pretend
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import gpu_rnn
-from gpu_rnn import devices, dispatch
-from gpu_rnn.controls import Controls
-from gpu_rnn.launch import group, nvrtc, resident, step_buffers
+from gpu_rnn import devices
+from gpu_rnn.backends import resident
+from gpu_rnn.backends.group import launch as group
+from gpu_rnn.backends.group import nvrtc
+from gpu_rnn.backends.step import gpu_buffers
+from gpu_rnn.call.controls import Controls
+from gpu_rnn.dispatch import choice
 
 T, B, H = 6, 3, 16
 
@@ -49,10 +53,10 @@ def calls(batch_first: bool) -> dict[str, dict[str, Any]]:
 def no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors of a GPU, and every backend up to its launches."""
     pretend(monkeypatch)
-    monkeypatch.setattr(dispatch, "device_of", lambda device: devices.describe("H100"))
+    monkeypatch.setattr(choice, "device_of", lambda device: devices.describe("H100"))
     for kernel in (resident.Launch, group.Launch):
         monkeypatch.setattr(kernel, "__call__", lambda launch, like: None)
-    for steps in (step_buffers.Forward, step_buffers.Backward):
+    for steps in (gpu_buffers.Forward, gpu_buffers.Backward):
         monkeypatch.setattr(steps, "run", lambda loop, steps: None)
     monkeypatch.setattr(group, "prepare", lambda problem: None)
     monkeypatch.setattr(group, "error_word", lambda device: torch.zeros(1, dtype=torch.int64))

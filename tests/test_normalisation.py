@@ -13,9 +13,10 @@ import torch.utils.checkpoint
 from torch import Tensor
 
 import gpu_rnn
-from gpu_rnn import execution, normalisation
-from gpu_rnn.launch.multiply import Product
-from gpu_rnn.normalisation import Normalised
+from gpu_rnn.backends import normalisation
+from gpu_rnn.backends.normalisation import Normalised
+from gpu_rnn.backends.step.product import Product
+from gpu_rnn.call import passes
 
 T, B, I, H = 7, 3, 4, 6  # noqa: E741
 CLOSE = {"rtol": 1e-12, "atol": 1e-13}
@@ -77,7 +78,7 @@ def test_kept_products_give_the_gradients_of_those_taken_once_more(
     monkeypatch.setattr(Product, "over_time", counted)
     kept = gradients(module, x, **controls)
     assert not taken
-    monkeypatch.setattr(execution, "_room", lambda call, x: None)
+    monkeypatch.setattr(passes, "_room", lambda call, x: None)
     again = gradients(module, x, **controls)
     assert taken
     for found, wanted in zip(kept, again, strict=True):
@@ -140,7 +141,7 @@ def test_what_is_kept_is_the_products_and_their_deviations() -> None:
     products = 2 * T * B * 4 * H
     whole = saved(module, x)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(execution, "_room", lambda call, x: None)
+        patch.setattr(passes, "_room", lambda call, x: None)
         assert whole - saved(module, x) == products + products // H
     assert saved(module.bfloat16(), x.bfloat16()) == whole - products - products // H
     with torch.no_grad():

@@ -13,7 +13,7 @@ import torch
 from cuda_tools import opened
 
 from gpu_rnn import cache
-from gpu_rnn.launch import cubin, nvrtc
+from gpu_rnn.backends.group import cubin, nvrtc
 
 SOURCE = 'extern "C" __global__ void zero(float *p) { *p = 0.0f; }'
 needs_nvrtc = pytest.mark.skipif(

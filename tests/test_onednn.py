@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpu_rnn import cells, functional, onednn
+from gpu_rnn import cells, functional
+from gpu_rnn.backends import onednn
 
 pytestmark = pytest.mark.skipif(onednn._linear is None, reason="this build of torch has no oneDNN")
 

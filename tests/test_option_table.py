@@ -16,13 +16,13 @@ import pytest
 import torch
 
 import gpu_rnn
-from gpu_rnn import dispatch
-from gpu_rnn.launch import nvrtc
-from gpu_rnn.problem import Problem
+from gpu_rnn.backends.group import nvrtc
+from gpu_rnn.backends.problem import Problem
+from gpu_rnn.dispatch import choice
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "options.md"
 MARKS = "<!-- options table -->\n", "<!-- end of options table -->"
-NAMES = [name for name in dispatch.BACKENDS if name != "reference"]  # which runs everything
+NAMES = [name for name in choice.BACKENDS if name != "reference"]  # which runs everything
 
 # Option -> (layer, arguments of the constructor, arguments of the call).
 OPTIONS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
@@ -66,7 +66,7 @@ def against(name: str, given: Problem) -> list[str]:
         [
             reason
             for d in ("training", "backward")
-            for reason in dispatch.BACKENDS[name].unsupported(replace(p, direction=d))
+            for reason in choice.BACKENDS[name].unsupported(replace(p, direction=d))
         ]
         for p in (given, plain)
     ]
@@ -104,9 +104,9 @@ def grid() -> Iterator[tuple[str, Problem]]:
 @pytest.fixture
 def without_cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(nvrtc, "unavailable", lambda: "CuPy is not installed")
-    dispatch._forget_answers()
+    choice._forget_answers()
     yield
-    dispatch._forget_answers()
+    choice._forget_answers()
 
 
 @pytest.mark.usefixtures("without_cupy")
@@ -115,7 +115,7 @@ def test_no_combination_on_a_gpu_comes_to_the_reference() -> None:
     seen = 0
     for words, given in grid():
         for direction in ("inference", "training"):
-            chosen = dispatch.select(replace(given, direction=direction))
+            chosen = choice.select(replace(given, direction=direction))
             assert chosen != "reference", words
             seen += 1
     assert seen > 500

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from gpu_rnn import precision
+from gpu_rnn.backends import precision
 
 SAYINGS = ("none", "ieee", "tf32")
 ON_GPU: Any = SimpleNamespace(is_cuda=True, dtype=torch.float32)

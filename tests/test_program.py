@@ -16,12 +16,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpu_rnn import activations, cells, codegen
-from gpu_rnn.builder import Builder
-from gpu_rnn.derivative import differentiate
-from gpu_rnn.evaluation import runner
-from gpu_rnn.operations import OPERATIONS
-from gpu_rnn.program import Program, lookup
+from gpu_rnn import activations, cells
+from gpu_rnn.compiler import codegen
+from gpu_rnn.compiler.builder import Builder
+from gpu_rnn.compiler.derivative import differentiate
+from gpu_rnn.compiler.evaluation import runner
+from gpu_rnn.compiler.operations import OPERATIONS
+from gpu_rnn.compiler.program import Program, lookup
 from gpu_rnn.recurrence import Recurrence
 
 TEXT = """program 1 tiny

@@ -14,13 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import gpu_rnn
-from gpu_rnn import Recurrence, TraceError, activations, cells, codegen
-from gpu_rnn.derivative import differentiate, stage_outputs
-from gpu_rnn.evaluation import runner
-from gpu_rnn.launch import host
-from gpu_rnn.launch.jacobian import jacobian
-from gpu_rnn.operations import OPERATIONS
-from gpu_rnn.program import LIMITS, Program
+from gpu_rnn import Recurrence, TraceError, activations, cells
+from gpu_rnn.compiler import codegen, torch_fusion
+from gpu_rnn.compiler.derivative import differentiate, stage_outputs
+from gpu_rnn.compiler.evaluation import runner
+from gpu_rnn.compiler.jacobian import jacobian
+from gpu_rnn.compiler.operations import OPERATIONS
+from gpu_rnn.compiler.program import LIMITS, Program
 
 TEXT = """program 1 two
 state h 0.0
@@ -153,7 +153,7 @@ def use(program: Program) -> None:
         found = dict(values) | {seed: torch.ones(3, dtype=torch.float64) for seed in derivative.seeds}
         runner(derivative.ops)(found)
         wanted = (*stage_outputs(program, number), *partials.results)
-        host.compiled((*stage.ops, *partials.ops), wanted)(dict(values))
+        torch_fusion.compiled((*stage.ops, *partials.ops), wanted)(dict(values))
         stage.run(values)
         made = [values[op.result] for op in stage.ops]
         assert all(v.dtype in (torch.float64, torch.bool) and v.shape == (3,) for v in made)

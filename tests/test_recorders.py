@@ -38,7 +38,7 @@ class Net(nn.Module):
         self.layer, self.steering = layer, steering
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(self.layer, nn.RNNCell | nn.GRUCell | nn.LSTMCell | gpu_rnn.cell_layers.CellBase):
+        if isinstance(self.layer, nn.RNNCell | nn.GRUCell | nn.LSTMCell | gpu_rnn.layers.cell.CellBase):
             found = self.layer(x[0])
             return found[0] if isinstance(found, tuple) else found
         every = {
@@ -446,7 +446,7 @@ def test_tune_measures_nothing_that_is_recorded(a_trace: None) -> None:
 
 
 def test_a_short_call_asks_once_whether_it_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, recorded = [], gpu_rnn.onlookers.recorded
-    monkeypatch.setattr(gpu_rnn.onlookers, "recorded", lambda *args: asked.append(args) or recorded(*args))
+    asked, recorded = [], gpu_rnn.call.onlookers.recorded
+    monkeypatch.setattr(gpu_rnn.call.onlookers, "recorded", lambda *args: asked.append(args) or recorded(*args))
     gpu_rnn.LSTM(I, H)(draw(1))
     assert len(asked) == 1

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from gpu_rnn import cells, functional
-from gpu_rnn.layout import PLAIN
+from gpu_rnn.backends.tensors import PLAIN
 from gpu_rnn.recurrence import Recurrence
 
 EXACT = 1e-10

@@ -17,10 +17,10 @@ from resident_support import CELLS, DTYPES, SHAPES, compare, errors, settings  #
 from torch import Tensor
 
 from gpu_rnn import cells, devices
-from gpu_rnn.launch import common, resident
-from gpu_rnn.problem import Problem
+from gpu_rnn.backends import persistent, resident
+from gpu_rnn.backends.problem import Problem
+from gpu_rnn.backends.reference import project
 from gpu_rnn.recurrence import Recurrence
-from gpu_rnn.reference import project
 
 ACTIVATIONS = ["tanh", "relu", "hard_sigmoid", "gelu", "softplus", "silu"]  # of every shape: all are in test_codegen.py
 LAYOUTS = ["0", "1", "01", "0 lengths", "1 lengths", "01 lengths"]  # directions; rows with lengths of their own
@@ -218,9 +218,9 @@ def test_refusals_say_why(reason: str, changes: dict[str, Any]) -> None:
 
 
 def test_directions_travel_as_a_pattern() -> None:
-    assert common.bits("01" * 500) == (0b10, 2)
-    assert common.bits("0" * 7) == (0, 1)
-    assert common.bits("0110") == (0b0110, 4)
+    assert persistent.bits("01" * 500) == (0b10, 2)
+    assert persistent.bits("0" * 7) == (0, 1)
+    assert persistent.bits("0110") == (0b0110, 4)
     reason = "takes 65535 recurrences side by side, directions repeating within 62"
     assert resident.unsupported(described(N=100, reverse="1" + "0" * 99)) == [reason]
 

@@ -14,11 +14,11 @@ from pairwise import pairwise
 from resident_support import CELLS, DTYPES, SHAPES, TIGHT, compare, errors, settings  # noqa: F401
 from torch import Tensor
 
-from gpu_rnn.launch import resident
-from gpu_rnn.layout import RESET, SKIP, Call, Result
-from gpu_rnn.problem import Problem
+from gpu_rnn.backends import resident
+from gpu_rnn.backends.problem import Problem
+from gpu_rnn.backends.reference import project
+from gpu_rnn.backends.tensors import RESET, SKIP, Call, Result
 from gpu_rnn.recurrence import Recurrence
-from gpu_rnn.reference import project
 
 STEERING = ["", "lengths", "mask", "resets", "mask resets", "reset_values", "mask reset_values_per_step"]
 DROPS = ["", "drop", "drop_per_gate"]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpu_rnn import cells, functional
-from gpu_rnn.stack import Stack
+from gpu_rnn.call.stack import Stack
 
 STACK = Stack(cells.lstm(), num_layers=2, bidirectional=True)
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from gpu_rnn.launch import nvrtc
+from gpu_rnn.backends.group import nvrtc
 
 MULTIPROCESSORS = (132, 108)
 

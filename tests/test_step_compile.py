@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_compile import NoDevice
 
-from gpu_rnn.launch.step_buffers import Backward, Forward, Kind
+from gpu_rnn.backends.step.gpu_buffers import Backward, Forward, Kind
 
 KINDS = {
     "plain": Kind(True, False, 0, False, 0, False),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gpu_rnn import functional
-from gpu_rnn.launch import graphs, pointwise
+from gpu_rnn.backends.step import cuda_graphs, gpu
 
 TIGHT = 1e-5  # float32 against float64 over a few steps
 LAYOUTS = [("0", None), ("01", None), ("01", (4, 0, 2))]
@@ -22,7 +22,7 @@ def compare(name: str, reverse: str, lengths: tuple[int, ...] | None, device: st
     inputs = support.make(recurrence, reverse=reverse, lengths=lengths, **sizes)  # type: ignore[arg-type]
     truth = support.values_and_gradients(recurrence, inputs, "reference")
     narrow = inputs.to(torch.float32).on(device)
-    assert pointwise.takes(narrow.x, narrow.call(recurrence))
+    assert gpu.takes(narrow.x, narrow.call(recurrence))
     found = support.values_and_gradients(recurrence, narrow, "step")
     support.assert_same({k: v.double().cpu() for k, v in found.items()}, truth, TIGHT)
 
@@ -41,7 +41,7 @@ def test_on_a_gpu(name: str, reverse: str, lengths: tuple[int, ...] | None) -> N
     """More steps than two chunks, so that a captured graph is replayed, and steps left over."""
     torch.backends.cudnn.rnn.fp32_precision = "ieee"
     for _ in range(2):  # the second call replays from its first chunk
-        compare(name, reverse, lengths, "cuda", T=2 * graphs.CHUNK + 6, H=20)
+        compare(name, reverse, lengths, "cuda", T=2 * cuda_graphs.CHUNK + 6, H=20)
     torch.backends.cudnn.rnn.fp32_precision = "tf32"
 
 

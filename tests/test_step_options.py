@@ -10,10 +10,13 @@ import option_support
 import pytest
 import torch
 
-from gpu_rnn import devices, execution, layout, products, reference
-from gpu_rnn.launch import graphs, pointwise, step
-from gpu_rnn.layout import SKIP, bit
-from gpu_rnn.problem import Problem
+from gpu_rnn import devices
+from gpu_rnn.backends import linear, reference, tensors
+from gpu_rnn.backends.problem import Problem
+from gpu_rnn.backends.step import cuda_graphs, gpu
+from gpu_rnn.backends.step import launch as step
+from gpu_rnn.backends.tensors import SKIP, bit
+from gpu_rnn.call import passes
 
 EXACT, TIGHT = 1e-10, 1e-5  # float64, and float32 against float64 over a few steps
 ALL = (*option_support.OPTIONS, "lengths", "norm")
@@ -35,13 +38,13 @@ pytestmark = pytest.mark.usefixtures("uninitialised_memory_is_nan")
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of a few steps, and some left over, in both loops and in the input products."""
-    monkeypatch.setattr(layout, "CPU_CHUNK", 50)
-    chunks = graphs.Chunks
+    monkeypatch.setattr(tensors, "CPU_CHUNK", 50)
+    chunks = cuda_graphs.Chunks
 
-    def get(key: tuple, make, like: torch.Tensor) -> graphs.Chunks:  # type: ignore[no-untyped-def, type-arg]
+    def get(key: tuple, make, like: torch.Tensor) -> cuda_graphs.Chunks:  # type: ignore[no-untyped-def, type-arg]
         return chunks(make(2), 2)
 
-    if graphs.interpreter.INTERPRETING:
+    if cuda_graphs.triton_interpreter.INTERPRETING:
         monkeypatch.setattr(chunks, "get", get)
 
 
@@ -60,7 +63,7 @@ def make(name: str, options: Options, reverse: str = "01", **sizes: int) -> supp
 
 def in_torch(name: str, options: Options, **sizes: int) -> None:
     inputs, recurrence = make(name, options, **sizes), support.RECURRENCES[name]
-    assert not pointwise.takes(inputs.x, inputs.call(recurrence))
+    assert not gpu.takes(inputs.x, inputs.call(recurrence))
     expected = support.values_and_gradients(recurrence, inputs, "reference")
     support.assert_same(support.values_and_gradients(recurrence, inputs, "step"), expected, EXACT)
 
@@ -72,7 +75,7 @@ def in_triton(name: str, options: Options, device: str = "cpu", **sizes: int) ->
     narrow = inputs.to(torch.float32)
     plain = support.values_and_gradients(recurrence, narrow, "reference")
     narrow = narrow.on(device)
-    assert pointwise.takes(narrow.x, narrow.call(recurrence))
+    assert gpu.takes(narrow.x, narrow.call(recurrence))
     found = support.values_and_gradients(recurrence, narrow, "step")
     assert found.keys() == truth.keys()
     for key, exact in truth.items():
@@ -126,7 +129,7 @@ def test_pairs_interpreted(options: Options) -> None:
 @pytest.mark.parametrize("options", [(), EVERYTHING], ids="-".join)
 def test_buffers_are_used_again(options: Options, proj: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A call finds nothing of the one before it in the buffers, which a graph keeps."""
-    kept, chunks = {}, graphs.Chunks
+    kept, chunks = {}, cuda_graphs.Chunks
     monkeypatch.setattr(chunks, "get", lambda key, make, like: kept.setdefault(key, chunks(make(2), 2)))
     for steps in (5, 4, 5):
         in_triton("lstm", options, T=steps, proj=proj)
@@ -140,7 +143,7 @@ def test_on_a_gpu(name: str, options: Options) -> None:
     """More steps than two chunks, so that a captured graph is replayed, and steps left over."""
     torch.backends.cudnn.rnn.fp32_precision = "ieee"
     for _ in range(2):  # the second call replays from its first chunk
-        in_triton(name, options, "cuda", T=2 * graphs.CHUNK + 6, H=20)
+        in_triton(name, options, "cuda", T=2 * cuda_graphs.CHUNK + 6, H=20)
     torch.backends.cudnn.rnn.fp32_precision = "tf32"
 
 
@@ -149,7 +152,7 @@ def test_on_a_gpu(name: str, options: Options) -> None:
 def test_with_a_projection_on_a_gpu(options: Options) -> None:
     torch.backends.cudnn.rnn.fp32_precision = "ieee"
     for _ in range(2):
-        in_triton("lstm", options, "cuda", T=2 * graphs.CHUNK + 6, H=20, proj=7)
+        in_triton("lstm", options, "cuda", T=2 * cuda_graphs.CHUNK + 6, H=20, proj=7)
     torch.backends.cudnn.rnn.fp32_precision = "tf32"
 
 
@@ -159,7 +162,7 @@ def test_with_a_projection_on_a_gpu(options: Options) -> None:
 def test_no_waiting_for_a_gpu(options: Options, proj: int) -> None:
     """Neither loop asks the device for anything."""
     for dtype in (torch.float32, torch.float64):
-        inputs = make("lstm", options, T=graphs.CHUNK + 2, proj=proj).to(dtype).on("cuda")
+        inputs = make("lstm", options, T=cuda_graphs.CHUNK + 2, proj=proj).to(dtype).on("cuda")
         support.values_and_gradients(support.RECURRENCES["lstm"], inputs, "step")
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -210,14 +213,14 @@ def nothing_leaks(name: str, options: Options, dtype: torch.dtype, proj: int = 0
     recurrence = support.RECURRENCES[name]
     inputs = make(name, ("mask", *options), proj=proj).to(dtype).detached()
     assert inputs.control.flags is not None
-    problem = execution.describe(recurrence.text(), inputs.options("step"), inputs.layer, "training")
+    problem = passes.describe(recurrence.text(), inputs.options("step"), inputs.layer, "training")
     call = inputs.call(recurrence, problem)
     gates = reference.project(inputs.x, inputs.weights, recurrence.program)
     gates = torch.where(bit(inputs.control.flags, SKIP).unsqueeze(-1), torch.nan, gates)
     saved = step.forward(call, gates, True, inputs.all_states)
     d_inner = torch.ones_like(saved.inner) if inputs.all_states else None
     loop = step.backward(call, saved, torch.ones_like(saved.y), [torch.ones_like(f) for f in saved.final], d_inner)
-    d_x, d_weights = products.gradients(call, inputs.x, saved, loop)
+    d_x, d_weights = linear.gradients(call, inputs.x, saved, loop)
     found = [saved.y, *saved.final, saved.inner, loop.d_gates, d_x, *d_weights, *loop.d_states, *loop.d_resets]
     assert not [k for k, value in enumerate(found) if value is not None and value.isnan().any()]
 
@@ -248,7 +251,7 @@ def test_a_projected_h_that_a_step_reads_goes_to_torch(name: str) -> None:
     inputs, recurrence = make(name, (), proj=4, H=4), support.RECURRENCES[name]
     expected = support.values_and_gradients(recurrence, inputs, "reference")
     narrow = inputs.to(torch.float32)
-    assert not pointwise.takes(narrow.x, narrow.call(recurrence))
+    assert not gpu.takes(narrow.x, narrow.call(recurrence))
     support.assert_same(
         {name: value.double() for name, value in support.values_and_gradients(recurrence, narrow, "step").items()},
         expected,

@@ -17,7 +17,7 @@ import torch
 
 import gpu_rnn
 from gpu_rnn import Recurrence, TraceError, activations, cells
-from gpu_rnn.program import Program
+from gpu_rnn.compiler.program import Program
 
 
 def another_thread(function: Callable[[], Any]) -> Any:

@@ -13,7 +13,7 @@ from group_support import pretend
 from loop_support import RECURRENCES, make
 from transform_support import CASES, assert_right, turns
 
-from gpu_rnn.launch import common
+from gpu_rnn.backends import persistent
 
 ONE_PRODUCT = tuple(case for case in CASES if case != "gru before")  # a step, as `group` takes them
 TIGHT = 2e-5  # float32 against float64, relative to the largest value (tests/resident_support.py)
@@ -71,7 +71,7 @@ LAYOUTS = {
 def test_gradients_of_gates_share_no_memory(name: str) -> None:
     """They have the strides of the gates as the kernel reads them, which are copied only where that is needed."""
     saved, recurrence = LAYOUTS[name], RECURRENCES["rnn"]
-    gates, d_gates = common.beside(make(recurrence).call(recurrence), saved)
+    gates, d_gates = persistent.beside(make(recurrence).call(recurrence), saved)
     assert torch.equal(gates, saved) and gates.stride() == d_gates.stride() and gates.stride(-1) == 1
     d_gates.copy_(torch.arange(d_gates.numel()).view(d_gates.shape))
     assert len(d_gates.unique()) == d_gates.numel()

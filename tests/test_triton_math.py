@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpu_rnn.launch import generated, interpreter
-from gpu_rnn.operations import OPERATIONS
-from gpu_rnn.program import Program
+from gpu_rnn.backends import triton_interpreter
+from gpu_rnn.compiler import triton_module
+from gpu_rnn.compiler.operations import OPERATIONS
+from gpu_rnn.compiler.program import Program
 
 SIZE = 256
 MAGNITUDES = [
@@ -101,9 +102,9 @@ def check(name: str, device: str) -> None:
 
     given = arguments(name)
     out = torch.full((1, SIZE), float("nan"), device=device)
-    step = generated.triton_module(as_program(name)).step_0
+    step = triton_module.triton_module(as_program(name)).step_0
     rest = torch.cat([given, torch.zeros(1, SIZE)]).to(device)  # the state, which no operation here reads
-    with interpreter.arithmetic():
+    with triton_interpreter.arithmetic():
         apply[(1,)](rest, out, step, len(given), 0, 1, 0, 0, 0, SIZE)
     found, truth = out[0].cpu(), expected(name, given).float()
     finite = truth.isfinite()

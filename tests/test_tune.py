@@ -24,8 +24,11 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from tune_support import QUICK, B, I, T, decide, x
 
 import gpu_rnn
-from gpu_rnn import choices, cli, dispatch, reference, tuning
-from gpu_rnn.launch import aten, step
+from gpu_rnn import cli
+from gpu_rnn.backends import aten, reference
+from gpu_rnn.backends.step import launch as step
+from gpu_rnn.diagnostics import tuning
+from gpu_rnn.dispatch import choice, measured
 
 DELAY = 0.03  # seconds of a backend that a test slows down: many times a call's time here
 
@@ -171,21 +174,21 @@ def test_a_stack_goes_by_it_as_a_wavefront_too(with_cupy: None, monkeypatch: pyt
     """Whether its layers run so, in which chunks and on which loop: asked of a described GPU, as none need be here."""
     layer, given = LSTM(384, 384, 5, dtype=torch.float16, device="meta"), torch.empty(1600, 64, 384, device="meta")
     stack = gpu_rnn.explain(layer, given.half(), device="H100").problem
-    assert dispatch.staggers(stack) and dispatch.wavefront(stack)[0] == "group"
-    with dispatch.trial("step") as asked:
-        assert dispatch.wavefront(stack)[0] == "step"
-    assert asked == {(stack, dispatch.LOOPS): "step"}
-    with dispatch.trial("reference") as asked:
-        assert not dispatch.staggers(stack)
-    assert asked == {(stack, dispatch.LOOPS): "reference"}
-    dispatch.remember(stack.device, {(stack, dispatch.LOOPS): {"group": 2.0, "step": 1.0}})
-    assert dispatch.wavefront(stack) == dispatch.wavefront(stack, "step")
-    dispatch.remember(stack.device, {(stack, dispatch.LOOPS): {"step": 1.0, "reference": 0.5}})
-    assert not dispatch.staggers(stack) and dispatch.staggers(stack, "group")
-    dispatch.forget()
-    assert dispatch.wavefront(stack)[0] == "group"
+    assert choice.staggers(stack) and choice.wavefront(stack)[0] == "group"
+    with choice.trial("step") as asked:
+        assert choice.wavefront(stack)[0] == "step"
+    assert asked == {(stack, choice.LOOPS): "step"}
+    with choice.trial("reference") as asked:
+        assert not choice.staggers(stack)
+    assert asked == {(stack, choice.LOOPS): "reference"}
+    choice.remember(stack.device, {(stack, choice.LOOPS): {"group": 2.0, "step": 1.0}})
+    assert choice.wavefront(stack) == choice.wavefront(stack, "step")
+    choice.remember(stack.device, {(stack, choice.LOOPS): {"step": 1.0, "reference": 0.5}})
+    assert not choice.staggers(stack) and choice.staggers(stack, "group")
+    choice.forget()
+    assert choice.wavefront(stack)[0] == "group"
     monkeypatch.setenv("GPU_RNN_BACKEND", "reference")
-    assert not dispatch.staggers(stack)
+    assert not choice.staggers(stack)
 
 
 def test_evaluation_and_calls_without_gradients_are_measured_forward_only() -> None:
@@ -246,13 +249,13 @@ def test_explain_says_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None
 def test_other_threads_are_not_on_trial() -> None:
     found = []
     problem = gpu_rnn.explain(LSTM(I, 4), x()).problem
-    with dispatch.trial("reference") as answers:
-        assert dispatch.select(problem) == "reference" and dispatch.select(problem, "step") == "step"
-        thread = threading.Thread(target=lambda: found.append(dispatch.select(problem)))
+    with choice.trial("reference") as answers:
+        assert choice.select(problem) == "reference" and choice.select(problem, "step") == "step"
+        thread = threading.Thread(target=lambda: found.append(choice.select(problem)))
         thread.start()
         thread.join()
     assert found == ["aten"] and list(answers.values()) == ["reference"]
-    assert dispatch.select(problem) == "aten"
+    assert choice.select(problem) == "aten"
 
 
 def test_a_backend_without_memory_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,7 +306,7 @@ def test_what_cannot_be_tuned() -> None:
 def test_what_it_refuses(given: Any, call: dict[str, Any], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=re.escape(words)):
         gpu_rnn.tune(LSTM(I, 4), given, **call)
-    assert not choices.any_on_cpu()
+    assert not measured.any_on_cpu()
 
 
 def test_it_refuses_autocast() -> None:

@@ -20,12 +20,14 @@ import torch
 from tune_support import QUICK, I, decide, x
 
 import gpu_rnn
-from gpu_rnn import GRU, LSTM, cache, choices, cli, dispatch, doctor, tuning
+from gpu_rnn import GRU, LSTM, cache, cli
+from gpu_rnn.diagnostics import doctor, tuning
+from gpu_rnn.dispatch import choice, measured
 
 pytestmark = pytest.mark.usefixtures("cache_folder")
 
 
-BROKEN: dict[str, str | dict[str, choices.Times]] = {
+BROKEN: dict[str, str | dict[str, measured.Times]] = {
     "text": "no JSON",
     "a list": "[]",
     "nothing": "{}",
@@ -55,10 +57,10 @@ def test_a_broken_file_is_ignored_and_rewritten(
     setting = setting_of(path)
     broken = BROKEN[kind]
     if isinstance(broken, dict):
-        path.write_bytes(choices.written(setting, broken))
+        path.write_bytes(measured.written(setting, broken))
     else:
         path.write_text(broken.format(**setting) if "{{" in broken else broken)
-    for cached in (choices._kept, choices.any_on_cpu, dispatch._select):  # as in a new process
+    for cached in (measured._kept, measured.any_on_cpu, choice._select):  # as in a new process
         cached.cache_clear()
     with caplog.at_level(logging.INFO, logger="gpu_rnn"):
         assert gpu_rnn.explain(layer, x()).chosen == "aten"
@@ -85,7 +87,7 @@ def test_processes_add_to_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     path = gpu_rnn.tune(LSTM(I, 4), x()).path
     kept = json.loads(path.read_text())["choices"]
     other = {"by another process": {"step": 1.0}}
-    path.write_bytes(choices.written(setting_of(path), kept | other))
+    path.write_bytes(measured.written(setting_of(path), kept | other))
     gpu_rnn.tune(GRU(I, 4), x())
     assert kept.keys() | other.keys() < json.loads(path.read_text())["choices"].keys()
 
@@ -101,7 +103,7 @@ def test_one_process_waits_for_another_that_writes(monkeypatch: pytest.MonkeyPat
             found = json.loads(path.read_text())
             reading.set()
             time.sleep(0.3)
-            path.write_bytes(choices.written(setting_of(path), found["choices"] | other))
+            path.write_bytes(measured.written(setting_of(path), found["choices"] | other))
 
     thread = threading.Thread(target=another_process)
     thread.start()
@@ -174,7 +176,7 @@ def test_doctor_says_what_the_cache_holds(tmp_path: Path, monkeypatch: pytest.Mo
     assert said() == [f"cache    {cache_folder}: tuned choices: 0 for this device and these versions"]
     tuned = gpu_rnn.tune(LSTM(I, 4), x(), **QUICK)
     count = len(json.loads(tuned.path.read_text())["choices"])
-    (cache_folder / "tuned-0.json").write_bytes(choices.written({}, {"one": {"step": 1.0}}))
+    (cache_folder / "tuned-0.json").write_bytes(measured.written({}, {"one": {"step": 1.0}}))
     (cache_folder / "tuned-1.json").write_text("no JSON")
     kept, broken = said()
     assert kept.endswith(f"tuned choices: {count} for this device and these versions, 1 for other devices or versions")
@@ -220,8 +222,8 @@ def test_no_temporary_folder_is_made_without_need(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_file_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    read, parsed = [], choices._parsed
-    monkeypatch.setattr(choices, "_parsed", lambda *arguments: read.append(1) or parsed(*arguments))
+    read, parsed = [], measured._parsed
+    monkeypatch.setattr(measured, "_parsed", lambda *arguments: read.append(1) or parsed(*arguments))
     for steps in (3, 4, 5):
         LSTM(I, 4)(x(steps))
         GRU(I, 4, activation="relu")(x(steps))[0].sum().backward()

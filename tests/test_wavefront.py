@@ -16,12 +16,14 @@ from group_support import pretend
 from torch import Tensor
 
 import gpu_rnn
-from gpu_rnn import diagonals, dispatch
-from gpu_rnn.diagonals import Diagonal
-from gpu_rnn.launch import group, resident, step
-from gpu_rnn.layer_base import LayerBase
-from gpu_rnn.problem import Problem
-from gpu_rnn.stack import Stack
+from gpu_rnn.backends import resident
+from gpu_rnn.backends.group import launch as group
+from gpu_rnn.backends.problem import Problem
+from gpu_rnn.backends.step import launch as step
+from gpu_rnn.call.stack import Stack
+from gpu_rnn.dispatch import choice, wavefront_plan
+from gpu_rnn.dispatch.wavefront_plan import Diagonal
+from gpu_rnn.layers.base import LayerBase
 
 T, B = 7, 4
 Force = Callable[[int], None]
@@ -32,15 +34,15 @@ def force(monkeypatch: pytest.MonkeyPatch, uninitialised_memory_is_nan: None) ->
     """A function that makes every stack that can run as a wavefront do so from then on, in chunks of so many steps."""
 
     def every_stack(chunk: int) -> None:
-        def plan(problem: Problem, loop: str) -> dispatch._Plan:
-            return dispatch._Plan(1.0, chunk, diagonals.launched(problem, chunk, problem.layers))
+        def plan(problem: Problem, loop: str) -> choice._Plan:
+            return choice._Plan(1.0, chunk, wavefront_plan.launched(problem, chunk, problem.layers))
 
-        monkeypatch.setattr(diagonals, "idles", lambda device: True)
-        monkeypatch.setattr(dispatch, "_plan", plan)
-        dispatch._gain.cache_clear()
+        monkeypatch.setattr(wavefront_plan, "idles", lambda device: True)
+        monkeypatch.setattr(choice, "_plan", plan)
+        choice._gain.cache_clear()
 
     yield every_stack
-    dispatch._gain.cache_clear()
+    choice._gain.cache_clear()
 
 
 def masks() -> dict[str, dict[str, Any]]:
@@ -277,7 +279,7 @@ def test_every_chunk_finds_what_it_needs(layers: int, steps: int, chunk: int) ->
     if chunk > steps:
         return
     done = torch.zeros(layers, steps, dtype=torch.bool)
-    for diagonal in diagonals.diagonals(layers, steps, chunk):
+    for diagonal in wavefront_plan.diagonals(layers, steps, chunk):
         together = []
         for layer in range(diagonal.first, diagonal.last):
             start = diagonal.start - (layer - diagonal.first) * diagonal.chunk
@@ -294,7 +296,7 @@ def test_views() -> None:
     """What a diagonal is of tensors of all layers and steps."""
     whole = torch.arange(3 * 8 * 2 * 5, dtype=torch.float64).view(3, 8, 2, 5)
     initial = -torch.arange(3 * 2 * 5, dtype=torch.float64).view(2, 3, 5)
-    for diagonal in diagonals.diagonals(3, 8, 2):
+    for diagonal in wavefront_plan.diagonals(3, 8, 2):
         layers = range(diagonal.first, diagonal.last)
         starts = [diagonal.start - 2 * k for k in range(len(layers))]
         parts = [whole[layer, start : start + 2] for layer, start in zip(layers, starts, strict=True)]
@@ -322,11 +324,11 @@ def test_the_chunk_is_the_best_by_the_model() -> None:
     def cost(part: Problem) -> float:  # a launch of 10 µs, 1 µs a step; nothing for input products
         return 1e-5 + 1e-6 * part.T
 
-    chunk, seconds = diagonals.plan(problem, cost)
+    chunk, seconds = wavefront_plan.plan(problem, cost)
     assert 1600 % chunk == 0  # no odd steps, so that the formula is exact
 
     def total(count: int) -> float:
-        return (count + 4) * (diagonals.BETWEEN + 1e-5 + 1e-6 * 1600 / count)
+        return (count + 4) * (wavefront_plan.BETWEEN + 1e-5 + 1e-6 * 1600 / count)
 
     assert seconds == pytest.approx(total(1600 // chunk))
     assert seconds <= 1.01 * min(total(count) for count in range(1, 1601))
@@ -334,18 +336,18 @@ def test_the_chunk_is_the_best_by_the_model() -> None:
 
 def test_where_a_stack_is_staggered() -> None:
     """Long and narrow stacks are; what has no room beside one layer, or no second layer to wait, is not."""
-    assert dispatch.staggers(described())
-    assert not dispatch.staggers(described(layers=1))
-    assert not dispatch.staggers(described(bidirectional=True))
-    assert not dispatch.staggers(described(proj_size=128))
-    assert not dispatch.staggers(described(layer_norm=True))
-    assert not dispatch.staggers(described(), "reference")
-    assert not dispatch.staggers(replace(described(), device=gpu_rnn.devices.CPU))
-    assert not dispatch.staggers(described(hidden=1024, layers=3), "group")
+    assert choice.staggers(described())
+    assert not choice.staggers(described(layers=1))
+    assert not choice.staggers(described(bidirectional=True))
+    assert not choice.staggers(described(proj_size=128))
+    assert not choice.staggers(described(layer_norm=True))
+    assert not choice.staggers(described(), "reference")
+    assert not choice.staggers(replace(described(), device=gpu_rnn.devices.CPU))
+    assert not choice.staggers(described(hidden=1024, layers=3), "group")
     inference = replace(described(), direction="inference")
-    name, chunk = dispatch.wavefront(inference)
-    assert 1 < chunk < 1600 and name in dispatch.KERNELS
-    assert dispatch.total_cost(inference, name) == diagonals.plan(inference, dispatch.BACKENDS[name].cost)[1]
+    name, chunk = choice.wavefront(inference)
+    assert 1 < chunk < 1600 and name in choice.KERNELS
+    assert choice.total_cost(inference, name) == wavefront_plan.plan(inference, choice.BACKENDS[name].cost)[1]
 
 
 def test_frozen_lower_layers_run_no_backward_pass(force: Force, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -398,10 +400,10 @@ def table() -> str:
         for direction in ("training", "backward"):
             of_pass = replace(problem, direction=direction)
             loops = [loop for loop in (group, resident) if not loop.unsupported(of_pass)]
-            chunk, seconds = min((diagonals.plan(of_pass, loop.cost) for loop in loops), key=lambda plan: plan[1])
+            chunk, seconds = min((wavefront_plan.plan(of_pass, loop.cost) for loop in loops), key=lambda plan: plan[1])
             one_by_one = layers * min(loop.cost(replace(of_pass, layers=1)) for loop in loops)
             figures += [f"{1e6 * one_by_one / steps:.2f}", f"{1e6 * seconds / steps:.2f}, {chunk}"]
-        way = "as a wavefront" if dispatch.staggers(problem) else "one by one"
+        way = "as a wavefront" if choice.staggers(problem) else "one by one"
         sizes = ", ".join(map(str, (features, hidden, layers, steps, batch)))
         lines.append(f"| {name} | {sizes} | {' | '.join(figures)} | {way} |")
     return "\n".join(lines)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from gpu_rnn import tuning
-from gpu_rnn.timing import Timing
+from gpu_rnn.diagnostics import tuning
+from gpu_rnn.diagnostics.timing import Timing
 
 T, B, I = 5, 3, 2  # noqa: E741
 QUICK = {"seconds": 1e-9}  # the fewest rounds

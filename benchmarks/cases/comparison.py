@@ -18,8 +18,8 @@ from cases import peers
 from cases.names import TORCH
 from cases.problems import Problem
 from cases.variants import DTYPES, Case, Inputs, Variant
-from gpu_rnn import dispatch
-from gpu_rnn.explanation import Explanation
+from gpu_rnn.diagnostics.explanation import Explanation
+from gpu_rnn.dispatch import choice
 
 REFERENCE_BYTES = 4 * 2**30
 """What the reference's graph may take; above, torch.nn in float64 stands in for it."""
@@ -94,7 +94,7 @@ def explain(case: Case, x: Tensor, call: Call) -> Explanation:
         return asked
     # Heads run as vmap over the weights: one launch with a recurrence for each.
     problem = replace(asked.problem, N=asked.problem.N * case.problem.heads, transforms=True)
-    return Explanation(problem, tuple(dispatch.explain(problem)))
+    return Explanation(problem, tuple(choice.explain(problem)))
 
 
 def _layer(library: Any, problem: Problem, device: torch.device, dtype: torch.dtype, **options: Any) -> nn.Module:

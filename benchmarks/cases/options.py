@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu_rnn import regularization
+from gpu_rnn.layers import regularization
 
 BOTH = ("forward", "training")
 TRAINING = ("training",)

@@ -41,7 +41,7 @@ class Limits:
 
 
 LIMITS = {
-    # T beyond two graphs of the step backend (launch/graphs.py); H for one block, for a few, and for many.
+    # T beyond two graphs of the step backend (backends/step/cuda_graphs.py); H for one block, for a few, and for many.
     "cuda": Limits(80, 70, 40, ((1, 32), (33, 128), (129, 700))),
     "cpu": Limits(5, 4, 4, ((1, 20),)),  # what an emulated GPU runs in a second
 }

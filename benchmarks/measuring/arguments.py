@@ -12,10 +12,10 @@ from cases import problems, variants
 from cases.names import PEERS
 from cases.variants import Case
 
-from gpu_rnn import dispatch
 from gpu_rnn.cli import positive
+from gpu_rnn.dispatch import choice
 
-NAMES = (*dispatch.BACKENDS, *PEERS)
+NAMES = (*choice.BACKENDS, *PEERS)
 QUICK_TRIALS, TRIALS = 7, 15
 QUICK_SECONDS = 180  # less than `make gpu-check` gives: importing and the case in hand come on top
 

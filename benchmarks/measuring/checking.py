@@ -28,8 +28,8 @@ ELEMENT = "an element of "  # of what these errors are named
 # Nothing is allowed more than this many times its limit. Plain PyTorch, the yardstick, is held to this alone: the
 # reference's autograd sums the gradients of the weights step by step in the dtype itself.
 MOST = 5
-# Calls before the one that is checked: the first compiles, the second captures graphs (launch/graphs.py), which are
-# kept for what is timed and must not hold the poison's fills.
+# Calls before the one that is checked: the first compiles, the second captures graphs (backends/step/cuda_graphs.py),
+# which are kept for what is timed and must not hold the poison's fills.
 UNPOISONED = 2
 
 Errors = dict[str, float]  # by output and gradient, and of an element of each

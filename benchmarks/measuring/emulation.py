@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-from gpu_rnn.launch import interpreter
+from gpu_rnn.backends import triton_interpreter
 
 TESTS = Path(__file__).resolve().parents[2] / "tests"
 
@@ -31,7 +31,7 @@ def unavailable() -> str:
 
 def interpreting() -> bool:
     """Whether this process can emulate: Triton decides when it is imported."""
-    return interpreter.INTERPRETING
+    return triton_interpreter.INTERPRETING
 
 
 def again(script: str, arguments: Sequence[str]) -> int:

@@ -16,7 +16,9 @@ import torch
 from cases.names import PEERS
 
 import gpu_rnn
-from gpu_rnn import choices, devices, dispatch, doctor, environment
+from gpu_rnn import devices, environment
+from gpu_rnn.diagnostics import doctor
+from gpu_rnn.dispatch import choice, measured
 
 ROOT = Path(__file__).resolve().parents[2]
 # What a measurement or a certificate depends on; git's * crosses folders.
@@ -56,9 +58,9 @@ def check_nothing_chooses(device: torch.device) -> None:
     Raises:
         ValueError: GPU_RNN_BACKEND names a backend, or `gpu_rnn.tune` has kept choices for the device.
     """
-    if environment.backend(dispatch.BACKENDS):
+    if environment.backend(choice.BACKENDS):
         raise ValueError("GPU_RNN_BACKEND chooses the backend here, and the models are to: unset it")
-    if count := choices.held(devices.of(device)).here:
+    if count := measured.held(devices.of(device)).here:
         raise ValueError(
             f"what gpu_rnn.tune kept here ({count} choices) would stand for what a layer takes by itself: set "
             "GPU_RNN_CACHE "

@@ -11,7 +11,7 @@ from cases.comparison import Comparison
 from cases.names import PEERS, TORCH
 from cases.variants import Case
 
-from gpu_rnn.explanation import Explanation
+from gpu_rnn.diagnostics.explanation import Explanation
 from measuring import timing
 
 Row = dict[str, object]

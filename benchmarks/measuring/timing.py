@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What measuring needs beside `gpu_rnn.timing`: replays of CUDA graphs, and peak memory."""
+"""What measuring needs beside `gpu_rnn.diagnostics.timing`: replays of CUDA graphs, and peak memory."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 import torch
 
-from gpu_rnn import timing
-from gpu_rnn.timing import FEWEST, WARM_UP, Call, Timing
+from gpu_rnn.diagnostics import timing
+from gpu_rnn.diagnostics.timing import FEWEST, WARM_UP, Call, Timing
 
 __all__ = ["FEWEST", "WARM_UP", "Call", "Timing", "interleave", "peak_memory"]
 
@@ -24,8 +24,8 @@ def interleave(
     deadline: float,
     graph: bool = False,
 ) -> dict[str, Timing]:
-    """`gpu_rnn.timing.interleave`, on a GPU with `graph` of replays of a CUDA graph, which leaves out what the host
-    takes to launch. All calls or none: where one of them cannot be captured, all are timed by events."""
+    """`gpu_rnn.diagnostics.timing.interleave`, on a GPU with `graph` of replays of a CUDA graph, which leaves out what
+    the host takes to launch. All calls or none: where one of them cannot be captured, all are timed by events."""
     limits = {"trials": trials, "seconds": seconds, "deadline": deadline}
     if graph and device.type == "cuda":
         captured = {name: replay for name, call in calls.items() if (replay := _captured(call))}

@@ -16,12 +16,12 @@ import torch
 from torch import nn
 
 import gpu_rnn
-from gpu_rnn import doctor
 from gpu_rnn.demo.datasets import Dataset, japanese_vowels, plaid
 from gpu_rnn.demo.models import STANDARD, WITH_OPTIONS, PythonLoop, Variant
 from gpu_rnn.demo.timing import Case, Timing, measure, table
 from gpu_rnn.demo.train import Epoch, Run, repeat
-from gpu_rnn.layer_base import LayerBase
+from gpu_rnn.diagnostics import doctor
+from gpu_rnn.layers.base import LayerBase
 
 __all__ = ["Options", "bench", "run"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
-from gpu_rnn.timing import interleave
+from gpu_rnn.diagnostics.timing import interleave
 
 __all__ = ["Case", "Timing", "measure", "table"]
 

@@ -15,8 +15,8 @@ from torch.overrides import TorchFunctionMode
 
 from gpu_rnn import cells
 from gpu_rnn.activations import Activation
+from gpu_rnn.compiler.tracing import TraceError
 from gpu_rnn.recurrence import Recurrence
-from gpu_rnn.tracing import TraceError
 
 # The functions that are the same in both libraries go by this library's names: a recurrence of names is shared, and
 # ATen knows it. Keras's leaky_relu is not torch's (its slope is 0.2), so it is traced, as every other function is.

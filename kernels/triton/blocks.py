@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-# Bits of a step's flags, as gpu_rnn/layout.py has them (a test holds the two together).
+# Bits of a step's flags, as gpu_rnn/backends/tensors.py has them (a test holds the two together).
 SKIP_BIT, RESET_BIT = tl.constexpr(1), tl.constexpr(2)
 
 

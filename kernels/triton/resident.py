@@ -5,7 +5,7 @@ Sizes: T time, B batch, N independent recurrences, G gates, R split gates (those
 the input part), S states, P per-unit parameters, H hidden units. Names: p_ pointers, b_ blocks, i_ ids, o_ offsets,
 m_ masks; gates, states and parameters are tuples of blocks. `STEP` is generated from the recurrence, so nothing in here
 knows any cell. A recurrence of two products a step has `FIRST` between them, which takes the first `EARLY` gates.
-gpu_rnn/launch/resident.py launches with the grid (tiles of the batch, N).
+gpu_rnn/backends/resident.py launches with the grid (tiles of the batch, N).
 """
 
 import triton
@@ -132,7 +132,7 @@ def resident_forward(
     p_b_hh,  # (N, G, H), of which the split gates' are read, or None
     p_params,  # (N, P, H) or None
     p_lengths,  # (B,) or None
-    p_flags,  # (T, B, N) or None: `SKIP` and `RESET` of gpu_rnn/layout.py
+    p_flags,  # (T, B, N) or None: `SKIP` and `RESET` of gpu_rnn/backends/tensors.py
     p_resets,  # per state (T or 1, B, N, H), or None: a reset sets the states to INITIAL
     p_drop,  # (B, N, DROP, H) or None
     p_zone,  # (S, T, B, N, H) or None: not 0 where a unit keeps its state
@@ -245,7 +245,7 @@ def resident_backward(
     p_w,  # (N, G, H, H)
     p_params,  # (N, P, H) or None
     p_lengths,  # (B,) or None
-    p_flags,  # (T, B, N) or None: `SKIP` and `RESET` of gpu_rnn/layout.py
+    p_flags,  # (T, B, N) or None: `SKIP` and `RESET` of gpu_rnn/backends/tensors.py
     p_resets,  # per state (T or 1, B, N, H), or None: a reset sets the states to INITIAL
     p_drop,  # (B, N, DROP, H) or None
     p_zone,  # (S, T, B, N, H) or None: not 0 where a unit keeps its state

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from gpu_rnn.launch import nvrtc
+from gpu_rnn.backends.group import nvrtc
 
 from .build import Argument, load, run
 

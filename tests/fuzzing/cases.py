@@ -25,7 +25,7 @@ from options_by_hand import Given
 from torch import Tensor
 
 from gpu_rnn import cells
-from gpu_rnn.launch import interpreter
+from gpu_rnn.backends import triton_interpreter
 from gpu_rnn.recurrence import Recurrence
 
 from . import formulas
@@ -79,7 +79,7 @@ class Case:
         ):  # drawn without kinks, which roundings may be on either side of
             found.append(("step", torch.float32))
             alone = not self.options & {"layer_norm", "proj_size"}
-            if interpreter.INTERPRETING and alone:
+            if triton_interpreter.INTERPRETING and alone:
                 found.append(("resident", torch.float32))
             if self.number % GROUP_EVERY == 0 and alone and len(self.recurrence.program.stages) == 1 and HAS_COMPILER:
                 found.append(("group", torch.float32))

@@ -19,8 +19,10 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
 from triton.runtime.driver import driver as triton_driver
 
-from gpu_rnn import devices, dispatch
-from gpu_rnn.launch import building, pointwise
+from gpu_rnn import devices
+from gpu_rnn.backends import building
+from gpu_rnn.backends.step import gpu
+from gpu_rnn.dispatch import choice
 
 
 class Launch(NamedTuple):
@@ -105,7 +107,7 @@ class _Triton(CudaDriver):
 
 driver = Driver()
 triton_driver.set_active(_Triton())
-dispatch.device_of = lambda device: devices.describe("H200")
+choice.device_of = lambda device: devices.describe("H200")
 torch.backends.cudnn.rnn.fp32_precision = "ieee"  # tensors on the CPU are never taken for tf32's
 building.here = lambda problem: [torch.device("cpu")]
-pointwise.interpreter = SimpleNamespace(INTERPRETING=True)  # its kernels take tensors of the CPU, here as there
+gpu.interpreter = SimpleNamespace(INTERPRETING=True)  # its kernels take tensors of the CPU, here as there

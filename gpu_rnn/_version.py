@@ -1,0 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The version, in a file that imports nothing."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PyTorch's own recurrent kernels (cuDNN, oneDNN) as a row of the table: whole stacks at standard options."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import _VF as VF
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from gpu_rnn.backends import rates
+from gpu_rnn.backends.persistent import products
+from gpu_rnn.backends.problem import Problem
+
+Output = tuple[Tensor, tuple[Tensor, ...]]
+
+EVERYWHERE = frozenset((torch.float32, torch.float64))
+"""The dtypes that ATen has kernels for on every CPU."""
+
+# cudnnRNNMode_t
+CUDNN_MODES = {"RNN_RELU": 0, "RNN_TANH": 1, "LSTM": 2, "GRU": 3}
+
+
+def unsupported(problem: Problem) -> list[str]:
+    """Why ATen cannot run a problem."""
+    reasons = []
+    if problem.recurrence.aten is None:
+        reasons.append(
+            f"ATen has LSTM, GRU and RNN with their standard activations only, not this {problem.recurrence.name}"
+        )
+    if problem.transforms:
+        reasons.append("ATen's recurrent kernels have no rules for torch.func transforms and forward-mode derivatives")
+    if problem.lengths and not problem.packed:
+        reasons.append("ATen takes rows of different lengths only as a PackedSequence")
+    if problem.dtype.is_complex:
+        reasons.append("ATen's recurrent kernels take real numbers only")
+    if not reasons and problem.device_type == "cpu":
+        lacking = missing(problem.recurrence.aten or "", problem.dtype, problem.training)
+        reasons += [lacking] if lacking else []
+    return reasons + problem.without("lengths")
+
+
+def missing(mode: str, dtype: torch.dtype, training: bool) -> str:
+    """What ATen says to a dtype that it has no kernel for on this CPU; empty where it has one."""
+    return "" if dtype in EVERYWHERE else _tried(mode, dtype, training)
+
+
+@lru_cache(maxsize=64)
+def _tried(mode: str, dtype: torch.dtype, training: bool) -> str:
+    """oneDNN has its 16-bit kernels on some machines only, and PyTorch does not always know on which: one step is
+    tried."""
+    gates = {"LSTM": 4, "GRU": 3}.get(mode, 1)
+    # Not the caller's grad mode, whose hooks would meet what is saved here, nor anything that records.
+    with _disable_current_modes(), torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        one, ones = (torch.ones(*size, dtype=dtype, device="cpu") for size in ((1, 1, 1), (gates, 1)))
+        weights, states = [ones, ones, ones[:, 0], ones[:, 0]], (one, one) if mode == "LSTM" else one
+        try:
+            FUNCTIONS[mode](one, states, weights, True, 1, 0.0, training, False, False)
+        except RuntimeError as error:
+            return f"ATen has no kernel for {dtype} on this CPU: {str(error).splitlines()[0]}"
+    return ""
+
+
+def _persistent(problem: Problem) -> bool:
+    """Where cuDNN keeps the weights on chip (the rules of ATen's native/cudnn/RNN.cpp, for sm_80 and later)."""
+    small = problem.H <= (128 if problem.training else 192)
+    static = (
+        problem.dtype == torch.float16
+        and problem.recurrence.aten == "LSTM"
+        and problem.layers == problem.N == 1
+        and problem.H <= 1024
+        and problem.H % 128 == problem.I % 128 == problem.B % 8 == 0
+        and problem.B <= 128
+    )
+    return not problem.packed and not problem.proj_size and (small or static)
+
+
+def cost(problem: Problem, given: rates.Rates | None = None) -> float:
+    """Seconds by the cost model (see `resident.cost`); on a CPU the products alone, which every other row adds to."""
+    if not problem.device.is_gpu:
+        return products(problem)
+    known = (given or rates.of(problem.device)).aten
+    step = known.persistent_step if _persistent(problem) else known.step * problem.N
+    passes = 2.0 if problem.direction == "backward" else 1.0
+    return passes * problem.T * problem.layers * step + known.products * products(problem)
+
+
+def stack(
+    mode: str,
+    x: Tensor,
+    hx: tuple[Tensor, ...],
+    weights: Sequence[Tensor],
+    bias: bool,
+    num_layers: int,
+    dropout: float,
+    bidirectional: bool,
+    batch_first: bool,
+    batch_sizes: Tensor | None,
+    recorded: bool = False,
+) -> Output:
+    """A whole stack of layers. Arguments as torch._VF's; dropout is 0 outside training, and on a GPU (`functional`)."""
+    # oneDNN keeps what its backward needs only in training. A trace says yes: it may be run either way.
+    training = dropout > 0 or torch.is_grad_enabled() or recorded
+    if x.is_cuda and torch.cudnn_is_acceptable(x) and not recorded:
+        return _cudnn(mode, x, hx, weights, num_layers, bidirectional, batch_first, batch_sizes)
+    function = FUNCTIONS[mode]
+    states: Any = hx if mode == "LSTM" else hx[0]
+    if batch_sizes is None:
+        y, *final = function(x, states, weights, bias, num_layers, dropout, training, bidirectional, batch_first)
+    else:
+        y, *final = function(x, batch_sizes, states, weights, bias, num_layers, dropout, training, bidirectional)
+    return y, tuple(final)
+
+
+FUNCTIONS: dict[str, Any] = {"LSTM": VF.lstm, "GRU": VF.gru, "RNN_TANH": VF.rnn_tanh, "RNN_RELU": VF.rnn_relu}
+CELLS: dict[str, Any] = {
+    "LSTM": VF.lstm_cell,
+    "GRU": VF.gru_cell,
+    "RNN_TANH": VF.rnn_tanh_cell,
+    "RNN_RELU": VF.rnn_relu_cell,
+}
+
+
+def _cudnn(
+    mode: str,
+    x: Tensor,
+    hx: tuple[Tensor, ...],
+    weights: Sequence[Tensor],
+    num_layers: int,
+    bidirectional: bool,
+    batch_first: bool,
+    batch_sizes: Tensor | None,
+) -> Output:
+    """cuDNN called directly, with a weight buffer of our own, so that parameters stay ordinary tensors."""
+    per_layer = len(weights) // (num_layers * (2 if bidirectional else 1))
+    hidden = hx[-1].shape[-1]
+    proj = hx[0].shape[-1] if hx[0].shape[-1] != hidden else 0
+    shape = CUDNN_MODES[mode], hidden, proj, num_layers, batch_first
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *hx, *weights))
+    y, h, c, *_ = torch._cudnn_rnn(
+        x,
+        list(weights),
+        per_layer,
+        _cudnn_buffer(weights, per_layer, x.shape[-1], (*shape, bidirectional)),
+        hx[0].contiguous(),
+        hx[1].contiguous() if len(hx) > 1 else None,
+        *shape,
+        0.0,  # no dropout: cuDNN's own would keep a random state that torch.manual_seed does not reach
+        needs_grad,  # cuDNN keeps what its backward needs only in training
+        bidirectional,
+        batch_sizes.tolist() if batch_sizes is not None else [],
+        None,
+    )
+    return y, (h, c) if mode == "LSTM" else (h,)
+
+
+def _cudnn_buffer(weights: Sequence[Tensor], per_layer: int, width: int, layout: tuple[Any, ...]) -> Tensor:
+    """The weights in one buffer as cuDNN wants it, copied at each call.
+
+    Nothing says cheaply that a weight is what it was: ``p.data.copy_()`` leaves its version as it is. cuDNN reads the
+    whole
+    buffer: without biases their places are there all the same, and have to hold zeros.
+    """
+    like = weights[0]
+    sizes = tuple(tuple(w.shape) for w in weights)
+    length, places, filled = _cudnn_places(sizes, like.dtype, like.device, per_layer, width, layout)
+    with torch.no_grad():
+        make = torch.empty if filled else torch.zeros
+        buffer = make(length, dtype=like.dtype, device=like.device)
+        views = [buffer[start : start + w.numel()].view_as(w) for start, w in zip(places, weights, strict=True)]
+        torch._foreach_copy_(views, list(weights))
+    return buffer
+
+
+@lru_cache(maxsize=256)
+def _cudnn_places(
+    sizes: tuple[tuple[int, ...], ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    per_layer: int,
+    width: int,
+    layout: tuple[Any, ...],
+) -> tuple[int, tuple[int, ...], bool]:
+    """The length of cuDNN's buffer, where each weight begins in it, and whether they fill it."""
+    blanks = [torch.empty(size, dtype=dtype, device=device) for size in sizes]
+    with torch.no_grad():
+        buffer = torch._cudnn_rnn_flatten_weight(blanks, per_layer, width, *layout)  # makes them views of it
+    places = tuple(int(blank.storage_offset()) for blank in blanks)
+    return buffer.numel(), places, buffer.numel() == sum(blank.numel() for blank in blanks)

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether Triton can build a backend's kernels on the devices at hand, found out before the backend is taken.
+
+Triton compiles when a kernel is launched first, and then needs a C compiler, a folder to write to, and a ptxas that
+knows the device. Here the launcher's own launches are compiled and loaded with tensors that have no memory; the call
+that follows finds what it needs.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gpu_rnn.backends import triton_interpreter
+from gpu_rnn.backends.persistent import here
+from gpu_rnn.backends.problem import Problem
+from gpu_rnn.backends.tensors import Call, Control, Result, Weights
+
+EMPTY = ".version 8.0\n.target sm_80\n.address_size 64\n"  # a text in PTX, of which ptxas makes code for any device
+
+
+class Kernel(NamedTuple):
+    """A Triton kernel with the arguments of a launch."""
+
+    function: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+
+
+class Example(NamedTuple):
+    """A problem's tensors, all without memory: what it is called with, its pre-activations, what its forward pass
+    gives."""
+
+    call: Call
+    gates: Tensor
+    saved: Result
+
+
+def example(given: Problem) -> Example:
+    """Every option of a problem, biases too; reset values are given for each step where zoneout is on, else once."""
+
+    def empty(*shape: int, dtype: torch.dtype = given.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    program, steps, batch, n, hidden = given.program, given.T, given.B, given.N, given.H
+    gates, width = len(program.gates), given.proj_size or hidden
+    weights = Weights(
+        empty(n, gates, hidden, given.I),
+        empty(n, gates, hidden, width),
+        empty(n, gates, hidden),
+        empty(n, gates, hidden),
+        empty(n, len(program.params), hidden) if program.params else None,
+        empty(n, width, hidden) if given.proj_size else None,
+        empty(n, gates, hidden) if given.norm else None,
+    )
+    states = [empty(batch, n, hidden if k else width) for k, _ in enumerate(program.states)]
+    control = Control(
+        empty(batch, dtype=torch.int64) if given.lengths else None,
+        empty(steps, batch, n, dtype=torch.uint8) if given.flags else None,
+        empty(batch, n, given.drop, width) if given.drop else None,
+        empty(len(states), steps, batch, n, hidden, dtype=torch.bool) if given.zone else None,
+    )
+    values = [empty(steps if given.zone else 1, *state.shape) for state in states if given.reset_values]
+    inner = empty(len(states) - 1, steps, batch, n, hidden, dtype=torch.float32)
+    recurrent = empty(steps, batch, n, len(program.split), hidden)
+    projected = empty(steps, batch, n, gates, hidden)
+    saved = Result(empty(steps, *states[0].shape), states, projected, recurrent, inner)
+    return Example(Call(program, weights, states, control, values, given.reverse, given), projected, saved)
+
+
+class Builds:
+    """What became of a backend's kernels, by problem."""
+
+    def __init__(self, kernels: Callable[[Problem], Iterable[Kernel]]) -> None:
+        self._kernels = kernels
+        self._failures: dict[Problem, str] = {}
+        self._failure = lru_cache(maxsize=1024)(self._built)
+
+    def prepare(self, problem: Problem) -> None:
+        """Builds the kernels of a problem that is supported so far; where that fails, `reasons` has one from then
+        on."""
+        if triton_interpreter.INTERPRETING or find_spec("triton") is None:
+            return
+        alike = _alike(problem)
+        failures = [self._failure(alike, device) for device in here(problem)]
+        if any(failures):
+            self._failures[alike] = next(filter(None, failures))
+
+    def reasons(self, problem: Problem) -> list[str]:
+        """Why the kernels of a problem cannot run, as far as `prepare` was asked for them."""
+        if not self._failures:
+            return []
+        failure = self._failures.get(_alike(problem))
+        return [] if failure is None else [failure]
+
+    def forget(self) -> None:
+        self._failures.clear()
+        self._failure.cache_clear()
+
+    def _built(self, problem: Problem, device: torch.device) -> str:
+        """Why the kernels cannot be built or loaded on a device; empty where they are."""
+        from triton.errors import TritonError
+        from triton.runtime.driver import driver
+
+        try:
+            with torch.cuda.device(-1 if device.index is None else device.index), torch.inference_mode(False):
+                target = driver.active.get_current_target()
+                if target.backend == "cuda" and ptxas_refusal(target.arch):
+                    return _words(RuntimeError(ptxas_refusal(target.arch)))
+                for kernel in self._kernels(problem):
+                    compiled = kernel.function.warmup(grid=kernel.grid, **kernel.arguments)
+                    compiled.run  # noqa: B018  # builds the launcher and loads the machine code
+        except (TritonError, RuntimeError, OSError, subprocess.SubprocessError, ImportError, AssertionError) as error:
+            return _words(error)
+        return ""
+
+
+@lru_cache(maxsize=16)
+def ptxas_refusal(arch: int) -> str:
+    """Why Triton's ptxas builds nothing for an architecture, such as 90; empty where it does.
+
+    It is asked before Triton compiles: LLVM ends the process where it is to build for what it does not know.
+    """
+    from triton.backends.nvidia import compiler
+
+    command = [
+        compiler.get_ptxas(arch).path,
+        "--gpu-name",
+        compiler.sm_arch_from_capability(arch),
+        "-",
+        "-o",
+        os.devnull,
+    ]
+    done = subprocess.run(command, input=EMPTY, capture_output=True, text=True, timeout=60, check=False)
+    return done.stderr.strip() if done.returncode else ""
+
+
+def _words(error: BaseException) -> str:
+    said = str(error).strip() or type(error).__name__
+    if isinstance(error, OSError):
+        said += " (Triton writes to TRITON_CACHE_DIR, else ~/.triton, and runs the compiler that CC names)"
+    return f"Triton cannot build its kernel here: {said[:1000]}; `gpu-rnn doctor` shows what Triton needs"
+
+
+def _alike(problem: Problem) -> Problem:
+    """The same for all T and B, which Triton builds no kernel of its own for."""
+    return replace(problem, T=2, B=2)

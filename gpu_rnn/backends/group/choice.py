@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which layout of the group kernel a problem gets: what fits, and of that the fastest by a model of one step.
+
+The model adds up what kernels/README.md names: tensor cores, weights read from shared memory, words that come in, and
+what synchronisation takes. Layouts are ranked, and the floor is counted, by the predicted constants: a results file
+holds the times of the layouts so chosen, so constants fitted to it say what those take and nothing of any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import count, product
+from typing import Any
+
+from gpu_rnn.backends import rates
+from gpu_rnn.backends.group.layout import UNITS, Layout
+from gpu_rnn.backends.persistent import FUNCTIONS, LANES, SHARED_BYTES, SPECIAL, product_rate
+from gpu_rnn.backends.problem import Problem
+from gpu_rnn.devices import Device
+
+MOST_WARPS = 8  # of a block: each thread may then use 255 registers of a multiprocessor's 65,536
+REGISTERS = 255  # of a thread: CUDA C++ programming guide, table of compute capabilities
+# Registers beside weights, sums, words and the pairs of units, so that no build needs a stack: forward, backward in 16
+# bits, where NVRTC keeps more addresses, and backward in fp32.
+WORKING = (90, 112, 100)
+COLUMNS = (1, 2)
+TILES = (1, 2, 4)
+
+WEIGHT_REGISTERS = 128 << 10  # bytes of weights in a multiprocessor's registers, half of them
+
+RANKING = rates.PREDICTED.group
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A layout and how many groups each of N gets; `step` is the predicted time of a step of all rows."""
+
+    layout: Layout
+    groups: int
+    at_once: int  # of N, in one launch
+    step: float
+
+
+def _held(layout: Layout) -> int:
+    """The blocks of the depth whose weights fit in registers beside all else; negative where not even that does."""
+    own = -(-(layout.blocks // layout.across) * 2 * layout.columns // layout.along)
+    states, gates = len(layout.parsed.states), layout.gates
+    sums = layout.fragments * layout.columns * (4 if layout.half or layout.precision == "tf32" else 16)
+    pairs = own * 2 * (gates + len(layout.parsed.split) + states) * (2 if layout.backward else 1)  # and gradients
+    words = 2 * layout.columns * layout.parts * layout.word // 4  # of a block of the depth
+    rows = own * layout.tiles * (2 * states + 4 + 2 * layout.drops)
+    working = WORKING[2 - layout.half] if layout.backward else WORKING[0]
+    free = REGISTERS - working - sums - pairs - rows - min(32, layout.share * words)
+    return min(layout.share, free // (layout.fragments * layout.fragment))
+
+
+def _shapes(total: int) -> Iterator[tuple[int, int, int, int]]:
+    """(members, blocks, across, along) for so many unit blocks: warps share the depth evenly."""
+    for blocks in sorted({*range(1, min(total, 8) + 1), total if total <= 16 else 1}):
+        across = max(a for a in range(1, min(blocks, MOST_WARPS) + 1) if blocks % a == 0)
+        wanted = MOST_WARPS // across
+        members = -(-total // blocks)
+        even = next(m for m in count(members) if m * blocks % wanted == 0)  # idle members, for more warps
+        for m in {members, even}:
+            along = max(a for a in range(1, wanted + 1) if m * blocks % a == 0)
+            yield m, blocks, across, along
+
+
+def _layouts(problem: Problem) -> Iterator[Layout]:
+    """Every layout worth a look, whatever it needs."""
+    precision = "ieee" if problem.dtype.itemsize == 2 else problem.precision
+    backward = problem.direction == "backward"
+    options: dict[str, Any] = {
+        "inner": problem.direction == "training" or problem.all_states,
+        "flags": problem.flags,
+        "values": int(problem.reset_values),
+        "drop": min(problem.drop, 2),
+        "zone": problem.zone,
+    }
+    for members, blocks, across, along in _shapes(-(-problem.H // UNITS)):
+        for columns, tiles in product(COLUMNS, TILES if members > 1 else (1,)):
+            sizes = (members, blocks, across, along, columns, tiles)
+            bare = Layout(problem.program.text, problem.dtype, precision, backward, *sizes, **options)
+            held = _held(bare)
+            if held >= 0:
+                yield replace(bare, held=held)
+
+
+def choose(problem: Problem) -> Choice | None:
+    """The fastest layout that fits on the problem's device, or None. The number of steps does not matter."""
+    return _choose(replace(problem, T=1, I=1, layers=1))
+
+
+@lru_cache(maxsize=1024)
+def _choose(problem: Problem) -> Choice | None:
+    return min(_fitting(problem), key=lambda choice: choice.step, default=None)
+
+
+def _fitting(problem: Problem) -> Iterator[Choice]:
+    """Every layout that fits on the problem's device."""
+    device = problem.device
+    for layout in _layouts(problem):
+        if layout.shared_bytes > device.shared_memory or layout.members > device.sms:
+            continue
+        wanted = max(1, -(-problem.B // layout.rows))
+        if layout.members == 1:
+            at_once, groups = problem.N, wanted
+        else:
+            at_once = min(problem.N, device.sms // layout.members)
+            groups = min(wanted, device.sms // (layout.members * at_once))
+        yield Choice(layout, groups, at_once, _step(problem, layout, groups, at_once, RANKING))
+
+
+def _step(problem: Problem, layout: Layout, groups: int, at_once: int, known: rates.Group) -> float:
+    """Seconds for a step of all rows of all of N."""
+    device = problem.device
+    busy = _busy_cycles(problem, layout, known) / (device.clock * 1e9)
+    rest = known.latency / (device.clock * 1e9) + (known.hop if layout.members > 1 else 0.0)
+    one = max(layout.tiles * busy, busy + rest)
+    rounds = -(-problem.B // (layout.rows * groups)) * -(-problem.N // at_once)
+    if layout.members == 1:  # blocks that wait for nobody; several may share a multiprocessor
+        together = device.sms * max(1, min(MOST_WARPS * 32 // layout.threads, _blocks_by_memory(device, layout)))
+        rounds = -(-groups * problem.N // together)
+        one = max(busy * -(-groups * problem.N // (device.sms * rounds)), busy + rest)
+    return rounds * one
+
+
+def _blocks_by_memory(device: Device, layout: Layout) -> int:
+    return device.shared_memory // max(layout.shared_bytes, 1)
+
+
+def _products_per_cycle(problem: Problem, known: rates.Group) -> float:
+    """Multiplications that a multiprocessor does in a cycle."""
+    device = problem.device
+    rate = known.tensor_share * device.tensor_flops * 1e12 / 2 / (device.sms * device.clock * 1e9)
+    if problem.dtype.itemsize == 2:
+        return rate
+    return rate / 2 if problem.precision == "tf32" else LANES / known.shuffled
+
+
+def _busy_cycles(problem: Problem, layout: Layout, known: rates.Group) -> float:
+    """Cycles for one tile of a step, if nothing has to be waited for."""
+    program = problem.program
+    warps = layout.across * layout.along
+    instructions = layout.share * layout.fragments * layout.columns  # of a warp, each 16 x 8 x 16
+    chains = layout.fragments * layout.columns
+    multiplying = warps * instructions * 16 * 8 * 16 / _products_per_cycle(problem, known)
+    chained = instructions / min(chains, 4) * known.tensor_latency / 2
+    spilled = layout.threads * 4 * layout.fragment * layout.fragments * (layout.share - layout.held)
+    sums = 2 * layout.threads * 16 * layout.results * layout.blocks // layout.across * layout.columns
+    shared = (spilled + (sums if layout.along > 1 else 0)) / SHARED_BYTES
+    words = layout.slot // layout.tiles * layout.word * layout.across
+    arriving = words / (known.l2_bytes if layout.members > 1 else SHARED_BYTES)
+    operations = [op.name for op in program.stages[0].ops]
+    units = UNITS * layout.blocks * 8 * layout.columns
+    special = 2 * sum(name in FUNCTIONS for name in operations) / SPECIAL
+    passes = 2 if layout.backward else 1
+    pointwise = units * max(special, passes * known.instructions * len(operations) / LANES)
+    return max(multiplying, chained, shared) + arriving + pointwise
+
+
+def floor(problem: Problem) -> float | None:
+    """Seconds that a step's time loop takes at least with W_hh on chip, whoever wrote it; None where it does not fit.
+
+    Of tensor cores, weights read from shared memory and h (backward: d_gates) read from L2 the slowest, and a hop
+    where a tile's blocks are more than one; the best over all ways to share multiprocessors between tiles.
+    """
+    device, gates = problem.device, problem.G
+    weights = gates * problem.H**2 * problem.dtype.itemsize
+    parts = gates if problem.direction == "backward" else 1
+    found = []
+    for groups in range(1, min(-(-problem.B // 8), device.sms) + 1):
+        rows = 8 * -(-problem.B // (8 * groups))
+        for members in {1, min(device.sms // groups, -(-problem.H // UNITS))}:
+            if weights / members > WEIGHT_REGISTERS + device.shared_memory:
+                continue
+            multiplying = gates * problem.H**2 * rows / members / _products_per_cycle(problem, RANKING)
+            reading = max(weights / members - WEIGHT_REGISTERS, 0) / SHARED_BYTES
+            arriving = parts * problem.H * rows * problem.dtype.itemsize / RANKING.l2_bytes if members > 1 else 0.0
+            rounds = -(-problem.N // max(1, device.sms // (groups * members)))
+            busy = max(multiplying, reading, arriving) / (device.clock * 1e9)
+            found.append(rounds * (busy + (RANKING.hop if members > 1 else 0.0)))
+    return min(found, default=None)
+
+
+def largest(problem: Problem) -> int:
+    """The largest H that fits on the problem's device, whatever T and B are."""
+    return _largest(replace(problem, T=1, B=1, I=1, layers=1))
+
+
+@lru_cache(maxsize=256)
+def _largest(problem: Problem) -> int:
+    fitting = [h for h in range(UNITS, 4096 + 1, UNITS) if choose(replace(problem, H=h)) is not None]
+    return max(fitting, default=0)
+
+
+def cost(problem: Problem, given: rates.Rates | None = None) -> float:
+    """Seconds of a call by the cost model (see `resident.cost`), of a problem that `choose` finds a layout for."""
+    choice, device = choose(problem), problem.device
+    assert choice is not None
+    known = (given or rates.of(device)).group
+    gates = len(problem.recurrence.gates)
+    weights = gates * (UNITS * choice.layout.blocks) * choice.layout.width * problem.dtype.itemsize
+    loading = weights / known.l2_bytes / (device.clock * 1e9)
+    projection = problem.flops * problem.I / (problem.I + problem.H) / product_rate(problem)
+    step = _step(problem, choice.layout, choice.groups, choice.at_once, known)
+    return known.start + loading + problem.layers * problem.T * step + known.projection * projection

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a recurrence is laid out over the blocks, warps, registers and shared memory of the group kernel.
+
+`kernels/cuda/group.cuh` describes the parts; a `Layout` is what one compiled kernel is made for.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.resources import files
+
+import torch
+
+from gpu_rnn.compiler import codegen
+from gpu_rnn.compiler.program import Program
+from gpu_rnn.once import once
+
+SCALARS = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "float"}
+LANES = 32
+UNITS = 16  # of a unit block: the rows of a tensor-core instruction's A operand
+PERIOD = 4  # publications between two fences; see group_exchange.cuh
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a kernel is compiled for.
+
+    Attributes:
+        program: the recurrence's canonical text.
+        dtype, precision: of the weights, and of fp32 products ("ieee" or "tf32").
+        backward: the direction.
+        members: blocks of threads in a group.
+        blocks: unit blocks of each.
+        across, along: warps side by side over the unit blocks, and one behind another along the product's depth.
+        columns: tensor-core columns (8 rows of the batch) in a tile.
+        tiles: tiles that take turns within a step.
+        held: of a warp's blocks of the depth, those whose weights are in registers.
+        save: the forward kernel keeps what the backward one needs.
+        paired: units lie in aligned pairs: H and all strides are even.
+        counter: exchange by counters instead of by the data itself.
+        period: publications between two fences.
+        inner: the states other than h of all steps: forward, they are kept; backward, they have gradients.
+        flags: rows skip steps, or their states are reset before a step.
+        values: to what: 0 the recurrence's initial values, 1 given ones, 2 given ones for each step.
+        drop: factors of what enters the products: 0 none, 1 for all gates, 2 for each gate.
+        zone: units that keep the states with which they entered a step.
+    """
+
+    program: str
+    dtype: torch.dtype
+    precision: str
+    backward: bool
+    members: int
+    blocks: int
+    across: int
+    along: int
+    columns: int = 1
+    tiles: int = 1
+    held: int = 0
+    save: bool = False
+    paired: bool = False
+    counter: bool = False
+    period: int = PERIOD
+    inner: bool = False
+    flags: bool = False
+    values: int = 0
+    drop: int = 0
+    zone: bool = False
+
+    @once
+    def parsed(self) -> Program:
+        return Program.parse(self.program)
+
+    @property
+    def width(self) -> int:
+        """Units of all members, padded."""
+        return UNITS * self.members * self.blocks
+
+    @property
+    def threads(self) -> int:
+        return LANES * self.across * self.along
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch that a group works on at a time."""
+        return 8 * self.columns * self.tiles
+
+    @property
+    def gates(self) -> int:
+        return len(self.parsed.gates)
+
+    @property
+    def half(self) -> bool:
+        return self.dtype.itemsize == 2
+
+    @property
+    def share(self) -> int:
+        """Blocks of the depth that one warp multiplies."""
+        return -(-self.members * self.blocks // self.along)
+
+    @property
+    def fragment(self) -> int:
+        """Registers of 16 x 16 weights."""
+        return 4 if self.half else 8
+
+    @property
+    def drops(self) -> int:
+        """Factors of a unit and row."""
+        return self.gates if self.drop == 2 else self.drop
+
+    @property
+    def parts(self) -> int:
+        """Words that enter a unit: h alone, or one for each gate, dropped h or d_gates."""
+        return self.gates if self.backward or self.drop == 2 else 1
+
+    @property
+    def results(self) -> int:
+        """Sums of a unit and row: of each gate, or, backward, one of all."""
+        return 1 if self.backward and self.drop < 2 else self.gates
+
+    @property
+    def fragments(self) -> int:
+        """Fragments of a warp for one block of the depth."""
+        return self.gates * self.blocks // self.across
+
+    @property
+    def slot(self) -> int:
+        """Words of one publication of a group."""
+        return self.tiles * self.parts * self.members * self.blocks * 2 * self.columns * LANES
+
+    @property
+    def word(self) -> int:
+        """Bytes of a word, two units of a row."""
+        return 2 * self.dtype.itemsize
+
+    @property
+    def ring(self) -> int:
+        """Slots of a group in memory."""
+        return 0 if self.members == 1 else 2 if self.counter else 3 * self.period + 1
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory: weights beyond the registers, two buffers of partial sums, and a lone block's words."""
+        weights = self.threads * 4 * self.fragment * self.fragments * (self.share - self.held)
+        sums = self.threads * 4 * self.blocks // self.across * self.results * self.columns * 4 if self.along > 1 else 0
+        words = 2 * self.word * self.slot if self.members == 1 else 0
+        return weights + 2 * sums + words
+
+    @property
+    def defines(self) -> dict[str, object]:
+        program = self.parsed
+        kept = [program.split.index(g) if g in program.split else -1 for g in program.gates]
+        return {
+            "SCALAR": SCALARS[self.dtype],
+            "PRECISION": self.precision.upper(),
+            "GATES": self.gates,
+            "SPLITS": len(program.split),
+            "KEPT": "{" + ", ".join(map(str, kept)) + "}",
+            "STATES": len(program.states),
+            "PARAMS": len(program.params),
+            "MEMBERS": self.members,
+            "BLOCKS": self.blocks,
+            "ACROSS": self.across,
+            "ALONG": self.along,
+            "COLUMNS": self.columns,
+            "TILES": self.tiles,
+            "HELD": self.held,
+            "BACKWARD": int(self.backward),
+            "SAVE": int(self.save),
+            "PAIRED": int(self.paired),
+            "COUNTER": int(self.counter),
+            "PERIOD": self.period,
+            "SHARED": self.shared_bytes,
+            "INNER": int(self.inner),
+            "FLAGS": int(self.flags),
+            "VALUES": self.values,
+            "DROP": self.drop,
+            "ZONE": int(self.zone),
+            "INITIAL": "{" + ", ".join(map(_literal, program.initial)) + "}",
+        }
+
+    @property
+    def kernel(self) -> str:
+        return "group_backward" if self.backward else "group_forward"
+
+
+def _literal(value: float) -> str:
+    """A number in CUDA C++."""
+    return f"{'-' * (value < 0)}INFINITY" if math.isinf(value) else f"{value!r}f"
+
+
+@lru_cache(maxsize=256)
+def source(layout: Layout) -> str:
+    """The CUDA C++ text of a kernel: the layout, the generated step, then the kernel that both serve."""
+    step = codegen.source(layout.parsed, "cuda", backward=layout.backward)
+    return "\n".join(
+        [
+            *(f"#define {name} {value}" for name, value in layout.defines.items()),
+            '#include "device.cuh"',
+            '#include "pointwise.cuh"',
+            step,
+            (files("gpu_rnn.kernels.cuda") / f"{layout.kernel}.cu").read_text(),
+        ]
+    )

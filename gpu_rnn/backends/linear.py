@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What surrounds the time loop: the gradients that are products over all steps, once the loop has given d_gates.
+
+Weights enter a step linearly, so their gradients need no loop: dW_hh is the product of the gradients of the recurrent
+products with the values that entered them, over all steps at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from gpu_rnn.backends import normalisation, onednn, reference
+from gpu_rnn.backends.normalisation import Normalised
+from gpu_rnn.backends.tensors import RESET, SKIP, Call, LoopGradients, Result, Weights, bit, chunks, state_dtype
+from gpu_rnn.compiler.program import Program, lookup
+
+
+def project(x: Tensor, weights: Weights, program: Program, kept: Normalised | None = None) -> Tensor:
+    """`reference.project` without a derivative; `kept` as in `Call`."""
+    if weights.norm_ih is None:
+        return reference.project(x, weights, program, onednn.linear)
+    bias = reference.input_bias(weights, program)
+    gates, normalise = _bare(x, weights, program)
+    bias = gates.new_zeros(()) if bias is None else bias
+    for part in chunks(gates):
+        found = normalise(gates[part], None if kept is None else kept.at((0, part)))
+        torch.addcmul(bias, found.values, weights.norm_ih, out=gates[part])
+    return gates
+
+
+def _bare(x: Tensor, weights: Weights, program: Program) -> tuple[Tensor, normalisation.Normalise]:
+    """The input products before their normalisation, and what normalises them.
+
+    What comes of them takes their place, chunk by chunk: each tensor of all steps costs a CPU more than the arithmetic.
+    """
+    w_ih, normalise = normalisation.centred(weights.w_ih)
+    bare = weights._replace(w_ih=w_ih, b_ih=None, b_hh=None, norm_ih=None)
+    return reference.project(x, bare, program, onednn.linear), normalise
+
+
+def previous(
+    values: Tensor,  # (T, B, N, X): a state after each step, in the order of time
+    initial: Tensor,  # (B, N, X)
+    lengths: Tensor | None,  # (B,)
+    reverse: str,
+) -> Tensor:
+    """The state after the step before each. Reversed rows start at their own last step."""
+    before = torch.empty_like(values)
+    for n, flag in enumerate(reverse):
+        if flag == "0":
+            before[1:, :, n] = values[:-1, :, n]
+            before[0, :, n] = initial[:, n]
+            continue
+        before[:-1, :, n] = values[1:, :, n]
+        before[-1, :, n] = initial[:, n]
+        if lengths is not None:
+            rows = torch.arange(len(lengths), device=values.device)
+            before[(lengths - 1).clamp(min=0), rows, n] = initial[:, n].to(values.dtype)
+    return before
+
+
+def entered(call: Call, saved: Result, state: int) -> Tensor:
+    """(T, B, N, X): the values of a state that each step started from, in the order of time."""
+    after = saved.y if state == 0 else saved.inner[state - 1]
+    before = previous(after, call.states[state], call.control.lengths, call.reverse)
+    if call.control.flags is None:
+        return before
+    value, reset = call.reset_value(state), bit(call.control.flags, RESET)
+    if reset.is_cpu and not reset.any():
+        return before
+    return torch.where(reset, value if isinstance(value, float) else value.to(before.dtype), before)
+
+
+def inputs_over_time(call: Call, saved: Result) -> dict[str, Tensor]:
+    """Every input of the program at all steps, by name, each (T, B, N, H) in the order of time."""
+    program, params = call.program, call.weights.params
+    values = {}
+    compute = state_dtype(saved.gates.dtype)
+    for g, gate in enumerate(program.gates):
+        name = "a" if gate in program.summed else "x"
+        values[f"{name}_{gate}"] = saved.gates[..., g, :].to(compute)
+    for r, gate in enumerate(program.split):
+        values[f"r_{gate}"] = saved.recurrent[..., r, :].to(compute)
+    for k, name in enumerate(program.state_names):
+        values[f"s_{name}"] = entered(call, saved, k).to(compute)
+    if params is not None:
+        values |= {f"p_{name}": params[:, i].to(compute) for i, name in enumerate(program.params)}
+    return values
+
+
+def gradients(call: Call, x: Tensor, saved: Result, loop: LoopGradients) -> tuple[Tensor, Weights]:
+    """The gradients of x, (T, B, I) or (T, B, N, I), and of the weights."""
+    weights, d_gates = call.weights, loop.d_gates
+    d_b_ih = d_gates.sum((0, 1))
+    parts_w, parts_b = [], []
+    for entering, rows in _entering(call, saved):
+        for gates, gradient in runs(call.program, rows, d_gates, loop.d_recurrent):
+            summed = call.program.gates[gates.start] in call.program.summed
+            parts_b.append(d_b_ih[:, gates] if summed else gradient.sum((0, 1)))
+            of_product = gradient if loop.d_products is None else loop.d_products[:, :, :, gates]
+            parts_w.append(_of_weights(of_product, entering.to(gradient.dtype), call.control.drop, gates))
+    of_layers = None if weights.w_between is None else _of_layers(call, saved.y, d_gates)
+    d_norm_ih = None if weights.norm_ih is None else _through_norm(call, x, saved.kept, d_gates)
+    d_x, d_w_ih = _projection(x, weights, d_gates[:, :, : len(weights.w_ih)])
+    has_bias = weights.b_ih is not None
+    return d_x, Weights(
+        d_w_ih,
+        torch.cat(parts_w, 1),
+        d_b_ih if has_bias else None,
+        torch.cat(parts_b, 1) if has_bias else None,
+        loop.d_params,
+        loop.d_w_hr,
+        loop.d_norm,
+        d_norm_ih,
+        of_layers,
+    )
+
+
+def _through_norm(call: Call, x: Tensor, kept: Normalised | None, d_gates: Tensor) -> Tensor:
+    """The gradient of the input products' scales. Those of the products, which are taken once more if they were not
+    kept, replace `d_gates`: another tensor of all steps would not fit into a CPU's cache.
+    """
+    assert call.weights.norm_ih is not None
+    scale = call.weights.norm_ih.to(state_dtype(d_gates.dtype))
+    d_scale = torch.zeros_like(scale)
+    if kept is None:
+        bare, normalise = _bare(x, call.weights, call.program)
+    for part in chunks(d_gates):
+        found = kept.at((0, part)) if kept is not None else normalise(bare[part].to(scale.dtype))
+        d = d_gates[part]
+        d_scale += (found.values * d).sum((0, 1))
+        normalisation.Back(found.rstd)(d * scale, found, d)
+    return d_scale
+
+
+def _projection(x: Tensor, weights: Weights, d_gates: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of x and w_ih."""
+    if x.dim() == 3:  # one input for all recurrences
+        d_flat, w_flat = d_gates.flatten(0, 1).flatten(1), weights.w_ih.flatten(0, 2)
+        d_w_ih = onednn.bmm(d_flat.T[None], x.flatten(0, 1)[None]).view_as(weights.w_ih)
+        return onednn.bmm(d_flat[None], w_flat[None]).view_as(x), d_w_ih
+    return torch.einsum("tbngh,nghi->tbni", d_gates, weights.w_ih), over_steps(d_gates, x)
+
+
+def _of_layers(call: Call, y: Tensor, d_gates: Tensor) -> Tensor:
+    """The gradient of a stack's input weights between its layers."""
+    between, below = call.control.between, y[:, :, :-1]
+    return over_steps(d_gates[:, :, 1:], below if between is None else below * between.movedim(0, 2))
+
+
+def over_steps(d_product: Tensor, entering: Tensor) -> Tensor:
+    """(T, B, N, gates, H) and (T, B, N, P) -> (N, gates, H, P), summed over steps and rows.
+
+    One batched product of views: einsum would move the steps inwards, which copies both.
+    """
+    steps = d_product.flatten(0, 1).flatten(2).permute(1, 2, 0)  # (N, gates·H, T·B)
+    return onednn.bmm(steps, entering.flatten(0, 1).transpose(0, 1)).unflatten(1, d_product.shape[3:])
+
+
+def _of_weights(d_product: Tensor, entering: Tensor, drop: Tensor | None, gates: slice) -> Tensor:
+    """The gradient of w_hh's rows (N, gates, H, P) from that of their products and what entered them undropped."""
+    if drop is None:
+        return over_steps(d_product, entering)
+    if drop.shape[2] == 1:
+        return over_steps(d_product, entering * drop[:, :, 0].to(entering.dtype))
+    across, parts = entering.permute(2, 3, 0, 1).contiguous(), []  # (N, P, T, B): turned once for all gates
+    factors = drop[:, :, gates].to(entering.dtype).permute(2, 1, 3, 0).contiguous()  # (gates, N, P, B)
+    for d, own in zip(d_product.unbind(3), factors.unsqueeze(3), strict=True):
+        dropped = (across * own).flatten(2)
+        parts.append(onednn.bmm(dropped, d.flatten(0, 1).transpose(0, 1)).transpose(1, 2))
+    return torch.stack(parts, 1)
+
+
+def _entering(call: Call, saved: Result) -> Iterator[tuple[Tensor, slice]]:
+    """For each stage: what entered its product at all steps, before any dropping, and the rows of its gates."""
+    program = call.program
+    yield entered(call, saved, 0), program.rows[0]
+    if len(program.stages) == 1:
+        return
+    values = inputs_over_time(call, saved)
+    for stage, rows in zip(program.stages, program.rows[1:], strict=False):
+        stage.run(values)
+        entering = lookup(values, stage.outputs[0], values["s_" + program.state_names[0]])
+        if call.control.flags is not None:  # masked steps may hold NaN, and their gradient of 0 would multiply it
+            entering = torch.where(bit(call.control.flags, SKIP), 0, entering)
+        yield entering, rows
+
+
+def runs(program: Program, rows: slice, of_gates: Tensor, of_recurrent: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """What stands for a stage's products (biases included), in runs of neighbouring gates that lie in the same tensor.
+
+    `of_gates` (T, B, N, G, H) has it for summed gates, `of_recurrent` (T, B, N, number of split gates, H) for the
+    split.
+    """
+    for is_sum, run in groupby(range(rows.start, rows.stop), key=lambda g: program.gates[g] in program.summed):
+        gates = list(run)
+        which = slice(gates[0], gates[-1] + 1)
+        if is_sum:
+            yield which, of_gates[..., which, :]
+        else:
+            start = program.split.index(program.gates[gates[0]])
+            yield which, of_recurrent[..., start : start + len(gates), :]

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Problem`: everything that dispatch and launchers decide by, and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from gpu_rnn.compiler.program import Program
+from gpu_rnn.devices import CPU, Device
+from gpu_rnn.recurrence import Recurrence
+
+DIRECTIONS = ("inference", "training", "backward")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call: a layer's time loop, or a stack of them.
+
+    Attributes:
+        recurrence: the cell.
+        T, B, N, I, H: steps, batch, independent recurrences (directions, members), input features, hidden units.
+        dtype: of input, weights and output.
+        device_type: "cuda", "cpu", "mps", ...
+        device: the device's rates and limits.
+        direction: "inference" (forward, nothing saved), "training" (forward, saves for the backward pass), or
+            "backward".
+        precision: of fp32 products, "ieee" or "tf32".
+        lengths: rows have lengths of their own.
+        packed: the input is packed, as PackedSequence.
+        reverse: a character for each of N, "1" where time runs backwards.
+        proj_size: width of a projected h, 0 without projection.
+        layers: number of layers in the stack.
+        flags: steps are masked, or states are reset to the recurrence's initial values.
+        reset_values: states are reset to given values.
+        drop: recurrent dropout with one mask for all gates (1), with one for each gate (their number), or none (0).
+        zone: units keep their states at random (zoneout).
+        all_states: every state of every step is wanted.
+        norm: the recurrent products are layer-normalised.
+        transforms: the call is under a functorch transform or forward-mode differentiation.
+    """
+
+    recurrence: Recurrence
+    T: int
+    B: int
+    N: int
+    I: int  # noqa: E741
+    H: int
+    dtype: torch.dtype = torch.float32
+    device_type: str = "cpu"
+    device: Device = CPU
+    direction: str = "inference"
+    precision: str = "ieee"
+    lengths: bool = False
+    packed: bool = False
+    reverse: str = "0"
+    proj_size: int = 0
+    layers: int = 1
+    transforms: bool = False
+    flags: bool = False
+    reset_values: bool = False
+    drop: int = 0
+    zone: bool = False
+    all_states: bool = False
+    norm: bool = False
+
+    @property
+    def program(self) -> Program:
+        return self.recurrence.program
+
+    @property
+    def G(self) -> int:
+        """Gates."""
+        return len(self.recurrence.gates)
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of the products of one pass, projection included; backward has twice as many."""
+        width = self.proj_size or self.H
+        once = 2.0 * self.G * self.H * (self.I + width) * self.B * self.N * self.T * self.layers
+        return once * (2 if self.direction == "backward" else 1)
+
+    @property
+    def options(self) -> dict[str, str]:
+        """What a backend may refuse: each option of the call that is not torch.nn's, in a word."""
+        named = {
+            "lengths": "lengths of rows" if self.lengths and not self.packed else "",
+            "flags": "masks and resets" if self.flags else "",
+            "reset_values": "resets to given values" if self.reset_values else "",
+            "drop": "recurrent dropout"
+            if self.drop == 1
+            else "recurrent dropout with a mask for each gate"
+            if self.drop
+            else "",
+            "zone": "zoneout" if self.zone else "",
+            "all_states": "the states of all steps" if self.all_states else "",
+            "norm": "layer normalisation" if self.norm else "",
+        }
+        return {name: words for name, words in named.items() if words}
+
+    def without(self, *supported: str) -> list[str]:
+        """A reason for each option of the call other than those named."""
+        return [f"does not take {words}" for name, words in self.options.items() if name not in supported]
+
+    @property
+    def training(self) -> bool:
+        return self.direction != "inference"

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The constants of the backends' cost models that a fit may change, for each GPU.
+
+Here they stand as predicted. `benchmarks/fit.py --write` puts those fitted to a results file into `rates.json` beside
+this file, under the name in `gpu_rnn.devices` of the GPU that was measured. A GPU that is not in there has those of one
+with the same compute capability or, where none was measured, the predicted ones.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
+from importlib.resources import files
+from typing import Any
+
+from gpu_rnn.devices import DEVICES, Device, known_as
+
+
+@dataclass(frozen=True)
+class Resident:
+    """Of `backends/resident.py`."""
+
+    instructions: float = (
+        10.0  # for a unit and operation: the 90 a unit of an LSTM's time loop, built for sm_90, over 9
+    )
+    backward: float = 1.4  # times as many in the backward loop; likewise
+    latency: float = 700.0  # cycles that nothing hides: product, two barriers, exchange of h, activations in a row
+    start: float = 1e-5  # seconds: launches of projection and kernel
+    tensor_share: float = 0.6  # of the tensor cores' peak rate that 16-row instructions reach; by others, on an H100
+    projection: float = 1.0  # times what the projection takes at the peak rate, which is the least
+
+
+@dataclass(frozen=True)
+class Group:
+    """Of `backends/group/choice.py`."""
+
+    # By others, on an H100; see kernels/README.md.
+    tensor_latency: float = 33.0  # cycles from one such instruction to the next that needs its sum
+    tensor_share: float = 0.6  # as the resident kernel's
+    l2_bytes: float = 37.0  # per cycle that reach one multiprocessor while all read
+    hop: float = 6e-7  # seconds from a store to its sight in another block, beside the words' own way
+    latency: float = 400.0  # cycles in a row that nothing hides: barrier, activations, rounding
+    instructions: float = 3.0  # for a unit and operation of the program
+    shuffled: float = 1.5  # full fp32: times the multiplications alone, for the shuffles beside them
+    start: float = 1.2e-5  # seconds: launches of projection, of the exchange's clearing and of the kernel
+    projection: float = 1.0  # as the resident kernel's
+
+
+@dataclass(frozen=True)
+class Aten:
+    """Of `backends/aten.py`."""
+
+    # Seconds: two launches a step outside cuDNN's persistent kernels, and inside them the published 1.96 µs (fp16, H
+    # 768, B 16, T 1024 on an H100, FlashRNN's table).
+    step: float = 6e-6
+    persistent_step: float = 2e-6
+    products: float = 1.0  # times what all products take at the peak rate
+
+
+@dataclass(frozen=True)
+class Step:
+    """Of `backends/step/launch.py`."""
+
+    step: float = 8e-6  # seconds; above ATen's on purpose: while nothing is measured, what cuDNN can run stays there
+    products: float = 1.0  # as ATen's
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Of `backends/plain.py`."""
+
+    operation: float = 8e-6  # seconds for a small torch operation: a call on a CPU, a launch on a GPU
+
+
+@dataclass(frozen=True)
+class Rates:
+    """The constants of all models on one device. `source` says where from, in words for a user."""
+
+    source: str = "predicted"
+    resident: Resident = field(default_factory=Resident)
+    group: Group = field(default_factory=Group)
+    aten: Aten = field(default_factory=Aten)
+    step: Step = field(default_factory=Step)
+    reference: Reference = field(default_factory=Reference)
+
+    @property
+    def fitted(self) -> bool:
+        return self != PREDICTED
+
+    def having(self, constants: Mapping[str, Mapping[str, float]], source: str) -> Rates:
+        """The same with other constants of some backends.
+
+        Raises:
+            TypeError: a backend or a constant that no model has.
+        """
+        changed: dict[str, Any] = {name: replace(getattr(self, name), **given) for name, given in constants.items()}
+        return replace(self, source=source, **changed)
+
+
+PREDICTED = Rates()
+BACKENDS = tuple(each.name for each in fields(Rates) if each.name != "source")
+FILE = files("gpu_rnn.backends") / "rates.json"
+
+
+def of(device: Device) -> Rates:
+    """The constants on a device: those fitted on it, else on one of its capability, or the predicted ones."""
+    fitted = _fitted()
+    alike = [key for key, each in DEVICES.items() if each.capability == device.capability]
+    return next((fitted[key] for key in (known_as(device.name), *alike) if key in fitted), PREDICTED)
+
+
+@lru_cache(maxsize=1)
+def _fitted() -> dict[str, Rates]:
+    entries = json.loads(FILE.read_text())
+    return {key: PREDICTED.having(entry["constants"], source_of(entry)) for key, entry in entries.items()}
+
+
+def source_of(entry: Mapping[str, Any]) -> str:
+    """Where an entry of the file comes from, in words."""
+    commits = ", ".join(commit[:7] for commit in entry["commits"])
+    return f"fitted to {', '.join(entry['results'])} ({entry['device']}, measured of {commits})"

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The time loop over a recurrence in plain PyTorch: ground truth, on any device, in any dtype, differentiable to any
+order.
+
+Sizes and tensors are named as in `gpu_rnn.backends.tensors`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gpu_rnn.backends.normalisation import normalised
+from gpu_rnn.backends.tensors import (
+    RESET,
+    SKIP,
+    Call,
+    Result,
+    Weights,
+    bit,
+    processing_order,
+    reorder,
+    reorder_each,
+    state_dtype,
+)
+from gpu_rnn.compiler.program import Program, lookup
+
+
+def input_bias(weights: Weights, program: Program) -> Tensor | None:
+    """(N, G, H): b_ih, with b_hh added where a gate is a sum."""
+    if weights.b_ih is None or weights.b_hh is None:
+        return None
+    pairs = zip(program.gates, weights.b_ih.unbind(1), weights.b_hh.unbind(1), strict=True)
+    return torch.stack([own + other if gate in program.summed else own for gate, own, other in pairs], 1)
+
+
+def project(
+    x: Tensor,
+    weights: Weights,
+    program: Program,
+    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear,
+) -> Tensor:
+    """W_ih x + b_ih for all steps, with b_hh added where a gate is a sum; with `norm_ih`, the product normalised.
+
+    x (T, B, I) or (T, B, N, I) -> (T, B, N, G, H).
+    """
+    bias = input_bias(weights, program)
+    if x.dim() == 3:  # one product for all N
+        within = None if bias is None or weights.norm_ih is not None else bias.flatten()
+        gates = linear(x, weights.w_ih.flatten(0, 2), within).unflatten(-1, weights.w_ih.shape[:3])
+        bias = bias if within is None else None
+    else:
+        gates = torch.einsum("tbni,nghi->tbngh", x, weights.w_ih)
+    if weights.norm_ih is not None:
+        gates = normalised(gates) * weights.norm_ih
+    return gates if bias is None else gates + bias
+
+
+def forward(call: Call, x: Tensor, save: bool = False, all_states: bool = False) -> Result:
+    """Runs a recurrence over x, (T, B, I) or (T, B, N, I). See `Result` and `Control`."""
+    program, control = call.program, call.control
+    order = processing_order(x.shape[0], control.lengths, call.reverse, x.device)
+    gates = reorder(project(x, call.weights, program), order)
+    step, steer = _Step(call), _Steering(call, order)
+    states: list[Tensor] = list(call.states)
+    outputs, saved_gates, saved_recurrent, saved_inner = [], [], [], []
+    for t, inputs in enumerate(gates.unbind(0)):  # the derivative of gates[t] would be as large as gates, for each step
+        entered = steer.enter(t, states)
+        new, pre, recurrent = step(inputs, entered)
+        states = steer.leave(t, new, entered)
+        outputs.append(states[0] if control.lengths is None else torch.where(steer.runs(t), states[0], 0))
+        if all_states or save:
+            saved_inner.append(torch.stack(states[1:], 2) if states[1:] else pre[:, :, :0])
+        if save:
+            saved_gates.append(pre)
+            saved_recurrent.append(recurrent)
+    *states, y = _attached([*states, _over_time(outputs)], gates)
+    y = reorder(y, order)
+    inner = y.new_empty(0)
+    if saved_inner:
+        inner = reorder(_over_time(saved_inner), order).movedim(3, 0)
+    inner = inner.to(state_dtype(y.dtype))
+    if not save:
+        return Result(y, states, y.new_empty(0), y.new_empty(0), inner)
+    gates, recurrent = (reorder(_over_time(each), order) for each in (saved_gates, saved_recurrent))
+    return Result(y, states, gates, recurrent, inner)
+
+
+def _attached(results: list[Tensor], gates: Tensor) -> list[Tensor]:
+    """What is made of truth values alone has a gradient of 0, as on the other backends, not none at all."""
+    if not gates.requires_grad or all(result.requires_grad for result in results):
+        return results
+    always, like = torch.ones((), dtype=torch.bool, device=gates.device), gates[-1, :, :, 0]
+    return [r if r.requires_grad else torch.where(always, r, like.to(r.dtype)) for r in results]
+
+
+def _over_time(steps: list[Tensor]) -> Tensor:
+    """torch.stack, eight at a time: at second order its derivative is as large as the result, for each of what it
+    joins."""
+    parts = [step.unsqueeze(0) for step in steps]
+    while len(parts) > 1:
+        parts = [torch.cat(parts[first : first + 8]) for first in range(0, len(parts), 8)]
+    return parts[0]
+
+
+class _Steering:
+    """Which rows are reset before a step and which units keep their states after it; steps in processing order."""
+
+    def __init__(self, call: Call, order: Tensor | None) -> None:
+        control, self.lengths = call.control, call.control.lengths
+        self.flags = None if control.flags is None else reorder(control.flags, order)
+        self.zone = None if control.zone is None else reorder_each(control.zone, order)
+        self.values: list[Any] = [(call.reset_value(k),) for k in range(len(call.states))]  # of all steps, or of each
+        if call.reset_values:
+            self.values = [
+                (value if len(value) == 1 else reorder(value, order)).unbind(0) for value in call.reset_values
+            ]
+
+    def enter(self, t: int, states: list[Tensor]) -> list[Tensor]:
+        """The states that a step starts from."""
+        if self.flags is None:
+            return states
+        reset = bit(self.flags[t], RESET)
+        values = [each[t if len(each) > 1 else 0] for each in self.values]
+        return [torch.where(reset, value, state) for value, state in zip(values, states, strict=True)]
+
+    def runs(self, t: int) -> Tensor:
+        """(B, 1, 1): the rows that have a step t; with lengths."""
+        assert self.lengths is not None
+        return (t < self.lengths)[:, None, None]
+
+    def leave(self, t: int, new: list[Tensor], entered: list[Tensor]) -> list[Tensor]:
+        """The states after a step."""
+        if self.zone is not None:
+            kept = [zone[t, :, :, : state.shape[-1]] for zone, state in zip(self.zone, entered, strict=True)]
+            new = [torch.where(k, before, after) for k, before, after in zip(kept, entered, new, strict=True)]
+        if self.lengths is not None:
+            return [torch.where(self.runs(t), after, before) for after, before in zip(new, entered, strict=True)]
+        if self.flags is None:
+            return new
+        skip = bit(self.flags[t], SKIP)
+        return [torch.where(skip, before, after) for before, after in zip(entered, new, strict=True)]
+
+
+class _Step:
+    """One step: the products, stage after stage, and the pointwise program between them.
+
+    The program computes in float32 where storage has 16 bits, as in every other backend: in float16 the exp of 11.1 is
+    infinite already.
+    """
+
+    def __init__(self, call: Call) -> None:
+        self.program, self.weights, self.drop = call.program, call.weights, call.control.drop
+        self.params = {}
+        if call.weights.params is not None:
+            params = call.weights.params.unbind(1)
+            wide = [value.to(state_dtype(value.dtype)) for value in params]
+            self.params = {f"p_{name}": value for name, value in zip(call.program.params, wide, strict=True)}
+
+    def product(self, entering: Tensor, rows: slice) -> Tensor:
+        """(B, N, gates, H): what enters a stage, times its weights."""
+        weights = self.weights.w_hh[:, rows]
+        if self.drop is None:
+            product = torch.einsum("bnk,nghk->bngh", entering, weights)
+        else:
+            drop = self.drop if self.drop.shape[2] == 1 else self.drop[:, :, rows]
+            dropped = (entering[:, :, None] * drop).expand(-1, -1, weights.shape[1], -1)
+            product = torch.einsum("bngk,nghk->bngh", dropped, weights)
+        if self.weights.norm is None:
+            return product
+        return normalised(product) * self.weights.norm[:, rows]
+
+    def __call__(self, x: Tensor, states: list[Tensor]) -> tuple[list[Tensor], Tensor, Tensor]:
+        """x (B, N, G, H), states -> new states, pre-activations (B, N, G, H), products of split gates."""
+        program, weights, wide = self.program, self.weights, state_dtype(x.dtype)
+        named = zip(program.state_names, states, strict=True)
+        values = {f"s_{name}": state.to(wide) for name, state in named} | self.params
+        like, entering = states[-1], states[0]
+        pre, kept = [], []
+        for stage, rows in zip(program.stages, program.rows, strict=True):
+            product = self.product(entering, rows)
+            for i, gate in enumerate(stage.gates):
+                own, r = x[:, :, rows.start + i], product[:, :, i]
+                if gate in program.summed:
+                    own = own + r
+                    values[f"a_{gate}"] = own.to(wide)
+                else:
+                    r = r if weights.b_hh is None else r + weights.b_hh[:, rows.start + i]
+                    values[f"x_{gate}"], values[f"r_{gate}"] = own.to(wide), r.to(wide)
+                    kept.append(r)
+                pre.append(own)
+            stage.run(values)
+            like = pre[0]
+            entering = lookup(values, stage.outputs[0], like).to(like.dtype)
+        new = [lookup(values, out, like).to(like.dtype) for out in program.stages[-1].outputs]
+        if weights.w_hr is not None:
+            new[0] = torch.einsum("bnh,nph->bnp", new[0], weights.w_hr)
+        gates = torch.stack(pre, 2)
+        return new, gates, torch.stack(kept, 2) if kept else gates[:, :, :0]

@@ -1,0 +1,358 @@
+# SPDX-License-Identifier: Apache-2.0
+"""W_hh stays on chip for the whole sequence (`kernels/triton/resident.py`): its limits, its cost, its tiles, its
+launch.
+
+Any recurrence with one product a step, or two. Programs never wait for each other, so any grid is right on any device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpu_rnn.backends import building, persistent, rates, triton_interpreter
+from gpu_rnn.backends.persistent import (
+    FUNCTIONS,
+    LANES,
+    SHARED_BYTES,
+    SPECIAL,
+    bits,
+    even_rows,
+    product_rate,
+    rows,
+    whole,
+)
+from gpu_rnn.backends.problem import Problem
+from gpu_rnn.backends.tensors import Call, LoopGradients, Result
+from gpu_rnn.compiler.program import Program
+from gpu_rnn.compiler.triton_module import triton_module
+from gpu_rnn.devices import DEVICES
+
+MOST_ACROSS = 65535  # blocks in the second dimension of a CUDA grid, which is N
+LONGEST_PATTERN = 62  # bits of a signed 64-bit argument that can be shifted and tested
+ROWS = 16  # of the batch in a tile: what a tensor-core instruction takes; fewer would be computed all the same
+VECTOR = 16  # elements that may be loaded at once, and more than enough
+WIDEST_FULL = 64  # units in full fp32: without tensor cores a wider product spills registers (tests/test_compile.py)
+WARP_BYTES = 128  # of a row of pre-activations, for each warp: 8 values of each of an LSTM's gates for a thread
+MOST_WARPS = 8  # with 16 a thread has 128 registers, and a GRU in tf32 spills
+
+INTERPRETED = 5e-3  # seconds for a tile's step in Triton's interpreter; predicted
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a problem is cut: rows of the batch, padded units, warps, and steps whose loads are under way together."""
+
+    rows: int
+    width: int
+    warps: int
+    stages: int
+
+
+def padded(hidden: int) -> int:
+    """The width of a kernel's blocks: a power of two, and at least 16, the depth of a tensor-core instruction."""
+    return max(16, 1 << (hidden - 1).bit_length())
+
+
+def shared_memory(problem: Problem, stages: int) -> int:
+    """Bytes of a block's shared memory, at most: W_hh, the loads under way, and fp32 blocks to exchange values: two,
+    and a third where what comes back through the products is dropped."""
+    gates, width, itemsize = problem.G, padded(problem.H), problem.dtype.itemsize
+    exchanged = 3 if problem.drop and problem.direction == "backward" else 2
+    return gates * width**2 * itemsize + ROWS * width * ((stages - 1) * _loaded(problem) + 4 * exchanged)
+
+
+def _loaded(problem: Problem) -> int:
+    """Bytes that are loaded in a step for each unit."""
+    program, itemsize = problem.program, problem.dtype.itemsize
+    states, loaded = len(program.states), len(program.gates) * itemsize
+    if problem.direction == "backward":  # also products, d_y and y, the other states, and all initial ones
+        loaded += (len(program.split) + 2) * itemsize + 4 * (2 * states - 1)
+        loaded += 4 * (states - 1) * problem.all_states
+    return loaded + states * (itemsize * problem.reset_values + problem.zone)
+
+
+def tile(problem: Problem) -> Tile:
+    """How a problem is cut on its device."""
+    width = padded(problem.H)
+    row = max(problem.G, 4) * width * problem.dtype.itemsize
+    warps = min(MOST_WARPS, max(2 if width == 16 else 4, row // WARP_BYTES))
+    stages = 2 if shared_memory(problem, 2) <= _available(problem) else 1
+    return Tile(ROWS, width, 1 << (warps - 1).bit_length(), stages)
+
+
+def _available(problem: Problem) -> int:
+    """Shared memory for a block; the interpreter plays an H100."""
+    return (problem.device if problem.device.is_gpu else DEVICES["H100"]).shared_memory
+
+
+def unsupported(problem: Problem) -> list[str]:
+    """Why this kernel cannot run a problem."""
+    program, device, reasons = problem.program, problem.device, []
+    if find_spec("triton") is None:
+        reasons.append("Triton is not installed (it exists for Linux only)")
+    runs_here = device.is_gpu or (triton_interpreter.INTERPRETING and problem.device_type == "cpu")
+    if not runs_here:
+        reasons.append(f"needs an NVIDIA GPU, not {problem.device_type} (or TRITON_INTERPRET=1, for tests)")
+    if len(program.stages) > 2:
+        reasons.append(f"takes two products a step at most, {program.name} has {len(program.stages)}")
+    reasons += persistent.unsupported(problem)
+    if problem.N > MOST_ACROSS or bits(problem.reverse)[1] > LONGEST_PATTERN:
+        reasons.append(f"takes {MOST_ACROSS} recurrences side by side, directions repeating within {LONGEST_PATTERN}")
+    return reasons + (_too_wide(problem) if runs_here else []) or _builds.reasons(problem)
+
+
+def _too_wide(problem: Problem) -> list[str]:
+    """What the device's memories have against a problem."""
+    program, reasons = problem.program, []
+    if problem.dtype == torch.float32 and problem.precision == "ieee" and problem.H > WIDEST_FULL:
+        reasons.append(f"takes {WIDEST_FULL} units at most in full float32, not {problem.H} (tf32 takes more)")
+    needed, available = shared_memory(problem, 1), _available(problem)
+    if needed > available:
+        reasons.append(
+            f"keeps W_hh on chip: with {problem.H} units of {program.name} a block needs {needed >> 10} KiB of shared "
+            f"memory and has {available >> 10}"
+        )
+    return reasons
+
+
+def cost(problem: Problem, given: rates.Rates | None = None) -> float:
+    """Seconds by the cost model, with the device's own constants or those given."""
+    device, chosen = problem.device, tile(problem)
+    known = (given or rates.of(device)).resident
+    tiles = -(-problem.B // chosen.rows) * problem.N
+    steps = problem.T * problem.layers
+    if not device.is_gpu:
+        return steps * tiles * INTERPRETED
+    busy = _busy_cycles(problem, chosen, known)
+    together = device.sms * max(1, _available(problem) // shared_memory(problem, chosen.stages))
+    waits = known.latency * len(problem.program.stages)
+    step = max(busy * -(-tiles // device.sms), (busy + waits) * -(-tiles // together))
+    products = problem.flops * problem.I / (problem.I + problem.H) / product_rate(problem)
+    return known.start + steps * step / (device.clock * 1e9) + known.projection * products
+
+
+def _busy_cycles(problem: Problem, chosen: Tile, known: rates.Resident) -> float:
+    """Cycles of the busiest unit of a multiprocessor, for a step of one tile."""
+    device, program = problem.device, problem.program
+    units, weights = chosen.rows * chosen.width, len(program.gates) * chosen.width**2
+    multiplications = known.tensor_share * device.tensor_flops * 1e12 / 2 / (device.sms * device.clock * 1e9)
+    if problem.dtype == torch.float32:
+        multiplications = multiplications / 2 if problem.precision == "tf32" else LANES
+    operations = [op.name for stage in program.stages for op in stage.ops]
+    special = 2 * sum(name in FUNCTIONS for name in operations)  # an exponential and a root each
+    instructions = known.instructions * len(operations) * (known.backward if problem.direction == "backward" else 1.0)
+    return max(
+        chosen.rows * weights / multiplications,
+        weights * problem.dtype.itemsize / SHARED_BYTES,
+        units * special / SPECIAL,
+        units * instructions / LANES,
+    )
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with all its arguments: the compile tests build exactly what runs."""
+
+    kernel: Any
+    grid: tuple[int, int]
+    arguments: dict[str, Any]
+
+    def __call__(self, like: Tensor) -> None:
+        """Runs it on the current stream of the device of `like`."""
+        if 0 in self.grid:
+            return
+        with torch.cuda.device_of(like), triton_interpreter.arithmetic():
+            self.kernel[self.grid](**self.arguments)
+
+
+@lru_cache(maxsize=256)
+def _constants(text: str, backward: bool) -> dict[str, Any]:
+    """What a kernel is compiled for, of a program."""
+    program = Program.parse(text)
+    steps, two = triton_module(program), len(program.stages) == 2
+    first, last, split = program.stages[0], len(program.stages) - 1, program.split
+    found = {
+        "STEP": getattr(steps, f"step_{last}_backward" if backward else f"step_{last}"),
+        "FIRST": steps.step_0 if two else None,
+        "EARLY": len(first.gates),
+        "KEPT": tuple(split.index(gate) if gate in split else -1 for gate in program.gates),
+        "R": len(split),
+        "P": len(program.params),
+    }
+    if backward:
+        found["FIRST_BACKWARD"] = steps.step_0_backward if two else None
+        found["SPLIT"] = len(set(first.gates) - program.summed)
+    return found
+
+
+def _strides(tensor: Tensor) -> dict[str, int]:
+    """Of T, B, N, and G where there are gates, as the kernels name them."""
+    return dict(zip(("stride_t", "stride_b", "stride_n", "stride_g"), tensor.stride()[:-1], strict=False))
+
+
+def _whole(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else whole(tensor)
+
+
+def _each_whole(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(map(whole, tensors))
+
+
+def _launch(
+    kernel: Any,
+    call: Call,
+    *,
+    p_gates: Tensor,
+    strides: dict[str, int],
+    **arguments: Any,
+) -> Launch:
+    """A launch with what both directions take alike."""
+    steps, batch, n, _, hidden = p_gates.shape
+    pattern, period = bits(call.reverse)
+    align = math.gcd(VECTOR, hidden, *strides.values())
+    chosen = tile(call.problem)
+    both = {
+        "p_gates": p_gates,
+        "p_initial": _each_whole(call.states),
+        "p_w": whole(call.weights.w_hh),
+        "p_params": _whole(call.weights.params),
+        **{name: stride // align for name, stride in strides.items()},
+        "T": steps,
+        "B": batch,
+        "H": hidden // align,
+        "reverse": pattern,
+        "period": period,
+        "PRECISION": call.problem.precision,
+        "ALIGN": align,
+        "BLOCK_B": chosen.rows,
+        "BLOCK_H": chosen.width,
+        "STAGES": chosen.stages,
+        "num_warps": chosen.warps,
+        "enable_fp_fusion": True,  # Triton is about to change its default, and 3.9 warns of it
+    }
+    return Launch(kernel, (-(-batch // chosen.rows), n), both | _controls(call) | arguments)
+
+
+def _controls(call: Call) -> dict[str, Any]:
+    """What steers the steps."""
+    control, values = call.control, call.reset_values
+    return {
+        "p_lengths": _whole(control.lengths),
+        "p_flags": _whole(control.flags),
+        "p_resets": _each_whole(values) if values else None,
+        "p_drop": _whole(control.drop),
+        "p_zone": None if control.zone is None else whole(control.zone).view(torch.uint8),
+        "INITIAL": call.program.initial,
+        "PER_STEP": bool(values) and len(values[0]) > 1,
+        "DROP": 0 if control.drop is None else control.drop.shape[2],
+    }
+
+
+def prepare_forward(
+    call: Call,
+    gates: Tensor,  # (T, B, N, G, H), the input projection; overwritten when `save`
+    save: bool,
+    all_states: bool = False,
+) -> tuple[Launch, Result]:
+    """The launch and the result that it fills."""
+    from gpu_rnn.kernels.triton.resident import resident_forward
+
+    program, states = call.program, call.states
+    steps, batch, n, _, hidden = gates.shape
+    gates = rows(gates)
+    y = gates.new_empty(steps, batch, n, hidden)
+    final = [gates.new_empty(batch, n, hidden) for _ in states]
+    saved_products, saved_states = len(program.split) * save, (len(states) - 1) * (save or all_states)
+    recurrent = gates.new_empty(steps, batch, n, saved_products, hidden)
+    inner = gates.new_empty(saved_states, steps, batch, n, hidden, dtype=torch.float32)
+    launch = _launch(
+        resident_forward,
+        call,
+        p_gates=gates,
+        p_recurrent=recurrent,
+        p_inner=inner,
+        p_y=y,
+        p_final=tuple(final),
+        p_b_hh=_whole(call.weights.b_hh) if program.split else None,
+        strides=_strides(gates),
+        SAVE=save,
+        INNER=save or all_states,
+        **_constants(program.text, backward=False),
+    )
+    return launch, Result(y, final, gates if save else gates.new_empty(0), recurrent, inner)
+
+
+def prepare_backward(
+    call: Call,
+    saved: Result,
+    d_y: Tensor,  # (T, B, N, H)
+    d_final: list[Tensor],  # each (B, N, H)
+    d_inner: Tensor | None = None,  # (S - 1, T, B, N, H)
+) -> tuple[Launch, LoopGradients]:
+    """The launch and the gradients that it fills; those of the parameters (tiles, N, P, H), a share from each tile."""
+    from gpu_rnn.kernels.triton.resident import resident_backward
+
+    program = call.program
+    (gates, d_gates), d_y = persistent.beside(call, saved.gates), even_rows(d_y)
+    batch, n, _, hidden = gates.shape[1:]
+    d_recurrent = gates.new_empty(saved.recurrent.shape)
+    d_states, d_resets = [[each.new_empty(each.shape) for each in given] for given in (call.states, call.reset_values)]
+    tiles, params = -(-batch // tile(call.problem).rows), len(program.params)
+    d_params = gates.new_empty(tiles, n, params, hidden, dtype=torch.float32)
+    launch = _launch(
+        resident_backward,
+        call,
+        p_gates=gates,
+        p_recurrent=whole(saved.recurrent),
+        p_inner=whole(saved.inner),
+        p_y=whole(saved.y),
+        p_d_y=d_y,
+        p_d_inner=None if d_inner is None or not len(d_inner) else whole(d_inner),
+        p_d_final=_each_whole(d_final),
+        p_d_gates=d_gates,
+        p_d_recurrent=d_recurrent,
+        p_d_initial=tuple(d_states),
+        p_d_params=d_params,
+        p_d_resets=tuple(d_resets) or None,
+        strides=_strides(gates) | {f"d_y_{name}": stride for name, stride in _strides(d_y).items()},
+        **_constants(program.text, backward=True),
+    )
+    return launch, LoopGradients(d_gates, d_recurrent, d_states, d_params, d_resets=d_resets)
+
+
+def _kernels(problem: Problem) -> list[building.Kernel]:
+    """The launch that a problem takes."""
+    call, gates, saved = building.example(problem)
+    if problem.direction == "backward":
+        launch: Launch = prepare_backward(
+            call, saved, saved.y, saved.final, saved.inner if problem.all_states else None
+        )[0]
+    else:
+        launch = prepare_forward(call, gates, problem.direction == "training", problem.all_states)[0]
+    return [building.Kernel(launch.kernel, launch.grid, launch.arguments)]
+
+
+_builds = building.Builds(_kernels)
+prepare = _builds.prepare
+
+
+def forward(call: Call, gates: Tensor, save: bool, all_states: bool) -> Result:
+    """The forward loop in one launch; see `reference.forward`, whose results it gives. Shapes: `prepare_forward`."""
+    launch, result = prepare_forward(call, gates, save, all_states)
+    launch(gates)
+    return result
+
+
+def backward(call: Call, saved: Result, d_y: Tensor, d_final: list[Tensor], d_inner: Tensor | None) -> LoopGradients:
+    """The backward loop in one launch. Shapes: `prepare_backward`."""
+    launch, found = prepare_backward(call, saved, d_y, d_final, d_inner)
+    launch(d_y)
+    return persistent.summed(call, found)

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Chunks of steps as CUDA graphs over buffers of their own, so that one graph serves every number of steps.
+
+What is over after the last whole chunk runs without a graph. The buffers belong to one stream, one shape and one cell.
+While the user captures a graph, the loop runs inside of it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpu_rnn.backends import triton_interpreter
+from gpu_rnn.backends.tensors import Call
+from gpu_rnn.forking import renewed
+
+CHUNK = 32  # steps a graph; capture takes CHUNK times the eager loop's launches, once per shape
+GRAPHS, BYTES = 16, 1 << 30  # graphs that are kept, and what their buffers may take together besides the newest's
+
+_one_call = renewed(threading.RLock)
+
+
+def alone(function: Callable[..., Any]) -> Callable[..., Any]:
+    """On the tensors' device, and one at a time: two threads may share a stream, hence a graph and its buffers."""
+
+    @wraps(function)
+    def locked(call: Call, *rest: Any) -> Any:
+        with _one_call, torch.cuda.device_of(call.weights.w_hh):
+            return function(call, *rest)
+
+    return locked
+
+
+class Chunks:
+    """Runs steps in chunks: on a GPU full ones as a replayed graph, over buffers kept for the next call.
+
+    The first call with a key runs without a graph over buffers of its own, and so loads every kernel that the graph
+    has. From the second on there is one, if the first came to its end.
+    """
+
+    # None: a first call came to its end
+    kept: OrderedDict[tuple[Any, ...], Chunks | None] = OrderedDict()  # noqa: RUF012
+
+    def __init__(self, loop: Any, chunk: int, key: tuple[Any, ...] = (), place: _Place | None = None) -> None:
+        """`place`: where its graph is captured; without one there is none."""
+        self.loop, self.chunk, self.key, self.place = loop, chunk, key, place
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    @classmethod
+    def get(cls, key: tuple[Any, ...], make: Callable[[int], Any], like: Tensor) -> Chunks:
+        steps = like.shape[0]
+        if not like.is_cuda or steps < CHUNK or torch.cuda.is_current_stream_capturing():
+            return cls(make(steps), steps)
+        stream = torch.cuda.current_stream(like.device).cuda_stream
+        key = (*key, tuple(like.shape[1:]), like.dtype, like.device, stream)
+        found = cls.kept.get(key)
+        if found is not None:
+            cls.kept.move_to_end(key)
+            return found
+        place = None if key not in cls.kept or _in_a_lent_pool(like.device) else _place(like.device, stream)
+        if place is None:
+            return cls(make(CHUNK), CHUNK, key)
+        del cls.kept[key]
+        cls._make_room(BYTES)
+        with torch.inference_mode(False), torch.no_grad():  # later calls may be in another mode
+            found = cls.kept[key] = cls(make(CHUNK), CHUNK, key, place)
+        return found
+
+    @classmethod
+    def _make_room(cls, most: float = float("inf")) -> None:
+        """For one more: the oldest go, and what they hold with them."""
+        kept = cls.kept
+        while len(kept) >= GRAPHS or sum(_bytes(chunks.loop) for chunks in kept.values() if chunks) > most:
+            kept.popitem(last=False)
+
+    def run(self, steps: int) -> None:
+        """The steps now in the buffers."""
+        with triton_interpreter.arithmetic():
+            if self.place is None or steps < self.chunk:
+                self.loop.run(steps)
+            else:
+                if self.graph is None:
+                    self.graph = self._capture(self.place)
+                self.graph.replay()
+        if self.key and steps == self.chunk and self.key not in Chunks.kept:
+            self._make_room()
+            Chunks.kept[self.key] = None
+
+    def _capture(self, place: _Place) -> torch.cuda.CUDAGraph:
+        """Capturing runs nothing: the buffers stay as they are. Other threads may go on with theirs.
+
+        torch.cuda.graph would wait for the device and empty the process's caches first.
+        """
+        Chunks.kept.pop(self.key, None)  # if this fails, the next call is a first one
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(place.stream):
+            graph.capture_begin(None if place.first is None else place.first.pool(), capture_error_mode="thread_local")
+            try:
+                self.loop.run(self.chunk)
+            finally:
+                graph.capture_end()
+        place.first = place.first or graph
+        Chunks.kept[self.key] = self
+        return graph
+
+
+class _Place:
+    """Where all graphs that are replayed on one stream are captured: on a stream of their own, into memory that they
+    share, as nothing stands in it between two replays.
+
+    cuBLAS's workspace of that stream lies there as well, for it is made in the first capture. That graph stays, and
+    with it the memory, so that no other can come to use what a graph still writes to.
+    """
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self.stream = stream
+        self.first: torch.cuda.CUDAGraph | None = None
+
+
+_places: dict[tuple[torch.device, int], _Place] = {}
+STREAMS = 32  # that torch hands out in turn
+
+
+def _place(device: torch.device, stream: int) -> _Place | None:
+    """That of a stream; None where torch has no stream left for one. A stream's priority says nothing of a graph's, and
+    few others use those of a higher one."""
+    if (device, stream) not in _places:
+        taken = {place.stream for place in _places.values()}
+        drawn = (torch.cuda.Stream(device, priority=-1) for _ in range(STREAMS))
+        free = next((each for each in drawn if each not in taken), None)
+        if free is None:
+            return None
+        _places[device, stream] = _Place(free)
+    return _places[device, stream]
+
+
+def _in_a_lent_pool(device: torch.device) -> bool:
+    """Whether what is allocated now comes from a pool of somebody else's, as under torch.cuda.use_mem_pool or in the
+    warm-up of torch.compile(mode="reduce-overhead"). It would be given out again while a graph still writes to it, and
+    torch.compile refuses what outlives its call."""
+    if torch.cuda.get_allocator_backend() != "native":  # others have no such pools
+        return False
+    probe = torch.empty(1, device=device)
+    for segment in torch.cuda.memory_snapshot():
+        inside = 0 <= probe.data_ptr() - segment["address"] < segment["total_size"]
+        if inside and segment["device"] == probe.device.index:
+            return tuple(segment["segment_pool_id"]) != (0, 0)
+    return False
+
+
+def _bytes(value: Any) -> int:
+    """Of the tensors that a loop holds, in lists too."""
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if isinstance(value, (list, tuple)):
+        return sum(map(_bytes, value))
+    return sum(map(_bytes, vars(value).values())) if hasattr(value, "run") else 0

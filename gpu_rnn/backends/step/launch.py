@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One product and one pointwise pass a step: every recurrence, every option, every size, any device.
+
+On a GPU the pointwise pass is one generated Triton kernel and chunks of steps are replayed as a CUDA graph
+(`backends/step/gpu.py`); the rest runs in torch (`backends/step/torch_forward.py`, `backends/step/torch_backward.py`).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from gpu_rnn.backends import building, rates
+from gpu_rnn.backends.persistent import products
+from gpu_rnn.backends.problem import Problem
+from gpu_rnn.backends.step import gpu, torch_backward, torch_forward
+from gpu_rnn.backends.tensors import Call, LoopGradients, Result
+
+CPU_OPERATION = 3e-6  # seconds, predicted
+
+_builds = building.Builds(gpu.kernels)
+prepare = _builds.prepare
+
+
+def unsupported(problem: Problem) -> list[str]:
+    """Why the step loop cannot run a problem."""
+    return ["complex numbers run on the reference only"] * problem.dtype.is_complex or _builds.reasons(problem)
+
+
+def cost(problem: Problem, given: rates.Rates | None = None) -> float:
+    """Seconds by the cost model (see `resident.cost`): the products, and a torch operation for each of the program's,
+    or two launches a stage.
+
+    On a GPU a projection of h takes two launches more.
+    """
+    stages, passes = problem.program.stages, 2.0 if problem.direction == "backward" else 1.0
+    steps = passes * problem.T * problem.layers
+    if problem.device.is_gpu:
+        pairs = len(stages) + bool(problem.proj_size)
+        known = (given or rates.of(problem.device)).step
+        return steps * pairs * known.step + known.products * products(problem)
+    return steps * sum(len(stage.ops) + len(stage.gates) for stage in stages) * CPU_OPERATION + products(problem)
+
+
+def forward(
+    call: Call,
+    gates: Tensor,  # (T, B, N, G, H), the input projection; overwritten
+    save: bool,
+    all_states: bool,
+) -> Result:
+    """The forward loop; see `reference.forward`, whose results it gives."""
+    if gpu.takes(gates, call):
+        return gpu.forward(call, gates, save, all_states)
+    return torch_forward.forward(call, gates, save, all_states)
+
+
+def backward(call: Call, saved: Result, d_y: Tensor, d_final: list[Tensor], d_inner: Tensor | None) -> LoopGradients:
+    """The backward loop; `d_inner` (S - 1, T, B, N, H) where all states are wanted."""
+    if gpu.takes(saved.gates, call):
+        return gpu.backward(call, saved, d_y, d_final, d_inner)
+    return torch_backward.backward(call, saved, d_y, d_final, d_inner)

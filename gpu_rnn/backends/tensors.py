@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The canonical layout of one layer's call: its tensors, by name and shape, and their order in time.
+
+Sizes: T time, B batch, N independent recurrences (directions, members), G gates, H hidden units, I input features,
+P width of the product's input (H, or proj_size), S states, U per-unit parameters, K split gates, M 1 for a stack, else
+N.
+
+The axes of a tensor stand in its field's annotation. `gpu_rnn.call.checks` reads them there, so a new field is checked
+as soon as it is written down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gpu_rnn.backends.normalisation import Normalised
+from gpu_rnn.compiler.program import Program
+
+if TYPE_CHECKING:
+    from gpu_rnn.backends.problem import Problem
+
+SKIP, RESET = 1, 2  # bits of `Control.flags`
+CPU_CHUNK, GPU_CHUNK = 1 << 15, 1 << 22  # elements (T, B, N, H) of a chunk: 128 KiB a tensor in fp32; fewer launches
+
+
+class Axes(NamedTuple):
+    """The axes of a tensor, "|" between alternatives: of a whole tensor, ``T B I | T B N I``, or of one axis,
+    ``1|T``."""
+
+    axes: str
+    dtype: torch.dtype | Literal["state"] | None = None  # "state": `state_dtype` of x's; None: that of x
+
+
+class Weights(NamedTuple):
+    """The weights of one layer; None where the layer has none.
+
+    With `w_between`, N are the layers of a stack, which run as a wavefront (`gpu_rnn.call.wavefront`).
+    """
+
+    w_ih: Annotated[Tensor, Axes("M G H I")]  # of a stack the first layer's
+    w_hh: Annotated[Tensor, Axes("N G H P")]
+    b_ih: Annotated[Tensor | None, Axes("N G H")] = None
+    b_hh: Annotated[Tensor | None, Axes("N G H")] = None
+    params: Annotated[Tensor | None, Axes("N U H")] = None
+    w_hr: Annotated[Tensor | None, Axes("N P H")] = None  # projection of h
+    # Recurrent products are normalised over H, gate by gate, and scaled by this; likewise the input products.
+    norm: Annotated[Tensor | None, Axes("N G H")] = None
+    norm_ih: Annotated[Tensor | None, Axes("N G H")] = None
+    w_between: Annotated[Tensor | None, Axes("N-1 G H H")] = (
+        None  # the input weights of a stack's layers after the first
+    )
+
+
+class Control(NamedTuple):
+    """What steers the steps. No gradients; `lengths` and `flags` never come together.
+
+    With `lengths`, a reversed row starts at its own last step, and outputs beyond a row's length are 0. With `flags`,
+    a step first sets the states where RESET says so, then computes, and keeps the states it entered with where SKIP
+    says so; y is h then, too.
+    """
+
+    lengths: Annotated[Tensor | None, Axes("B", torch.int64)] = None
+    # In the order of time, each as its direction meets it; of a stack one for all layers.
+    flags: Annotated[Tensor | None, Axes("T B M", torch.uint8)] = None
+    drop: Annotated[Tensor | None, Axes("B N 1|G P")] = None  # factors of what enters the products
+    zone: Annotated[Tensor | None, Axes("S T B N H", torch.bool)] = None  # units that keep the state they entered with
+    between: Annotated[Tensor | None, Axes("N-1 T B H")] = (
+        None  # factors of what a stack's layers take from those below
+    )
+
+
+PLAIN = Control()
+
+
+class Inputs(NamedTuple):
+    """Every tensor that a layer's forward pass takes."""
+
+    x: Annotated[Tensor, Axes("T B I | T B N I")]
+    weights: Weights
+    control: Control
+    states: Annotated[list[Tensor], Axes("B N P"), Axes("B N H")]  # before the first step: h, then the others
+    # Of each state; empty: the recurrence's initial values.
+    reset_values: Annotated[list[Tensor], Axes("1|T B N P"), Axes("1|T B N H")]
+
+    @staticmethod
+    def of(x: Tensor, *rest: Any) -> Inputs:
+        """From x, each weight, each control, the list of states and the list of reset values."""
+        return Inputs(x, Weights(*rest[:WEIGHTS]), Control(*rest[WEIGHTS:-2]), *rest[-2:])
+
+    @staticmethod
+    def flat(tensors: Sequence[Any], states: int) -> Inputs:
+        """From all tensors in a row."""
+        first = FIRST_STATE + states
+        return Inputs.of(*tensors[:FIRST_STATE], list(tensors[FIRST_STATE:first]), list(tensors[first:]))
+
+    @property
+    def row(self) -> list[Tensor | None]:
+        """All tensors in a row; `flat` reads it."""
+        return [self.x, *self.weights, *self.control, *self.states, *self.reset_values]
+
+    @property
+    def primals(self) -> list[Tensor | None]:
+        """The differentiable ones."""
+        return primals(self.row)
+
+    def with_primals(self, values: Sequence[Any]) -> Inputs:
+        """The same call of other differentiable tensors."""
+        return Inputs.flat([*values[:FIRST_CONTROL], *self.control, *values[FIRST_CONTROL:]], len(self.states))
+
+
+WEIGHTS = len(Weights._fields)
+FIRST_CONTROL = 1 + WEIGHTS
+FIRST_STATE = FIRST_CONTROL + len(Control._fields)
+
+
+def primals(row: Sequence[Any]) -> list[Any]:
+    """Of `Inputs.row`, or of what lies like it, the part of the differentiable tensors."""
+    return [*row[:FIRST_CONTROL], *row[FIRST_STATE:]]
+
+
+def like_row(values: Sequence[Any]) -> list[Any]:
+    """What belongs to the primals, laid out like `Inputs.row` with None at the controls."""
+    return [*values[:FIRST_CONTROL], *[None] * len(Control._fields), *values[FIRST_CONTROL:]]
+
+
+@dataclass(frozen=True)
+class Call:
+    """What both passes of a time loop take alike; see `Inputs` for the tensors."""
+
+    program: Program
+    weights: Weights
+    states: list[Tensor]
+    control: Control = PLAIN
+    reset_values: list[Tensor] = field(default_factory=list)
+    reverse: str = "0"
+    problem: Problem = None  # type: ignore[assignment]  # the reference needs none
+    d_gates: Tensor | None = None  # where a backward loop may put `LoopGradients.d_gates`, laid out as the saved gates
+    # Where a forward pass may keep its normalised products for the backward pass: (2, T, B, N, G, H), input and
+    # recurrent.
+    kept: Normalised | None = None
+
+    @property
+    def lengths(self) -> Tensor | None:
+        return self.control.lengths
+
+    def reset_value(self, state: int) -> Tensor | float:
+        """What a reset sets a state to."""
+        return self.reset_values[state] if self.reset_values else self.program.initial[state]
+
+
+class Result(NamedTuple):
+    """What a forward pass returns.
+
+    `gates` and `recurrent` are what the backward pass needs, empty in inference: pre-activations (the sum x + r of a
+    summed gate, else x) and the products of the split gates. `inner`, the states other than h after each step, is
+    empty where neither the backward pass nor the caller wants it. The steps of a reversed recurrence stand at the
+    times they belong to. `kept` is `Call.kept`, filled. Of a stack, N stands before T.
+    """
+
+    y: Annotated[Tensor, Axes("T B N P")]
+    final: Annotated[list[Tensor], Axes("B N P"), Axes("B N H")]
+    gates: Annotated[Tensor, Axes("T B N G H")]
+    recurrent: Annotated[Tensor, Axes("T B N K H")]
+    inner: Annotated[Tensor, Axes("S-1 T B N H", "state")]
+    kept: Normalised | None = None
+
+    @property
+    def saved(self) -> list[Tensor]:
+        """In a row with `inner` last, what the backward pass takes besides y; `of_saved` reads it."""
+        nothing = self.y.new_empty(0)
+        return [self.gates, self.recurrent, *(self.kept or (nothing, nothing)), self.inner]
+
+    @staticmethod
+    def of_saved(y: Tensor, gates: Tensor, recurrent: Tensor, values: Tensor, rstd: Tensor, inner: Tensor) -> Result:
+        return Result(y, [], gates, recurrent, inner, Normalised(values, rstd) if values.numel() else None)
+
+
+SAVED = 5  # of `Result.saved`
+
+
+class LoopGradients(NamedTuple):
+    """What a backward loop returns."""
+
+    d_gates: Tensor  # (T, B, N, G, H)
+    d_recurrent: Tensor  # (T, B, N, number of split gates, H)
+    d_states: list[Tensor]  # before the first step, (B, N, ·)
+    d_params: Tensor | None = None  # (N, number of params, H)
+    d_w_hr: Tensor | None = None  # (N, P, H)
+    d_norm: Tensor | None = None  # (N, G, H)
+    d_products: Tensor | None = None  # (T, B, N, G, H), of the products before their normalisation
+    d_resets: Sequence[Tensor] = ()  # of the reset values, like them
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which states live and sums are taken: fp32 for 16-bit storage."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def chunks(gates: Tensor) -> list[slice]:
+    """The steps of (T, B, N, G, H) that are handled at once where that is not all of them."""
+    steps, one = len(gates), gates[:1, :, :, 0].numel()
+    return parts(steps, max(1, (CPU_CHUNK if gates.is_cpu else GPU_CHUNK) // max(1, one)))
+
+
+def parts(steps: int, chunk: int) -> list[slice]:
+    """So many steps at a time."""
+    return [slice(start, min(start + chunk, steps)) for start in range(0, steps, chunk)]
+
+
+def processing_order(steps: int, lengths: Tensor | None, reverse: str, device: torch.device) -> Tensor | None:
+    """(T, B or 1, N): the time at which each row's step number t lies, None when that is t for all.
+
+    A reversed row starts at its own last step. The map is its own inverse, so it also puts results back in place.
+    `reverse` has a character for each recurrence, "1" for a reversed one.
+    """
+    if "1" not in reverse:
+        return None
+    step = torch.arange(steps, device=device)[:, None, None]
+    last = (lengths[None, :, None] if lengths is not None else torch.full((1, 1, 1), steps, device=device)) - 1
+    # No tensor is made from a list: that would copy from the host, and wait.
+    turned = torch.cat([torch.full((len(list(run)),), flag == "1", device=device) for flag, run in groupby(reverse)])
+    return torch.where(turned & (step <= last), last - step, step)
+
+
+def reorder(values: Tensor, order: Tensor | None) -> Tensor:
+    """Values (T, B, N, ...) in processing order, or from it back into the order of time."""
+    if order is None:
+        return values
+    steps, batch, n = values.shape[:3]
+    rows = torch.arange(batch * n, device=values.device).view(batch, n) + order * (batch * n)  # whole rows are copied
+    return values.flatten(0, 2).index_select(0, rows.flatten()).unflatten(0, (steps, batch, n))
+
+
+def reorder_each(values: Tensor, order: Tensor | None) -> Tensor:
+    """`reorder` of each of the states in (S, T, B, N, ...)."""
+    return torch.stack([reorder(value, order) for value in values]) if len(values) and order is not None else values
+
+
+def bit(flags: Tensor, which: int) -> Tensor:
+    """A bit of flags (..., B, N) as bool (..., B, N, 1)."""
+    return (flags & which).bool().unsqueeze(-1)

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `functional.rnn` and `functional.cell` are given, checked before any backend, in words.
+
+ATen's kernels and ours read and write wherever the shapes given lead them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from gpu_rnn.call import autocast, onlookers
+from gpu_rnn.dispatch import choice
+from gpu_rnn.recurrence import Recurrence
+
+if TYPE_CHECKING:
+    from gpu_rnn.call.stack import Stack
+
+
+PROJECTED = "proj_size argument is only supported for LSTM, not RNN or GRU"
+
+
+def check(stack: Stack, x: Any, hx: Any, weights: Any, batch_sizes: Any = None) -> None:
+    """Every argument of `functional.rnn` but for the controls; `Controls.checked` has those.
+
+    Raises:
+        TypeError: an argument of another kind.
+        ValueError: a number out of range; a backend that does not exist.
+        RuntimeError: a tensor of another shape, dtype or device; no time steps.
+    """
+    _options(stack)
+    tensor("x", x)
+    if not (x.dtype.is_floating_point or x.dtype.is_complex):
+        raise TypeError(
+            f"x holds floating-point or complex numbers, got {x.dtype}: convert it with .to(weights[0].dtype)"
+        )
+    rank, axes = (
+        (3, "(B, T, I)" if stack.batch_first else "(T, B, I)") if batch_sizes is None else (2, "packed, (rows, I)")
+    )
+    if x.dim() != rank:
+        raise RuntimeError(f"x is {axes}, got {tuple(x.shape)}")
+    if batch_sizes is not None:
+        _batch_sizes(batch_sizes, x.shape[0])
+    _, batch = stack.sizes(x, batch_sizes)
+    _weights(stack, x, weights)
+    states = hx
+    if hx is not None:
+        each_tensor("hx", hx, stack.recurrence.states)
+        expected = stack.state_shapes(weights, batch)
+        if [tuple(state.shape) for state in hx] != expected:
+            raise RuntimeError(f"hx is {expected}, got {[tuple(state.shape) for state in hx]}")
+    check_alike(x, weights, states or ())
+
+
+def check_cell(stack: Stack, x: Any, hx: Any, weights: Any) -> None:
+    """Every argument of `functional.cell`; errors as `check`'s."""
+    _options(stack)
+    tensor("x", x)
+    if x.dim() != 2:
+        raise RuntimeError(f"x is (B, I), got {tuple(x.shape)}")
+    states = None
+    if hx is not None:
+        each_tensor("hx", hx, stack.recurrence.states)
+        for name, state in zip(stack.recurrence.states, hx, strict=True):
+            if state.dim() != 2:
+                raise RuntimeError(f"hx is (B, H) each, got {tuple(state.shape)} for {name}")
+        states = tuple(state[None] for state in hx)
+    check(stack, x[None], states, weights)
+
+
+def _options(stack: Stack) -> None:
+    a_recurrence(stack.recurrence)
+    for name in ("bias", "bidirectional", "batch_first", "norm", "all_states"):
+        flag(name, getattr(stack, name))
+    for name, least in (("num_layers", 1), ("proj_size", 0)):
+        value = getattr(stack, name)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name} should be an integer, got: {value!r}")
+        if value < least:
+            raise ValueError(f"{name} should be {least} or more, got: {value}")
+    probability("dropout", stack.dropout)
+    choice.check_name(stack.backend)
+    if stack.proj_size:
+        _projected(stack.recurrence)
+
+
+def _projected(recurrence: Recurrence) -> None:
+    if recurrence.aten not in (None, "LSTM"):
+        raise ValueError(PROJECTED)
+    h = f"s_{recurrence.states[0]}"
+    stages = recurrence.program.stages
+    if any(h in (*stage.outputs, *(arg for op in stage.ops for arg in op.args)) for stage in stages):
+        raise ValueError(f"proj_size makes h narrower than the units, and {recurrence.name} takes h unit by unit")
+
+
+def a_recurrence(value: Any) -> None:
+    """Raises TypeError for anything else."""
+    if not isinstance(value, Recurrence):
+        raise TypeError(
+            "recurrence should be a gpu_rnn.Recurrence, such as gpu_rnn.cells.gru() or one of your own, "
+            f"got: {type(value).__name__}"
+        )
+
+
+def flag(name: str, value: Any) -> None:
+    """Raises TypeError for what is neither True nor False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} should be True or False, got: {value!r}")
+
+
+def probability(name: str, value: Any) -> float:
+    """A number between 0 and 1, NumPy's too.
+
+    Raises:
+        TypeError: no number.
+        ValueError: another one.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__float__") or isinstance(value, (str, Tensor)):
+        raise TypeError(f"{name} should be a number between 0 and 1, got: {value!r}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} should be a number in range [0, 1] representing the probability, got: {value}")
+    return float(value)
+
+
+def tensor(name: str, value: Any, number: int | None = None) -> None:
+    """Raises TypeError for what is no strided tensor; `number`: its place in a sequence of that name."""
+    if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_nested:
+        return
+    name = name if number is None else f"{name}[{number}]"
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} should be a Tensor, got {type(value).__name__}")
+    if value.is_nested:
+        raise TypeError(
+            f"{name} should be a strided tensor, got a nested one: pad it with torch.nested.to_padded_tensor({name}, "
+            "0.0) and "
+            "give lengths=, the number of steps of each row"
+        )
+    raise TypeError(f"{name} should be a strided tensor, got a {value.layout} one: use .to_dense()")
+
+
+def each_tensor(name: str, values: Any, names: Sequence[str]) -> None:
+    """A sequence with a tensor for each of those named.
+
+    Raises:
+        TypeError: no sequence, or with something else in it.
+        RuntimeError: of another length.
+    """
+    wanted = f"{name} should be {len(names)} Tensors ({', '.join(names)})"
+    if not isinstance(values, (tuple, list)):
+        raise TypeError(f"{wanted} in a tuple, got {type(values).__name__}")
+    if len(values) != len(names):
+        raise RuntimeError(f"{wanted}, got {len(values)}")
+    for each, value in zip(names, values, strict=True):
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"{wanted}, got {type(value).__name__} for {each}; to begin at the initial values, give {name}=None"
+            )
+
+
+def _batch_sizes(sizes: Any, rows: int) -> None:
+    if not isinstance(sizes, Tensor) or sizes.dtype != torch.int64 or not sizes.is_cpu or sizes.dim() != 1:
+        found = (
+            f"{sizes.dtype}, {tuple(sizes.shape)} on {sizes.device}"
+            if isinstance(sizes, Tensor)
+            else type(sizes).__name__
+        )
+        raise TypeError(f"batch_sizes is an int64 tensor (T) on the CPU, as of a PackedSequence, got {found}")
+    if not len(sizes):
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    if onlookers.recorded(sizes):
+        return
+    values = sizes.tolist()
+    if values[-1] < 1 or values != sorted(values, reverse=True):
+        raise ValueError(f"batch_sizes never grow and end above 0: how many rows have a step, got {values}")
+    if sum(values) != rows:
+        raise ValueError(f"batch_sizes add up to the rows of x, {rows}, got {sum(values)}")
+
+
+def _weights(stack: Stack, x: Tensor, weights: Any) -> None:
+    if not isinstance(weights, (tuple, list)):
+        raise TypeError(f"weights should be a sequence of Tensors, got {type(weights).__name__}")
+    for number, weight in enumerate(weights):
+        tensor("weights", weight, number)
+    gates, features, found = len(stack.recurrence.gates), x.shape[-1], [weight.shape for weight in weights]
+    first: tuple[int, ...] = found[0] if found else ()
+    whole = len(first) == 2 and first[0] > 0 and first[0] % gates == 0
+    hidden = first[0] // gates if whole else 0
+    expected = stack.weight_shapes(features, hidden) if whole else []
+    if not whole or found != expected:
+        shapes = expected if whole else f"in a row w_ih ({gates}·H, {features}), w_hh ({gates}·H, H), and so on"
+        raise RuntimeError(
+            f"for an input of {features} features the weights are {shapes}, got {[tuple(s) for s in found]}"
+        )
+    if stack.proj_size >= hidden:
+        raise ValueError(f"proj_size has to be smaller than hidden_size, {hidden}, got {stack.proj_size}")
+
+
+def check_alike(x: Tensor, weights: Sequence[Tensor], states: Sequence[Tensor]) -> None:
+    """One device and, as torch.nn's kernels ask, one dtype, or what autocast makes one of.
+
+    Raises:
+        RuntimeError: others.
+    """
+    for kind, tensors in (("parameter", weights), ("hidden", states)):
+        for tensor in tensors:
+            if tensor.device != x.device:
+                raise RuntimeError(
+                    f"Input and {kind} tensors are not at the same device, found input tensor at {x.device} and "
+                    f"{kind} tensor at {tensor.device}"
+                )
+            if tensor.dtype != x.dtype and autocast.dtype_of(tensor) != autocast.dtype_of(x):
+                raise RuntimeError(
+                    f"Input and {kind} tensors are not the same dtype, found input tensor with {x.dtype} and "
+                    f"{kind} tensor with {tensor.dtype}"
+                )

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The eager way into the time loops: autograd.Functions with jvp and vmap rules over the same two passes.
+
+A custom op under jvp returns zeros without a word, and func.grad, jacrev and hessian raise; so eager and functorch come
+in here, and torch.compile, torch.export and torch.jit.trace alone use the ops themselves. Who looks on below, such as
+make_fx, is shown each pass as the op. First derivatives run on the chosen backend, all others on the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack, peek_interpreter_stack
+
+from gpu_rnn.backends.tensors import SAVED, Inputs, Result, like_row, primals
+from gpu_rnn.call import custom_ops, onlookers, passes
+from gpu_rnn.call import vmap as batching
+from gpu_rnn.call.passes import Options
+from gpu_rnn.compiler.program import Program
+from gpu_rnn.dispatch import choice
+
+
+def transforms_active() -> bool:
+    """Whether a functorch transform or forward-mode differentiation is going on."""
+    return peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+def _forward_levels() -> int:
+    """How many forward-mode transforms are nested. torch takes what a Function's jvp returns for a constant of the
+    outer ones, so from two on only plain operations are right."""
+    return sum(level.key() == TransformType.Jvp for level in get_interpreter_stack() or ())
+
+
+def layer(text: str, options: Options, inputs: Inputs) -> tuple[Tensor, list[Tensor], Tensor]:
+    """One layer, by the way in that fits: y (T, B, N, P), the final states (B, N, ·), and `Result.inner`."""
+    count = len(inputs.states)
+    wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs.primals)
+    if torch.compiler.is_compiling() or onlookers.traced() or onlookers.only_functionalizes():
+        y, *rest = _registered(text, options, inputs, wants_grad)
+        return y, rest[:count], rest[-1]
+    transformed = transforms_active()
+    exact = inputs.x.is_complex() or _forward_levels() > 1 or onlookers.functionalizes()
+    if exact or (options.backend == "reference" and not onlookers.without_values(inputs.x)):
+        y, *rest = passes.pure(text, options, inputs)(*(p for p in inputs.primals if p is not None))
+        return y, rest[:count], rest[-1]  # the last is `inner` where all states are wanted
+    if not wants_grad and not transformed:
+        result = _forward(text, options, inputs)
+        return result.y, result.final, result.inner
+    options = options._replace(save=wants_grad or transformed)
+    y, *rest = Forward.apply(text, options, *inputs.row)
+    return y, rest[:count], rest[-1]
+
+
+def _registered(text: str, options: Options, inputs: Inputs, wants_grad: bool) -> list[Tensor]:
+    """The registered operation with its own derivative, where torch records no autograd.Function."""
+    if onlookers.traced() and torch.onnx.is_in_onnx_export():
+        raise RuntimeError(
+            "torch.onnx.export(dynamo=False) can write standard layers that ATen runs, not this call of a recurrent "
+            "layer: "
+            "keep the model with torch.export.export and torch.export.save"
+        )
+    if torch.autograd.forward_ad._current_level >= 0:  # a custom op's tangent would be 0 without a word
+        raise RuntimeError(
+            "torch.compile and torch.jit.trace cannot take a layer's forward-mode derivative: take it of the "
+            "layer itself"
+        )
+    # An exported program keeps nothing: it is mostly for inference, and its backward pass runs forward again. (Its
+    # flag, as torch.compiler.is_exporting() is true under torch.compile as well in torch 2.11.) Nor does a trace, whose
+    # own check traces once more without gradients and compares the text.
+    choice.check_recorded(options.backend)
+    keeps = wants_grad and not (torch.compiler._is_exporting_flag or onlookers.traced())
+    options = options._replace(save=keeps)
+    x, weights, control, states, reset_values = inputs
+    arguments = (x, *weights, *control, list(states), list(reset_values), text, options.encode())
+    return list(torch.ops.gpu_rnn.rnn(*arguments))
+
+
+def _forward(text: str, options: Options, inputs: Inputs, keep: bool = False) -> Result:
+    """The forward pass below all transforms: for those who look on, one operation."""
+    if not onlookers.watched(inputs.row):
+        return passes.run(text, options, inputs, keep)
+    choice.check_recorded(options.backend)
+    with custom_ops.derived():
+        *outputs, gates, recurrent, inner = torch.ops.gpu_rnn.rnn(*custom_ops.in_order(inputs), text, options.encode())
+    return Result(outputs[0], outputs[1:], gates, recurrent, inner)
+
+
+def _backward(
+    text: str, options: Options, d_outputs: Sequence[Tensor], inputs: Inputs, saved: Result
+) -> list[Tensor | None]:
+    """Likewise the backward pass."""
+    if not onlookers.watched((*inputs.row, *d_outputs)):
+        return passes.run_backward(text, options, d_outputs, inputs, saved)
+    kept = [saved.y, saved.gates, saved.recurrent, saved.inner]
+    with custom_ops.derived():
+        found = torch.ops.gpu_rnn.rnn_backward(
+            list(d_outputs), kept, *custom_ops.in_order(inputs), text, options.encode()
+        )
+    return [None if primal is None else d for primal, d in zip(inputs.primals, found, strict=True)]
+
+
+def _states(text: str) -> int:
+    return len(Program.parse(text).states)
+
+
+class Forward(torch.autograd.Function):
+    """(text, options, *Inputs.row) -> (y, *final states, *Result.saved)."""
+
+    @staticmethod
+    def forward(text: str, options: Options, *tensors: Any) -> tuple[Tensor, ...]:
+        result = _forward(text, options, Inputs.flat(tensors, _states(text)), keep=options.save)
+        return (result.y, *result.final, *result.saved)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.text, ctx.options, *tensors = inputs
+        saved = output[-SAVED:]
+        ctx.mark_non_differentiable(*(saved[:-1] if ctx.options.all_states else saved))
+        ctx.save_for_backward(*tensors, output[0], *saved)
+        ctx.set_materialize_grads(False)  # zeros for the saved gates would take as long as 5 % of a pass on a CPU
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        kept = ctx.saved_tensors  # each access unpacks once more, which checkpoints refuse
+        *tensors, y = kept[:-SAVED]
+        saved = kept[-SAVED:]
+        likes = [y, *Inputs.flat(tensors, _states(ctx.text)).states, *([saved[-1]] if ctx.options.all_states else [])]
+        given = [*grads[:-SAVED], *([grads[-1]] if ctx.options.all_states else [])]
+        d_outputs = [torch.zeros_like(like) if d is None else d for d, like in zip(given, likes, strict=True)]
+        if any(torch._C._functorch.is_legacy_batchedtensor(g) for g in d_outputs):  # is_grads_batched: no rule is asked
+            d = passes.vjp(ctx.text, ctx.options, Inputs.flat(tensors, _states(ctx.text)), d_outputs)
+            return None, None, *like_row(d)
+        found = Backward.apply(ctx.text, ctx.options, *tensors, y, *saved, *d_outputs)
+        rest = iter(found)
+        return None, None, *like_row([next(rest) if t is not None else None for t in primals(tensors)])
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        inputs = Inputs.flat(ctx.saved_tensors, _states(ctx.text))
+        present = [p for p in inputs.primals if p is not None]
+        along = [
+            torch.zeros_like(p) if t is None else t
+            for p, t in zip(inputs.primals, primals(tangents[2:]), strict=True)
+            if p is not None
+        ]
+        found = pushforward(passes.pure(ctx.text, ctx.options, inputs), present, along)
+        if ctx.options.all_states:
+            return *found[:-1], *[None] * (SAVED - 1), found[-1]
+        return (*found, *[None] * SAVED)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], text: str, options: Options, *tensors: Any) -> Any:
+        return batching.forward(Forward, info.batch_size, in_dims[2:], text, options, tensors)
+
+
+class Backward(torch.autograd.Function):
+    """(text, options, *Inputs.row, y, *Result.saved, *d_outputs) -> gradients of the primals that are given."""
+
+    @staticmethod
+    def forward(text: str, options: Options, *tensors: Any) -> tuple[Tensor, ...]:
+        row, saved, d_outputs = batching.split(text, options, tensors)
+        inputs = Inputs.flat(row, _states(text))
+        found = _backward(text, options, d_outputs, inputs, Result.of_saved(*saved))
+        return tuple(d for d in found if d is not None)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.text, ctx.options, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        row, saved, d_outputs = batching.split(ctx.text, ctx.options, ctx.saved_tensors)
+        inputs = Inputs.flat(row, _states(ctx.text))
+        given = iter(grads)
+        dd = [next(given) if p is not None else None for p in inputs.primals]
+        found_d, found = passes.second_vjp(ctx.text, ctx.options, inputs, d_outputs, dd)
+        return None, None, *like_row(found), *[None] * len(saved), *found_d
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+        row, _, d_outputs = batching.split(ctx.text, ctx.options, ctx.saved_tensors)
+        row_t, _, d_outputs_t = batching.split(ctx.text, ctx.options, tangents[2:])
+        inputs = Inputs.flat(row, _states(ctx.text))
+        count = len(d_outputs)
+
+        def gradient(*given: Tensor) -> tuple[Tensor, ...]:
+            found = passes.vjp(ctx.text, ctx.options, passes.filled(inputs, given[count:]), given[:count])
+            return tuple(d for d in found if d is not None)
+
+        point = [*d_outputs, *(p for p in inputs.primals if p is not None)]
+        tangents_of = [t for t, p in zip(primals(row_t), inputs.primals, strict=True) if p is not None]
+        along = [*d_outputs_t, *tangents_of]
+        return pushforward(
+            gradient, point, [torch.zeros_like(p) if t is None else t for p, t in zip(point, along, strict=True)]
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], text: str, options: Options, *tensors: Any) -> Any:
+        return batching.backward(Backward, info.batch_size, in_dims[2:], text, options, tensors)
+
+
+def pushforward(
+    function: Callable[..., tuple[Tensor, ...]], point: Sequence[Tensor], along: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """The derivative of a function along a direction: the transpose of its transpose, which is linear.
+
+    torch.func.jvp would open a second level of forward-mode differentiation inside the user's, which torch refuses.
+    """
+    outputs, pull = passes.pullback(function, *point)
+    _, push = passes.pullback(pull, tuple(torch.zeros_like(o) for o in outputs))
+    return push(tuple(along))[0]

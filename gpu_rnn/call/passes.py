@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two passes of one layer on the backend that dispatch chooses, and the reference's derivatives of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from gpu_rnn.backends import linear, precision, reference
+from gpu_rnn.backends.normalisation import Normalised
+from gpu_rnn.backends.problem import Problem
+from gpu_rnn.backends.tensors import Call, Inputs, Result
+from gpu_rnn.call import autocast, wavefront
+from gpu_rnn.compiler.program import Program
+from gpu_rnn.dispatch import choice
+from gpu_rnn.recurrence import Recurrence
+
+OPTIONS = re.compile(r"(\w+) ([01]+) (save|drop) (all|y)")
+
+
+class Options(NamedTuple):
+    """The options of a call; they travel as one string, such as ``auto 01 save y``."""
+
+    backend: str = "auto"
+    reverse: str = "0"
+    save: bool = False
+    all_states: bool = False
+
+    def encode(self) -> str:
+        return f"{self.backend} {self.reverse} {'save' if self.save else 'drop'} {'all' if self.all_states else 'y'}"
+
+    @staticmethod
+    @lru_cache(maxsize=256)
+    def decode(text: str) -> Options:
+        found = OPTIONS.fullmatch(text)
+        if found is None:
+            raise ValueError(
+                f"the options of a layer read like 'auto 01 save y' or 'step 0 drop all', got {text[:80]!r}"
+            )
+        backend, reverse, save, states = found.groups()
+        choice.check_name(backend)
+        return Options(backend, reverse, save == "save", states == "all")
+
+
+@lru_cache(maxsize=256)
+def _recurrence(text: str) -> Recurrence:
+    return Recurrence.from_program(text)
+
+
+def describe(text: str, options: Options, inputs: Inputs, direction: str) -> Problem:
+    """One layer, or a stack that runs as a wavefront, as dispatch sees it."""
+    x, weights, control, _, reset_values = inputs
+    n, _, hidden, width = weights.w_hh.shape
+    layers, n = (1, n) if weights.w_between is None else (n, 1)
+    return Problem(
+        recurrence=_recurrence(text),
+        T=x.shape[0],
+        B=x.shape[1],
+        N=n,
+        I=x.shape[-1],
+        H=hidden,
+        dtype=x.dtype,
+        device_type=x.device.type,
+        device=choice.device_of(x.device),
+        direction=direction,
+        precision=precision.of_rnn(),
+        lengths=control.lengths is not None,
+        reverse=options.reverse[:n],
+        proj_size=width if weights.w_hr is not None else 0,
+        layers=layers,
+        flags=control.flags is not None,
+        reset_values=bool(reset_values),
+        drop=0 if control.drop is None else control.drop.shape[2],
+        zone=control.zone is not None,
+        all_states=options.all_states,
+        norm=weights.norm is not None,
+    )
+
+
+def call_of(text: str, options: Options, inputs: Inputs, problem: Problem | None = None) -> Call:
+    """The part of a call that both passes take alike."""
+    _, weights, control, states, reset_values = inputs
+    return Call(
+        Program.parse(text),
+        weights,
+        list(states),
+        control,
+        list(reset_values),
+        options.reverse,
+        problem,  # type: ignore[arg-type]
+    )
+
+
+@contextmanager
+def _arithmetic(fp32: str, like: Tensor) -> Iterator[None]:
+    """Products in the call's own dtype and precision. Autocast has had its say above (`functional.run`); in here it
+    would cast once more, and a captured graph would keep that for calls without it."""
+    with precision.of_products(fp32, like), autocast.off(like):
+        yield
+
+
+def _room(call: Call, x: Tensor) -> Normalised | None:
+    """On a CPU, layer-normalised products are kept: to take them once more was a tenth of both passes (AMD EPYC)."""
+    if call.weights.norm is None or not x.is_cpu or x.dtype.itemsize < 4:
+        return None
+    values = x.new_empty(2, *x.shape[:2], *call.weights.w_hh.shape[:3])
+    return Normalised(values, values.new_empty(*values.shape[:-1], 1))
+
+
+def run(text: str, options: Options, inputs: Inputs, keep: bool = False) -> Result:
+    """The forward pass of one layer, or of a stack, on the backend that dispatch chooses.
+
+    `keep`: `Result.kept` is wanted, where it makes the backward pass faster.
+    """
+    problem = describe(text, options, inputs, "training" if options.save else "inference")
+    call = call_of(text, options, inputs, problem)
+    if problem.layers > 1:
+        name, chunk = choice.wavefront(problem, options.backend)
+        with _arithmetic(problem.precision, inputs.x), record_function(f"gpu_rnn::{name}_forward"):
+            return wavefront.forward(call, inputs.x, chunk, choice.BACKENDS[name], options.save, options.all_states)
+    name = choice.select(problem, options.backend, choice.LOOPS)
+    if name == "reference":
+        with autocast.off(inputs.x), record_function("gpu_rnn::reference_forward"):
+            return reference.forward(call, inputs.x, options.save, options.all_states)
+    with _arithmetic(problem.precision, inputs.x):
+        call = replace(call, kept=_room(call, inputs.x) if keep else None)
+        gates = linear.project(inputs.x, inputs.weights, call.program, call.kept).contiguous()
+        with record_function(f"gpu_rnn::{name}_forward"):
+            return choice.BACKENDS[name].forward(call, gates, options.save, options.all_states)
+
+
+def run_backward(
+    text: str,
+    options: Options,
+    d_outputs: Sequence[Tensor],  # of y, of the final states, and of `Result.inner` where all states are wanted
+    inputs: Inputs,
+    saved: Result,
+) -> list[Tensor | None]:
+    """The gradients of `Inputs.primals`."""
+    problem = describe(text, options, inputs, "backward")
+    stacked = problem.layers > 1
+    if stacked:
+        name, chunk = choice.wavefront(problem, options.backend)
+    else:
+        name = choice.select(problem, options.backend, choice.LOOPS)
+    if name == "reference":
+        with autocast.off(inputs.x), record_function("gpu_rnn::reference_backward"):
+            return vjp(text, options, inputs, d_outputs)
+    if not saved.gates.numel():
+        saved = run(text, options._replace(save=True), inputs, keep=True)
+    call = call_of(text, options, inputs, problem)
+    d_y, *d_final = d_outputs
+    d_inner = d_final.pop() if options.all_states else None
+    with _arithmetic(problem.precision, inputs.x):
+        with record_function(f"gpu_rnn::{name}_backward"):
+            if stacked:
+                loop = wavefront.backward(call, saved, chunk, choice.BACKENDS[name], d_y, d_final, d_inner)
+                saved = wavefront.steps_first(saved)
+            else:
+                loop = choice.BACKENDS[name].backward(call, saved, d_y, d_final, d_inner)
+        d_x, d_weights = linear.gradients(call, inputs.x, saved, loop)
+    found = [d_x, *d_weights, *loop.d_states, *loop.d_resets]
+    return [
+        None if given is None or d is None else d.to(given.dtype)
+        for given, d in zip(inputs.primals, found, strict=True)
+    ]
+
+
+def vjp(text: str, options: Options, inputs: Inputs, d_outputs: Sequence[Tensor]) -> list[Tensor | None]:
+    """The reference's vector-Jacobian product, itself differentiable to any order; `d_outputs` as in `run_backward`."""
+    primals = inputs.primals
+    present = [index for index, primal in enumerate(primals) if primal is not None]
+    _, pull = pullback(pure(text, options, inputs), *(primals[index] for index in present))
+    found = dict(zip(present, pull(tuple(d_outputs)), strict=True))
+    return [found.get(index) for index in range(len(primals))]
+
+
+def pullback(function: Callable[..., Any], *point: Any) -> tuple[Any, Callable[..., tuple[Any, ...]]]:
+    """A function's value at a point and its vector-Jacobian product there, itself differentiable."""
+    value, pull, *_ = torch.func.vjp(function, *point)
+    return value, pull
+
+
+def pure(text: str, options: Options, inputs: Inputs) -> Callable[..., tuple[Tensor, ...]]:
+    """The reference as a function of those primals that are not None; it returns what `run_backward` has gradients
+    of."""
+
+    def function(*given: Tensor) -> tuple[Tensor, ...]:
+        call_inputs = filled(inputs, given)
+        call = call_of(text, options, call_inputs)
+        forward = reference.forward if call.weights.w_between is None else wavefront.in_torch
+        result = forward(call, call_inputs.x, all_states=options.all_states)
+        return (result.y, *result.final, *([result.inner] if options.all_states else []))
+
+    return function
+
+
+def filled(inputs: Inputs, given: Sequence[Tensor]) -> Inputs:
+    """The same call with those primals that are not None in the place of its own."""
+    rest = iter(given)
+    return inputs.with_primals([None if primal is None else next(rest) for primal in inputs.primals])
+
+
+def second_vjp(
+    text: str, options: Options, inputs: Inputs, d_outputs: Sequence[Tensor], grads: Sequence[Tensor | None]
+) -> tuple[tuple[Tensor, ...], list[Tensor | None]]:
+    """The gradients of `d_outputs` and of the primals, given those of `vjp`'s results."""
+    primals = inputs.primals
+    present = [index for index, primal in enumerate(primals) if primal is not None]
+    count = len(d_outputs)
+
+    def gradient(*given: Tensor) -> tuple[Tensor, ...]:
+        found = vjp(text, options, filled(inputs, given[count:]), given[:count])
+        return tuple(found[index] for index in present)  # type: ignore[misc]
+
+    dd = [grads[i] if grads[i] is not None else torch.zeros_like(primals[i]) for i in present]  # type: ignore[arg-type]
+    with autocast.off(inputs.x):
+        _, pull = pullback(gradient, *d_outputs, *(primals[index] for index in present))
+        found = pull(tuple(dd))
+    primal_grads = dict(zip(present, found[count:], strict=True))
+    return found[:count], [primal_grads.get(index) for index in range(len(primals))]

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A stage's partial derivatives by themselves, without the incoming gradients.
+
+A derivative is linear in what comes in. What multiplies it depends on nothing that the backward loop computes, so it is
+found for many steps at once, and the loop is left with a few products and sums, as many for every cell.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from gpu_rnn.compiler.builder import Builder
+from gpu_rnn.compiler.derivative import differentiate
+from gpu_rnn.compiler.program import Argument, Op, Program, live
+
+
+@dataclass(frozen=True)
+class Jacobian:
+    """For each output of a stage, its partial derivative by each of the stage's inputs, where it is not 0.
+
+    With `links`, outputs that go into others, as c of an LSTM does into h, count as held fixed in the others' partial
+    derivatives: what comes in for them is first made complete, in the order of the links.
+    """
+
+    ops: tuple[Op, ...]  # what the stage itself does not compute already
+    partials: tuple[dict[str, Argument], ...]
+    links: tuple[tuple[int, int, Argument], ...] = ()  # (output, other output, the other's derivative by it)
+
+    @property
+    def results(self) -> tuple[Argument, ...]:
+        """All of them."""
+        return *(value for own in self.partials for value in own.values()), *(value for *_, value in self.links)
+
+
+@lru_cache(maxsize=256)
+def jacobian(program: Program, number: int) -> Jacobian:
+    """Of stage `number`: its derivative with one incoming gradient 1, the rest 0; with links if it can."""
+    stage, derivative = program.stages[number], differentiate(program, number)
+    made = {op.result for op in stage.ops}
+    builder = Builder(prefix=f"j{number}_", given=stage.ops)
+    distinct = len(set(derivative.totals)) == len(derivative.totals)
+    totals = derivative.totals if distinct else derivative.seeds
+    places = {op.result: place for place, op in enumerate(derivative.ops)}
+    partials, links = [], []
+    for index, total in enumerate(totals):
+        known: dict[str, Argument] = {str(name): float(name == total) for name in (*derivative.seeds, *totals)}
+        for op in derivative.ops:
+            if op.result in made:
+                continue
+            if op.result not in totals:
+                known[op.result] = _emit(builder, op, known)
+            elif op.result != total and (value := _emit(builder, op, known)) != 0.0:
+                links.append((places[op.result], totals.index(op.result), index, value))
+        found = {
+            name: known.get(output, output) if isinstance(output, str) else output
+            for name, output in zip(derivative.wrt, derivative.outputs, strict=True)
+        }
+        partials.append({name: value for name, value in found.items() if value != 0.0})
+    ordered = tuple(link[1:] for link in sorted(links, key=lambda link: link[0]))
+    complete = Jacobian(tuple(builder.ops), tuple(partials), ordered)
+    return replace(complete, ops=live(builder.ops, complete.results))
+
+
+def _emit(builder: Builder, op: Op, known: dict[str, Argument]) -> Argument:
+    args = [builder.value(known.get(arg, arg) if isinstance(arg, str) else arg) for arg in op.args]
+    if op.name == "div" and args[0].name == 0.0:
+        return 0.0
+    return builder.emit(op.name, *args).name

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`explain`: which backend a call runs on, why not the others, and what each is predicted to take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from gpu_rnn.backends import rates
+from gpu_rnn.backends.group.choice import floor
+from gpu_rnn.backends.problem import Problem
+from gpu_rnn.call import autocast
+from gpu_rnn.call.controls import Controls
+from gpu_rnn.dispatch import choice
+from gpu_rnn.dispatch.choice import Row
+from gpu_rnn.layers import options
+
+if TYPE_CHECKING:
+    from gpu_rnn.layers.base import LayerBase
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The verdict on every backend for one call; ``str()`` of it is a table."""
+
+    problem: Problem
+    rows: tuple[Row, ...]
+    backend: str = "auto"
+    """What the layer was made with."""
+
+    @property
+    def chosen(self) -> str | None:
+        """The backend that the call runs on; None where the one asked for cannot run it."""
+        return next((row.backend for row in self.rows if row.chosen), None)
+
+    @property
+    def chunks(self) -> tuple[int, ...]:
+        """The steps that a stack's layers run together, forward and in training backward; none where each runs alone.
+
+        Where it is all steps, the layers of that pass run one after the other.
+        """
+        problem = self.problem
+        if self.chosen not in choice.KERNELS or not choice.staggers(problem, self.backend):
+            return ()
+        return tuple(choice.wavefront(replace(problem, direction=d), self.backend)[1] for d in _passes(problem))
+
+    @property
+    def floor_us(self) -> float | None:
+        """The least microseconds per time step of one layer's loop with W_hh on chip; None where that does not fit."""
+        if not self.problem.device.is_gpu:
+            return None
+        floors = [floor(replace(self.problem, direction=direction)) for direction in _passes(self.problem)]
+        return None if None in floors else 1e6 * sum(seconds or 0.0 for seconds in floors)
+
+    def __str__(self) -> str:
+        what = "forward and backward" if self.problem.training else "inference"
+        head = f"{sizes(self.problem)}, {what}, on {self.problem.device.name}"
+        lines = [head, f"{'backend':10} {'verdict':8} {'µs/step':>8}  why not"]
+        for row in self.rows:
+            verdict = "chosen" if row.chosen else "can run" if row.runs else "no"
+            figure = row.predicted_us if row.measured_us is None else row.measured_us
+            notes = ("measured by tune on this device",) if row.measured_us is not None else ()
+            first, *others = (*notes, *row.reasons) or ("",)
+            lines.append(
+                f"{row.backend:10} {verdict:8} {'' if figure is None else f'{figure:.2f}':>8}  {first}".rstrip()
+            )
+            lines += [f"{'':30}{reason}" for reason in others]
+        if self.chunks:
+            each = [str(steps) if steps < self.problem.T else "all" for steps in self.chunks]
+            chunks = ", ".join(f"{steps} {way}" for steps, way in zip(each, ("forward", "backward"), strict=False))
+            lines.append(f"layers run as a wavefront, steps at a time: {chunks}")
+        if self.floor_us is not None:
+            lines.append(f"{'floor':10} {'':8} {self.floor_us:8.2f}  of a layer's time loop, with W_hh on chip")
+        return "\n".join([*lines, f"µs/step: {self._origin}"])
+
+    @property
+    def _origin(self) -> str:
+        """Where the figures come from."""
+        known = rates.of(self.problem.device)
+        model = (
+            f"by cost models {known.source}" if known.fitted else "predicted by each backend's cost model, not measured"
+        )
+        but = ", unless a line says otherwise" * any(row.measured_us is not None for row in self.rows)
+        return model + but + "; on a CPU predictions only rank the backends" * (not self.problem.device.is_gpu)
+
+
+def _passes(problem: Problem) -> tuple[str, ...]:
+    """The directions of the passes that a call makes."""
+    return ("training", "backward") if problem.direction == "training" else (problem.direction,)
+
+
+def sizes(p: Problem) -> str:
+    """What a problem computes, in a line."""
+    both = ", both directions" if p.N == 2 else ""
+    projected = f" projected to {p.proj_size}" if p.proj_size else ""
+    words = [str(p.dtype).removeprefix("torch."), *["packed"] * p.packed, *p.options.values()]
+    shape = f"T {p.T}, B {p.B}, input {p.I}, hidden {p.H}{projected}, layers {p.layers}{both}"
+    return f"{p.recurrence.name}: {shape}, {', '.join(words)}"
+
+
+NO_INPUT = "{} takes a tensor or a PackedSequence as x, not {}"
+CONTROLS = ("mask", "lengths", "resets", "reset_state")
+
+
+def explain(
+    layer: LayerBase, x: Tensor | PackedSequence | None = None, *, device: str | None = None, **call: Any
+) -> Explanation:
+    """Which backend ``layer(x)`` runs on, with the reasons against the others and the predicted time of each.
+
+    Args:
+        layer: any layer of this package.
+        x: the input, or a tensor of its shape and dtype on any device ("meta" too): (T, B, input_size), with
+            batch_first (B, T, input_size), unbatched (T, input_size), or a PackedSequence. None: 100 steps of one
+            sample.
+        device: a described device to answer for, such as "H100" (`gpu_rnn.devices.DEVICES`); None: x's own.
+        call: the layer's other arguments that would come with x: hx, mask, lengths, resets, reset_state,
+            return_all_states. Their values do not matter, so True stands for any of them.
+
+    Raises:
+        TypeError: not a layer of this package, or x is no tensor.
+        ValueError: no description of that device; x is neither 2D nor 3D.
+        RuntimeError: x has another number of features, as from the layer itself.
+
+    Example::
+
+        >>> layer = gpu_rnn.LSTM(64, 64, dtype=torch.bfloat16)
+        >>> print(gpu_rnn.explain(layer, torch.empty(100, 32, 64, device="meta"), device="H100"))
+    """
+    problem = problem_of(layer, x, call, "explain")
+    if device is not None:
+        problem = choice.described(problem, device)
+    return Explanation(problem, tuple(choice.explain(problem, layer.backend)), layer.backend)
+
+
+def problem_of(layer: LayerBase, x: Tensor | PackedSequence | None, call: dict[str, Any], asker: str) -> Problem:
+    """``layer(x, **call)`` as dispatch sees it; arguments and errors as those of `explain`, in the asker's name."""
+    from gpu_rnn.layers.base import LayerBase
+
+    if not isinstance(layer, LayerBase):
+        kind = type(layer)
+        place = kind.__module__.partition(".modules.")[0]  # torch.nn.modules.rnn: as users write it
+        raise TypeError(f"{asker} takes a layer of this package, such as gpu_rnn.LSTM, not {place}.{kind.__name__}")
+    if not isinstance(x, Tensor | PackedSequence | None):
+        raise TypeError(NO_INPUT.format(asker, type(x).__name__))
+    weights = layer._flat_weights
+    batch_sizes = None
+    if isinstance(x, PackedSequence):
+        batch_sizes = x.batch_sizes
+        x = x.data
+    elif x is None:
+        x = torch.empty(100, 1, layer.input_size, dtype=weights[0].dtype, device=weights[0].device)
+        x = x.transpose(0, 1) if layer.batch_first else x
+    elif x.dim() == 2:
+        x = x.unsqueeze(0 if layer.batch_first else 1)
+    elif x.dim() != 3:
+        raise ValueError(f"{asker} takes x with 2 or 3 dimensions, as the layer does, not {x.dim()}")
+    if x.shape[-1] != layer.input_size:
+        layer.check_input(x.new_empty(x.shape, dtype=weights[0].dtype, device="meta"), batch_sizes)  # raises
+    packed, unknown = batch_sizes is not None, call.keys() - {*options.OF_THE_CALL}
+    if unknown:
+        raise TypeError(f"a layer's call has no argument {', '.join(sorted(unknown))}")
+    stack = layer._stack(packed, bool(call.get("return_all_states", False)))
+    steps, batch = stack.sizes(x, batch_sizes)
+    nothing = torch.empty(0, device="meta")
+    mask, lengths, resets, reset_state = (None if call.get(name) is None else nothing for name in CONTROLS)
+    controls = Controls(mask, lengths, resets, None if reset_state is None else (reset_state,))
+    controls = layer._with_noise(controls, nothing, steps, batch)
+    problem = stack.problem(x, None, weights, steps, batch, packed, controls)
+    return replace(problem, dtype=autocast.dtype_of(weights[0]))

@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The choice of a backend: by cost models, or by what was measured."""
+
+from gpu_rnn.dispatch.choice import BACKENDS, Row, forget
+
+__all__ = ["BACKENDS", "Row", "forget"]

@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ordered table of backends, and the choice among them.
+
+A backend is a module of `gpu_rnn.backends` that answers ``unsupported(problem) -> list[str]`` (empty: it can run) and
+``cost(problem) -> seconds``, by a model whose constants are in `backends/rates.py`. One that compiles has
+``prepare(problem)`` too: it is asked before it is taken, and what fails there is a reason of `unsupported` from then
+on. Where `gpu_rnn.tune` has measured the answer to a question (`choices`), the models are not asked.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+from gpu_rnn import devices, environment
+from gpu_rnn.backends import aten, plain, precision, resident
+from gpu_rnn.backends.group import launch as group
+from gpu_rnn.backends.problem import Problem
+from gpu_rnn.backends.rates import Rates
+from gpu_rnn.backends.step import launch as step
+from gpu_rnn.dispatch import measured as choices
+from gpu_rnn.dispatch import wavefront_plan
+from gpu_rnn.dispatch.measured import Question, Times
+
+BACKENDS: dict[str, ModuleType] = {
+    "resident": resident,
+    "group": group,
+    "aten": aten,
+    "step": step,
+    "reference": plain,
+}
+KERNELS = ("resident", "group", "step")
+# A stack may run as a wavefront on these. The step loop would need a graph for each number of layers, and run chunks of
+# fewer steps than a graph has outside of graphs.
+WAVEFRONTS = ("resident", "group")
+LOOPS = (*KERNELS, "reference")
+"""The backends that run one layer's time loop; the ATen row takes whole stacks."""
+
+log = logging.getLogger("gpu_rnn")
+device_of = devices.of
+
+
+@dataclass(frozen=True)
+class Row:
+    """A backend's verdict on a problem."""
+
+    backend: str
+    runs: bool
+    chosen: bool
+    reasons: tuple[str, ...]
+    predicted_us: float | None
+    """Microseconds per time step by the cost model."""
+    measured_us: float | None = None
+    """Microseconds per time step as `gpu_rnn.tune` measured them on this device; None where it did not."""
+
+
+def check_name(backend: str) -> None:
+    """Raises ValueError for a backend that does not exist."""
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"backend must be 'auto' or one of {', '.join(BACKENDS)}, got {backend!r}")
+
+
+def check_recorded(backend: str) -> None:
+    """Raises ValueError for a backend that no registered operation runs on, when there is no problem yet to be selected
+    for."""
+    if backend not in ("auto", *LOOPS):
+        raise ValueError(
+            f"backend={backend!r} cannot run this call where it is recorded (torch.compile, torch.export, make_fx): "
+            "that runs "
+            f"one of {', '.join(LOOPS)}\nUse backend='auto', or remove the cause."
+        )
+
+
+def select(problem: Problem, backend: str = "auto", among: tuple[str, ...] = tuple(BACKENDS)) -> str:
+    """The name of the cheapest backend that can run a problem, or of the one asked for.
+
+    With "auto", the environment's GPU_RNN_BACKEND names a preference; then comes what `gpu_rnn.tune` measured to be the
+    fastest, then what the cost models say.
+
+    Raises:
+        ValueError: the backend asked for does not exist, or cannot run the problem; every reason is given.
+    """
+    if backend == "auto" and _trial.backend:
+        answer = _select(problem, backend, among, _trial.backend)
+        _trial.answers[problem, among] = answer
+        return answer
+    return _select(problem, backend, among, environment.backend(BACKENDS))
+
+
+class _Trial(threading.local):
+    """What "auto" stands for in this thread while it is measured, and what was asked and answered meanwhile."""
+
+    backend = ""
+    answers: dict[Question, str]
+
+
+_trial = _Trial()
+
+
+@contextmanager
+def trial(backend: str) -> Iterator[dict[Question, str]]:
+    """In this thread "auto" is this backend wherever it can run. Yields every question that is asked, with its
+    answer."""
+    before = _trial.backend
+    _trial.backend, _trial.answers = backend, {}
+    try:
+        yield _trial.answers
+    finally:
+        _trial.backend = before
+
+
+def remember(device: devices.Device, found: Mapping[Question, Times]) -> Path:
+    """Keeps what was measured on a device: `select` goes by it from now on. Returns the file.
+
+    Raises:
+        OSError: no folder takes it.
+    """
+    path = choices.keep(device, found)
+    _forget_answers()
+    return path
+
+
+def forget() -> None:
+    """Removes everything that `gpu_rnn.tune` ever kept, for every device and version. Also `gpu_rnn.tuning.forget`."""
+    choices.forget()
+    _forget_answers()
+
+
+def _forget_answers() -> None:
+    for cached in (_select, _fastest_loop, _gain, _plan, _backward_too):
+        cached.cache_clear()
+
+
+def only_predicted_on_cpu() -> bool:
+    """Whether no measurement decides on a CPU: none is kept, and none is being made in this thread."""
+    return not (_trial.backend or choices.any_on_cpu())
+
+
+@lru_cache(maxsize=4096)
+def _select(problem: Problem, backend: str, among: tuple[str, ...], preferred: str, both: bool = True) -> str:
+    check_name(backend)
+    if backend != "auto":
+        reasons = (_against if both else _prepared)(problem, backend)
+        if backend not in among:
+            reasons = [f"this call runs one of {', '.join(among)}"]
+        if reasons:
+            listed = "\n".join(f"  - {reason}" for reason in reasons)
+            raise ValueError(
+                f"backend={backend!r} cannot run this call:\n{listed}\nUse backend='auto', or remove the cause."
+            )
+        return backend
+    able = [name for name in among if not BACKENDS[name].unsupported(problem)]
+    if preferred in able and not _prepared(problem, preferred):
+        return preferred
+    measured = choices.find(problem, among)
+    able.sort(key=lambda name: (measured.get(name, math.inf), total_cost(problem, name)))
+    chosen = next(name for name in able if not _prepared(problem, name))
+    if chosen == "reference":
+        for name in among:
+            for reason in BACKENDS[name].unsupported(problem):
+                _say_once(problem.direction, problem.recurrence.name, name, reason)
+    return chosen
+
+
+def _prepared(problem: Problem, name: str) -> list[str]:
+    """Why a backend that is about to be taken cannot run a problem after all."""
+    module = BACKENDS[name]
+    reasons = module.unsupported(problem)
+    if not reasons and hasattr(module, "prepare"):
+        module.prepare(problem)
+        reasons = module.unsupported(problem)
+    return list(reasons)
+
+
+def _against(problem: Problem, name: str) -> list[str]:
+    """As `_prepared`, for a backend that is asked for by name: it runs the backward pass too, which is too late to
+    refuse."""
+    reasons = _prepared(problem, name)
+    if reasons or problem.direction != "training" or name not in LOOPS or wavefront_plan.possible(problem):
+        return reasons
+    return [f"in the backward pass: {reason}" for reason in _prepared(replace(problem, direction="backward"), name)]
+
+
+def total_cost(problem: Problem, name: str, loops: Sequence[str] | None = None, given: Rates | None = None) -> float:
+    """Seconds for a call and, in training, for its backward pass, which may run on another loop than the forward.
+
+    Args:
+        loops: those that may run the backward pass; None: all that can.
+        given: constants for the cost models; None: the device's own.
+    """
+    cost = _cost(problem, name, given)
+    if problem.direction != "training":
+        return cost
+    after = replace(problem, direction="backward")
+    if name not in LOOPS:
+        return cost + _cost(after, name, given)
+    loops = [n for n in LOOPS if not BACKENDS[n].unsupported(after)] if loops is None else loops
+    return cost + min(_cost(after, n, given) for n in loops)
+
+
+def _cost(problem: Problem, name: str, given: Rates | None) -> float:
+    """Seconds for one pass; of a stack on a loop the less of layer after layer and of a wavefront."""
+    return min(float(BACKENDS[name].cost(problem, given)), _staggered(problem, name, given)[1])
+
+
+def _staggered(problem: Problem, name: str, given: Rates | None = None) -> tuple[int, float]:
+    """The best chunk of a wavefront on a loop and its seconds for one pass, infinitely many where it cannot run so."""
+    module = BACKENDS[name]
+    if name not in WAVEFRONTS or not wavefront_plan.possible(problem):
+        return problem.T, math.inf
+    if module.unsupported(wavefront_plan.launched(problem, problem.T, problem.layers)):
+        return problem.T, math.inf
+    return wavefront_plan.plan(problem, lambda part: module.cost(part, given))
+
+
+def wavefront(problem: Problem, backend: str = "auto") -> tuple[str, int]:
+    """The loop that a stack runs on in one pass as a wavefront, and how many steps its layers run together.
+
+    Where a wavefront is not predicted to gain in this pass, these are all steps: layer after layer.
+    """
+    settled = _settled(problem, backend)
+    plan = _plan(problem, settled or backend)
+    name = _select(plan.launch, backend, KERNELS, settled, both=False)
+    if backend != "auto" and problem.direction == "training":
+        _backward_too(problem, backend)
+    if backend == "auto" and _trial.backend:
+        _trial.answers[problem, LOOPS] = name
+    return name, plan.chunk
+
+
+@lru_cache(maxsize=1024)
+def _backward_too(problem: Problem, backend: str) -> None:
+    """Raises where the backend that is asked for by name cannot run the backward pass, which has a plan of its own."""
+    wavefront(replace(problem, direction="backward"), backend)
+
+
+def staggers(problem: Problem, backend: str = "auto") -> bool:
+    """Whether the loops run a stack as a wavefront: where that is predicted to be faster than layer after layer."""
+    if not wavefront_plan.possible(problem):
+        return False
+    loop = _settled(problem, backend) or backend
+    return loop != "reference" and _gain(problem, loop) > 0
+
+
+def _settled(problem: Problem, backend: str) -> str:
+    """The loop that "auto" is for a stack before a cost model is asked: the one on trial, the environment's, or the one
+    measured to be the fastest; empty where there is none."""
+    if backend != "auto":
+        return ""
+    if not _trial.backend:
+        preferred = environment.backend(BACKENDS)
+        return preferred if preferred in LOOPS else _fastest_loop(problem)
+    if _trial.backend not in LOOPS:
+        return ""
+    _trial.answers[problem, LOOPS] = _trial.backend
+    return _trial.backend
+
+
+@lru_cache(maxsize=1024)
+def _fastest_loop(problem: Problem) -> str:
+    measured = choices.find(problem, LOOPS)
+    return min(measured, key=lambda name: measured[name], default="")
+
+
+@lru_cache(maxsize=1024)
+def _gain(problem: Problem, loop: str) -> float:
+    """Seconds that a wavefront is predicted to save, of both passes in training."""
+    directions = ("training", "backward") if problem.training else ("inference",)
+    return sum(_plan(replace(problem, direction=direction), loop).gain for direction in directions)
+
+
+class _Plan(NamedTuple):
+    """How a stack runs in one pass."""
+
+    gain: float  # seconds that a wavefront is predicted to save
+    chunk: int  # all steps where it saves none
+    launch: Problem  # what a loop sees
+
+
+@lru_cache(maxsize=1024)
+def _plan(problem: Problem, loop: str) -> _Plan:
+    """For a loop, or the best of them."""
+    one, named = replace(problem, layers=1), [name for name in KERNELS if loop in ("auto", name)]
+    each = [float(BACKENDS[name].cost(one)) for name in named if not BACKENDS[name].unsupported(one)]
+    alone = problem.layers * min(each, default=0.0)
+    plans = (_staggered(problem, name) for name in named)
+    chunk, seconds = min(plans, key=lambda plan: plan[1], default=(0, math.inf))
+    if seconds < alone:
+        return _Plan(alone - seconds, chunk, wavefront_plan.launched(problem, chunk, problem.layers))
+    return _Plan(alone - seconds, problem.T, wavefront_plan.launched(problem, problem.T, 1))
+
+
+@lru_cache(maxsize=1024)
+def _say_once(direction: str, cell: str, backend: str, reason: str) -> None:
+    """Why a cell falls back to the time loop in PyTorch, once, whatever the number of steps or samples."""
+    log.info("%s of %s: %s not used: %s", direction, cell, backend, reason)
+
+
+def explain(problem: Problem, backend: str = "auto") -> list[Row]:
+    """Every backend's verdict on a problem, in the order of the table; of training calls, both passes' time."""
+    chosen = select(problem, backend) if backend == "auto" or not _against(problem, backend) else None
+    verdicts = {name: tuple(module.unsupported(problem)) for name, module in BACKENDS.items()}
+    measured = choices.find(problem, tuple(BACKENDS))
+    rows = []
+    for name, reasons in verdicts.items():
+        runs = not reasons
+        predicted = total_cost(problem, name) * 1e6 / max(problem.T, 1) if runs else None
+        if runs and problem.direction == "training" and name in LOOPS:
+            against = BACKENDS[name].unsupported(replace(problem, direction="backward"))
+            reasons = tuple(f"backward on another loop: {reason}" for reason in against)
+        rows.append(Row(name, runs, name == chosen, reasons, predicted, measured.get(name) if runs else None))
+    return rows
+
+
+def described(problem: Problem, name: str) -> Problem:
+    """The same problem on a device described by name, such as "H100"."""
+    device = devices.describe(name)
+    if not device.is_gpu:
+        return replace(problem, device=device, device_type="cpu", precision="ieee")
+    return replace(problem, device=device, device_type="cuda", precision=precision.of_rnn())

@@ -1,0 +1,372 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all layers share: weights under torch.nn's names, checks in its words, the way to `functional.rnn`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import Proxy
+from torch.nn.utils.rnn import PackedSequence
+
+from gpu_rnn import functional, initializers
+from gpu_rnn.call import arguments, onlookers
+from gpu_rnn.call.controls import NONE, Controls
+from gpu_rnn.call.stack import Stack
+from gpu_rnn.layers import options as layer_options
+from gpu_rnn.layers import regularization
+from gpu_rnn.layers.module import Option, RecurrenceHolder, States
+from gpu_rnn.recurrence import Recurrence
+
+
+class LayerBase(RecurrenceHolder, nn.RNNBase):
+    """The whole of a layer but for its constructor's signature."""
+
+    recurrent_dropout: float
+    recurrent_dropout_per_gate: bool
+    weight_drop: float
+    return_sequences: bool
+    kernel_initializer: str | initializers.Initializer | None
+    recurrent_initializer: str | initializers.Initializer | None
+    bias_initializer: str | initializers.Initializer | None
+    unit_forget_bias: bool
+
+    # RNNBase keeps a second list of its weights for cuDNN's one flat buffer. Here they are read at each call,
+    # so that whatever stands in for one (a parametrization, functional_call, pruning) is seen.
+    __getstate__ = object.__getstate__
+    __setstate__ = nn.Module.__setstate__
+    _replicate_for_data_parallel = nn.Module._replicate_for_data_parallel
+
+    def __init__(
+        self,
+        recurrence: Recurrence,
+        mode: str,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int,
+        bias: bool,
+        batch_first: bool,
+        dropout: float,
+        bidirectional: bool,
+        proj_size: int,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+        *,
+        backend: str,
+        options: Mapping[str, Option | None],
+        further: Mapping[str, Any],
+        unit_weight: str = "weight_unit",
+    ) -> None:
+        # RNNBase checks and keeps the arguments. Its parameters have the gates of its own modes, so they are
+        # made on "meta", where they cost nothing, and replaced.
+        flags = bias, batch_first, dropout, bidirectional
+        super().__init__("RNN_TANH", input_size, hidden_size, num_layers, *flags, proj_size, "meta", dtype)
+        self.mode = mode
+        self._hold(recurrence, backend, options)
+        self._take(layer_options.checked(further, type(self).__name__, (*options, "backend"), recurrence, proj_size))
+        self._make_parameters(unit_weight, device, dtype)
+        self.reset_parameters()
+
+    def _take(self, options: dict[str, Any]) -> None:
+        """Keeps the options of `LayerOptions` as attributes."""
+        self._layer_norm = options.pop("layer_norm")
+        for name, value in options.items():
+            setattr(self, name, value)
+
+    @property
+    def layer_norm(self) -> bool:
+        """Whether products are layer-normalised; the parameters are made for it."""
+        return self._layer_norm
+
+    @property
+    def zoneout(self) -> tuple[float, ...]:
+        """The probability of each state."""
+        return self._zoneout
+
+    @zoneout.setter
+    def zoneout(self, value: float | tuple[float, ...]) -> None:
+        self._zoneout = layer_options.zoneout(value, self.recurrence, self.proj_size)
+        self._at_evaluation = regularization.expected(self.recurrence, self._zoneout)
+
+    def extra_repr(self) -> str:
+        plain = layer_options.DEFAULTS | {"zoneout": (0.0,) * len(self.recurrence.states)}
+        given = {name: getattr(self, name) for name in plain if getattr(self, name) != plain[name]}
+        return super().extra_repr() + "".join(f", {name}={getattr(v, '__name__', v)}" for name, v in given.items())
+
+    def _make_parameters(self, unit_weight: str, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        rows = len(self.recurrence.gates) * self.hidden_size
+        width = self.proj_size or self.hidden_size
+        suffixes = ("", "_reverse") if self.bidirectional else ("",)
+        self._parameters.clear()
+        self._all_weights = []
+        for layer in range(self.num_layers):
+            shapes: dict[str, tuple[int, ...]] = {
+                "weight_ih": (rows, len(suffixes) * width if layer else self.input_size),
+                "weight_hh": (rows, width),
+            }
+            if self.bias:
+                shapes |= {"bias_ih": (rows,), "bias_hh": (rows,)}
+            if self.proj_size:
+                shapes["weight_hr"] = (self.proj_size, self.hidden_size)
+            if self.recurrence.params:
+                shapes[unit_weight] = (len(self.recurrence.params), self.hidden_size)
+            if self.layer_norm:
+                shapes |= {"norm_ih": (rows,), "norm_hh": (rows,)}
+            for suffix in suffixes:
+                named = {f"{name}_l{layer}{suffix}": shape for name, shape in shapes.items()}
+                self._all_weights.append(list(named))
+                for name, shape in named.items():
+                    setattr(self, name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        self._flat_weights_names = [name for names in self._all_weights for name in names]
+        self._weight_shapes = self._expected_shapes()
+
+    def _expected_shapes(self) -> list[tuple[int, ...]]:
+        return self._stack().weight_shapes(self.input_size, self.hidden_size)
+
+    @property
+    def _flat_weights(self) -> Sequence[Tensor]:
+        """What RNNBase.check_input looks at."""
+        return self._weights()
+
+    @_flat_weights.setter
+    def _flat_weights(self, weights: Sequence[Tensor | None]) -> None:
+        """Code for torch.nn puts the layer's own tensors here again; others would never be read."""
+        for name, weight in zip(self._flat_weights_names, weights, strict=True):
+            if weight is not getattr(self, name):
+                raise AttributeError(
+                    f"weights are read by name at each call: set {name} of this layer, not _flat_weights"
+                )
+
+    def reset_parameters(self) -> None:
+        """Uniform in ±1/sqrt(H) as torch.nn, but for what an initializer is given for; scales of norms are 1."""
+        super().reset_parameters()
+        if next(self.parameters()).is_meta:  # without values, such as those RNNBase's constructor makes
+            return
+        initializers.apply(
+            self.named_parameters(),
+            self.recurrence,
+            kernel=self.kernel_initializer,
+            recurrent=self.recurrent_initializer,
+            bias=self.bias_initializer,
+            unit_forget_bias=self.unit_forget_bias,
+        )
+        for name, parameter in self.named_parameters():
+            if name.startswith("norm_"):
+                nn.init.ones_(parameter)
+
+    def _init_flat_weights(self) -> None:
+        """RNNBase's constructor calls this; there is no list to make."""
+
+    def flatten_parameters(self) -> None:
+        """Does nothing: the weights never have to lie in one buffer. Here for code that calls torch.nn's."""
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Any = None,
+        *further: Any,
+        mask: Tensor | None = None,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        reset_state: Any = None,
+        return_all_states: bool = False,
+    ) -> tuple[Any, ...]:
+        """Run the layer over a whole sequence.
+
+        Args:
+            input: (T, B, input_size), (B, T, input_size) with batch_first, (T, input_size) unbatched, or a
+                PackedSequence.
+            hx: initial states, (D * num_layers, B, hidden_size) each, without B for unbatched input; with
+                projections h is proj_size wide. A tensor for a recurrence with one state, else a tuple in the
+                order of its states. None: the recurrence's initial values (zeros for RNN, LSTM and GRU).
+            further: nothing; what follows is given by name.
+            mask: bool, shaped like input without its features: True where a step counts. States carry over the
+                other steps, whose output is 0. A NumPy array will do, as for resets.
+            lengths: (B), integers on any device, a list or an array, 0 allowed: how many steps each row has, in any
+                order. Gives what packing the input gives, without packing it.
+            resets: bool, shaped like mask: True where a new episode begins. States are set before that step, so
+                nothing passes between episodes in either direction.
+            reset_state: what they are set to, like hx, or for each step, (T, D * num_layers, B, hidden_size).
+                None: the recurrence's initial values.
+            return_all_states: return every state of every step, too.
+
+        Returns:
+            The h of every step, like input with D * hidden_size features, and the final states, like hx. With
+            return_sequences=False the first is the h of each direction's last step, (B, D * hidden_size). With
+            return_all_states a third: like hx, with T in front, (T, D * num_layers, B, hidden_size).
+
+        Raises:
+            ValueError: input of another rank, or of another dtype than the weights; a mask, lengths, resets or
+                reset_state of another shape, or beside a PackedSequence.
+            RuntimeError: another feature size, or states of another rank, shape or dtype; no time steps.
+            TypeError: hx is a tuple where a tensor belongs, or the reverse, or with something else in it; a mask or
+                return_all_states that is not bool; a mask that is not given by name; a nested input.
+        """
+        if isinstance(input, Proxy):
+            given = {"mask": mask, "lengths": lengths, "resets": resets, "reset_state": reset_state}
+            return onlookers.leaf(self, input, hx, **given, return_all_states=return_all_states)
+        if further or not isinstance(return_all_states, bool):
+            self._check_others(further, return_all_states)
+        if not isinstance(input, PackedSequence):
+            arguments.tensor("input", input)
+        states = None if hx is None else self._as_tuple(hx)
+        controls = NONE
+        if not (mask is lengths is resets is reset_state is None):
+            values = None if reset_state is None else self._as_tuple(reset_state, "reset_state")
+            controls = Controls.of(input, mask, lengths, resets, values)
+        if isinstance(input, PackedSequence):
+            output, states, every = self._packed(input, states, controls, return_all_states)
+        elif input.dim() == 3:
+            if states is not None:
+                self._check_rank(states, 3, "batched")
+            if self.batch_first:
+                controls = controls.transposed()
+            output, states, every = self._run(input, states, None, controls, return_all_states)
+        elif input.dim() == 2:
+            output, states, every = self._unbatched(input, states, controls, return_all_states)
+        else:
+            raise ValueError(f"{type(self).__name__}: Expected input to be 2D or 3D, got {input.dim()}D instead")
+        if self._one_state:
+            return (output, states[0], every[0]) if return_all_states else (output, states[0])
+        return (output, states, every) if return_all_states else (output, states)
+
+    def _check_others(self, further: tuple[Any, ...], all_states: Any) -> None:
+        # torch's old ONNX exporter gives the defaults of all arguments by position, False as a tensor.
+        if any(value is not None and (not isinstance(value, Tensor) or value.dim() or value) for value in further):
+            raise TypeError(f"{type(self).__name__}: after hx, arguments are given by name: layer(x, hx, mask=mask)")
+        if not isinstance(all_states, bool):
+            raise TypeError(f"{type(self).__name__}: return_all_states should be True or False, got: {all_states!r}")
+
+    def _unbatched(
+        self, input: Tensor, states: States | None, controls: Controls, all_states: bool
+    ) -> tuple[Tensor, States, States]:
+        batch_dim = 0 if self.batch_first else 1
+        if states is not None:
+            self._check_rank(states, 2, "unbatched")
+            states = tuple(state.unsqueeze(1) for state in states)
+        batched = controls.batched(input.shape[0])
+        output, states, every = self._run(input.unsqueeze(batch_dim), states, None, batched, all_states)
+        output = output.squeeze(batch_dim if self.return_sequences else 0)
+        return output, tuple(state.squeeze(1) for state in states), tuple(state.squeeze(2) for state in every)
+
+    def _packed(
+        self, input: PackedSequence, states: States | None, controls: Controls, all_states: bool
+    ) -> tuple[PackedSequence | Tensor, States, States]:
+        data, batch_sizes, to_sorted, to_given = input
+        if controls is not NONE:
+            controls.refuse_packed(batch_sizes)
+        if states is not None and to_sorted is not None:
+            self._check_states(data, states, batch_sizes)
+            states = tuple(state.index_select(1, to_sorted) for state in states)
+        output, states, every = self._run(data, states, batch_sizes, NONE, all_states)
+        if to_given is not None:
+            states = tuple(state.index_select(1, to_given) for state in states)
+            every = tuple(state.index_select(2, to_given) for state in every)
+        if not self.return_sequences:
+            return (output if to_given is None else output[to_given]), states, every
+        return PackedSequence(output, batch_sizes, to_sorted, to_given), states, every
+
+    def _run(
+        self,
+        input: Tensor,
+        states: States | None,
+        batch_sizes: Tensor | None,
+        controls: Controls,
+        all_states: bool,
+    ) -> tuple[Tensor, States, States]:
+        weights = self._weights()
+        # RNNBase.check_input has the words but takes longer than this test, and a short call is all overhead.
+        if input.shape[-1] != self.input_size or input.dtype != weights[0].dtype:
+            self.check_input(input, batch_sizes)
+        if states is not None:
+            self._check_states(input, states, batch_sizes)
+        stack = self._stack(batch_sizes is not None, all_states)
+        if controls is not NONE or (self.training and (self.recurrent_dropout or any(self._zoneout))):
+            steps, batch = stack.sizes(input, batch_sizes)
+            controls = self._with_noise(controls, input, steps, batch)
+            if controls is not NONE:
+                controls = controls.checked(
+                    steps, stack.state_shapes(weights, batch), len(self.recurrence.gates), input
+                )
+        if self.training and self.weight_drop:
+            names = self._flat_weights_names
+            weights = [
+                F.dropout(weight, self.weight_drop) if name.startswith("weight_hh") else weight
+                for name, weight in zip(names, weights, strict=True)
+            ]
+        output, states, every = functional.run(stack, input, states, weights, batch_sizes, controls)
+        if not self.return_sequences:
+            output = _last(
+                output.transpose(0, 1) if stack.batch_first else output, states[0], len(stack.reverse), controls
+            )
+        return output, states, every
+
+    def _with_noise(self, controls: Controls, like: Tensor, steps: int, batch: int) -> Controls:
+        """The controls with the masks of recurrent dropout and zoneout, in training."""
+        if not self.training:
+            return controls
+        rows = self.num_layers * (2 if self.bidirectional else 1)
+        if self.recurrent_dropout:
+            masks = len(self.recurrence.gates) if self.recurrent_dropout_per_gate else 1
+            shape = (rows, batch, masks, self.proj_size or self.hidden_size)
+            drop = regularization.recurrent_mask(like, self.recurrent_dropout, shape)
+            controls = controls._replace(recurrent_mask=drop)
+        if any(self.zoneout):
+            kept = regularization.zone(like, self.zoneout, (steps, rows, batch, self.hidden_size))
+            controls = controls._replace(zone=kept)
+        return controls
+
+    def _stack(self, packed: bool = False, all_states: bool = False) -> Stack:
+        return Stack(
+            self.recurrence if self.training else self._at_evaluation,
+            self.bias,
+            self.num_layers,
+            self.dropout if self.training else 0.0,
+            self.bidirectional,
+            self.batch_first and not packed,
+            self.proj_size,
+            self.backend,
+            self.layer_norm,
+            all_states,
+        )
+
+    def check_forward_args(self, input: Tensor, hidden: Any, batch_sizes: Tensor | None) -> None:
+        """What torch.nn's layers check of input (T, B, I), or packed, and states; errors as `forward`'s."""
+        self.check_input(input, batch_sizes)
+        self._check_states(input, self._as_tuple(hidden), batch_sizes)
+
+    def permute_hidden(self, hx: Any, permutation: Tensor | None) -> Any:
+        """The states with the rows of the batch in another order; None leaves them."""
+        if permutation is None:
+            return hx
+        states = tuple(state.index_select(1, permutation) for state in self._as_tuple(hx))
+        return states[0] if self._one_state else states
+
+    def _check_states(self, input: Tensor, states: States, batch_sizes: Tensor | None) -> None:
+        expected = self.get_expected_hidden_size(input, batch_sizes)
+        for index, state in enumerate(states):
+            which = "" if self._one_state else f"[{index}]"
+            self.check_hidden_size(state, expected, f"Expected hidden{which} size {{}}, got {{}}")
+            if state.dtype != input.dtype:
+                arguments.check_alike(input, (), states)
+            expected = (*expected[:2], self.hidden_size)  # a projection narrows the first state only
+
+
+def _last(output: Tensor, h: Tensor, directions: int, controls: Controls) -> Tensor:
+    """(B, D·P): the output (T, B, D·P) of the last step that counts, as each direction meets them; 0 where none does.
+
+    Without a mask that is the last layer's final h. With one, a reset may come later.
+    """
+    if controls.mask is None:
+        last = h[-directions:].transpose(0, 1).flatten(1)
+        return last if controls.lengths is None else torch.where(controls.lengths.unsqueeze(1) > 0, last, 0)
+    valid = controls.valid(output.shape[0])
+    assert valid is not None
+    steps = torch.arange(output.shape[0], device=output.device).unsqueeze(1)
+    ends = [(steps * valid).amax(0), output.shape[0] - 1 - ((output.shape[0] - 1 - steps) * valid).amax(0)]
+    rows = torch.arange(output.shape[1], device=output.device)
+    parts = zip(ends[:directions], output.chunk(directions, 2), strict=True)
+    return torch.cat([part[end, rows] for end, part in parts], 1)  # the output of a step that does not count is 0

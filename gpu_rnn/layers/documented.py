@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each class says in its own docstring what all of its arguments are: what several share stands in one place, and is
+written into the others for help().
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from gpu_rnn.layers.options import LayerOptions
+
+C = TypeVar("C", bound=type)
+ENTRY = re.compile(r"    ([a-z][\w, ]*): ")  # of one argument, or of several
+ELSEWHERE = re.compile(r": as for `|    options: ")  # an entry that stands for those of another class
+
+
+def _section(doc: str, title: str) -> list[str]:
+    """The lines of a section, indented as they are."""
+    lines = doc.splitlines()
+    start = lines.index(f"{title}:") + 1
+    end = next((n for n in range(start, len(lines)) if not lines[n].startswith(" ")), len(lines))
+    return lines[start:end]
+
+
+def _entries(documented: Any, title: str) -> Iterator[tuple[set[str], list[str]]]:
+    """Of each entry of a section the arguments, and its lines."""
+    names: set[str] = set()
+    text: list[str] = []
+    for line in _section(inspect.getdoc(documented) or "", title):
+        entry = ENTRY.match(line)
+        if entry and text:
+            yield names, text
+            text = []
+        if entry:
+            names = {word for word in re.split(r", | and ", entry.group(1)) if " " not in word}
+        text.append(line)
+    yield names, text
+
+
+def _elsewhere(cls: type, shared: type, names: set[str]) -> Iterator[str]:
+    """The lines that an entry stands for: those of another class, of the options, or of all arguments not named."""
+    taken = set(inspect.signature(cls.__init__).parameters)  # type: ignore[misc]
+    own = {name for each, text in _entries(cls, "Args") for name in each if not ELSEWHERE.search(text[0])}
+    for each, text in _entries(shared, "Args"):
+        wanted = names if "options" not in names else taken - own
+        if each & wanted and "options" not in each and shared is not cls:
+            yield from text
+    if "options" in names:
+        for _, text in _entries(LayerOptions, "Attributes"):
+            yield from text
+
+
+def in_full(shared: type | None = None) -> Callable[[C], C]:
+    """A class decorator: what the docstring says to be "as for" `shared` is written out, and the arguments of a
+    call."""
+
+    def decorate(cls: C) -> C:
+        doc = inspect.cleandoc(cls.__doc__ or "")
+        if not doc:  # python -OO
+            return cls
+        lines: list[str] = []
+        for names, text in _entries(cls, "Args"):
+            lines += _elsewhere(cls, shared or cls, names) if ELSEWHERE.search(text[0]) else text
+        lines += ["", "Args of a call:"]
+        arguments = _entries(cls.forward, "Args")  # type: ignore[attr-defined]
+        lines += [line for names, text in arguments if "further" not in names for line in text]
+        cls.__doc__ = doc.replace("\n".join(_section(doc, "Args")), "\n".join(lines))
+        return cls
+
+    return decorate
