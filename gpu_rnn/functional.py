@@ -11,7 +11,7 @@ from torch import Tensor
 from gpu_rnn import environment
 from gpu_rnn.backends import aten
 from gpu_rnn.call import arguments, autocast, autograd, onlookers, second_order
-from gpu_rnn.call.controls import NONE, Controls
+from gpu_rnn.call.controls import NONE, StackControls
 from gpu_rnn.call.stack import Stack, States
 from gpu_rnn.dispatch import choice
 from gpu_rnn.recurrence import Recurrence
@@ -105,7 +105,7 @@ def rnn(
     stack = stack if training else stack._replace(dropout=0.0)
     if reset_state is not None:
         arguments.each_tensor("reset_state", reset_state, recurrence.states)
-    controls = Controls.of(x, mask, lengths, resets, reset_state, recurrent_mask, zone)
+    controls = StackControls.of(x, mask, lengths, resets, reset_state, recurrent_mask, zone)
     if controls.given:
         controls.refuse_packed(batch_sizes)
         controls = controls.transposed() if batch_first else controls
@@ -121,7 +121,7 @@ def run(
     hx: States | None,
     weights: Sequence[Tensor],
     batch_sizes: Tensor | None,
-    controls: Controls = NONE,
+    controls: StackControls = NONE,
 ) -> tuple[Tensor, States, States]:
     """`rnn` with the arguments that do not change between a layer's calls in one; always with all states, if only ().
 
@@ -148,13 +148,13 @@ def run(
     return stack.loops(x, hx or stack.initial(x, weights, batch), weights, batch_sizes, controls)
 
 
-def _certainly_aten(stack: Stack, x: Tensor, controls: Controls) -> bool:
+def _certainly_aten(stack: Stack, x: Tensor, controls: StackControls) -> bool:
     """On a CPU ATen is predicted cheapest wherever it runs: no Problem is needed, which takes 5 µs of a short call to
     make."""
     return choice.only_predicted_on_cpu() and _takes_aten(stack, x, controls)
 
 
-def _takes_aten(stack: Stack, x: Tensor, controls: Controls) -> bool:
+def _takes_aten(stack: Stack, x: Tensor, controls: StackControls) -> bool:
     """Whether ATen has a stack's cell and options, and nothing forbids it."""
     return (
         stack.recurrence.aten is not None

@@ -13,7 +13,7 @@ import gpu_rnn
 from gpu_rnn import activations, cells
 from gpu_rnn.backends import tensors
 from gpu_rnn.backends.problem import Problem
-from gpu_rnn.backends.tensors import Call, Control, Weights
+from gpu_rnn.backends.tensors import Call, LayerControls, Weights
 from gpu_rnn.call import autograd
 from gpu_rnn.call.passes import Options, call_of
 from gpu_rnn.recurrence import Recurrence
@@ -60,19 +60,19 @@ class Inputs(NamedTuple):
     x: Tensor  # (T, B, I)
     weights: Weights
     states: list[Tensor]  # (B, N, ·)
-    control: Control = tensors.PLAIN
+    controls: LayerControls = tensors.PLAIN
     reset_values: Sequence[Tensor] = ()
     reverse: str = "0"
     all_states: bool = False
 
     @property
     def lengths(self) -> Tensor | None:
-        return self.control.lengths
+        return self.controls.lengths
 
     @property
     def layer(self) -> tensors.Inputs:
         """As `gpu_rnn.call.autograd.layer` takes them."""
-        return tensors.Inputs(self.x, self.weights, self.control, self.states, list(self.reset_values))
+        return tensors.Inputs(self.x, self.weights, self.controls, self.states, list(self.reset_values))
 
     def options(self, backend: str = "auto", save: bool = False) -> Options:
         return Options(backend, self.reverse, save, self.all_states)
@@ -94,9 +94,9 @@ class Inputs(NamedTuple):
         def move(tensor: Any) -> Any:
             return None if tensor is None else tensor.detach().to(device).requires_grad_(tensor.requires_grad)
 
-        x, weights, states, control, resets = self[:5]
-        control, weights = Control(*map(move, control)), Weights(*map(move, weights))
-        return Inputs(move(x), weights, [*map(move, states)], control, [*map(move, resets)], *self[5:])
+        x, weights, states, controls, resets = self[:5]
+        controls, weights = LayerControls(*map(move, controls)), Weights(*map(move, weights))
+        return Inputs(move(x), weights, [*map(move, states)], controls, [*map(move, resets)], *self[5:])
 
     def detached(self) -> Inputs:
         """The same without gradients."""
@@ -114,13 +114,13 @@ class Inputs(NamedTuple):
             return None if tensor is None else tensor.detach().to(dtype).requires_grad_()
 
         weights = Weights(*map(cast, self.weights))  # type: ignore[arg-type]
-        drop = self.control.drop
+        drop = self.controls.drop
         return self._replace(
             x=cast(self.x),
             weights=weights,
             states=[cast(s) for s in self.states],  # type: ignore[misc]
             reset_values=[cast(s) for s in self.reset_values],  # type: ignore[misc]
-            control=self.control._replace(drop=None if drop is None else drop.to(dtype)),
+            controls=self.controls._replace(drop=None if drop is None else drop.to(dtype)),
         )
 
 
@@ -160,7 +160,7 @@ def make(
         draw(T, B, I, seed=seed).requires_grad_(),
         Weights(*weights),
         [state.requires_grad_() for state in states],
-        Control(None if lengths is None else torch.tensor(lengths)),
+        LayerControls(None if lengths is None else torch.tensor(lengths)),
         reverse=reverse,
     )
 

@@ -26,24 +26,24 @@ def with_options(
     """
     unknown = set(names) - set(OPTIONS)
     assert not unknown, unknown
-    control, states = inputs.control, inputs.states
+    controls, states = inputs.controls, inputs.states
     steps, batch, n = inputs.x.shape[0], *states[0].shape[:2]
     values = [name for name in names if name.startswith("reset_values")]
     if values or {"mask", "resets"} & set(names):
-        assert control.lengths is None, "lengths and flags never come together"
+        assert controls.lengths is None, "lengths and flags never come together"
         resets = bool(values) or "resets" in names
-        control = control._replace(flags=_flags(steps, batch, n, "mask" in names, resets, seed))
+        controls = controls._replace(flags=_flags(steps, batch, n, "mask" in names, resets, seed))
     reset_values: list[Tensor] = []
     if values:
         reset_values = _values(recurrence, states, steps if "reset_values_per_step" in values else 1, seed)
     if "drop" in names or "drop_per_gate" in names:
         masks = len(recurrence.gates) if "drop_per_gate" in names else 1
         kept = ~_drawn(batch, n, masks, states[0].shape[-1], seed=seed + 3)
-        control = control._replace(drop=kept.to(states[0].dtype) / (1 - RATE))
+        controls = controls._replace(drop=kept.to(states[0].dtype) / (1 - RATE))
     if "zone" in names:
         hidden = inputs.weights.w_hh.shape[2]
-        control = control._replace(zone=_drawn(len(states), steps, batch, n, hidden, seed=seed + 4))
-    return inputs._replace(control=control, reset_values=reset_values, all_states="all_states" in names)
+        controls = controls._replace(zone=_drawn(len(states), steps, batch, n, hidden, seed=seed + 4))
+    return inputs._replace(controls=controls, reset_values=reset_values, all_states="all_states" in names)
 
 
 def _flags(steps: int, batch: int, n: int, mask: bool, resets: bool, seed: int) -> Tensor:

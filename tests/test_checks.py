@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from gpu_rnn import cells
-from gpu_rnn.backends.tensors import FIRST_CONTROL, Control, Inputs, Result, Weights
+from gpu_rnn.backends.tensors import FIRST_CONTROL, Inputs, LayerControls, Result, Weights
 from gpu_rnn.call import checks
 from gpu_rnn.call.passes import Options
 
 T, B, I, H, P = 4, 3, 2, 5, 3  # noqa: E741
 N, G, S, U = 2, 4, 2, 3  # a bidirectional LSTM with peepholes
 TEXT = cells.lstm(peephole=True).program.text
-ROW = ("x", *Weights._fields, *Control._fields, "states", "reset_values")
+ROW = ("x", *Weights._fields, *LayerControls._fields, "states", "reset_values")
 
 
 def full() -> dict[str, Any]:
@@ -134,8 +134,8 @@ def test_every_tensor_of_another_shape_dtype_or_device_is_refused(call: Callable
 
 def test_every_field_has_axes() -> None:
     """A new tensor is checked, or the table says that it is not."""
-    assert set(checks.TENSORS) == {*Weights._fields, *Control._fields}
-    assert set(checks.LISTS) == set(Inputs._fields) - {"weights", "control"}
+    assert set(checks.TENSORS) == {*Weights._fields, *LayerControls._fields}
+    assert set(checks.LISTS) == set(Inputs._fields) - {"weights", "controls"}
     assert {*checks.SAVED, "final"} == set(Result._fields) - {"kept"}
 
 

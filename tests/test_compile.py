@@ -27,7 +27,7 @@ from pairwise import pairwise
 from gpu_rnn import devices
 from gpu_rnn.backends import resident
 from gpu_rnn.backends.problem import DIRECTIONS, Problem
-from gpu_rnn.backends.tensors import Call, Control, Result, Weights
+from gpu_rnn.backends.tensors import Call, LayerControls, Result, Weights
 
 ARCHITECTURES = {80: "A100", 86: "RTX 3090", 89: "RTX 4090", 90: "H100", 100: "B200", 120: "RTX 5090"}
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}  # CUDA C++ programming guide
@@ -100,7 +100,7 @@ def launch(given: Problem) -> resident.Launch:
     weights = Weights(empty(N, G, H, given.I), empty(N, G, H, H), empty(N, G, H), empty(N, G, H), params)
     states = [empty(B, N, H) for _ in program.states]
     gates, y = empty(T, B, N, G, H), empty(T, B, N, H)
-    control = Control(
+    controls = LayerControls(
         empty(B, dtype=torch.int64) if given.lengths else None,
         empty(T, B, N, dtype=torch.uint8) if given.flags else None,
         empty(B, N, given.drop, H) if given.drop else None,
@@ -108,7 +108,7 @@ def launch(given: Problem) -> resident.Launch:
     )
     # Per step where all else is there: their gradients are then stored, else summed in registers.
     values = [empty(T if given.zone else 1, B, N, H) for _ in states if given.reset_values]
-    call = Call(program, weights, states, control, values, given.reverse, given)
+    call = Call(program, weights, states, controls, values, given.reverse, given)
     if given.direction != "backward":
         return resident.prepare_forward(call, gates, given.direction == "training", given.all_states)[0]
     inner = empty(len(states) - 1, T, B, N, H, dtype=torch.float32)

@@ -40,8 +40,8 @@ def op_arguments(name: str, options: dict[str, Any], backend: str, save: bool) -
 
 
 def arguments_of(recurrence: Recurrence, inputs: support.Inputs, backend: str, save: bool) -> tuple[Any, ...]:
-    x, weights, control, states, resets = inputs.layer
-    return x, *weights, *control, states, resets, recurrence.text(), inputs.options(backend, save).encode()
+    x, weights, controls, states, resets = inputs.layer
+    return x, *weights, *controls, states, resets, recurrence.text(), inputs.options(backend, save).encode()
 
 
 @pytest.mark.parametrize("backend", ["step", "reference"])

@@ -132,7 +132,7 @@ def test_inference_saves_nothing():
 def test_what_masked_steps_are_given_does_not_matter(cell):
     """Neither to outputs nor to gradients, NaN included."""
     case = Case(cell, "fp32", 2, reverse="1", options=("mask", "resets"))
-    skipped = (case.inputs().control.flags & SKIP).bool()
+    skipped = (case.inputs().controls.flags & SKIP).bool()
     found = []
     for value in (0.0, torch.nan):
         inputs = case.inputs()

@@ -17,7 +17,7 @@ from gpu_rnn.backends import resident
 from gpu_rnn.backends.group import launch as group
 from gpu_rnn.backends.group import nvrtc
 from gpu_rnn.backends.step import gpu_buffers
-from gpu_rnn.call.controls import Controls
+from gpu_rnn.call.controls import StackControls
 from gpu_rnn.dispatch import choice
 
 T, B, H = 6, 3, 16
@@ -123,7 +123,7 @@ def test_lengths_of_every_integer_type_are_clamped_as_they_are(dtype: torch.dtyp
     """Those of a GPU are not looked at but clamped, to more steps than the smaller types can count."""
     x, lengths = torch.zeros(300, 3, 4), torch.tensor([127, 0, 5]).to(dtype)
     with Pretend():
-        given = Controls.of(OnGPU(x), lengths=OnGPU(lengths)).checked(300, [(1, 3, 8)], 3, OnGPU(x)).lengths
+        given = StackControls.of(OnGPU(x), lengths=OnGPU(lengths)).checked(300, [(1, 3, 8)], 3, OnGPU(x)).lengths
     assert given is not None
     assert given.held.tolist() == [127, 0, 5]
 
@@ -149,12 +149,12 @@ def test_a_call_on_a_gpu(name: str, backend: str) -> None:
         pytest.skip("there is no layer normalisation on this backend")
     layer = gpu_rnn.GRU(4, H, backend=backend, device="cuda", **options)
     x = torch.randn(*((B, T) if "batch_first" in options else (T, B)), 4, device="cuda")
-    steering = {
+    controls = {
         key: {k: getattr(v, "held", v) for k, v in given.items()}
         for key, given in calls("batch_first" in options).items()
     }
     host = ("lengths on the host", "a list of lengths")
-    for kind, given in steering.items():
+    for kind, given in controls.items():
         given = {k: v.cuda() if isinstance(v, torch.Tensor) and kind not in host else v for k, v in given.items()}
         layer(x, **given)[0].sum().backward()  # compiles, and makes what is kept
         torch.cuda.set_sync_debug_mode("error")

@@ -33,9 +33,9 @@ FORWARD, BACKWARD = torch.ops.gpu_rnn.rnn.default, torch.ops.gpu_rnn.rnn_backwar
 class Net(nn.Module):
     """A layer or a cell as a model has it: a tensor in, a tensor out, with what steers its steps made of the input."""
 
-    def __init__(self, layer: nn.Module, *steering: str) -> None:
+    def __init__(self, layer: nn.Module, *controls: str) -> None:
         super().__init__()
-        self.layer, self.steering = layer, steering
+        self.layer, self.controls = layer, controls
 
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(self.layer, nn.RNNCell | nn.GRUCell | nn.LSTMCell | gpu_rnn.layers.cell.CellBase):
@@ -47,7 +47,7 @@ class Net(nn.Module):
             "resets": lambda: x[..., 1] > 0.5,
             "return_all_states": lambda: True,
         }
-        y, *states = self.layer(x, **{name: every[name]() for name in self.steering})
+        y, *states = self.layer(x, **{name: every[name]() for name in self.controls})
         return y * 2 + sum(state.mean() for state in tree_leaves(states))
 
 
@@ -191,7 +191,7 @@ def test_fake_tensors(name: str, training: bool) -> None:
     assert isinstance(found, FakeTensor) and (found.shape, found.dtype) == (expected.shape, expected.dtype)
     assert fake.grad is not None and fake.grad.shape == x.shape
     assert all(p.grad is not None and p.grad.shape == p.shape for p in net.parameters())
-    if not net.steering:  # which torch cannot make outside of the mode
+    if not net.controls:  # which torch cannot make outside of the mode
         net.zero_grad()
         net(fake).sum().backward()
         assert all(isinstance(p.grad, FakeTensor) for p in net.parameters())
@@ -424,7 +424,7 @@ class Wrapped(Tensor):
 def test_a_tensor_that_is_a_class_of_its_own(name: str) -> None:
     """NumPy, and a kernel's launch, would find no memory behind it."""
     net, x = make(name), draw(1).requires_grad_()
-    net.steering = tuple(set(net.steering) - {"mask", "resets"})
+    net.controls = tuple(set(net.controls) - {"mask", "resets"})
     expected = torch.autograd.grad(loss_of(net)(x), x)
     wrapped = Wrapped(draw(1)).requires_grad_()
     found = net(wrapped)

@@ -123,7 +123,7 @@ def test_each_row_ends_at_its_own_length(name: str, reverse: str) -> None:
         own = [state[row : row + 1] for state in inputs.states]
         assert y[length:, row].eq(0).all()
         if length:
-            alone = inputs._replace(x=inputs.x[:length, row : row + 1], states=own, control=PLAIN)
+            alone = inputs._replace(x=inputs.x[:length, row : row + 1], states=own, controls=PLAIN)
             y_alone, *own = support.run(recurrence, alone, "reference")
             torch.testing.assert_close(y[:length, row : row + 1], y_alone, rtol=EXACT, atol=EXACT)
         torch.testing.assert_close([f[row : row + 1] for f in final], own, rtol=EXACT, atol=EXACT)

@@ -100,8 +100,8 @@ def both_passes(option: str, which: int, padding: float) -> dict[str, Tensor]:
     """All results, with `padding` where no value may matter: the gates of skipped steps, or states that a reset
     drops."""
     call, gates = loops("peephole_lstm", option, "training")
-    assert call.control.flags is not None
-    flagged = (call.control.flags & which).bool()
+    assert call.controls.flags is not None
+    flagged = (call.controls.flags & which).bool()
     if which == SKIP:
         gates = gates.masked_fill(flagged[..., None, None], padding)
     else:

@@ -53,7 +53,7 @@ def make(name: str, options: Options, reverse: str = "01", **sizes: int) -> supp
     inputs = support.make(recurrence, reverse=reverse, **sizes)  # type: ignore[arg-type]
     if "lengths" in options:
         lengths = torch.tensor([sizes.get("T", 5), 0, 3])[: sizes.get("B", 3)]
-        inputs = inputs._replace(control=inputs.control._replace(lengths=lengths))
+        inputs = inputs._replace(controls=inputs.controls._replace(lengths=lengths))
     if "norm" in options:
         n, gates, hidden, _ = inputs.weights.w_hh.shape
         norm = (1 + support.draw(n, gates, hidden, seed=77, scale=0.3)).requires_grad_()
@@ -212,11 +212,11 @@ def nothing_leaks(name: str, options: Options, dtype: torch.dtype, proj: int = 0
     """NaN in the projected input of masked steps reaches no value and no gradient."""
     recurrence = support.RECURRENCES[name]
     inputs = make(name, ("mask", *options), proj=proj).to(dtype).detached()
-    assert inputs.control.flags is not None
+    assert inputs.controls.flags is not None
     problem = passes.describe(recurrence.text(), inputs.options("step"), inputs.layer, "training")
     call = inputs.call(recurrence, problem)
     gates = reference.project(inputs.x, inputs.weights, recurrence.program)
-    gates = torch.where(bit(inputs.control.flags, SKIP).unsqueeze(-1), torch.nan, gates)
+    gates = torch.where(bit(inputs.controls.flags, SKIP).unsqueeze(-1), torch.nan, gates)
     saved = step.forward(call, gates, True, inputs.all_states)
     d_inner = torch.ones_like(saved.inner) if inputs.all_states else None
     loop = step.backward(call, saved, torch.ones_like(saved.y), [torch.ones_like(f) for f in saved.final], d_inner)

@@ -22,7 +22,7 @@ from torch import Tensor
 from gpu_rnn.backends import triton_interpreter
 from gpu_rnn.backends.persistent import here
 from gpu_rnn.backends.problem import Problem
-from gpu_rnn.backends.tensors import Call, Control, Result, Weights
+from gpu_rnn.backends.tensors import Call, LayerControls, Result, Weights
 
 EMPTY = ".version 8.0\n.target sm_80\n.address_size 64\n"  # a text in PTX, of which ptxas makes code for any device
 
@@ -62,7 +62,7 @@ def example(given: Problem) -> Example:
         empty(n, gates, hidden) if given.norm else None,
     )
     states = [empty(batch, n, hidden if k else width) for k, _ in enumerate(program.states)]
-    control = Control(
+    controls = LayerControls(
         empty(batch, dtype=torch.int64) if given.lengths else None,
         empty(steps, batch, n, dtype=torch.uint8) if given.flags else None,
         empty(batch, n, given.drop, width) if given.drop else None,
@@ -73,7 +73,7 @@ def example(given: Problem) -> Example:
     recurrent = empty(steps, batch, n, len(program.split), hidden)
     projected = empty(steps, batch, n, gates, hidden)
     saved = Result(empty(steps, *states[0].shape), states, projected, recurrent, inner)
-    return Example(Call(program, weights, states, control, values, given.reverse, given), projected, saved)
+    return Example(Call(program, weights, states, controls, values, given.reverse, given), projected, saved)
 
 
 class Builds:

@@ -66,10 +66,10 @@ def previous(
 def entered(call: Call, saved: Result, state: int) -> Tensor:
     """(T, B, N, X): the values of a state that each step started from, in the order of time."""
     after = saved.y if state == 0 else saved.inner[state - 1]
-    before = previous(after, call.states[state], call.control.lengths, call.reverse)
-    if call.control.flags is None:
+    before = previous(after, call.states[state], call.controls.lengths, call.reverse)
+    if call.controls.flags is None:
         return before
-    value, reset = call.reset_value(state), bit(call.control.flags, RESET)
+    value, reset = call.reset_value(state), bit(call.controls.flags, RESET)
     if reset.is_cpu and not reset.any():
         return before
     return torch.where(reset, value if isinstance(value, float) else value.to(before.dtype), before)
@@ -102,7 +102,7 @@ def gradients(call: Call, x: Tensor, saved: Result, loop: LoopGradients) -> tupl
             summed = call.program.gates[gates.start] in call.program.summed
             parts_b.append(d_b_ih[:, gates] if summed else gradient.sum((0, 1)))
             of_product = gradient if loop.d_products is None else loop.d_products[:, :, :, gates]
-            parts_w.append(_of_weights(of_product, entering.to(gradient.dtype), call.control.drop, gates))
+            parts_w.append(_of_weights(of_product, entering.to(gradient.dtype), call.controls.drop, gates))
     of_layers = None if weights.w_between is None else _of_layers(call, saved.y, d_gates)
     d_norm_ih = None if weights.norm_ih is None else _through_norm(call, x, saved.kept, d_gates)
     d_x, d_w_ih = _projection(x, weights, d_gates[:, :, : len(weights.w_ih)])
@@ -148,7 +148,7 @@ def _projection(x: Tensor, weights: Weights, d_gates: Tensor) -> tuple[Tensor, T
 
 def _of_layers(call: Call, y: Tensor, d_gates: Tensor) -> Tensor:
     """The gradient of a stack's input weights between its layers."""
-    between, below = call.control.between, y[:, :, :-1]
+    between, below = call.controls.between, y[:, :, :-1]
     return over_steps(d_gates[:, :, 1:], below if between is None else below * between.movedim(0, 2))
 
 
@@ -185,8 +185,8 @@ def _entering(call: Call, saved: Result) -> Iterator[tuple[Tensor, slice]]:
     for stage, rows in zip(program.stages, program.rows[1:], strict=False):
         stage.run(values)
         entering = lookup(values, stage.outputs[0], values["s_" + program.state_names[0]])
-        if call.control.flags is not None:  # masked steps may hold NaN, and their gradient of 0 would multiply it
-            entering = torch.where(bit(call.control.flags, SKIP), 0, entering)
+        if call.controls.flags is not None:  # masked steps may hold NaN, and their gradient of 0 would multiply it
+            entering = torch.where(bit(call.controls.flags, SKIP), 0, entering)
         yield entering, rows
 
 

@@ -61,9 +61,9 @@ def project(
 
 
 def forward(call: Call, x: Tensor, save: bool = False, all_states: bool = False) -> Result:
-    """Runs a recurrence over x, (T, B, I) or (T, B, N, I). See `Result` and `Control`."""
-    program, control = call.program, call.control
-    order = processing_order(x.shape[0], control.lengths, call.reverse, x.device)
+    """Runs a recurrence over x, (T, B, I) or (T, B, N, I). See `Result` and `LayerControls`."""
+    program, controls = call.program, call.controls
+    order = processing_order(x.shape[0], controls.lengths, call.reverse, x.device)
     gates = reorder(project(x, call.weights, program), order)
     step, steer = _Step(call), _Steering(call, order)
     states: list[Tensor] = list(call.states)
@@ -72,7 +72,7 @@ def forward(call: Call, x: Tensor, save: bool = False, all_states: bool = False)
         entered = steer.enter(t, states)
         new, pre, recurrent = step(inputs, entered)
         states = steer.leave(t, new, entered)
-        outputs.append(states[0] if control.lengths is None else torch.where(steer.runs(t), states[0], 0))
+        outputs.append(states[0] if controls.lengths is None else torch.where(steer.runs(t), states[0], 0))
         if all_states or save:
             saved_inner.append(torch.stack(states[1:], 2) if states[1:] else pre[:, :, :0])
         if save:
@@ -111,9 +111,9 @@ class _Steering:
     """Which rows are reset before a step and which units keep their states after it; steps in processing order."""
 
     def __init__(self, call: Call, order: Tensor | None) -> None:
-        control, self.lengths = call.control, call.control.lengths
-        self.flags = None if control.flags is None else reorder(control.flags, order)
-        self.zone = None if control.zone is None else reorder_each(control.zone, order)
+        controls, self.lengths = call.controls, call.controls.lengths
+        self.flags = None if controls.flags is None else reorder(controls.flags, order)
+        self.zone = None if controls.zone is None else reorder_each(controls.zone, order)
         self.values: list[Any] = [(call.reset_value(k),) for k in range(len(call.states))]  # of all steps, or of each
         if call.reset_values:
             self.values = [
@@ -154,7 +154,7 @@ class _Step:
     """
 
     def __init__(self, call: Call) -> None:
-        self.program, self.weights, self.drop = call.program, call.weights, call.control.drop
+        self.program, self.weights, self.drop = call.program, call.weights, call.controls.drop
         self.params = {}
         if call.weights.params is not None:
             params = call.weights.params.unbind(1)

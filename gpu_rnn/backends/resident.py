@@ -243,16 +243,16 @@ def _launch(
 
 def _controls(call: Call) -> dict[str, Any]:
     """What steers the steps."""
-    control, values = call.control, call.reset_values
+    controls, values = call.controls, call.reset_values
     return {
-        "p_lengths": _whole(control.lengths),
-        "p_flags": _whole(control.flags),
+        "p_lengths": _whole(controls.lengths),
+        "p_flags": _whole(controls.flags),
         "p_resets": _each_whole(values) if values else None,
-        "p_drop": _whole(control.drop),
-        "p_zone": None if control.zone is None else whole(control.zone).view(torch.uint8),
+        "p_drop": _whole(controls.drop),
+        "p_zone": None if controls.zone is None else whole(controls.zone).view(torch.uint8),
         "INITIAL": call.program.initial,
         "PER_STEP": bool(values) and len(values[0]) > 1,
-        "DROP": 0 if control.drop is None else control.drop.shape[2],
+        "DROP": 0 if controls.drop is None else controls.drop.shape[2],
     }
 
 

@@ -25,7 +25,7 @@ from gpu_rnn.compiler.program import Program
 if TYPE_CHECKING:
     from gpu_rnn.backends.problem import Problem
 
-SKIP, RESET = 1, 2  # bits of `Control.flags`
+SKIP, RESET = 1, 2  # bits of `LayerControls.flags`
 CPU_CHUNK, GPU_CHUNK = 1 << 15, 1 << 22  # elements (T, B, N, H) of a chunk: 128 KiB a tensor in fp32; fewer launches
 
 
@@ -57,7 +57,7 @@ class Weights(NamedTuple):
     )
 
 
-class Control(NamedTuple):
+class LayerControls(NamedTuple):
     """What steers the steps. No gradients; `lengths` and `flags` never come together.
 
     With `lengths`, a reversed row starts at its own last step, and outputs beyond a row's length are 0. With `flags`,
@@ -75,7 +75,7 @@ class Control(NamedTuple):
     )
 
 
-PLAIN = Control()
+PLAIN = LayerControls()
 
 
 class Inputs(NamedTuple):
@@ -83,7 +83,7 @@ class Inputs(NamedTuple):
 
     x: Annotated[Tensor, Axes("T B I | T B N I")]
     weights: Weights
-    control: Control
+    controls: LayerControls
     states: Annotated[list[Tensor], Axes("B N P"), Axes("B N H")]  # before the first step: h, then the others
     # Of each state; empty: the recurrence's initial values.
     reset_values: Annotated[list[Tensor], Axes("1|T B N P"), Axes("1|T B N H")]
@@ -91,7 +91,7 @@ class Inputs(NamedTuple):
     @staticmethod
     def of(x: Tensor, *rest: Any) -> Inputs:
         """From x, each weight, each control, the list of states and the list of reset values."""
-        return Inputs(x, Weights(*rest[:WEIGHTS]), Control(*rest[WEIGHTS:-2]), *rest[-2:])
+        return Inputs(x, Weights(*rest[:WEIGHTS]), LayerControls(*rest[WEIGHTS:-2]), *rest[-2:])
 
     @staticmethod
     def flat(tensors: Sequence[Any], states: int) -> Inputs:
@@ -102,7 +102,7 @@ class Inputs(NamedTuple):
     @property
     def row(self) -> list[Tensor | None]:
         """All tensors in a row; `flat` reads it."""
-        return [self.x, *self.weights, *self.control, *self.states, *self.reset_values]
+        return [self.x, *self.weights, *self.controls, *self.states, *self.reset_values]
 
     @property
     def primals(self) -> list[Tensor | None]:
@@ -111,12 +111,12 @@ class Inputs(NamedTuple):
 
     def with_primals(self, values: Sequence[Any]) -> Inputs:
         """The same call of other differentiable tensors."""
-        return Inputs.flat([*values[:FIRST_CONTROL], *self.control, *values[FIRST_CONTROL:]], len(self.states))
+        return Inputs.flat([*values[:FIRST_CONTROL], *self.controls, *values[FIRST_CONTROL:]], len(self.states))
 
 
 WEIGHTS = len(Weights._fields)
 FIRST_CONTROL = 1 + WEIGHTS
-FIRST_STATE = FIRST_CONTROL + len(Control._fields)
+FIRST_STATE = FIRST_CONTROL + len(LayerControls._fields)
 
 
 def primals(row: Sequence[Any]) -> list[Any]:
@@ -126,7 +126,7 @@ def primals(row: Sequence[Any]) -> list[Any]:
 
 def like_row(values: Sequence[Any]) -> list[Any]:
     """What belongs to the primals, laid out like `Inputs.row` with None at the controls."""
-    return [*values[:FIRST_CONTROL], *[None] * len(Control._fields), *values[FIRST_CONTROL:]]
+    return [*values[:FIRST_CONTROL], *[None] * len(LayerControls._fields), *values[FIRST_CONTROL:]]
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class Call:
     program: Program
     weights: Weights
     states: list[Tensor]
-    control: Control = PLAIN
+    controls: LayerControls = PLAIN
     reset_values: list[Tensor] = field(default_factory=list)
     reverse: str = "0"
     problem: Problem = None  # type: ignore[assignment]  # the reference needs none
@@ -147,7 +147,7 @@ class Call:
 
     @property
     def lengths(self) -> Tensor | None:
-        return self.control.lengths
+        return self.controls.lengths
 
     def reset_value(self, state: int) -> Tensor | float:
         """What a reset sets a state to."""

@@ -24,7 +24,7 @@ PROJECTED = "proj_size argument is only supported for LSTM, not RNN or GRU"
 
 
 def check(stack: Stack, x: Any, hx: Any, weights: Any, batch_sizes: Any = None) -> None:
-    """Every argument of `functional.rnn` but for the controls; `Controls.checked` has those.
+    """Every argument of `functional.rnn` but for the controls; `StackControls.checked` has those.
 
     Raises:
         TypeError: an argument of another kind.

@@ -73,8 +73,8 @@ def _registered(text: str, options: Options, inputs: Inputs, wants_grad: bool) -
     choice.check_recorded(options.backend)
     keeps = wants_grad and not (torch.compiler._is_exporting_flag or onlookers.traced())
     options = options._replace(save=keeps)
-    x, weights, control, states, reset_values = inputs
-    arguments = (x, *weights, *control, list(states), list(reset_values), text, options.encode())
+    x, weights, controls, states, reset_values = inputs
+    arguments = (x, *weights, *controls, list(states), list(reset_values), text, options.encode())
     return list(torch.ops.gpu_rnn.rnn(*arguments))
 
 

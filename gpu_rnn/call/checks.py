@@ -13,7 +13,7 @@ from typing import NamedTuple, get_type_hints
 import torch
 from torch import Tensor
 
-from gpu_rnn.backends.tensors import Axes, Control, Inputs, Result, Weights, state_dtype
+from gpu_rnn.backends.tensors import Axes, Inputs, LayerControls, Result, Weights, state_dtype
 from gpu_rnn.call.passes import Options
 from gpu_rnn.compiler.program import Program
 
@@ -27,7 +27,7 @@ def _axes(fields: type) -> dict[str, tuple[Axes, ...]]:
     return {name: hint.__metadata__ for name, hint in hints.items() if hasattr(hint, "__metadata__")}
 
 
-TENSORS = {name: axes[0] for fields in (Weights, Control) for name, axes in _axes(fields).items()}
+TENSORS = {name: axes[0] for fields in (Weights, LayerControls) for name, axes in _axes(fields).items()}
 LISTS = _axes(Inputs)
 X, STATES, RESET_VALUES = LISTS["x"][0], LISTS["states"], LISTS["reset_values"]
 SAVED = {name: axes[0] for name, axes in _axes(Result).items() if name != "final"}
@@ -143,16 +143,16 @@ def inputs(operation: str, text: str, options: Options, given: Inputs) -> Inputs
         RuntimeError: a tensor on another device than x, or not strided.
     """
     _inputs(operation, text, options, Spec.each(given.row), len(given.states))
-    lengths = given.control.lengths
+    lengths = given.controls.lengths
     if lengths is None:
         return given
-    return given._replace(control=given.control._replace(lengths=lengths.clamp(0, len(given.x))))
+    return given._replace(controls=given.controls._replace(lengths=lengths.clamp(0, len(given.x))))
 
 
 @lru_cache(maxsize=1024)
 def _inputs(operation: str, text: str, options: Options, row: tuple[Spec | None, ...], states: int) -> None:
     given, program = Inputs.flat(row, states), Program.parse(text)
-    x, weights, control = given.x, given.weights, given.control
+    x, weights, controls = given.x, given.weights, given.controls
     _ranks(operation, given)
     sizes = Sizes.of(program, options.reverse, given)
     check = _Check(operation, x, sizes)
@@ -160,7 +160,7 @@ def _inputs(operation: str, text: str, options: Options, row: tuple[Spec | None,
         raise TypeError(f"{operation}: x is one of {', '.join(map(str, DTYPES))}, got {x.dtype}")
     check.require(min(sizes.T, sizes.H, sizes.P) > 0, "x has time steps and w_hh units")
     check.tensor("x", x, X)
-    for (name, axes), tensor in zip(TENSORS.items(), (*weights, *control), strict=True):
+    for (name, axes), tensor in zip(TENSORS.items(), (*weights, *controls), strict=True):
         if tensor is not None:
             check.tensor(name, tensor, axes)
     check.each("states", given.states, STATES)
@@ -194,16 +194,16 @@ def _ranks(operation: str, given: Inputs) -> None:
 
 def _together(check: _Check, given: Inputs, program: Program) -> None:
     """What comes only with something else, or not beside it."""
-    _, weights, control, _, reset_values = given
+    _, weights, controls, _, reset_values = given
     for first, second in (("b_ih", "b_hh"), ("norm", "norm_ih")):
         both = (getattr(weights, first) is None) == (getattr(weights, second) is None)
         check.require(both, f"{first} and {second} come together or not at all")
     named = ", ".join(program.params)
     there = (weights.params is not None) == bool(program.params)
     check.require(there, f"params holds the program's per-unit parameters ({named or 'it has none'})")
-    check.require(control.lengths is None or control.flags is None, "lengths and flags do not come together")
-    check.require(not reset_values or control.flags is not None, "reset_values come with flags")
-    check.require(control.between is None or weights.w_between is not None, "between comes with w_between")
+    check.require(controls.lengths is None or controls.flags is None, "lengths and flags do not come together")
+    check.require(not reset_values or controls.flags is not None, "reset_values come with flags")
+    check.require(controls.between is None or weights.w_between is not None, "between comes with w_between")
 
 
 def _stack(check: _Check, given: Inputs, options: Options) -> None:

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from gpu_rnn.backends.tensors import RESET, SKIP, Control
+from gpu_rnn.backends.tensors import RESET, SKIP, LayerControls
 from gpu_rnn.call import autocast, autograd, onlookers
 from gpu_rnn.call.transfer import to_device
 
 
-class Controls(NamedTuple):
+class StackControls(NamedTuple):
     """The options of a call that are tensors, time first. See `functional.rnn`, which documents them."""
 
     mask: Tensor | None = None  # (T, B) bool, True: the step counts
@@ -37,7 +37,7 @@ class Controls(NamedTuple):
         reset_state: Any = None,
         recurrent_mask: Any = None,
         zone: Any = None,
-    ) -> Controls:
+    ) -> StackControls:
         """From what a caller gives, arrays for tensors too; those go to the device of x.
 
         Raises:
@@ -49,7 +49,9 @@ class Controls(NamedTuple):
             lengths = _lengths(lengths)
         given = [("mask", mask), ("resets", resets), ("recurrent_mask", recurrent_mask), ("zone", zone)]
         tensors = {name: None if value is None else _tensor(name, value, x) for name, value in given}
-        return Controls(lengths=lengths, reset_state=None if reset_state is None else tuple(reset_state), **tensors)
+        return StackControls(
+            lengths=lengths, reset_state=None if reset_state is None else tuple(reset_state), **tensors
+        )
 
     def refuse_packed(self, batch_sizes: Tensor | None) -> None:
         """Raises ValueError where the call is packed."""
@@ -65,7 +67,7 @@ class Controls(NamedTuple):
     def given(self) -> bool:
         return any(value is not None for value in self)
 
-    def checked(self, steps: int, shapes: Sequence[tuple[int, ...]], gates: int, x: Tensor) -> Controls:
+    def checked(self, steps: int, shapes: Sequence[tuple[int, ...]], gates: int, x: Tensor) -> StackControls:
         """The same with lengths on the input's device; `shapes` are those of the states, (L·D, B, ·).
 
         Raises:
@@ -104,14 +106,14 @@ class Controls(NamedTuple):
                     )
         return self._replace(lengths=lengths)
 
-    def transposed(self) -> Controls:
+    def transposed(self) -> StackControls:
         """The same of a call with the batch first; states never have it first."""
         mask, resets = (
             t.transpose(0, 1) if isinstance(t, Tensor) and t.dim() == 2 else t for t in (self.mask, self.resets)
         )
         return self if mask is self.mask and resets is self.resets else self._replace(mask=mask, resets=resets)
 
-    def batched(self, steps: int) -> Controls:
+    def batched(self, steps: int) -> StackControls:
         """The same of a call without a batch, with a batch of one; errors as `checked`'s of mask and resets."""
         if not self.given:
             return self
@@ -124,7 +126,7 @@ class Controls(NamedTuple):
         values = self.reset_state and tuple(value.unsqueeze(-2) for value in self.reset_state)
         return self._replace(mask=mask, resets=resets, lengths=lengths, reset_state=values)
 
-    def to(self, dtype: torch.dtype) -> Controls:
+    def to(self, dtype: torch.dtype) -> StackControls:
         """The same with what enters products, and states, in a dtype."""
         drop = None if self.recurrent_mask is None else self.recurrent_mask.to(dtype)
         values = self.reset_state and tuple(value.to(dtype) for value in self.reset_state)
@@ -142,22 +144,24 @@ class Controls(NamedTuple):
         return self.mask is not None or self.resets is not None or (self.lengths is not None and all_states)
 
     def flags(self, reverse: str, steps: int, all_states: bool) -> Tensor | None:
-        """`Control.flags`, which are those of every layer."""
+        """`LayerControls.flags`, which are those of every layer."""
         return _flags(self.valid(steps), self.resets, self.lengths, reverse) if self.flagged(all_states) else None
 
-    def of_layer(self, rows: slice, reverse: str, steps: int, flags: Tensor | None) -> tuple[Control, list[Tensor]]:
+    def of_layer(
+        self, rows: slice, reverse: str, steps: int, flags: Tensor | None
+    ) -> tuple[LayerControls, list[Tensor]]:
         """The part of one layer, whose directions stand in `rows` of the states, and its reset values."""
         drop = None if self.recurrent_mask is None else self.recurrent_mask[rows].transpose(0, 1)
         zone = None if self.zone is None else self.zone[:, :, rows].transpose(2, 3)
         if flags is None:
-            return Control(self.lengths, None, drop, zone), []
+            return LayerControls(self.lengths, None, drop, zone), []
         values = self.reset_state or ()
         if any(value.dim() == 4 for value in values):
             values = tuple(value if value.dim() == 4 else value.expand(steps, *value.shape) for value in values)
-        return Control(None, flags, drop, zone), [_reset_values(value, rows, reverse) for value in values]
+        return LayerControls(None, flags, drop, zone), [_reset_values(value, rows, reverse) for value in values]
 
 
-NONE = Controls()
+NONE = StackControls()
 
 
 def _tensor(name: str, value: Any, like: Tensor | PackedSequence) -> Tensor:

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu_rnn.backends.tensors import FIRST_CONTROL, FIRST_STATE, Control, Inputs, Result, Weights, state_dtype
+from gpu_rnn.backends.tensors import FIRST_CONTROL, FIRST_STATE, Inputs, LayerControls, Result, Weights, state_dtype
 from gpu_rnn.call import checks, passes
 from gpu_rnn.call.passes import Options
 from gpu_rnn.compiler.program import Program
 
 REQUIRED = ("w_ih", "w_hh")
-NAMED = [f"Tensor{'' if name in REQUIRED else '?'} {name}" for name in (*Weights._fields, *Control._fields)]
+NAMED = [f"Tensor{'' if name in REQUIRED else '?'} {name}" for name in (*Weights._fields, *LayerControls._fields)]
 INPUTS = ", ".join(["Tensor x", *NAMED, "Tensor[] states", "Tensor[] reset_values"])
 IDENTITY = "str program, str options"
 SAVED = 4  # y, gates, recurrent, inner
@@ -181,7 +181,7 @@ def _grouped(row: Sequence[Any], states: int) -> list[Any]:
 def _as_given(inputs: Inputs, found: Sequence[Tensor | None]) -> list[Any]:
     """Gradients of the primals in the places of the op's arguments; None for what the layer does not have."""
     d = [None if t is None else g for t, g in zip(inputs.primals, found, strict=True)]
-    return _grouped([*d[:FIRST_CONTROL], *[None] * len(Control._fields), *d[FIRST_CONTROL:]], len(inputs.states))
+    return _grouped([*d[:FIRST_CONTROL], *[None] * len(LayerControls._fields), *d[FIRST_CONTROL:]], len(inputs.states))
 
 
 def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:

@@ -57,7 +57,7 @@ def _recurrence(text: str) -> Recurrence:
 
 def describe(text: str, options: Options, inputs: Inputs, direction: str) -> Problem:
     """One layer, or a stack that runs as a wavefront, as dispatch sees it."""
-    x, weights, control, _, reset_values = inputs
+    x, weights, controls, _, reset_values = inputs
     n, _, hidden, width = weights.w_hh.shape
     layers, n = (1, n) if weights.w_between is None else (n, 1)
     return Problem(
@@ -72,14 +72,14 @@ def describe(text: str, options: Options, inputs: Inputs, direction: str) -> Pro
         device=choice.device_of(x.device),
         direction=direction,
         precision=precision.of_rnn(),
-        lengths=control.lengths is not None,
+        lengths=controls.lengths is not None,
         reverse=options.reverse[:n],
         proj_size=width if weights.w_hr is not None else 0,
         layers=layers,
-        flags=control.flags is not None,
+        flags=controls.flags is not None,
         reset_values=bool(reset_values),
-        drop=0 if control.drop is None else control.drop.shape[2],
-        zone=control.zone is not None,
+        drop=0 if controls.drop is None else controls.drop.shape[2],
+        zone=controls.zone is not None,
         all_states=options.all_states,
         norm=weights.norm is not None,
     )
@@ -87,12 +87,12 @@ def describe(text: str, options: Options, inputs: Inputs, direction: str) -> Pro
 
 def call_of(text: str, options: Options, inputs: Inputs, problem: Problem | None = None) -> Call:
     """The part of a call that both passes take alike."""
-    _, weights, control, states, reset_values = inputs
+    _, weights, controls, states, reset_values = inputs
     return Call(
         Program.parse(text),
         weights,
         list(states),
-        control,
+        controls,
         list(reset_values),
         options.reverse,
         problem,  # type: ignore[arg-type]

@@ -13,9 +13,9 @@ from torch import Tensor
 from gpu_rnn import environment
 from gpu_rnn.backends import aten, precision
 from gpu_rnn.backends.problem import Problem
-from gpu_rnn.backends.tensors import PLAIN, Control, Inputs, Weights
+from gpu_rnn.backends.tensors import PLAIN, Inputs, LayerControls, Weights
 from gpu_rnn.call import arguments, autograd, onlookers
-from gpu_rnn.call.controls import NONE, Controls
+from gpu_rnn.call.controls import NONE, StackControls
 from gpu_rnn.call.passes import Options
 from gpu_rnn.call.transfer import to_device
 from gpu_rnn.dispatch import choice
@@ -95,7 +95,7 @@ class Stack(NamedTuple):
         steps: int,
         batch: int,
         packed: bool,
-        controls: Controls = NONE,
+        controls: StackControls = NONE,
     ) -> Problem:
         """The call as dispatch sees it."""
         wanting = (x, *weights, *(hx or ()), *(controls.reset_state or ()))
@@ -171,7 +171,7 @@ class Stack(NamedTuple):
         states: States,
         weights: Sequence[Tensor],
         batch_sizes: Tensor | None,
-        controls: Controls = NONE,
+        controls: StackControls = NONE,
     ) -> tuple[Tensor, States, States]:
         """One layer after the other in canonical layout: y, the final states and, if wanted, those of all steps."""
         arguments.check_alike(x, weights, states)
@@ -191,7 +191,7 @@ class Stack(NamedTuple):
         return y.transpose(0, 1) if self.batch_first else y, final, every
 
     def _layers(
-        self, x: Tensor, states: States, weights: Sequence[Tensor], controls: Controls
+        self, x: Tensor, states: States, weights: Sequence[Tensor], controls: StackControls
     ) -> tuple[Tensor, States, States]:
         """x (T, B, I), states (D·layers, B, ·) -> y (T, B, D·P), final states, all states (T, D·layers, B, ·)."""
         if self._staggered(x, states, weights, controls):
@@ -204,8 +204,8 @@ class Stack(NamedTuple):
         for number in range(self.num_layers):
             rows = slice(number * len(self.reverse), (number + 1) * len(self.reverse))
             entering = [state[rows].transpose(0, 1) for state in states]  # (B, N, ·)
-            control, reset_values = controls.of_layer(rows, self.reverse, x.shape[0], flags)
-            inputs = self.inputs(x, weights, number, entering, control, reset_values)
+            layer_controls, reset_values = controls.of_layer(rows, self.reverse, x.shape[0], flags)
+            inputs = self.inputs(x, weights, number, entering, layer_controls, reset_values)
             y, after, inner = autograd.layer(text, options, inputs)
             final.append([state.transpose(0, 1) for state in after])
             if self.all_states:
@@ -216,7 +216,7 @@ class Stack(NamedTuple):
         joined = tuple(torch.cat(parts) for parts in zip(*final, strict=True))
         return x, joined, tuple(torch.cat(parts, 1) for parts in zip(*every, strict=True))
 
-    def _staggered(self, x: Tensor, states: States, weights: Sequence[Tensor], controls: Controls) -> bool:
+    def _staggered(self, x: Tensor, states: States, weights: Sequence[Tensor], controls: StackControls) -> bool:
         """Whether the layers run as a wavefront. What is recorded decides as it runs: its T may be any."""
         if self.num_layers == 1 or self.bidirectional or self.norm or self.proj_size:
             return False
@@ -231,20 +231,22 @@ class Stack(NamedTuple):
         return choice.staggers(problem, self.backend)
 
     def _wavefront(
-        self, x: Tensor, states: States, weights: Sequence[Tensor], controls: Controls
+        self, x: Tensor, states: States, weights: Sequence[Tensor], controls: StackControls
     ) -> tuple[Tensor, States, States]:
         """As `_layers`: all layers by one operation, along N."""
         steps, reverse = x.shape[0], "0" * self.num_layers
         flags = controls.flags(self.reverse, steps, all_states=True)  # each layer of a launch is at other steps
-        control, reset_values = controls.of_layer(slice(None), reverse, steps, flags)
+        layer_controls, reset_values = controls.of_layer(slice(None), reverse, steps, flags)
         lowest, *others = (self._canonical(weights, number) for number in range(self.num_layers))
         own = zip(*(each[1:] for each in (lowest, *others)), strict=True)
         rest: list[Any] = [None if parts[0] is None else torch.cat(parts) for parts in own]
         joined = Weights(lowest.w_ih, *rest)._replace(w_between=torch.cat([each.w_ih for each in others]))
         if self.dropout:  # drawn as layer after layer would draw it
             like = x.new_ones(*x.shape[:2], self.hidden(weights))
-            control = control._replace(between=torch.stack([F.dropout(like, self.dropout) for _ in others]))
-        inputs = Inputs(x, joined, control, [state.transpose(0, 1) for state in states], list(reset_values))
+            layer_controls = layer_controls._replace(
+                between=torch.stack([F.dropout(like, self.dropout) for _ in others])
+            )
+        inputs = Inputs(x, joined, layer_controls, [state.transpose(0, 1) for state in states], list(reset_values))
         options = Options(self.backend, reverse, all_states=self.all_states)
         every, after, inner = autograd.layer(self.recurrence.text(self.recurrence.identity), options, inputs)
         # A copy, as what is handed out would share memory, and y by itself hold that of all layers.
@@ -264,11 +266,11 @@ class Stack(NamedTuple):
         weights: Sequence[Tensor],
         number: int,
         states: list[Tensor],
-        control: Control = PLAIN,
+        controls: LayerControls = PLAIN,
         reset_values: Sequence[Tensor] = (),
     ) -> Inputs:
         """What one layer of the stack takes."""
-        return Inputs(x, self._canonical(weights, number), control, states, list(reset_values))
+        return Inputs(x, self._canonical(weights, number), controls, states, list(reset_values))
 
     def _canonical(self, weights: Sequence[Tensor], number: int) -> Weights:
         """The weights of one layer, the directions stacked along N."""

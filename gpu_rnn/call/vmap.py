@@ -16,7 +16,7 @@ from gpu_rnn.compiler.program import Program
 W_HH, W_BETWEEN, LENGTHS = 2, WEIGHTS, FIRST_CONTROL
 Dims = Sequence[int | None]
 
-BATCH: list[int | None] = [0, 1, 0, 2, 2]  # where B stands in each of `Control`
+BATCH: list[int | None] = [0, 1, 0, 2, 2]  # where B stands in each of `LayerControls`
 MEMBERS: list[int | None] = [None, 2, 1, 3, None]  # where N stands; a stack's members run one by one
 BATCH_OF_SAVED, MEMBERS_OF_SAVED = [1, 1, 2, 2, 2], [2, 2, 3, 3, 3]  # B and N in `Result.saved`
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from gpu_rnn.backends import reference
-from gpu_rnn.backends.tensors import Call, Control, LoopGradients, Result, Weights, state_dtype
+from gpu_rnn.backends.tensors import Call, LayerControls, LoopGradients, Result, Weights, state_dtype
 from gpu_rnn.dispatch.wavefront_plan import Diagonal, diagonals, launched
 
 
@@ -38,13 +38,13 @@ class _Stack:
     """A call's tensors as the diagonals take them."""
 
     def __init__(self, call: Call, steps: int, chunk: int) -> None:
-        control, self.call, self.count = call.control, call, len(call.weights.w_hh)
+        controls, self.call, self.count = call.controls, call, len(call.weights.w_hh)
         self.diagonals = diagonals(self.count, steps, chunk)
         self.bias = reference.input_bias(call.weights, call.program)
         self.flags = (
-            None if control.flags is None else control.flags.expand(-1, -1, self.count).movedim(2, 0).contiguous()
+            None if controls.flags is None else controls.flags.expand(-1, -1, self.count).movedim(2, 0).contiguous()
         )
-        self.zone = [] if control.zone is None else [zone.movedim(2, 0).contiguous() for zone in control.zone]
+        self.zone = [] if controls.zone is None else [zone.movedim(2, 0).contiguous() for zone in controls.zone]
         self.values = [value.movedim(2, 0).contiguous() for value in call.reset_values]  # (L, 1 or T, B, ·)
         self.known: dict[tuple[int, int, int], _Layers] = {}
 
@@ -66,14 +66,14 @@ class _Stack:
     def part(self, diagonal: Diagonal, states: list[Tensor], d_gates: Tensor | None = None) -> Call:
         """A diagonal as a backend takes it; `states` are (B, layers, ·)."""
         call = self.layers(diagonal).call
-        control, values = call.control, call.reset_values
+        controls, values = call.controls, call.reset_values
         if self.flags is not None:
-            control = control._replace(flags=diagonal.of(self.flags))
+            controls = controls._replace(flags=diagonal.of(self.flags))
         if self.zone:
-            control = control._replace(zone=torch.stack([diagonal.of(zone) for zone in self.zone]))
+            controls = controls._replace(zone=torch.stack([diagonal.of(zone) for zone in self.zone]))
         if self.values:
             values = [_of_resets(diagonal, value) for value in self.values]
-        return Call(call.program, call.weights, states, control, values, call.reverse, call.problem, d_gates)
+        return Call(call.program, call.weights, states, controls, values, call.reverse, call.problem, d_gates)
 
     def enter(self, diagonal: Diagonal, y: Tensor, gates: Tensor) -> Tensor:
         """(chunk, B, layers, G, H): the input products. `gates` (L or 1, T, B, G, H) holds those of the lowest layer;
@@ -89,7 +89,7 @@ class _Stack:
         if not upper.count:
             return found
         _, into, bias = self.layers(diagonal)
-        lower, between = upper.shifted(-1), self.call.control.between
+        lower, between = upper.shifted(-1), self.call.controls.between
         entering = lower.rows(y) if between is None else lower.rows(y) * lower.rows(between)
         if bias is None:
             torch.bmm(entering, into.transpose(1, 2), out=products)
@@ -99,7 +99,7 @@ class _Stack:
 
     def leave(self, diagonal: Diagonal, d_y: Tensor, d_gates: Tensor) -> Tensor:
         """(chunk, B, layers, H): the gradients of the layers' h, with those that come back from the layers above."""
-        weights, between = self.call.weights.w_between, self.call.control.between
+        weights, between = self.call.weights.w_between, self.call.controls.between
         assert weights is not None
         lower = diagonal.below(len(weights))
         found = d_y.new_empty(diagonal.count, diagonal.chunk * d_y.shape[2], d_y.shape[3])
@@ -116,12 +116,12 @@ class _Stack:
 
 def _of_layers(call: Call, own: slice) -> Call:
     """What some neighbouring layers take, but for their input weights and what differs from step to step."""
-    weights, drop = call.weights, call.control.drop
+    weights, drop = call.weights, call.controls.drop
     b_ih, b_hh, params = (None if w is None else w[own] for w in (weights.b_ih, weights.b_hh, weights.params))
     return replace(
         call,
         weights=Weights(weights.w_ih, weights.w_hh[own], b_ih, b_hh, params),
-        control=Control(drop=None if drop is None else drop[:, own]),
+        controls=LayerControls(drop=None if drop is None else drop[:, own]),
         reverse=call.reverse[own],
     )
 
@@ -216,7 +216,7 @@ def steps_first(saved: Result) -> Result:
 
 def in_torch(call: Call, x: Tensor, all_states: bool) -> Result:
     """The same by the reference, one layer after the other, differentiable to any order."""
-    weights, control = call.weights, call.control
+    weights, controls = call.weights, call.controls
     assert weights.w_between is not None
     found: list[Result] = []
     for layer in range(len(weights.w_hh)):
@@ -226,16 +226,16 @@ def in_torch(call: Call, x: Tensor, all_states: bool) -> Result:
             one,
             weights=one.weights._replace(w_ih=weights.w_between[layer - 1 : layer] if layer else weights.w_ih),
             states=[state[:, own] for state in call.states],
-            control=one.control._replace(
-                flags=control.flags, zone=None if control.zone is None else control.zone[:, :, :, own]
+            controls=one.controls._replace(
+                flags=controls.flags, zone=None if controls.zone is None else controls.zone[:, :, :, own]
             ),
             reset_values=[value[:, :, own] for value in call.reset_values],
         )
         if layer:
             x = (
                 found[-1].y.squeeze(2)
-                if control.between is None
-                else found[-1].y.squeeze(2) * control.between[layer - 1]
+                if controls.between is None
+                else found[-1].y.squeeze(2) * controls.between[layer - 1]
             )
         found.append(reference.forward(one, x, all_states=all_states))
     y = torch.cat([each.y.movedim(2, 0) for each in found])

@@ -14,7 +14,7 @@ from gpu_rnn.backends import rates
 from gpu_rnn.backends.group.choice import floor
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.call import autocast
-from gpu_rnn.call.controls import Controls
+from gpu_rnn.call.controls import StackControls
 from gpu_rnn.dispatch import choice
 from gpu_rnn.dispatch.choice import Row
 from gpu_rnn.layers import options
@@ -167,7 +167,7 @@ def problem_of(layer: LayerBase, x: Tensor | PackedSequence | None, call: dict[s
     steps, batch = stack.sizes(x, batch_sizes)
     nothing = torch.empty(0, device="meta")
     mask, lengths, resets, reset_state = (None if call.get(name) is None else nothing for name in CONTROLS)
-    controls = Controls(mask, lengths, resets, None if reset_state is None else (reset_state,))
+    controls = StackControls(mask, lengths, resets, None if reset_state is None else (reset_state,))
     controls = layer._with_noise(controls, nothing, steps, batch)
     problem = stack.problem(x, None, weights, steps, batch, packed, controls)
     return replace(problem, dtype=autocast.dtype_of(weights[0]))

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from gpu_rnn import functional, initializers
 from gpu_rnn.call import arguments, onlookers
-from gpu_rnn.call.controls import NONE, Controls
+from gpu_rnn.call.controls import NONE, StackControls
 from gpu_rnn.call.stack import Stack
 from gpu_rnn.layers import options as layer_options
 from gpu_rnn.layers import regularization
@@ -216,7 +216,7 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
         controls = NONE
         if not (mask is lengths is resets is reset_state is None):
             values = None if reset_state is None else self._as_tuple(reset_state, "reset_state")
-            controls = Controls.of(input, mask, lengths, resets, values)
+            controls = StackControls.of(input, mask, lengths, resets, values)
         if isinstance(input, PackedSequence):
             output, states, every = self._packed(input, states, controls, return_all_states)
         elif input.dim() == 3:
@@ -241,7 +241,7 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
             raise TypeError(f"{type(self).__name__}: return_all_states should be True or False, got: {all_states!r}")
 
     def _unbatched(
-        self, input: Tensor, states: States | None, controls: Controls, all_states: bool
+        self, input: Tensor, states: States | None, controls: StackControls, all_states: bool
     ) -> tuple[Tensor, States, States]:
         batch_dim = 0 if self.batch_first else 1
         if states is not None:
@@ -253,7 +253,7 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
         return output, tuple(state.squeeze(1) for state in states), tuple(state.squeeze(2) for state in every)
 
     def _packed(
-        self, input: PackedSequence, states: States | None, controls: Controls, all_states: bool
+        self, input: PackedSequence, states: States | None, controls: StackControls, all_states: bool
     ) -> tuple[PackedSequence | Tensor, States, States]:
         data, batch_sizes, to_sorted, to_given = input
         if controls is not NONE:
@@ -274,7 +274,7 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
         input: Tensor,
         states: States | None,
         batch_sizes: Tensor | None,
-        controls: Controls,
+        controls: StackControls,
         all_states: bool,
     ) -> tuple[Tensor, States, States]:
         weights = self._weights()
@@ -304,7 +304,7 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
             )
         return output, states, every
 
-    def _with_noise(self, controls: Controls, like: Tensor, steps: int, batch: int) -> Controls:
+    def _with_noise(self, controls: StackControls, like: Tensor, steps: int, batch: int) -> StackControls:
         """The controls with the masks of recurrent dropout and zoneout, in training."""
         if not self.training:
             return controls
@@ -355,7 +355,7 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
             expected = (*expected[:2], self.hidden_size)  # a projection narrows the first state only
 
 
-def _last(output: Tensor, h: Tensor, directions: int, controls: Controls) -> Tensor:
+def _last(output: Tensor, h: Tensor, directions: int, controls: StackControls) -> Tensor:
     """(B, D·P): the output (T, B, D·P) of the last step that counts, as each direction meets them; 0 where none does.
 
     Without a mask that is the last layer's final h. With one, a reset may come later.

@@ -197,13 +197,15 @@ def _paired(layout: Layout, hidden: int, strides: list[int], tensors: Sequence[T
 
 def _steered(layout: Layout, call: Call) -> tuple[Layout, list[Tensor | int]]:
     """The layout with the call's options, and their tensors as both kernels take them."""
-    control, values = call.control, call.reset_values
-    drop = 0 if control.drop is None else min(control.drop.shape[2], 2)
+    controls, values = call.controls, call.reset_values
+    drop = 0 if controls.drop is None else min(controls.drop.shape[2], 2)
     per_step = 1 + (len(values[0]) > 1) if values else 0
-    layout = replace(layout, flags=control.flags is not None, values=per_step, drop=drop, zone=control.zone is not None)
-    scalars = [torch.stack(values) if values else None, control.drop]
+    layout = replace(
+        layout, flags=controls.flags is not None, values=per_step, drop=drop, zone=controls.zone is not None
+    )
+    scalars = [torch.stack(values) if values else None, controls.drop]
     given, drops = (None if t is None else t.to(layout.dtype) for t in scalars)
-    return layout, [_pointer(t) for t in (control.lengths, control.flags, given, drops, control.zone)]
+    return layout, [_pointer(t) for t in (controls.lengths, controls.flags, given, drops, controls.zone)]
 
 
 def prepare_forward(
@@ -224,9 +226,9 @@ def prepare_forward(
     others = len(states) - 1 if save or all_states else 0
     inner = gates.new_empty(others, steps, batch, n, hidden, dtype=torch.float32)
     strides = list(gates.stride()[:4])
-    layout, steering = _steered(choice.layout, call)
+    layout, control_pointers = _steered(choice.layout, call)
     vectors = [gates, recurrent, y, final, _pointer(weights.b_hh), _pointer(weights.params)]
-    layout = _paired(layout, hidden, strides, [*vectors, *steering[2:4]])
+    layout = _paired(layout, hidden, strides, [*vectors, *control_pointers[2:4]])
     layout = replace(layout, save=save, inner=save or all_states)
     tensors = [
         gates,
@@ -237,7 +239,7 @@ def prepare_forward(
         final,
         whole(weights.w_hh),
         *vectors[4:],
-        *steering,
+        *control_pointers,
     ]
     launches = _launches(replace(choice, layout=layout), tensors, strides, call.reverse, gates.shape, error)
     return launches, Result(y, list(final), gates if save else gates.new_empty(0), recurrent, inner)
@@ -263,7 +265,7 @@ def prepare_backward(
     each = [len(value) for value in call.reset_values]
     d_values = gates.new_zeros(len(each), *each[:1], *d_initial.shape[1:], dtype=torch.float32)
     strides = [*gates.stride()[:4], *d_y.stride()[:3]]
-    layout, steering = _steered(choice.layout, call)
+    layout, control_pointers = _steered(choice.layout, call)
     tensors = [
         gates,
         whole(saved.recurrent),
@@ -272,7 +274,7 @@ def prepare_backward(
         torch.stack(states),
         whole(weights.w_hh),
         _pointer(weights.params),
-        *steering,
+        *control_pointers,
         0 if d_inner is None else whole(d_inner.float()),
         d_y,
         torch.stack(d_final),

@@ -14,8 +14,8 @@ from torch import Tensor
 from gpu_rnn.backends.tensors import RESET, SKIP, Call, bit, processing_order, reorder, reorder_each
 
 
-class Steering(NamedTuple):
-    """All tensors in processing order; `layout.reorder` by `order` is the way there and back."""
+class StepControls(NamedTuple):
+    """All tensors in processing order; `tensors.reorder` by `order` is the way there and back."""
 
     order: Tensor | None
     beyond: Tensor | None  # (T, B, 1, 1) bool: the steps beyond each row's length
@@ -24,19 +24,19 @@ class Steering(NamedTuple):
     values: list[Tensor | float]  # what each state is reset to, (1 or T, B, N, ·)
 
     @staticmethod
-    def of(call: Call, steps: int) -> Steering:
-        control, device = call.control, call.weights.w_hh.device
-        order = processing_order(steps, control.lengths, call.reverse, device)
-        flags, beyond = control.flags, None
+    def of(call: Call, steps: int) -> StepControls:
+        controls, device = call.controls, call.weights.w_hh.device
+        order = processing_order(steps, controls.lengths, call.reverse, device)
+        flags, beyond = controls.flags, None
         if flags is not None:
             flags = reorder(flags, order)
-        if control.lengths is not None:
-            beyond = (torch.arange(steps, device=device)[:, None] >= control.lengths)[:, :, None, None]
+        if controls.lengths is not None:
+            beyond = (torch.arange(steps, device=device)[:, None] >= controls.lengths)[:, :, None, None]
             flags = beyond[..., 0].to(torch.uint8).mul_(SKIP).repeat(1, 1, len(call.reverse))
-        zone = None if control.zone is None else reorder_each(control.zone, order)
+        zone = None if controls.zone is None else reorder_each(controls.zone, order)
         values = [call.reset_value(k) for k in range(len(call.states))]
         values = [v if isinstance(v, float) or len(v) == 1 else reorder(v, order) for v in values]
-        return Steering(order, beyond, flags, zone, values)
+        return StepControls(order, beyond, flags, zone, values)
 
     @property
     def skip(self) -> Tensor | None:

@@ -14,7 +14,7 @@ from gpu_rnn.backends import building, triton_interpreter
 from gpu_rnn.backends.building import Kernel
 from gpu_rnn.backends.linear import inputs_over_time, over_steps
 from gpu_rnn.backends.problem import Problem
-from gpu_rnn.backends.step.controls import Steering
+from gpu_rnn.backends.step.controls import StepControls
 from gpu_rnn.backends.step.cuda_graphs import Chunks, alone
 from gpu_rnn.backends.step.gpu_buffers import Backward, Forward, Kind
 from gpu_rnn.backends.tensors import Call, LoopGradients, Result, parts, reorder, reorder_each, state_dtype
@@ -74,19 +74,19 @@ def _empty(pairs: Pairs, part: slice) -> None:
         values[part].copy_(buffer[: part.stop - part.start])
 
 
-def _steering_pairs(loop: Forward | Backward, steering: Steering) -> Iterator[tuple[Tensor, Tensor]]:
+def _control_pairs(loop: Forward | Backward, controls: StepControls) -> Iterator[tuple[Tensor, Tensor]]:
     if loop.flags is not None:
-        yield loop.flags, steering.after
-    if steering.zone is not None:
-        for buffer, zone in zip(loop.each_state("zone"), steering.zone, strict=True):
+        yield loop.flags, controls.after
+    if controls.zone is not None:
+        for buffer, zone in zip(loop.each_state("zone"), controls.zone, strict=True):
             yield buffer, zone[..., : buffer.shape[-1]]
 
 
-def _reset_pairs(loop: Forward, steering: Steering) -> Iterator[tuple[Tensor, Tensor]]:
+def _reset_pairs(loop: Forward, controls: StepControls) -> Iterator[tuple[Tensor, Tensor]]:
     """What the states are reset to after each step; values that are the same at all steps are filled in here."""
     if loop.reset is None:
         return
-    for buffer, value in zip(loop.each_state("reset"), steering.values, strict=True):
+    for buffer, value in zip(loop.each_state("reset"), controls.values, strict=True):
         if isinstance(value, float):
             buffer.fill_(value)
         elif len(value) == 1:
@@ -98,9 +98,9 @@ def _reset_pairs(loop: Forward, steering: Steering) -> Iterator[tuple[Tensor, Te
 @alone
 def forward(call: Call, gates: Tensor, save: bool, all_states: bool) -> Result:
     """As `step.forward`."""
-    program, steering = call.program, Steering.of(call, len(gates))
+    program, controls = call.program, StepControls.of(call, len(gates))
     steps, batch, n, _, hidden = gates.shape
-    gates = reorder(gates, steering.order)
+    gates = reorder(gates, controls.order)
     kind = Kind.of(call, save, save or all_states)
     chunks = Chunks.get(
         ("forward", program.text, kind, call.problem.precision),
@@ -109,13 +109,13 @@ def forward(call: Call, gates: Tensor, save: bool, all_states: bool) -> Result:
     )
     loop = chunks.loop
     loop.load(call)
-    loop.start(steering.enter(0, call.states))
+    loop.start(controls.enter(0, call.states))
     y = gates.new_empty(steps, *call.states[0].shape)
     recurrent = gates.new_empty(steps, batch, n, len(program.split), hidden) if save else gates.new_empty(0)
     inner = gates.new_empty(0, dtype=state_dtype(y.dtype))
     if kind.inner:
         inner = inner.new_empty(len(call.states) - 1, steps, batch, n, hidden)
-    given = [(loop.gates, gates), *_steering_pairs(loop, steering), *_reset_pairs(loop, steering)]
+    given = [(loop.gates, gates), *_control_pairs(loop, controls), *_reset_pairs(loop, controls)]
     wanted = [(loop.of_h.y, y), *(zip(loop.inner, inner, strict=True) if kind.inner else ())]
     wanted += [(loop.gates, gates), (loop.recurrent, recurrent)] if save else []
     for part in parts(steps, chunks.chunk):
@@ -123,18 +123,18 @@ def forward(call: Call, gates: Tensor, save: bool, all_states: bool) -> Result:
         chunks.run(part.stop - part.start)
         _empty(wanted, part)
     final = [state.to(gates.dtype, copy=True) for state in loop.each_state("states")]
-    y, inner = steering.output(y), reorder_each(inner, steering.order)
+    y, inner = controls.output(y), reorder_each(inner, controls.order)
     if not save:
         return Result(y, final, y.new_empty(0), recurrent, inner)
-    return Result(y, final, reorder(gates, steering.order), reorder(recurrent, steering.order), inner)
+    return Result(y, final, reorder(gates, controls.order), reorder(recurrent, controls.order), inner)
 
 
 @alone
 def backward(call: Call, saved: Result, d_y: Tensor, d_final: list[Tensor], d_inner: Tensor | None) -> LoopGradients:
     """As `step.backward`."""
-    program, weights, steering = call.program, call.weights, Steering.of(call, len(d_y))
-    order = steering.order
-    before, read, entering = _over_time(call, saved, steering)
+    program, weights, controls = call.program, call.weights, StepControls.of(call, len(d_y))
+    order = controls.order
+    before, read, entering = _over_time(call, saved, controls)
     gates, recurrent = reorder(saved.gates, order), reorder(saved.recurrent, order)
     kind = Kind.of(call, inner=d_inner is not None)
     chunks = Chunks.get(
@@ -154,8 +154,8 @@ def backward(call: Call, saved: Result, d_y: Tensor, d_final: list[Tensor], d_in
     d_entered: list[Tensor] = []  # of each state, (T + 1, B, N, ·): before each step, and after the last
     if kind.reset_values:
         d_entered = [state.new_empty(len(d_y) + 1, *state.shape[1:], dtype=torch.float32) for state in before]
-    given = [(loop.gates, gates), (loop.recurrent, recurrent), (loop.of_h.d_y, steering.d_output(d_y))]
-    given += [*zip(loop.each_state("before"), before, strict=True), *_steering_pairs(loop, steering)]
+    given = [(loop.gates, gates), (loop.recurrent, recurrent), (loop.of_h.d_y, controls.d_output(d_y))]
+    given += [*zip(loop.each_state("before"), before, strict=True), *_control_pairs(loop, controls)]
     for buffers, values in zip(loop.values, read, strict=True):
         given += zip(buffers, values, strict=True)
     if d_inner is not None:
@@ -179,21 +179,23 @@ def backward(call: Call, saved: Result, d_y: Tensor, d_final: list[Tensor], d_in
     return LoopGradients(
         reorder(d_gates, order),
         reorder(d_recurrent, order),
-        steering.d_enter(0, d_states),
+        controls.d_enter(0, d_states),
         loop.d_params.sum(0) if program.params else None,
         None if of_w_hr is None else over_steps(*of_w_hr).squeeze(1),
         d_norm,
         None if d_products is None else reorder(d_products, order),
-        steering.d_values([d[:-1] for d in d_entered]) if d_entered else [],
+        controls.d_values([d[:-1] for d in d_entered]) if d_entered else [],
     )
 
 
-def _over_time(call: Call, saved: Result, steering: Steering) -> tuple[list[Tensor], list[list[Tensor]], list[Tensor]]:
+def _over_time(
+    call: Call, saved: Result, controls: StepControls
+) -> tuple[list[Tensor], list[list[Tensor]], list[Tensor]]:
     """In processing order: the states before each step, what each stage reads of earlier ones, what enters its product.
 
     What enters the projection of h, if it has one, stands after what enters the stages.
     """
-    program, order, values = call.program, steering.order, inputs_over_time(call, saved)
+    program, order, values = call.program, controls.order, inputs_over_time(call, saved)
     before = [reorder(values[f"s_{name}"], order) for name in program.state_names]
     read: list[list[Tensor]] = []
     entering = before[:1]
@@ -203,5 +205,5 @@ def _over_time(call: Call, saved: Result, steering: Steering) -> tuple[list[Tens
             break
         stage.run(values)
         made = reorder(lookup(values, stage.outputs[0], values[program.gate_inputs(stage)[0]]), order)
-        entering.append(made if steering.skip is None else torch.where(steering.skip, 0, made))
+        entering.append(made if controls.skip is None else torch.where(controls.skip, 0, made))
     return before, read, entering

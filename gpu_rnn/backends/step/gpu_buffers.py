@@ -47,11 +47,11 @@ class Kind(NamedTuple):
 
     @staticmethod
     def of(call: Call, save: bool = False, inner: bool = False) -> Kind:
-        weights, control, values = call.weights, call.control, call.reset_values
-        flags = control.flags is not None or control.lengths is not None
+        weights, controls, values = call.weights, call.controls, call.reset_values
+        flags = controls.flags is not None or controls.lengths is not None
         given = max((min(len(value), 2) for value in values), default=0)
-        drop = 0 if control.drop is None else control.drop.shape[2]
-        zone, norm = control.zone is not None, weights.norm is not None
+        drop = 0 if controls.drop is None else controls.drop.shape[2]
+        zone, norm = controls.zone is not None, weights.norm is not None
         projection = 0 if weights.w_hr is None else weights.w_hr.shape[1]
         return Kind(weights.b_hh is not None, flags, given, zone, drop, norm, save, inner, projection)
 
@@ -151,7 +151,7 @@ class _Steps:
 
     def load(self, call: Call) -> None:
         """What all steps of a call share."""
-        weights, drop = call.weights, call.control.drop
+        weights, drop = call.weights, call.controls.drop
         for shape, own, kept, scale in zip(self.shapes, self.weights, self.drops, self.scales, strict=True):
             own.copy_(weights.w_hh[:, shape.rows])
             given = masks(drop, shape.rows)
@@ -163,7 +163,7 @@ class _Steps:
             self.params.copy_(weights.params)
         if self.projection is not None and weights.w_hr is not None:
             own_weights = weights._replace(w_hh=weights.w_hr.unsqueeze(1), params=None, w_hr=None, norm=None)
-            self.projection.load(replace(call, weights=own_weights, control=PLAIN))
+            self.projection.load(replace(call, weights=own_weights, controls=PLAIN))
 
     def at(self, t: int, states: Tensor | None) -> Tensor | None:
         """One step of (S, steps, B, N, H)."""

@@ -11,7 +11,7 @@ from gpu_rnn.once import once
 
 
 def masks(drop: Tensor | None, gates: slice) -> Tensor | None:
-    """`Control.drop` of some gates as `Product` takes it, (N, 1 or gates, B, P)."""
+    """`LayerControls.drop` of some gates as `Product` takes it, (N, 1 or gates, B, P)."""
     if drop is None:
         return None
     return (drop if drop.shape[2] == 1 else drop[:, :, gates]).permute(1, 2, 0, 3)

@@ -15,7 +15,7 @@ from torch import Tensor
 from gpu_rnn.backends import normalisation
 from gpu_rnn.backends.linear import over_steps, runs
 from gpu_rnn.backends.normalisation import Back, Normalised
-from gpu_rnn.backends.step.controls import Steering, selected, words
+from gpu_rnn.backends.step.controls import StepControls, selected, words
 from gpu_rnn.backends.step.product import Product, cast, masks
 from gpu_rnn.backends.step.torch_forward import parameters, steps_with
 from gpu_rnn.backends.tensors import Call, LoopGradients, Result, chunks, reorder, reorder_each, state_dtype
@@ -137,7 +137,7 @@ class _Stage:
             w_hh, self.of_products = normalisation.centred(w_hh)
             self.norm = _Norm(weights.norm[:, rows].to(d.dtype), d.products[:, :, :, rows])
         steps, batch = d.gates.shape[:2]
-        self.product = Product(w_hh, masks(call.control.drop, rows), batch, steps)
+        self.product = Product(w_hh, masks(call.controls.drop, rows), batch, steps)
         # Of each step, of neighbouring gates that lie in the same tensor: (B, N, gates, H), or without scales (B, N,
         # gates·H).
         self.d_sources = [(source.flatten(3) if self.norm is None else source).unbind(0) for source in sources]
@@ -209,11 +209,11 @@ class _Loop:
     def __init__(self, call: Call, saved: Result, d_y: Tensor, d_inner: Tensor | None) -> None:
         program, weights = call.program, call.weights
         self.call, self.program, self.dtype = call, program, state_dtype(saved.gates.dtype)
-        self.steering = steering = Steering.of(call, len(d_y))
-        order = steering.order
+        self.controls = controls = StepControls.of(call, len(d_y))
+        order = controls.order
         self.gates, self.recurrent = reorder(saved.gates, order), reorder(saved.recurrent, order)
         self.after = [reorder(state, order) for state in (saved.y, *saved.inner)]
-        self.d_y = steering.d_output(d_y).to(self.dtype).unbind(0)
+        self.d_y = controls.d_output(d_y).to(self.dtype).unbind(0)
         self.d_inner = [] if d_inner is None else [d.unbind(0) for d in reorder_each(d_inner, order)]
         self.params = parameters(program, weights, self.dtype)
         scales, like = weights.norm, self.gates[0, :, :, 0]
@@ -231,27 +231,27 @@ class _Loop:
         )
         if scales is not None and self.normalised is None:
             self.reads.add(f"s_{program.state_names[0]}")
-        self._steer(steering, len(d_y))
+        self._steer(controls, len(d_y))
         self.d_w_hr: Tensor | None = None
         self.d_states: list[Tensor] = []
         self.d_entered: list[list[Tensor]] = []
 
-    def _steer(self, steering: Steering, steps: int) -> None:
+    def _steer(self, controls: StepControls, steps: int) -> None:
         """Which rows and units are reset before a step, and which keep their states; `words` of those that do not."""
-        skip, reset = steering.skip, steering.reset
+        skip, reset = controls.skip, controls.reset
         self.resets = steps_with(reset, steps)
         self.reset = reset if any(self.resets) else None
         self.stays = () if self.reset is None else words(~self.reset, self.dtype).unbind(0)
-        self.keeps = [True] * steps if steering.zone is not None else steps_with(skip, steps)
+        self.keeps = [True] * steps if controls.zone is not None else steps_with(skip, steps)
         widths = [state.shape[-1] for state in self.call.states]
-        kept = [keep[..., :width] for keep, width in zip(steering.keeps, widths, strict=True) if keep is not None]
+        kept = [keep[..., :width] for keep, width in zip(controls.keeps, widths, strict=True) if keep is not None]
         self.kept = [
             keep.view(torch.uint8).to(self.dtype).unbind(0) for keep in kept
         ]  # of bool: six times as long on a CPU
         # A masked row's partial derivatives are 0. A unit that keeps its state alone, and a projected h, have 0 come in
         # instead.
         self.alive = None if skip is None else words(~skip, self.dtype)
-        clears = steering.zone is not None or self.call.weights.w_hr is not None
+        clears = controls.zone is not None or self.call.weights.w_hr is not None
         self.made = [words(~keep, self.dtype).unbind(0) for keep in kept if clears]
 
     def run(self, part: slice) -> None:
@@ -300,7 +300,7 @@ class _Loop:
             before = torch.cat([initial[None].to(self.dtype), after[: part.stop - 1].to(self.dtype)])
         if self.reset is None:
             return before
-        value = self.steering.values[k]
+        value = self.controls.values[k]
         if isinstance(value, Tensor):
             value = (value[part] if len(value) > 1 else value).to(self.dtype)
         return torch.where(self.reset[part], value, before)
@@ -344,7 +344,7 @@ class _Loop:
 
     def gradients(self) -> LoopGradients:
         """Of all steps, in the order of time."""
-        order, d = self.steering.order, self.d
+        order, d = self.controls.order, self.d
         d_entered = [torch.stack(each[::-1]) for each in zip(*self.d_entered, strict=True)]
         return LoopGradients(
             reorder(d.gates, order),
@@ -354,5 +354,5 @@ class _Loop:
             self.d_w_hr,
             None if d.products is None else torch.cat([stage.norm.finish() for stage in self.stages if stage.norm], 1),
             None if d.products is None else reorder(d.products, order),
-            self.steering.d_values(d_entered) if self.d_entered else [],
+            self.controls.d_values(d_entered) if self.d_entered else [],
         )

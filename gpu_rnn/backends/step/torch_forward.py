@@ -11,7 +11,7 @@ from torch import Tensor
 from gpu_rnn.backends import normalisation
 from gpu_rnn.backends.linear import runs
 from gpu_rnn.backends.normalisation import Normalised
-from gpu_rnn.backends.step.controls import Steering, selected, words
+from gpu_rnn.backends.step.controls import StepControls, selected, words
 from gpu_rnn.backends.step.product import Product, masks
 from gpu_rnn.backends.tensors import Call, Result, Weights, reorder, reorder_each, state_dtype
 from gpu_rnn.compiler import torch_fusion
@@ -22,17 +22,17 @@ from gpu_rnn.compiler.program import Program, lookup
 def forward(call: Call, gates: Tensor, save: bool, all_states: bool) -> Result:
     """As `step.forward`."""
     steps, batch, n, _, hidden = gates.shape
-    steering = Steering.of(call, steps)
-    gates = reorder(gates, steering.order)
+    controls = StepControls.of(call, steps)
+    gates = reorder(gates, controls.order)
     recurrent = gates.new_zeros(steps, batch, n, len(call.program.split), hidden)
-    loop = _Loop(call, gates, recurrent, steering)
+    loop = _Loop(call, gates, recurrent, controls)
     outputs, inner = [], []
     for t in range(steps):
         first, *others = loop.step(t)
         outputs.append(first)
         if save or all_states:
             inner += others
-    y = steering.output(torch.stack(outputs).to(gates.dtype))
+    y = controls.output(torch.stack(outputs).to(gates.dtype))
     final = [state.to(gates.dtype, copy=True) for state in loop.states]
     of_states = gates.new_empty(0, dtype=loop.dtype)
     if save or all_states:
@@ -40,18 +40,18 @@ def forward(call: Call, gates: Tensor, save: bool, all_states: bool) -> Result:
         of_states = gates.new_empty(width, steps, batch, n, hidden, dtype=loop.dtype)
         for k, kept in enumerate(of_states):
             torch.stack(inner[k::width], out=kept)
-        of_states = reorder_each(of_states, steering.order)
+        of_states = reorder_each(of_states, controls.order)
     if not save:
         return Result(y, final, gates.new_empty(0), gates.new_empty(0), of_states)
-    gates, recurrent = (reorder(values, steering.order) for values in (gates, recurrent))
-    return Result(y, final, gates, recurrent, of_states, _in_time(call.kept, steering))
+    gates, recurrent = (reorder(values, controls.order) for values in (gates, recurrent))
+    return Result(y, final, gates, recurrent, of_states, _in_time(call.kept, controls))
 
 
-def _in_time(kept: Normalised | None, steering: Steering) -> Normalised | None:
+def _in_time(kept: Normalised | None, controls: StepControls) -> Normalised | None:
     """The recurrent products in the order of time, as the others are."""
-    if kept is not None and steering.order is not None:
+    if kept is not None and controls.order is not None:
         for values in kept:
-            values[1] = reorder(values[1], steering.order)
+            values[1] = reorder(values[1], controls.order)
     return kept
 
 
@@ -72,7 +72,7 @@ def steps_with(flags: Tensor | None, steps: int) -> list[bool]:
 class _Loop:
     """One step after the other, in processing order; see `reference._Step` and `reference._Steering`."""
 
-    def __init__(self, call: Call, gates: Tensor, recurrent: Tensor, steering: Steering) -> None:
+    def __init__(self, call: Call, gates: Tensor, recurrent: Tensor, controls: StepControls) -> None:
         program, weights = call.program, call.weights
         self.dtype = state_dtype(gates.dtype)
         self.names = [f"s_{name}" for name in program.state_names]
@@ -81,15 +81,15 @@ class _Loop:
         self.stages = [_Stage(call, number, gates, recurrent) for number in range(len(program.stages))]
         self.projection = None if weights.w_hr is None else weights.w_hr.transpose(1, 2)
         steps = len(gates)
-        self.resets, self.entered = steps_with(steering.reset, steps), []
+        self.resets, self.entered = steps_with(controls.reset, steps), []
         if any(self.resets):
-            self.entered = [_reset(steering, value, self.dtype) for value in steering.values]
+            self.entered = [_reset(controls, value, self.dtype) for value in controls.values]
         self.keeps = [
             keep[..., : state.shape[-1]].unbind(0)
-            for keep, state in zip(steering.keeps, self.states, strict=True)
+            for keep, state in zip(controls.keeps, self.states, strict=True)
             if keep is not None
         ]
-        self.kept = [steering.zone is not None or skips for skips in steps_with(steering.skip, steps)]
+        self.kept = [controls.zone is not None or skips for skips in steps_with(controls.skip, steps)]
 
     def step(self, t: int) -> list[Tensor]:
         """The states after step t."""
@@ -113,9 +113,9 @@ class _Loop:
         return new
 
 
-def _reset(steering: Steering, value: Tensor | float, dtype: torch.dtype) -> Callable[[int, Tensor], Tensor]:
+def _reset(controls: StepControls, value: Tensor | float, dtype: torch.dtype) -> Callable[[int, Tensor], Tensor]:
     """What sets the rows of a state before a step to a value where they are reset."""
-    reset = steering.reset
+    reset = controls.reset
     assert reset is not None
     if isinstance(value, float) and value == 0.0:
         stays = words(~reset, dtype).unbind(0)
@@ -165,7 +165,7 @@ class _Plain:
     """The products of a stage."""
 
     def __init__(self, call: Call, rows: slice, parts: Sequence[Part]) -> None:
-        w_hh, drop, (steps, batch) = call.weights.w_hh, call.control.drop, parts[0][1].shape[:2]
+        w_hh, drop, (steps, batch) = call.weights.w_hh, call.controls.drop, parts[0][1].shape[:2]
         self.parts = [
             (Product(w_hh[:, which], masks(drop, which), batch, steps), target.flatten(3).unbind(0))
             for which, target in parts
@@ -184,7 +184,7 @@ class _Scaled:
         weights, kept, steps, batch = call.weights, call.kept, *parts[0][1].shape[:2]
         assert weights.norm is not None
         w_hh, self.normalise = normalisation.centred(weights.w_hh[:, rows])
-        self.product = Product(w_hh, masks(call.control.drop, rows), batch, steps)
+        self.product = Product(w_hh, masks(call.controls.drop, rows), batch, steps)
         self.kept = [None] * steps if kept is None else kept.at((1, ..., rows, slice(None))).each
         self.sizes = [target.shape[3] for _, target in parts]
         self.parts = [(weights.norm[:, which], target.unbind(0)) for which, target in parts]
