@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from gpu_rnn import cells
-from gpu_rnn.compiler import torch_fusion
+from gpu_rnn.backends.step.torch_operations import compiled, tanh
 from gpu_rnn.compiler.derivative import stage_outputs
 from gpu_rnn.compiler.evaluation import runner
 from gpu_rnn.compiler.jacobian import jacobian
-from gpu_rnn.compiler.program import Program, live
+from gpu_rnn.compiler.operations import live
+from gpu_rnn.compiler.program import Program
+from gpu_rnn.compiler.torch_fusion import fused
 
 ULPS = 4  # NumPy promises no more; found: 1.8
 
@@ -23,7 +25,7 @@ def test_tanh_is_exact_for_small_arguments_too(dtype: torch.dtype) -> None:
     sizes = torch.logspace(-30, 1.2, 20_000, dtype=torch.float64).to(dtype)
     x = torch.cat([sizes, -sizes])
     exact = torch.tanh(x.double())
-    error = (torch_fusion.tanh(x).double() - exact).abs() / exact.abs()
+    error = (tanh(x).double() - exact).abs() / exact.abs()
     assert error.max() <= ULPS * torch.finfo(dtype).eps / 2
 
 
@@ -34,8 +36,8 @@ def test_tanh_of_any_tensor(dtype: torch.dtype) -> None:
     special = torch.tensor([0.0, -0.0, inf, -inf, nan], dtype=dtype)
     for each in (x, x[:, 1], x.transpose(0, 2), x[0, 0, 0], x[:0], special):
         with torch.no_grad():
-            torch.testing.assert_close(torch_fusion.tanh(each), torch.tanh(each), equal_nan=True)
-    assert torch_fusion.tanh(special)[1].signbit()
+            torch.testing.assert_close(tanh(each), torch.tanh(each), equal_nan=True)
+    assert tanh(special)[1].signbit()
 
 
 def inputs(program: Program) -> dict[str, Tensor]:
@@ -53,7 +55,7 @@ def test_every_cell_and_its_derivative_come_to_the_same(name: str) -> None:
         ops = (*stage.ops, *partials.ops)
         wanted = (*stage_outputs(program, number), *partials.results)
         runner(ops)(plain)
-        torch_fusion.compiled(ops, wanted)(found)
+        compiled(ops, wanted)(found)
         for value in wanted:
             if isinstance(value, str):
                 torch.testing.assert_close(found[value], plain[value], rtol=1e-12, atol=1e-14, msg=value)
@@ -63,9 +65,9 @@ def test_an_lstm_takes_half_the_operations_and_keeps_nothing_else() -> None:
     program = cells.lstm().program
     partials = jacobian(program, 0)
     ops = live((*program.stages[0].ops, *partials.ops), partials.results)
-    fused = torch_fusion.fused(ops, partials.results)
-    assert (len(ops), len(fused)) == (23, 12)
-    names = [op.name for op in fused]
+    fewer = fused(ops, partials.results)
+    assert (len(ops), len(fewer)) == (23, 12)
+    names = [op.name for op in fewer]
     assert {name: names.count(name) for name in ("sigmoid_backward", "tanh_backward", "addcmul")} == {
         "sigmoid_backward": 3,
         "tanh_backward": 2,
@@ -73,7 +75,7 @@ def test_an_lstm_takes_half_the_operations_and_keeps_nothing_else() -> None:
     }
     values = inputs(program)
     before = set(values)
-    torch_fusion.compiled((*program.stages[0].ops, *partials.ops), partials.results)(values)
+    compiled((*program.stages[0].ops, *partials.ops), partials.results)(values)
     assert set(values) - before == {name for name in partials.results if isinstance(name, str)}
 
 
@@ -98,9 +100,9 @@ def test_what_is_fused(lines: list[str], names: list[str]) -> None:
     result = lines[-1].split()[0]
     text = ["program 1 sample", "state h 0.0", "stage x:sum y:sum", *lines, f"return {result}"]
     stage = Program.parse("\n".join([*text, ""])).stages[0]
-    assert [op.name for op in torch_fusion.fused(stage.ops, (result,))] == names
+    assert [op.name for op in fused(stage.ops, (result,))] == names
     values = {"a_x": support.draw(20, seed=1), "a_y": support.draw(20, seed=2)}
     plain = dict(values)
     runner(stage.ops)(plain)
-    torch_fusion.compiled(stage.ops, (result,))(values)
+    compiled(stage.ops, (result,))(values)
     torch.testing.assert_close(values[result], plain[result], rtol=1e-13, atol=1e-14)

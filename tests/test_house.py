@@ -6,6 +6,8 @@ import re
 import shutil
 import subprocess
 import tomllib
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -121,3 +123,49 @@ def test_imports_run_downwards() -> None:
             if FLOOR[other] <= FLOOR[room]
         ]
     assert not up
+
+
+def is_for_type_checkers(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def running(node: ast.AST) -> Iterator[ast.AST]:
+    """A syntax tree's nodes without what only type checkers read."""
+    yield node
+    for child in ast.iter_child_nodes(node):
+        if not is_for_type_checkers(child):
+            yield from running(child)
+
+
+def neighbours(path: Path) -> set[str]:
+    """The files of its own package that a file imports, in functions too."""
+    package = ".".join(path.relative_to(ROOT).parent.parts)
+    modules = set()
+    for node in running(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            modules |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+    beside = {file.stem for file in path.parent.glob("*.py")} | {folder.name for folder in path.parent.glob("*/")}
+    inside = {module.removeprefix(f"{package}.") for module in modules if module.startswith(f"{package}.")}
+    return {module.split(".")[0] for module in inside} & beside - {path.stem}
+
+
+PACKAGES = sorted({path.parent for path in PACKAGE.rglob("*.py")} - {PACKAGE})
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda package: str(package.relative_to(PACKAGE)))
+def test_no_package_imports_in_circles(package: Path) -> None:
+    graph = {path.stem: neighbours(path) for path in package.glob("*.py")}
+    list(TopologicalSorter(graph).static_order())  # a CycleError names the circle
+
+
+def test_the_compiler_is_read_in_the_order_of_its_imports() -> None:
+    """Its docstring lists every file; each imports only from those above it, and from nothing that knows a device."""
+    folder = PACKAGE / "compiler"
+    doc = ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
+    listed = re.findall(r"^(\w+) {2,}\S", doc or "", re.M)
+    assert sorted(listed) == sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
+    for place, name in enumerate(listed):
+        assert neighbours(folder / f"{name}.py") <= set(listed[:place]), name
+        assert imported(folder / f"{name}.py") <= {"compiler", "activations", "once"}, name

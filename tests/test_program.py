@@ -118,7 +118,7 @@ def test_nothing_of_the_users_text_reaches_generated_code() -> None:
 
     recurrence = Recurrence(treacherous_name, gates=("g",), states=("h",), name="plain")
     assert "treacherous_variable" in recurrence.source("triton")  # to be read by people: with its origin
-    module = codegen.triton_module(recurrence.program)
+    module = codegen.module_text(recurrence.program)
     assert "treacherous" not in recurrence.program.text
     assert "treacherous" not in module
     assert "treacherous" not in codegen.source(recurrence.program, "cuda")

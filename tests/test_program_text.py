@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 import gpu_rnn
 from gpu_rnn import Recurrence, TraceError, activations, cells
-from gpu_rnn.compiler import codegen, torch_fusion
+from gpu_rnn.backends.step.torch_operations import compiled
+from gpu_rnn.compiler import codegen
 from gpu_rnn.compiler.derivative import differentiate, stage_outputs
 from gpu_rnn.compiler.evaluation import runner
 from gpu_rnn.compiler.jacobian import jacobian
@@ -153,11 +154,11 @@ def use(program: Program) -> None:
         found = dict(values) | {seed: torch.ones(3, dtype=torch.float64) for seed in derivative.seeds}
         runner(derivative.ops)(found)
         wanted = (*stage_outputs(program, number), *partials.results)
-        torch_fusion.compiled((*stage.ops, *partials.ops), wanted)(dict(values))
+        compiled((*stage.ops, *partials.ops), wanted)(dict(values))
         stage.run(values)
         made = [values[op.result] for op in stage.ops]
         assert all(v.dtype in (torch.float64, torch.bool) and v.shape == (3,) for v in made)
-    ast.parse(codegen.triton_module(program))
+    ast.parse(codegen.module_text(program))
     assert codegen.source(program, "cuda", backward=True)
 
 

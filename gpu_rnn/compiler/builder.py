@@ -7,8 +7,7 @@ from collections.abc import Iterable
 
 import torch
 
-from gpu_rnn.compiler.operations import OPERATIONS
-from gpu_rnn.compiler.program import Argument, Op, number
+from gpu_rnn.compiler.operations import OPERATIONS, Argument, Op, constant
 
 
 class Value:
@@ -66,10 +65,10 @@ class Builder:
         self._seen = {op.key[1:]: op.result for op in given}
 
     def value(self, name: Argument) -> Value:
-        return Value(self, name if isinstance(name, str) else number(name))
+        return Value(self, name if isinstance(name, str) else constant(name))
 
     def emit(self, op: str, *args: Value | float) -> Value:
-        names = tuple(a.name if isinstance(a, Value) else number(a) for a in args)
+        names = tuple(a.name if isinstance(a, Value) else constant(a) for a in args)
         folded = self._fold(op, names)
         if folded is not None:
             return Value(self, folded)

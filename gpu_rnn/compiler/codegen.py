@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 
 from gpu_rnn.compiler.derivative import carried_values, differentiate, stage_outputs
-from gpu_rnn.compiler.operations import OPERATIONS
-from gpu_rnn.compiler.program import Argument, Op, Program, live
+from gpu_rnn.compiler.operations import OPERATIONS, Argument, Op, live
+from gpu_rnn.compiler.program import Program
 
 GROUPS = "arspv"
 SMALLEST_NORMAL = torch.finfo(torch.float32).smallest_normal
@@ -91,8 +91,8 @@ from gpu_rnn.kernels.triton import math as m
 '''
 
 
-def triton_module(program: Program) -> str:
-    """A module with every function of a program, as it is written to the cache and imported."""
+def module_text(program: Program) -> str:
+    """A Triton module with every function of a program."""
     bodies = [source(program, "triton"), source(program, "triton", backward=True)]
     return TRITON_HEADER + "\n\n".join(bodies)
 

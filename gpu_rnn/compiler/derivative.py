@@ -14,8 +14,8 @@ from typing import Any
 
 from gpu_rnn.compiler.builder import Builder, Value
 from gpu_rnn.compiler.evaluation import runner
-from gpu_rnn.compiler.operations import OPERATIONS
-from gpu_rnn.compiler.program import Argument, Op, Program, live
+from gpu_rnn.compiler.operations import OPERATIONS, Argument, Op, live
+from gpu_rnn.compiler.program import Program
 from gpu_rnn.once import once
 
 

@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
-from gpu_rnn.compiler.operations import OPERATIONS
-from gpu_rnn.compiler.program import Argument, Op
+from gpu_rnn.compiler.operations import OPERATIONS, Argument, Op
 
 
 @lru_cache(maxsize=1024)

@@ -12,7 +12,8 @@ from functools import lru_cache
 
 from gpu_rnn.compiler.builder import Builder
 from gpu_rnn.compiler.derivative import differentiate
-from gpu_rnn.compiler.program import Argument, Op, Program, live
+from gpu_rnn.compiler.operations import Argument, Op, live
+from gpu_rnn.compiler.program import Program
 
 
 @dataclass(frozen=True)

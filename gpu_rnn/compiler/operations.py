@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scalar operations a recurrence may use, one row each: torch function, Triton and CUDA text, derivative.
+"""The scalar operations a recurrence may use, one row each: torch function, Triton and CUDA text, derivative. And `Op`,
+one of them with its arguments: a program is a list of these.
 
 A derivative rule takes the gradient ``d`` of the result, the result ``y`` and the arguments, and returns the gradient
 of each argument (None where there is none). Ties, boundaries and NaN follow torch's autograd: relu'(0) = 0, clamp
@@ -9,15 +10,17 @@ not.
 
 from __future__ import annotations
 
+import math
 import operator
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 Rule = Callable[..., tuple[Any, ...]]
+Argument = str | float  # a value by its name, or a number
 
 
 @dataclass(frozen=True)
@@ -127,3 +130,38 @@ OPERATIONS: dict[str, Operation] = {
         lambda d, y, c, a, b: (None, c.emit("where", c, d, 0.0), c.emit("where", c, 0.0, d)),
     ),
 }
+
+
+@dataclass(frozen=True)
+class Op:
+    """``result = name(args)``; `line` is where it came from in the user's step, and no part of its identity."""
+
+    result: str
+    name: str
+    args: tuple[Argument, ...]
+    line: str = field(default="", compare=False)
+
+    def __eq__(self, other: object) -> bool:
+        """0.0 and -0.0 are two constants: what divides by them differs."""
+        return isinstance(other, Op) and self.key == other.key
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What it is, in words."""
+        return self.result, self.name, *map(str, self.args)
+
+
+def constant(value: float) -> float:
+    """A constant; of NaN always the same object, so that programs that hold it are equal."""
+    return math.nan if value != value else float(value)
+
+
+def live(ops: Iterable[Op], outputs: Iterable[Argument]) -> tuple[Op, ...]:
+    """The operations that the outputs need, in order."""
+    needed = {name for name in outputs if isinstance(name, str)}
+    kept = []
+    for op in reversed(list(ops)):
+        if op.result in needed:
+            kept.append(op)
+            needed.update(arg for arg in op.args if isinstance(arg, str))
+    return tuple(reversed(kept))

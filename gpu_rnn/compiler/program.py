@@ -38,18 +38,17 @@ a value, and the bounds of `clamp` are numbers. No name is defined twice.
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
-from gpu_rnn.compiler.operations import OPERATIONS
+from gpu_rnn.compiler.evaluation import runner
+from gpu_rnn.compiler.operations import OPERATIONS, Argument, Op, constant
 from gpu_rnn.once import once
 
-Argument = str | float
 VERSION = "1"
 IDENTIFIER = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,31}\Z")
 RESULT = re.compile(r"t[0-9]{1,4}\Z")
@@ -68,25 +67,6 @@ FOLLOWS: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
-class Op:
-    """``result = name(args)``; `line` is where it came from in the user's step, and no part of its identity."""
-
-    result: str
-    name: str
-    args: tuple[Argument, ...]
-    line: str = field(default="", compare=False)
-
-    def __eq__(self, other: object) -> bool:
-        """0.0 and -0.0 are two constants: what divides by them differs."""
-        return isinstance(other, Op) and self.key == other.key
-
-    @property
-    def key(self) -> tuple[str, ...]:
-        """What it is, in words."""
-        return self.result, self.name, *map(str, self.args)
-
-
-@dataclass(frozen=True)
 class Stage:
     """The gates whose products are taken together, the operations after them, and what the stage hands on.
 
@@ -100,8 +80,6 @@ class Stage:
     @once
     def run(self) -> Callable[[dict[str, Any]], None]:
         """The operations in torch, see `evaluation.runner`."""
-        from gpu_rnn.compiler.evaluation import runner
-
         return runner(self.ops)
 
 
@@ -185,11 +163,6 @@ class Program:
         return _parse(text)
 
 
-def number(value: float) -> float:
-    """A constant; of NaN always the same object, so that programs that hold it are equal."""
-    return math.nan if value != value else float(value)
-
-
 def _print(value: Argument) -> str:
     return value if isinstance(value, str) else repr(float(value))
 
@@ -258,7 +231,7 @@ class _Parser:
     def number(self, word: str) -> float:
         if not NUMBER.match(word):
             raise ValueError(f"{word!r} is not a number")
-        return number(float(word))
+        return constant(float(word))
 
     def define(self, name: str, is_truth: bool = False) -> None:
         if name in self.truths:
@@ -356,17 +329,6 @@ def _parse(text: str) -> Program:
         except ValueError as error:
             raise ValueError(f"line {count} of a recurrence's program, {line!r}: {error}") from error
     return parser.program()
-
-
-def live(ops: Iterable[Op], outputs: Iterable[Argument]) -> tuple[Op, ...]:
-    """The operations that the outputs need, in order."""
-    needed = {name for name in outputs if isinstance(name, str)}
-    kept = []
-    for op in reversed(list(ops)):
-        if op.result in needed:
-            kept.append(op)
-            needed.update(arg for arg in op.args if isinstance(arg, str))
-    return tuple(reversed(kept))
 
 
 def lookup(values: Mapping[str, Any], name: Argument, like: Any) -> Any:

@@ -5,42 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from gpu_rnn.compiler.evaluation import runner
-from gpu_rnn.compiler.program import Argument, Op, live
+from gpu_rnn.compiler.operations import Argument, Op, live
 
-
-def tanh(x: Tensor) -> Tensor:
-    """torch.tanh without a derivative.
-
-    On an AMD EPYC, of 4,096 fp32 values in 3 instead of 10 µs (torch asks MKL, NumPy has AVX instructions of its own),
-    to within 1.8 units in the last place.
-    """
-    if not x.is_cpu or x.dtype not in (torch.float32, torch.float64):
-        return torch.tanh(x)
-    y = torch.empty_like(x)
-    np.tanh(x.detach().numpy(), out=y.numpy())
-    return y
-
-
-FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "tanh": tanh,
+FUSED: dict[str, Callable[..., Any]] = {
     "sigmoid_backward": torch.ops.aten.sigmoid_backward.default,  # (x, y) -> x·y·(1 - y)
     "tanh_backward": torch.ops.aten.tanh_backward.default,  # (x, y) -> x·(1 - y²)
     "addcmul": torch.addcmul,  # (x, y, z) -> x + y·z
 }
-
-
-@lru_cache(maxsize=1024)
-def compiled(ops: tuple[Op, ...], wanted: tuple[Argument, ...]) -> Callable[[dict[str, Any]], None]:
-    """`evaluation.runner` of what the wanted results need, without derivatives."""
-    return runner(fused(live(ops, wanted), wanted), wanted, **FUNCTIONS)
 
 
 def fused(ops: Iterable[Op], wanted: Iterable[Argument]) -> tuple[Op, ...]:

@@ -16,7 +16,8 @@ import torch
 from gpu_rnn.activations import ACTIVATIONS, name_of
 from gpu_rnn.compiler.builder import Builder, Value
 from gpu_rnn.compiler.lowering import LOWERING, TAKES_BOOL, Unsupported, copy
-from gpu_rnn.compiler.program import IDENTIFIER, LIMITS, Argument, Op, Program, Stage, beyond, live
+from gpu_rnn.compiler.operations import Argument, Op, live
+from gpu_rnn.compiler.program import IDENTIFIER, LIMITS, Program, Stage, beyond
 from gpu_rnn.compiler.recording import LIBRARY, Node, Refused, record, show
 
 Step = Callable[..., Any]

@@ -37,7 +37,7 @@ def triton_module(program: Program) -> ModuleType:
 @cache  # as many as there are cells; the kernels compiled from them stay with Triton anyway
 def _triton_module(text: str) -> ModuleType:
     program = Program.parse(text)
-    source = codegen.triton_module(program)
+    source = codegen.module_text(program)
     # The digest keeps two cells of one name apart, and a cell from an earlier version of itself.
     name = f"gpu_rnn_generated_{program.name}_{hashlib.sha256(source.encode()).hexdigest()[:16]}"
     spec = importlib.util.spec_from_loader(name, _Loader(source))

@@ -18,11 +18,12 @@ from gpu_rnn.backends.normalisation import Back, Normalised
 from gpu_rnn.backends.step.controls import StepControls, selected, words
 from gpu_rnn.backends.step.product import Product, cast, masks
 from gpu_rnn.backends.step.torch_forward import parameters, steps_with
+from gpu_rnn.backends.step.torch_operations import compiled
 from gpu_rnn.backends.tensors import Call, LoopGradients, Result, chunks, reorder, reorder_each, state_dtype
-from gpu_rnn.compiler import torch_fusion
 from gpu_rnn.compiler.derivative import carried_values, stage_outputs
 from gpu_rnn.compiler.jacobian import jacobian
-from gpu_rnn.compiler.program import Argument, lookup
+from gpu_rnn.compiler.operations import Argument
+from gpu_rnn.compiler.program import lookup
 
 
 def backward(call: Call, saved: Result, d_y: Tensor, d_final: list[Tensor], d_inner: Tensor | None) -> LoopGradients:
@@ -121,7 +122,7 @@ class _Stage:
         if number == len(program.stages) - 1:  # the new states; h before its projection is read again
             made = made[: weights.w_hr is not None]
         self.wanted = (*made, *self.jacobian.results)
-        self.run = torch_fusion.compiled((*self.stage.ops, *self.jacobian.ops), self.wanted)
+        self.run = compiled((*self.stage.ops, *self.jacobian.ops), self.wanted)
         split = [gate for gate in program.gates[rows] if gate not in program.summed]
         self.names = [f"{'a' if gate in program.summed else 'x'}_{gate}" for gate in program.gates[rows]]
         self.names += [f"r_{gate}" for gate in split]

@@ -13,8 +13,8 @@ from gpu_rnn.backends.linear import runs
 from gpu_rnn.backends.normalisation import Normalised
 from gpu_rnn.backends.step.controls import StepControls, selected, words
 from gpu_rnn.backends.step.product import Product, masks
+from gpu_rnn.backends.step.torch_operations import compiled
 from gpu_rnn.backends.tensors import Call, Result, Weights, reorder, reorder_each, state_dtype
-from gpu_rnn.compiler import torch_fusion
 from gpu_rnn.compiler.derivative import stage_outputs
 from gpu_rnn.compiler.program import Program, lookup
 
@@ -133,7 +133,7 @@ class _Stage:
     def __init__(self, call: Call, number: int, gates: Tensor, recurrent: Tensor) -> None:
         program, weights = call.program, call.weights
         rows, stage = program.rows[number], program.stages[number]
-        self.run, self.outputs = torch_fusion.compiled(stage.ops, stage_outputs(program, number)), stage.outputs
+        self.run, self.outputs = compiled(stage.ops, stage_outputs(program, number)), stage.outputs
         self.dtype = state_dtype(gates.dtype)
         self.narrow = gates.dtype != self.dtype
         parts = list(runs(program, rows, gates, recurrent))
