@@ -69,7 +69,7 @@ def _of_case(
     asked = fit.problem_of(case, fit.describe(DEVICE))
     one = replace(asked, N=asked.N // problem.heads, reverse=asked.reverse, transforms=False)
     # torch.nn is ATen with a little around it, for each head in turn.
-    times = {TORCH: 1.1 * problem.heads * choice.total_cost(one, "aten", given=given)}
+    times = {TORCH: 1.1 * problem.heads * choice.total_cost(one, "aten", constants=given)}
     passes = [asked, replace(asked, direction="backward")] if asked.training else [asked]
     for backend, module in choice.BACKENDS.items():
         if not any(module.unsupported(each) for each in passes):

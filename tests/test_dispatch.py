@@ -98,7 +98,7 @@ def test_the_cheapest_that_can_run(given: Problem, expected: str) -> None:
 
 def test_the_choice_follows_costs_and_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     given = problem()
-    monkeypatch.setattr(step, "cost", lambda problem, given: 0.0)
+    monkeypatch.setattr(step, "cost", lambda problem, constants: 0.0)
     assert choice.select(given) == "step"
     choice._select.cache_clear()
     monkeypatch.setattr(step, "unsupported", lambda problem: ["broken"])
@@ -109,7 +109,7 @@ def test_the_choice_follows_costs_and_limits(monkeypatch: pytest.MonkeyPatch) ->
 def test_in_training_both_passes_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """A loop with a free forward pass is not chosen for its backward pass, which may run on another loop."""
     costs = {"inference": 0.0, "training": 0.0, "backward": 1e9}
-    monkeypatch.setattr(step, "cost", lambda problem, given: costs[problem.direction])
+    monkeypatch.setattr(step, "cost", lambda problem, constants: costs[problem.direction])
     assert choice.select(problem(cells.lstm("relu"))) == "step"
     training = problem(cells.lstm("relu"), direction="training")
     assert choice.select(replace(training, direction="backward")) == "reference"

@@ -1,2 +1,87 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The backends: their limits, their costs, their launches."""
+"""The backends: what each has to answer (`Backend`, `Loop`), and the table of them.
+
+To add one, write a module with these functions and enter it in `TABLE`. The type checker holds each to its protocol.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from gpu_rnn.backends import aten, reference, resident
+from gpu_rnn.backends.group import launch as group
+from gpu_rnn.backends.problem import Problem
+from gpu_rnn.backends.rates import Rates
+from gpu_rnn.backends.step import launch as step
+from gpu_rnn.backends.tensors import Call, LoopGradients, Result
+
+
+class Backend(Protocol):
+    """What dispatch asks of a backend."""
+
+    def unsupported(self, problem: Problem) -> list[str]:
+        """Every reason why it cannot run a problem, in words that say what to change; empty where it can."""
+
+    def cost(self, problem: Problem, constants: Rates | None = None) -> float:
+        """Seconds for one pass by a model, with the device's own constants or those given."""
+
+    def prepare(self, problem: Problem) -> None:
+        """Compiles what a supported problem needs. What fails is a reason of `unsupported` from then on."""
+
+
+class Loop(Backend, Protocol):
+    """A backend that runs one layer's time loop; the products before and after it are taken for it (`linear`)."""
+
+    def forward(self, call: Call, gates: Tensor, save: bool, all_states: bool) -> Result:
+        """From the input products (T, B, N, G, H), which it may overwrite, every output; see `Result`."""
+
+    def backward(
+        self, call: Call, saved: Result, d_y: Tensor, d_final: list[Tensor], d_inner: Tensor | None
+    ) -> LoopGradients:
+        """From the gradients of y (T, B, N, P), of each final state (B, N, ·) and, where the states of all steps are
+        wanted, of those (S - 1, T, B, N, H), the gradients that the loop makes."""
+
+
+class Entry(NamedTuple):
+    """A backend and what it runs."""
+
+    backend: Backend
+    loop: Loop | None = None  # the same module, where it is one
+    whole_stacks: bool = False  # a stack in one call, never a layer of one
+    wavefront: bool = False  # the layers of a stack side by side, as N
+
+
+# Of equals dispatch takes the first. The step loop runs no wavefronts: it would need a graph for each number of layers,
+# and run chunks of fewer steps than a graph has outside of graphs.
+TABLE = {
+    "resident": Entry(resident, resident, wavefront=True),
+    "group": Entry(group, group, wavefront=True),
+    "aten": Entry(aten, whole_stacks=True),
+    "step": Entry(step, step),
+    "reference": Entry(reference),
+}
+
+
+class Names(NamedTuple):
+    """What follows from a table."""
+
+    BACKENDS: dict[str, Backend]
+    KERNELS: dict[str, Loop]
+    LOOPS: tuple[str, ...]
+    WAVEFRONTS: tuple[str, ...]
+
+    @staticmethod
+    def of(table: Mapping[str, Entry]) -> Names:
+        return Names(
+            {name: entry.backend for name, entry in table.items()},
+            {name: entry.loop for name, entry in table.items() if entry.loop is not None},
+            tuple(name for name, entry in table.items() if not entry.whole_stacks),
+            tuple(name for name, entry in table.items() if entry.wavefront),
+        )
+
+
+BACKENDS, KERNELS, LOOPS, WAVEFRONTS = Names.of(TABLE)
+"""All; those that are a `Loop`; those that run one layer; those that run a stack's layers side by side."""

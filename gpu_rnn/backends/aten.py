@@ -79,14 +79,18 @@ def _persistent(problem: Problem) -> bool:
     return not problem.packed and not problem.proj_size and (small or static)
 
 
-def cost(problem: Problem, given: rates.Rates | None = None) -> float:
-    """Seconds by the cost model (see `resident.cost`); on a CPU the products alone, which every other row adds to."""
+def cost(problem: Problem, constants: rates.Rates | None = None) -> float:
+    """Seconds by the cost model; on a CPU the products alone, which every other row adds to."""
     if not problem.device.is_gpu:
         return products(problem)
-    known = (given or rates.of(problem.device)).aten
+    known = (constants or rates.of(problem.device)).aten
     step = known.persistent_step if _persistent(problem) else known.step * problem.N
     passes = 2.0 if problem.direction == "backward" else 1.0
     return passes * problem.T * problem.layers * step + known.products * products(problem)
+
+
+def prepare(problem: Problem) -> None:
+    """Nothing is to be compiled."""
 
 
 def stack(

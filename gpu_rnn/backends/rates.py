@@ -69,7 +69,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Reference:
-    """Of `backends/plain.py`."""
+    """Of `backends/reference.py`."""
 
     operation: float = 8e-6  # seconds for a small torch operation: a call on a CPU, a launch on a GPU
 

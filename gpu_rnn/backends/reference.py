@@ -2,7 +2,8 @@
 """The time loop over a recurrence in plain PyTorch: ground truth, on any device, in any dtype, differentiable to any
 order.
 
-Sizes and tensors are named as in `gpu_rnn.backends.tensors`.
+As a backend it runs everything, from the input of a layer, and is the last choice; its backward pass is torch's. Sizes
+and tensors are named as in `gpu_rnn.backends.tensors`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gpu_rnn.backends import rates
 from gpu_rnn.backends.normalisation import normalised
+from gpu_rnn.backends.persistent import product_rate
+from gpu_rnn.backends.problem import Problem
 from gpu_rnn.backends.tensors import (
     RESET,
     SKIP,
@@ -28,6 +32,23 @@ from gpu_rnn.backends.tensors import (
     state_dtype,
 )
 from gpu_rnn.compiler.program import Program, lookup
+
+
+def unsupported(problem: Problem) -> list[str]:
+    """The reference runs everything."""
+    return []
+
+
+def cost(problem: Problem, constants: rates.Rates | None = None) -> float:
+    """Seconds by the cost model: every operation of every step is one torch call, and autograd records each."""
+    operations = sum(len(stage.ops) + 4 * len(stage.gates) for stage in problem.program.stages)
+    steps = problem.T * problem.layers * (3 if problem.training else 1)
+    of_operation = (constants or rates.of(problem.device)).reference.operation
+    return steps * operations * of_operation + problem.flops / product_rate(problem)
+
+
+def prepare(problem: Problem) -> None:
+    """Nothing is to be compiled."""
 
 
 def input_bias(weights: Weights, program: Program) -> Tensor | None:
@@ -108,7 +129,10 @@ def _over_time(steps: list[Tensor]) -> Tensor:
 
 
 class _Steering:
-    """Which rows are reset before a step and which units keep their states after it; steps in processing order."""
+    """Which rows are reset before a step and which units keep their states after it; steps in processing order.
+
+    The loops have the like (`step/controls.py`): what judges them shares no such code with them.
+    """
 
     def __init__(self, call: Call, order: Tensor | None) -> None:
         controls, self.lengths = call.controls, call.controls.lengths

@@ -123,10 +123,10 @@ def _too_wide(problem: Problem) -> list[str]:
     return reasons
 
 
-def cost(problem: Problem, given: rates.Rates | None = None) -> float:
+def cost(problem: Problem, constants: rates.Rates | None = None) -> float:
     """Seconds by the cost model, with the device's own constants or those given."""
     device, chosen = problem.device, tile(problem)
-    known = (given or rates.of(device)).resident
+    known = (constants or rates.of(device)).resident
     tiles = -(-problem.B // chosen.rows) * problem.N
     steps = problem.T * problem.layers
     if not device.is_gpu:

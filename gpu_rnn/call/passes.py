@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from gpu_rnn.backends import linear, precision, reference
+from gpu_rnn.backends import KERNELS, LOOPS, linear, precision, reference
 from gpu_rnn.backends.normalisation import Normalised
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.backends.tensors import Call, Inputs, Result
@@ -125,8 +125,8 @@ def run(text: str, options: Options, inputs: Inputs, keep: bool = False) -> Resu
     if problem.layers > 1:
         name, chunk = choice.wavefront(problem, options.backend)
         with _arithmetic(problem.precision, inputs.x), record_function(f"gpu_rnn::{name}_forward"):
-            return wavefront.forward(call, inputs.x, chunk, choice.BACKENDS[name], options.save, options.all_states)
-    name = choice.select(problem, options.backend, choice.LOOPS)
+            return wavefront.forward(call, inputs.x, chunk, KERNELS[name], options.save, options.all_states)
+    name = choice.select(problem, options.backend, LOOPS)
     if name == "reference":
         with autocast.off(inputs.x), record_function("gpu_rnn::reference_forward"):
             return reference.forward(call, inputs.x, options.save, options.all_states)
@@ -134,7 +134,7 @@ def run(text: str, options: Options, inputs: Inputs, keep: bool = False) -> Resu
         call = replace(call, kept=_room(call, inputs.x) if keep else None)
         gates = linear.project(inputs.x, inputs.weights, call.program, call.kept).contiguous()
         with record_function(f"gpu_rnn::{name}_forward"):
-            return choice.BACKENDS[name].forward(call, gates, options.save, options.all_states)
+            return KERNELS[name].forward(call, gates, options.save, options.all_states)
 
 
 def run_backward(
@@ -150,7 +150,7 @@ def run_backward(
     if stacked:
         name, chunk = choice.wavefront(problem, options.backend)
     else:
-        name = choice.select(problem, options.backend, choice.LOOPS)
+        name = choice.select(problem, options.backend, LOOPS)
     if name == "reference":
         with autocast.off(inputs.x), record_function("gpu_rnn::reference_backward"):
             return vjp(text, options, inputs, d_outputs)
@@ -162,10 +162,10 @@ def run_backward(
     with _arithmetic(problem.precision, inputs.x):
         with record_function(f"gpu_rnn::{name}_backward"):
             if stacked:
-                loop = wavefront.backward(call, saved, chunk, choice.BACKENDS[name], d_y, d_final, d_inner)
+                loop = wavefront.backward(call, saved, chunk, KERNELS[name], d_y, d_final, d_inner)
                 saved = wavefront.steps_first(saved)
             else:
-                loop = choice.BACKENDS[name].backward(call, saved, d_y, d_final, d_inner)
+                loop = KERNELS[name].backward(call, saved, d_y, d_final, d_inner)
         d_x, d_weights = linear.gradients(call, inputs.x, saved, loop)
     found = [d_x, *d_weights, *loop.d_states, *loop.d_resets]
     return [

@@ -15,13 +15,12 @@ matter of strides. The idea for stacks of recurrent layers is cuDNN's (Appleyard
 from __future__ import annotations
 
 from dataclasses import replace
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from gpu_rnn.backends import reference
+from gpu_rnn.backends import Loop, reference
 from gpu_rnn.backends.tensors import Call, LayerControls, LoopGradients, Result, Weights, state_dtype
 from gpu_rnn.dispatch.wavefront_plan import Diagonal, diagonals, launched
 
@@ -137,7 +136,7 @@ def _put(target: Tensor, found: Tensor) -> None:
         target.copy_(found)
 
 
-def forward(call: Call, x: Tensor, chunk: int, backend: ModuleType, save: bool, all_states: bool) -> Result:
+def forward(call: Call, x: Tensor, chunk: int, loop: Loop, save: bool, all_states: bool) -> Result:
     """Runs a stack over x (T, B, I), so many steps at a time; see `Result`, whose tensors are layer first here."""
     stack, program = _Stack(call, len(x), chunk), call.program
     layers, gate_count, hidden, _ = call.weights.w_hh.shape
@@ -151,7 +150,7 @@ def forward(call: Call, x: Tensor, chunk: int, backend: ModuleType, save: bool, 
     states = [state.clone() for state in call.states]
     for diagonal in stack.diagonals:
         entering, own = stack.enter(diagonal, y, gates), diagonal.layers
-        found = backend.forward(stack.part(diagonal, [s[:, own] for s in states]), entering, save, all_states)
+        found = loop.forward(stack.part(diagonal, [s[:, own] for s in states]), entering, save, all_states)
         diagonal.of(y).copy_(found.y)
         for whole, values in zip(inner, found.inner, strict=True):
             diagonal.of(whole).copy_(values)
@@ -176,7 +175,7 @@ def backward(
     call: Call,
     saved: Result,  # layer first
     chunk: int,
-    backend: ModuleType,
+    loop: Loop,
     d_y: Tensor,  # (L, T, B, H)
     d_final: list[Tensor],  # (B, L, H)
     d_inner: Tensor | None,  # (S - 1, L, T, B, H)
@@ -195,14 +194,14 @@ def backward(
         inner = torch.stack([diagonal.of(state) for state in saved.inner]) if len(saved.inner) else saved.inner[:, 0]
         kept = Result(diagonal.of(y), [], diagonal.of(gates), diagonal.of(saved.recurrent), inner)
         d_part = torch.stack([diagonal.of(d) for d in d_others]) if d_others else None
-        found = backend.backward(part, kept, stack.leave(diagonal, d_y, d_gates), [d[:, own] for d in d_states], d_part)
+        found = loop.backward(part, kept, stack.leave(diagonal, d_y, d_gates), [d[:, own] for d in d_states], d_part)
         _put(diagonal.of(d_gates), found.d_gates)
         diagonal.of(d_recurrent).copy_(found.d_recurrent)
         for d, of_state in zip(d_states, found.d_states, strict=True):
             d[:, own] = of_state
         for d, of_values in zip(d_values, found.d_resets, strict=True):
             _of_resets(diagonal, d).add_(of_values) if d.shape[1] == 1 else diagonal.of(d).copy_(of_values)
-        if d_params is not None:
+        if d_params is not None and found.d_params is not None:
             d_params[own] += found.d_params
     d_resets = [d.movedim(0, 2) for d in d_values]
     return LoopGradients(d_gates.movedim(0, 2), d_recurrent.movedim(0, 2), d_states, d_params, d_resets=d_resets)

@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ordered table of backends, and the choice among them.
+"""The choice among the backends: by what they answer (`gpu_rnn.backends.Backend`).
 
-A backend is a module of `gpu_rnn.backends` that answers ``unsupported(problem) -> list[str]`` (empty: it can run) and
-``cost(problem) -> seconds``, by a model whose constants are in `backends/rates.py`. One that compiles has
-``prepare(problem)`` too: it is asked before it is taken, and what fails there is a reason of `unsupported` from then
-on. Where `gpu_rnn.tune` has measured the answer to a question (`choices`), the models are not asked.
+Each prices a problem that it can run by a model whose constants are in `backends/rates.py`. Where `gpu_rnn.tune` has
+measured the answer to a question (`dispatch/measured.py`), the models are not asked.
 """
 
 from __future__ import annotations
@@ -17,32 +15,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
 
 from gpu_rnn import devices, environment
-from gpu_rnn.backends import aten, plain, precision, resident
-from gpu_rnn.backends.group import launch as group
+from gpu_rnn.backends import BACKENDS, KERNELS, LOOPS, WAVEFRONTS, precision
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.backends.rates import Rates
-from gpu_rnn.backends.step import launch as step
 from gpu_rnn.dispatch import measured as choices
 from gpu_rnn.dispatch import wavefront_plan
 from gpu_rnn.dispatch.measured import Question, Times
-
-BACKENDS: dict[str, ModuleType] = {
-    "resident": resident,
-    "group": group,
-    "aten": aten,
-    "step": step,
-    "reference": plain,
-}
-KERNELS = ("resident", "group", "step")
-# A stack may run as a wavefront on these. The step loop would need a graph for each number of layers, and run chunks of
-# fewer steps than a graph has outside of graphs.
-WAVEFRONTS = ("resident", "group")
-LOOPS = (*KERNELS, "reference")
-"""The backends that run one layer's time loop; the ATen row takes whole stacks."""
 
 log = logging.getLogger("gpu_rnn")
 device_of = devices.of
@@ -79,8 +60,8 @@ def check_recorded(backend: str) -> None:
         )
 
 
-def select(problem: Problem, backend: str = "auto", among: tuple[str, ...] = tuple(BACKENDS)) -> str:
-    """The name of the cheapest backend that can run a problem, or of the one asked for.
+def select(problem: Problem, backend: str = "auto", among: tuple[str, ...] | None = None) -> str:
+    """The name of the cheapest backend that can run a problem, or of the one asked for; `among` those named, or all.
 
     With "auto", the environment's GPU_RNN_BACKEND names a preference; then comes what `gpu_rnn.tune` measured to be the
     fastest, then what the cost models say.
@@ -88,6 +69,7 @@ def select(problem: Problem, backend: str = "auto", among: tuple[str, ...] = tup
     Raises:
         ValueError: the backend asked for does not exist, or cannot run the problem; every reason is given.
     """
+    among = tuple(BACKENDS) if among is None else among
     if backend == "auto" and _trial.backend:
         answer = _select(problem, backend, among, _trial.backend)
         _trial.answers[problem, among] = answer
@@ -172,12 +154,12 @@ def _select(problem: Problem, backend: str, among: tuple[str, ...], preferred: s
 
 def _prepared(problem: Problem, name: str) -> list[str]:
     """Why a backend that is about to be taken cannot run a problem after all."""
-    module = BACKENDS[name]
-    reasons = module.unsupported(problem)
-    if not reasons and hasattr(module, "prepare"):
-        module.prepare(problem)
-        reasons = module.unsupported(problem)
-    return list(reasons)
+    backend = BACKENDS[name]
+    reasons = backend.unsupported(problem)
+    if not reasons:
+        backend.prepare(problem)
+        reasons = backend.unsupported(problem)
+    return reasons
 
 
 def _against(problem: Problem, name: str) -> list[str]:
@@ -189,36 +171,38 @@ def _against(problem: Problem, name: str) -> list[str]:
     return [f"in the backward pass: {reason}" for reason in _prepared(replace(problem, direction="backward"), name)]
 
 
-def total_cost(problem: Problem, name: str, loops: Sequence[str] | None = None, given: Rates | None = None) -> float:
+def total_cost(
+    problem: Problem, name: str, loops: Sequence[str] | None = None, constants: Rates | None = None
+) -> float:
     """Seconds for a call and, in training, for its backward pass, which may run on another loop than the forward.
 
     Args:
         loops: those that may run the backward pass; None: all that can.
-        given: constants for the cost models; None: the device's own.
+        constants: for the cost models; None: the device's own.
     """
-    cost = _cost(problem, name, given)
+    cost = _cost(problem, name, constants)
     if problem.direction != "training":
         return cost
     after = replace(problem, direction="backward")
     if name not in LOOPS:
-        return cost + _cost(after, name, given)
+        return cost + _cost(after, name, constants)
     loops = [n for n in LOOPS if not BACKENDS[n].unsupported(after)] if loops is None else loops
-    return cost + min(_cost(after, n, given) for n in loops)
+    return cost + min(_cost(after, n, constants) for n in loops)
 
 
-def _cost(problem: Problem, name: str, given: Rates | None) -> float:
+def _cost(problem: Problem, name: str, constants: Rates | None) -> float:
     """Seconds for one pass; of a stack on a loop the less of layer after layer and of a wavefront."""
-    return min(float(BACKENDS[name].cost(problem, given)), _staggered(problem, name, given)[1])
+    return min(BACKENDS[name].cost(problem, constants), _staggered(problem, name, constants)[1])
 
 
-def _staggered(problem: Problem, name: str, given: Rates | None = None) -> tuple[int, float]:
+def _staggered(problem: Problem, name: str, constants: Rates | None = None) -> tuple[int, float]:
     """The best chunk of a wavefront on a loop and its seconds for one pass, infinitely many where it cannot run so."""
-    module = BACKENDS[name]
+    backend = BACKENDS[name]
     if name not in WAVEFRONTS or not wavefront_plan.possible(problem):
         return problem.T, math.inf
-    if module.unsupported(wavefront_plan.launched(problem, problem.T, problem.layers)):
+    if backend.unsupported(wavefront_plan.launched(problem, problem.T, problem.layers)):
         return problem.T, math.inf
-    return wavefront_plan.plan(problem, lambda part: module.cost(part, given))
+    return wavefront_plan.plan(problem, lambda part: backend.cost(part, constants))
 
 
 def wavefront(problem: Problem, backend: str = "auto") -> tuple[str, int]:
@@ -228,7 +212,7 @@ def wavefront(problem: Problem, backend: str = "auto") -> tuple[str, int]:
     """
     settled = _settled(problem, backend)
     plan = _plan(problem, settled or backend)
-    name = _select(plan.launch, backend, KERNELS, settled, both=False)
+    name = _select(plan.launch, backend, tuple(KERNELS), settled, both=False)
     if backend != "auto" and problem.direction == "training":
         _backward_too(problem, backend)
     if backend == "auto" and _trial.backend:
@@ -289,7 +273,7 @@ class _Plan(NamedTuple):
 def _plan(problem: Problem, loop: str) -> _Plan:
     """For a loop, or the best of them."""
     one, named = replace(problem, layers=1), [name for name in KERNELS if loop in ("auto", name)]
-    each = [float(BACKENDS[name].cost(one)) for name in named if not BACKENDS[name].unsupported(one)]
+    each = [BACKENDS[name].cost(one) for name in named if not BACKENDS[name].unsupported(one)]
     alone = problem.layers * min(each, default=0.0)
     plans = (_staggered(problem, name) for name in named)
     chunk, seconds = min(plans, key=lambda plan: plan[1], default=(0, math.inf))
@@ -307,7 +291,7 @@ def _say_once(direction: str, cell: str, backend: str, reason: str) -> None:
 def explain(problem: Problem, backend: str = "auto") -> list[Row]:
     """Every backend's verdict on a problem, in the order of the table; of training calls, both passes' time."""
     chosen = select(problem, backend) if backend == "auto" or not _against(problem, backend) else None
-    verdicts = {name: tuple(module.unsupported(problem)) for name, module in BACKENDS.items()}
+    verdicts = {name: tuple(each.unsupported(problem)) for name, each in BACKENDS.items()}
     measured = choices.find(problem, tuple(BACKENDS))
     rows = []
     for name, reasons in verdicts.items():

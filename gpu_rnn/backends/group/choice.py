@@ -196,11 +196,11 @@ def _largest(problem: Problem) -> int:
     return max(fitting, default=0)
 
 
-def cost(problem: Problem, given: rates.Rates | None = None) -> float:
-    """Seconds of a call by the cost model (see `resident.cost`), of a problem that `choose` finds a layout for."""
+def cost(problem: Problem, constants: rates.Rates | None = None) -> float:
+    """Seconds of a call by the cost model, of a problem that `choose` finds a layout for."""
     choice, device = choose(problem), problem.device
     assert choice is not None
-    known = (given or rates.of(device)).group
+    known = (constants or rates.of(device)).group
     gates = len(problem.recurrence.gates)
     weights = gates * (UNITS * choice.layout.blocks) * choice.layout.width * problem.dtype.itemsize
     loading = weights / known.l2_bytes / (device.clock * 1e9)

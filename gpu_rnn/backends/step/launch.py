@@ -26,8 +26,8 @@ def unsupported(problem: Problem) -> list[str]:
     return ["complex numbers run on the reference only"] * problem.dtype.is_complex or _builds.reasons(problem)
 
 
-def cost(problem: Problem, given: rates.Rates | None = None) -> float:
-    """Seconds by the cost model (see `resident.cost`): the products, and a torch operation for each of the program's,
+def cost(problem: Problem, constants: rates.Rates | None = None) -> float:
+    """Seconds by the cost model: the products, and a torch operation for each of the program's,
     or two launches a stage.
 
     On a GPU a projection of h takes two launches more.
@@ -36,7 +36,7 @@ def cost(problem: Problem, given: rates.Rates | None = None) -> float:
     steps = passes * problem.T * problem.layers
     if problem.device.is_gpu:
         pairs = len(stages) + bool(problem.proj_size)
-        known = (given or rates.of(problem.device)).step
+        known = (constants or rates.of(problem.device)).step
         return steps * pairs * known.step + known.products * products(problem)
     return steps * sum(len(stage.ops) + len(stage.gates) for stage in stages) * CPU_OPERATION + products(problem)
 
