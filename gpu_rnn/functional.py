@@ -1,19 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a layer's call to a backend: describe the call, choose, and run the whole stack or layer by layer."""
+"""The layers and cells without modules: what they are given is checked here, and then run."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from gpu_rnn import environment
-from gpu_rnn.backends import aten
-from gpu_rnn.call import arguments, autocast, autograd, onlookers, second_order
-from gpu_rnn.call.controls import NONE, StackControls
+from gpu_rnn.call import arguments, run
+from gpu_rnn.call.controls import StackControls
 from gpu_rnn.call.stack import Stack, States
-from gpu_rnn.dispatch import choice
 from gpu_rnn.recurrence import Recurrence
 
 
@@ -111,97 +107,8 @@ def rnn(
         controls = controls.transposed() if batch_first else controls
         steps, batch = stack.sizes(x, batch_sizes)
         controls = controls.checked(steps, stack.state_shapes(weights, batch), len(recurrence.gates), x)
-    y, states, every = run(stack, x, hx, weights, batch_sizes, controls)
+    y, states, every = run.sequence(stack, x, hx, weights, batch_sizes, controls)
     return (y, states, every) if all_states else (y, states)
-
-
-def run(
-    stack: Stack,
-    x: Tensor,
-    hx: States | None,
-    weights: Sequence[Tensor],
-    batch_sizes: Tensor | None,
-    controls: StackControls = NONE,
-) -> tuple[Tensor, States, States]:
-    """`rnn` with the arguments that do not change between a layer's calls in one; always with all states, if only ().
-
-    The controls are checked already.
-    """
-    if torch._C._is_any_autocast_enabled():
-        (x,), hx, weights = autocast.cast((x,)), hx and autocast.cast(hx), autocast.cast(weights)
-        arguments.check_alike(x, weights, ())
-        if autocast.on(x):
-            with autocast.off(x):
-                return run(stack, x, hx, weights, batch_sizes, controls)
-    steps, batch = stack.sizes(x, batch_sizes)
-    if not onlookers.recorded(x):
-        if x.is_cpu and _certainly_aten(stack, x, controls):
-            return *stack.aten(x, hx or stack.initial(x, weights, batch), weights, batch_sizes), ()
-        problem = stack.problem(x, hx, weights, steps, batch, batch_sizes is not None, controls)
-        if choice.select(problem, stack.backend) == "aten":
-            states = hx or stack.initial(x, weights, batch)
-            if x.is_cuda:
-                return *_aten_on_gpu(stack, x, states, weights, batch_sizes, problem.training), ()
-            return *stack.aten(x, states, weights, batch_sizes), ()
-    elif _recorded_as_aten(stack.backend) and _takes_aten(stack, x, controls):
-        return *stack.aten(x, hx or stack.initial(x, weights, batch), weights, batch_sizes, recorded=True), ()
-    return stack.loops(x, hx or stack.initial(x, weights, batch), weights, batch_sizes, controls)
-
-
-def _certainly_aten(stack: Stack, x: Tensor, controls: StackControls) -> bool:
-    """On a CPU ATen is predicted cheapest wherever it runs: no Problem is needed, which takes 5 µs of a short call to
-    make."""
-    return choice.only_predicted_on_cpu() and _takes_aten(stack, x, controls)
-
-
-def _takes_aten(stack: Stack, x: Tensor, controls: StackControls) -> bool:
-    """Whether ATen has a stack's cell and options, and nothing forbids it."""
-    return (
-        stack.recurrence.aten is not None
-        and not (stack.norm or stack.all_states or (controls is not NONE and controls.given))
-        and stack.backend in ("auto", "aten")
-        and not environment.names_a_backend()
-        and not autograd.transforms_active()
-        and not x.is_complex()
-        and not aten.missing(stack.recurrence.aten, x.dtype, torch.is_grad_enabled())
-    )
-
-
-def _recorded_as_aten(backend: str) -> bool:
-    """What records sees ATen's operations as well as this package's. A trace is of ATen's, as torch.nn's is, where it
-    can
-    be: it then runs without this package."""
-    return not torch.compiler.is_compiling() and (backend == "aten" or onlookers.traced())
-
-
-def _aten_on_gpu(
-    stack: Stack, x: Tensor, states: States, weights: Sequence[Tensor], batch_sizes: Tensor | None, training: bool
-) -> tuple[Tensor, States]:
-    """With dropout each layer is a call, and torch's dropout between them: torch.manual_seed makes it repeat, and
-    second derivatives meet the same masks, neither of which holds for cuDNN's own."""
-    if stack.dropout and stack.num_layers > 1:
-        return stack.one_by_one(_aten_on_gpu, x, states, weights, batch_sizes, training)
-    run = _with_second_order if training else Stack.aten
-    return run(stack._replace(dropout=0.0), x, states, weights, batch_sizes)
-
-
-def _with_second_order(
-    stack: Stack, x: Tensor, states: States, weights: Sequence[Tensor], batch_sizes: Tensor | None
-) -> tuple[Tensor, States]:
-    """ATen's kernels on a GPU, whose backward pass cannot be differentiated, with the loops for that."""
-    count = 1 + len(states)
-
-    def fast(*tensors: Tensor) -> tuple[Tensor, ...]:
-        y, final = stack.aten(tensors[0], tensors[1:count], tensors[count:], batch_sizes)
-        return (y, *final)
-
-    def exact(*tensors: Tensor) -> tuple[Tensor, ...]:
-        loops = stack._replace(backend="auto")
-        y, final, _ = loops.loops(tensors[0], tensors[1:count], tensors[count:], batch_sizes)
-        return (y, *final)
-
-    y, *final = second_order.differentiable(fast, exact, (x, *states, *weights))
-    return y, tuple(final)
 
 
 def cell(
@@ -215,22 +122,4 @@ def cell(
 ) -> States:
     """One step: x (B, I) and states (B, H) -> new states (B, H). Arguments and errors as `rnn`'s."""
     arguments.check_cell(Stack(recurrence, bias, backend=backend), x, hx, weights)
-    return one_step(x, hx, weights, recurrence, bias, backend)
-
-
-def one_step(
-    x: Tensor, hx: States | None, weights: Sequence[Tensor], recurrence: Recurrence, bias: bool, backend: str
-) -> States:
-    """`cell` of arguments that are checked already."""
-    if torch._C._is_any_autocast_enabled():
-        (x,), hx = autocast.cast((x,)), hx and autocast.cast(hx)
-    if recurrence.aten and backend in ("auto", "aten") and (not onlookers.recorded(x) or _recorded_as_aten(backend)):
-        if not autograd.transforms_active():
-            given = hx or tuple(s[0] for s in Stack(recurrence, bias).initial(x[None], weights, x.shape[0]))
-            biases = weights[2:] if bias else (None, None)
-            # Under autocast torch's own rule casts the weights: it keeps them for the next step of a loop.
-            found = aten.CELLS[recurrence.aten](x, given if len(given) > 1 else given[0], *weights[:2], *biases)
-            return tuple(found) if len(given) > 1 else (found,)
-    states = None if hx is None else tuple(state[None] for state in hx)
-    _, final, _ = run(Stack(recurrence, bias, backend=backend), x[None], states, weights, None)
-    return tuple(state[0].clone() for state in final)  # no views: those cannot be detached in place
+    return run.one_step(x, hx, weights, recurrence, bias, backend)

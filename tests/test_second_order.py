@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpu_rnn import cells, functional
+from gpu_rnn import cells
+from gpu_rnn.call import run
 from gpu_rnn.call.stack import Stack
 
 STACK = Stack(cells.lstm(), num_layers=2, bidirectional=True)
@@ -33,7 +34,7 @@ def test_first_and_second_gradients() -> None:
     inputs = [x, *hx, *theirs.parameters()]
     found = []
     for y, states in (
-        functional._with_second_order(STACK, x, hx, list(theirs.parameters()), None),
+        run._with_second_order(STACK, x, hx, list(theirs.parameters()), None),
         theirs(x, hx),
     ):
         first = torch.autograd.grad(total(y, states), inputs, create_graph=True)
@@ -46,7 +47,7 @@ def test_frozen_weights_and_two_passes_over_one_graph() -> None:
     theirs = nn.LSTM(3, 4, 2, bidirectional=True, dtype=torch.float64)
     theirs.weight_hh_l0.requires_grad_(False)
     x, hx = leaves(theirs)
-    y, states = functional._with_second_order(STACK, x, hx, list(theirs.parameters()), None)
+    y, states = run._with_second_order(STACK, x, hx, list(theirs.parameters()), None)
     total(y, states).backward(retain_graph=True)
     once = x.grad.clone()
     total(y, states).backward()
@@ -68,7 +69,7 @@ def test_nothing_is_kept_beyond_the_graph(keep: bool) -> None:
         return kept
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
-        y, states = functional._with_second_order(STACK, x, hx, list(theirs.parameters()), None)
+        y, states = run._with_second_order(STACK, x, hx, list(theirs.parameters()), None)
     loss = total(y, states)
     loss.backward(retain_graph=keep)
     assert saved and any(each() is not None for each in saved) == keep
@@ -119,7 +120,7 @@ def test_dropout_repeats_and_is_derived_twice() -> None:
         return [y, *first, *torch.autograd.grad(sum(g.square().sum() for g in first), inputs)]
 
     def ours() -> Any:
-        return functional._aten_on_gpu(stack, x, hx, own, None, True)
+        return run._aten_on_gpu(stack, x, hx, own, None, True)
 
     expected = derived(lambda: by_hand(theirs, layers, x, hx), 0)
     for _ in range(2):
@@ -135,8 +136,8 @@ def test_dropout_of_packed_rows_and_without_gradients(training: bool) -> None:
     stack = STACK._replace(dropout=1.0)  # everything: the second layer sees zeros
     given = packed.data, hx, list(layer.parameters()), packed.batch_sizes
     with torch.set_grad_enabled(training):
-        y, states = functional._aten_on_gpu(stack, *given, training)
-        z, expected = functional._aten_on_gpu(STACK, *given, training)
+        y, states = run._aten_on_gpu(stack, *given, training)
+        z, expected = run._aten_on_gpu(STACK, *given, training)
     assert y.requires_grad == training and y.shape == z.shape
     torch.testing.assert_close([s[:2] for s in states], [s[:2] for s in expected])
     assert not torch.allclose(y, z)
@@ -148,7 +149,7 @@ def test_an_input_that_depends_on_another_counts_once() -> None:
     weights = list(theirs.parameters())
     x, (h, _) = leaves(theirs)
     found = []
-    for call in (lambda *a: functional._with_second_order(STACK, *a, weights, None), theirs):
+    for call in (lambda *a: run._with_second_order(STACK, *a, weights, None), theirs):
         y, states = call(x, call(x, (h, h))[1])
         found.append(torch.autograd.grad(total(y, states), [x, h, *weights], create_graph=True))
     torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-10)

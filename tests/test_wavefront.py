@@ -20,9 +20,9 @@ from gpu_rnn.backends import resident
 from gpu_rnn.backends.group import launch as group
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.backends.step import launch as step
-from gpu_rnn.call.stack import Stack
+from gpu_rnn.call import loops, wavefront_views
+from gpu_rnn.call.wavefront_views import Diagonal
 from gpu_rnn.dispatch import choice, wavefront_plan
-from gpu_rnn.dispatch.wavefront_plan import Diagonal
 from gpu_rnn.layers.base import LayerBase
 
 T, B = 7, 4
@@ -210,7 +210,7 @@ def test_compiled(force: Force, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     layer = gpu_rnn.GRU(3, 4, 3, dtype=torch.float64, backend="step", dropout=0.3)
     force(2)
-    monkeypatch.setattr(Stack, "_staggered", lambda stack, *_: True)  # what is compiled asks for a GPU
+    monkeypatch.setattr(loops, "_staggered", lambda *_: True)  # what is compiled asks for a GPU
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
     for steps in (5, 8):
         x = torch.randn(steps, 2, 3, dtype=torch.float64, requires_grad=True)
@@ -279,7 +279,7 @@ def test_every_chunk_finds_what_it_needs(layers: int, steps: int, chunk: int) ->
     if chunk > steps:
         return
     done = torch.zeros(layers, steps, dtype=torch.bool)
-    for diagonal in wavefront_plan.diagonals(layers, steps, chunk):
+    for diagonal in wavefront_views.diagonals(layers, steps, chunk):
         together = []
         for layer in range(diagonal.first, diagonal.last):
             start = diagonal.start - (layer - diagonal.first) * diagonal.chunk
@@ -296,7 +296,7 @@ def test_views() -> None:
     """What a diagonal is of tensors of all layers and steps."""
     whole = torch.arange(3 * 8 * 2 * 5, dtype=torch.float64).view(3, 8, 2, 5)
     initial = -torch.arange(3 * 2 * 5, dtype=torch.float64).view(2, 3, 5)
-    for diagonal in wavefront_plan.diagonals(3, 8, 2):
+    for diagonal in wavefront_views.diagonals(3, 8, 2):
         layers = range(diagonal.first, diagonal.last)
         starts = [diagonal.start - 2 * k for k in range(len(layers))]
         parts = [whole[layer, start : start + 2] for layer, start in zip(layers, starts, strict=True)]

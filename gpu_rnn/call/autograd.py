@@ -13,36 +13,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType, get_interpreter_stack, peek_interpreter_stack
 
 from gpu_rnn.backends.tensors import SAVED, Inputs, Result, like_row, primals
-from gpu_rnn.call import custom_ops, onlookers, passes
+from gpu_rnn.call import custom_ops, onlookers, passes, transforms
 from gpu_rnn.call import vmap as batching
 from gpu_rnn.call.passes import Options
 from gpu_rnn.compiler.program import Program
 from gpu_rnn.dispatch import choice
 
 
-def transforms_active() -> bool:
-    """Whether a functorch transform or forward-mode differentiation is going on."""
-    return peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
-
-
-def _forward_levels() -> int:
-    """How many forward-mode transforms are nested. torch takes what a Function's jvp returns for a constant of the
-    outer ones, so from two on only plain operations are right."""
-    return sum(level.key() == TransformType.Jvp for level in get_interpreter_stack() or ())
-
-
 def layer(text: str, options: Options, inputs: Inputs) -> tuple[Tensor, list[Tensor], Tensor]:
     """One layer, by the way in that fits: y (T, B, N, P), the final states (B, N, ·), and `Result.inner`."""
     count = len(inputs.states)
     wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs.primals)
-    if torch.compiler.is_compiling() or onlookers.traced() or onlookers.only_functionalizes():
+    if torch.compiler.is_compiling() or onlookers.traced() or transforms.only_functionalizes():
         y, *rest = _registered(text, options, inputs, wants_grad)
         return y, rest[:count], rest[-1]
-    transformed = transforms_active()
-    exact = inputs.x.is_complex() or _forward_levels() > 1 or onlookers.functionalizes()
+    transformed = transforms.active()
+    exact = inputs.x.is_complex() or transforms.forward_levels() > 1 or transforms.functionalizes()
     if exact or (options.backend == "reference" and not onlookers.without_values(inputs.x)):
         y, *rest = passes.pure(text, options, inputs)(*(p for p in inputs.primals if p is not None))
         return y, rest[:count], rest[-1]  # the last is `inner` where all states are wanted

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from gpu_rnn.backends.tensors import RESET, SKIP, LayerControls
-from gpu_rnn.call import autocast, autograd, onlookers
+from gpu_rnn.call import autocast, onlookers, transforms
 from gpu_rnn.call.transfer import to_device
 
 
@@ -226,7 +226,7 @@ def _checked_lengths(lengths: Tensor, steps: int, batch: int) -> Tensor:
         raise ValueError(
             f"lengths has one number for each of the {batch} rows of the batch, got shape {tuple(lengths.shape)}"
         )
-    known = lengths.is_cpu and not onlookers.recorded(lengths) and not autograd.transforms_active()
+    known = lengths.is_cpu and not onlookers.recorded(lengths) and not transforms.active()
     if known and batch and not 0 <= int(lengths.min()) <= int(lengths.max()) <= steps:
         raise ValueError(f"lengths are between 0 and {steps}, the steps of the input, got {lengths.tolist()}")
     return lengths if known else lengths.clamp(0, steps)

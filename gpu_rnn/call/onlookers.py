@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import TransformType, get_interpreter_stack
 from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 from torch._subclasses import FakeTensor
 from torch.fx import Proxy
+
+from gpu_rnn.call import transforms
 
 PLAIN = (Tensor, nn.Parameter, type(None))
 # Of torch's own dispatch modes those that work with sizes alone, or record: FakeTensorMode, make_fx, AOTAutograd.
@@ -38,7 +39,7 @@ def recorded(x: Any = None) -> bool:
         return True
     if torch._C._get_tracing_state() is not None or isinstance(x, FakeTensor):
         return True
-    return get_interpreter_stack() is not None and functionalizes()
+    return transforms.functionalizes()
 
 
 def without_values(x: Any) -> bool:
@@ -67,17 +68,6 @@ def _dispatches(tensor: Any) -> bool:
 def traced() -> bool:
     """Whether torch.jit.trace or the ONNX exporter that builds on it records."""
     return torch._C._get_tracing_state() is not None
-
-
-def functionalizes() -> bool:
-    """Whether torch.func.functionalize is among the transforms that are going on."""
-    return any(level.key() == TransformType.Functionalize for level in get_interpreter_stack() or ())
-
-
-def only_functionalizes() -> bool:
-    """Whether it is the only one: no autograd.Function passes it, but the registered operations do."""
-    levels = get_interpreter_stack() or ()
-    return bool(levels) and all(level.key() == TransformType.Functionalize for level in levels)
 
 
 def leaf(module: nn.Module, input: Proxy, *args: Any, **kwargs: Any) -> Proxy:

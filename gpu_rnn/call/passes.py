@@ -101,7 +101,7 @@ def call_of(text: str, options: Options, inputs: Inputs, problem: Problem | None
 
 @contextmanager
 def _arithmetic(fp32: str, like: Tensor) -> Iterator[None]:
-    """Products in the call's own dtype and precision. Autocast has had its say above (`functional.run`); in here it
+    """Products in the call's own dtype and precision. Autocast has had its say above (`call.run`); in here it
     would cast once more, and a captured graph would keep that for calls without it."""
     with precision.of_products(fp32, like), autocast.off(like):
         yield

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from gpu_rnn import cache, devices
 from gpu_rnn.backends.problem import Problem
-from gpu_rnn.call import autograd, onlookers
+from gpu_rnn.call import onlookers, transforms
 from gpu_rnn.diagnostics.explanation import NO_INPUT, problem_of, sizes
 from gpu_rnn.diagnostics.timing import Timing, interleave
 from gpu_rnn.dispatch import choice
@@ -129,7 +129,7 @@ def tune(layer: LayerBase, x: Tensor | PackedSequence, *, seconds: float = 2.0, 
         True
         >>> gpu_rnn.tuning.forget()             # back to the cost models
     """
-    if onlookers.recorded(x) or autograd.transforms_active():
+    if onlookers.recorded(x) or transforms.active():
         raise RuntimeError(
             "tune measures calls: run it before torch.compile and whatever else records, and outside of torch.func "
             "transforms"

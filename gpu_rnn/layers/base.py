@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
-from gpu_rnn import functional, initializers
-from gpu_rnn.call import arguments, onlookers
+from gpu_rnn import initializers
+from gpu_rnn.call import arguments, onlookers, run
 from gpu_rnn.call.controls import NONE, StackControls
 from gpu_rnn.call.stack import Stack
 from gpu_rnn.layers import options as layer_options
@@ -297,7 +297,7 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
                 F.dropout(weight, self.weight_drop) if name.startswith("weight_hh") else weight
                 for name, weight in zip(names, weights, strict=True)
             ]
-        output, states, every = functional.run(stack, input, states, weights, batch_sizes, controls)
+        output, states, every = run.sequence(stack, input, states, weights, batch_sizes, controls)
         if not self.return_sequences:
             output = _last(
                 output.transpose(0, 1) if stack.batch_first else output, states[0], len(stack.reverse), controls

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.rnn import RNNCellBase
 
-from gpu_rnn import cells, functional
+from gpu_rnn import cells
 from gpu_rnn.activations import Activation
-from gpu_rnn.call import arguments, onlookers
+from gpu_rnn.call import arguments, onlookers, run
 from gpu_rnn.call.stack import Stack
 from gpu_rnn.layers import sequence
 from gpu_rnn.layers.documented import in_full
@@ -82,7 +82,7 @@ class CellBase(RecurrenceHolder, RNNCellBase):
             states = None if states is None else tuple(state.unsqueeze(0) for state in states)
         self._check_sizes(input, states)
         weights = self._weights()
-        states = functional.one_step(input, states, weights, self.recurrence, bool(self.bias), self.backend)
+        states = run.one_step(input, states, weights, self.recurrence, bool(self.bias), self.backend)
         if not batched:
             states = tuple(state.squeeze(0) for state in states)
         return states[0] if self._one_state else states

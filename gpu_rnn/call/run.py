@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One call: describe it, choose, and run the whole stack in ATen's kernels or layer by layer on the loops."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gpu_rnn import environment
+from gpu_rnn.backends import aten
+from gpu_rnn.call import arguments, autocast, loops, onlookers, second_order, transforms
+from gpu_rnn.call.controls import NONE, StackControls
+from gpu_rnn.call.stack import Stack, States
+from gpu_rnn.dispatch import choice
+from gpu_rnn.recurrence import Recurrence
+
+
+def sequence(
+    stack: Stack,
+    x: Tensor,
+    hx: States | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    controls: StackControls = NONE,
+) -> tuple[Tensor, States, States]:
+    """`functional.rnn` with the arguments that do not change between a layer's calls in one; always with all states,
+    if only ().
+
+    The controls are checked already.
+    """
+    if torch._C._is_any_autocast_enabled():
+        (x,), hx, weights = autocast.cast((x,)), hx and autocast.cast(hx), autocast.cast(weights)
+        arguments.check_alike(x, weights, ())
+        if autocast.on(x):
+            with autocast.off(x):
+                return sequence(stack, x, hx, weights, batch_sizes, controls)
+    steps, batch = stack.sizes(x, batch_sizes)
+    if not onlookers.recorded(x):
+        if x.is_cpu and _certainly_aten(stack, x, controls):
+            return *_aten(stack, x, hx or stack.initial(x, weights, batch), weights, batch_sizes), ()
+        problem = stack.problem(x, hx, weights, steps, batch, batch_sizes is not None, controls)
+        if choice.select(problem, stack.backend) == "aten":
+            states = hx or stack.initial(x, weights, batch)
+            if x.is_cuda:
+                return *_aten_on_gpu(stack, x, states, weights, batch_sizes, problem.training), ()
+            return *_aten(stack, x, states, weights, batch_sizes), ()
+    elif _recorded_as_aten(stack.backend) and _takes_aten(stack, x, controls):
+        return *_aten(stack, x, hx or stack.initial(x, weights, batch), weights, batch_sizes, recorded=True), ()
+    return loops.run(stack, x, hx or stack.initial(x, weights, batch), weights, batch_sizes, controls)
+
+
+def _certainly_aten(stack: Stack, x: Tensor, controls: StackControls) -> bool:
+    """On a CPU ATen is predicted cheapest wherever it runs: no Problem is needed, which takes 5 µs of a short call to
+    make."""
+    return choice.only_predicted_on_cpu() and _takes_aten(stack, x, controls)
+
+
+def _takes_aten(stack: Stack, x: Tensor, controls: StackControls) -> bool:
+    """Whether ATen has a stack's cell and options, and nothing forbids it."""
+    return (
+        stack.recurrence.aten is not None
+        and not (stack.norm or stack.all_states or (controls is not NONE and controls.given))
+        and stack.backend in ("auto", "aten")
+        and not environment.names_a_backend()
+        and not transforms.active()
+        and not x.is_complex()
+        and not aten.missing(stack.recurrence.aten, x.dtype, torch.is_grad_enabled())
+    )
+
+
+def _recorded_as_aten(backend: str) -> bool:
+    """What records sees ATen's operations as well as this package's. A trace is of ATen's, as torch.nn's is, where it
+    can be: it then runs without this package."""
+    return not torch.compiler.is_compiling() and (backend == "aten" or onlookers.traced())
+
+
+def _aten_on_gpu(
+    stack: Stack, x: Tensor, states: States, weights: Sequence[Tensor], batch_sizes: Tensor | None, training: bool
+) -> tuple[Tensor, States]:
+    """With dropout each layer is a call, and torch's dropout between them: torch.manual_seed makes it repeat, and
+    second derivatives meet the same masks, neither of which holds for cuDNN's own."""
+    if stack.dropout and stack.num_layers > 1:
+        return _layer_by_layer(stack, x, states, weights, batch_sizes, training)
+    run = _with_second_order if training else _aten
+    return run(stack._replace(dropout=0.0), x, states, weights, batch_sizes)
+
+
+def _layer_by_layer(
+    stack: Stack, x: Tensor, states: States, weights: Sequence[Tensor], batch_sizes: Tensor | None, training: bool
+) -> tuple[Tensor, States]:
+    """`_aten_on_gpu` of each layer, with dropout between them."""
+    alone, final = stack._replace(num_layers=1, dropout=0.0), []
+    rows, count = len(stack.reverse), len(weights) // stack.num_layers
+    for number in range(stack.num_layers):
+        if number:
+            x = F.dropout(x, stack.dropout)
+        entering = tuple(state[number * rows : (number + 1) * rows] for state in states)
+        of_layer = weights[number * count : (number + 1) * count]
+        x, leaving = _aten_on_gpu(alone, x, entering, of_layer, batch_sizes, training)
+        final.append(leaving)
+    return x, tuple(torch.cat(parts) for parts in zip(*final, strict=True))
+
+
+def _with_second_order(
+    stack: Stack, x: Tensor, states: States, weights: Sequence[Tensor], batch_sizes: Tensor | None
+) -> tuple[Tensor, States]:
+    """ATen's kernels on a GPU, whose backward pass cannot be differentiated, with the loops for that."""
+    count = 1 + len(states)
+
+    def fast(*tensors: Tensor) -> tuple[Tensor, ...]:
+        y, final = _aten(stack, tensors[0], tensors[1:count], tensors[count:], batch_sizes)
+        return (y, *final)
+
+    def exact(*tensors: Tensor) -> tuple[Tensor, ...]:
+        y, final, _ = loops.run(
+            stack._replace(backend="auto"), tensors[0], tensors[1:count], tensors[count:], batch_sizes
+        )
+        return (y, *final)
+
+    y, *final = second_order.differentiable(fast, exact, (x, *states, *weights))
+    return y, tuple(final)
+
+
+def _aten(
+    stack: Stack,
+    x: Tensor,
+    states: States,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    recorded: bool = False,
+) -> tuple[Tensor, States]:
+    """The whole stack in ATen's kernels; `recorded` as `onlookers.recorded` says."""
+    return aten.stack(
+        stack.recurrence.aten or "",
+        x,
+        states,
+        weights,
+        stack.bias,
+        stack.num_layers,
+        stack.dropout,
+        stack.bidirectional,
+        stack.batch_first,
+        batch_sizes,
+        recorded,
+    )
+
+
+def one_step(
+    x: Tensor, hx: States | None, weights: Sequence[Tensor], recurrence: Recurrence, bias: bool, backend: str
+) -> States:
+    """`functional.cell` of arguments that are checked already."""
+    if torch._C._is_any_autocast_enabled():
+        (x,), hx = autocast.cast((x,)), hx and autocast.cast(hx)
+    if recurrence.aten and backend in ("auto", "aten") and (not onlookers.recorded(x) or _recorded_as_aten(backend)):
+        if not transforms.active():
+            given = hx or tuple(s[0] for s in Stack(recurrence, bias).initial(x[None], weights, x.shape[0]))
+            biases = weights[2:] if bias else (None, None)
+            # Under autocast torch's own rule casts the weights: it keeps them for the next step of a loop.
+            found = aten.CELLS[recurrence.aten](x, given if len(given) > 1 else given[0], *weights[:2], *biases)
+            return tuple(found) if len(given) > 1 else (found,)
+    states = None if hx is None else tuple(state[None] for state in hx)
+    _, final, _ = sequence(Stack(recurrence, bias, backend=backend), x[None], states, weights, None)
+    return tuple(state[0].clone() for state in final)  # no views: those cannot be detached in place

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which of torch.func's transforms, and whether forward-mode differentiation, are going on around a call."""
+
+from __future__ import annotations
+
+import torch
+from torch._C._functorch import TransformType, get_interpreter_stack, peek_interpreter_stack
+
+
+def active() -> bool:
+    """Whether a functorch transform or forward-mode differentiation is going on."""
+    return peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+def forward_levels() -> int:
+    """How many forward-mode transforms are nested. torch takes what a Function's jvp returns for a constant of the
+    outer ones, so from two on only plain operations are right."""
+    return sum(level.key() == TransformType.Jvp for level in get_interpreter_stack() or ())
+
+
+def functionalizes() -> bool:
+    """Whether torch.func.functionalize is among the transforms that are going on."""
+    levels = get_interpreter_stack()
+    return levels is not None and any(level.key() == TransformType.Functionalize for level in levels)
+
+
+def only_functionalizes() -> bool:
+    """Whether it is the only one: no autograd.Function passes it, but the registered operations do."""
+    levels = get_interpreter_stack() or ()
+    return bool(levels) and all(level.key() == TransformType.Functionalize for level in levels)
