@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from gpu_rnn.compiler.program import Program
-from gpu_rnn.compiler.tracing import trace
+from gpu_rnn.compiler.tracing import Step, trace
 from gpu_rnn.once import once
 
 _numbers = itertools.count()
@@ -55,11 +55,9 @@ class Recurrence:
         torch.Size([7, 2, 5])
     """
 
-    _traced: Program | None
-
     def __init__(
         self,
-        step: Callable[..., Any] | Sequence[tuple[Sequence[str], Callable[..., Any]]],
+        step: Step | Sequence[tuple[Sequence[str], Step]],
         *,
         gates: Sequence[str] | None = None,
         states: Sequence[str] | Mapping[str, float] = ("h",),
@@ -72,62 +70,34 @@ class Recurrence:
                 "a module's weights are the layer's, its arithmetic is the step"
             )
         stages = _stages(step, gates)
-        for word, given in (("states", states), ("params", params), *(("gates", own) for own, _ in stages)):
-            if isinstance(given, str):
-                raise TypeError(f"{word} is a sequence of names: ({given!r},)")
-            if not isinstance(given, Iterable):
-                raise TypeError(f"{word} is a sequence of names such as ('f', 'n'), not {given!r}")
-            if isinstance(given, (set, frozenset)):
-                raise TypeError(f"{word} have an order, that of the rows of the weights: a tuple of names, not a set")
-        stages = [(tuple(own), function) for own, function in stages]
-        initial = dict(states) if isinstance(states, Mapping) else dict.fromkeys(states, 0.0)
+        for word, names in (("states", states), ("params", params), *(("gates", names) for names, _ in stages)):
+            _check_sequence(word, names)
+        initial = states if isinstance(states, Mapping) else dict.fromkeys(states, 0.0)
         self._start(
             name or getattr(stages[-1][1], "__name__", "cell").replace("<lambda>", "cell"),
-            tuple(own for own, _ in stages),
+            [(tuple(names), function) for names, function in stages],
             tuple((state, _number(state, value)) for state, value in initial.items()),
             tuple(params),
         )
-        self._traced = trace(self.name, self._initial, self.params, stages)
-
-    def _start(
-        self,
-        name: str,
-        stage_gates: tuple[tuple[str, ...], ...],
-        initial: tuple[tuple[str, float], ...],
-        params: tuple[str, ...],
-        aten: str | None = None,
-    ) -> None:
-        self.name = name
-        self.identity = f"{name} {next(_numbers)}"
-        self.stage_gates = stage_gates
-        self.params = params
-        self.aten = aten
-        self.gates = tuple(gate for own in stage_gates for gate in own)
-        self.states = tuple(state for state, _ in initial)
-        self.initial = tuple(value for _, value in initial)
-        self._initial = initial
-        self._traced = None
-        self._stages: Any = None
+        _ = self.program  # what cannot be traced is said here
 
     @classmethod
     def lazy(
         cls,
-        stages: Sequence[tuple[Sequence[str], Callable[..., Any]]],
+        stages: Sequence[tuple[tuple[str, ...], Step]],
         *,
         states: Sequence[str],
-        params: Sequence[str] = (),
+        params: tuple[str, ...] = (),
         name: str,
         aten: str | None = None,
     ) -> Recurrence:
         """One of the library's own cells: traced at first need, and known to ATen by `aten` (its mode) or not."""
         self = cls.__new__(cls)
-        gates = tuple(tuple(own) for own, _ in stages)
-        self._start(name, gates, tuple((state, 0.0) for state in states), tuple(params), aten)
-        self._stages = stages
+        self._start(name, stages, tuple((state, 0.0) for state in states), params, aten)
         return self
 
     @classmethod
-    def from_program(cls, text: str) -> Recurrence:
+    def from_program(cls, text: str, aten: str | None = None) -> Recurrence:
         """The recurrence whose canonical text this is, in a process that need not have its function.
 
         Raises:
@@ -135,18 +105,37 @@ class Recurrence:
         """
         program = Program.parse(text)
         self = cls.__new__(cls)
-        self._start(program.name, tuple(s.gates for s in program.stages), program.states, program.params)
-        self._traced = program
+        self._start(program.name, program, program.states, program.params, aten)
         return self
+
+    def _start(
+        self,
+        name: str,
+        source: Program | Sequence[tuple[tuple[str, ...], Step]],
+        initial: tuple[tuple[str, float], ...],
+        params: tuple[str, ...],
+        aten: str | None = None,
+    ) -> None:
+        """All there is to a recurrence; `source`: its program, or the stages to trace for it."""
+        self.name = name
+        self.identity = f"{name} {next(_numbers)}"
+        stages = [(stage.gates, stage) for stage in source.stages] if isinstance(source, Program) else source
+        self.stage_gates = tuple(gates for gates, _ in stages)
+        self.params = params
+        self.aten = aten
+        self.gates = tuple(gate for gates in self.stage_gates for gate in gates)
+        self.states = tuple(state for state, _ in initial)
+        self.initial = tuple(value for _, value in initial)
+        self._source = source
 
     @once
     def program(self) -> Program:
         """The traced recurrence."""
-        stages, traced = self._stages, self._traced  # in this order: another thread sets them in the other
-        if traced is None:
-            traced = self._traced = trace(self.name, self._initial, self.params, stages)
-        self._stages = None  # the user's functions, and what they close over, are no longer needed
-        return traced
+        source = self._source
+        if not isinstance(source, Program):
+            source = trace(self.name, tuple(zip(self.states, self.initial, strict=True)), self.params, source)
+            self._source = source  # the user's functions, and what they close over, are no longer needed
+        return source
 
     def text(self, identity: str = "") -> str:
         """The program's canonical text: what custom ops, torch.export and pickle take for the cell.
@@ -188,12 +177,12 @@ class Recurrence:
         return hash(self.key)
 
     def __repr__(self) -> str:
-        gates = " | ".join(" ".join(own) for own in self.stage_gates)
+        gates = " | ".join(map(" ".join, self.stage_gates))
         params = f", params={' '.join(self.params)}" if self.params else ""
         return f"Recurrence({self.name}: gates={gates}, states={' '.join(self.states)}{params})"
 
 
-def _stages(step: Any, gates: Sequence[str] | None) -> list[tuple[Sequence[str], Callable[..., Any]]]:
+def _stages(step: Any, gates: Sequence[str] | None) -> list[tuple[Sequence[str], Step]]:
     """The stages of a recurrence, each with its gates."""
     if callable(step):
         if gates is None:
@@ -212,6 +201,15 @@ def _stages(step: Any, gates: Sequence[str] | None) -> list[tuple[Sequence[str],
     return stages
 
 
+def _check_sequence(word: str, names: Any) -> None:
+    if isinstance(names, str):
+        raise TypeError(f"{word} is a sequence of names: ({names!r},)")
+    if not isinstance(names, Iterable):
+        raise TypeError(f"{word} is a sequence of names such as ('f', 'n'), not {names!r}")
+    if isinstance(names, (set, frozenset)):
+        raise TypeError(f"{word} have an order, that of the rows of the weights: a tuple of names, not a set")
+
+
 def _number(state: str, value: Any) -> float:
     """A state's initial value, the same for all units."""
     try:
@@ -224,6 +222,5 @@ def _number(state: str, value: Any) -> float:
 
 
 def _restore(text: str, aten: str | None) -> Recurrence:
-    self = Recurrence.from_program(text)
-    self.aten = aten
-    return self
+    """What pickles call, those of earlier versions too."""
+    return Recurrence.from_program(text, aten)
