@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 
 from gpu_rnn import cells
-from gpu_rnn.backends.tensors import FIRST_CONTROL, Inputs, LayerControls, Result, Weights
+from gpu_rnn.backends.axes import axes_of
+from gpu_rnn.backends.tensors import (
+    FIRST_CONTROL,
+    RESULT_AXES,
+    ROW_AXES,
+    WEIGHTS,
+    Inputs,
+    LayerControls,
+    Result,
+    Weights,
+)
 from gpu_rnn.call import checks
 from gpu_rnn.call.passes import Options
 
@@ -137,6 +147,19 @@ def test_every_field_has_axes() -> None:
     assert set(checks.TENSORS) == {*Weights._fields, *LayerControls._fields}
     assert set(checks.LISTS) == set(Inputs._fields) - {"weights", "controls"}
     assert {*checks.SAVED, "final"} == set(Result._fields) - {"kept"}
+    assert len(ROW_AXES) == len(ROW)
+
+
+def test_places_of_axes() -> None:
+    """vmap folds into these, which are read from the fields' annotations."""
+    of_controls = [axes_of(LayerControls)[name][0] for name in ("lengths", "flags", "drop", "zone", "between")]
+    assert [axes.place("B") for axes in of_controls] == [0, 1, 0, 2, 2]
+    assert [axes.place("N") for axes in of_controls] == [None, 2, 1, 3, None]
+    assert [axes.place("B") for axes in ROW_AXES[: 1 + WEIGHTS]] == [1, *[None] * WEIGHTS]
+    assert [axes.place("N") for axes in ROW_AXES[:WEIGHTS]] == [2, *[0] * (WEIGHTS - 1)]  # all but w_between, the last
+    assert [[axes.place(axis) for axes in ROW_AXES[-2:]] for axis in "BN"] == [[0, 1], [1, 2]]
+    assert [axes.place("B") for axes in RESULT_AXES] == [1, 0, 1, 1, 2, 2, 2]
+    assert [axes.place("N") for axes in RESULT_AXES] == [2, 1, 2, 2, 3, 3, 3]
 
 
 TOGETHER: dict[str, tuple[Callable[[], dict[str, Any]], dict[str, Any], str]] = {

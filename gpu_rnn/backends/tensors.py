@@ -5,8 +5,8 @@ Sizes: T time, B batch, N independent recurrences (directions, members), G gates
 P width of the product's input (H, or proj_size), S states, U per-unit parameters, K split gates, M 1 for a stack, else
 N.
 
-The axes of a tensor stand in its field's annotation. `gpu_rnn.call.checks` reads them there, so a new field is checked
-as soon as it is written down.
+The axes of a tensor stand in its field's annotation. Shapes are checked, and calls batched by vmap, by what is written
+there: a new field is an entry here and nowhere else.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from gpu_rnn.backends.axes import Axes, axes_of
 from gpu_rnn.backends.normalisation import Normalised
 from gpu_rnn.compiler.program import Program
 
@@ -27,14 +28,6 @@ if TYPE_CHECKING:
 
 SKIP, RESET = 1, 2  # bits of `LayerControls.flags`
 CPU_CHUNK, GPU_CHUNK = 1 << 15, 1 << 22  # elements (T, B, N, H) of a chunk: 128 KiB a tensor in fp32; fewer launches
-
-
-class Axes(NamedTuple):
-    """The axes of a tensor, "|" between alternatives: of a whole tensor, ``T B I | T B N I``, or of one axis,
-    ``1|T``."""
-
-    axes: str
-    dtype: torch.dtype | Literal["state"] | None = None  # "state": `state_dtype` of x's; None: that of x
 
 
 class Weights(NamedTuple):
@@ -168,7 +161,7 @@ class Result(NamedTuple):
     gates: Annotated[Tensor, Axes("T B N G H")]
     recurrent: Annotated[Tensor, Axes("T B N K H")]
     inner: Annotated[Tensor, Axes("S-1 T B N H", "state")]
-    kept: Normalised | None = None
+    kept: Annotated[Normalised | None, Axes("2 T B N G H"), Axes("2 T B N G 1")] = None
 
     @property
     def saved(self) -> list[Tensor]:
@@ -181,7 +174,18 @@ class Result(NamedTuple):
         return Result(y, [], gates, recurrent, inner, Normalised(values, rstd) if values.numel() else None)
 
 
-SAVED = 5  # of `Result.saved`
+def _of_rows() -> tuple[list[Axes], list[Axes]]:
+    of_lists, of_result = axes_of(Inputs), axes_of(Result)
+    single = [axes[0] for fields in (Weights, LayerControls) for axes in axes_of(fields).values()]
+    row = [*of_lists["x"], *single, of_lists["states"][0], of_lists["reset_values"][0]]
+    saved = [axes for name in ("gates", "recurrent", "kept", "inner") for axes in of_result[name]]
+    return row, [*of_result["y"], of_result["final"][0], *saved]
+
+
+ROW_AXES, RESULT_AXES = (
+    _of_rows()
+)  # of `Inputs.row`; of y, the final states and `Result.saved`. One entry for each list
+SAVED = len(RESULT_AXES) - 2  # of `Result.saved`
 
 
 class LoopGradients(NamedTuple):

@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple, get_type_hints
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from gpu_rnn.backends.tensors import Axes, Inputs, LayerControls, Result, Weights, state_dtype
+from gpu_rnn.backends.axes import Axes, axes_of
+from gpu_rnn.backends.tensors import Inputs, LayerControls, Result, Weights, state_dtype
 from gpu_rnn.call.passes import Options
 from gpu_rnn.compiler.program import Program
 
@@ -21,17 +22,11 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.com
 Shapes = tuple[tuple[int, ...], ...]  # those that a tensor may have
 
 
-def _axes(fields: type) -> dict[str, tuple[Axes, ...]]:
-    """Of each field with axes of its own: one, or of a list that of the first tensor and that of the others."""
-    hints = get_type_hints(fields, include_extras=True)
-    return {name: hint.__metadata__ for name, hint in hints.items() if hasattr(hint, "__metadata__")}
-
-
-TENSORS = {name: axes[0] for fields in (Weights, LayerControls) for name, axes in _axes(fields).items()}
-LISTS = _axes(Inputs)
+TENSORS = {name: axes[0] for fields in (Weights, LayerControls) for name, axes in axes_of(fields).items()}
+LISTS = axes_of(Inputs)
 X, STATES, RESET_VALUES = LISTS["x"][0], LISTS["states"], LISTS["reset_values"]
-SAVED = {name: axes[0] for name, axes in _axes(Result).items() if name != "final"}
-FINAL = _axes(Result)["final"]
+SAVED = {name: axes[0] for name, axes in axes_of(Result).items() if name not in ("final", "kept")}
+FINAL = axes_of(Result)["final"]
 
 
 class Sizes(NamedTuple):
