@@ -30,7 +30,7 @@ def load(name: str) -> ModuleType:
 
 
 def test_every_example_is_named_here() -> None:
-    named = {"minimal_gated_unit", "memory_policy", "episodes", "keras_exchange"}
+    named = {"minimal_gated_unit", "memory_policy", "episodes", "gru_d", "keras_exchange"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} <= named
 
 
@@ -107,3 +107,62 @@ def test_minimal_gated_unit_is_its_formula(backend: str, sharpness: float) -> No
     wanted = [x, h, *layer.parameters()]
     grads = torch.autograd.grad(y, wanted, d)
     torch.testing.assert_close(grads, torch.autograd.grad(expected, wanted, d), rtol=1e-12, atol=1e-12)
+
+
+def gru_d_by_hand(model: torch.nn.Module, series: tuple[Tensor, Tensor, Tensor], h: Tensor) -> Tensor:
+    """GRU-D as its paper has it, step by step: δ by its recursion, and h decayed where a step begins."""
+    times, values, observed = series
+    w_r, w_z, w_n, w_decay = model.rnn.weight_ih_l0.chunk(4)
+    b_r, b_z, b_n, b_decay = model.rnn.bias_ih_l0.chunk(4)
+    u_r, u_z, u_n, _ = model.rnn.weight_hh_l0.chunk(4)
+    c_r, c_z, c_n, _ = model.rnn.bias_hh_l0.chunk(4)
+    size, outputs = values.shape[2], []
+    delta, last = torch.zeros_like(values[0]), torch.zeros_like(values[0])
+    for t, (x, m) in enumerate(zip(values, observed, strict=True)):
+        if t > 0:
+            passed = (times[t] - times[t - 1])[:, None]
+            delta = torch.where(observed[t - 1], passed, passed + delta)
+        gamma_x = torch.exp(-torch.clamp(model.weight_decay * delta + model.bias_decay, min=0))
+        gamma_h = torch.exp(-torch.clamp(delta @ w_decay[:, 2 * size :].T + b_decay, min=0))
+        filled = torch.where(m, x, gamma_x * last + (1 - gamma_x) * model.means)
+        last, h = torch.where(m, x, last), gamma_h * h
+        seen = torch.cat([filled, m.to(x)], -1)
+        r = torch.sigmoid(seen @ w_r[:, : 2 * size].T + b_r + h @ u_r.T + c_r)
+        z = torch.sigmoid(seen @ w_z[:, : 2 * size].T + b_z + h @ u_z.T + c_z)
+        n = torch.tanh(seen @ w_n[:, : 2 * size].T + b_n + (r * h) @ u_n.T + c_n)
+        h = (1 - z) * h + z * n
+        outputs.append(h)
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("backend", ["reference", "step"])
+def test_gru_d_is_its_formula(backend: str) -> None:
+    gru_d = load("gru_d")
+    series, _ = gru_d.draw(9, 4, torch.Generator().manual_seed(0))
+    series = gru_d.Series(series.times.double(), series.values.double(), series.observed)
+    h = support.draw(4, 5, seed=2).requires_grad_()
+    model = gru_d.GRUD(3, 5, support.draw(3, seed=1)).double()
+    with torch.no_grad():
+        model.bias_decay.copy_(support.draw(3, seed=4))  # not 0, where the derivative of max(0, ·) is a convention
+    model.rnn.backend = backend
+    every, final = model(series, h)
+    expected = gru_d_by_hand(model, series, h)
+    assert expected.isfinite().all()  # what was not observed is NaN
+    torch.testing.assert_close(every, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(final, expected[-1], rtol=1e-12, atol=1e-12)
+    d, wanted = support.draw(*every.shape, seed=3), [h, *model.parameters()]
+    grads = torch.autograd.grad(every, wanted, d)
+    torch.testing.assert_close(grads, torch.autograd.grad(expected, wanted, d), rtol=1e-12, atol=1e-12)
+
+
+def test_gru_d_learns_how_fast_the_past_fades(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the picture needs matplotlib: pip install 'gpu-rnn[demo]'")
+    gru_d = load("gru_d")
+    model = gru_d.train(60, steps=25)
+    series, signs = gru_d.draw(30, 200, torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        error = {name: values.square().mean().sqrt() for name, values in gru_d.errors(model, series, signs).items()}
+        gru_d.picture(model, series, signs, tmp_path / "gru_d.png")
+    assert error["best possible"] < error["GRU-D"] < 0.85 * error["carried forward"]
+    assert list(model.gru_d.weight_decay) == sorted(model.gru_d.weight_decay, reverse=True)
+    assert (tmp_path / "gru_d.png").read_bytes().startswith(b"\x89PNG")
