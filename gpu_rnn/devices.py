@@ -114,6 +114,17 @@ def of(device: torch.device) -> Device:
     )
 
 
+def at_hand(described: Device) -> list[torch.device]:
+    """The devices of a description that this process uses already: to ask another would make a context there, which
+    takes memory and seconds."""
+    each = [torch.device("cuda", index) for index in range(torch.cuda.device_count()) if _in_use(index)]
+    return [device for device in each if of(device) == described]
+
+
+def _in_use(index: int) -> bool:
+    return bool(torch._C._cuda_hasPrimaryContext(index))  # type: ignore[attr-defined]  # builds without CUDA lack it
+
+
 def _measured(found: Any, name: str) -> float:
     """What a driver says of a device, 0 where it or this version of torch says nothing."""
     return float(getattr(found, name, 0) or 0)

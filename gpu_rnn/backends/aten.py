@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from gpu_rnn.backends import rates
-from gpu_rnn.backends.persistent import products
 from gpu_rnn.backends.problem import Problem
+from gpu_rnn.backends.throughput import products
 
 Output = tuple[Tensor, tuple[Tensor, ...]]
 

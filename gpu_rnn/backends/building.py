@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gpu_rnn import devices
 from gpu_rnn.backends import triton_interpreter
-from gpu_rnn.backends.persistent import here
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.backends.tensors import Call, LayerControls, Result, Weights
 
@@ -90,7 +90,7 @@ class Builds:
         if triton_interpreter.INTERPRETING or find_spec("triton") is None:
             return
         alike = _alike(problem)
-        failures = [self._failure(alike, device) for device in here(problem)]
+        failures = [self._failure(alike, device) for device in devices.at_hand(problem.device)]
         if any(failures):
             self._failures[alike] = next(filter(None, failures))
 

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the launchers of the persistent kernels share: limits, forms of arguments, and the rates that their models count
-with."""
+"""What the launchers of the persistent kernels, resident and group, share: limits and forms of arguments."""
 
 from __future__ import annotations
 
@@ -9,63 +8,12 @@ import math
 import torch
 from torch import Tensor
 
-from gpu_rnn import devices
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.backends.tensors import Call, LoopGradients
-from gpu_rnn.devices import CPU_FLOPS
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # The first architecture with bfloat16 products, asynchronous copies, and a maximum that passes NaN on.
 OLDEST = (8, 0)
-
-# Rates of a multiprocessor, per cycle: CUDA C++ programming guide, table of arithmetic throughput.
-SHARED_BYTES = 128  # from shared memory
-L2 = 50 << 20  # bytes that stay near from step to step: an H100's; an A100 has 40 MB
-LANES, SPECIAL = 128, 16  # fp32 operations, and exponentials or roots
-FUNCTIONS = (
-    "tanh",
-    "sigmoid",
-    "exp",
-    "expm1",
-    "log",
-    "log1p",
-    "sqrt",
-    "erf",
-    "sin",
-    "cos",
-)  # an exponential and a root each
-
-
-def product_rate(problem: Problem) -> float:
-    """Floating-point operations a second that large products of a problem reach at most."""
-    device = problem.device
-    if not device.is_gpu:
-        return CPU_FLOPS
-    if problem.dtype.itemsize == 2:
-        return device.tensor_flops * 1e12
-    if problem.dtype == torch.float32 and problem.precision == "tf32":
-        return device.tensor_flops * 1e12 / 2
-    return 2 * LANES * device.sms * device.clock * 1e9
-
-
-def products(problem: Problem) -> float:
-    """Seconds that all products of a pass take at least, one a step, which reads a large W_hh from memory each time."""
-    operations = problem.flops / product_rate(problem)
-    weights = problem.N * problem.G * problem.H * (problem.proj_size or problem.H) * problem.dtype.itemsize
-    if not problem.device.is_gpu or weights < L2:
-        return operations
-    return max(operations, problem.T * problem.layers * weights / (problem.device.memory_rate * 1e9))
-
-
-def here(problem: Problem) -> list[torch.device]:
-    """The devices at hand that a problem may be on: only such as are in use already, for to ask another would make a
-    context there, which takes memory and seconds."""
-    each = [torch.device("cuda", index) for index in range(torch.cuda.device_count()) if _in_use(index)]
-    return [device for device in each if devices.of(device) == problem.device]
-
-
-def _in_use(index: int) -> bool:
-    return bool(torch._C._cuda_hasPrimaryContext(index))  # type: ignore[attr-defined]  # builds without CUDA lack it
 
 
 def unsupported(problem: Problem) -> list[str]:

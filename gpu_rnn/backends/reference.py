@@ -17,7 +17,6 @@ from torch import Tensor
 
 from gpu_rnn.backends import rates
 from gpu_rnn.backends.normalisation import normalised
-from gpu_rnn.backends.persistent import product_rate
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.backends.tensors import (
     RESET,
@@ -31,6 +30,7 @@ from gpu_rnn.backends.tensors import (
     reorder_each,
     state_dtype,
 )
+from gpu_rnn.backends.throughput import product_rate
 from gpu_rnn.compiler.program import Program, lookup
 
 

@@ -18,19 +18,17 @@ import torch
 from torch import Tensor
 
 from gpu_rnn.backends import building, persistent, rates, triton_interpreter
-from gpu_rnn.backends.persistent import (
-    FUNCTIONS,
-    LANES,
-    SHARED_BYTES,
-    SPECIAL,
-    bits,
-    even_rows,
-    product_rate,
-    rows,
-    whole,
-)
+from gpu_rnn.backends.persistent import bits, even_rows, rows, whole
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.backends.tensors import Call, LoopGradients, Result
+from gpu_rnn.backends.throughput import (
+    FP32_PER_CYCLE,
+    SHARED_BYTES_PER_CYCLE,
+    SPECIAL_PER_CYCLE,
+    multiplications,
+    projection,
+    special,
+)
 from gpu_rnn.compiler.program import Program
 from gpu_rnn.compiler.triton_module import triton_module
 from gpu_rnn.devices import DEVICES
@@ -135,25 +133,20 @@ def cost(problem: Problem, constants: rates.Rates | None = None) -> float:
     together = device.sms * max(1, _available(problem) // shared_memory(problem, chosen.stages))
     waits = known.latency * len(problem.program.stages)
     step = max(busy * -(-tiles // device.sms), (busy + waits) * -(-tiles // together))
-    products = problem.flops * problem.I / (problem.I + problem.H) / product_rate(problem)
-    return known.start + steps * step / (device.clock * 1e9) + known.projection * products
+    return known.start + steps * step / (device.clock * 1e9) + known.projection * projection(problem)
 
 
 def _busy_cycles(problem: Problem, chosen: Tile, known: rates.Resident) -> float:
     """Cycles of the busiest unit of a multiprocessor, for a step of one tile."""
-    device, program = problem.device, problem.program
+    program = problem.program
     units, weights = chosen.rows * chosen.width, len(program.gates) * chosen.width**2
-    multiplications = known.tensor_share * device.tensor_flops * 1e12 / 2 / (device.sms * device.clock * 1e9)
-    if problem.dtype == torch.float32:
-        multiplications = multiplications / 2 if problem.precision == "tf32" else LANES
-    operations = [op.name for stage in program.stages for op in stage.ops]
-    special = 2 * sum(name in FUNCTIONS for name in operations)  # an exponential and a root each
+    operations = [op for stage in program.stages for op in stage.ops]
     instructions = known.instructions * len(operations) * (known.backward if problem.direction == "backward" else 1.0)
     return max(
-        chosen.rows * weights / multiplications,
-        weights * problem.dtype.itemsize / SHARED_BYTES,
-        units * special / SPECIAL,
-        units * instructions / LANES,
+        chosen.rows * weights / multiplications(problem, known.tensor_share),
+        weights * problem.dtype.itemsize / SHARED_BYTES_PER_CYCLE,
+        units * special(operations) / SPECIAL_PER_CYCLE,
+        units * instructions / FP32_PER_CYCLE,
     )
 
 

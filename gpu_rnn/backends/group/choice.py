@@ -16,8 +16,15 @@ from typing import Any
 
 from gpu_rnn.backends import rates
 from gpu_rnn.backends.group.layout import UNITS, Layout
-from gpu_rnn.backends.persistent import FUNCTIONS, LANES, SHARED_BYTES, SPECIAL, product_rate
 from gpu_rnn.backends.problem import Problem
+from gpu_rnn.backends.throughput import (
+    FP32_PER_CYCLE,
+    SHARED_BYTES_PER_CYCLE,
+    SPECIAL_PER_CYCLE,
+    multiplications,
+    projection,
+    special,
+)
 from gpu_rnn.devices import Device
 
 MOST_WARPS = 8  # of a block: each thread may then use 255 registers of a multiprocessor's 65,536
@@ -131,33 +138,25 @@ def _blocks_by_memory(device: Device, layout: Layout) -> int:
     return device.shared_memory // max(layout.shared_bytes, 1)
 
 
-def _products_per_cycle(problem: Problem, known: rates.Group) -> float:
-    """Multiplications that a multiprocessor does in a cycle."""
-    device = problem.device
-    rate = known.tensor_share * device.tensor_flops * 1e12 / 2 / (device.sms * device.clock * 1e9)
-    if problem.dtype.itemsize == 2:
-        return rate
-    return rate / 2 if problem.precision == "tf32" else LANES / known.shuffled
-
-
 def _busy_cycles(problem: Problem, layout: Layout, known: rates.Group) -> float:
     """Cycles for one tile of a step, if nothing has to be waited for."""
     program = problem.program
     warps = layout.across * layout.along
     instructions = layout.share * layout.fragments * layout.columns  # of a warp, each 16 x 8 x 16
     chains = layout.fragments * layout.columns
-    multiplying = warps * instructions * 16 * 8 * 16 / _products_per_cycle(problem, known)
+    multiplying = warps * instructions * 16 * 8 * 16 / multiplications(problem, known.tensor_share, known.shuffled)
     chained = instructions / min(chains, 4) * known.tensor_latency / 2
     spilled = layout.threads * 4 * layout.fragment * layout.fragments * (layout.share - layout.held)
     sums = 2 * layout.threads * 16 * layout.results * layout.blocks // layout.across * layout.columns
-    shared = (spilled + (sums if layout.along > 1 else 0)) / SHARED_BYTES
+    shared = (spilled + (sums if layout.along > 1 else 0)) / SHARED_BYTES_PER_CYCLE
     words = layout.slot // layout.tiles * layout.word * layout.across
-    arriving = words / (known.l2_bytes if layout.members > 1 else SHARED_BYTES)
-    operations = [op.name for op in program.stages[0].ops]
+    arriving = words / (known.l2_bytes if layout.members > 1 else SHARED_BYTES_PER_CYCLE)
+    operations = program.stages[0].ops
     units = UNITS * layout.blocks * 8 * layout.columns
-    special = 2 * sum(name in FUNCTIONS for name in operations) / SPECIAL
     passes = 2 if layout.backward else 1
-    pointwise = units * max(special, passes * known.instructions * len(operations) / LANES)
+    pointwise = units * max(
+        special(operations) / SPECIAL_PER_CYCLE, passes * known.instructions * len(operations) / FP32_PER_CYCLE
+    )
     return max(multiplying, chained, shared) + arriving + pointwise
 
 
@@ -170,14 +169,15 @@ def floor(problem: Problem) -> float | None:
     device, gates = problem.device, problem.G
     weights = gates * problem.H**2 * problem.dtype.itemsize
     parts = gates if problem.direction == "backward" else 1
+    per_cycle = multiplications(problem, RANKING.tensor_share, RANKING.shuffled)
     found = []
     for groups in range(1, min(-(-problem.B // 8), device.sms) + 1):
         rows = 8 * -(-problem.B // (8 * groups))
         for members in {1, min(device.sms // groups, -(-problem.H // UNITS))}:
             if weights / members > WEIGHT_REGISTERS + device.shared_memory:
                 continue
-            multiplying = gates * problem.H**2 * rows / members / _products_per_cycle(problem, RANKING)
-            reading = max(weights / members - WEIGHT_REGISTERS, 0) / SHARED_BYTES
+            multiplying = gates * problem.H**2 * rows / members / per_cycle
+            reading = max(weights / members - WEIGHT_REGISTERS, 0) / SHARED_BYTES_PER_CYCLE
             arriving = parts * problem.H * rows * problem.dtype.itemsize / RANKING.l2_bytes if members > 1 else 0.0
             rounds = -(-problem.N // max(1, device.sms // (groups * members)))
             busy = max(multiplying, reading, arriving) / (device.clock * 1e9)
@@ -204,6 +204,5 @@ def cost(problem: Problem, constants: rates.Rates | None = None) -> float:
     gates = len(problem.recurrence.gates)
     weights = gates * (UNITS * choice.layout.blocks) * choice.layout.width * problem.dtype.itemsize
     loading = weights / known.l2_bytes / (device.clock * 1e9)
-    projection = problem.flops * problem.I / (problem.I + problem.H) / product_rate(problem)
     step = _step(problem, choice.layout, choice.groups, choice.at_once, known)
-    return known.start + loading + problem.layers * problem.T * step + known.projection * projection
+    return known.start + loading + problem.layers * problem.T * step + known.projection * projection(problem)

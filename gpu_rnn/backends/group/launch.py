@@ -337,7 +337,7 @@ def prepare(problem: Problem) -> None:
     try:
         fit(choice.layout, arch)
         blocks = choice.layout.members * choice.groups * choice.at_once
-        failure = "".join(_refusal(choice.layout, blocks, device) for device in persistent.here(problem))
+        failure = "".join(_refusal(choice.layout, blocks, device) for device in devices.at_hand(problem.device))
     except nvrtc.CompileError as error:
         failure = str(error)
     if failure:

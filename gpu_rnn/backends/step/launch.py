@@ -10,10 +10,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from gpu_rnn.backends import building, rates
-from gpu_rnn.backends.persistent import products
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.backends.step import gpu, torch_backward, torch_forward
 from gpu_rnn.backends.tensors import Call, LoopGradients, Result
+from gpu_rnn.backends.throughput import products
 
 CPU_OPERATION = 3e-6  # seconds, predicted
 
