@@ -92,7 +92,7 @@ def test_the_cheapest_that_can_run(given: Problem, expected: str) -> None:
     assert choice.select(given) == expected
     able = [name for name, module in choice.BACKENDS.items() if not module.unsupported(given)]
     assert expected in able
-    costs = {row.backend: row.predicted_us for row in choice.explain(given) if row.runs}
+    costs = {row.backend: row.predicted_us for row in choice.verdicts(given) if row.runs}
     assert list(costs) == able and costs[expected] == min(costs.values())
 
 
@@ -113,7 +113,7 @@ def test_in_training_both_passes_count(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choice.select(problem(cells.lstm("relu"))) == "step"
     training = problem(cells.lstm("relu"), direction="training")
     assert choice.select(replace(training, direction="backward")) == "reference"
-    predicted = {row.backend: row.predicted_us for row in choice.explain(training)}
+    predicted = {row.backend: row.predicted_us for row in choice.verdicts(training)}
     assert predicted["step"] == pytest.approx(predicted["reference"], rel=0.9)
 
 
@@ -183,7 +183,7 @@ def test_a_kernel_that_does_not_build_is_a_reason(monkeypatch: pytest.MonkeyPatc
     assert group.unsupported(given) == ["NVRTC 0.0 does not compile for sm_90a:\nout of luck"]
     with pytest.raises(ValueError, match=r"(?s)backend='group' cannot run.*out of luck"):
         choice.select(given, "group")
-    row = choice.explain(given, "group")[1]
+    row = choice.verdicts(given, "group")[1]
     assert not row.runs and row.reasons == ("NVRTC 0.0 does not compile for sm_90a:\nout of luck",)
     monkeypatch.setenv("GPU_RNN_BACKEND", "group")
     assert choice.select(replace(given, B=7)) != "group"
@@ -223,7 +223,7 @@ def test_backward_is_built_at_the_call_too(monkeypatch: pytest.MonkeyPatch) -> N
     given = problem(device="H100", direction="training", **half)
     with pytest.raises(ValueError, match="in the backward pass: out of luck"):
         choice.select(given, "group")
-    (row,) = (row for row in choice.explain(given, "group") if row.backend == "group")
+    (row,) = (row for row in choice.verdicts(given, "group") if row.backend == "group")
     assert row.runs and not row.chosen and row.reasons == ("backward on another loop: out of luck",)
 
 

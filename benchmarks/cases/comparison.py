@@ -94,7 +94,7 @@ def explain(case: Case, x: Tensor, call: Call) -> Explanation:
         return asked
     # Heads run as vmap over the weights: one launch with a recurrence for each.
     problem = replace(asked.problem, N=asked.problem.N * case.problem.heads, transforms=True)
-    return Explanation(problem, tuple(choice.explain(problem)))
+    return Explanation(problem, tuple(choice.verdicts(problem)))
 
 
 def _layer(library: Any, problem: Problem, device: torch.device, dtype: torch.dtype, **options: Any) -> nn.Module:

@@ -133,7 +133,7 @@ def explain(
     problem = problem_of(layer, x, call, "explain")
     if device is not None:
         problem = choice.described(problem, device)
-    return Explanation(problem, tuple(choice.explain(problem, layer.backend)), layer.backend)
+    return Explanation(problem, tuple(choice.verdicts(problem, layer.backend)), layer.backend)
 
 
 def problem_of(layer: LayerBase, x: Tensor | PackedSequence | None, call: dict[str, Any], asker: str) -> Problem:

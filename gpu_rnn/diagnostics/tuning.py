@@ -218,7 +218,7 @@ class _Measured:
 def _measure(run: _Run, device: torch.device, seconds: float) -> _Measured:
     """Times a call on every backend that can run it."""
     answers: dict[str, dict[Question, str]] = {}
-    left_out = {row.backend: row.reasons[0] for row in choice.explain(run.problem) if not row.runs}
+    left_out = {row.backend: row.reasons[0] for row in choice.verdicts(run.problem) if not row.runs}
     for name in [name for name in choice.BACKENDS if name not in left_out]:
         try:
             with choice.trial(name) as asked:

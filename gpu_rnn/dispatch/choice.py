@@ -288,19 +288,19 @@ def _say_once(direction: str, cell: str, backend: str, reason: str) -> None:
     log.info("%s of %s: %s not used: %s", direction, cell, backend, reason)
 
 
-def explain(problem: Problem, backend: str = "auto") -> list[Row]:
+def verdicts(problem: Problem, backend: str = "auto") -> list[Row]:
     """Every backend's verdict on a problem, in the order of the table; of training calls, both passes' time."""
     chosen = select(problem, backend) if backend == "auto" or not _against(problem, backend) else None
-    verdicts = {name: tuple(each.unsupported(problem)) for name, each in BACKENDS.items()}
     measured = choices.find(problem, tuple(BACKENDS))
     rows = []
-    for name, reasons in verdicts.items():
+    for name, each in BACKENDS.items():
+        reasons = each.unsupported(problem)
         runs = not reasons
         predicted = total_cost(problem, name) * 1e6 / max(problem.T, 1) if runs else None
         if runs and problem.direction == "training" and name in LOOPS:
-            against = BACKENDS[name].unsupported(replace(problem, direction="backward"))
-            reasons = tuple(f"backward on another loop: {reason}" for reason in against)
-        rows.append(Row(name, runs, name == chosen, reasons, predicted, measured.get(name) if runs else None))
+            against = each.unsupported(replace(problem, direction="backward"))
+            reasons = [f"backward on another loop: {reason}" for reason in against]
+        rows.append(Row(name, runs, name == chosen, tuple(reasons), predicted, measured.get(name) if runs else None))
     return rows
 
 
