@@ -6,7 +6,7 @@ import sys
 
 from gpu_rnn import activations, cells
 from gpu_rnn._version import __version__
-from gpu_rnn.backends.group.launch import check
+from gpu_rnn.backends.group.deadline import check
 from gpu_rnn.compiler.tracing import TraceError
 from gpu_rnn.diagnostics import tuning
 from gpu_rnn.diagnostics.debugging import debug

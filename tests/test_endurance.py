@@ -23,7 +23,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import gpu_rnn
-from gpu_rnn.backends.group import launch as group
+from gpu_rnn.backends.group import deadline
 from gpu_rnn.backends.group.layout import Layout
 
 STATM = Path("/proc/self/statm")
@@ -130,15 +130,20 @@ def test_every_cache_is_bounded() -> None:
             assert name in UNBOUNDED, name
 
 
-def test_the_names_of_kernels_that_may_give_up_are_bounded() -> None:
-    """There is one for each size, and 16 bits for its number: those of the last launches are known."""
+def test_the_numbers_of_kernels_that_may_give_up_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One serves every T and B. There are as many as 16 bits count; past them they begin again."""
+    monkeypatch.setattr(deadline, "_numbers", {})
+    monkeypatch.setattr(deadline, "_launched", {})
+    monkeypatch.setattr(deadline, "MOST", 5)
     layout = Layout(
         gpu_rnn.cells.lstm().program.text, torch.half, "ieee", False, 1, 1, 1, 1, 1, 1, 0, True, True, False, 1
     )
-    numbers = [group.name_of(layout, steps, 1, 1, 8) for steps in range(3 * group.NAMES)]
-    assert len(group._names) == group.NAMES and all(0 < number <= 0xFFFF for number in numbers)
-    assert len(set(numbers[-group.NAMES :])) == group.NAMES
-    assert group.name_of(layout, 3 * group.NAMES - 1, 1, 1, 8) == numbers[-1]
+    same = {deadline.number_of(layout, torch.Size((steps, 1 + steps % 7, 1, 4, 8))) for steps in range(100)}
+    assert len(same) == len(deadline._numbers) == len(deadline._launched) == 1
+    for hidden in range(9, 30):
+        number = deadline.number_of(layout, torch.Size((2, 3, 1, 4, hidden)))
+        assert 0 < number <= 5 and f"(T 2, B 3, N 1, H {hidden}, " in deadline._name(number)
+    assert len(deadline._numbers) <= 5 and len(deadline._launched) <= 5
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import torch
 
 import gpu_rnn
 from gpu_rnn import cache, environment
+from gpu_rnn.backends.group import deadline
 from gpu_rnn.backends.group import launch as group
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.dispatch import choice
@@ -74,14 +75,14 @@ def test_an_empty_cache_folder_is_the_users(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
 def test_check_after_a_failure_in_any_mode(mode: type, monkeypatch: pytest.MonkeyPatch) -> None:
     """The word that a kernel writes to is made in the mode of the first call, and written to in that of a later one."""
-    monkeypatch.setattr(group, "_errors", {})
+    monkeypatch.setattr(deadline, "_errors", {})
     with torch.inference_mode():
-        word = group.error_word(torch.device("cpu"))
+        word = deadline.error_word(torch.device("cpu"))
     assert not word.is_inference()
     torch.set_default_device("meta")
     try:
-        monkeypatch.setattr(group, "_errors", {})
-        word = group.error_word(torch.device("cpu"))
+        monkeypatch.setattr(deadline, "_errors", {})
+        word = deadline.error_word(torch.device("cpu"))
     finally:
         torch.set_default_device(None)
     assert word.is_cpu

@@ -15,6 +15,7 @@ from loop_support import RECURRENCES, make, values_and_gradients
 from option_support import OPTIONS, with_options
 
 import gpu_rnn
+from gpu_rnn.backends.group import deadline
 from gpu_rnn.backends.group import launch as group
 
 PLACES = [
@@ -72,7 +73,8 @@ def test_a_layer_with_options(place: str) -> None:
     assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in layer.parameters())
     if place == "cuda":
         torch.cuda.synchronize()
-    group.error_word(y.device).fill_(group.name_of(_any_layout(), 5, 3, 1, 40) << 48 | 1 << 32 | 4)
+    number = deadline.number_of(_any_layout(), torch.Size((5, 3, 1, 4, 40)))
+    deadline.error_word(y.device).fill_(number << 48 | 1 << 32 | 4)
     with pytest.raises(RuntimeError, match=r"group_forward of lstm \(T 5, B 3, .*gave up in step 4 of group 1"):
         layer(x)
     gpu_rnn.check()

@@ -7,9 +7,6 @@ each other, so all blocks of a launch are resident at once, unless a group has o
 
 from __future__ import annotations
 
-import itertools
-from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -18,16 +15,18 @@ from torch import Tensor
 
 from gpu_rnn import devices, environment
 from gpu_rnn.backends import persistent
-from gpu_rnn.backends.group import cubin, nvrtc
+from gpu_rnn.backends.group import cubin, nvrtc, signature
 from gpu_rnn.backends.group.choice import Choice, choose, cost, largest
+from gpu_rnn.backends.group.deadline import check, error_word, number_of
 from gpu_rnn.backends.group.layout import Layout, source
 from gpu_rnn.backends.persistent import bits, even_rows, rows, whole
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.backends.tensors import Call, LoopGradients, Result
 
-__all__ = ["Launch", "backward", "check", "choose", "cost", "forward", "prepare", "unsupported"]
+__all__ = ["Launch", "backward", "choose", "cost", "forward", "prepare", "unsupported"]
 
-NAMES = 1024  # kernels that `check` can name: T and B are in a name
+Arguments = dict[str, Tensor | int]  # by the names of the kernel's parameters; 0 stands for no tensor
+
 LONGEST_PATTERN = 64  # bits of the argument that holds the directions
 
 
@@ -37,7 +36,17 @@ class Launch:
 
     layout: Layout
     grid: int
-    arguments: tuple[Tensor | int, ...]
+    arguments: Arguments
+
+    @property
+    def ordered(self) -> tuple[Tensor | int, ...]:
+        """The arguments as the kernel takes them.
+
+        Raises:
+            TypeError: one is missing or foreign.
+        """
+        kernel = self.layout.kernel
+        return signature.ordered(kernel, signature.shipped(kernel), self.arguments)
 
     def __call__(self, device: torch.device) -> None:
         """Runs it on the current stream of a device.
@@ -50,7 +59,7 @@ class Launch:
         refusal = _refusal(self.layout, self.grid, device)
         if refusal:
             raise RuntimeError(f"{refusal}; choose another backend")
-        _loaded(self.layout, device)(self.grid, self.layout.threads, self.arguments, device)
+        _loaded(self.layout, device)(self.grid, self.layout.threads, self.ordered, device)
 
 
 def _loaded(layout: Layout, device: torch.device) -> nvrtc.Function:
@@ -97,115 +106,80 @@ def _pointer(tensor: Tensor | None) -> Tensor | int:
     return 0 if tensor is None else whole(tensor)
 
 
-def exchange(layout: Layout, groups: int, left: Tensor, error: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def exchange(layout: Layout, groups: int, left: Tensor, error: Tensor) -> Arguments:
     """What the members of `groups` groups talk through: empty slots, `left`, counters, and the word for a failure."""
     words = torch.int32 if layout.half else torch.int64
-    slots = torch.full((groups * layout.ring * layout.slot,), -1, dtype=words, device=left.device)
-    return slots, left, left.new_zeros(1 + groups * layout.tiles), error
+    return {
+        "p_words": torch.full((groups * layout.ring * layout.slot,), -1, dtype=words, device=left.device),
+        "p_left": left,
+        "p_counters": left.new_zeros(1 + groups * layout.tiles),
+        "p_error": error,
+    }
 
 
-_names: OrderedDict[str, int] = OrderedDict()  # of the kernels that were launched last
-_counter = itertools.count()
-_errors: dict[torch.device, Tensor] = {}
-
-
-def name_of(layout: Layout, steps: int, batch: int, n: int, hidden: int) -> int:
-    """The number by which a kernel names itself where it gives up: 16 bits, not 0."""
-    text = (
-        f"{layout.kernel} of {layout.parsed.name} (T {steps}, B {batch}, N {n}, H {hidden}, "
-        f"{str(layout.dtype).removeprefix('torch.')}, {layout.members} blocks a group)"
-    )
-    number = _names.get(text)
-    if number is None:
-        number = _names[text] = next(_counter) % 0xFFFF + 1
-        if len(_names) > NAMES:
-            _names.popitem(last=False)
-    return number
-
-
-def error_word(device: torch.device) -> Tensor:
-    """Where kernels on a device say that they gave up; the host reads it without waiting for them."""
-    if device not in _errors:
-        with torch.inference_mode(False):  # `check` writes to it, in whatever mode it is called
-            _errors[device] = torch.zeros(1, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
-    return _errors[device]
-
-
-def check() -> None:
-    """Raises for a kernel that gave up waiting since the last call; all its results are NaN.
-
-    A kernel that still runs is not waited for: synchronise the device first to be sure. The next call of the backend
-    checks too.
-
-    Raises:
-        RuntimeError: a kernel passed its deadline; the message names it, its shape, the step and the group.
-
-    Example::
-
-        >>> gpu_rnn.check()
-    """
-    for device, word in _errors.items():
-        code = int(word[0]) & 0xFFFFFFFFFFFFFFFF
-        if not code:
-            continue
-        word.zero_()
-        names = {number: text for text, number in _names.copy().items()}  # another thread may add one meanwhile
-        name = names.get(code >> 48, "a kernel")
-        raise RuntimeError(
-            f"{name} on {device} gave up in step {code & 0xFFFFFFFF} of group {code >> 32 & 0xFFFF}: data of another "
-            "block did not come within the deadline, and all its results are NaN. If the device was stopped "
-            "that long (a debugger, time slicing), set GPU_RNN_DEADLINE to more seconds; else please report it."
-        )
-
-
-def _launches(
-    choice: Choice, tensors: list[Tensor | int], strides: list[int], reverse: str, shape: torch.Size, error: Tensor
-) -> list[Launch]:
-    """The launches that together run all of N; `shape` is that of the gates."""
+def _launches(choice: Choice, arguments: Arguments, gates: Tensor, error: Tensor) -> list[Launch]:
+    """The launches that together run all of N."""
     layout, groups = choice.layout, choice.groups
-    steps, batch, n, _, hidden = shape
-    like = tensors[0]
-    assert isinstance(like, Tensor)
-    pattern, period = bits(reverse)
-    sizes, name = (steps, batch, n, hidden, period), name_of(layout, steps, batch, n, hidden)
-    left = torch.zeros(1, dtype=torch.int32, device=like.device)  # one for all: who gives up spoils the whole call
+    batch, n = gates.shape[1:3]
+    left = torch.zeros(1, dtype=torch.int32, device=gates.device)  # one for all: who gives up spoils the whole call
+    common = arguments | {
+        "limit": round(environment.deadline() * 1e9),
+        "groups": groups,
+        "launch": number_of(layout, gates.shape),
+    }
     launches = []
     for first in range(0, n, choice.at_once):
         count = min(choice.at_once, n - first) * groups
         slots = exchange(layout, count, left, error)
-        arguments = (
-            *tensors,
-            *slots,
-            round(environment.deadline() * 1e9),
-            pattern,
-            *strides,
-            *sizes,
-            first,
-            groups,
-            name,
-        )
-        launches.append(Launch(layout, count * layout.members if batch else 0, arguments))
+        launches.append(Launch(layout, count * layout.members if batch else 0, common | slots | {"first_n": first}))
     return launches
 
 
-def _paired(layout: Layout, hidden: int, strides: list[int], tensors: Sequence[Tensor | int]) -> Layout:
-    """The layout, told whether two units can be loaded and stored as one word."""
-    even = hidden % 2 == 0 and all(stride % 2 == 0 for stride in strides)
-    aligned = all(t.data_ptr() % layout.word == 0 for t in tensors if isinstance(t, Tensor))
-    return replace(layout, paired=even and aligned)
+def _sizes(gates: Tensor, reverse: str) -> Arguments:
+    """The sizes and strides of gates, and which recurrences run backwards in time."""
+    pattern, period = bits(reverse)
+    return {
+        **dict(zip(("T", "B", "N", "H"), (*gates.shape[:3], gates.shape[4]), strict=True)),
+        **dict(zip(("stride_t", "stride_b", "stride_n", "stride_g"), gates.stride()[:4], strict=True)),
+        "reverse": pattern,
+        "period": period,
+    }
 
 
-def _steered(layout: Layout, call: Call) -> tuple[Layout, list[Tensor | int]]:
-    """The layout with the call's options, and their tensors as both kernels take them."""
+def _controls(call: Call) -> Arguments:
+    """The tensors of a call's options."""
+    controls, values, dtype = call.controls, call.reset_values, call.weights.w_hh.dtype
+    stacked = torch.stack(values) if values else None
+    return {
+        "p_lengths": _pointer(controls.lengths),
+        "p_flags": _pointer(controls.flags),
+        "p_values": _pointer(None if stacked is None else stacked.to(dtype)),
+        "p_drop": _pointer(None if controls.drop is None else controls.drop.to(dtype)),
+        "p_zone": _pointer(controls.zone),
+    }
+
+
+def _built(layout: Layout, call: Call, arguments: Arguments, save: bool, inner: bool) -> Layout:
+    """The layout as a call needs it: with its options, and told whether two units lie in one word."""
     controls, values = call.controls, call.reset_values
-    drop = 0 if controls.drop is None else min(controls.drop.shape[2], 2)
-    per_step = 1 + (len(values[0]) > 1) if values else 0
-    layout = replace(
-        layout, flags=controls.flags is not None, values=per_step, drop=drop, zone=controls.zone is not None
+    return replace(
+        layout,
+        save=save,
+        inner=inner,
+        paired=_paired(arguments, layout.word),
+        flags=controls.flags is not None,
+        values=1 + (len(values[0]) > 1) if values else 0,
+        drop=0 if controls.drop is None else min(controls.drop.shape[2], 2),
+        zone=controls.zone is not None,
     )
-    scalars = [torch.stack(values) if values else None, controls.drop]
-    given, drops = (None if t is None else t.to(layout.dtype) for t in scalars)
-    return layout, [_pointer(t) for t in (controls.lengths, controls.flags, given, drops, controls.zone)]
+
+
+def _paired(arguments: Arguments, word: int) -> bool:
+    """Whether two units can be loaded and stored as one word of so many bytes. Weights are loaded one by one."""
+    even = all(value % 2 == 0 for name, value in arguments.items() if name == "H" or "stride" in name)
+    tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor) and name != "p_w"}
+    dtype = tensors["p_gates"].dtype
+    return even and all(t.data_ptr() % word == 0 for t in tensors.values() if t.dtype == dtype)
 
 
 def prepare_forward(
@@ -223,25 +197,23 @@ def prepare_forward(
     y = gates.new_empty(steps, batch, n, hidden)
     final = gates.new_empty(len(states), batch, n, hidden)
     recurrent = gates.new_empty(steps, batch, n, len(program.split) if save else 0, hidden)
-    others = len(states) - 1 if save or all_states else 0
-    inner = gates.new_empty(others, steps, batch, n, hidden, dtype=torch.float32)
-    strides = list(gates.stride()[:4])
-    layout, control_pointers = _steered(choice.layout, call)
-    vectors = [gates, recurrent, y, final, _pointer(weights.b_hh), _pointer(weights.params)]
-    layout = _paired(layout, hidden, strides, [*vectors, *control_pointers[2:4]])
-    layout = replace(layout, save=save, inner=save or all_states)
-    tensors = [
-        gates,
-        recurrent,
-        inner,
-        y,
-        torch.stack(states),
-        final,
-        whole(weights.w_hh),
-        *vectors[4:],
-        *control_pointers,
-    ]
-    launches = _launches(replace(choice, layout=layout), tensors, strides, call.reverse, gates.shape, error)
+    inner_states = len(states) - 1 if save or all_states else 0
+    inner = gates.new_empty(inner_states, steps, batch, n, hidden, dtype=torch.float32)
+    arguments = {
+        "p_gates": gates,
+        "p_recurrent": recurrent,
+        "p_inner": inner,
+        "p_y": y,
+        "p_initial": torch.stack(states),
+        "p_final": final,
+        "p_w": whole(weights.w_hh),
+        "p_b_hh": _pointer(weights.b_hh),
+        "p_params": _pointer(weights.params),
+        **_controls(call),
+        **_sizes(gates, call.reverse),
+    }
+    layout = _built(choice.layout, call, arguments, save, inner=save or all_states)
+    launches = _launches(replace(choice, layout=layout), arguments, gates, error)
     return launches, Result(y, list(final), gates if save else gates.new_empty(0), recurrent, inner)
 
 
@@ -262,31 +234,30 @@ def prepare_backward(
     d_initial = gates.new_empty(len(states), batch, n, hidden)
     shares = choice.groups * choice.layout.along if program.params else 0
     d_params = gates.new_zeros(shares, n, len(program.params), hidden, dtype=torch.float32)
-    each = [len(value) for value in call.reset_values]
-    d_values = gates.new_zeros(len(each), *each[:1], *d_initial.shape[1:], dtype=torch.float32)
-    strides = [*gates.stride()[:4], *d_y.stride()[:3]]
-    layout, control_pointers = _steered(choice.layout, call)
-    tensors = [
-        gates,
-        whole(saved.recurrent),
-        whole(saved.inner),
-        whole(saved.y),
-        torch.stack(states),
-        whole(weights.w_hh),
-        _pointer(weights.params),
-        *control_pointers,
-        0 if d_inner is None else whole(d_inner.float()),
-        d_y,
-        torch.stack(d_final),
-        d_gates,
-        d_recurrent,
-        d_initial,
-        d_params,
-        d_values,
-    ]
-    scalars = [t for t in tensors if isinstance(t, Tensor) and t.dtype == gates.dtype and t is not tensors[5]]
-    layout = replace(_paired(layout, hidden, strides, scalars), inner=d_inner is not None)
-    launches = _launches(replace(choice, layout=layout), tensors, strides, call.reverse, gates.shape, error)
+    steps_of_values = [len(value) for value in call.reset_values]
+    d_values = gates.new_zeros(len(steps_of_values), *steps_of_values[:1], *d_initial.shape[1:], dtype=torch.float32)
+    arguments = {
+        "p_gates": gates,
+        "p_recurrent": whole(saved.recurrent),
+        "p_inner": whole(saved.inner),
+        "p_y": whole(saved.y),
+        "p_initial": torch.stack(states),
+        "p_w": whole(weights.w_hh),
+        "p_params": _pointer(weights.params),
+        **_controls(call),
+        "p_d_inner": _pointer(None if d_inner is None else d_inner.float()),
+        "p_d_y": d_y,
+        "p_d_final": torch.stack(d_final),
+        "p_d_gates": d_gates,
+        "p_d_recurrent": d_recurrent,
+        "p_d_initial": d_initial,
+        "p_d_params": d_params,
+        "p_d_values": d_values,
+        **_sizes(gates, call.reverse),
+        **dict(zip(("d_y_stride_t", "d_y_stride_b", "d_y_stride_n"), d_y.stride()[:3], strict=True)),
+    }
+    layout = _built(choice.layout, call, arguments, save=False, inner=d_inner is not None)
+    launches = _launches(replace(choice, layout=layout), arguments, gates, error)
     return launches, LoopGradients(d_gates, d_recurrent, list(d_initial), d_params, d_resets=list(d_values))
 
 
