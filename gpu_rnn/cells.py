@@ -19,12 +19,12 @@ Name = str | Activation
 
 def _remembered(make: Callable[..., Recurrence]) -> Callable[..., Recurrence]:
     """One recurrence for each set of names. Those of functions are made anew: a closure may hold a whole model."""
-    kept = lru_cache(maxsize=None)(make)
+    by_name = lru_cache(maxsize=None)(make)
 
     @wraps(make)
     def cell(*args: Name | bool, **options: Name | bool) -> Recurrence:
         if all(isinstance(value, (str, bool)) for value in (*args, *options.values())):
-            return kept(*args, **options)
+            return by_name(*args, **options)
         recurrence = make(*args, **options)
         _ = recurrence.program  # what a function cannot be is said here, not at the first call
         return recurrence

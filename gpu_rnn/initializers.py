@@ -224,7 +224,11 @@ def apply(
         if initializer is not None:
             fill_(tensor, initializer)
         if unit_forget_bias and name.startswith("bias_"):
-            with torch.no_grad():
-                whole, row = _whole(tensor), recurrence.gates.index("f")
-                whole.chunk(len(recurrence.gates))[row].fill_(float(name.startswith("bias_ih")))
-                _write(tensor, whole)
+            _fill_gate(tensor, recurrence, "f", float(name.startswith("bias_ih")))
+
+
+@torch.no_grad()
+def _fill_gate(bias: Tensor, recurrence: Recurrence, gate: str, value: float) -> None:
+    whole = _whole(bias)
+    whole.chunk(len(recurrence.gates))[recurrence.gates.index(gate)].fill_(value)
+    _write(bias, whole)

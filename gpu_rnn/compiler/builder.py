@@ -57,12 +57,13 @@ _IDENTITIES: dict[tuple[str, int, float], int | float] = {
 class Builder:
     """Collects operations, each distinct one once, with constants folded."""
 
-    def __init__(self, prefix: str = "t", start: int = 0, given: Iterable[Op] = (), exact: bool = False) -> None:
-        """With `exact`, 0 times something is not 0: of infinity and NaN it is NaN."""
+    def __init__(self, prefix: str = "t", start: int = 0, known: Iterable[Op] = (), exact: bool = False) -> None:
+        """`known` operations are taken as they are instead of anew. With `exact`, 0 times something is not 0: of
+        infinity and NaN it is NaN."""
         self.prefix, self.start, self.exact = prefix, start, exact
         self.ops: list[Op] = []
         self.line = ""
-        self._seen = {op.key[1:]: op.result for op in given}
+        self._seen = {op.key[1:]: op.result for op in known}
 
     def value(self, name: Argument) -> Value:
         return Value(self, name if isinstance(name, str) else constant(name))
@@ -94,7 +95,7 @@ class Builder:
             other = next(name for name in names if isinstance(name, str))
             return other if bool(constants[0]) == (op == "and") else float(op == "or")
         for position, name in enumerate(names):
-            kept = _IDENTITIES.get((op, position, name)) if isinstance(name, float) else None
-            if kept is not None:
-                return names[int(kept)]
+            side = _IDENTITIES.get((op, position, name)) if isinstance(name, float) else None
+            if side is not None:
+                return names[int(side)]
         return None

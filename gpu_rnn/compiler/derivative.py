@@ -68,11 +68,11 @@ def differentiate(program: Program, number: int) -> Derivative:
     outputs = stage_outputs(program, number)
     carried = carried_values(program, number)
     seeds = tuple(f"d{index}" for index in range(len(outputs)))
-    builder = Builder(prefix=f"g{number}_" if number else "g", given=stage.ops)
+    builder = Builder(prefix=f"g{number}_" if number else "g", known=stage.ops)
     adjoint: dict[str, Value] = {}
 
-    def add(name: Argument, gradient: Value) -> None:
-        if isinstance(name, str):
+    def add(name: Argument, gradient: Value | None) -> None:
+        if isinstance(name, str) and gradient is not None:
             adjoint[name] = adjoint[name] + gradient if name in adjoint else gradient
 
     for name, seed in zip(outputs, seeds, strict=True):
@@ -84,8 +84,7 @@ def differentiate(program: Program, number: int) -> Derivative:
         builder.line = op.line
         totals[op.result] = adjoint[op.result].name
         for arg, gradient in zip(op.args, _rule(builder, op, adjoint.pop(op.result)), strict=True):
-            if gradient is not None:
-                add(arg, gradient)
+            add(arg, gradient)
     wrt = (*program.inputs(stage), *carried)
     results = tuple(adjoint[name].name if name in adjoint else 0.0 for name in wrt)
     ops = live((*stage.ops, *builder.ops), results)

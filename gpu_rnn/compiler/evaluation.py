@@ -22,9 +22,9 @@ def runner(
     Its text is made of names that the parser let through and of operations' names, nothing else.
     """
     made = dict.fromkeys(op.result for op in ops)
-    kept = dict.fromkeys(made if wanted is None else (name for name in wanted if name in made))
+    returned = dict.fromkeys(made if wanted is None else (name for name in wanted if name in made))
     taken = dict.fromkeys(arg for op in ops for arg in op.args if isinstance(arg, str) and arg not in made)
-    last = {arg: op.result for op in ops for arg in op.args if arg in made and arg not in kept}
+    last = {arg: op.result for op in ops for arg in op.args if arg in made and arg not in returned}
     done: dict[str, list[str]] = {}
     for name, reader in last.items():
         done.setdefault(reader, []).append(f"    del {name}")
@@ -37,7 +37,7 @@ def runner(
             args[1] = f"one * {args[1]}"
         lines.append(f"    {op.result} = {op.name}_({', '.join(args)})")
         lines += done.get(op.result, [])
-    lines.append(f"    values.update({', '.join(f'{name}={name}' for name in kept)})")
+    lines.append(f"    values.update({', '.join(f'{name}={name}' for name in returned)})")
     names: dict[str, Any] = {f"{name}_": operation.torch for name, operation in OPERATIONS.items()}
     names |= {"inf": float("inf"), "nan": float("nan"), "like": _one}
     names |= {f"{name}_": function for name, function in replaced.items()}

@@ -31,40 +31,52 @@ class Jacobian:
     @property
     def results(self) -> tuple[Argument, ...]:
         """All of them."""
-        return *(value for own in self.partials for value in own.values()), *(value for *_, value in self.links)
+        return *(value for partials in self.partials for value in partials.values()), *(
+            value for *_, value in self.links
+        )
 
 
 @lru_cache(maxsize=256)
 def jacobian(program: Program, number: int) -> Jacobian:
     """Of stage `number`: its derivative with one incoming gradient 1, the rest 0; with links if it can."""
     stage, derivative = program.stages[number], differentiate(program, number)
-    made = {op.result for op in stage.ops}
-    builder = Builder(prefix=f"j{number}_", given=stage.ops)
+    builder = Builder(prefix=f"j{number}_", known=stage.ops)
     distinct = len(set(derivative.totals)) == len(derivative.totals)
     totals = derivative.totals if distinct else derivative.seeds
     places = {op.result: place for place, op in enumerate(derivative.ops)}
+    made = {op.result for op in stage.ops}
+    own_ops = [op for op in derivative.ops if op.result not in made]
     partials, links = [], []
     for index, total in enumerate(totals):
-        known: dict[str, Argument] = {str(name): float(name == total) for name in (*derivative.seeds, *totals)}
-        for op in derivative.ops:
-            if op.result in made:
-                continue
-            if op.result not in totals:
-                known[op.result] = _emit(builder, op, known)
-            elif op.result != total and (value := _emit(builder, op, known)) != 0.0:
-                links.append((places[op.result], totals.index(op.result), index, value))
-        found = {
-            name: known.get(output, output) if isinstance(output, str) else output
-            for name, output in zip(derivative.wrt, derivative.outputs, strict=True)
-        }
-        partials.append({name: value for name, value in found.items() if value != 0.0})
+        values: dict[str, Argument] = {str(name): float(name == total) for name in (*derivative.seeds, *totals)}
+        arriving = _propagate(builder, own_ops, values, totals, total)
+        links += [(places[name], totals.index(name), index, value) for name, value in arriving.items()]
+        outputs = [values.get(output, output) if isinstance(output, str) else output for output in derivative.outputs]
+        partials.append({name: value for name, value in zip(derivative.wrt, outputs, strict=True) if value != 0.0})
     ordered = tuple(link[1:] for link in sorted(links, key=lambda link: link[0]))
     complete = Jacobian(tuple(builder.ops), tuple(partials), ordered)
     return replace(complete, ops=live(builder.ops, complete.results))
 
 
-def _emit(builder: Builder, op: Op, known: dict[str, Argument]) -> Argument:
-    args = [builder.value(known.get(arg, arg) if isinstance(arg, str) else arg) for arg in op.args]
+def _propagate(
+    builder: Builder, ops: list[Op], values: dict[str, Argument], totals: tuple[Argument, ...], total: Argument
+) -> dict[str, Argument]:
+    """Enters into `values` what the operations give where only one of the totals is not 0; returns what arrives at the
+    others."""
+    arriving = {}
+    for op in ops:
+        if op.result == total:
+            continue
+        value = _emit(builder, op, values)
+        if op.result not in totals:
+            values[op.result] = value
+        elif value != 0.0:
+            arriving[op.result] = value
+    return arriving
+
+
+def _emit(builder: Builder, op: Op, values: dict[str, Argument]) -> Argument:
+    args = [builder.value(values.get(arg, arg) if isinstance(arg, str) else arg) for arg in op.args]
     if op.name == "div" and args[0].name == 0.0:
         return 0.0
     return builder.emit(op.name, *args).name

@@ -159,9 +159,9 @@ def constant(value: float) -> float:
 def live(ops: Iterable[Op], outputs: Iterable[Argument]) -> tuple[Op, ...]:
     """The operations that the outputs need, in order."""
     needed = {name for name in outputs if isinstance(name, str)}
-    kept = []
+    alive = []
     for op in reversed(list(ops)):
         if op.result in needed:
-            kept.append(op)
+            alive.append(op)
             needed.update(arg for arg in op.args if isinstance(arg, str))
-    return tuple(reversed(kept))
+    return tuple(reversed(alive))

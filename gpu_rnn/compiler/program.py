@@ -136,8 +136,8 @@ class Program:
     def counts(self) -> dict[str, int]:
         """How many it has of what `LIMITS` names."""
         operations = sum(len(stage.ops) for stage in self.stages)
-        found = len(self.states), len(self.params), len(self.gates), len(self.stages), operations
-        return dict(zip(LIMITS, found, strict=True))
+        numbers = len(self.states), len(self.params), len(self.gates), len(self.stages), operations
+        return dict(zip(LIMITS, numbers, strict=True))
 
     @once
     def text(self) -> str:
@@ -196,7 +196,7 @@ class _Parser:
         self.counts: dict[str, int] = dict.fromkeys(LIMITS, 0)
 
     def read(self, line: str) -> None:
-        word, *rest = line.split(" ")
+        word, *words = line.split(" ")
         kind = "operation" if RESULT.match(word) else word
         if kind not in WORDS or (kind == "operation" and word == kind):
             raise ValueError(f"{word!r} is not the start of a line")
@@ -206,16 +206,16 @@ class _Parser:
         self.before = kind
         self.count(kind)
         if kind == "operation":
-            self.read_operation(word, rest)
+            self.read_operation(word, words)
         else:
-            getattr(self, f"read_{kind}")(rest)
+            getattr(self, f"read_{kind}")(words)
 
     def count(self, kind: str) -> None:
         if kind in self.counts:
             self.counts[kind] += 1
-            words = beyond(self.counts)
-            if words:
-                raise ValueError(words)
+            too_large = beyond(self.counts)
+            if too_large:
+                raise ValueError(too_large)
 
     def take(self, words: list[str], what: str) -> list[str]:
         """The words of a line, as many as `what` names."""
@@ -284,13 +284,13 @@ class _Parser:
                 self.define(f"r_{gate}")
 
     def read_operation(self, result: str, words: list[str]) -> None:
-        equals, name, *given = words if len(words) > 1 else ["", ""]
+        equals, name, *operands = words if len(words) > 1 else ["", ""]
         if equals != "=" or name not in OPERATIONS:
             raise ValueError(f"unknown operation {name!r}")
-        if len(given) != OPERATIONS[name].arity:
+        if len(operands) != OPERATIONS[name].arity:
             raise ValueError(f"{name} takes {OPERATIONS[name].arity} arguments")
-        truths = len(given) if name in ("and", "or", "not") else int(name == "where")
-        args = tuple(self.argument(word, index < truths) for index, word in enumerate(given))
+        truths = len(operands) if name in ("and", "or", "not") else int(name == "where")
+        args = tuple(self.argument(word, index < truths) for index, word in enumerate(operands))
         if not any(isinstance(arg, str) for arg in args):
             raise ValueError("an operation takes at least one value; write the number instead")
         if name == "clamp" and not (

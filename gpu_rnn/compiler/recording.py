@@ -104,9 +104,14 @@ def _undisturbed() -> Iterator[None]:
     # torch.export's mode writes down each change of grad mode and of autocast, those below too.
     modes = [_pop_function_mode() for _ in range(torch._C._len_torch_function_stack())]
     try:
-        with temporarily_clear_interpreter_stack(), _disable_current_modes(), torch.inference_mode(False):
-            with torch.enable_grad(), torch.autocast("cpu", enabled=False):
-                yield
+        with (
+            temporarily_clear_interpreter_stack(),
+            _disable_current_modes(),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast("cpu", enabled=False),
+        ):
+            yield
     finally:
         for mode in reversed(modes):
             _push_function_mode(mode)
@@ -163,23 +168,23 @@ class _Recorder(TorchDispatchMode):
             if rule is None or func._opname in _OF_SHAPE:
                 continue
             with self:
-                found = rule(*args, **kwargs)
-            if found is not NotImplemented:
-                return found
+                result = rule(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
         return self._run(func, args, kwargs)
 
     def _run(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         if torch.Tag.data_dependent_output in func.tags:
             raise Refused(BRANCHES)
-        given = [self.known(arg) for arg in args], {name: self.known(value) for name, value in kwargs.items()}
+        inputs = [self.known(arg) for arg in args], {name: self.known(value) for name, value in kwargs.items()}
         if not any(isinstance(arg, Tensor) for arg in args):  # a new tensor
             kwargs = kwargs | {"device": "cpu"} if "device" in kwargs else kwargs
-        found = func(*args, **kwargs)
-        if isinstance(found, Tensor) and found.is_floating_point():
-            found = found.double()
-        results = found if isinstance(found, (tuple, list)) else (found,)
-        self.note(Node(func, *given, self.frame), *(result for result in results if isinstance(result, Tensor)))
-        return found
+        result = func(*args, **kwargs)
+        if isinstance(result, Tensor) and result.is_floating_point():
+            result = result.double()
+        results = result if isinstance(result, (tuple, list)) else (result,)
+        self.note(Node(func, *inputs, self.frame), *(each for each in results if isinstance(each, Tensor)))
+        return result
 
 
 class _Hidden(_Recorder):

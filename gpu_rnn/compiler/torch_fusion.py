@@ -55,10 +55,9 @@ def _slope(op: Op, made: Mapping[Argument, Op]) -> tuple[str, Argument] | None:
         return None
     left, right = op.args
     if op.name == "mul":  # y·(1 - y)
-        for y, other in ((left, right), (right, left)):
-            if _is(made.get(other), "sub", 1.0, y):
-                return "sigmoid_backward", y
-    elif left == 1.0 and right in made:  # 1 - y²
+        pairs = ((left, right), (right, left))
+        return next((("sigmoid_backward", y) for y, other in pairs if _is(made.get(other), "sub", 1.0, y)), None)
+    if left == 1.0 and right in made:  # 1 - y²
         y = made[right].args[0]
         if _is(made[right], "mul", y, y):
             return "tanh_backward", y

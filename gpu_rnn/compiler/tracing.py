@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import keyword
 import traceback
 from collections import namedtuple
@@ -45,14 +46,14 @@ def trace(
         TraceError: the step branches on values, closes over a tensor, draws random numbers, uses an operation outside
             `gpu_rnn.compiler.operations`, or returns something else than one value for each state.
     """
-    _check_names(name, [own for own, _ in stages], [state for state, _ in states], params)
+    _check_names(name, [gates for gates, _ in stages], [state for state, _ in states], params)
     traced = []
     carried: tuple[str, ...] = ()
     builder = Builder(exact=True)
     for number, (stage_gates, step) in enumerate(stages):
         last = number == len(stages) - 1
         before = len(builder.ops)
-        stage = _Stage(name, builder, stage_gates, [s for s, _ in states], params, step)
+        stage = _StageTrace(name, builder, stage_gates, [s for s, _ in states], params, step)
         results = stage.run(carried, last)
         if last and len(results) != len(states):
             raise TraceError(
@@ -74,12 +75,12 @@ def trace(
 
 
 def _check_names(name: str, stages: Sequence[Sequence[str]], states: Sequence[str], params: Sequence[str]) -> None:
-    gates = [gate for own in stages for gate in own]
+    gates = [gate for stage_gates in stages for gate in stage_gates]
     hint = "; give another as name=..." if name not in (*gates, *states, *params) and not _is_word(name) else ""
     for kind, words in (("name", [name]), ("gate", gates), ("state", states), ("parameter", params)):
-        for word in words:
-            if not _is_word(word):
-                raise ValueError(f"a recurrence's {kind} is a short identifier such as 'f', not {word!r}" + hint)
+        bad = [word for word in words if not _is_word(word)]
+        if bad:
+            raise ValueError(f"a recurrence's {kind} is a short identifier such as 'f', not {bad[0]!r}" + hint)
         if len(set(words)) != len(words):
             raise ValueError(f"the {kind}s of {name} are not distinct: {', '.join(words)}")
     if not states or not all(stages):
@@ -98,22 +99,22 @@ def _finish(
 ) -> Program:
     """Drops dead code, joins x + r where a gate's two parts meet only there, and renumbers."""
     outputs = {out for _, outs, _ in traced for out in outs}
-    kept = set(live((op for _, _, ops in traced for op in ops), outputs))
-    joined = _joined([gate for gates, _, _ in traced for gate in gates], kept, outputs)
+    alive = set(live((op for _, _, ops in traced for op in ops), outputs))
+    joined = _joined([gate for gates, _, _ in traced for gate in gates], alive, outputs)
     renamed: dict[Argument, Argument] = dict(joined)
-    stages, count = [], 0
+    numbers = itertools.count()
+    stages = []
     for gates, results, ops in traced:
-        renumbered = []
-        for op in ops:
-            if op not in kept or op.result in joined:
-                continue
-            renamed[op.result] = f"t{count}"
-            args = tuple(renamed.get(arg, arg) for arg in op.args)
-            renumbered.append(Op(f"t{count}", op.name, args, op.line))
-            count += 1
-        stages.append(Stage(gates, tuple(renumbered), tuple(renamed.get(r, r) for r in results)))
+        remaining = [op for op in ops if op in alive and op.result not in joined]
+        renamed |= {op.result: f"t{next(numbers)}" for op in remaining}
+        renumbered = [Op(str(renamed[op.result]), op.name, _renamed(op.args, renamed), op.line) for op in remaining]
+        stages.append(Stage(gates, tuple(renumbered), _renamed(results, renamed)))
     summed = frozenset(str(a)[2:] for a in joined.values())
     return Program(name, states, params, tuple(stages), summed)
+
+
+def _renamed(values: tuple[Argument, ...], names: dict[Argument, Argument]) -> tuple[Argument, ...]:
+    return tuple(names.get(value, value) for value in values)
 
 
 def _joined(gates: list[str], ops: set[Op], outputs: set[Argument]) -> dict[Argument, Argument]:
@@ -131,7 +132,7 @@ def _joined(gates: list[str], ops: set[Op], outputs: set[Argument]) -> dict[Argu
     return joined
 
 
-class _Stage:
+class _StageTrace:
     """The tracing of one step function."""
 
     def __init__(
@@ -144,10 +145,10 @@ class _Stage:
         step: Step,
     ) -> None:
         self.builder, self.step = builder, step
-        given = _activations(step)
-        options = " or ".join(f"{role} {name_of(phi)}" for role, phi in given.items())
+        activations = _activations(step)
+        options = " or ".join(f"{role} {name_of(phi)}" for role, phi in activations.items())
         self.cell = f"{cell}: {options}" if options else cell
-        self.place = " or ".join(_where(phi) for phi in given.values()) or _where(step)
+        self.place = " or ".join(_where(phi) for phi in activations.values()) or _where(step)
         self.groups = [("x", gates), ("r", gates), ("s", states), ("p", params)]
 
     def run(self, carried: tuple[str, ...], last: bool) -> tuple[Argument, ...]:
@@ -180,12 +181,12 @@ class _Stage:
         shapes = [namedtuple(f"{kind}_values", words) for kind, words in groups]
 
         def flat(*scalars: torch.Tensor) -> Any:
-            rest, args = list(scalars), []
+            values, args = list(scalars), []
             for shape, (_, words) in zip(shapes, groups, strict=True):
-                args.append(shape(*rest[: len(words)]))
-                del rest[: len(words)]
+                args.append(shape(*values[: len(words)]))
+                del values[: len(words)]
             if self.taken > 4:
-                args.append(tuple(rest))
+                args.append(tuple(values))
             return self.step(*args)
 
         try:
@@ -208,8 +209,8 @@ class _Stage:
 
     def _frame(self, error: BaseException) -> str:
         frames = traceback.extract_tb(error.__traceback__)
-        own = [f for f in frames if not f.filename.startswith(LIBRARY)]
-        return show(own[-1].filename, own[-1].lineno) if own else self.place
+        outside = [f for f in frames if not f.filename.startswith(LIBRARY)]
+        return show(outside[-1].filename, outside[-1].lineno) if outside else self.place
 
     def _result(self, known: dict[Any, Value], result: Any) -> Value:
         if isinstance(result, (int, float)):
@@ -245,13 +246,13 @@ class _Stage:
 def _live(nodes: list[Node], results: tuple[Any, ...]) -> list[Node]:
     """The nodes that the results need, in order; the random ones first, so that an error names them."""
     needed = set(map(id, results))
-    kept = []
+    alive = []
     for node in reversed(nodes):
         if id(node) in needed:
-            kept.append(node)
+            alive.append(node)
             needed.update(id(arg) for arg in (*node.args, *(node.kwargs or {}).values()))
-    kept.reverse()
-    return [node for node in kept if _is_random(node.operation)] + [n for n in kept if not _is_random(n.operation)]
+    alive.reverse()
+    return sorted(alive, key=lambda node: not _is_random(node.operation))
 
 
 def _accepts(signature: inspect.Signature, count: int) -> bool:
@@ -269,8 +270,8 @@ def _is_random(overload: Any) -> bool:
 def _held(step: Step) -> str:
     """The names of the tensors and modules that a closure holds."""
     held = inspect.getclosurevars(step) if inspect.isfunction(step) else None
-    found = {**held.nonlocals, **held.globals} if held else {}
-    return ", ".join(name for name, value in found.items() if isinstance(value, (torch.Tensor, torch.nn.Module)))
+    variables = {**held.nonlocals, **held.globals} if held else {}
+    return ", ".join(name for name, value in variables.items() if isinstance(value, (torch.Tensor, torch.nn.Module)))
 
 
 def _closes_over(names: str) -> str:
@@ -310,7 +311,7 @@ def _activations(step: Step) -> dict[str, Step]:
     if not inspect.isfunction(step) or not step.__code__.co_filename.startswith(LIBRARY[1]):
         return {}
     held = {
-        name: kept.cell_contents for name, kept in zip(step.__code__.co_freevars, step.__closure__ or (), strict=True)
+        name: cell.cell_contents for name, cell in zip(step.__code__.co_freevars, step.__closure__ or (), strict=True)
     }
     known = set(map(id, ACTIVATIONS.values()))
     return {role: held[name] for name, role in ROLES.items() if name in held and id(held[name]) not in known}

@@ -93,35 +93,23 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
 
     def extra_repr(self) -> str:
         plain = layer_options.DEFAULTS | {"zoneout": (0.0,) * len(self.recurrence.states)}
-        given = {name: getattr(self, name) for name in plain if getattr(self, name) != plain[name]}
-        return super().extra_repr() + "".join(f", {name}={getattr(v, '__name__', v)}" for name, v in given.items())
+        changed = {name: getattr(self, name) for name in plain if getattr(self, name) != plain[name]}
+        return super().extra_repr() + "".join(f", {name}={getattr(v, '__name__', v)}" for name, v in changed.items())
 
     def _make_parameters(self, unit_weight: str, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
-        rows = len(self.recurrence.gates) * self.hidden_size
-        width = self.proj_size or self.hidden_size
-        suffixes = ("", "_reverse") if self.bidirectional else ("",)
-        self._parameters.clear()
-        self._all_weights = []
-        for layer in range(self.num_layers):
-            shapes: dict[str, tuple[int, ...]] = {
-                "weight_ih": (rows, len(suffixes) * width if layer else self.input_size),
-                "weight_hh": (rows, width),
-            }
-            if self.bias:
-                shapes |= {"bias_ih": (rows,), "bias_hh": (rows,)}
-            if self.proj_size:
-                shapes["weight_hr"] = (self.proj_size, self.hidden_size)
-            if self.recurrence.params:
-                shapes[unit_weight] = (len(self.recurrence.params), self.hidden_size)
-            if self.layer_norm:
-                shapes |= {"norm_ih": (rows,), "norm_hh": (rows,)}
-            for suffix in suffixes:
-                named = {f"{name}_l{layer}{suffix}": shape for name, shape in shapes.items()}
-                self._all_weights.append(list(named))
-                for name, shape in named.items():
-                    setattr(self, name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        names = ["weight_ih", "weight_hh"]
+        names += ["bias_ih", "bias_hh"] if self.bias else []
+        names += ["weight_hr"] if self.proj_size else []
+        names += [unit_weight] if self.recurrence.params else []
+        names += ["norm_ih", "norm_hh"] if self.layer_norm else []
+        directions = ("", "_reverse") if self.bidirectional else ("",)
+        suffixes = [f"_l{layer}{direction}" for layer in range(self.num_layers) for direction in directions]
+        self._all_weights = [[name + suffix for name in names] for suffix in suffixes]
         self._flat_weights_names = [name for names in self._all_weights for name in names]
         self._weight_shapes = self._expected_shapes()
+        self._parameters.clear()
+        for name, shape in zip(self._flat_weights_names, self._weight_shapes, strict=True):
+            setattr(self, name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
 
     def _expected_shapes(self) -> list[tuple[int, ...]]:
         return self._stack().weight_shapes(self.input_size, self.hidden_size)
@@ -206,8 +194,8 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
                 return_all_states that is not bool; a mask that is not given by name; a nested input.
         """
         if isinstance(input, Proxy):
-            given = {"mask": mask, "lengths": lengths, "resets": resets, "reset_state": reset_state}
-            return onlookers.leaf(self, input, hx, **given, return_all_states=return_all_states)
+            steering = {"mask": mask, "lengths": lengths, "resets": resets, "reset_state": reset_state}
+            return onlookers.leaf(self, input, hx, **steering, return_all_states=return_all_states)
         if further or not isinstance(return_all_states, bool):
             self._check_others(further, return_all_states)
         if not isinstance(input, PackedSequence):
@@ -217,21 +205,23 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
         if not (mask is lengths is resets is reset_state is None):
             values = None if reset_state is None else self._as_tuple(reset_state, "reset_state")
             controls = StackControls.of(input, mask, lengths, resets, values)
-        if isinstance(input, PackedSequence):
-            output, states, every = self._packed(input, states, controls, return_all_states)
-        elif input.dim() == 3:
-            if states is not None:
-                self._check_rank(states, 3, "batched")
-            if self.batch_first:
-                controls = controls.transposed()
-            output, states, every = self._run(input, states, None, controls, return_all_states)
-        elif input.dim() == 2:
-            output, states, every = self._unbatched(input, states, controls, return_all_states)
-        else:
-            raise ValueError(f"{type(self).__name__}: Expected input to be 2D or 3D, got {input.dim()}D instead")
+        output, states, every = self._of_any_rank(input, states, controls, return_all_states)
         if self._one_state:
             return (output, states[0], every[0]) if return_all_states else (output, states[0])
         return (output, states, every) if return_all_states else (output, states)
+
+    def _of_any_rank(
+        self, input: Tensor | PackedSequence, states: States | None, controls: StackControls, all_states: bool
+    ) -> tuple[Tensor | PackedSequence, States, States]:
+        if isinstance(input, PackedSequence):
+            return self._packed(input, states, controls, all_states)
+        if input.dim() == 2:
+            return self._unbatched(input, states, controls, all_states)
+        if input.dim() != 3:
+            raise ValueError(f"{type(self).__name__}: Expected input to be 2D or 3D, got {input.dim()}D instead")
+        if states is not None:
+            self._check_rank(states, 3, "batched")
+        return self._run(input, states, None, controls.transposed() if self.batch_first else controls, all_states)
 
     def _check_others(self, further: tuple[Any, ...], all_states: Any) -> None:
         # torch's old ONNX exporter gives the defaults of all arguments by position, False as a tensor.
@@ -315,8 +305,8 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
             drop = regularization.recurrent_mask(like, self.recurrent_dropout, shape)
             controls = controls._replace(recurrent_mask=drop)
         if any(self.zoneout):
-            kept = regularization.zone(like, self.zoneout, (steps, rows, batch, self.hidden_size))
-            controls = controls._replace(zone=kept)
+            zone = regularization.zone(like, self.zoneout, (steps, rows, batch, self.hidden_size))
+            controls = controls._replace(zone=zone)
         return controls
 
     def _stack(self, packed: bool = False, all_states: bool = False) -> Stack:

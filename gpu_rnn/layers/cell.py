@@ -149,8 +149,8 @@ class RNNCell(CellBase):
         backend: str = "auto",
     ) -> None:
         function = elman_activation(nonlinearity, activation)
-        given = input_size, hidden_size, bias, device, dtype
-        super().__init__(cells.rnn(activation=function), *given, backend=backend, options={"activation": activation})
+        sizes = input_size, hidden_size, bias, device, dtype
+        super().__init__(cells.rnn(activation=function), *sizes, backend=backend, options={"activation": activation})
         self.nonlinearity = nonlinearity
 
 
@@ -196,8 +196,8 @@ class LSTMCell(CellBase):
             "recurrent_activation": recurrent_activation,
             "peephole": peephole,
         }
-        given = input_size, hidden_size, bias, device, dtype
-        super().__init__(cells.lstm(**options), *given, backend=backend, options=options)
+        sizes = input_size, hidden_size, bias, device, dtype
+        super().__init__(cells.lstm(**options), *sizes, backend=backend, options=options)
 
 
 @in_full(sequence.GRU)
@@ -240,5 +240,5 @@ class GRUCell(CellBase):
             "recurrent_activation": recurrent_activation,
             "reset_after": reset_after,
         }
-        given = input_size, hidden_size, bias, device, dtype
-        super().__init__(cells.gru(**options), *given, backend=backend, options=options)
+        sizes = input_size, hidden_size, bias, device, dtype
+        super().__init__(cells.gru(**options), *sizes, backend=backend, options=options)

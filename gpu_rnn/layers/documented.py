@@ -43,9 +43,9 @@ def _entries(documented: Any, title: str) -> Iterator[tuple[set[str], list[str]]
 def _elsewhere(cls: type, shared: type, names: set[str]) -> Iterator[str]:
     """The lines that an entry stands for: those of another class, of the options, or of all arguments not named."""
     taken = set(inspect.signature(cls.__init__).parameters)  # type: ignore[misc]
-    own = {name for each, text in _entries(cls, "Args") for name in each if not ELSEWHERE.search(text[0])}
+    described = {name for each, text in _entries(cls, "Args") for name in each if not ELSEWHERE.search(text[0])}
     for each, text in _entries(shared, "Args"):
-        wanted = names if "options" not in names else taken - own
+        wanted = names if "options" not in names else taken - described
         if each & wanted and "options" not in each and shared is not cls:
             yield from text
     if "options" in names:

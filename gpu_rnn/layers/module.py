@@ -43,19 +43,19 @@ class RecurrenceHolder(nn.Module):
         self.recurrence = recurrence
         self.backend = backend
         self._one_state = len(recurrence.states) == 1
-        given = {
+        shown = {
             name: value
             for name, value in {**options, "backend": backend}.items()
             if value is not None and value != OPTION_DEFAULTS[name]
         }
         # Names, never the user's functions: those may not pickle.
-        self._shown = {name: value if isinstance(value, bool) else name_of(value) for name, value in given.items()}
+        self._shown = {name: value if isinstance(value, bool) else name_of(value) for name, value in shown.items()}
 
     def __setattr__(self, name: str, value: Any) -> None:
         """What steers a call is checked when it is set. A subclass may have attributes of its own by any name."""
         if name in layer_options.ASSIGNED and "recurrence" in self.__dict__:
-            own = type(self).__module__.startswith("gpu_rnn.")
-            if own and (name != "nonlinearity" or name in self.__dict__):
+            is_ours = type(self).__module__.startswith("gpu_rnn.")
+            if is_ours and (name != "nonlinearity" or name in self.__dict__):
                 value = layer_options.assigned(name, value)
         elif name in layer_options.SIZES:
             self.__dict__["_weight_shapes"] = None  # the weights' shapes are looked at again

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """RNN, LSTM and GRU as drop-ins for torch.nn's, and Recurrent, the layer for any other recurrence.
 
-Each is a recurrence and torch.nn's constructor; what they do is `layer_base.LayerBase`.
+Each is a recurrence and torch.nn's constructor; what they do is `base.LayerBase`.
 """
 
 from __future__ import annotations
@@ -85,9 +85,9 @@ class Recurrent(LayerBase):
         **options: Unpack[LayerOptions],
     ) -> None:
         arguments.a_recurrence(recurrence)
-        given = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional
+        sizes = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional
         super().__init__(
-            recurrence, recurrence.name, *given, 0, device, dtype, backend=backend, options={}, further=options
+            recurrence, recurrence.name, *sizes, 0, device, dtype, backend=backend, options={}, further=options
         )
 
     def extra_repr(self) -> str:
@@ -139,9 +139,9 @@ class RNN(LayerBase):
         function = elman_activation(nonlinearity, activation)
         cell = {"activation": activation}
         mode = f"RNN_{nonlinearity.upper()}"
-        given = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional
+        sizes = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional
         recurrence = cells.rnn(activation=function)
-        super().__init__(recurrence, mode, *given, 0, device, dtype, backend=backend, options=cell, further=options)
+        super().__init__(recurrence, mode, *sizes, 0, device, dtype, backend=backend, options=cell, further=options)
         self.nonlinearity = nonlinearity
 
 
@@ -198,11 +198,11 @@ class LSTM(LayerBase):
             "recurrent_activation": recurrent_activation,
             "peephole": peephole,
         }
-        given = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional
+        sizes = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional
         super().__init__(
             cells.lstm(**cell),
             "LSTM",
-            *given,
+            *sizes,
             proj_size,
             device,
             dtype,
@@ -265,7 +265,7 @@ class GRU(LayerBase):
             "recurrent_activation": recurrent_activation,
             "reset_after": reset_after,
         }
-        given = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional
+        sizes = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional
         super().__init__(
-            cells.gru(**cell), "GRU", *given, 0, device, dtype, backend=backend, options=cell, further=options
+            cells.gru(**cell), "GRU", *sizes, 0, device, dtype, backend=backend, options=cell, further=options
         )

@@ -62,12 +62,12 @@ def check_cell(cell: str) -> None:
 
 def tensor_of(value: Array) -> Tensor:
     """A copy, which is nobody's parameter."""
-    found = value.detach().clone() if isinstance(value, Tensor) else _from_numpy(value)
-    if found.dtype not in DTYPES:
-        raise TypeError(f"weights are floating-point numbers of 16, 32 or 64 bits, got {found.dtype}")
-    if found.is_meta or found.layout is not torch.strided:
-        raise TypeError(f"weights are dense and hold numbers, got a {found.layout} tensor on {found.device}")
-    return found
+    tensor = value.detach().clone() if isinstance(value, Tensor) else _from_numpy(value)
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"weights are floating-point numbers of 16, 32 or 64 bits, got {tensor.dtype}")
+    if tensor.is_meta or tensor.layout is not torch.strided:
+        raise TypeError(f"weights are dense and hold numbers, got a {tensor.layout} tensor on {tensor.device}")
+    return tensor
 
 
 def _from_numpy(value: Any) -> Tensor:
@@ -92,21 +92,21 @@ def array_of(value: Tensor) -> np.ndarray:
     return value.detach().cpu().numpy()
 
 
-def expect(found: Tensor, shape: tuple[int | None, ...], what: str) -> None:
+def expect(weights: Tensor, shape: tuple[int | None, ...], what: str) -> None:
     """Raises ValueError unless the shapes agree; None stands for any size but 0."""
-    fits = found.dim() == len(shape) and all(b in (None, a) and a for a, b in zip(found.shape, shape, strict=True))
+    fits = weights.dim() == len(shape) and all(b in (None, a) and a for a, b in zip(weights.shape, shape, strict=True))
     if not fits:
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
-        raise ValueError(f"{what} should have shape ({wanted}), got {tuple(found.shape)}: is `cell` the right one?")
+        raise ValueError(f"{what} should have shape ({wanted}), got {tuple(weights.shape)}: is `cell` the right one?")
 
 
-def check_names(given: Mapping[str, Array], needed: set[str], allowed: set[str], what: str) -> None:
-    if not isinstance(given, Mapping):
-        raise TypeError(f"{what} is a mapping of names to arrays, got {type(given).__name__}")
-    if not needed <= set(given) <= needed | allowed:
+def check_names(arrays: Mapping[str, Array], needed: set[str], allowed: set[str], what: str) -> None:
+    if not isinstance(arrays, Mapping):
+        raise TypeError(f"{what} is a mapping of names to arrays, got {type(arrays).__name__}")
+    if not needed <= set(arrays) <= needed | allowed:
         optional = f", and may have {', '.join(sorted(allowed))}" if allowed else ""
         raise ValueError(
-            f"{what} has {', '.join(sorted(needed))}{optional}; got {', '.join(map(str, given)) or 'none'}"
+            f"{what} has {', '.join(sorted(needed))}{optional}; got {', '.join(map(str, arrays)) or 'none'}"
         )
 
 
