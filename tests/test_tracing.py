@@ -221,15 +221,10 @@ def test_misuse_is_named_with_its_line(what: str) -> None:
 
 
 def test_a_long_line_is_shortened() -> None:
-    steps = {
-        "a line with": lambda x, r, s: s.c,
-        "many steps, as": lambda x, r, s: s.d,
-        "dicts have": "is shown by its head",
-    }
     with pytest.raises(TraceError) as caught:
-        Recurrence(steps["a line with"], gates=("f",), name="cell")
+        Recurrence(lambda x, r, s: s.c, gates=("f", "a_gate_that", "makes_the_line", "a_long_one"), name="cell")
     shown = str(caught.value).split("`")[1]
-    assert shown.startswith('steps = {"a line with": lambda') and shown.endswith("…") and len(shown) == 100
+    assert shown.startswith("Recurrence(lambda x, r, s: s.c") and shown.endswith("…") and len(shown) == 100
 
 
 def test_a_parameter_that_no_params_name() -> None:
