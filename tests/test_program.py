@@ -44,6 +44,20 @@ def test_text_is_read_back(name: str) -> None:
     assert len(program.text) < 500  # what a custom op carries with every call
 
 
+@pytest.mark.parametrize("name", ["gates", "split", "state_names", "initial", "rows", "text"])
+def test_what_follows_from_a_program_is_found_once(name: str) -> None:
+    """A call of one step asks for each of them dozens of times."""
+    program = Program.parse(cells.gru().program.text)
+    assert getattr(program, name) is getattr(program, name)
+
+
+def test_programs_are_equal_when_their_texts_are() -> None:
+    one, other = (Recurrence.from_program(cells.lstm().program.text).program for _ in range(2))
+    assert one == other and hash(one) == hash(other) and one != cells.gru().program != "text"
+    zero, negative = (f"program 1 a\nstate h {value}\nstage h:sum\nreturn a_h\n" for value in ("0.0", "-0.0"))
+    assert Program.parse(zero) != Program.parse(negative)
+
+
 def test_text_of_an_lstm() -> None:
     assert cells.lstm().program.text == (
         "program 1 lstm\nstate h 0.0\nstate c 0.0\nstage i:sum f:sum g:sum o:sum\n"

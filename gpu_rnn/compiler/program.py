@@ -83,7 +83,7 @@ class Stage:
         return runner(self.ops)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Program:
     """A traced recurrence. Two programs are equal when their texts are."""
 
@@ -93,7 +93,13 @@ class Program:
     stages: tuple[Stage, ...]
     summed: frozenset[str]
 
-    @property
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Program) and self.text == other.text
+
+    def __hash__(self) -> int:
+        return hash(self.text)
+
+    @once
     def gates(self) -> tuple[str, ...]:
         """All gates, stage after stage: the order of the rows of the weights."""
         return tuple(gate for stage in self.stages for gate in stage.gates)
@@ -104,16 +110,16 @@ class Program:
         ends = list(accumulate(len(stage.gates) for stage in self.stages))
         return tuple(slice(end - len(stage.gates), end) for stage, end in zip(self.stages, ends, strict=True))
 
-    @property
+    @once
     def split(self) -> tuple[str, ...]:
         """The gates whose recurrent product is kept beside the input part, as a GRU's candidate."""
         return tuple(gate for gate in self.gates if gate not in self.summed)
 
-    @property
+    @once
     def state_names(self) -> tuple[str, ...]:
         return tuple(name for name, _ in self.states)
 
-    @property
+    @once
     def initial(self) -> tuple[float, ...]:
         return tuple(value for _, value in self.states)
 
