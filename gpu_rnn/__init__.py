@@ -13,6 +13,7 @@ from gpu_rnn.diagnostics.debugging import debug
 from gpu_rnn.diagnostics.explanation import explain
 from gpu_rnn.diagnostics.tuning import Tuned, tune
 from gpu_rnn.layers import GRU, LSTM, RNN, GRUCell, LSTMCell, Recurrent, RNNCell, cell
+from gpu_rnn.memo import clear_caches
 from gpu_rnn.recurrence import Recurrence
 
 # Names that programs import and pickled layers hold, from before these modules stood in packages.
@@ -33,6 +34,7 @@ __all__ = [
     "activations",
     "cells",
     "check",
+    "clear_caches",
     "debug",
     "explain",
     "tune",

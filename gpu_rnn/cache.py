@@ -16,10 +16,10 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
 from pathlib import Path
 
 from gpu_rnn import environment
+from gpu_rnn.memo import memoize
 
 PATIENCE = 2.0  # seconds; reading a file of choices and writing it takes milliseconds
 PART = "gpu_rnn_part_"  # what a file is called while it is written
@@ -61,7 +61,7 @@ def outlives_the_process(path: Path) -> bool:
     return not (_temporary.cache_info().currsize and path.parent == _temporary())
 
 
-@cache
+@memoize(None)
 def folder() -> Path:
     """`wanted`, made; where nothing can be written, or others could write too, a temporary one."""
     found = wanted()
@@ -112,7 +112,7 @@ def _left(place: Path, pattern: str, seconds: float) -> Iterator[Path]:
                 yield path
 
 
-@cache
+@memoize(None, stays="what this process wrote lies there")
 def _temporary() -> Path:
     place = Path(tempfile.gettempdir())
     for left in _left(place, f"{TEMPORARY}*", FORGOTTEN):

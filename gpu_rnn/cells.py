@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache, wraps
+from functools import wraps
 from typing import Any
 
 import torch
@@ -12,14 +12,16 @@ import torch.nn.functional as F
 
 from gpu_rnn import activations
 from gpu_rnn.activations import Activation
+from gpu_rnn.memo import memoize
 from gpu_rnn.recurrence import Recurrence
 
 Name = str | Activation
+STAYS = "a cell of the library is one object, by which torch.compile knows a graph again; their names are few"
 
 
 def _remembered(make: Callable[..., Recurrence]) -> Callable[..., Recurrence]:
     """One recurrence for each set of names. Those of functions are made anew: a closure may hold a whole model."""
-    by_name = lru_cache(maxsize=None)(make)
+    by_name = memoize(None, stays=STAYS)(make)
 
     @wraps(make)
     def cell(*args: Name | bool, **options: Name | bool) -> Recurrence:
@@ -112,7 +114,7 @@ def coupled_lstm(activation: Name = "tanh", recurrent_activation: Name = "sigmoi
     return Recurrence.lazy([(("f", "g", "o"), step)], states=("h", "c"), name="coupled_lstm")
 
 
-@lru_cache(maxsize=1)
+@memoize(1, stays=STAYS)
 def slstm() -> Recurrence:
     """sLSTM of xLSTM with exponential input gate, gates i, f, z, o (Beck et al., arXiv:2405.04517, eqs. 8 to 17).
 

@@ -8,11 +8,12 @@ import platform
 import re
 import sys
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from gpu_rnn.memo import memoize
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def _bare(name: str) -> str:
     return "".join(name.split()).casefold()
 
 
-@lru_cache(maxsize=16)
+@memoize(16)
 def of(device: torch.device) -> Device:
     """The device that a tensor lies on: as described under its name, else as its driver says, and where that says
     nothing as the nearest relative. The rate of tensor cores goes with the multiprocessors."""

@@ -17,11 +17,10 @@ from typing import Any
 import pytest
 import torch
 
-from gpu_rnn import cache
+from gpu_rnn import cache, memo
 from gpu_rnn.backends.group import launch as group
 from gpu_rnn.backends.group import nvrtc
 from gpu_rnn.diagnostics import tuning
-from gpu_rnn.dispatch import choice
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it at import: one kind a process
 
@@ -212,7 +211,7 @@ def with_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
     """The choice on a described GPU does not depend on what is installed here."""
     monkeypatch.setattr(nvrtc, "unavailable", lambda: "")
     monkeypatch.setattr(group, "prepare", lambda problem: None)
-    choice._forget_answers()
+    memo.clear("gpu_rnn.dispatch")
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import gpu_rnn
-from gpu_rnn import cells, functional
+from gpu_rnn import cells, functional, memo
 from gpu_rnn.backends import aten
 from gpu_rnn.dispatch import choice
 
@@ -226,7 +226,7 @@ def test_a_dtype_without_a_kernel_is_a_reason(monkeypatch: pytest.MonkeyPatch) -
         return run(x, *rest)
 
     monkeypatch.setitem(aten.FUNCTIONS, "LSTM", lacking)
-    aten._tried.cache_clear(), choice._forget_answers()
+    aten._tried.cache_clear(), memo.clear("gpu_rnn.dispatch")
     x, expected = inputs({}), layer("LSTM", backend="step").half()(inputs({}).half())
     with torch.autocast("cpu", torch.float16):
         same(layer("LSTM")(x), expected)
@@ -236,7 +236,7 @@ def test_a_dtype_without_a_kernel_is_a_reason(monkeypatch: pytest.MonkeyPatch) -
             layer("LSTM", backend="aten")(x)
     same(layer("LSTM").half()(x.half()), expected)
     assert layer("LSTM")(x)[0].dtype == torch.float32
-    aten._tried.cache_clear(), choice._forget_answers()
+    aten._tried.cache_clear(), memo.clear("gpu_rnn.dispatch")
 
 
 def test_trying_a_dtype_touches_nothing_of_the_callers() -> None:

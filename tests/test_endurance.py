@@ -5,14 +5,11 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import importlib
-import inspect
 import itertools
 import os
-import pkgutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_all_start_methods
 from pathlib import Path
@@ -103,31 +100,6 @@ def test_memory_levels_off_over_many_layers(count: int) -> None:
         layer(torch.randn(2, 1, layer.input_size))[0].sum().backward()
 
     levels_off(make, before=40, after=count)
-
-
-# Those that hold one entry, and those that something else bounds.
-UNBOUNDED = {
-    "gpu_rnn.compiler.triton_module._triton_module": "as many as there are cells; Triton keeps each cell's "
-    "kernels anyway",
-}
-
-
-def caches() -> Iterator[tuple[str, Any]]:
-    for module in pkgutil.walk_packages(gpu_rnn.__path__, "gpu_rnn."):
-        if module.name.startswith(("gpu_rnn.keras", "gpu_rnn.kernels", "gpu_rnn.__main__", "gpu_rnn.demo")):
-            continue
-        for name, value in vars(importlib.import_module(module.name)).items():
-            if hasattr(value, "cache_parameters") and value.__module__ == module.name:
-                yield f"{module.name}.{name}", value
-
-
-def test_every_cache_is_bounded() -> None:
-    """Or is of a function without arguments."""
-    found = dict(caches())
-    assert len(found) > 10
-    for name, function in found.items():
-        if function.cache_parameters()["maxsize"] is None and inspect.signature(function).parameters:
-            assert name in UNBOUNDED, name
 
 
 def test_the_numbers_of_kernels_that_may_give_up_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

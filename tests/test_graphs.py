@@ -9,6 +9,7 @@ import os
 import threading
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+import gpu_rnn
 from gpu_rnn.backends.step import cuda_graphs
 
 CHUNK = cuda_graphs.CHUNK
@@ -90,9 +92,9 @@ def snapshot() -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def get(monkeypatch: pytest.MonkeyPatch) -> Any:
+def get(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """`Chunks.get` for a tensor on a GPU, whose loop takes so many bytes twice."""
-    monkeypatch.setattr(cuda_graphs.Chunks, "kept", type(cuda_graphs.Chunks.kept)())
+    gpu_rnn.clear_caches()
     monkeypatch.setattr(Device, "log", [])
     monkeypatch.setattr(Device, "streams", 0)
     monkeypatch.setattr(Device, "segment", (0, 0))
@@ -113,7 +115,8 @@ def get(monkeypatch: pytest.MonkeyPatch) -> Any:
     def found(key: Any, size: int = 1, fails: bool = False) -> cuda_graphs.Chunks:
         return cuda_graphs.Chunks.get((key,), lambda steps: Loop(size, fails), like)  # type: ignore[arg-type]
 
-    return found
+    yield found
+    gpu_rnn.clear_caches()
 
 
 def called(get: Any, key: Any, size: int = 1, steps: tuple[int, ...] = (CHUNK, CHUNK, 3)) -> cuda_graphs.Chunks:
@@ -247,6 +250,45 @@ def test_what_goes_is_freed_at_once(get: Any) -> None:
         )  # the stream's first stays
     finally:
         gc.enable()
+
+
+def test_clear_caches_frees_graphs_and_buffers(get: Any) -> None:
+    """All but a stream's first graph; the next call is a first one."""
+    for key in range(3):
+        warm(get, key)
+    buffers = [weakref.ref(chunks.loop.one) for chunks in cuda_graphs.Chunks.kept.values()]  # type: ignore[union-attr]
+    assert len(Graph.alive) == 3 and all(each() is not None for each in buffers)
+    gc.disable()
+    try:
+        gpu_rnn.clear_caches()
+        assert len(Graph.alive) == 1 and not any(each() is not None for each in buffers)
+    finally:
+        gc.enable()
+    called(get, 0)
+    assert "begin" not in Device.log
+    called(get, 0)
+    assert "begin" in Device.log
+
+
+def test_clear_caches_waits_for_another_thread_s_step_loop(get: Any) -> None:
+    warm(get, 0)
+    running, go_on = threading.Event(), threading.Event()
+
+    def run() -> None:
+        with cuda_graphs._one_call:
+            running.set()
+            go_on.wait(60)
+            assert len(cuda_graphs.Chunks.kept) == 1
+
+    with ThreadPoolExecutor(2) as pool:
+        loop = pool.submit(run)
+        assert running.wait(60)
+        cleared = pool.submit(gpu_rnn.clear_caches)
+        with pytest.raises(TimeoutError):
+            cleared.result(0.05)
+        go_on.set()
+        loop.result(60), cleared.result(60)
+    assert not cuda_graphs.Chunks.kept
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")

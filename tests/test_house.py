@@ -89,7 +89,7 @@ FLOORS = (
     ("recurrence",),
     ("compiler",),
     ("activations", "cache", "devices", "kernels"),
-    ("_version", "environment", "forking", "once"),
+    ("_version", "environment", "forking", "memo", "once"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import gpu_rnn
+from gpu_rnn import memo
 from gpu_rnn.backends.group import nvrtc
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.dispatch import choice
@@ -104,9 +105,9 @@ def grid() -> Iterator[tuple[str, Problem]]:
 @pytest.fixture
 def without_cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(nvrtc, "unavailable", lambda: "CuPy is not installed")
-    choice._forget_answers()
+    memo.clear("gpu_rnn.dispatch")
     yield
-    choice._forget_answers()
+    memo.clear("gpu_rnn.dispatch")
 
 
 @pytest.mark.usefixtures("without_cupy")

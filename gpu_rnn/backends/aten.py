@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from gpu_rnn.backends import rates
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.backends.throughput import products
+from gpu_rnn.memo import memoize
 
 Output = tuple[Tensor, tuple[Tensor, ...]]
 
@@ -49,7 +49,7 @@ def missing(mode: str, dtype: torch.dtype, training: bool) -> str:
     return "" if dtype in EVERYWHERE else _tried(mode, dtype, training)
 
 
-@lru_cache(maxsize=64)
+@memoize(64)
 def _tried(mode: str, dtype: torch.dtype, training: bool) -> str:
     """oneDNN has its 16-bit kernels on some machines only, and PyTorch does not always know on which: one step is
     tried."""
@@ -180,7 +180,7 @@ def _cudnn_buffer(weights: Sequence[Tensor], per_layer: int, width: int, layout:
     return buffer
 
 
-@lru_cache(maxsize=256)
+@memoize(256)
 def _cudnn_places(
     sizes: tuple[tuple[int, ...], ...],
     dtype: torch.dtype,

@@ -4,10 +4,11 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Literal, NamedTuple, get_type_hints
 
 import torch
+
+from gpu_rnn.memo import memoize
 
 
 class Axes(NamedTuple):
@@ -17,7 +18,7 @@ class Axes(NamedTuple):
     axes: str
     dtype: torch.dtype | Literal["state"] | None = None  # "state": `state_dtype` of x's; None: that of x
 
-    @lru_cache(maxsize=256)  # noqa: B019  # of a tuple: what is kept is as good for another that is equal
+    @memoize(256)  # of a tuple: what is kept is as good for another that is equal
     def place(self, axis: str) -> int | None:
         """Where an axis stands, of the last alternative; None without it. M is N, but of a stack."""
         words = [word.replace("M", "N").split("|") for word in self.axes.split(" | ")[-1].split()]

@@ -12,17 +12,17 @@ import os
 import subprocess
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gpu_rnn import devices
+from gpu_rnn import devices, memo
 from gpu_rnn.backends import triton_interpreter
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.backends.tensors import Call, LayerControls, Result, Weights
+from gpu_rnn.memo import memoize
 
 EMPTY = ".version 8.0\n.target sm_80\n.address_size 64\n"  # a text in PTX, of which ptxas makes code for any device
 
@@ -81,8 +81,9 @@ class Builds:
 
     def __init__(self, kernels: Callable[[Problem], Iterable[Kernel]]) -> None:
         self._kernels = kernels
-        self._failures: dict[Problem, str] = {}
-        self._failure = lru_cache(maxsize=1024)(self._built)
+        name, stays = f"{kernels.__module__}: failures", "`reasons` is asked after `prepare`, in whatever thread"
+        self._failures: dict[Problem, str] = memo.hold(name, {}, None, stays=stays)
+        self._failure = memoize(1024, stays=stays, name=f"{kernels.__module__}: builds")(self._built)
 
     def prepare(self, problem: Problem) -> None:
         """Builds the kernels of a problem that is supported so far; where that fails, `reasons` has one from then
@@ -100,10 +101,6 @@ class Builds:
             return []
         failure = self._failures.get(_alike(problem))
         return [] if failure is None else [failure]
-
-    def forget(self) -> None:
-        self._failures.clear()
-        self._failure.cache_clear()
 
     def _built(self, problem: Problem, device: torch.device) -> str:
         """Why the kernels cannot be built or loaded on a device; empty where they are."""
@@ -123,7 +120,7 @@ class Builds:
         return ""
 
 
-@lru_cache(maxsize=16)
+@memoize(16)
 def ptxas_refusal(arch: int) -> str:
     """Why Triton's ptxas builds nothing for an architecture, such as 90; empty where it does.
 

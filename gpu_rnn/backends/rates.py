@@ -11,11 +11,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache
 from importlib.resources import files
 from typing import Any
 
 from gpu_rnn.devices import DEVICES, Device, known_as
+from gpu_rnn.memo import memoize
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def of(device: Device) -> Rates:
     return next((fitted[key] for key in (known_as(device.name), *alike) if key in fitted), PREDICTED)
 
 
-@lru_cache(maxsize=1)
+@memoize(1)
 def _fitted() -> dict[str, Rates]:
     entries = json.loads(FILE.read_text())
     return {key: PREDICTED.having(entry["constants"], source_of(entry)) for key, entry in entries.items()}

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -32,6 +31,7 @@ from gpu_rnn.backends.throughput import (
 from gpu_rnn.compiler.program import Program
 from gpu_rnn.compiler.triton_module import triton_module
 from gpu_rnn.devices import DEVICES
+from gpu_rnn.memo import memoize
 
 MOST_ACROSS = 65535  # blocks in the second dimension of a CUDA grid, which is N
 LONGEST_PATTERN = 62  # bits of a signed 64-bit argument that can be shifted and tested
@@ -166,7 +166,7 @@ class Launch:
             self.kernel[self.grid](**self.arguments)
 
 
-@lru_cache(maxsize=256)
+@memoize(256)
 def _constants(text: str, backward: bool) -> dict[str, Any]:
     """What a kernel is compiled for, of a program."""
     program = Program.parse(text)

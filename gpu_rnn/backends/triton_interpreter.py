@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
+
+from gpu_rnn.memo import memoize
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # Triton decides at import too
 
@@ -37,7 +38,7 @@ def from_bfloat16(bits: np.ndarray) -> np.ndarray:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-@lru_cache(maxsize=1)
+@memoize(1, stays="a deed, no answer: a second one would repair what is repaired")
 def _repair() -> None:
     from triton import language as tl
     from triton.runtime import interpreter

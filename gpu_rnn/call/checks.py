@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from gpu_rnn.backends.axes import Axes, axes_of
 from gpu_rnn.backends.tensors import Inputs, LayerControls, Result, Weights, state_dtype
 from gpu_rnn.call.passes import Options
 from gpu_rnn.compiler.program import Program
+from gpu_rnn.memo import memoize
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.complex64, torch.complex128)
 Shapes = tuple[tuple[int, ...], ...]  # those that a tensor may have
@@ -57,7 +57,7 @@ class Sizes(NamedTuple):
         return Sizes(steps, batch, n, features, gates, hidden, width, states, params, split, 1 if stacked else n)
 
 
-@lru_cache(maxsize=4096)
+@memoize(4096)
 def _shapes(axes: str, sizes: Sizes, stacked: bool = False) -> Shapes:
     """The shapes that axes allow; `stacked`: N stands before T."""
     words = axes.replace("T B N", "N T B") if stacked else axes
@@ -144,7 +144,7 @@ def inputs(operation: str, text: str, options: Options, given: Inputs) -> Inputs
     return given._replace(controls=given.controls._replace(lengths=lengths.clamp(0, len(given.x))))
 
 
-@lru_cache(maxsize=1024)
+@memoize(1024)
 def _inputs(operation: str, text: str, options: Options, row: tuple[Spec | None, ...], states: int) -> None:
     given, program = Inputs.flat(row, states), Program.parse(text)
     x, weights, controls = given.x, given.weights, given.controls
@@ -221,7 +221,7 @@ def gradients(
     _gradients(operation, text, options, Spec.each(given.row), len(given.states), *others)
 
 
-@lru_cache(maxsize=1024)
+@memoize(1024)
 def _gradients(
     operation: str,
     text: str,

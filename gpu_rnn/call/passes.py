@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +20,7 @@ from gpu_rnn.backends.tensors import Call, Inputs, Result
 from gpu_rnn.call import autocast, wavefront
 from gpu_rnn.compiler.program import Program
 from gpu_rnn.dispatch import choice
+from gpu_rnn.memo import memoize
 from gpu_rnn.recurrence import Recurrence
 
 OPTIONS = re.compile(r"(\w+) ([01]+) (save|drop) (all|y)")
@@ -38,7 +38,7 @@ class Options(NamedTuple):
         return f"{self.backend} {self.reverse} {'save' if self.save else 'drop'} {'all' if self.all_states else 'y'}"
 
     @staticmethod
-    @lru_cache(maxsize=256)
+    @memoize(256)
     def decode(text: str) -> Options:
         found = OPTIONS.fullmatch(text)
         if found is None:
@@ -50,7 +50,7 @@ class Options(NamedTuple):
         return Options(backend, reverse, save == "save", states == "all")
 
 
-@lru_cache(maxsize=256)
+@memoize(256)
 def _recurrence(text: str) -> Recurrence:
     return Recurrence.from_program(text)
 

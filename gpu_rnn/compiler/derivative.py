@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 from gpu_rnn.compiler.builder import Builder, Value
 from gpu_rnn.compiler.evaluation import runner
 from gpu_rnn.compiler.operations import OPERATIONS, Argument, Op, live
 from gpu_rnn.compiler.program import Program
+from gpu_rnn.memo import memoize
 from gpu_rnn.once import once
 
 
@@ -57,7 +57,7 @@ def carried_values(program: Program, number: int) -> tuple[str, ...]:
     return tuple(read)
 
 
-@lru_cache(maxsize=256)
+@memoize(256)
 def differentiate(program: Program, number: int) -> Derivative:
     """The derivative of stage `number`.
 

@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import lru_cache
 from typing import Any
 
 from gpu_rnn.compiler.operations import OPERATIONS, Argument, Op
+from gpu_rnn.memo import memoize
 
 
-@lru_cache(maxsize=1024)
+@memoize(1024)
 def runner(
     ops: tuple[Op, ...], wanted: tuple[Argument, ...] | None = None, **replaced: Callable[..., Any]
 ) -> Callable[[dict[str, Any]], None]:

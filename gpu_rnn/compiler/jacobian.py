@@ -8,12 +8,12 @@ found for many steps at once, and the loop is left with a few products and sums,
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 from gpu_rnn.compiler.builder import Builder
 from gpu_rnn.compiler.derivative import differentiate
 from gpu_rnn.compiler.operations import Argument, Op, live
 from gpu_rnn.compiler.program import Program
+from gpu_rnn.memo import memoize
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Jacobian:
         )
 
 
-@lru_cache(maxsize=256)
+@memoize(256)
 def jacobian(program: Program, number: int) -> Jacobian:
     """Of stage `number`: its derivative with one incoming gradient 1, the rest 0; with links if it can."""
     stage, derivative = program.stages[number], differentiate(program, number)

@@ -41,12 +41,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
 from gpu_rnn.compiler.evaluation import runner
 from gpu_rnn.compiler.operations import OPERATIONS, Argument, Op, constant
+from gpu_rnn.memo import memoize
 from gpu_rnn.once import once
 
 VERSION = "1"
@@ -326,7 +326,7 @@ class _Parser:
         return Program(self.name, tuple(self.states), tuple(self.params), tuple(self.stages), frozenset(self.summed))
 
 
-@lru_cache(maxsize=256)
+@memoize(256)
 def _parse(text: str) -> Program:
     parser, lines = _Parser(), text.removesuffix("\n").split("\n")
     for count, line in enumerate([*lines, ""], 1):

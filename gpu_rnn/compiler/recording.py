@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from torch.overrides import _push_mode as _push_function_mode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _pop_mode, _push_mode
 
 from gpu_rnn.compiler.lowering import KEPT
+from gpu_rnn.memo import memoize
 
 LIBRARY = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 LONGEST = 100  # characters of a line that an error shows
@@ -118,7 +118,7 @@ def _undisturbed() -> Iterator[None]:
         torch._C._set_tracing_state(traced)  # type: ignore[attr-defined]
 
 
-@cache
+@memoize(None)
 def _decompositions() -> dict[Any, Callable[..., Any]]:
     """torch's rules, which take as long to gather as the rest of a trace."""
     from torch._decomp import core_aten_decompositions

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from gpu_rnn.compiler.operations import Argument, Op, live
+from gpu_rnn.memo import memoize
 
 FUSED: dict[str, Callable[..., Any]] = {
     "sigmoid_backward": torch.ops.aten.sigmoid_backward.default,  # (x, y) -> x·y·(1 - y)
@@ -18,6 +19,7 @@ FUSED: dict[str, Callable[..., Any]] = {
 }
 
 
+@memoize(1024)
 def fused(ops: Iterable[Op], wanted: Iterable[Argument]) -> tuple[Op, ...]:
     """The same with one operation for several where torch has one: a sum with a product, the slopes of two functions.
 

@@ -11,11 +11,11 @@ import hashlib
 import importlib.abc
 import importlib.util
 import sys
-from functools import cache
 from types import CodeType, ModuleType
 
 from gpu_rnn.compiler import codegen
 from gpu_rnn.compiler.program import Program
+from gpu_rnn.memo import memoize
 
 
 class _Loader(importlib.abc.InspectLoader):
@@ -34,7 +34,7 @@ def triton_module(program: Program) -> ModuleType:
     return _triton_module(program.text)
 
 
-@cache  # as many as there are cells; the kernels compiled from them stay with Triton anyway
+@memoize(None, stays="Triton keeps the kernels compiled from them, as many as there are cells, anyway")
 def _triton_module(text: str) -> ModuleType:
     program = Program.parse(text)
     source = codegen.module_text(program)

@@ -13,17 +13,17 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from gpu_rnn import devices, environment
+from gpu_rnn import devices, environment, memo
 from gpu_rnn.backends import BACKENDS, KERNELS, LOOPS, WAVEFRONTS, precision
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.backends.rates import Rates
 from gpu_rnn.dispatch import measured as choices
 from gpu_rnn.dispatch import wavefront_plan
 from gpu_rnn.dispatch.measured import Question, Times
+from gpu_rnn.memo import memoize
 
 log = logging.getLogger("gpu_rnn")
 device_of = devices.of
@@ -106,19 +106,14 @@ def remember(device: devices.Device, found: Mapping[Question, Times]) -> Path:
         OSError: no folder takes it.
     """
     path = choices.keep(device, found)
-    _forget_answers()
+    memo.clear(__name__)
     return path
 
 
 def forget() -> None:
     """Removes everything that `gpu_rnn.tune` ever kept, for every device and version. Also `gpu_rnn.tuning.forget`."""
     choices.forget()
-    _forget_answers()
-
-
-def _forget_answers() -> None:
-    for cached in (_select, _fastest_loop, _gain, _plan, _backward_too):
-        cached.cache_clear()
+    memo.clear(__name__)
 
 
 def only_predicted_on_cpu() -> bool:
@@ -126,7 +121,7 @@ def only_predicted_on_cpu() -> bool:
     return not (_trial.backend or choices.any_on_cpu())
 
 
-@lru_cache(maxsize=4096)
+@memoize(4096)
 def _select(problem: Problem, backend: str, among: tuple[str, ...], preferred: str, both: bool = True) -> str:
     check_name(backend)
     if backend != "auto":
@@ -220,7 +215,7 @@ def wavefront(problem: Problem, backend: str = "auto") -> tuple[str, int]:
     return name, plan.chunk
 
 
-@lru_cache(maxsize=1024)
+@memoize(1024)
 def _backward_too(problem: Problem, backend: str) -> None:
     """Raises where the backend that is asked for by name cannot run the backward pass, which has a plan of its own."""
     wavefront(replace(problem, direction="backward"), backend)
@@ -248,13 +243,13 @@ def _settled(problem: Problem, backend: str) -> str:
     return _trial.backend
 
 
-@lru_cache(maxsize=1024)
+@memoize(1024)
 def _fastest_loop(problem: Problem) -> str:
     measured = choices.find(problem, LOOPS)
     return min(measured, key=lambda name: measured[name], default="")
 
 
-@lru_cache(maxsize=1024)
+@memoize(1024)
 def _gain(problem: Problem, loop: str) -> float:
     """Seconds that a wavefront is predicted to save, of both passes in training."""
     directions = ("training", "backward") if problem.training else ("inference",)
@@ -269,7 +264,7 @@ class _Plan(NamedTuple):
     launch: Problem  # what a loop sees
 
 
-@lru_cache(maxsize=1024)
+@memoize(1024)
 def _plan(problem: Problem, loop: str) -> _Plan:
     """For a loop, or the best of them."""
     one, named = replace(problem, layers=1), [name for name in KERNELS if loop in ("auto", name)]
@@ -282,7 +277,7 @@ def _plan(problem: Problem, loop: str) -> _Plan:
     return _Plan(alone - seconds, problem.T, wavefront_plan.launched(problem, problem.T, 1))
 
 
-@lru_cache(maxsize=1024)
+@memoize(1024, stays="what was said once is not said again")
 def _say_once(direction: str, cell: str, backend: str, reason: str) -> None:
     """Why a cell falls back to the time loop in PyTorch, once, whatever the number of steps or samples."""
     log.info("%s of %s: %s not used: %s", direction, cell, backend, reason)

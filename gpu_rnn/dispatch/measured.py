@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import fields
-from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +20,7 @@ from gpu_rnn import cache
 from gpu_rnn._version import __version__
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.devices import CPU, Device, cpu_name
+from gpu_rnn.memo import memoize
 
 Question = tuple[Problem, tuple[str, ...]]  # what is to run, and the backends that may run it
 Times = dict[str, float]  # µs per time step of the whole call, by backend
@@ -37,7 +37,7 @@ def find(problem: Problem, among: tuple[str, ...]) -> Mapping[str, float]:
     return kept.get(_key(problem, among), {}) if kept else {}
 
 
-@lru_cache(maxsize=1)
+@memoize(1)
 def any_on_cpu() -> bool:
     """Whether anything was measured on the CPU at hand."""
     return bool(_kept(CPU))
@@ -94,7 +94,7 @@ def _files() -> Iterator[Path]:
         yield from place.glob("tuned-*.json")
 
 
-@lru_cache(maxsize=16)
+@memoize(16, stays="measured, which takes seconds; where nothing can be written, it is nowhere else")
 def _kept(device: Device) -> dict[str, Times]:
     """Read once for each process and device, and added to by `keep`."""
     setting = _setting(device)

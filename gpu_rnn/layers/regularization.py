@@ -7,7 +7,6 @@ The masks are tensors that the time loops read: forward, backward, recomputation
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from gpu_rnn.compiler.builder import Builder
 from gpu_rnn.compiler.program import Program
+from gpu_rnn.memo import memoize
 from gpu_rnn.recurrence import Recurrence
 
 
@@ -34,7 +34,7 @@ def expected(recurrence: Recurrence, probabilities: tuple[float, ...]) -> Recurr
     return _expected(recurrence.program.text, probabilities) if any(probabilities) else recurrence
 
 
-@lru_cache(maxsize=64)
+@memoize(64)
 def _expected(text: str, probabilities: tuple[float, ...]) -> Recurrence:
     program = Program.parse(text)
     last = program.stages[-1]

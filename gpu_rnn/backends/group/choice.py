@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import count, product
 from typing import Any
 
@@ -26,6 +25,7 @@ from gpu_rnn.backends.throughput import (
     special,
 )
 from gpu_rnn.devices import Device
+from gpu_rnn.memo import memoize
 
 MOST_WARPS = 8  # of a block: each thread may then use 255 registers of a multiprocessor's 65,536
 REGISTERS = 255  # of a thread: CUDA C++ programming guide, table of compute capabilities
@@ -100,7 +100,7 @@ def choose(problem: Problem) -> Choice | None:
     return _choose(replace(problem, T=1, I=1, layers=1))
 
 
-@lru_cache(maxsize=1024)
+@memoize(1024)
 def _choose(problem: Problem) -> Choice | None:
     return min(_fitting(problem), key=lambda choice: choice.step, default=None)
 
@@ -190,7 +190,7 @@ def largest(problem: Problem) -> int:
     return _largest(replace(problem, T=1, B=1, I=1, layers=1))
 
 
-@lru_cache(maxsize=256)
+@memoize(256)
 def _largest(problem: Problem) -> int:
     fitting = [h for h in range(UNITS, 4096 + 1, UNITS) if choose(replace(problem, H=h)) is not None]
     return max(fitting, default=0)

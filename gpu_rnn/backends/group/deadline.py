@@ -8,14 +8,19 @@ import itertools
 import torch
 from torch import Tensor
 
+from gpu_rnn import memo
 from gpu_rnn.backends.group.layout import Layout
 
 MOST = 0xFFFF  # kernels that have a number: 16 bits of the word, and not 0
 
-_numbers: dict[tuple[Layout, int, int], int] = {}  # by kernel, N and H
-_launched: dict[int, tuple[Layout, torch.Size]] = {}  # what a number was launched as last
+RUNNING = "a kernel that still runs may give up"
+
+# By kernel, N and H.
+_numbers: dict[tuple[Layout, int, int], int] = memo.hold(f"{__name__}._numbers", {}, MOST, stays=RUNNING)
+# What a number was launched as last.
+_launched: dict[int, tuple[Layout, torch.Size]] = memo.hold(f"{__name__}._launched", {}, MOST, stays=RUNNING)
 _counter = itertools.count()
-_errors: dict[torch.device, Tensor] = {}
+_errors: dict[torch.device, Tensor] = memo.hold(f"{__name__}._errors", {}, None, stays=RUNNING)
 
 
 def number_of(layout: Layout, shape: torch.Size) -> int:

@@ -8,12 +8,11 @@ each other, so all blocks of a launch are resident at once, unless a group has o
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from gpu_rnn import devices, environment
+from gpu_rnn import devices, environment, memo
 from gpu_rnn.backends import persistent
 from gpu_rnn.backends.group import cubin, nvrtc, signature
 from gpu_rnn.backends.group.choice import Choice, choose, cost, largest
@@ -22,6 +21,7 @@ from gpu_rnn.backends.group.layout import Layout, source
 from gpu_rnn.backends.persistent import bits, even_rows, rows, whole
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.backends.tensors import Call, LoopGradients, Result
+from gpu_rnn.memo import memoize
 
 __all__ = ["Launch", "backward", "choose", "cost", "forward", "prepare", "unsupported"]
 
@@ -74,18 +74,18 @@ def _refusal(layout: Layout, blocks: int, device: torch.device) -> str:
     return f"{layout.kernel}: its {blocks} blocks are not all resident on {device}, of which others may hold a part"
 
 
-@lru_cache(maxsize=256)
+@memoize(256, stays="a graph that the user captured may launch them")
 def _function(layout: Layout, arch: str) -> nvrtc.Function:
     fitted = fit(layout, arch)
     return nvrtc.Function(source(fitted), fitted.kernel, arch, fitted.shared_bytes, cooperative=fitted.members > 1)
 
 
-@lru_cache(maxsize=256)
+@memoize(256)
 def _resident(function: nvrtc.Function, device: torch.device, threads: int) -> int:
     return function.resident(device, threads)
 
 
-@lru_cache(maxsize=256)
+@memoize(256)
 def fit(layout: Layout, arch: str) -> Layout:
     """The layout with as many weights in registers as the compiler finds room for, so that nothing goes to a stack.
 
@@ -291,7 +291,9 @@ def backward(call: Call, saved: Result, d_y: Tensor, d_final: list[Tensor], d_in
     return persistent.summed(call, found)
 
 
-_failures: dict[tuple[Choice, devices.Device], str] = {}
+_failures: dict[tuple[Choice, devices.Device], str] = memo.hold(
+    f"{__name__}._failures", {}, None, stays="asked again after `prepare`, in whatever thread"
+)
 
 
 def _wanted(problem: Problem) -> tuple[Choice, str]:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 from importlib.resources import files
 
 import torch
 
 from gpu_rnn.compiler import codegen
 from gpu_rnn.compiler.program import Program
+from gpu_rnn.memo import memoize
 from gpu_rnn.once import once
 
 SCALARS = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "float"}
@@ -191,7 +191,7 @@ def _literal(value: float) -> str:
     return f"{'-' * (value < 0)}INFINITY" if math.isinf(value) else f"{value!r}f"
 
 
-@lru_cache(maxsize=256)
+@memoize(256)
 def source(layout: Layout) -> str:
     """The CUDA C++ text of a kernel: the layout, the generated step, then the kernel that both serve."""
     step = codegen.source(layout.parsed, "cuda", backward=layout.backward)

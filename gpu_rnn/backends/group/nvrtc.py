@@ -12,7 +12,6 @@ import importlib.util
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import lru_cache
 from importlib.resources import files
 from typing import Any, NamedTuple
 
@@ -22,6 +21,7 @@ import torch
 from gpu_rnn import cache
 from gpu_rnn._version import __version__
 from gpu_rnn.backends.group import cubin
+from gpu_rnn.memo import memoize
 
 OPTIONS = ("--std=c++17",)
 INSTALL = "pip install 'gpu-rnn[cuda12]' or 'gpu-rnn[cuda13]', by the CUDA version of the driver"
@@ -61,7 +61,7 @@ def no_driver() -> str:
     return "" if count else "CuPy sees no NVIDIA GPU"
 
 
-@lru_cache(maxsize=1)
+@memoize(1)
 def _binding() -> Any:
     if importlib.util.find_spec("cupy_backends") is None:
         raise CompileError(f"CuPy is not installed: {INSTALL}")

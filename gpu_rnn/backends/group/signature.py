@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from functools import lru_cache
 from importlib.resources import files
 from typing import TypeVar
+
+from gpu_rnn.memo import memoize
 
 Argument = TypeVar("Argument")
 
@@ -30,7 +31,7 @@ def parameters(text: str, kernel: str) -> tuple[str, ...]:
     return tuple(declared.split()[-1].lstrip("*&") for declared in match[1].split(","))
 
 
-@lru_cache(maxsize=16)
+@memoize(16)
 def shipped(kernel: str) -> tuple[str, ...]:
     """The names of the parameters of a kernel in `kernels/cuda`."""
     return parameters((files("gpu_rnn.kernels.cuda") / f"{kernel}.cu").read_text(), kernel)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpu_rnn import memo
 from gpu_rnn.backends import triton_interpreter
 from gpu_rnn.backends.tensors import Call
 from gpu_rnn.forking import renewed
@@ -45,7 +46,9 @@ class Chunks:
     """
 
     # None: a first call came to its end
-    kept: OrderedDict[tuple[Any, ...], Chunks | None] = OrderedDict()  # noqa: RUF012
+    kept: OrderedDict[tuple[Any, ...], Chunks | None] = memo.hold(
+        f"{__name__}.Chunks.kept", OrderedDict(), GRAPHS, alone=_one_call
+    )
 
     def __init__(self, loop: Any, chunk: int, key: tuple[Any, ...] = (), place: _Place | None = None) -> None:
         """`place`: where its graph is captured; without one there is none."""
@@ -123,8 +126,10 @@ class _Place:
         self.first: torch.cuda.CUDAGraph | None = None
 
 
-_places: dict[tuple[torch.device, int], _Place] = {}
 STREAMS = 32  # that torch hands out in turn
+_places: dict[tuple[torch.device, int], _Place] = memo.hold(
+    f"{__name__}._places", {}, None, stays="a stream's cuBLAS workspace lies in its first graph's memory"
+)
 
 
 def _place(device: torch.device, stream: int) -> _Place | None:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from torch import Tensor
 from gpu_rnn.compiler.evaluation import runner
 from gpu_rnn.compiler.operations import Argument, Op, live
 from gpu_rnn.compiler.torch_fusion import FUSED, fused
+from gpu_rnn.memo import memoize
 
 
 def tanh(x: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ def tanh(x: Tensor) -> Tensor:
     return y
 
 
-@lru_cache(maxsize=1024)
+@memoize(1024)
 def compiled(ops: tuple[Op, ...], wanted: tuple[Argument, ...]) -> Callable[[dict[str, Any]], None]:
     """`evaluation.runner` of what the wanted results need."""
     return runner(fused(live(ops, wanted), wanted), wanted, tanh=tanh, **FUSED)
