@@ -167,5 +167,12 @@ def test_every_public_name_is_in_the_reference() -> None:
         assert name == "__version__" or f"::: gpu_rnn.{name}\n" in reference, name
 
 
+def test_the_reference_goes_by_public_paths() -> None:
+    """Names of `gpu_rnn`, or of a module right below it: what stands deeper moves without a change to the docs."""
+    paths = re.findall(r"^::: (\S+)$", (DOCS / "reference.md").read_text(), re.M)
+    deep = {module_of(path) for path in SOURCES if path.parent != ROOT / "gpu_rnn" and path.stem != "__init__"}
+    assert paths and not [path for path in paths if ".".join(path.split(".")[:3]) in deep]
+
+
 def test_every_name_of_an_initializer_is_documented() -> None:
     assert set(gpu_rnn.initializers.INITIALIZERS) <= documented("options.md")

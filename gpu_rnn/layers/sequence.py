@@ -45,7 +45,7 @@ class Recurrent(LayerBase):
         bidirectional: a second recurrence runs from the end. Default: False
         device, dtype: of the parameters. Default: torch's
         backend: "auto", or the name of the one backend to use (see `gpu_rnn.explain`). Default: "auto"
-        options: those of `gpu_rnn.layers.options.LayerOptions`: recurrent_dropout, recurrent_dropout_per_gate,
+        options: those of `gpu_rnn.layers.LayerOptions`: recurrent_dropout, recurrent_dropout_per_gate,
             zoneout, weight_drop, layer_norm, return_sequences, kernel_initializer, recurrent_initializer,
             bias_initializer, unit_forget_bias.
 
