@@ -15,7 +15,7 @@ from torch import Tensor
 import gpu_rnn
 from gpu_rnn.backends import normalisation
 from gpu_rnn.backends.normalisation import Normalised
-from gpu_rnn.backends.step.product import Product
+from gpu_rnn.backends.step.product import OneMask
 from gpu_rnn.call import passes
 
 T, B, I, H = 7, 3, 4, 6  # noqa: E741
@@ -69,13 +69,13 @@ def test_kept_products_give_the_gradients_of_those_taken_once_more(
     if "mask" in controls:
         controls = {"mask": support.draw(T, B, seed=2) > 0}
     taken = []
-    over_time = Product.over_time
+    over_time = OneMask.over_time
 
-    def counted(self: Product, entering: Tensor) -> Tensor:
+    def counted(self: OneMask, entering: Tensor) -> Tensor:
         taken.append(len(entering))
         return over_time(self, entering)
 
-    monkeypatch.setattr(Product, "over_time", counted)
+    monkeypatch.setattr(OneMask, "over_time", counted)
     kept = gradients(module, x, **controls)
     assert not taken
     monkeypatch.setattr(passes, "_room", lambda call, x: None)

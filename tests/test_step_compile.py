@@ -65,7 +65,7 @@ def warm_up(forward: Forward, backward: Backward, entering: torch.Tensor) -> Non
     from gpu_rnn.kernels.triton.step import step_backward, step_forward
 
     for shape, product_, d in zip(forward.shapes, forward.products, backward.d_products, strict=True):
-        multiplied = product_.own(entering)
+        multiplied = product_.batched(entering)
         assert multiplied.shape == d.shape
         step_forward.warmup(grid=forward.grid, **forward.arguments(1, shape, multiplied))
         step_backward.warmup(grid=backward.grid, **backward.arguments(1, shape))

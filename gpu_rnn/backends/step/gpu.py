@@ -53,7 +53,7 @@ def kernels(problem: Problem) -> Iterator[Kernel]:
                 yield Kernel(step_backward, steps.grid, steps.arguments(0, shape))
                 continue
             entering = loop.of_h.entering if steps is loop else loop.y[0].transpose(0, 1)
-            yield Kernel(step_forward, steps.grid, steps.arguments(0, shape, product.own(entering)))
+            yield Kernel(step_forward, steps.grid, steps.arguments(0, shape, product.batched(entering)))
 
 
 def _h_only_enters_the_product(program: Program) -> bool:

@@ -114,12 +114,13 @@ class _Steps:
             count = len(shape.kept)
             weights = like.new_empty(n, count, hidden, width)
             drop = like.new_empty(n, min(kind.drop, count), batch, width) if kind.drop else None
-            product = Product(weights, drop)
-            scale = (n, count, 1, hidden) if product.by_gate else (n, 1, count, hidden)
+            product = Product.of(weights, drop)
             self.weights.append(weights)
             self.drops.append(drop)
             self.products.append(product)
-            self.scales.append(like.new_empty(scale, dtype=torch.float32) if kind.norm else None)
+            self.scales.append(
+                like.new_empty(*product.batched_shape(n, 1), hidden, dtype=torch.float32) if kind.norm else None
+            )
         self.grid = (-(-batch * n * hidden // BLOCK),)
         self.projection = self._with_projection(like) if kind.projection else None
 
@@ -191,7 +192,7 @@ class _Steps:
             "P": len(self.program.params),
             "V_IN": shape.reads,
             "V_OUT": shape.hands_on,
-            "BY_GATE": self.products[shape.number].by_gate,
+            "BY_GATE": self.products[shape.number].BY_GATE,
             "BLOCK": BLOCK,
         }
 
@@ -250,7 +251,7 @@ class Forward(_Steps):
         from gpu_rnn.kernels.triton.step import step_forward
 
         for shape, product, scale in zip(self.shapes, self.products, self.scales, strict=True):
-            multiplied = product.own(entering)
+            multiplied = product.batched(entering)
             if scale is not None:
                 multiplied = normalisation.normalise(multiplied).values.mul_(scale)
             step_forward[self.grid](**self.arguments(t, shape, multiplied))
@@ -275,10 +276,10 @@ class Backward(_Steps):
         self.d_seed = like.new_empty(n, batch, hidden)
         self.d_values = like.new_empty(max(values), batch, n, hidden, dtype=torch.float32)
         self.d_params = like.new_empty(batch, n, len(program.params), hidden, dtype=torch.float32)
-        own = [(n, p.gates, batch) if p.by_gate else (n, batch, p.gates) for p in self.products]
-        self.d_products = [like.new_empty(*size, hidden) for size in own]
+        batched = [product.batched_shape(n, batch) for product in self.products]
+        self.d_products = [like.new_empty(*size, hidden) for size in batched]
         # With layer normalisation: the normalised products of all steps, and the gradients of the products.
-        kept = own if kind.norm else []
+        kept = batched if kind.norm else []
         wide = like.new_empty(0, dtype=torch.float32)
         self.normalised = [Normalised(*(wide.new_empty(steps, *size, last) for last in (hidden, 1))) for size in kept]
         self.through = [normalisation.Back(found.rstd[0]) for found in self.normalised]
@@ -313,12 +314,12 @@ class Backward(_Steps):
             d, scale = self.d_products[shape.number], self.scales[shape.number]
             if scale is not None:
                 d = self._through_norm(t, shape.number, d, scale)
-            self.products[shape.number].own_back(d, out=d_entering)
+            self.products[shape.number].batched_back(d, out=d_entering)
 
     def normalise(self, entering: list[Tensor]) -> None:
         """The products of a chunk again, from what entered each stage, (steps, B, N, H)."""
         for number, (product, values) in enumerate(zip(self.products, entering, strict=True)):
-            raw = product.own_layout(product.over_time(values).float()).contiguous()
+            raw = product.to_batched(product.over_time(values).float()).contiguous()
             normalisation.normalise(raw, self.normalised[number].at(slice(len(values))))
 
     def of_norm(self, d_gates: Tensor, d_recurrent: Tensor, d_products: Tensor, d_norm: Tensor) -> None:
@@ -326,8 +327,8 @@ class Backward(_Steps):
         count = len(d_gates)
         for number, (shape, product) in enumerate(zip(self.shapes, self.products, strict=True)):
             d = torch.cat([source for _, source in runs(self.program, shape.rows, d_gates, d_recurrent)], 3)
-            d_norm[:, shape.rows] += (d * product.turned(self.normalised[number].values[:count])).sum((0, 1))
-            d_products[:, :, :, shape.rows] = product.turned(self.d_raw[number][:count])
+            d_norm[:, shape.rows] += (d * product.from_batched(self.normalised[number].values[:count])).sum((0, 1))
+            d_products[:, :, :, shape.rows] = product.from_batched(self.d_raw[number][:count])
 
     def _through_norm(self, t: int, number: int, d: Tensor, scale: Tensor) -> Tensor:
         return self.through[number](d * scale, self.normalised[number].at(t), self.d_raw[number][t])

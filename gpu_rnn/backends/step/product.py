@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -11,7 +14,7 @@ from gpu_rnn.once import once
 
 
 def masks(drop: Tensor | None, gates: slice) -> Tensor | None:
-    """`LayerControls.drop` of some gates as `Product` takes it, (N, 1 or gates, B, P)."""
+    """`StepControls.drop` of some gates as `Product.of` takes it, (N, 1 or gates, B, P)."""
     if drop is None:
         return None
     return (drop if drop.shape[2] == 1 else drop[:, :, gates]).permute(1, 2, 0, 3)
@@ -22,26 +25,76 @@ def cast(values: Tensor, dtype: torch.dtype) -> Tensor:
     return values if values.dtype == dtype else values.to(dtype)
 
 
-class Product:
+class Product(ABC):
     """What enters a stage, (B, N, P), times the rows of W_hh of some of its gates: (B, N, gates, H).
 
-    The products themselves lie as (N, B, gates, H), or as (N, gates, B, H) where each gate has a mask of its own: that
-    is the "own layout" below. Nothing is copied of weights and masks that are contiguous and of one dtype.
+    The loop on a GPU takes the products as one batched product leaves them, "batched" below: (N, B, gates, H), or with
+    a mask for each gate (N, gates, B, H). Nothing is copied of weights and masks that are contiguous and of one dtype.
     """
 
-    def __init__(self, weights: Tensor, drop: Tensor | None, rows: int = 0, times: int = 0) -> None:
+    BY_GATE: ClassVar[bool]  # whether gates stand before rows in what is batched
+
+    def __init__(self, weights: Tensor) -> None:
+        """`weights` (N, gates, H, P)"""
+        self.gates, self.hidden, self.dtype = *weights.shape[1:3], weights.dtype
+
+    @staticmethod
+    def of(weights: Tensor, drop: Tensor | None, rows: int = 0, times: int = 0) -> Product:
         """`weights` (N, gates, H, P), `drop` from `masks`; `rows` B, or 0 if the weights' values will change; `times`
         T."""
-        self.gates, self.hidden, self.dtype = *weights.shape[1:3], weights.dtype
-        self.by_gate = drop is not None and drop.shape[1] > 1
-        self.drop = None if drop is None else drop.to(self.dtype).contiguous()
-        if self.drop is not None and not self.by_gate:
-            self.drop = self.drop[:, 0]
-        self.weights = (
-            weights.flatten(0, 1) if self.by_gate else weights.flatten(1, 2)
-        )  # (N·gates, H, P), (N, gates·H, P)
+        drop = None if drop is None else drop.to(weights.dtype).contiguous()
+        if drop is not None and drop.shape[1] > 1:
+            return MaskByGate(weights, drop)
+        return OneMask(weights, None if drop is None else drop[:, 0], rows, times)
+
+    @abstractmethod
+    def batched_shape(self, n: int, rows: int) -> tuple[int, ...]:
+        """Of the products, batched, without H."""
+
+    @abstractmethod
+    def batched(self, entering: Tensor) -> Tensor:
+        """(N, B, P) -> the products, batched."""
+
+    @abstractmethod
+    def batched_back(self, d_product: Tensor, out: Tensor | None = None) -> Tensor:
+        """From the gradient of the products, batched, that of what entered, (N, B, P)."""
+
+    @abstractmethod
+    def from_batched(self, product: Tensor) -> Tensor:
+        """Batched -> (..., B, N, gates, H), a view."""
+
+    @abstractmethod
+    def to_batched(self, product: Tensor) -> Tensor:
+        """(..., B, N, gates, H) -> batched, a view."""
+
+    @abstractmethod
+    def __call__(self, entering: Tensor) -> Tensor:
+        """(B, N, P) -> (B, N, gates, H)."""
+
+    @abstractmethod
+    def add_to(self, target: Tensor, entering: Tensor) -> None:
+        """Adds the products of what entered to (B, N, gates·H) in place."""
+
+    @abstractmethod
+    def back(self, d_product: Tensor) -> Tensor:
+        """(B, N, gates·H) -> (B, N, P)."""
+
+    @abstractmethod
+    def over_time(self, entering: Tensor) -> Tensor:
+        """(T, B, N, P) -> (T, B, N, gates, H)."""
+
+
+class OneMask(Product):
+    """All gates in one product of what enters, times one mask or none."""
+
+    BY_GATE = False
+
+    def __init__(self, weights: Tensor, drop: Tensor | None, rows: int, times: int) -> None:
+        """`drop` (N, B, P)"""
+        super().__init__(weights)
+        self.drop, self.rows, self.times = drop, rows, times
+        self.weights = weights.flatten(1, 2)  # (N, gates·H, P)
         self.transposed = self.weights.transpose(1, 2)
-        self.rows, self.times = 0 if self.by_gate else rows, times
 
     @once
     def there(self) -> onednn.Factor:
@@ -51,79 +104,100 @@ class Product:
     def way_back(self) -> onednn.Factor:
         return onednn.Factor(self.weights, self.rows, self.times)
 
-    def left(self, entering: Tensor) -> Tensor:
-        """(N, B, P) -> the first factor of the batched product."""
-        if self.drop is None:
-            return entering
-        return (entering[:, None] * self.drop).flatten(0, 1) if self.by_gate else entering * self.drop
+    def dropped(self, values: Tensor) -> Tensor:
+        """(..., B, N, P) times the mask."""
+        return values if self.drop is None else values * self.drop.transpose(0, 1)
 
-    def own(self, entering: Tensor) -> Tensor:
-        """(N, B, P) -> the products in their own layout."""
-        found = self.there(self.left(entering))
-        return found.unflatten(0, (-1, self.gates)) if self.by_gate else found.unflatten(2, (self.gates, self.hidden))
+    def batched_shape(self, n: int, rows: int) -> tuple[int, ...]:
+        return n, rows, self.gates
 
-    def own_back(self, d_product: Tensor, out: Tensor | None = None) -> Tensor:
-        """From the gradient of the products, in their own layout, that of what entered, (N, B, P)."""
-        if self.drop is None:
-            if out is not None:
-                return torch.bmm(d_product.flatten(2), self.weights, out=out)
-            return self.way_back(d_product.flatten(2))
-        if not self.by_gate:
+    def batched(self, entering: Tensor) -> Tensor:
+        left = entering if self.drop is None else entering * self.drop
+        return self.there(left).unflatten(2, (self.gates, self.hidden))
+
+    def batched_back(self, d_product: Tensor, out: Tensor | None = None) -> Tensor:
+        if self.drop is not None:
             return torch.mul(self.way_back(d_product.flatten(2)), self.drop, out=out)
+        if out is not None:
+            return torch.bmm(d_product.flatten(2), self.weights, out=out)
+        return self.way_back(d_product.flatten(2))
+
+    def from_batched(self, product: Tensor) -> Tensor:
+        return product.transpose(-3, -4)
+
+    def to_batched(self, product: Tensor) -> Tensor:
+        return product.transpose(-3, -4)
+
+    def __call__(self, entering: Tensor) -> Tensor:
+        product = self.there.by_row(self.dropped(cast(entering, self.dtype)))
+        return product.view(*product.shape[:2], self.gates, self.hidden)
+
+    def add_to(self, target: Tensor, entering: Tensor) -> None:
+        left = self.dropped(cast(entering, self.dtype))
+        if self.there.packed:
+            target.add_(self.there.by_row(left))
+        else:
+            target.transpose(0, 1).baddbmm_(left.transpose(0, 1), self.transposed)
+
+    def back(self, d_product: Tensor) -> Tensor:
+        return self.dropped(self.way_back.by_row(d_product))
+
+    def over_time(self, entering: Tensor) -> Tensor:
+        left = self.dropped(entering.to(self.dtype)).flatten(0, 1)
+        if self.there.packed:
+            product = self.there.by_row(left)
+        else:
+            product = onednn.bmm(left.transpose(0, 1), self.transposed).transpose(0, 1)
+        return product.unflatten(0, entering.shape[:2]).unflatten(3, (self.gates, self.hidden))
+
+
+class MaskByGate(Product):
+    """A product for each gate, of what enters times the gate's own mask."""
+
+    BY_GATE = True
+
+    def __init__(self, weights: Tensor, drop: Tensor) -> None:
+        """`drop` (N, gates, B, P)"""
+        super().__init__(weights)
+        self.drop = drop
+        self.weights = weights.flatten(0, 1)  # (N·gates, H, P)
+        self.transposed = self.weights.transpose(1, 2)
+
+    def dropped(self, entering: Tensor) -> Tensor:
+        """(N, B, P) -> (N·gates, B, P)"""
+        return (entering[:, None] * self.drop).flatten(0, 1)
+
+    def batched_shape(self, n: int, rows: int) -> tuple[int, ...]:
+        return n, self.gates, rows
+
+    def batched(self, entering: Tensor) -> Tensor:
+        return torch.bmm(self.dropped(entering), self.transposed).unflatten(0, (-1, self.gates))
+
+    def batched_back(self, d_product: Tensor, out: Tensor | None = None) -> Tensor:
         d = torch.bmm(d_product.flatten(0, 1), self.weights).view_as(self.drop)
         return torch.sum(d.mul_(self.drop), 1, out=out)
 
-    def turned(self, product: Tensor) -> Tensor:
-        """From the own layout to (..., B, N, gates, H)."""
-        return product.movedim(-2, -4) if self.by_gate else product.transpose(-3, -4)
+    def from_batched(self, product: Tensor) -> Tensor:
+        return product.movedim(-2, -4)
 
-    def own_layout(self, product: Tensor) -> Tensor:
-        """From (..., B, N, gates, H) to the own layout."""
-        return product.movedim(-4, -2) if self.by_gate else product.transpose(-3, -4)
+    def to_batched(self, product: Tensor) -> Tensor:
+        return product.movedim(-4, -2)
 
     def __call__(self, entering: Tensor) -> Tensor:
-        entering = cast(entering, self.dtype)
-        if self.by_gate:
-            return self.turned(self.own(entering.transpose(0, 1)))
-        found = self.there.by_row(self.dropped(entering))
-        return found.view(*found.shape[:2], self.gates, self.hidden)
+        return self.from_batched(self.batched(cast(entering, self.dtype).transpose(0, 1)))
 
     def add_to(self, target: Tensor, entering: Tensor) -> None:
-        """Adds the products of what entered to (B, N, gates·H) in place."""
-        entering = cast(entering, self.dtype)
-        if self.by_gate:
-            own = self.own_layout(target.view(*target.shape[:2], self.gates, self.hidden))
-            factors = self.left(entering.transpose(0, 1)).split(self.gates), self.transposed.split(self.gates)
-            for products, left, weights in zip(own.unbind(0), *factors, strict=True):
-                products.baddbmm_(left, weights)
-        elif self.there.packed:
-            target.add_(self.there.by_row(self.dropped(entering)))
-        else:
-            target.transpose(0, 1).baddbmm_(self.dropped(entering).transpose(0, 1), self.transposed)
+        batched = self.to_batched(target.view(*target.shape[:2], self.gates, self.hidden))
+        left = self.dropped(cast(entering, self.dtype).transpose(0, 1))
+        factors = left.split(self.gates), self.transposed.split(self.gates)
+        for products, dropped, weights in zip(batched.unbind(0), *factors, strict=True):
+            products.baddbmm_(dropped, weights)
 
     def back(self, d_product: Tensor) -> Tensor:
-        """(B, N, gates·H) -> (B, N, P)."""
-        if self.by_gate:
-            return self.own_back(
-                self.own_layout(d_product.view(*d_product.shape[:2], self.gates, self.hidden))
-            ).transpose(0, 1)
-        return self.dropped(self.way_back.by_row(d_product))
-
-    def dropped(self, values: Tensor) -> Tensor:
-        """(B, N, P) times the one mask, if there is one."""
-        return values if self.drop is None else values * self.drop.transpose(0, 1)
+        d_gates = d_product.view(*d_product.shape[:2], self.gates, self.hidden)
+        return self.batched_back(self.to_batched(d_gates)).transpose(0, 1)
 
     def over_time(self, entering: Tensor) -> Tensor:
-        """(T, B, N, P) -> (T, B, N, gates, H)."""
-        entering = entering.to(self.dtype)
-        if not self.by_gate:
-            rows = self.dropped(entering).flatten(0, 1)
-            packed = bool(self.there.packed)
-            found = (
-                self.there.by_row(rows) if packed else onednn.bmm(rows.transpose(0, 1), self.transposed).transpose(0, 1)
-            )
-            return found.unflatten(0, entering.shape[:2]).unflatten(3, (self.gates, self.hidden))
-        assert self.drop is not None
-        dropped = entering.permute(2, 0, 1, 3)[:, None] * self.drop[:, :, None]  # (N, gates, T, B, P)
-        found = torch.bmm(dropped.flatten(2, 3).flatten(0, 1), self.transposed)
-        return found.view(*dropped.shape[:4], found.shape[-1]).permute(2, 3, 0, 1, 4)
+        dropped = entering.to(self.dtype).permute(2, 0, 1, 3)[:, None] * self.drop[:, :, None]  # (N, gates, T, B, P)
+        product = torch.bmm(dropped.flatten(2, 3).flatten(0, 1), self.transposed)
+        return product.view(*dropped.shape[:4], product.shape[-1]).permute(2, 3, 0, 1, 4)

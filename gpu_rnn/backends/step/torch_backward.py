@@ -138,7 +138,7 @@ class _Stage:
             w_hh, self.of_products = normalisation.centred(w_hh)
             self.norm = _Norm(weights.norm[:, rows].to(d.dtype), d.products[:, :, :, rows])
         steps, batch = d.gates.shape[:2]
-        self.product = Product(w_hh, masks(call.controls.drop, rows), batch, steps)
+        self.product = Product.of(w_hh, masks(call.controls.drop, rows), batch, steps)
         # Of each step, of neighbouring gates that lie in the same tensor: (B, N, gates, H), or without scales (B, N,
         # gates·H).
         self.d_sources = [(source.flatten(3) if self.norm is None else source).unbind(0) for source in sources]

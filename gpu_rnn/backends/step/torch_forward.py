@@ -167,7 +167,7 @@ class _Plain:
     def __init__(self, call: Call, rows: slice, parts: Sequence[Part]) -> None:
         w_hh, drop, (steps, batch) = call.weights.w_hh, call.controls.drop, parts[0][1].shape[:2]
         self.parts = [
-            (Product(w_hh[:, which], masks(drop, which), batch, steps), target.flatten(3).unbind(0))
+            (Product.of(w_hh[:, which], masks(drop, which), batch, steps), target.flatten(3).unbind(0))
             for which, target in parts
         ]
 
@@ -184,7 +184,7 @@ class _Scaled:
         weights, kept, steps, batch = call.weights, call.kept, *parts[0][1].shape[:2]
         assert weights.norm is not None
         w_hh, self.normalise = normalisation.centred(weights.w_hh[:, rows])
-        self.product = Product(w_hh, masks(call.controls.drop, rows), batch, steps)
+        self.product = Product.of(w_hh, masks(call.controls.drop, rows), batch, steps)
         self.kept = [None] * steps if kept is None else kept.at((1, ..., rows, slice(None))).each
         self.sizes = [target.shape[3] for _, target in parts]
         self.parts = [(weights.norm[:, which], target.unbind(0)) for which, target in parts]
