@@ -18,6 +18,7 @@ import torch
 import gpu_rnn
 from gpu_rnn.backends import reference
 from gpu_rnn.backends.step import launch as step
+from gpu_rnn.dispatch import choice
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))  # its scripts import what lies beside them
@@ -297,7 +298,7 @@ def test_rows_have_the_floor_of_all_layers_and_the_predictions(
 ) -> None:
     problem = problems.named("LSTM", **{"T": 10, "B": 128, "H": 32} | more)
     case = variants.Case("scaling", problem, "bf16", "training")
-    monkeypatch.setattr(gpu_rnn.dispatch, "device_of", lambda device: gpu_rnn.devices.describe("H100"))
+    monkeypatch.setattr(choice, "device_of", lambda device: gpu_rnn.devices.describe("H100"))
     compared = comparison.build(case, torch.device("cpu"), ["step"])
     rows = run.table.begin(case, compared, predictions=True)
     one = compared.explanation.floor_us

@@ -84,10 +84,10 @@ def test_a_wavefront_asks_for_the_variants_of_the_call_before() -> None:
     found = run(
         PROGRAM
         + """
-from gpu_rnn import diagonals, dispatch
+from gpu_rnn.dispatch import choice, wavefront_plan
 
-dispatch._plan = lambda problem, loop: dispatch._Plan(1.0, 2, diagonals.launched(problem, 2, problem.layers))
-dispatch.staggers = lambda problem, backend: True
+choice._plan = lambda problem, loop: choice._Plan(1.0, 2, wavefront_plan.launched(problem, 2, problem.layers))
+choice.staggers = lambda problem, backend: True
 loaded("LSTM", 7, 3, 5, lambda T, B: {}, num_layers=3, backend="resident")
 print(len(driver.launches) > 2 * 3)  # which layer after layer takes
 """

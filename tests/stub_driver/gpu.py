@@ -110,4 +110,4 @@ triton_driver.set_active(_Triton())
 choice.device_of = lambda device: devices.describe("H200")
 torch.backends.cudnn.rnn.fp32_precision = "ieee"  # tensors on the CPU are never taken for tf32's
 building.here = lambda problem: [torch.device("cpu")]
-gpu.interpreter = SimpleNamespace(INTERPRETING=True)  # its kernels take tensors of the CPU, here as there
+gpu.triton_interpreter = SimpleNamespace(INTERPRETING=True)  # its kernels take tensors of the CPU, here as there
