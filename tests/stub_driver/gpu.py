@@ -20,7 +20,6 @@ from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
 from triton.runtime.driver import driver as triton_driver
 
 from gpu_rnn import devices
-from gpu_rnn.backends import building
 from gpu_rnn.backends.step import gpu
 from gpu_rnn.dispatch import choice
 
@@ -109,5 +108,5 @@ driver = Driver()
 triton_driver.set_active(_Triton())
 choice.device_of = lambda device: devices.describe("H200")
 torch.backends.cudnn.rnn.fp32_precision = "ieee"  # tensors on the CPU are never taken for tf32's
-building.here = lambda problem: [torch.device("cpu")]
+devices.at_hand = lambda described: [torch.device("cpu")]
 gpu.triton_interpreter = SimpleNamespace(INTERPRETING=True)  # its kernels take tensors of the CPU, here as there
