@@ -68,7 +68,7 @@ def trace(
             raise TraceError(f"{name}: {_where(step)} hands on a constant; write it in the later stage instead")
         traced.append((tuple(stage_gates), outputs, builder.ops[before:]))
     program = _finish(name, tuple(states), tuple(params), traced)
-    too_large = beyond(program.counts, reserve=4 * LIMITS["state"])  # for what zoneout adds in evaluation
+    too_large = beyond(program.counts, reserve=4 * LIMITS["state"])  # for expectations, which evaluation adds
     if too_large:
         raise TraceError(f"{name}: {_where(stages[-1][1])} has {too_large}")
     return program

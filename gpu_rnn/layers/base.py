@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
@@ -17,17 +16,14 @@ from gpu_rnn.call import arguments, onlookers, run
 from gpu_rnn.call.controls import NONE, StackControls
 from gpu_rnn.call.stack import Stack
 from gpu_rnn.layers import options as layer_options
-from gpu_rnn.layers import regularization
-from gpu_rnn.layers.module import Option, RecurrenceHolder, States
+from gpu_rnn.layers.module import Option, States
+from gpu_rnn.layers.regularization import Regularized
 from gpu_rnn.recurrence import Recurrence
 
 
-class LayerBase(RecurrenceHolder, nn.RNNBase):
+class LayerBase(Regularized, nn.RNNBase):
     """The whole of a layer but for its constructor's signature."""
 
-    recurrent_dropout: float
-    recurrent_dropout_per_gate: bool
-    weight_drop: float
     return_sequences: bool
     kernel_initializer: str | initializers.Initializer | None
     recurrent_initializer: str | initializers.Initializer | None
@@ -81,18 +77,8 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
         """Whether products are layer-normalised; the parameters are made for it."""
         return self._layer_norm
 
-    @property
-    def zoneout(self) -> tuple[float, ...]:
-        """The probability of each state."""
-        return self._zoneout
-
-    @zoneout.setter
-    def zoneout(self, value: float | tuple[float, ...]) -> None:
-        self._zoneout = layer_options.zoneout(value, self.recurrence, self.proj_size)
-        self._at_evaluation = regularization.expected(self.recurrence, self._zoneout)
-
     def extra_repr(self) -> str:
-        plain = layer_options.DEFAULTS | {"zoneout": (0.0,) * len(self.recurrence.states)}
+        plain = layer_options.defaults(self.recurrence)
         changed = {name: getattr(self, name) for name in plain if getattr(self, name) != plain[name]}
         return super().extra_repr() + "".join(f", {name}={getattr(v, '__name__', v)}" for name, v in changed.items())
 
@@ -274,7 +260,7 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
         if states is not None:
             self._check_states(input, states, batch_sizes)
         stack = self._stack(batch_sizes is not None, all_states)
-        if controls is not NONE or (self.training and (self.recurrent_dropout or any(self._zoneout))):
+        if controls is not NONE or (self.training and self._draws()):
             steps, batch = stack.sizes(input, batch_sizes)
             controls = self._with_noise(controls, input, steps, batch)
             if controls is not NONE:
@@ -282,32 +268,13 @@ class LayerBase(RecurrenceHolder, nn.RNNBase):
                     steps, stack.state_shapes(weights, batch), len(self.recurrence.gates), input
                 )
         if self.training and self.weight_drop:
-            names = self._flat_weights_names
-            weights = [
-                F.dropout(weight, self.weight_drop) if name.startswith("weight_hh") else weight
-                for name, weight in zip(names, weights, strict=True)
-            ]
+            weights = self._with_dropped(self._flat_weights_names, weights)
         output, states, every = run.sequence(stack, input, states, weights, batch_sizes, controls)
         if not self.return_sequences:
             output = _last(
                 output.transpose(0, 1) if stack.batch_first else output, states[0], len(stack.reverse), controls
             )
         return output, states, every
-
-    def _with_noise(self, controls: StackControls, like: Tensor, steps: int, batch: int) -> StackControls:
-        """The controls with the masks of recurrent dropout and zoneout, in training."""
-        if not self.training:
-            return controls
-        rows = self.num_layers * (2 if self.bidirectional else 1)
-        if self.recurrent_dropout:
-            masks = len(self.recurrence.gates) if self.recurrent_dropout_per_gate else 1
-            shape = (rows, batch, masks, self.proj_size or self.hidden_size)
-            drop = regularization.recurrent_mask(like, self.recurrent_dropout, shape)
-            controls = controls._replace(recurrent_mask=drop)
-        if any(self.zoneout):
-            zone = regularization.zone(like, self.zoneout, (steps, rows, batch, self.hidden_size))
-            controls = controls._replace(zone=zone)
-        return controls
 
     def _stack(self, packed: bool = False, all_states: bool = False) -> Stack:
         return Stack(

@@ -118,6 +118,11 @@ def assigned(name: str, given: Any) -> Any:
     return value(name, given)
 
 
+def defaults(recurrence: Recurrence) -> dict[str, Any]:
+    """The options of a layer that was given none."""
+    return DEFAULTS | {"zoneout": (0.0,) * len(recurrence.states)}
+
+
 OF_THE_CALL = ("hx", "mask", "lengths", "resets", "reset_state", "return_all_states")
 OF_THE_RECURRENCE = ("activation", "recurrent_activation", "reset_after", "peephole", "nonlinearity")
 SIZES = ("input_size", "hidden_size", "num_layers", "bias", "bidirectional", "proj_size")

@@ -6,16 +6,66 @@ The masks are tensors that the time loops read: forward, backward, recomputation
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gpu_rnn.call.controls import StackControls
 from gpu_rnn.compiler.builder import Builder
 from gpu_rnn.compiler.program import Program
+from gpu_rnn.layers import options as layer_options
+from gpu_rnn.layers.module import RecurrenceHolder
 from gpu_rnn.memo import memoize
 from gpu_rnn.recurrence import Recurrence
+
+
+class Regularized(RecurrenceHolder):
+    """The part of a layer that draws: its probabilities, and what a call takes of them."""
+
+    num_layers: int
+    bidirectional: bool
+    hidden_size: int
+    proj_size: int
+    recurrent_dropout: float
+    recurrent_dropout_per_gate: bool
+    weight_drop: float
+
+    @property
+    def zoneout(self) -> tuple[float, ...]:
+        """The probability of each state."""
+        return self._zoneout
+
+    @zoneout.setter
+    def zoneout(self, value: float | tuple[float, ...]) -> None:
+        self._zoneout = layer_options.zoneout(value, self.recurrence, self.proj_size)
+        self._at_evaluation = expected(self.recurrence, self._zoneout)
+
+    def _draws(self) -> bool:
+        """Whether controls are drawn in training."""
+        return bool(self.recurrent_dropout) or any(self._zoneout)
+
+    def _with_noise(self, controls: StackControls, like: Tensor, steps: int, batch: int) -> StackControls:
+        """The controls with those that are drawn, in training."""
+        if not self.training:
+            return controls
+        rows = self.num_layers * (2 if self.bidirectional else 1)
+        if self.recurrent_dropout:
+            masks = len(self.recurrence.gates) if self.recurrent_dropout_per_gate else 1
+            shape = (rows, batch, masks, self.proj_size or self.hidden_size)
+            controls = controls._replace(recurrent_mask=recurrent_mask(like, self.recurrent_dropout, shape))
+        if any(self._zoneout):
+            controls = controls._replace(zone=zone(like, self._zoneout, (steps, rows, batch, self.hidden_size)))
+        return controls
+
+    def _with_dropped(self, names: Sequence[str], weights: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The weights, by their names, with the recurrent ones dropped."""
+        return [
+            F.dropout(weight, self.weight_drop) if name.startswith("weight_hh") else weight
+            for name, weight in zip(names, weights, strict=True)
+        ]
 
 
 def recurrent_mask(like: Tensor, probability: float, shape: tuple[int, ...]) -> Tensor:

@@ -45,9 +45,7 @@ class Recurrent(LayerBase):
         bidirectional: a second recurrence runs from the end. Default: False
         device, dtype: of the parameters. Default: torch's
         backend: "auto", or the name of the one backend to use (see `gpu_rnn.explain`). Default: "auto"
-        options: those of `gpu_rnn.layers.LayerOptions`: recurrent_dropout, recurrent_dropout_per_gate,
-            zoneout, weight_drop, layer_norm, return_sequences, kernel_initializer, recurrent_initializer,
-            bias_initializer, unit_forget_bias.
+        options: those of `gpu_rnn.layers.LayerOptions`.
 
     Inputs and outputs: see `forward`; hx is a tensor if the recurrence has one state, else a tuple in the
     order of recurrence.states.
