@@ -4,7 +4,8 @@ default."""
 
 import sys
 
-from gpu_rnn import activations, cells, functional
+from gpu_rnn import activations, cells
+from gpu_rnn import functional as functional  # gpu_rnn.functional.rnn, after `import gpu_rnn` alone
 from gpu_rnn._version import __version__
 from gpu_rnn.backends.group.deadline import check
 from gpu_rnn.compiler.tracing import TraceError
@@ -37,6 +38,5 @@ __all__ = [
     "clear_caches",
     "debug",
     "explain",
-    "functional",
     "tune",
 ]
