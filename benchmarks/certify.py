@@ -25,18 +25,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 
-import sanitize
-import torch
-from certifying import certificate, record
-from certifying.certificate import FAILED, INTERRUPTED, NOT_RUN, PASSED, Outcome
-from certifying.record import Record
-from measuring import emulation, machine
+if not __package__:  # as a script, which knows its own folder only
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import torch
+
+from benchmarks import sanitize
+from benchmarks.certifying import certificate, record
+from benchmarks.certifying.certificate import FAILED, INTERRUPTED, NOT_RUN, PASSED, Outcome
+from benchmarks.certifying.record import Record
+from benchmarks.measuring import emulation, machine
 from gpu_rnn.cli import positive
 from gpu_rnn.diagnostics import doctor
 
 ROOT = Path(__file__).resolve().parent.parent
-HERE = Path(__file__).resolve().parent
 # Processes that share the gpu matrix: it mostly compiles, on one core each, and each has a CUDA context and its
 # tensors.
 MOST_WORKERS, WORKER_BYTES = 16, 3 << 30
@@ -104,12 +106,12 @@ def steps_on_gpu(soak: float) -> tuple[Step, ...]:
     missing = "" if sanitize.compute_sanitizer() else sanitize.MISSING
     return (
         Step("primitives", "each CUDA primitive beside its CPU body",
-             (pytest("-m", "gpu", "tests/test_cuda_primitives.py"),), 50, decisive=True),
+             (pytest("-m", "gpu", "tests/kernels/test_cuda_primitives.py"),), 50, decisive=True),
         Step("matrix", "every test that is marked gpu, and not slow", matrix_on_gpu(), matrix_limit()),
         Step("sanitizer", "memcheck and racecheck of every kernel, small shapes",
              (Command(("benchmarks/sanitize.py",)),), 90, impossible=missing),
         Step("deadline", "waiting for a block that never comes ends in NaN and an error",
-             (pytest("-m", "gpu", "tests/test_group_deadline.py"),), 35),
+             (pytest("-m", "gpu", "tests/backends/group/test_deadline.py"),), 35),
         soak_step(soak, Command(("benchmarks/soak.py", "--seconds", f"{soak:g}"))),
     )  # fmt: skip
 
@@ -122,15 +124,15 @@ def steps_on_cpu(soak: float) -> tuple[Step, ...]:
     arguments = ("benchmarks/soak.py", "--device", "cpu", "--seconds", f"{soak:g}")
     return (
         Step("primitives", "each CUDA primitive's CPU body beside a formula",
-             (pytest("-m", "cuda_cpu", "tests/test_cuda_primitives.py"),), 120, decisive=True),
+             (pytest("-m", "cuda_cpu", "tests/kernels/test_cuda_primitives.py"),), 120, decisive=True),
         Step("matrix", "a part of the matrix, in Triton's interpreter and with the CUDA sources built for the CPU; "
             "gpu tests collected",
-             (pytest("-m", "interpreter and not slow", "tests/test_user_recurrence.py", **interpreted),
-              pytest("-m", "cuda_cpu", "tests/test_group_layers.py"), *matrix_on_gpu()), 300),
+             (pytest("-m", "interpreter and not slow", "tests/backends/test_user_recurrence.py", **interpreted),
+              pytest("-m", "cuda_cpu", "tests/backends/group/test_layers.py"), *matrix_on_gpu()), 300),
         Step("sanitizer", "ThreadSanitizer and AddressSanitizer of the group kernel on the CPU",
-             (pytest("-m", "cuda_cpu", "tests/test_group.py", "-k", watched),), 180),
+             (pytest("-m", "cuda_cpu", "tests/backends/group/test_kernels.py", "-k", watched),), 180),
         Step("deadline", "waiting for a block that never comes ends in NaN and an error",
-             (pytest("-m", "cuda_cpu", "tests/test_group_deadline.py"),), 120),
+             (pytest("-m", "cuda_cpu", "tests/backends/group/test_deadline.py"),), 120),
         soak_step(soak, Command(arguments, interpreted), emulation.unavailable().removeprefix("--emulate ")),
     )  # fmt: skip
 
@@ -238,11 +240,11 @@ class Running:
         self.processes = [self._start(*each) for each in zip(step.commands, self.records, self.outputs, strict=True)]
 
     def _start(self, command: Command, written: Path, output: Path) -> subprocess.Popen[bytes]:
-        path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH", "")]))
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
         environment = {
             **os.environ,
             "PYTHONPATH": path,
-            "PYTEST_PLUGINS": "certifying.record",
+            "PYTEST_PLUGINS": "benchmarks.certifying.record",
             record.RECORD: str(written),
         }
         with output.open("wb") as file:

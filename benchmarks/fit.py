@@ -20,14 +20,17 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+if not __package__:  # as a script, which knows its own folder only
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import numpy as np
 import torch
-from cases import comparison, variants
-from cases.problems import Problem as Layer
-from measuring.machine import ROOT
-from reporting import results
 from scipy.optimize import least_squares
 
+from benchmarks.cases import comparison, variants
+from benchmarks.cases.problems import Problem as Layer
+from benchmarks.measuring.machine import ROOT
+from benchmarks.reporting import results
 from gpu_rnn import devices
 from gpu_rnn.backends import rates
 from gpu_rnn.backends.group import nvrtc

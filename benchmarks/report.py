@@ -12,9 +12,12 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from reporting import page, summary
-from reporting.results import read
-from reporting.summary import Measured
+if not __package__:  # as a script, which knows its own folder only
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks.reporting import page, summary
+from benchmarks.reporting.results import read
+from benchmarks.reporting.summary import Measured
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -67,7 +70,7 @@ def publish(results: Iterable[Path], docs: Path, readme: Path | None = None) -> 
 def _write(gpu: Measured, folder: Path, pages: Path) -> list[Path]:
     """The page of a GPU, with its pictures, a page for each set, and the certificate that lies beside the results."""
     try:
-        from reporting import pictures
+        from benchmarks.reporting import pictures
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"a report needs matplotlib ({error}): pip install matplotlib") from error
     images = pages / gpu.name

@@ -20,15 +20,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
-import torch
-from cases import comparison, peers
-from cases.comparison import Comparison, Side
-from cases.names import PEERS, TORCH
-from cases.variants import Case, Inputs, Variant
-from measuring import arguments, checking, emulation, machine, timing
-from measuring import rows as table
-from measuring.rows import Row
+if not __package__:  # as a script, which knows its own folder only
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import torch
+
+from benchmarks.cases import comparison, peers
+from benchmarks.cases.comparison import Comparison, Side
+from benchmarks.cases.names import PEERS, TORCH
+from benchmarks.cases.variants import Case, Inputs, Variant
+from benchmarks.measuring import arguments, checking, emulation, machine, timing
+from benchmarks.measuring import rows as table
+from benchmarks.measuring.rows import Row
 from gpu_rnn.diagnostics import doctor
 
 CASE_SECONDS = {"quick": 1.0, "full": 4.0}  # of samples, for all variants of a case

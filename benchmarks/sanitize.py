@@ -23,11 +23,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+if not __package__:  # as a script, which knows its own folder only
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import torch
-from certifying.record import RECORD, Writer, read
-from measuring import machine
 
 import gpu_rnn
+from benchmarks.certifying.record import RECORD, Writer, read
+from benchmarks.measuring import machine
 from gpu_rnn.backends.group import nvrtc
 
 TOOLS = ("memcheck", "racecheck")

@@ -19,24 +19,25 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+
+if not __package__:  # as a script, which knows its own folder only
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
-from measuring import checking, emulation, machine
-from measuring.checking import ELEMENT, OUTPUT, Errors
-
-sys.path.append(str(emulation.TESTS))  # where calls are drawn
-
-from certifying import soak_cases
-from certifying.record import RECORD, Writer
-from certifying.soak_cases import Case, Run
-from group_support import FLOORS, PRECISIONS, TIGHT
-from options_by_hand import Given
 from torch import Tensor
 
 import gpu_rnn
+from benchmarks.certifying import soak_cases
+from benchmarks.certifying.record import RECORD, Writer
+from benchmarks.certifying.soak_cases import Case, Run
+from benchmarks.measuring import checking, emulation, machine
+from benchmarks.measuring.checking import ELEMENT, OUTPUT, Errors
 from gpu_rnn.cli import positive
 from gpu_rnn.diagnostics import doctor
 from gpu_rnn.dispatch import choice
+from tests.support.group import FLOORS, PRECISIONS, TIGHT
+from tests.support.options_by_hand import Given
 
 BACKENDS = tuple(name for name in choice.BACKENDS if name != "reference")  # which is the truth
 FULL = 10 * TIGHT  # the floor in full float32: longer sums than those of the tests that TIGHT is from
@@ -283,7 +284,7 @@ def _set(leaves: list[Tensor], values: list[Tensor]) -> None:
 
 
 def _pretending(run: Run, backend: str, device: torch.device) -> Run:
-    """On a CPU `group` finds an H100, on which its text runs under tests/cuda_cpu."""
+    """On a CPU `group` finds an H100, on which its text runs under tests/support/cuda_cpu."""
     if backend != "group" or device.type == "cuda":
         return run
 

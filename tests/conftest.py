@@ -76,7 +76,8 @@ def remember_builtins() -> None:
 
 def pytest_report_header() -> str:
     kind = f"interpreter tests {'only' if INTERPRETING else 'left out'} (TRITON_INTERPRET); make test runs both"
-    return f"{kind}\nrandom calls (tests/test_fuzz.py): GPU_RNN_FUZZ_SEED={os.environ['GPU_RNN_FUZZ_SEED']}"
+    seed = f"GPU_RNN_FUZZ_SEED={os.environ['GPU_RNN_FUZZ_SEED']}"
+    return f"{kind}\nrandom calls (tests/call/test_random_calls.py): {seed}"
 
 
 @functools.cache

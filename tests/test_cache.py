@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tune_support import decide
 
 import gpu_rnn
 from gpu_rnn import cache
 from gpu_rnn.diagnostics import doctor
 from gpu_rnn.dispatch import choice, measured
+from tests.support.tuning import decide
 
 pytestmark = pytest.mark.usefixtures("cache_folder")
 

@@ -34,7 +34,7 @@ def test_a_deadline_is_taken(text: str, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_wrong_deadline_is_refused_before_anything_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
-    from group_support import pretend
+    from tests.support.group import pretend
 
     launched: list[int] = []
     pretend(monkeypatch)

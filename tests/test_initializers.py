@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import gpu_rnn
 from gpu_rnn import initializers
 from gpu_rnn.initializers import INITIALIZERS, apply, fill_, resolve
+from tests.support.paths import TESTS
 
 GATES, HIDDEN, INPUT = 4, 48, 30
 FAN_IN, FAN_OUT = INPUT, GATES * HIDDEN  # of Keras's kernel (I, G * H), as a whole
@@ -85,7 +86,7 @@ def test_width_of_a_cut_normal() -> None:
 def test_keras_draws_from_the_same_distribution(name: str) -> None:
     if importlib.util.find_spec("keras") is None:
         pytest.skip("Keras is not installed")
-    from keras_support import keras
+    from tests.support.keras_layers import keras
 
     keras.utils.set_random_seed(1)
     theirs = keras.initializers.get(name)((FAN_IN, FAN_OUT)).flatten().cpu().numpy()
@@ -268,7 +269,7 @@ def test_whoever_replaces_the_functions_of_torch_nn_init_is_heeded(options: dict
 
 def test_sharded_weights_take_every_initializer(tmp_path: Path) -> None:
     """FSDP2's recipe in two processes: made on "meta", sharded, to_empty, reset_parameters."""
-    script = Path(__file__).parent / "fsdp_initializers.py"
+    script = TESTS / "support" / "fsdp_initializers.py"
     command = [sys.executable, str(script)]
     both = [
         subprocess.Popen([*command, str(rank), str(tmp_path / "store")], stderr=subprocess.PIPE, text=True)

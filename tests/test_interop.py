@@ -56,7 +56,7 @@ def load(layer: nn.Module, state: interop.State) -> nn.Module:
 def keras_layer(cell: str, bidirectional: bool, bias: bool) -> Any:
     if importlib.util.find_spec("keras") is None:
         pytest.skip("Keras is not installed: pip install gpu-rnn[keras]")
-    keras = importlib.import_module("keras_support").keras
+    keras = importlib.import_module("tests.support.keras_layers").keras
     name = {"lstm": "LSTM", "rnn": "SimpleRNN"}.get(cell, "GRU")
     options = {"reset_after": cell == "gru"} if name == "GRU" else {}
     layer = getattr(keras.layers, name)(HIDDEN, use_bias=bias, return_sequences=True, dtype="float64", **options)

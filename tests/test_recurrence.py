@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
-import loop_support as support
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,6 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import gpu_rnn
 from gpu_rnn import Recurrence, TraceError, activations, cells
+from tests.support import loops as support
 
 Step = Callable[..., Any]
 

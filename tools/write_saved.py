@@ -4,8 +4,9 @@ output.
 
 python tools/write_saved.py FOLDER [--keras]
 
-What a version has written, every later one loads (tests/test_saved.py). So files in there are never written again:
-a new version adds a folder of its own. Run it with the oldest torch that is supported, since newer ones read its files.
+What a version has written, every later one loads (tests/project/test_saved.py). So files in there are never written
+again: a new version adds a folder of its own. Run it with the oldest torch that is supported, since newer ones read its
+files.
 """
 
 from __future__ import annotations

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 import gpu_rnn
-from cases import peers
-from cases.names import TORCH
-from cases.problems import Problem
-from cases.variants import DTYPES, Case, Inputs, Variant
+from benchmarks.cases import peers
+from benchmarks.cases.names import TORCH
+from benchmarks.cases.problems import Problem
+from benchmarks.cases.variants import DTYPES, Case, Inputs, Variant
 from gpu_rnn.diagnostics.explanation import Explanation
 from gpu_rnn.dispatch import choice
 

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cases.names import FLASHRNN, PEERS, TORCHRL
-from cases.variants import DTYPES, Case, Variant
+from benchmarks.cases.names import FLASHRNN, PEERS, TORCHRL
+from benchmarks.cases.variants import DTYPES, Case, Variant
 
 Call = Mapping[str, Any]
 # What they raise for a shape that they cannot take or build, besides what our own backends raise.

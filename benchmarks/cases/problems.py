@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cases.options import BOTH, OPTIONS
+from benchmarks.cases.options import BOTH, OPTIONS
 
 ALL = ("bf16", "fp16", "fp32", "ieee")
 ROUGH = ("bf16", "fp16", "fp32")  # where full fp32 would tell nothing that fp32 does not

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cases import options
-from cases.problems import Problem
+from benchmarks.cases import options
+from benchmarks.cases.problems import Problem
 
 # "fp32" multiplies as torch's recurrent layers do by default (tf32 on a GPU), "ieee" in full precision.
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16, "ieee": torch.float32}

@@ -8,17 +8,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
-import loop_support
-import option_calls
 import torch
-from group_support import PRECISIONS
-from option_calls import Sizes
-from options_by_hand import Given
 from torch import Tensor
 
 from gpu_rnn import cells
 from gpu_rnn.activations import ACTIVATIONS
 from gpu_rnn.recurrence import Recurrence
+from tests.support import loops as loop_support
+from tests.support import option_calls
+from tests.support.group import PRECISIONS
+from tests.support.option_calls import Sizes
+from tests.support.options_by_hand import Given
 
 # Cases in a row with the same cell, dtype, options and H: what a kernel is compiled for. Compiling takes seconds, a
 # case a part of one.

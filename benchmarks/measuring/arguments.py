@@ -8,10 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from cases import problems, variants
-from cases.names import PEERS
-from cases.variants import Case
 
+from benchmarks.cases import problems, variants
+from benchmarks.cases.names import PEERS
+from benchmarks.cases.variants import Case
 from gpu_rnn.cli import positive
 from gpu_rnn.dispatch import choice
 

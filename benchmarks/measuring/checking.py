@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from cases import options
-from cases.names import TORCH
-from cases.variants import Case, Inputs, Outputs, Variant
 from torch import Tensor
+
+from benchmarks.cases import options
+from benchmarks.cases.names import TORCH
+from benchmarks.cases.variants import Case, Inputs, Outputs, Variant
 
 PLAIN = (TORCH, "reference")
 # Largest ‖result − reference‖ / ‖reference‖ of any output or gradient: some times the unit roundoff of the products'

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The GPU's kernels on the CPU: calls go the way they would go on an H100, and nothing of it says how fast they are.
 
-`resident` and `step` run in Triton's interpreter, `group` as C++ by the runtime of the tests (tests/cuda_cpu).
+`resident` and `step` run in Triton's interpreter, `group` as C++ by the runtime of the tests (tests/support/cuda_cpu).
 """
 
 from __future__ import annotations
@@ -13,11 +13,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
-from pathlib import Path
 
 from gpu_rnn.backends import triton_interpreter
-
-TESTS = Path(__file__).resolve().parents[2] / "tests"
 
 
 def unavailable() -> str:
@@ -43,9 +40,9 @@ def again(script: str, arguments: Sequence[str]) -> int:
 @contextmanager
 def gpu() -> Iterator[None]:
     """Inside, what is on the CPU is taken to be on an H100."""
-    sys.path.append(str(TESTS))
     import pytest
-    from group_support import pretend
+
+    from tests.support.group import pretend
 
     with pytest.MonkeyPatch.context() as patch:
         pretend(patch)

@@ -13,9 +13,9 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-from cases.names import PEERS
 
 import gpu_rnn
+from benchmarks.cases.names import PEERS
 from gpu_rnn import devices, environment
 from gpu_rnn.diagnostics import doctor
 from gpu_rnn.dispatch import choice, measured

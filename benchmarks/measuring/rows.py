@@ -7,12 +7,11 @@ import csv
 from dataclasses import replace
 from pathlib import Path
 
-from cases.comparison import Comparison
-from cases.names import PEERS, TORCH
-from cases.variants import Case
-
+from benchmarks.cases.comparison import Comparison
+from benchmarks.cases.names import PEERS, TORCH
+from benchmarks.cases.variants import Case
+from benchmarks.measuring import timing
 from gpu_rnn.diagnostics.explanation import Explanation
-from measuring import timing
 
 Row = dict[str, object]
 SIZES = ("cell", "T", "B", "I", "H", "layers", "bidirectional", "heads", "option")

@@ -6,9 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 
-from cases.names import PEERS, TORCH
-
-from reporting.results import (
+from benchmarks.cases.names import PEERS, TORCH
+from benchmarks.reporting.results import (
     DIRECTIONS,
     DTYPES,
     NOISE,
@@ -19,8 +18,8 @@ from reporting.results import (
     per_step,
     timed,
 )
-from reporting.summary import SIZES, Measured, figure, ratios, size
-from reporting.tables import number, ratio, table, time
+from benchmarks.reporting.summary import SIZES, Measured, figure, ratios, size
+from benchmarks.reporting.tables import number, ratio, table, time
 
 COUNTED = ("ratio to torch.nn: geometric mean (lowest to highest)", "cases without a ratio:")
 CERTIFIED = "The [certificate]({}/certificate.md) says what was checked on this GPU, and how that ended."

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from cases.names import PEERS, TORCH
+from benchmarks.cases.names import PEERS, TORCH
 
 NOISE = 0.97  # what the same call differs by between runs; a ratio below it is a loss
 OPTION_LIMIT = 1.10  # an option may take this many times the default's time; more is a loss

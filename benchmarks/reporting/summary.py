@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import geometric_mean
 
-from reporting.results import DIRECTIONS, DTYPES, NOISE, Case
-from reporting.tables import ratio, table
+from benchmarks.reporting.results import DIRECTIONS, DTYPES, NOISE, Case
+from benchmarks.reporting.tables import ratio, table
 
 LARGE = 1024  # units; larger layers are summarised apart, because their weights do not fit on a GPU's chip
 SIZES = (f"H ≤ {LARGE}", f"H > {LARGE}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from reporting.results import NOISE, Row, per_step, timed
+from benchmarks.reporting.results import NOISE, Row, per_step, timed
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:

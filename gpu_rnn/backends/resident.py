@@ -37,7 +37,7 @@ MOST_ACROSS = 65535  # blocks in the second dimension of a CUDA grid, which is N
 LONGEST_PATTERN = 62  # bits of a signed 64-bit argument that can be shifted and tested
 ROWS = 16  # of the batch in a tile: what a tensor-core instruction takes; fewer would be computed all the same
 VECTOR = 16  # elements that may be loaded at once, and more than enough
-WIDEST_FULL = 64  # units in full fp32: without tensor cores a wider product spills registers (tests/test_compile.py)
+WIDEST_FULL = 64  # units in full fp32: without tensor cores a wider product spills registers (test_resident_builds.py)
 WARP_BYTES = 128  # of a row of pre-activations, for each warp: 8 values of each of an LSTM's gates for a thread
 MOST_WARPS = 8  # with 16 a thread has 128 registers, and a GRU in tf32 spills
 

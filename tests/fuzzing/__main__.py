@@ -32,10 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, check=False).returncode
         except KeyboardInterrupt:
             return 128 + signal.SIGINT  # the command has said so
-    sys.path[0] = str(HERE.parent)
+    sys.path[0] = str(HERE.parents[1])
     from tqdm import tqdm
 
-    from fuzzing import cases
+    from tests.fuzzing import cases
 
     seed = secrets.randbelow(2**31) if options.seed is None else options.seed
     print(f"fuzz: seed {seed}", flush=True)

@@ -14,19 +14,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import option_calls
-import options_by_hand as by_hand
 import pytest
 import torch
-from cuda_cpu.machines import NEEDS_COMPILER
-from group_support import pretend, relative_error
-from option_calls import Sizes, leaves, with_leaves
-from options_by_hand import Given
 from torch import Tensor
 
 from gpu_rnn import cells
 from gpu_rnn.backends import triton_interpreter
 from gpu_rnn.recurrence import Recurrence
+from tests.support import option_calls
+from tests.support import options_by_hand as by_hand
+from tests.support.cuda_cpu.machines import NEEDS_COMPILER
+from tests.support.group import pretend, relative_error
+from tests.support.option_calls import Sizes, leaves, with_leaves
+from tests.support.options_by_hand import Given
 
 from . import formulas
 

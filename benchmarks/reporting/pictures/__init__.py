@@ -9,7 +9,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from reporting.results import OPTION_LIMIT, Case
+from benchmarks.reporting.results import OPTION_LIMIT, Case
 
 from . import against, options, ratio, scaling, style
 

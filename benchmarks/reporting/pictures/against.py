@@ -6,11 +6,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from cases.names import PEERS
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from reporting.results import DIRECTIONS, Case, per_step, timed
+from benchmarks.cases.names import PEERS
+from benchmarks.reporting.results import DIRECTIONS, Case, per_step, timed
 
 from . import style
 

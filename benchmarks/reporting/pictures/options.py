@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from reporting.results import DIRECTIONS, DTYPES, OPTION_LIMIT, Case, against_default
+from benchmarks.reporting.results import DIRECTIONS, DTYPES, OPTION_LIMIT, Case, against_default
 
 from . import style
 

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from reporting.results import DIRECTIONS, DTYPES, NOISE, Case
+from benchmarks.reporting.results import DIRECTIONS, DTYPES, NOISE, Case
 
 from . import style
 

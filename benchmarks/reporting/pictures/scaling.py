@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from reporting.results import DIRECTIONS, Case, per_step
+from benchmarks.reporting.results import DIRECTIONS, Case, per_step
 
 from . import style
 

@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The group kernel on the CPU runtime, against the float64 reference."""
+
+import os
+import shutil
+from dataclasses import replace
+from functools import partial
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from gpu_rnn import Recurrence, devices
+from gpu_rnn.backends import reference
+from gpu_rnn.backends.group import deadline
+from gpu_rnn.backends.group import launch as group
+from gpu_rnn.backends.group.layout import source
+from gpu_rnn.backends.problem import Problem
+from gpu_rnn.backends.tensors import SKIP
+from tests.support import group as group_support
+from tests.support.cuda_cpu import build, sites
+from tests.support.cuda_cpu.build import shuffled, starve
+from tests.support.group import (
+    PRECISIONS,
+    Case,
+    assert_close,
+    cases,
+    expected_forward,
+    expected_gradients,
+    forward,
+    gradients,
+    named,
+    only_where_used,
+    pairs_of_options,
+    run_on_cpu,
+    steered_cases,
+)
+from tests.support.loops import RECURRENCES
+
+pytestmark = [
+    pytest.mark.cuda_cpu,
+    pytest.mark.skipif(
+        shutil.which("g++") is None, reason="g++ is not installed; it builds the CUDA sources for the CPU"
+    ),
+]
+CASES = [*cases(), *steered_cases(), *(pytest.param(case, marks=pytest.mark.slow) for case in pairs_of_options())]
+WATCHED = [  # under ThreadSanitizer
+    Case("lstm", "bf16", 1, across=2, blocks=2, along=2, T=4),
+    Case("gru", "fp16", 3, along=3, tiles=2, B=12, T=6, lengths=True),
+    Case("lstm", "fp32", 2, T=7, reverse="01"),
+    Case("rnn", "tf32", 2, across=2, blocks=2, along=2, T=7, period=2),
+    Case("gru", "bf16", 3, along=3, counter=True, T=6),
+    Case("lstm", "bf16", 2, T=4, options=("mask", "reset_values", "drop_per_gate", "zone", "all_states")),
+]
+
+
+def check_forward(case: Case, **options) -> None:
+    inputs = case.inputs()
+    result, error = forward(case, inputs, **options)
+    assert not error.item()
+    found, truth, plain = (
+        only_where_used(named(r), inputs)
+        for r in (result, expected_forward(case, inputs), expected_forward(case, case.plain(inputs)))
+    )
+    assert_close(case, found, truth, plain)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_forward(case):
+    check_forward(case)
+
+
+def check_gradients(case: Case, **options) -> None:
+    inputs = case.inputs()
+    expected = (expected_gradients(case, given) for given in (inputs, case.plain(inputs)))
+    assert_close(case, gradients(case, inputs, **options), *expected)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradients(case):
+    check_gradients(case)
+
+
+@pytest.mark.parametrize("case", WATCHED, ids=str)
+def test_gradients_are_free_of_races(case):
+    check_gradients(case, sanitizer="thread", schedule=shuffled(1, latest=0))
+    check_gradients(case, sanitizer="thread", schedule=starve(case.members - 1))
+    check_gradients(case, schedule=shuffled(2))
+
+
+@pytest.mark.parametrize("case", WATCHED, ids=str)
+def test_forward_is_free_of_races(case):
+    check_forward(case, sanitizer="thread", schedule=shuffled(1, latest=0))
+    check_forward(case, sanitizer="thread", schedule=starve(case.members - 1))
+    check_forward(case, schedule=shuffled(2))  # stores leave late, and out of order
+
+
+def test_both_stay_in_their_buffers():
+    check_gradients(Case("lstm", "fp16", 2, T=5, B=13, lengths=True, along=2), sanitizer="address")
+
+
+@pytest.mark.parametrize("H, precision, members", [(20, "bf16", 1), (128, "tf32", 8)])
+def test_launchers_run_what_they_choose(H, precision, members, monkeypatch):
+    """`forward` and `backward` as dispatch calls them, with only the driver's call replaced."""
+    monkeypatch.setattr(group.Launch, "__call__", lambda launch, device: run_on_cpu([launch]))
+    case = Case("peephole_lstm", precision, 1, H=H, T=3, reverse="01", lengths=True)
+    inputs = case.inputs()
+    low = inputs.to(PRECISIONS[precision][0])
+    recurrence = RECURRENCES[case.cell]
+    problem = Problem(
+        recurrence, 3, case.B, 2, 3, H, low.x.dtype, "cuda", devices.describe("H100"), "training", "tf32", reverse="01"
+    )
+    assert group.choose(problem).layout.members == members
+    with torch.no_grad():
+        gates = reference.project(low.x, low.weights, recurrence.program).contiguous()
+        saved = group.forward(low.detached().call(recurrence, problem), gates, True, False)
+        backward = low.detached().call(recurrence, replace(problem, direction="backward"))
+        found = group.backward(backward, saved, saved.y, saved.final, None)
+    expected = [expected_forward(case, given) for given in (inputs, case.plain(inputs))]
+    assert_close(case, *(only_where_used(named(r), inputs) for r in (saved, *expected)))
+    assert all(gradient.isfinite().all() for gradient in (*found[:2], *found.d_states, found.d_params))
+    assert found.d_params.shape == low.weights.params.shape
+
+
+def test_inference_saves_nothing():
+    case = Case("gru", "bf16", 2, save=False, lengths=True)
+    result, _ = forward(case, case.inputs())
+    assert not any(t.numel() for t in (result.gates, result.recurrent, result.inner))
+    check_forward(case)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_what_masked_steps_are_given_does_not_matter(cell):
+    """Neither to outputs nor to gradients, NaN included."""
+    case = Case(cell, "fp32", 2, reverse="1", options=("mask", "resets"))
+    skipped = (case.inputs().controls.flags & SKIP).bool()
+    found = []
+    for value in (0.0, torch.nan):
+        inputs = case.inputs()
+        with torch.no_grad():
+            inputs.x[skipped[..., 0]] = value
+        results = named(forward(case, inputs)[0])
+        found.append({"y": results["y"], "h": results["final 0"]} | gradients(case, inputs))
+    weights = found[1].pop("d w_ih"), found[0].pop("d w_ih")  # a product with x itself, masked by nobody
+    assert weights[0].isnan().any()
+    for name, value in found[0].items():
+        assert torch.equal(value, found[1][name]), name
+    assert not found[0]["d x"][skipped[..., 0]].any()
+
+
+def test_inference_gives_all_states_where_wanted():
+    case = Case("lstm", "bf16", 2, save=False, options=("all_states",))
+    result, _ = forward(case, case.inputs())
+    assert result.inner.numel() and not any(t.numel() for t in (result.gates, result.recurrent))
+    check_forward(case)
+
+
+def test_words_that_look_empty_arrive_as_nan():
+    """A NaN in one row stays in that row, whatever its bits, and nobody waits for it."""
+    case = Case("lstm", "fp16", 2, T=4)
+    inputs = case.inputs()
+    with torch.no_grad():
+        inputs.states[0][2] = torch.nan
+    result, error = forward(case, inputs)
+    assert not error.item()
+    assert result.y[:, 2].isnan().all() and result.y[:, [0, 1, 3, 4]].isfinite().all()
+
+
+SHORT = "0.002"  # seconds of virtual time; a member that never starts is waited for 60 times as long
+
+WAITING = """
+extern "C" __global__ void waits(unsigned *left, unsigned long long *error, unsigned long long *took,
+                                 unsigned long long limit, int number) {
+  Watch watch = {left, left + 1, error, limit, 0, 7, 0, 0, true};
+  watch.start();
+  const unsigned long long before = clock_ns();
+  while (watch.alive)
+    watch.poll(number);
+  if (thread_index() == 0)
+    took[0] = clock_ns() - before;
+}
+"""
+
+
+@pytest.mark.parametrize(("number", "times"), [(0, 60), (1, 1), (5, 1)])
+def test_who_has_not_started_is_waited_for_longer(number: int, times: int) -> None:
+    """As beside a kernel of NCCL that holds multiprocessors until another process comes."""
+    program = build.load(source(Case("lstm", "fp16", 2).layout(False)) + WAITING)
+    left, error, took = (
+        torch.zeros(2, dtype=torch.int32),
+        torch.zeros(1, dtype=torch.int64),
+        torch.zeros(1, dtype=torch.int64),
+    )
+    limit = 4_000_000  # ns; the clock is looked at every 1,024 polls of 32 threads, which take 1,000 ns each
+    build.run(program, "waits", 1, 32, 65536, [left, error, took, limit, number])
+    assert error.item() & 0xFFFFFFFF == number and left[0] == 1
+    assert times * limit <= took.item() <= times * limit + 2 * 1024 * 32 * 1_000
+
+
+def missing_member(case: Case, **options) -> None:
+    """One block is not there: the others leave in time, and say so."""
+    with patch.dict(os.environ, GPU_RNN_DEADLINE=SHORT):
+        result, error = forward(case, case.inputs(), grid=case.members - 1, **options)
+    assert error.item() and result.y.isnan().all()
+
+
+def site_cases():
+    """What notices the loss of each synchronisation, for cuda_cpu/sites.py: case(sanitizer, schedule, disabled)."""
+    kernels = {
+        "alone": (check_forward, Case("lstm", "fp16", 1, across=2, blocks=2, along=2, T=3)),
+        "words": (check_forward, Case("gru", "fp16", 3, along=3, T=12, tiles=2, B=12)),
+        "counter": (check_forward, Case("gru", "fp16", 2, along=2, T=4, counter=True)),
+        "backward": (check_gradients, Case("rnn", "bf16", 2, along=2, T=6)),
+        "missing": (missing_member, Case("lstm", "fp32", 4, T=2)),
+    }
+
+    def run(check, case, sanitizer, schedule, disabled) -> set[int]:
+        reached: set[int] = set()
+        check(case, sanitizer=sanitizer, schedule=schedule, disabled_sites=disabled, reached=reached)
+        return reached
+
+    return {name: partial(run, *kernel) for name, kernel in kernels.items()}
+
+
+def test_every_synchronisation_is_needed():
+    report = sites.check(sites.kernel_text(), site_cases())
+    assert report.good, report
+
+
+@pytest.mark.parametrize("counter", [False, True], ids=["words", "counter"])
+@pytest.mark.parametrize("cell", ["lstm", "closing"])
+def test_data_that_never_comes_ends_in_an_error(cell, counter, monkeypatch):
+    """All outputs are NaN, of a cell that hides NaN too, and somebody says so."""
+    closing = Recurrence(lambda x, r, s: torch.where(x.a + r.a > 0, x.a + r.a, 0), gates=("a",), name="closing")
+    monkeypatch.setitem(RECURRENCES, "closing", closing)
+    monkeypatch.setenv("GPU_RNN_DEADLINE", SHORT)
+    case = replace(Case(cell, "fp32", 3, T=4, reverse="01", along=3), counter=counter)
+    result, error = forward(case, case.inputs(), grid=5)  # one member of the second group is missing
+    assert all(value.isnan().all() for value in named(result).values())
+    monkeypatch.setattr(deadline, "_errors", {torch.device("cpu"): error})
+    with pytest.raises(
+        RuntimeError, match=rf"group_forward of {cell} \(T 4, B 5, N 2, H 46, .*gave up in step 0 of group 1"
+    ):
+        deadline.check()
+    deadline.check()  # said once
+
+
+@pytest.mark.parametrize("cell", ["gru", "peephole_lstm"])
+def test_gradients_whose_data_never_comes_are_nan(cell, monkeypatch):
+    found = []
+
+    def run(launches, **options):
+        for launch in launches:
+            backward = launch.layout.backward
+            run_on_cpu([replace(launch, grid=launch.grid - backward)], **options)
+            gradients_of = ("p_d_gates", "p_d_recurrent", "p_d_initial", "p_d_params", "p_d_values")
+            found.extend(launch.arguments[name] for name in gradients_of if backward)
+
+    monkeypatch.setattr(group_support, "run_on_cpu", run)
+    monkeypatch.setenv("GPU_RNN_DEADLINE", SHORT)
+    case = Case(cell, "bf16", 3, T=3, options=("reset_values",))
+    with pytest.raises(AssertionError):  # of the error word
+        gradients(case, case.inputs())
+    assert len(found) == 5 and all(value.isnan().all() for value in found)

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The resident kernel built for six architectures, without a GPU, at the largest size that it claims to run.
+
+What is built is the launcher's own launch with tensors that have no memory. Triton's compiler accepts what does not
+fit, so the budgets are asserted here: shared memory within a block's limit and within what the launcher predicts, and
+no access to local memory in the time loop. (ptxas now and then keeps a few bytes aside before the loop and takes them
+back after it, with registers left: that costs nothing.)
+
+``python -m tests.backends.test_resident_builds`` writes the table of budgets in kernels/README.md.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+import torch
+
+from gpu_rnn import devices
+from gpu_rnn.backends import resident
+from gpu_rnn.backends.problem import DIRECTIONS, Problem
+from gpu_rnn.backends.tensors import Call, LayerControls, Result, Weights
+from tests.support import loops as support
+from tests.support.cuda_tools import opened
+from tests.support.pairwise import pairwise
+from tests.support.paths import ROOT
+
+ARCHITECTURES = {80: "A100", 86: "RTX 3090", 89: "RTX 4090", 90: "H100", 100: "B200", 120: "RTX 5090"}
+SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}  # CUDA C++ programming guide
+KINDS = {
+    "fp16": (torch.float16, "ieee"),
+    "bf16": (torch.bfloat16, "ieee"),
+    "tf32": (torch.float32, "tf32"),
+    "fp32": (torch.float32, "ieee"),
+}
+CELLS = list(support.RECURRENCES)
+MISSING = [0, 4, 1]  # units below the limit: rows of any alignment that matters
+SPILLS = 1  # accesses to local memory in a step: none with Triton 3.7, one in two builds for sm_100 with 3.6's ptxas
+LARGE_SPILLS = 16  # likewise of the cells of most states and parameters, with lengths and options: 11 is the most
+LARGE = ("slstm", "peephole_lstm")
+ODD_SPILLS = (
+    160  # what an odd H is granted, where each value has its own address; and a mask for each gate in full fp32
+)
+STACK = 64  # bytes; the largest of `test_builds_everywhere` is 16
+GATES = -1  # stands for a cell's number of gates
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "lengths": {"lengths": True},
+    "flags": {"flags": True},
+    "values": {"flags": True, "reset_values": True},
+    "drop": {"drop": 1},
+    "gates": {"drop": GATES},
+    "zone": {"zone": True},
+    "states": {"all_states": True},
+    "everything": {"flags": True, "reset_values": True, "drop": GATES, "zone": True, "all_states": True},
+}
+
+
+@dataclass(frozen=True)
+class Build:
+    """What a kernel takes on a device."""
+
+    registers: int
+    stack: int
+    shared: int
+    spills: int  # accesses to local memory in the time loop
+
+
+def problem(cell: str, kind: str, direction: str, architecture: int, hidden: int, options: str = "plain") -> Problem:
+    dtype, precision = KINDS[kind]
+    device = devices.describe(ARCHITECTURES[architecture])
+    recurrence = support.RECURRENCES[cell]
+    changes = dict(OPTIONS[options])
+    if changes.get("drop") == GATES:
+        changes["drop"] = len(recurrence.gates)
+    return Problem(
+        recurrence, 100, 64, 2, 8, hidden, dtype, "cuda", device, direction, precision, reverse="01", **changes
+    )
+
+
+def limit(cell: str, kind: str, direction: str, architecture: int) -> int:
+    """The largest number of units that the launcher takes."""
+    widths = [16 << k for k in range(10)]
+    return max(w for w in widths if not resident.unsupported(problem(cell, kind, direction, architecture, w)))
+
+
+def launch(given: Problem) -> resident.Launch:
+    """The launcher's launch, of tensors without memory."""
+
+    def empty(*shape: int, dtype: torch.dtype = given.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    program, T, B, N, H = given.program, given.T, given.B, given.N, given.H
+    G, R, P = len(program.gates), len(program.split), len(program.params)
+    params = empty(N, P, H) if P else None
+    weights = Weights(empty(N, G, H, given.I), empty(N, G, H, H), empty(N, G, H), empty(N, G, H), params)
+    states = [empty(B, N, H) for _ in program.states]
+    gates, y = empty(T, B, N, G, H), empty(T, B, N, H)
+    controls = LayerControls(
+        empty(B, dtype=torch.int64) if given.lengths else None,
+        empty(T, B, N, dtype=torch.uint8) if given.flags else None,
+        empty(B, N, given.drop, H) if given.drop else None,
+        empty(len(states), T, B, N, H, dtype=torch.bool) if given.zone else None,
+    )
+    # Per step where all else is there: their gradients are then stored, else summed in registers.
+    values = [empty(T if given.zone else 1, B, N, H) for _ in states if given.reset_values]
+    call = Call(program, weights, states, controls, values, given.reverse, given)
+    if given.direction != "backward":
+        return resident.prepare_forward(call, gates, given.direction == "training", given.all_states)[0]
+    inner = empty(len(states) - 1, T, B, N, H, dtype=torch.float32)
+    saved = Result(y, states, gates, empty(T, B, N, R, H), inner)
+    return resident.prepare_backward(call, saved, y, states, inner if given.all_states else None)[0]
+
+
+class NoDevice:
+    """The part of a Triton driver that compiling needs."""
+
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
+
+    def get_current_device(self) -> int:
+        return self.architecture  # Triton keeps what it compiles by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.architecture, 32)
+
+
+def time_loop(assembly: str) -> list[str]:
+    """The instructions of the longest loop."""
+    lines = assembly.splitlines()
+    labels = {match[1]: k for k, line in enumerate(lines) if (match := re.match(r"(\.L_\w+):", line))}
+    loops = []
+    for k, line in enumerate(lines):
+        match = re.search(r"BRA\S* .*`\((\.L_\w+)\)", line)
+        if match and labels.get(match[1], k) < k:
+            loops.append(lines[labels[match[1]] : k])
+    return max(loops, key=len)
+
+
+def build(given: Problem, folder: Path) -> Build:
+    """Compiles what would be launched."""
+    from triton.runtime.driver import driver
+
+    prepared, architecture = launch(given), 10 * given.device.capability[0] + given.device.capability[1]
+    before = driver._active
+    driver.set_active(NoDevice(architecture))
+    try:
+        compiled = prepared.kernel.warmup(grid=prepared.grid, **prepared.arguments)
+    finally:
+        driver._active = before
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    usage = opened(cubin, "cuobjdump", "-res-usage")
+    found = {name: int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK")}  # type: ignore[index]
+    loop = time_loop(opened(cubin, "nvdisasm", "-c"))
+    spills = sum(bool(re.search(r"\b(LDL|STL)\b", line)) for line in loop)
+    return Build(found["REG"], found["STACK"], compiled.metadata.shared, spills)
+
+
+Case = tuple[int, str, str, str, str, int]  # architecture, direction, kind, cell, options, missing
+PAIRS = pairwise(list(ARCHITECTURES), DIRECTIONS, list(KINDS), CELLS, list(OPTIONS), MISSING)
+EVERY = list(product(ARCHITECTURES, DIRECTIONS, KINDS, ("lstm", "gru", "minimal"), ["plain", "everything"], [0]))
+
+
+def spills(kind: str, cell: str, options: str, missing: int) -> int:
+    """The most accesses to local memory in a step."""
+    if missing == 1 or (kind == "fp32" and options in ("gates", "everything")):
+        return ODD_SPILLS
+    return LARGE_SPILLS if cell in LARGE else SPILLS
+
+
+def check(case: Case, folder: Path) -> None:
+    architecture, direction, kind, cell, options, missing = case
+    hidden = limit(cell, kind, direction, architecture) - missing
+    given = problem(cell, kind, direction, architecture, hidden, options)
+    found, most = build(given, folder), spills(kind, cell, options, missing)
+    assert found.spills <= most
+    assert found.stack <= STACK or most > SPILLS
+    stages = resident.tile(given).stages
+    assert found.shared <= resident.shared_memory(given, stages) <= SHARED_MEMORY[architecture]
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("case", PAIRS, ids=lambda case: "-".join(map(str, case)))
+def test_builds_at_the_limit(case: Case, tmp_path: Path) -> None:
+    check(case, tmp_path)
+
+
+@pytest.mark.compile
+@pytest.mark.slow
+@pytest.mark.parametrize("case", EVERY, ids=lambda case: "-".join(map(str, case)))
+def test_builds_everywhere(case: Case, tmp_path: Path) -> None:
+    check(case, tmp_path)
+
+
+def table() -> str:
+    """The budgets of the builds at the limits, as a table in Markdown."""
+    lines = [
+        "| cell | kind | direction | architectures | H | warps | registers | shared memory, KiB |",
+        "|---|" + "---|" * 7,
+    ]
+    with TemporaryDirectory() as folder:
+        for cell, kind, direction in product(
+            ("lstm", "gru", "rnn"), ("bf16", "tf32", "fp32"), ("training", "backward")
+        ):
+            rows: dict[tuple[int, int, int], list[tuple[int, Build]]] = {}
+            for architecture in ARCHITECTURES:
+                hidden = limit(cell, kind, direction, architecture)
+                given = problem(cell, kind, direction, architecture, hidden)
+                found = build(given, Path(folder))
+                warps = resident.tile(given).warps
+                rows.setdefault((hidden, warps, found.shared), []).append((architecture, found))
+            for (hidden, warps, shared), builds in rows.items():
+                names = ", ".join(str(architecture) for architecture, _ in builds)
+                registers = sorted({found.registers for _, found in builds})
+                span = f"{registers[0]} to {registers[-1]}" if len(registers) > 1 else f"{registers[0]}"
+                cells = (cell, kind, direction, names, hidden, warps, span, shared // 1024)
+                lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    readme = ROOT / "kernels" / "README.md"
+    marks = "<!-- budgets -->\n", "<!-- end of budgets -->"
+    before, rest = readme.read_text().split(marks[0])
+    readme.write_text(before + marks[0] + table() + "\n" + marks[1] + rest.split(marks[1])[1])

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The resident kernel's options against the float64 reference: each alone with each cell, and pairs of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from gpu_rnn.backends import resident
+from gpu_rnn.backends.problem import Problem
+from gpu_rnn.backends.reference import project
+from gpu_rnn.backends.tensors import RESET, SKIP, Call, Result
+from gpu_rnn.recurrence import Recurrence
+from tests.support import loops as support
+from tests.support.layer_options import OPTIONS, with_options
+from tests.support.pairwise import pairwise
+from tests.support.resident import CELLS, DTYPES, SHAPES, TIGHT, compare, errors, settings  # noqa: F401
+
+STEERING = ["", "lengths", "mask", "resets", "mask resets", "reset_values", "mask reset_values_per_step"]
+DROPS = ["", "drop", "drop_per_gate"]
+ALONE = list(product(CELLS, OPTIONS))
+PAIRS = pairwise(
+    CELLS, STEERING, DROPS, ["", "zone"], ["", "all_states"], DTYPES, SHAPES, ["0", "1", "01"], [True, False]
+)
+Case = tuple[str, str, str, str, str, torch.dtype, tuple[int, int, int], str, bool]
+
+
+def inputs_of(case: Case) -> tuple[Recurrence, support.Inputs]:
+    cell, *parts, dtype, (steps, batch, hidden), reverse, bias = case
+    recurrence = support.RECURRENCES[cell]
+    names = " ".join(parts).split()
+    lengths = tuple((3 * row + 1) % (steps + 1) for row in range(batch)) if "lengths" in names else None
+    inputs = support.make(recurrence, steps, batch, H=hidden, reverse=reverse, bias=bias, lengths=lengths, scale=0.3)
+    return recurrence, with_options(inputs, recurrence, [name for name in names if name in OPTIONS]).to(dtype)
+
+
+def small(cell: str, *names: str, reverse: str = "01") -> tuple[Recurrence, support.Inputs]:
+    return inputs_of((cell, " ".join(names), "", "", "", torch.float32, (4, 3, 5), reverse, True))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("cell", "option"), ALONE)
+def test_each_option(cell: str, option: str) -> None:
+    compare(*small(cell, option), "cpu")
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("case", PAIRS, ids=lambda case: "-".join(map(str, case)))
+def test_options_together(case: Case) -> None:
+    compare(*inputs_of(case), "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("cell", "option"), ALONE)
+def test_each_option_on_a_gpu(cell: str, option: str) -> None:
+    compare(*small(cell, option), "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", PAIRS, ids=lambda case: "-".join(map(str, case)))
+def test_options_together_on_a_gpu(case: Case) -> None:
+    compare(*inputs_of(case), "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cell", CELLS)
+def test_many_steps_on_a_gpu(cell: str) -> None:
+    sizes = (60, 70, 64)
+    compare(
+        *inputs_of(
+            (cell, "mask reset_values", "drop_per_gate", "zone", "all_states", torch.float32, sizes, "01", True)
+        ),
+        "cuda",
+    )
+
+
+@pytest.mark.parametrize("option", [option for option in OPTIONS if option != "all_states"])
+def test_a_kernel_that_ignores_an_option_is_found_out(option: str) -> None:
+    """What the cases above compare differs from what the call without the option gives."""
+    for cell in CELLS:
+        recurrence, inputs = small(cell, option)
+        _, plain = small(cell)
+        found, truth = (support.values_and_gradients(recurrence, each, "reference") for each in (plain, inputs))
+        assert max(errors(found, {name: truth[name] for name in found}).values()) > 100 * TIGHT, cell
+
+
+def loops(cell: str, option: str, direction: str) -> tuple[Call, Tensor]:
+    """A call without its projection, and its gates."""
+    recurrence, inputs = small(cell, option)
+    inputs = inputs.detached()
+    given = Problem(recurrence, 4, 3, 2, 2, 5, direction=direction, reverse="01")
+    return inputs.call(recurrence, given), project(inputs.x, inputs.weights, recurrence.program).contiguous()
+
+
+def both_passes(option: str, which: int, padding: float) -> dict[str, Tensor]:
+    """All results, with `padding` where no value may matter: the gates of skipped steps, or states that a reset
+    drops."""
+    call, gates = loops("peephole_lstm", option, "training")
+    assert call.controls.flags is not None
+    flagged = (call.controls.flags & which).bool()
+    if which == SKIP:
+        gates = gates.masked_fill(flagged[..., None, None], padding)
+    else:
+        first = torch.stack([flagged[0, :, 0], flagged[-1, :, 1]], 1)[..., None]  # (B, N, 1): of forward, of reversed
+        assert first.any()
+        states = [state.masked_fill(first, padding) for state in call.states]
+        values = [value.masked_fill(~flagged[..., None], padding) for value in call.reset_values]
+        call = replace(call, states=states, reset_values=values)
+    result = resident.forward(call, gates, True, False)
+    d_final = [torch.ones_like(state) for state in call.states]
+    call = replace(call, problem=replace(call.problem, direction="backward"))
+    found = resident.backward(call, result, torch.ones_like(result.y), d_final, None)
+    outputs = {"y": result.y, "d_gates": found.d_gates, "d_params": found.d_params, "d_r": found.d_recurrent}
+    listed = [*result.final, *found.d_states, *found.d_resets]
+    return {name: value for name, value in outputs.items() if value is not None} | dict(
+        zip(map(str, range(9)), listed, strict=False)
+    )
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("option", "which"), [("mask", SKIP), ("resets", RESET), ("reset_values_per_step", RESET)])
+def test_nan_that_no_step_uses_does_not_leak(option: str, which: int) -> None:
+    found, truth = (both_passes(option, which, padding) for padding in (float("nan"), 0.0))
+    torch.testing.assert_close(found, truth, rtol=0, atol=0)
+
+
+@pytest.mark.interpreter
+def test_all_states_in_inference() -> None:
+    """They are written, and nothing else is: the projection stays what it was."""
+
+    def run(all_states: bool) -> tuple[Result, Tensor, Tensor]:
+        call, gates = loops("lstm", "mask", "inference")
+        before = gates.clone()
+        return resident.forward(call, gates, False, all_states), gates, before
+
+    found, gates, before = run(True)
+    torch.testing.assert_close(gates, before, rtol=0, atol=0)
+    assert found.inner.shape == (1, 4, 3, 2, 5)
+    torch.testing.assert_close(found.inner[0, -1, :, 0], found.final[1][:, 0])
+    assert not found.gates.numel()
+    assert not run(False)[0].inner.numel()
+
+
+@pytest.mark.parametrize("direction", ["inference", "training", "backward"])
+def test_loads_of_options_count_as_shared_memory(direction: str) -> None:
+    """A step's zones, reset values and gradients of all states are under way with its other loads."""
+    pytest.importorskip("triton")
+    plain = Problem(support.RECURRENCES["lstm"], 4, 16, 1, 8, 128, torch.bfloat16, direction=direction)
+    full = replace(plain, flags=True, reset_values=True, zone=True, all_states=True)
+    more = resident.shared_memory(full, 2) - resident.shared_memory(plain, 2)
+    unit = 2 * 2 + 2 * 1 + (4 if direction == "backward" else 0)  # two states: values of 2 bytes, zones of 1; d_inner
+    assert more == 16 * 128 * unit
+    assert resident.shared_memory(full, 1) == resident.shared_memory(plain, 1)
+
+
+def test_the_bits_of_flags_are_the_layouts() -> None:
+    blocks = pytest.importorskip("gpu_rnn.kernels.triton.blocks", reason="needs Triton")
+    assert (blocks.SKIP_BIT.value, blocks.RESET_BIT.value) == (SKIP, RESET)

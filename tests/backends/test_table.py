@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of backends: what follows from an entry, and that an entry is all that a new backend needs."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+import gpu_rnn
+from gpu_rnn import backends
+from gpu_rnn.call import passes
+from gpu_rnn.diagnostics import debugging, tuning
+from gpu_rnn.dispatch import choice
+from tests.support import toy_backend
+from tests.support.profiling import operations
+
+READERS = (backends, choice, passes, debugging, tuning)
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The toy in the table, before the reference."""
+    table = dict(backends.TABLE)
+    reference = table.pop("reference")
+    names = backends.Names.of(table | {"toy": backends.Entry(toy_backend, toy_backend), "reference": reference})
+    for field, value in names._asdict().items():
+        for module in (each for each in READERS if hasattr(each, field)):
+            monkeypatch.setattr(module, field, value)
+    monkeypatch.setattr(choice, "_select", choice._select.__wrapped__)
+
+
+def test_what_follows_from_the_table() -> None:
+    assert list(backends.BACKENDS) == ["resident", "group", "aten", "step", "reference"]
+    assert list(backends.KERNELS) == ["resident", "group", "step"]
+    assert backends.LOOPS == ("resident", "group", "step", "reference")
+    assert backends.WAVEFRONTS == ("resident", "group")
+
+
+@pytest.mark.usefixtures("toy")
+def test_a_module_and_an_entry_make_a_backend() -> None:
+    layer = gpu_rnn.LSTM(3, 4, 2, bidirectional=True, backend="toy")
+    explanation = gpu_rnn.explain(layer, torch.empty(5, 2, 3))
+    assert explanation.chosen == "toy" and re.search(r"^toy +chosen", str(explanation), re.M)
+    assert gpu_rnn.explain(gpu_rnn.LSTM(3, 4), torch.empty(5, 2, 3)).chosen == "aten"  # which is said to be faster
+
+    x = torch.randn(5, 2, 3, requires_grad=True)
+    events = ["gpu_rnn::toy_forward"] * 2 + ["gpu_rnn::toy_backward"] * 2
+    ran = operations(lambda: layer(x)[0].sum().backward())
+    assert [name for name in ran if name.startswith("gpu_rnn::toy")] == events
+    found, x.grad = x.grad, None
+    layer.backend = "reference"
+    layer(x)[0].sum().backward()
+    torch.testing.assert_close(found, x.grad)
+
+
+@pytest.mark.usefixtures("toy")
+def test_its_reasons_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = gpu_rnn.LSTM(3, 4, dtype=torch.complex64, backend="toy")
+    with pytest.raises(ValueError, match="backend='toy' cannot run this call:\n  - the toy takes real numbers"):
+        layer(torch.randn(5, 2, 3, dtype=torch.complex64))
+    monkeypatch.setattr(toy_backend, "cost", lambda problem, constants: 0.0)
+    assert gpu_rnn.explain(gpu_rnn.LSTM(3, 4), torch.empty(5, 2, 3)).chosen == "toy"

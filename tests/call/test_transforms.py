@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torch.func's transforms and their nestings under every kernel that a CPU can stand in for, beside plain autograd in
+loops."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from gpu_rnn.backends import persistent
+from tests.support.cuda_cpu.machines import NEEDS_COMPILER
+from tests.support.group import pretend
+from tests.support.loops import RECURRENCES, make
+from tests.support.transforms import CASES, assert_right, turns
+
+ONE_PRODUCT = tuple(case for case in CASES if case != "gru before")  # a step, as `group` takes them
+TIGHT = 2e-5  # float32 against float64, relative to the largest value (tests/support/resident.py)
+# What torch itself does at the first use of forward mode.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is:DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def full_precision() -> Iterator[None]:
+    before = torch.backends.cudnn.rnn.fp32_precision
+    torch.backends.cudnn.rnn.fp32_precision = "ieee"
+    yield
+    torch.backends.cudnn.rnn.fp32_precision = before
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("way", "case"), turns())
+def test_resident(way: str, case: str) -> None:
+    assert_right(CASES[case], way, "resident", torch.float32, TIGHT)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("way", "case"), turns())
+def test_step(way: str, case: str) -> None:
+    assert_right(CASES[case], way, "step", torch.float32, TIGHT)
+
+
+@pytest.mark.cuda_cpu
+@NEEDS_COMPILER
+@pytest.mark.parametrize(("way", "case"), turns(ONE_PRODUCT))
+def test_group(way: str, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch)
+    assert_right(CASES[case], way, "group", torch.float32, TIGHT)
+
+
+@pytest.mark.parametrize(("way", "case"), turns())
+@pytest.mark.parametrize("backend", ["step", "reference"])
+def test_in_torch(backend: str, way: str, case: str) -> None:
+    assert_right(CASES[case], way, backend, torch.float64, 1e-9)
+
+
+GATES = torch.randn(3, 2, 4, 2, 5)  # (T, B, N, G, H)
+LAYOUTS = {
+    "whole": GATES,
+    "gaps": torch.randn(3, 4, 4, 2, 5)[:, ::2],
+    "turned": GATES.transpose(0, 1).contiguous().transpose(0, 1),
+    "members alike": GATES[:, :, :1].expand_as(GATES),
+    "all alike": GATES[:1, :1, :1, :1].expand_as(GATES),
+    "units alike": GATES[..., :1].expand_as(GATES),
+    "a window": torch.randn(100).as_strided(GATES.shape, (8, 8, 5, 5, 1)),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_gradients_of_gates_share_no_memory(name: str) -> None:
+    """They have the strides of the gates as the kernel reads them, which are copied only where that is needed."""
+    saved, recurrence = LAYOUTS[name], RECURRENCES["rnn"]
+    gates, d_gates = persistent.beside(make(recurrence).call(recurrence), saved)
+    assert torch.equal(gates, saved) and gates.stride() == d_gates.stride() and gates.stride(-1) == 1
+    d_gates.copy_(torch.arange(d_gates.numel()).view(d_gates.shape))
+    assert len(d_gates.unique()) == d_gates.numel()
+    assert (gates.data_ptr() == saved.data_ptr()) == (name in ("whole", "gaps", "turned"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("way", "case"), turns())
+@pytest.mark.parametrize("backend", ["resident", "step"])
+def test_on_a_gpu(backend: str, way: str, case: str) -> None:
+    assert_right(CASES[case], way, backend, torch.float32, TIGHT, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("way", "case"), turns(ONE_PRODUCT))
+def test_group_on_a_gpu(way: str, case: str) -> None:
+    assert_right(CASES[case], way, "group", torch.float32, TIGHT, "cuda")

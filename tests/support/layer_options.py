@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options of one layer, drawn at random, for `loop_support.Inputs`."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from gpu_rnn.backends.tensors import RESET, SKIP
+from gpu_rnn.recurrence import Recurrence
+from tests.support import loops as support
+
+OPTIONS = ("mask", "resets", "reset_values", "reset_values_per_step", "drop", "drop_per_gate", "zone", "all_states")
+RATE = 0.3  # of the steps that are masked or reset, of the units that are dropped or kept
+
+
+def with_options(
+    inputs: support.Inputs, recurrence: Recurrence, names: Collection[str], seed: int = 0
+) -> support.Inputs:
+    """The same inputs with the options `names`, of `OPTIONS`. Reset values bring resets with them.
+
+    Every mask has both values where it has two elements or more, so that a kernel that ignores one is found out; with
+    three rows the last is masked throughout.
+    """
+    unknown = set(names) - set(OPTIONS)
+    assert not unknown, unknown
+    controls, states = inputs.controls, inputs.states
+    steps, batch, n = inputs.x.shape[0], *states[0].shape[:2]
+    values = [name for name in names if name.startswith("reset_values")]
+    if values or {"mask", "resets"} & set(names):
+        assert controls.lengths is None, "lengths and flags never come together"
+        resets = bool(values) or "resets" in names
+        controls = controls._replace(flags=_flags(steps, batch, n, "mask" in names, resets, seed))
+    reset_values: list[Tensor] = []
+    if values:
+        reset_values = _values(recurrence, states, steps if "reset_values_per_step" in values else 1, seed)
+    if "drop" in names or "drop_per_gate" in names:
+        masks = len(recurrence.gates) if "drop_per_gate" in names else 1
+        kept = ~_drawn(batch, n, masks, states[0].shape[-1], seed=seed + 3)
+        controls = controls._replace(drop=kept.to(states[0].dtype) / (1 - RATE))
+    if "zone" in names:
+        hidden = inputs.weights.w_hh.shape[2]
+        controls = controls._replace(zone=_drawn(len(states), steps, batch, n, hidden, seed=seed + 4))
+    return inputs._replace(controls=controls, reset_values=reset_values, all_states="all_states" in names)
+
+
+def _flags(steps: int, batch: int, n: int, mask: bool, resets: bool, seed: int) -> Tensor:
+    """(T, B, N) uint8."""
+    flags = torch.zeros(steps, batch, n, dtype=torch.uint8)
+    if mask:
+        skip = _drawn(steps, batch, n, seed=seed + 1)
+        skip[:, 2:][:, -1:] = True
+        flags += SKIP * skip.to(torch.uint8)
+    if resets:
+        flags += RESET * _drawn(steps, batch, n, seed=seed + 2).to(torch.uint8)
+    return flags
+
+
+def _values(recurrence: Recurrence, states: list[Tensor], count: int, seed: int) -> list[Tensor]:
+    """What states are reset to, each (count, B, N, ·), leaves."""
+    found = [support.draw(count, *s.shape, seed=seed + 20 + k, scale=0.5).to(s.dtype) for k, s in enumerate(states)]
+    if "n" in recurrence.states:  # a normaliser is a sum of positive terms
+        found[recurrence.states.index("n")].abs_().add_(0.5)
+    return [value.requires_grad_() for value in found]
+
+
+def _drawn(*shape: int, seed: int) -> Tensor:
+    """A mask, true at `RATE`, with both values where it has two elements or more."""
+    generator = torch.Generator().manual_seed(100 + seed)
+    found = torch.rand(shape, generator=generator) < RATE
+    flat = found.view(-1)
+    flat[-1:] = False
+    flat[:1] = True
+    return found
