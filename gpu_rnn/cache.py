@@ -21,13 +21,11 @@ from pathlib import Path
 from gpu_rnn import environment
 from gpu_rnn.memo import memoize
 
-PATIENCE = 2.0  # seconds; reading a file of choices and writing it takes milliseconds
+PATIENCE = 2.0  # seconds for a lock; reading a file of choices and writing it takes milliseconds
 PART = "gpu_rnn_part_"  # what a file is called while it is written
 ABANDONED = 60.0  # seconds after which one that is not finished never will be
-TEMPORARY, FORGOTTEN = (
-    "gpu_rnn_temporary_",
-    30 * 86400.0,
-)  # a folder for one process, seconds after which that has ended
+TEMPORARY = "gpu_rnn_temporary_"  # a folder for one process
+FORGOTTEN = 30 * 86400.0  # seconds after which that process has ended
 _READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # a pipe is not waited for
 
 log = logging.getLogger("gpu_rnn")
@@ -124,23 +122,17 @@ def _temporary() -> Path:
 
 @contextmanager
 def alone(name: str) -> Iterator[None]:
-    """One process at a time for a name. A file says so, for want of a lock that every system and network disk has; one
-    left by a process that was killed holds the others up for `PATIENCE`, once."""
-    lock = folder() / f"{name}.lock"
-    end = time.monotonic() + PATIENCE
-    while time.monotonic() < end:
-        try:
-            lock.touch(exist_ok=False)
-            break
-        except FileExistsError:
-            time.sleep(0.01)
-        except OSError:  # no disk to keep anything on
-            break
+    """One process at a time for a name; one that is killed holds nobody up. Who waited `PATIENCE`, or is on a disk
+    without locks, goes on without one."""
+    import filelock  # here: with asyncio it takes longer than the rest of this module
+
+    lock = filelock.FileLock(folder() / f"{name}.lock")
+    with suppress(OSError, NotImplementedError):  # a timeout is an OSError
+        lock.acquire(timeout=PATIENCE, poll_interval=0.01)
     try:
         yield
     finally:
-        with suppress(OSError):
-            lock.unlink()
+        lock.release()
 
 
 def read(path: Path) -> bytes:

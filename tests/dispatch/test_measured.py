@@ -15,6 +15,7 @@ import threading
 import time
 from pathlib import Path
 
+import filelock
 import pytest
 import torch
 
@@ -111,18 +112,46 @@ def test_one_process_waits_for_another_that_writes(monkeypatch: pytest.MonkeyPat
     gpu_rnn.tune(GRU(I, 4), x())
     thread.join()
     assert before | other.keys() < json.loads(path.read_text())["choices"].keys()
-    assert not list(path.parent.glob("*.lock"))
 
 
-def test_a_lock_that_a_killed_process_left_holds_nobody_up_for_long(
-    monkeypatch: pytest.MonkeyPatch, cache_folder: Path
-) -> None:
+HOLDER = """
+import sys, time, types
+package = sys.modules["gpu_rnn"] = types.ModuleType("gpu_rnn")  # without torch, whose import takes seconds
+package.__path__ = [sys.argv[1]]
+from gpu_rnn import cache
+with cache.alone(sys.argv[2]):
+    print("locked", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_process_that_is_killed_leaves_its_lock_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once: nobody waits until its patience is at an end. A file of the lock's name holds nobody up either."""
     decide(monkeypatch, "step")
-    monkeypatch.setattr(cache, "PATIENCE", 0.1)
-    path = gpu_rnn.tune(LSTM(I, 4), x()).path
-    lock = path.with_name(f"{path.name}.lock")
-    lock.touch()
-    assert gpu_rnn.tune(GRU(I, 4), x()).lasting and not lock.exists()
+    path = gpu_rnn.tune(LSTM(I, 4), x(), **QUICK).path
+    held, freed = [], []
+    monkeypatch.setattr(cache, "PATIENCE", 0.3)
+    command = [sys.executable, "-c", HOLDER, str(Path(cache.__file__).parent), path.name]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"locked\n"
+        for seconds in (held, freed):
+            start = time.monotonic()
+            with cache.alone(path.name):
+                seconds.append(time.monotonic() - start)
+            monkeypatch.setattr(cache, "PATIENCE", 60.0)
+            process.kill()
+            process.wait()
+    assert held[0] >= 0.3 and freed[0] < 30 and path.with_name(f"{path.name}.lock").exists()
+    assert gpu_rnn.tune(GRU(I, 4), x(), **QUICK).lasting
+
+
+@pytest.mark.parametrize("refusal", [OSError(38, "Function not implemented"), NotImplementedError("no flock")])
+def test_a_disk_without_locks_is_written_to(refusal: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: object, **options: object) -> None:
+        raise refusal
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
+    assert gpu_rnn.tune(GRU(I, 4), x(), **QUICK).lasting
 
 
 def test_where_nothing_can_be_written_this_process_goes_by_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
