@@ -156,7 +156,7 @@ def fit(rows: Sequence[Timed]) -> dict[str, dict[str, float]]:
     """The constants of each backend that has rows: least squares of the logarithm of time, robust against single rows,
     held within `FARTHEST` and drawn towards what was predicted, so that few rows change little."""
     found = {}
-    for backend in rates.BACKENDS:
+    for backend in rates.MODELS:
         own = [row for row in rows if row.backend == backend]
         if own:
             found[backend] = _fit(backend, own)
@@ -199,7 +199,7 @@ def report(rows: Sequence[Timed], before: Rates, after: Rates) -> str:
     """Errors, constants and choices, before and after."""
     lines = [f"{rows[0].case['device']}: {len(rows)} rows. Before: {before.source}. Errors: median, 90th percentile."]
     choices = [decisions(rows, given) for given in (before, after)]
-    for backend in rates.BACKENDS:
+    for backend in rates.MODELS:
         own = [row for row in rows if row.backend == backend]
         if own:
             spreads = " → ".join(_spread([row.error(given) for row in own]) for given in (before, after))

@@ -31,7 +31,7 @@ _READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) 
 log = logging.getLogger("gpu_rnn")
 
 
-class Refused(OSError):
+class Untrusted(OSError):
     """A file or folder that somebody else may have written to; the message says who, and what to do."""
 
 
@@ -79,7 +79,7 @@ def distrust(path: Path) -> str:
     """Why what lies in a folder is not read; empty where it may be, or where there is none."""
     try:
         _check(path, path.stat())
-    except Refused as error:
+    except Untrusted as error:
         return str(error)
     except OSError:
         return ""
@@ -87,15 +87,15 @@ def distrust(path: Path) -> str:
 
 
 def _check(path: Path, found: os.stat_result) -> None:
-    """Raises `Refused` where others than this user, or root, could have put something there."""
+    """Raises `Untrusted` where others than this user, or root, could have put something there."""
     if not hasattr(os, "geteuid"):  # Windows: the user's own folders are nobody else's
         return
     if found.st_uid not in (os.geteuid(), 0):
-        raise Refused(
+        raise Untrusted(
             f"{path} belongs to another user (number {found.st_uid}): set GPU_RNN_CACHE to a folder of your own"
         )
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise Refused(
+        raise Untrusted(
             f"{path} can be written by other users: chmod go-w it, or set GPU_RNN_CACHE to a folder of your own"
         )
 
@@ -139,7 +139,7 @@ def read(path: Path) -> bytes:
     """A file's content; links are followed, and where they lead is checked as the file itself is.
 
     Raises:
-        Refused: somebody else may have written it, or it is no file.
+        Untrusted: somebody else may have written it, or it is no file.
         OSError: it is not there, or cannot be read.
     """
     _check(path.parent, path.parent.stat())
@@ -147,7 +147,7 @@ def read(path: Path) -> bytes:
         found = os.fstat(file.fileno())
         _check(path, found)
         if not stat.S_ISREG(found.st_mode):
-            raise Refused(f"{path} is no file: remove it")
+            raise Untrusted(f"{path} is no file: remove it")
         return file.read()
 
 
@@ -193,7 +193,7 @@ def kept(key: str, suffix: str) -> bytes | None:
         for path in place.glob(f"{key}-*{suffix}"):
             try:
                 content = read(path)
-            except Refused as error:
+            except Untrusted as error:
                 log.warning("a file in the cache is not used: %s", error)
                 continue
             except OSError:

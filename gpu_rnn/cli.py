@@ -24,7 +24,7 @@ INTERRUPTED = 130  # 128 + SIGINT, what a shell reports for Ctrl-C
 DEVICE_HELP = "cpu, cuda or cuda:1 (default: the GPU if there is one)"
 FLAGS = {"reset_after": "--reset-before", "proj_size": "--proj"}  # those that are not named as the layers' arguments
 BENCH_SECONDS = 2.0
-DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64"}
+DTYPE_NAMES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,7 +54,7 @@ def _demo(options: argparse.Namespace) -> int:
     from gpu_rnn.diagnostics import doctor
 
     command.run(
-        command.Options(
+        command.Settings(
             device=doctor.pick_device(options.device),
             seeds=options.seeds,
             epochs=options.epochs,
@@ -122,7 +122,7 @@ def _described_call(
     """The layer that the options describe, and an input for it."""
     import torch
 
-    dtype = getattr(torch, DTYPES[options.dtype])
+    dtype = getattr(torch, DTYPE_NAMES[options.dtype])
     with torch.device(device):
         layer = _described_layer(options).to(dtype).train(training).requires_grad_(training)
         return layer, torch.randn(options.steps, options.batch, options.input or options.hidden, dtype=dtype)
@@ -268,7 +268,7 @@ def _add_description(command: argparse.ArgumentParser) -> None:
     command.add_argument("--layers", type=positive(int), default=1, metavar="L", help="(default: %(default)s)")
     command.add_argument("--bidirectional", action="store_true")
     command.add_argument("--proj", type=positive(int), metavar="P", help="proj_size, LSTM only")
-    command.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="(default: %(default)s)")
+    command.add_argument("--dtype", choices=tuple(DTYPE_NAMES), default="fp32", help="(default: %(default)s)")
     command.add_argument("--activation", metavar="NAME", help="such as relu or softsign")
     command.add_argument("--recurrent-activation", metavar="NAME", help="such as hard_sigmoid")
     command.add_argument("--reset-before", action="store_true", help="GRU with the reset gate before the product")

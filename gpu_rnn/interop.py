@@ -34,10 +34,10 @@ from torch import Tensor
 from gpu_rnn.layers.weight_layouts import (
     ORDERS,
     PEEPHOLES,
-    Array,
     Direction,
     Layer,
     State,
+    Weight,
     array_of,
     check_cell,
     check_names,
@@ -83,7 +83,7 @@ def keras_of_cudnn(kernel: Tensor, recurrent_kernel: Tensor, bias: Tensor) -> li
     return [turned(kernel), turned(recurrent_kernel), both.sum(0) if gates == len(ORDERS["lstm"]["keras"]) else both]
 
 
-def from_keras(*layers: Sequence[Array], cell: str) -> State:
+def from_keras(*layers: Sequence[Weight], cell: str) -> State:
     """A torch state_dict from `get_weights()` of Keras layers, the lowest of a stack first.
 
     Args:
@@ -111,7 +111,7 @@ def from_keras(*layers: Sequence[Array], cell: str) -> State:
     return join([[_from_keras(own, cell) for own in _split_keras(layer)] for layer in layers])
 
 
-def to_keras(state: Mapping[str, Array], cell: str) -> list[list[np.ndarray]]:
+def to_keras(state: Mapping[str, Weight], cell: str) -> list[list[np.ndarray]]:
     """For each layer what its Keras counterpart's `set_weights()` takes; `from_keras` describes it.
 
     One list for each layer of the stack: a single layer's is ``to_keras(state, cell)[0]``. Keras has one bias
@@ -133,7 +133,7 @@ def to_keras(state: Mapping[str, Array], cell: str) -> list[list[np.ndarray]]:
     return [[array for direction in layer for array in _to_keras(direction, cell)] for layer in layers]
 
 
-def from_onnx(*nodes: Mapping[str, Array], cell: str) -> State:
+def from_onnx(*nodes: Mapping[str, Weight], cell: str) -> State:
     """A torch state_dict from the inputs W, R, and B and P where given, of ONNX's LSTM, GRU or RNN nodes.
 
     Args:
@@ -155,7 +155,7 @@ def from_onnx(*nodes: Mapping[str, Array], cell: str) -> State:
     return join([_from_onnx(node, cell) for node in nodes])
 
 
-def to_onnx(state: Mapping[str, Array], cell: str) -> list[dict[str, np.ndarray]]:
+def to_onnx(state: Mapping[str, Weight], cell: str) -> list[dict[str, np.ndarray]]:
     """For each layer the inputs W, R, and B and P where it has them, of its ONNX node; `from_onnx` describes them.
 
     The node's attributes are for the caller to set: hidden_size, direction, linear_before_reset=1 for cell="gru", and
@@ -174,7 +174,7 @@ def to_onnx(state: Mapping[str, Array], cell: str) -> list[dict[str, np.ndarray]
     return [_to_onnx(layer, cell) for layer in split(state, cell)]
 
 
-def from_haste(*layers: Mapping[str, Array]) -> State:
+def from_haste(*layers: Mapping[str, Weight]) -> State:
     """A torch state_dict from the state_dicts of Haste's LSTM layers, the lowest of a stack first.
 
     Args:
@@ -192,7 +192,7 @@ def from_haste(*layers: Mapping[str, Array]) -> State:
     return join([[_from_haste(layer)] for layer in layers])
 
 
-def to_haste(state: Mapping[str, Array]) -> list[State]:
+def to_haste(state: Mapping[str, Weight]) -> list[State]:
     """For each layer of an LSTM the state_dict of Haste's; `from_haste` describes it. Torch's two biases are added.
 
     Raises:
@@ -213,7 +213,7 @@ def to_haste(state: Mapping[str, Array]) -> list[State]:
     return [_to_haste(direction) for (direction,) in layers]
 
 
-def _split_keras(layer: Sequence[Array]) -> list[Sequence[Array]]:
+def _split_keras(layer: Sequence[Weight]) -> list[Sequence[Weight]]:
     """The weights of a layer, or of the two in a Bidirectional."""
     if not isinstance(layer, (list, tuple)):
         raise TypeError(f"a Keras layer is given as the list layer.get_weights(), got {type(layer).__name__}")
@@ -228,7 +228,7 @@ def _split_keras(layer: Sequence[Array]) -> list[Sequence[Array]]:
     )
 
 
-def _from_keras(arrays: Sequence[Array], cell: str) -> Direction:
+def _from_keras(arrays: Sequence[Weight], cell: str) -> Direction:
     kernel, recurrent_kernel, *rest = map(tensor_of, arrays)
     gates = len(ORDERS[cell]["keras"])
     expect(recurrent_kernel, (None, None), f"a {cell}'s recurrent_kernel")
@@ -255,7 +255,7 @@ def _to_keras(direction: Direction, cell: str) -> list[np.ndarray]:
     return [array_of(part.contiguous()) for part in weights]
 
 
-def _from_onnx(node: Mapping[str, Array], cell: str) -> Layer:
+def _from_onnx(node: Mapping[str, Weight], cell: str) -> Layer:
     check_names(node, {"W", "R"}, {"B", "P"}, "an ONNX node")
     given = {name: tensor_of(value) for name, value in node.items()}
     for name, axes in {"W": 3, "R": 3, "B": 2, "P": 2}.items():
@@ -293,7 +293,7 @@ def _to_onnx(layer: Layer, cell: str) -> dict[str, np.ndarray]:
     return {name: array_of(torch.stack(parts)) for name, parts in node.items()}
 
 
-def _from_haste(layer: Mapping[str, Array]) -> Direction:
+def _from_haste(layer: Mapping[str, Weight]) -> Direction:
     names = ("kernel", "recurrent_kernel", "bias")
     check_names(layer, set(names), set(), "Haste's LSTM")
     kernel, recurrent_kernel, bias = (tensor_of(layer[name]) for name in names)

@@ -121,7 +121,7 @@ def stack(
 
 
 FUNCTIONS: dict[str, Any] = {"LSTM": VF.lstm, "GRU": VF.gru, "RNN_TANH": VF.rnn_tanh, "RNN_RELU": VF.rnn_relu}
-CELLS: dict[str, Any] = {
+STEPS: dict[str, Any] = {
     "LSTM": VF.lstm_cell,
     "GRU": VF.gru_cell,
     "RNN_TANH": VF.rnn_tanh_cell,

@@ -19,7 +19,7 @@ from gpu_rnn.memo import memoize
 
 
 @dataclass(frozen=True)
-class Resident:
+class ResidentRates:
     """Of `backends/resident.py`."""
 
     instructions: float = (
@@ -33,7 +33,7 @@ class Resident:
 
 
 @dataclass(frozen=True)
-class Group:
+class GroupRates:
     """Of `backends/group/choice.py`."""
 
     # By others, on an H100; see kernels/README.md.
@@ -49,7 +49,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Aten:
+class AtenRates:
     """Of `backends/aten.py`."""
 
     # Seconds: two launches a step outside cuDNN's persistent kernels, and inside them the published 1.96 µs (fp16, H
@@ -60,7 +60,7 @@ class Aten:
 
 
 @dataclass(frozen=True)
-class Step:
+class StepRates:
     """Of `backends/step/launch.py`."""
 
     step: float = 8e-6  # seconds; above ATen's on purpose: while nothing is measured, what cuDNN can run stays there
@@ -68,7 +68,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Reference:
+class ReferenceRates:
     """Of `backends/reference.py`."""
 
     operation: float = 8e-6  # seconds for a small torch operation: a call on a CPU, a launch on a GPU
@@ -79,11 +79,11 @@ class Rates:
     """The constants of all models on one device. `source` says where from, in words for a user."""
 
     source: str = "predicted"
-    resident: Resident = field(default_factory=Resident)
-    group: Group = field(default_factory=Group)
-    aten: Aten = field(default_factory=Aten)
-    step: Step = field(default_factory=Step)
-    reference: Reference = field(default_factory=Reference)
+    resident: ResidentRates = field(default_factory=ResidentRates)
+    group: GroupRates = field(default_factory=GroupRates)
+    aten: AtenRates = field(default_factory=AtenRates)
+    step: StepRates = field(default_factory=StepRates)
+    reference: ReferenceRates = field(default_factory=ReferenceRates)
 
     @property
     def fitted(self) -> bool:
@@ -100,7 +100,7 @@ class Rates:
 
 
 PREDICTED = Rates()
-BACKENDS = tuple(each.name for each in fields(Rates) if each.name != "source")
+MODELS = tuple(each.name for each in fields(Rates) if each.name != "source")
 FILE = files("gpu_rnn.backends") / "rates.json"
 
 

@@ -136,7 +136,7 @@ def cost(problem: Problem, constants: rates.Rates | None = None) -> float:
     return known.start + steps * step / (device.clock * 1e9) + known.projection * projection(problem)
 
 
-def _busy_cycles(problem: Problem, chosen: Tile, known: rates.Resident) -> float:
+def _busy_cycles(problem: Problem, chosen: Tile, known: rates.ResidentRates) -> float:
     """Cycles of the busiest unit of a multiprocessor, for a step of one tile."""
     program = problem.program
     units, weights = chosen.rows * chosen.width, len(program.gates) * chosen.width**2

@@ -18,14 +18,14 @@ from gpu_rnn.call.passes import Options
 from gpu_rnn.compiler.program import Program
 from gpu_rnn.memo import memoize
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.complex64, torch.complex128)
+COMPUTED = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.complex64, torch.complex128)
 Shapes = tuple[tuple[int, ...], ...]  # those that a tensor may have
 
 
 TENSORS = {name: axes[0] for fields in (Weights, LayerControls) for name, axes in axes_of(fields).items()}
 LISTS = axes_of(Inputs)
 X, STATES, RESET_VALUES = LISTS["x"][0], LISTS["states"], LISTS["reset_values"]
-SAVED = {name: axes[0] for name, axes in axes_of(Result).items() if name not in ("final", "kept")}
+SAVED_AXES = {name: axes[0] for name, axes in axes_of(Result).items() if name not in ("final", "kept")}
 FINAL = axes_of(Result)["final"]
 
 
@@ -151,8 +151,8 @@ def _inputs(operation: str, text: str, options: Options, row: tuple[Spec | None,
     _ranks(operation, given)
     sizes = Sizes.of(program, options.reverse, given)
     check = _Check(operation, x, sizes)
-    if x.dtype not in DTYPES:
-        raise TypeError(f"{operation}: x is one of {', '.join(map(str, DTYPES))}, got {x.dtype}")
+    if x.dtype not in COMPUTED:
+        raise TypeError(f"{operation}: x is one of {', '.join(map(str, COMPUTED))}, got {x.dtype}")
     check.require(min(sizes.T, sizes.H, sizes.P) > 0, "x has time steps and w_hh units")
     check.tensor("x", x, X)
     for (name, axes), tensor in zip(TENSORS.items(), (*weights, *controls), strict=True):
@@ -234,16 +234,16 @@ def _gradients(
     given = Inputs.flat(row, states)
     sizes, stacked = Sizes.of(Program.parse(text), options.reverse, given), given.weights.w_between is not None
     check = _Check(operation, given.x, sizes)
-    check.require(len(saved) == len(SAVED), f"saved holds {', '.join(SAVED)}, got {len(saved)} tensors")
+    check.require(len(saved) == len(SAVED_AXES), f"saved holds {', '.join(SAVED_AXES)}, got {len(saved)} tensors")
     count = 1 + sizes.S + options.all_states
     check.require(len(d_outputs) == count, f"d_outputs holds {count} tensors, got {len(d_outputs)}")
     d_y, *d_final = d_outputs
     if options.all_states:
-        check.tensor("d_outputs[-1]", d_final.pop(), SAVED["inner"], stacked)
-    check.tensor("d_outputs[0]", d_y, SAVED["y"], stacked)
+        check.tensor("d_outputs[-1]", d_final.pop(), SAVED_AXES["inner"], stacked)
+    check.tensor("d_outputs[0]", d_y, SAVED_AXES["y"], stacked)
     check.each("d_outputs[1:]", d_final, FINAL)
     missing = not math.prod(saved[1].shape)  # what was not saved is computed again
-    for (name, axes), tensor in zip(SAVED.items(), saved, strict=True):
+    for (name, axes), tensor in zip(SAVED_AXES.items(), saved, strict=True):
         nothing = math.prod(tensor.shape) == math.prod(_shapes(axes.axes, sizes, stacked)[0]) == 0
         if name == "y" or not (missing or nothing):
             check.tensor(name, tensor, axes, stacked)

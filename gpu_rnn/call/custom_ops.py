@@ -25,7 +25,6 @@ REQUIRED = ("w_ih", "w_hh")
 NAMED = [f"Tensor{'' if name in REQUIRED else '?'} {name}" for name in (*Weights._fields, *LayerControls._fields)]
 INPUTS = ", ".join(["Tensor x", *NAMED, "Tensor[] states", "Tensor[] reset_values"])
 IDENTITY = "str program, str options"
-SAVED = 4  # y, gates, recurrent, inner
 
 
 def _owned(outputs: Sequence[Tensor], inputs: Sequence[Tensor | None]) -> list[Tensor]:
@@ -192,7 +191,7 @@ def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> No
 def _second(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     inputs, d_outputs = _kept(ctx)
     found_d, found = passes.second_vjp(ctx.program, Options.decode(ctx.options), inputs, d_outputs, grads)
-    return list(found_d), [None] * SAVED, *_as_given(inputs, found), None, None
+    return list(found_d), [None] * len(checks.SAVED_AXES), *_as_given(inputs, found), None, None
 
 
 rnn.register_autograd(_backward, setup_context=_setup)

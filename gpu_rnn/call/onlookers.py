@@ -19,7 +19,7 @@ from torch.fx import Proxy
 
 from gpu_rnn.call import transforms
 
-PLAIN = (Tensor, nn.Parameter, type(None))
+PLAIN_TYPES = (Tensor, nn.Parameter, type(None))
 # Of torch's own dispatch modes those that work with sizes alone, or record: FakeTensorMode, make_fx, AOTAutograd.
 _Key = torch._C._TorchDispatchModeKey
 _RECORDERS = (_Key.FAKE, _Key.PROXY, _Key.FUNCTIONAL)
@@ -58,7 +58,7 @@ def watched(tensors: Iterable[Tensor | None]) -> bool:
     dispatch mode of any kind, such as one that counts or keeps, or a tensor that is a class of its own."""
     if torch._C._len_torch_dispatch_stack() or _len_torch_dispatch_stack_pre_dispatch():
         return True
-    return any(type(t) not in PLAIN and _dispatches(t) for t in tensors)
+    return any(type(t) not in PLAIN_TYPES and _dispatches(t) for t in tensors)
 
 
 def _dispatches(tensor: Any) -> bool:

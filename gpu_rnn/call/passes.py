@@ -23,7 +23,7 @@ from gpu_rnn.dispatch import choice
 from gpu_rnn.memo import memoize
 from gpu_rnn.recurrence import Recurrence
 
-OPTIONS = re.compile(r"(\w+) ([01]+) (save|drop) (all|y)")
+ENCODED = re.compile(r"(\w+) ([01]+) (save|drop) (all|y)")
 
 
 class Options(NamedTuple):
@@ -40,7 +40,7 @@ class Options(NamedTuple):
     @staticmethod
     @memoize(256)
     def decode(text: str) -> Options:
-        found = OPTIONS.fullmatch(text)
+        found = ENCODED.fullmatch(text)
         if found is None:
             raise ValueError(
                 f"the options of a layer read like 'auto 01 save y' or 'step 0 drop all', got {text[:80]!r}"

@@ -159,7 +159,7 @@ def one_step(
             given = hx or tuple(s[0] for s in Stack(recurrence, bias).initial(x[None], weights, x.shape[0]))
             biases = weights[2:] if bias else (None, None)
             # Under autocast torch's own rule casts the weights: it keeps them for the next step of a loop.
-            found = aten.CELLS[recurrence.aten](x, given if len(given) > 1 else given[0], *weights[:2], *biases)
+            found = aten.STEPS[recurrence.aten](x, given if len(given) > 1 else given[0], *weights[:2], *biases)
             return tuple(found) if len(given) > 1 else (found,)
     states = None if hx is None else tuple(state[None] for state in hx)
     _, final, _ = sequence(Stack(recurrence, bias, backend=backend), x[None], states, weights, None)

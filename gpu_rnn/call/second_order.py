@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Call = Callable[..., tuple[Tensor, ...]]
+TensorFunction = Callable[..., tuple[Tensor, ...]]
 
 
 class _Twice(torch.autograd.Function):
     """(fast, exact, *tensors) -> outputs of ``fast(*tensors)``; under create_graph the gradient is that of `exact`."""
 
     @staticmethod
-    def forward(ctx: Any, fast: Call, exact: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, fast: TensorFunction, exact: TensorFunction, *tensors: Tensor) -> tuple[Tensor, ...]:
         with torch.enable_grad():
             ctx.leaves = [t.detach().requires_grad_(t.requires_grad) for t in tensors]
             ctx.outputs = fast(*ctx.leaves)
@@ -51,6 +51,6 @@ def gradient(
     return [next(found) if t.requires_grad else None for t in inputs]
 
 
-def differentiable(fast: Call, exact: Call, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def differentiable(fast: TensorFunction, exact: TensorFunction, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """``fast(*tensors)`` with its own first derivatives and the higher ones of `exact`, which computes the same."""
     return _Twice.apply(fast, exact, *tensors)

@@ -28,7 +28,7 @@ from gpu_rnn.compiler.lowering import KEPT
 from gpu_rnn.memo import memoize
 
 LIBRARY = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
-LONGEST = 100  # characters of a line that an error shows
+LONGEST_LINE = 100  # characters of a line that an error shows
 MOST_NODES = 10_000  # a loop in a step ends here; a program may have far fewer operations
 
 BRANCHES = (
@@ -66,7 +66,7 @@ class Node:
 def show(filename: str, number: int | None) -> str:
     """A place in the source as errors name it."""
     text = linecache.getline(filename, number or 0).strip()
-    text = text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+    text = text if len(text) <= LONGEST_LINE else text[: LONGEST_LINE - 1] + "…"
     return f"{Path(filename).name}:{number}" + (f" `{text}`" if text else "")
 
 

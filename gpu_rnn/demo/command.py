@@ -18,12 +18,12 @@ from torch import nn
 import gpu_rnn
 from gpu_rnn.demo.datasets import Dataset, japanese_vowels, plaid
 from gpu_rnn.demo.models import STANDARD, WITH_OPTIONS, PythonLoop, Variant
-from gpu_rnn.demo.timing import Case, Timing, measure, table
+from gpu_rnn.demo.timing import Case, CaseTiming, measure, table
 from gpu_rnn.demo.train import Epoch, Run, repeat
 from gpu_rnn.diagnostics import doctor
 from gpu_rnn.layers.base import LayerBase
 
-__all__ = ["Options", "bench", "run"]
+__all__ = ["Settings", "bench", "run"]
 
 EPOCHS = 30  # at 20 torch.nn's bidirectional LSTM is 0.4 % below what it reaches at 30
 QUICK_EPOCHS = 3
@@ -33,7 +33,7 @@ MEASURE_SECONDS, QUICK_SECONDS = 2.0, 0.2  # for each line and direction of the 
 
 
 @dataclass(frozen=True)
-class Options:
+class Settings:
     device: torch.device
     seeds: int = 3
     epochs: int | None = None  # None: EPOCHS on JapaneseVowels, LONG_EPOCHS on PLAID
@@ -42,7 +42,7 @@ class Options:
     out: Path = Path("gpu-rnn-demo.png")
 
 
-def run(options: Options) -> None:
+def run(settings: Settings) -> None:
     """Runs the whole demo, printing as it goes.
 
     Raises:
@@ -50,34 +50,36 @@ def run(options: Options) -> None:
     """
     _require_extras()
     start = time.perf_counter()
-    print(doctor.report(options.device))
-    seeds, epochs = (1, options.epochs or QUICK_EPOCHS) if options.quick else (options.seeds, options.epochs or EPOCHS)
+    print(doctor.report(settings.device))
+    seeds, epochs = (
+        (1, settings.epochs or QUICK_EPOCHS) if settings.quick else (settings.seeds, settings.epochs or EPOCHS)
+    )
 
     with _one_thread():
-        _learn_and_draw(options, seeds, epochs)
+        _learn_and_draw(settings, seeds, epochs)
     print(f"Done in {time.perf_counter() - start:.0f} s.")
 
 
-def _learn_and_draw(options: Options, seeds: int, epochs: int) -> None:
+def _learn_and_draw(settings: Settings, seeds: int, epochs: int) -> None:
     from gpu_rnn.demo.picture import draw
 
-    vowels = japanese_vowels().to(options.device)
+    vowels = japanese_vowels().to(settings.device)
     runs = _learn(vowels, STANDARD, WITH_OPTIONS, seeds, epochs)
-    long = _long_data(options)
+    long = _long_data(settings)
     if long is not None:
-        few = 1 if options.device.type == "cpu" else seeds
-        _learn(long, STANDARD[1:], (), few, options.epochs or LONG_EPOCHS[options.device.type])
+        few = 1 if settings.device.type == "cpu" else seeds
+        _learn(long, STANDARD[1:], (), few, settings.epochs or LONG_EPOCHS[settings.device.type])
     timed = long or vowels
-    timings = _time_layers(timed, QUICK_SECONDS if options.quick else MEASURE_SECONDS)
+    timings = _time_layers(timed, QUICK_SECONDS if settings.quick else MEASURE_SECONDS)
     draw(
         runs,
         timings,
         data=_heading(vowels, seeds),
         timed=_batch(timed),
-        device=doctor.device_name(options.device),
-        path=options.out,
+        device=doctor.device_name(settings.device),
+        path=settings.out,
     )
-    print(f"\nPicture: {options.out.resolve()}")
+    print(f"\nPicture: {settings.out.resolve()}")
 
 
 def bench(data: Dataset, seconds: float) -> None:
@@ -86,7 +88,7 @@ def bench(data: Dataset, seconds: float) -> None:
         _time_layers(data, seconds)
 
 
-def _time_layers(data: Dataset, seconds: float) -> list[Timing]:
+def _time_layers(data: Dataset, seconds: float) -> list[CaseTiming]:
     """Times every layer of the demo on recordings of the data set, printing the ratio table."""
     device = data.train.inputs.device
     dtypes = [torch.float32] if device.type == "cpu" else [torch.float32, torch.bfloat16]
@@ -164,14 +166,14 @@ def _accuracy_lines(ours: Run, theirs: Run | None, recordings: int) -> str:
     return "\n".join(lines)
 
 
-def _long_data(options: Options) -> Dataset | None:
+def _long_data(settings: Settings) -> Dataset | None:
     """PLAID where it was asked for, and on a GPU where it is installed."""
-    if options.long:
-        return plaid().to(options.device)
-    if options.device.type == "cpu" or options.quick:
+    if settings.long:
+        return plaid().to(settings.device)
+    if settings.device.type == "cpu" or settings.quick:
         return None
     try:
-        return plaid().to(options.device)
+        return plaid().to(settings.device)
     except ModuleNotFoundError as missing:
         print(f"\nThe long recordings are left out: {missing}")
         return None

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from gpu_rnn.demo.timing import Timing
+from gpu_rnn.demo.timing import CaseTiming
 from gpu_rnn.demo.train import Run
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ OURS_LINE: dict[str, Any] = {
 THEIRS_LINE: dict[str, Any] = {"lw": 6, "alpha": 0.3, "solid_capstyle": "round", "zorder": 2}
 
 
-def draw(runs: Sequence[Run], timings: Sequence[Timing], *, data: str, timed: str, device: str, path: Path) -> None:
+def draw(runs: Sequence[Run], timings: Sequence[CaseTiming], *, data: str, timed: str, device: str, path: Path) -> None:
     """Writes a PNG, whole or not at all.
 
     Args:

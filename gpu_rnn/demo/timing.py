@@ -10,14 +10,13 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
-from gpu_rnn.diagnostics.timing import interleave
+from gpu_rnn.diagnostics.timing import TRIALS, interleave
 
-__all__ = ["Case", "Timing", "measure", "table"]
+__all__ = ["Case", "CaseTiming", "measure", "table"]
 
-TRIALS = 15  # rounds; the median of 15 is steady to a few percent on a busy desk machine
 # Of the largest output. The CPU computes in full fp32. A GPU in tf32 or bf16: over PLAID's steps plain bf16 is off by
 # 1.4 % from fp32 (this demo's layers, on a CPU), and both sides may be.
-TOLERANCE = {"cpu": 1e-4, "cuda": 5e-2}
+AGREEMENT = {"cpu": 1e-4, "cuda": 5e-2}
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Timing:
+class CaseTiming:
     """Median seconds a call."""
 
     case: Case
@@ -41,7 +40,7 @@ class Timing:
     training: tuple[float, float]  # (ours, theirs), forward and backward
 
 
-def measure(case: Case, *, seconds: float) -> Timing:
+def measure(case: Case, *, seconds: float) -> CaseTiming:
     """Times both modules of a case, forward and forward with backward, each within about `seconds`.
 
     Raises:
@@ -67,10 +66,10 @@ def measure(case: Case, *, seconds: float) -> Timing:
         found = interleave(calls, case.inputs.data.device, trials=TRIALS, seconds=seconds)
         return found["ours"].median, found["theirs"].median
 
-    return Timing(case, both(forward), both(training))
+    return CaseTiming(case, both(forward), both(training))
 
 
-def table(timings: Sequence[Timing]) -> str:
+def table(timings: Sequence[CaseTiming]) -> str:
     """The ratio table: above 1.00x ours is the faster."""
     title = "layer, compared with"
     wide = max(len(title), *(len(timing.case.label) for timing in timings))
@@ -100,7 +99,7 @@ def _check(case: Case) -> None:
     with torch.no_grad():
         ours, theirs = (module(case.inputs)[0].data for module in (case.ours, case.theirs))
     error = float((ours - theirs).abs().max() / theirs.abs().max())
-    if not error <= TOLERANCE[ours.device.type]:
+    if not error <= AGREEMENT[ours.device.type]:
         raise RuntimeError(
             f"{case.label} differs from {case.theirs_label} by {error:.1e} of the largest output: not timed"
         )

@@ -11,8 +11,9 @@ from statistics import median, quantiles
 
 import torch
 
-Call = Callable[[], object]
+Timed = Callable[[], object]
 
+TRIALS = 15  # rounds; the median of 15 is steady to a few percent on a busy desk machine
 FEWEST = 3  # rounds, for a call too slow for more
 WARM_UP = 3  # calls before the first sample: the first compiles, the next fill caches and graph pools
 # Calls are queued until a sample lasts this long: a thousand times the resolution of CUDA's events (0.5 µs, by their
@@ -42,7 +43,7 @@ class Timing:
 
 
 def interleave(
-    calls: Mapping[str, Call],
+    calls: Mapping[str, Timed],
     device: torch.device,
     *,
     trials: int,
@@ -77,7 +78,7 @@ def interleave(
     return {name: Timing(how, counts[name], samples[name]) for name in names}
 
 
-def sample(call: Call, count: int, device: torch.device) -> float:
+def sample(call: Timed, count: int, device: torch.device) -> float:
     """Seconds that `count` calls take, queued without waiting in between."""
     if device.type != "cuda":
         start = time.perf_counter()
@@ -95,7 +96,7 @@ def sample(call: Call, count: int, device: torch.device) -> float:
     return before.elapsed_time(after) / 1e3
 
 
-def _count(call: Call, device: torch.device) -> int:
+def _count(call: Timed, device: torch.device) -> int:
     """How many calls make a sample; warms up."""
     sample(call, 1, device)
     took = sample(call, WARM_UP - 1, device) / (WARM_UP - 1)

@@ -19,7 +19,7 @@ from gpu_rnn import cache, devices
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.call import onlookers, transforms
 from gpu_rnn.diagnostics.explanation import NO_INPUT, problem_of, sizes
-from gpu_rnn.diagnostics.timing import Timing, interleave
+from gpu_rnn.diagnostics.timing import TRIALS, Timing, interleave
 from gpu_rnn.dispatch import choice
 from gpu_rnn.dispatch.choice import forget
 from gpu_rnn.dispatch.measured import Question, Times
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Pass", "Tuned", "forget", "tune"]
 
-TRIALS = 15  # rounds; the median of 15 is steady to a few percent on a busy desk machine
 TITLES = {"inference": "forward", "training": "forward and backward"}
 
 

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from gpu_rnn.activations import Activation, name_of
 from gpu_rnn.call import arguments
+from gpu_rnn.call.stack import States
 from gpu_rnn.dispatch import choice
 from gpu_rnn.layers import options as layer_options
 from gpu_rnn.recurrence import Recurrence
 
-States = tuple[Tensor, ...]
 Option = str | bool | Activation
 
 OPTION_DEFAULTS = {

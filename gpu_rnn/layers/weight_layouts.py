@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Array = Any  # a NumPy array or a tensor
+Weight = Any  # a NumPy array or a tensor
 State = dict[str, Tensor]
 
 ORDERS = {
@@ -28,7 +28,7 @@ ORDERS = {
 PEEPHOLES = {"torch": "ifo", "onnx": "iof"}
 SUFFIXES = ("", "_reverse")
 KEY = re.compile(r"(weight_ih|weight_hh|bias_ih|bias_hh|weight_hr|weight_peephole|weight_unit)_l(\d+)(_reverse)?")
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Direction(NamedTuple):
@@ -60,10 +60,10 @@ def check_cell(cell: str) -> None:
         raise ValueError(f"cell must be one of {', '.join(ORDERS)}, got {cell!r}")
 
 
-def tensor_of(value: Array) -> Tensor:
+def tensor_of(value: Weight) -> Tensor:
     """A copy, which is nobody's parameter."""
     tensor = value.detach().clone() if isinstance(value, Tensor) else _from_numpy(value)
-    if tensor.dtype not in DTYPES:
+    if tensor.dtype not in FLOATING:
         raise TypeError(f"weights are floating-point numbers of 16, 32 or 64 bits, got {tensor.dtype}")
     if tensor.is_meta or tensor.layout is not torch.strided:
         raise TypeError(f"weights are dense and hold numbers, got a {tensor.layout} tensor on {tensor.device}")
@@ -100,7 +100,7 @@ def expect(weights: Tensor, shape: tuple[int | None, ...], what: str) -> None:
         raise ValueError(f"{what} should have shape ({wanted}), got {tuple(weights.shape)}: is `cell` the right one?")
 
 
-def check_names(arrays: Mapping[str, Array], needed: set[str], allowed: set[str], what: str) -> None:
+def check_names(arrays: Mapping[str, Weight], needed: set[str], allowed: set[str], what: str) -> None:
     if not isinstance(arrays, Mapping):
         raise TypeError(f"{what} is a mapping of names to arrays, got {type(arrays).__name__}")
     if not needed <= set(arrays) <= needed | allowed:
@@ -149,7 +149,7 @@ def _named(direction: Direction) -> State:
     return named if direction.weight_peephole is None else named | {"weight_peephole": direction.weight_peephole}
 
 
-def split(state: Mapping[str, Array], cell: str) -> list[Layer]:
+def split(state: Mapping[str, Weight], cell: str) -> list[Layer]:
     """The layers in a state_dict, with `join` its inverse."""
     if not isinstance(state, Mapping):
         raise TypeError(f"a layer's weights are given as its state_dict(), got {type(state).__name__}")
@@ -170,7 +170,7 @@ def split(state: Mapping[str, Array], cell: str) -> list[Layer]:
     return layers
 
 
-def _direction(state: Mapping[str, Array], suffix: str, cell: str) -> Direction:
+def _direction(state: Mapping[str, Weight], suffix: str, cell: str) -> Direction:
     biases = ("bias_ih", "bias_hh") if {f"bias_ih{suffix}", f"bias_hh{suffix}"} & set(state) else ()
     for name in ("weight_ih", "weight_hh", *biases):
         if name + suffix not in state:

@@ -56,7 +56,7 @@ def no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "device_of", lambda device: devices.describe("H100"))
     for kernel in (resident.Launch, group.Launch):
         monkeypatch.setattr(kernel, "__call__", lambda launch, like: None)
-    for steps in (gpu_buffers.Forward, gpu_buffers.Backward):
+    for steps in (gpu_buffers.ForwardSteps, gpu_buffers.BackwardSteps):
         monkeypatch.setattr(steps, "run", lambda loop, steps: None)
     monkeypatch.setattr(group, "prepare", lambda problem: None)
     monkeypatch.setattr(group, "error_word", lambda device: torch.zeros(1, dtype=torch.int64))

@@ -146,7 +146,7 @@ def test_every_field_has_axes() -> None:
     """A new tensor is checked, or the table says that it is not."""
     assert set(checks.TENSORS) == {*Weights._fields, *LayerControls._fields}
     assert set(checks.LISTS) == set(Inputs._fields) - {"weights", "controls"}
-    assert {*checks.SAVED, "final"} == set(Result._fields) - {"kept"}
+    assert {*checks.SAVED_AXES, "final"} == set(Result._fields) - {"kept"}
     assert len(ROW_AXES) == len(ROW)
 
 

@@ -15,7 +15,7 @@ from torch import nn
 import gpu_rnn
 from gpu_rnn.demo import command, datasets, picture
 from gpu_rnn.demo.models import STANDARD, WITH_OPTIONS, PythonLoop, Variant
-from gpu_rnn.demo.timing import Case, Timing, measure, table
+from gpu_rnn.demo.timing import Case, CaseTiming, measure, table
 from gpu_rnn.demo.train import Epoch, Run, train
 
 # The data set's own documentation: 30 recordings of each speaker to train on, and these to test on.
@@ -125,12 +125,12 @@ def test_a_wrong_result_is_not_timed(vowels: datasets.Dataset) -> None:
 
 def test_the_table_gives_their_time_over_ours() -> None:
     case = Case("GRU", nn.Identity(), nn.Identity(), "torch.nn.GRU", None, "aten")
-    lines = table([Timing(case, forward=(0.002, 0.003), training=(0.004, 0.002))]).splitlines()
+    lines = table([CaseTiming(case, forward=(0.002, 0.003), training=(0.004, 0.002))]).splitlines()
     assert lines[-3].split() == ["GRU", "2.00", "3.00", "1.50x", "4.00", "2.00", "0.50x"]
     assert lines[-2].split() == "beside torch.nn.GRU; backend aten".split()
     assert "theirs divided by ours" in lines[-1]
     longer = replace(case, label=60 * "x")
-    rows = table([Timing(each, (0.002, 0.003), (0.004, 0.002)) for each in (case, longer)]).splitlines()
+    rows = table([CaseTiming(each, (0.002, 0.003), (0.004, 0.002)) for each in (case, longer)]).splitlines()
     assert len({len(line) for line in rows[1:-1:2]}) == 1  # the heads and the figures line up
 
 
@@ -149,7 +149,9 @@ def _draw(path: Path) -> None:
         for library in ("torch.nn", "gpu_rnn")
     ]
     case = SimpleNamespace(label="GRU", theirs_label="torch.nn.GRU")
-    picture.draw(runs, [Timing(case, (1e-3, 2e-3), (2e-3, 4e-3))], data="D", timed="T", device="a device", path=path)
+    picture.draw(
+        runs, [CaseTiming(case, (1e-3, 2e-3), (2e-3, 4e-3))], data="D", timed="T", device="a device", path=path
+    )
 
 
 def test_the_picture_is_a_png(tmp_path: Path) -> None:

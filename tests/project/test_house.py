@@ -170,3 +170,30 @@ def test_the_compiler_is_read_in_the_order_of_its_imports() -> None:
     for place, name in enumerate(listed):
         assert neighbours(folder / f"{name}.py") <= set(listed[:place]), name
         assert imported(folder / f"{name}.py") <= {"compiler", "activations", "memo", "once"}, name
+
+
+# What stands in several files under one name although it is not one thing.
+SAME_NAMES = {
+    "LSTM, GRU": "the layers of each library whose name they have: torch.nn's and Keras's",
+    "Launch, LONGEST_PATTERN, MOST_WARPS": "the same of each kernel that runs the whole loop, by its own limits",
+}
+
+
+def defined(path: Path) -> set[str]:
+    """Classes and constants of a file, and names of types."""
+    names = set()
+    for node in ast.parse(path.read_text()).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        names |= {node.name} if isinstance(node, ast.ClassDef) else {t.id for t in targets if isinstance(t, ast.Name)}
+    return {name for name in names if name.lstrip("_")[:1].isupper() and len(name) > 1}
+
+
+def test_a_name_means_one_thing() -> None:
+    """Classes, constants and types: who meets one finds one definition. Functions are called by their module's name."""
+    places: dict[str, list[str]] = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for name in defined(path):
+            places.setdefault(name, []).append(path.relative_to(PACKAGE).as_posix())
+    allowed = {name for names in SAME_NAMES for name in names.split(", ")}
+    several = {name: files for name, files in places.items() if len(files) > 1}
+    assert several.keys() == allowed, several

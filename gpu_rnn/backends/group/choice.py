@@ -120,7 +120,7 @@ def _fitting(problem: Problem) -> Iterator[Choice]:
         yield Choice(layout, groups, at_once, _step(problem, layout, groups, at_once, RANKING))
 
 
-def _step(problem: Problem, layout: Layout, groups: int, at_once: int, known: rates.Group) -> float:
+def _step(problem: Problem, layout: Layout, groups: int, at_once: int, known: rates.GroupRates) -> float:
     """Seconds for a step of all rows of all of N."""
     device = problem.device
     busy = _busy_cycles(problem, layout, known) / (device.clock * 1e9)
@@ -138,7 +138,7 @@ def _blocks_by_memory(device: Device, layout: Layout) -> int:
     return device.shared_memory // max(layout.shared_bytes, 1)
 
 
-def _busy_cycles(problem: Problem, layout: Layout, known: rates.Group) -> float:
+def _busy_cycles(problem: Problem, layout: Layout, known: rates.GroupRates) -> float:
     """Cycles for one tile of a step, if nothing has to be waited for."""
     program = problem.program
     warps = layout.across * layout.along

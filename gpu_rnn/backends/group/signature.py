@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from gpu_rnn.memo import memoize
 
-Argument = TypeVar("Argument")
+A = TypeVar("A")
 
 
 def parameters(text: str, kernel: str) -> tuple[str, ...]:
@@ -37,7 +37,7 @@ def shipped(kernel: str) -> tuple[str, ...]:
     return parameters((files("gpu_rnn.kernels.cuda") / f"{kernel}.cu").read_text(), kernel)
 
 
-def ordered(kernel: str, names: tuple[str, ...], arguments: Mapping[str, Argument]) -> tuple[Argument, ...]:
+def ordered(kernel: str, names: tuple[str, ...], arguments: Mapping[str, A]) -> tuple[A, ...]:
     """The arguments in the order of a kernel's parameters.
 
     Raises:

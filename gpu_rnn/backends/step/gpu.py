@@ -16,7 +16,7 @@ from gpu_rnn.backends.linear import inputs_over_time, over_steps
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.backends.step.controls import StepControls
 from gpu_rnn.backends.step.cuda_graphs import Chunks, alone
-from gpu_rnn.backends.step.gpu_buffers import Backward, Forward, Kind
+from gpu_rnn.backends.step.gpu_buffers import BackwardSteps, ForwardSteps, Kind
 from gpu_rnn.backends.tensors import Call, LoopGradients, Result, parts, reorder, reorder_each, state_dtype
 from gpu_rnn.compiler.derivative import carried_values
 from gpu_rnn.compiler.program import Program, lookup
@@ -46,7 +46,7 @@ def kernels(problem: Problem) -> Iterator[Kernel]:
     back = problem.direction == "backward"
     save = problem.direction == "training"
     kind = Kind.of(call, save, inner=problem.all_states or save)
-    loop: Any = (Backward if back else Forward)(problem.program, gates, len(gates), kind)
+    loop: Any = (BackwardSteps if back else ForwardSteps)(problem.program, gates, len(gates), kind)
     for steps in filter(None, (loop, loop.projection)):
         for shape, product in zip(steps.shapes, steps.products, strict=True):
             if back:
@@ -74,7 +74,7 @@ def _empty(pairs: Pairs, part: slice) -> None:
         values[part].copy_(buffer[: part.stop - part.start])
 
 
-def _control_pairs(loop: Forward | Backward, controls: StepControls) -> Iterator[tuple[Tensor, Tensor]]:
+def _control_pairs(loop: ForwardSteps | BackwardSteps, controls: StepControls) -> Iterator[tuple[Tensor, Tensor]]:
     if loop.flags is not None:
         yield loop.flags, controls.after
     if controls.zone is not None:
@@ -82,7 +82,7 @@ def _control_pairs(loop: Forward | Backward, controls: StepControls) -> Iterator
             yield buffer, zone[..., : buffer.shape[-1]]
 
 
-def _reset_pairs(loop: Forward, controls: StepControls) -> Iterator[tuple[Tensor, Tensor]]:
+def _reset_pairs(loop: ForwardSteps, controls: StepControls) -> Iterator[tuple[Tensor, Tensor]]:
     """What the states are reset to after each step; values that are the same at all steps are filled in here."""
     if loop.reset is None:
         return
@@ -104,7 +104,7 @@ def forward(call: Call, gates: Tensor, save: bool, all_states: bool) -> Result:
     kind = Kind.of(call, save, save or all_states)
     chunks = Chunks.get(
         ("forward", program.text, kind, call.problem.precision),
-        lambda count: Forward(program, gates, count, kind),
+        lambda count: ForwardSteps(program, gates, count, kind),
         gates,
     )
     loop = chunks.loop
@@ -139,7 +139,7 @@ def backward(call: Call, saved: Result, d_y: Tensor, d_final: list[Tensor], d_in
     kind = Kind.of(call, inner=d_inner is not None)
     chunks = Chunks.get(
         ("backward", program.text, kind, call.problem.precision),
-        lambda count: Backward(program, gates, count, kind),
+        lambda count: BackwardSteps(program, gates, count, kind),
         gates,
     )
     loop = chunks.loop

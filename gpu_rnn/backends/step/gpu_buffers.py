@@ -197,7 +197,7 @@ class _Steps:
         }
 
 
-class Forward(_Steps):
+class ForwardSteps(_Steps):
     """A number of forward steps."""
 
     def __init__(self, program: Program, like: Tensor, steps: int, kind: Kind, width: int = 0) -> None:
@@ -257,7 +257,7 @@ class Forward(_Steps):
             step_forward[self.grid](**self.arguments(t, shape, multiplied))
 
 
-class Backward(_Steps):
+class BackwardSteps(_Steps):
     """A number of backward steps."""
 
     def __init__(self, program: Program, like: Tensor, steps: int, kind: Kind, width: int = 0) -> None:

@@ -28,7 +28,7 @@ from gpu_rnn.compiler.program import lookup
 
 def backward(call: Call, saved: Result, d_y: Tensor, d_final: list[Tensor], d_inner: Tensor | None) -> LoopGradients:
     """As `step.backward`."""
-    loop = _Loop(call, saved, d_y, d_inner)
+    loop = _BackwardLoop(call, saved, d_y, d_inner)
     loop.d_states = [d.to(loop.dtype) for d in d_final]
     for part in reversed(chunks(saved.gates)):
         loop.run(part)
@@ -111,7 +111,7 @@ class _Norm:
         return self.d_total + self.d_scale.sum(0)
 
 
-class _Stage:
+class _StageGradients:
     """One stage of a step: the pointwise derivative and the product back."""
 
     def __init__(self, call: Call, number: int, d: _Gradients) -> None:
@@ -204,7 +204,7 @@ class _Stage:
         return (term.sum(step, seeds) for term in self.to_carried)
 
 
-class _Loop:
+class _BackwardLoop:
     """One step after the other, from the last to the first in processing order."""
 
     def __init__(self, call: Call, saved: Result, d_y: Tensor, d_inner: Tensor | None) -> None:
@@ -225,7 +225,7 @@ class _Loop:
             [torch.zeros_like(like, dtype=self.dtype) for _ in program.params],
             self.dtype,
         )
-        self.stages = [_Stage(call, number, self.d) for number in range(len(program.stages))]
+        self.stages = [_StageGradients(call, number, self.d) for number in range(len(program.stages))]
         self.reads = set().union(*(stage.reads for stage in self.stages))
         self.normalised = (
             None if saved.kept is None else Normalised(*(reorder(values[1], order) for values in saved.kept))

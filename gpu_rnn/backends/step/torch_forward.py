@@ -25,7 +25,7 @@ def forward(call: Call, gates: Tensor, save: bool, all_states: bool) -> Result:
     controls = StepControls.of(call, steps)
     gates = reorder(gates, controls.order)
     recurrent = gates.new_zeros(steps, batch, n, len(call.program.split), hidden)
-    loop = _Loop(call, gates, recurrent, controls)
+    loop = _ForwardLoop(call, gates, recurrent, controls)
     outputs, inner = [], []
     for t in range(steps):
         first, *others = loop.step(t)
@@ -69,7 +69,7 @@ def steps_with(flags: Tensor | None, steps: int) -> list[bool]:
     return flags.flatten(1).any(1).tolist() if flags.is_cpu else [True] * steps
 
 
-class _Loop:
+class _ForwardLoop:
     """One step after the other, in processing order; see `reference._Step` and `reference._Steering`."""
 
     def __init__(self, call: Call, gates: Tensor, recurrent: Tensor, controls: StepControls) -> None:
@@ -78,7 +78,7 @@ class _Loop:
         self.names = [f"s_{name}" for name in program.state_names]
         self.states = [state.to(self.dtype) for state in call.states]
         self.params = parameters(program, weights, self.dtype)
-        self.stages = [_Stage(call, number, gates, recurrent) for number in range(len(program.stages))]
+        self.stages = [_StageProducts(call, number, gates, recurrent) for number in range(len(program.stages))]
         self.projection = None if weights.w_hr is None else weights.w_hr.transpose(1, 2)
         steps = len(gates)
         self.resets, self.entered = steps_with(controls.reset, steps), []
@@ -127,7 +127,7 @@ def _reset(controls: StepControls, value: Tensor | float, dtype: torch.dtype) ->
     return lambda t, state: torch.where(flags[t], values[t], state)
 
 
-class _Stage:
+class _StageProducts:
     """The products of one stage, taken where its gates' other parts stand already."""
 
     def __init__(self, call: Call, number: int, gates: Tensor, recurrent: Tensor) -> None:

@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 import torch
 
-from gpu_rnn.backends.step.gpu_buffers import Backward, Forward, Kind
+from gpu_rnn.backends.step.gpu_buffers import BackwardSteps, ForwardSteps, Kind
 from tests.backends.test_resident_builds import NoDevice
 from tests.support import loops as support
 
@@ -49,7 +49,7 @@ def build(cell: str, kind: Kind, architecture: int, dtype: torch.dtype) -> None:
     if kind.drop > 1:
         kind = kind._replace(drop=len(program.gates))
     like = torch.empty(4, 3, 2, len(program.gates), 40, dtype=dtype, device="meta")
-    forward, backward = Forward(program, like, 4, kind), Backward(program, like, 4, kind)
+    forward, backward = ForwardSteps(program, like, 4, kind), BackwardSteps(program, like, 4, kind)
     before = driver._active
     driver.set_active(NoDevice(architecture))
     try:
@@ -60,7 +60,7 @@ def build(cell: str, kind: Kind, architecture: int, dtype: torch.dtype) -> None:
         driver._active = before
 
 
-def warm_up(forward: Forward, backward: Backward, entering: torch.Tensor) -> None:
+def warm_up(forward: ForwardSteps, backward: BackwardSteps, entering: torch.Tensor) -> None:
     """The launches of one step."""
     from gpu_rnn.kernels.triton.step import step_backward, step_forward
 
