@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-ROOT = next(folder for folder in Path(__file__).resolve().parents if (folder / "pyproject.toml").exists())
+from tests.support.paths import ROOT
+
 PAGES = ("docs/architecture.md", "CONTRIBUTING.md", "kernels/README.md")
 FOLDERS = (ROOT, ROOT / "gpu_rnn", ROOT / "kernels")  # that paths of these pages start from
 SOURCES = ("gpu_rnn", "kernels", "tests", "benchmarks", "examples", "tools")
