@@ -27,12 +27,19 @@ from gpu_rnn.memo import memoize
 EMPTY = ".version 8.0\n.target sm_80\n.address_size 64\n"  # a text in PTX, of which ptxas makes code for any device
 
 
-class Kernel(NamedTuple):
-    """A Triton kernel with the arguments of a launch."""
+class TritonLaunch(NamedTuple):
+    """A Triton kernel with all its arguments: what is built beforehand is exactly what runs."""
 
-    function: Any
+    kernel: Any
     grid: tuple[int, ...]
     arguments: dict[str, Any]
+
+    def __call__(self, like: Tensor) -> None:
+        """Runs it on the current stream of the device of `like`."""
+        if 0 in self.grid:
+            return
+        with torch.cuda.device_of(like), triton_interpreter.arithmetic():
+            self.kernel[self.grid](**self.arguments)
 
 
 class Example(NamedTuple):
@@ -79,11 +86,11 @@ def example(given: Problem) -> Example:
 class Builds:
     """What became of a backend's kernels, by problem."""
 
-    def __init__(self, kernels: Callable[[Problem], Iterable[Kernel]]) -> None:
-        self._kernels = kernels
-        name, stays = f"{kernels.__module__}: failures", "`reasons` is asked after `prepare`, in whatever thread"
+    def __init__(self, launches: Callable[[Problem], Iterable[TritonLaunch]]) -> None:
+        self._launches = launches
+        name, stays = f"{launches.__module__}: failures", "`reasons` is asked after `prepare`, in whatever thread"
         self._failures: dict[Problem, str] = memo.hold(name, {}, None, stays=stays)
-        self._failure = memoize(1024, stays=stays, name=f"{kernels.__module__}: builds")(self._built)
+        self._failure = memoize(1024, stays=stays, name=f"{launches.__module__}: builds")(self._built)
 
     def prepare(self, problem: Problem) -> None:
         """Builds the kernels of a problem that is supported so far; where that fails, `reasons` has one from then
@@ -112,8 +119,8 @@ class Builds:
                 target = driver.active.get_current_target()
                 if target.backend == "cuda" and ptxas_refusal(target.arch):
                     return _words(RuntimeError(ptxas_refusal(target.arch)))
-                for kernel in self._kernels(problem):
-                    compiled = kernel.function.warmup(grid=kernel.grid, **kernel.arguments)
+                for launch in self._launches(problem):
+                    compiled = launch.kernel.warmup(grid=launch.grid, **launch.arguments)
                     compiled.run  # noqa: B018  # builds the launcher and loads the machine code
         except (TritonError, RuntimeError, OSError, subprocess.SubprocessError, ImportError, AssertionError) as error:
             return _words(error)

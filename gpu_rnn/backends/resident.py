@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gpu_rnn.backends import building, persistent, rates, triton_interpreter
+from gpu_rnn.backends.building import TritonLaunch
 from gpu_rnn.backends.persistent import bits, even_rows, rows, whole
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.backends.tensors import Call, LoopGradients, Result
@@ -150,22 +151,6 @@ def _busy_cycles(problem: Problem, chosen: Tile, known: rates.ResidentRates) -> 
     )
 
 
-@dataclass(frozen=True)
-class Launch:
-    """A kernel with all its arguments: the compile tests build exactly what runs."""
-
-    kernel: Any
-    grid: tuple[int, int]
-    arguments: dict[str, Any]
-
-    def __call__(self, like: Tensor) -> None:
-        """Runs it on the current stream of the device of `like`."""
-        if 0 in self.grid:
-            return
-        with torch.cuda.device_of(like), triton_interpreter.arithmetic():
-            self.kernel[self.grid](**self.arguments)
-
-
 @memoize(256)
 def _constants(text: str, backward: bool) -> dict[str, Any]:
     """What a kernel is compiled for, of a program."""
@@ -206,7 +191,7 @@ def _launch(
     p_gates: Tensor,
     strides: dict[str, int],
     **arguments: Any,
-) -> Launch:
+) -> TritonLaunch:
     """A launch with what both directions take alike."""
     steps, batch, n, _, hidden = p_gates.shape
     pattern, period = bits(call.reverse)
@@ -231,7 +216,7 @@ def _launch(
         "num_warps": chosen.warps,
         "enable_fp_fusion": True,  # Triton is about to change its default, and 3.9 warns of it
     }
-    return Launch(kernel, (-(-batch // chosen.rows), n), both | _controls(call) | arguments)
+    return TritonLaunch(kernel, (-(-batch // chosen.rows), n), both | _controls(call) | arguments)
 
 
 def _controls(call: Call) -> dict[str, Any]:
@@ -254,7 +239,7 @@ def prepare_forward(
     gates: Tensor,  # (T, B, N, G, H), the input projection; overwritten when `save`
     save: bool,
     all_states: bool = False,
-) -> tuple[Launch, Result]:
+) -> tuple[TritonLaunch, Result]:
     """The launch and the result that it fills."""
     from gpu_rnn.kernels.triton.resident import resident_forward
 
@@ -289,7 +274,7 @@ def prepare_backward(
     d_y: Tensor,  # (T, B, N, H)
     d_final: list[Tensor],  # each (B, N, H)
     d_inner: Tensor | None = None,  # (S - 1, T, B, N, H)
-) -> tuple[Launch, LoopGradients]:
+) -> tuple[TritonLaunch, LoopGradients]:
     """The launch and the gradients that it fills; those of the parameters (tiles, N, P, H), a share from each tile."""
     from gpu_rnn.kernels.triton.resident import resident_backward
 
@@ -321,19 +306,16 @@ def prepare_backward(
     return launch, LoopGradients(d_gates, d_recurrent, d_states, d_params, d_resets=d_resets)
 
 
-def _kernels(problem: Problem) -> list[building.Kernel]:
+def _launches(problem: Problem) -> list[TritonLaunch]:
     """The launch that a problem takes."""
     call, gates, saved = building.example(problem)
     if problem.direction == "backward":
-        launch: Launch = prepare_backward(
-            call, saved, saved.y, saved.final, saved.inner if problem.all_states else None
-        )[0]
-    else:
-        launch = prepare_forward(call, gates, problem.direction == "training", problem.all_states)[0]
-    return [building.Kernel(launch.kernel, launch.grid, launch.arguments)]
+        inner = saved.inner if problem.all_states else None
+        return [prepare_backward(call, saved, saved.y, saved.final, inner)[0]]
+    return [prepare_forward(call, gates, problem.direction == "training", problem.all_states)[0]]
 
 
-_builds = building.Builds(_kernels)
+_builds = building.Builds(_launches)
 prepare = _builds.prepare
 
 

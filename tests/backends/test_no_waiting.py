@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import gpu_rnn
 from gpu_rnn import devices
-from gpu_rnn.backends import resident
+from gpu_rnn.backends import building
 from gpu_rnn.backends.group import launch as group
 from gpu_rnn.backends.group import nvrtc
 from gpu_rnn.backends.step import gpu_buffers
@@ -54,7 +54,7 @@ def no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors of a GPU, and every backend up to its launches."""
     pretend(monkeypatch)
     monkeypatch.setattr(choice, "device_of", lambda device: devices.describe("H100"))
-    for kernel in (resident.Launch, group.Launch):
+    for kernel in (building.TritonLaunch, group.Launch):
         monkeypatch.setattr(kernel, "__call__", lambda launch, like: None)
     for steps in (gpu_buffers.ForwardSteps, gpu_buffers.BackwardSteps):
         monkeypatch.setattr(steps, "run", lambda loop, steps: None)

@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from gpu_rnn import devices
-from gpu_rnn.backends import resident
+from gpu_rnn.backends import building, resident
 from gpu_rnn.backends.problem import DIRECTIONS, Problem
 from gpu_rnn.backends.tensors import Call, LayerControls, Result, Weights
 from tests.support import loops as support
@@ -89,7 +89,7 @@ def limit(cell: str, kind: str, direction: str, architecture: int) -> int:
     return max(w for w in widths if not resident.unsupported(problem(cell, kind, direction, architecture, w)))
 
 
-def launch(given: Problem) -> resident.Launch:
+def launch(given: Problem) -> building.TritonLaunch:
     """The launcher's launch, of tensors without memory."""
 
     def empty(*shape: int, dtype: torch.dtype = given.dtype) -> torch.Tensor:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Chunks of steps as CUDA graphs over buffers of their own, so that one graph serves every number of steps.
 
-What is over after the last whole chunk runs without a graph. The buffers belong to one stream, one shape and one cell.
+Steps left after the last full chunk run without a graph. The buffers belong to one stream, one shape and one cell.
 While the user captures a graph, the loop runs inside of it.
 """
 
@@ -11,7 +11,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,7 +38,20 @@ def alone(function: Callable[..., Any]) -> Callable[..., Any]:
     return locked
 
 
-class Chunks:
+class Steps(Protocol):
+    """A number of steps over buffers of their own."""
+
+    def run(self, steps: int) -> None:
+        """So many, of what is in the buffers."""
+
+    def nbytes(self) -> int:
+        """Of the buffers."""
+
+
+S = TypeVar("S", bound=Steps)
+
+
+class Chunks(Generic[S]):
     """Runs steps in chunks: on a GPU full ones as a replayed graph, over buffers kept for the next call.
 
     The first call with a key runs without a graph over buffers of its own, and so loads every kernel that the graph
@@ -46,17 +59,17 @@ class Chunks:
     """
 
     # None: a first call came to its end
-    kept: OrderedDict[tuple[Any, ...], Chunks | None] = memo.hold(
+    kept: OrderedDict[tuple[Any, ...], Chunks[Any] | None] = memo.hold(
         f"{__name__}.Chunks.kept", OrderedDict(), GRAPHS, alone=_one_call
     )
 
-    def __init__(self, loop: Any, chunk: int, key: tuple[Any, ...] = (), place: _Place | None = None) -> None:
+    def __init__(self, loop: S, chunk: int, key: tuple[Any, ...] = (), place: _Place | None = None) -> None:
         """`place`: where its graph is captured; without one there is none."""
         self.loop, self.chunk, self.key, self.place = loop, chunk, key, place
         self.graph: torch.cuda.CUDAGraph | None = None
 
     @classmethod
-    def get(cls, key: tuple[Any, ...], make: Callable[[int], Any], like: Tensor) -> Chunks:
+    def get(cls, key: tuple[Any, ...], make: Callable[[int], S], like: Tensor) -> Chunks[S]:
         steps = like.shape[0]
         if not like.is_cuda or steps < CHUNK or torch.cuda.is_current_stream_capturing():
             return cls(make(steps), steps)
@@ -79,7 +92,7 @@ class Chunks:
     def _make_room(cls, most: float = float("inf")) -> None:
         """For one more: the oldest go, and what they hold with them."""
         kept = cls.kept
-        while len(kept) >= GRAPHS or sum(_bytes(chunks.loop) for chunks in kept.values() if chunks) > most:
+        while len(kept) >= GRAPHS or sum(chunks.loop.nbytes() for chunks in kept.values() if chunks) > most:
             kept.popitem(last=False)
 
     def run(self, steps: int) -> None:
@@ -157,12 +170,3 @@ def _in_a_lent_pool(device: torch.device) -> bool:
         if inside and segment["device"] == probe.device.index:
             return tuple(segment["segment_pool_id"]) != (0, 0)
     return False
-
-
-def _bytes(value: Any) -> int:
-    """Of the tensors that a loop holds, in lists too."""
-    if isinstance(value, Tensor):
-        return value.nbytes
-    if isinstance(value, (list, tuple)):
-        return sum(map(_bytes, value))
-    return sum(map(_bytes, vars(value).values())) if hasattr(value, "run") else 0

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gpu_rnn.backends import building, triton_interpreter
-from gpu_rnn.backends.building import Kernel
+from gpu_rnn.backends.building import TritonLaunch
 from gpu_rnn.backends.linear import inputs_over_time, over_steps
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.backends.step.controls import StepControls
@@ -36,7 +36,7 @@ def _fits(dtype: torch.dtype, projects: bool, program: Program) -> bool:
     return narrow and (not projects or _h_only_enters_the_product(program))
 
 
-def kernels(problem: Problem) -> Iterator[Kernel]:
+def launches(problem: Problem) -> Iterator[TritonLaunch]:
     """The launches of one step of a problem; none where this loop does not take it."""
     from gpu_rnn.kernels.triton.step import step_backward, step_forward
 
@@ -50,10 +50,10 @@ def kernels(problem: Problem) -> Iterator[Kernel]:
     for steps in filter(None, (loop, loop.projection)):
         for shape, product in zip(steps.shapes, steps.products, strict=True):
             if back:
-                yield Kernel(step_backward, steps.grid, steps.arguments(0, shape))
+                yield TritonLaunch(step_backward, steps.grid, steps.arguments(0, shape))
                 continue
             entering = loop.of_h.entering if steps is loop else loop.y[0].transpose(0, 1)
-            yield Kernel(step_forward, steps.grid, steps.arguments(0, shape, product.batched(entering)))
+            yield TritonLaunch(step_forward, steps.grid, steps.arguments(0, shape, product.batched(entering)))
 
 
 def _h_only_enters_the_product(program: Program) -> bool:
@@ -115,13 +115,14 @@ def forward(call: Call, gates: Tensor, save: bool, all_states: bool) -> Result:
     inner = gates.new_empty(0, dtype=state_dtype(y.dtype))
     if kind.inner:
         inner = inner.new_empty(len(call.states) - 1, steps, batch, n, hidden)
-    given = [(loop.gates, gates), *_control_pairs(loop, controls), *_reset_pairs(loop, controls)]
-    wanted = [(loop.of_h.y, y), *(zip(loop.inner, inner, strict=True) if kind.inner else ())]
-    wanted += [(loop.gates, gates), (loop.recurrent, recurrent)] if save else []
+    inputs = [(loop.gates, gates), *_control_pairs(loop, controls), *_reset_pairs(loop, controls)]
+    outputs = [(loop.of_h.y, y)]
+    outputs += [] if loop.inner is None else zip(loop.inner, inner, strict=True)
+    outputs += [(loop.gates, gates), (loop.recurrent, recurrent)] if save else []
     for part in parts(steps, chunks.chunk):
-        _fill(given, part)
+        _fill(inputs, part)
         chunks.run(part.stop - part.start)
-        _empty(wanted, part)
+        _empty(outputs, part)
     final = [state.to(gates.dtype, copy=True) for state in loop.each_state("states")]
     y, inner = controls.output(y), reorder_each(inner, controls.order)
     if not save:
@@ -129,81 +130,119 @@ def forward(call: Call, gates: Tensor, save: bool, all_states: bool) -> Result:
     return Result(y, final, reorder(gates, controls.order), reorder(recurrent, controls.order), inner)
 
 
+class _Saved(NamedTuple):
+    """What a backward loop reads of the forward pass, in processing order, (T, B, N, ·)."""
+
+    gates: Tensor
+    recurrent: Tensor
+    before: list[Tensor]  # each state, before each step
+    carried: list[list[Tensor]]  # what each stage reads of earlier ones
+    entering: list[Tensor]  # what enters the product of each stage
+    projected: Tensor | None  # what enters the projection of h
+
+    @staticmethod
+    def of(call: Call, saved: Result, controls: StepControls) -> _Saved:
+        program, order, values = call.program, controls.order, inputs_over_time(call, saved)
+        before = [reorder(values[f"s_{name}"], order) for name in program.state_names]
+        carried: list[list[Tensor]] = []
+        made: list[Tensor] = []
+        for number, stage in enumerate(program.stages):
+            carried.append([reorder(values[name], order) for name in carried_values(program, number)])
+            if number == len(program.stages) - 1 and call.weights.w_hr is None:
+                break
+            stage.run(values)
+            output = reorder(lookup(values, stage.outputs[0], values[program.gate_inputs(stage)[0]]), order)
+            made.append(output if controls.skip is None else torch.where(controls.skip, 0, output))
+        projected = None if call.weights.w_hr is None else made.pop()
+        gates, recurrent = reorder(saved.gates, order), reorder(saved.recurrent, order)
+        return _Saved(gates, recurrent, before, carried, [before[0], *made], projected)
+
+
+class _Gradients:
+    """What a backward loop makes, in processing order."""
+
+    def __init__(self, saved: _Saved, kind: Kind, norm: Tensor | None) -> None:
+        batch_shape = saved.gates.shape[:3]
+        self.gates, self.recurrent = torch.empty_like(saved.gates), torch.empty_like(saved.recurrent)
+        self.products = None if norm is None else torch.empty_like(saved.gates)
+        self.norm = None if norm is None else torch.zeros_like(norm, dtype=torch.float32)
+        self.projected = saved.gates.new_empty(*batch_shape, 1, kind.projection) if kind.projection else None
+        # Of each state, (T + 1, B, N, ·): before each step, and after the last.
+        self.entered: list[Tensor] = []
+        if kind.reset_values:
+            size = len(saved.gates) + 1
+            self.entered = [each.new_empty(size, *each.shape[1:], dtype=torch.float32) for each in saved.before]
+
+    def buffers(self, loop: BackwardSteps) -> Iterator[tuple[Tensor, Tensor]]:
+        """Those of the loop, each with what takes its values."""
+        yield loop.d_gates, self.gates
+        yield loop.d_recurrent, self.recurrent
+        for buffer, d in zip(loop.each_state("d_entered"), self.entered, strict=True):
+            yield buffer, d[1:]  # at each step that of the next one
+        if self.projected is not None:
+            yield loop.of_h.d_recurrent, self.projected
+
+    def add_norm(self, loop: BackwardSteps, part: slice) -> None:
+        """Those of the products of a chunk before their normalisation, and their share of those of the scales."""
+        if self.norm is not None and self.products is not None:
+            loop.of_norm(self.gates[part], self.recurrent[part], self.products[part], self.norm)
+
+    def finished(
+        self, d_states: list[Tensor], d_params: Tensor | None, saved: _Saved, controls: StepControls
+    ) -> LoopGradients:
+        """In the order of time; `d_states` those of the states that the first step entered with."""
+        for d, first in zip(self.entered, d_states, strict=False):
+            d[0] = first
+        d_w_hr = None
+        if self.projected is not None and saved.projected is not None:
+            d_w_hr = over_steps(self.projected, saved.projected.to(self.projected.dtype)).squeeze(1)
+        order = controls.order
+        return LoopGradients(
+            reorder(self.gates, order),
+            reorder(self.recurrent, order),
+            controls.d_enter(0, d_states),
+            d_params,
+            d_w_hr,
+            self.norm,
+            None if self.products is None else reorder(self.products, order),
+            controls.d_values([d[:-1] for d in self.entered]) if self.entered else [],
+        )
+
+
+def _backward_inputs(
+    loop: BackwardSteps, saved: _Saved, controls: StepControls, d_y: Tensor, d_inner: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    yield loop.gates, saved.gates
+    yield loop.recurrent, saved.recurrent
+    yield loop.of_h.d_y, controls.d_output(d_y)
+    yield from zip(loop.each_state("before"), saved.before, strict=True)
+    yield from _control_pairs(loop, controls)
+    for buffers, values in zip(loop.values, saved.carried, strict=True):
+        yield from zip(buffers, values, strict=True)
+    if loop.d_inner is not None and d_inner is not None:
+        yield from zip(loop.d_inner, reorder_each(d_inner, controls.order), strict=True)
+
+
 @alone
 def backward(call: Call, saved: Result, d_y: Tensor, d_final: list[Tensor], d_inner: Tensor | None) -> LoopGradients:
     """As `step.backward`."""
-    program, weights, controls = call.program, call.weights, StepControls.of(call, len(d_y))
-    order = controls.order
-    before, read, entering = _over_time(call, saved, controls)
-    gates, recurrent = reorder(saved.gates, order), reorder(saved.recurrent, order)
-    kind = Kind.of(call, inner=d_inner is not None)
+    program, controls = call.program, StepControls.of(call, len(d_y))
+    ordered, kind = _Saved.of(call, saved, controls), Kind.of(call, inner=d_inner is not None)
     chunks = Chunks.get(
         ("backward", program.text, kind, call.problem.precision),
-        lambda count: BackwardSteps(program, gates, count, kind),
-        gates,
+        lambda count: BackwardSteps(program, ordered.gates, count, kind),
+        ordered.gates,
     )
-    loop = chunks.loop
+    loop, d = chunks.loop, _Gradients(ordered, kind, call.weights.norm)
     loop.load(call)
     loop.start(d_final)
-    d_gates, d_recurrent = torch.empty_like(gates), torch.empty_like(recurrent)
-    d_products = torch.empty_like(gates) if kind.norm else None
-    d_norm = torch.zeros_like(weights.norm, dtype=torch.float32) if weights.norm is not None else None
-    of_w_hr = None  # the factors of its gradient, (T, B, N, 1, P) and (T, B, N, H)
-    if kind.projection:
-        of_w_hr = d_y.new_empty(*d_y.shape[:3], 1, kind.projection), entering.pop().to(d_y.dtype)
-    d_entered: list[Tensor] = []  # of each state, (T + 1, B, N, ·): before each step, and after the last
-    if kind.reset_values:
-        d_entered = [state.new_empty(len(d_y) + 1, *state.shape[1:], dtype=torch.float32) for state in before]
-    given = [(loop.gates, gates), (loop.recurrent, recurrent), (loop.of_h.d_y, controls.d_output(d_y))]
-    given += [*zip(loop.each_state("before"), before, strict=True), *_control_pairs(loop, controls)]
-    for buffers, values in zip(loop.values, read, strict=True):
-        given += zip(buffers, values, strict=True)
-    if d_inner is not None:
-        given += zip(loop.d_inner, reorder_each(d_inner, order), strict=True)
-    wanted = [(loop.d_gates, d_gates), (loop.d_recurrent, d_recurrent)]
-    # At each step: of the next one's.
-    wanted += [(buffer, d[1:]) for buffer, d in zip(loop.each_state("d_entered"), d_entered, strict=True)]
-    if of_w_hr is not None:
-        wanted.append((loop.of_h.d_recurrent, of_w_hr[0]))
+    inputs, outputs = [*_backward_inputs(loop, ordered, controls, d_y, d_inner)], [*d.buffers(loop)]
     for part in reversed(parts(len(d_y), chunks.chunk)):
-        _fill(given, part)
-        if d_norm is not None:
-            loop.normalise([values[part] for values in entering])
+        _fill(inputs, part)
+        if kind.norm:
+            loop.normalise([values[part] for values in ordered.entering])
         chunks.run(part.stop - part.start)
-        _empty(wanted, part)
-        if d_norm is not None and d_products is not None:
-            loop.of_norm(d_gates[part], d_recurrent[part], d_products[part], d_norm)
-    d_states = loop.finish()
-    for d, first in zip(d_entered, d_states, strict=False):
-        d[0] = first
-    return LoopGradients(
-        reorder(d_gates, order),
-        reorder(d_recurrent, order),
-        controls.d_enter(0, d_states),
-        loop.d_params.sum(0) if program.params else None,
-        None if of_w_hr is None else over_steps(*of_w_hr).squeeze(1),
-        d_norm,
-        None if d_products is None else reorder(d_products, order),
-        controls.d_values([d[:-1] for d in d_entered]) if d_entered else [],
-    )
-
-
-def _over_time(
-    call: Call, saved: Result, controls: StepControls
-) -> tuple[list[Tensor], list[list[Tensor]], list[Tensor]]:
-    """In processing order: the states before each step, what each stage reads of earlier ones, what enters its product.
-
-    What enters the projection of h, if it has one, stands after what enters the stages.
-    """
-    program, order, values = call.program, controls.order, inputs_over_time(call, saved)
-    before = [reorder(values[f"s_{name}"], order) for name in program.state_names]
-    read: list[list[Tensor]] = []
-    entering = before[:1]
-    for number, stage in enumerate(program.stages):
-        read.append([reorder(values[name], order) for name in carried_values(program, number)])
-        if number == len(program.stages) - 1 and call.weights.w_hr is None:
-            break
-        stage.run(values)
-        made = reorder(lookup(values, stage.outputs[0], values[program.gate_inputs(stage)[0]]), order)
-        entering.append(made if controls.skip is None else torch.where(controls.skip, 0, made))
-    return before, read, entering
+        _empty(outputs, part)
+        d.add_norm(loop, part)
+    d_params = loop.d_params.sum(0) if program.params else None
+    return d.finished(loop.finish(), d_params, ordered, controls)

@@ -93,6 +93,14 @@ def over_time(like: Tensor, outer: tuple[int, ...], each: tuple[int, ...], dtype
     return room[..., :count].view(*outer, *each)
 
 
+def _nbytes(value: Any) -> int:
+    if isinstance(value, (list, tuple)):
+        return sum(map(_nbytes, value))
+    if isinstance(value, _Steps):
+        return value.nbytes()
+    return value.nbytes if isinstance(value, Tensor) else 0
+
+
 class _Steps:
     """What both directions have: the weights and what steers the steps."""
 
@@ -149,6 +157,10 @@ class _Steps:
         _, batch, n, _, hidden = like.shape
         count = len(self.program.states) if count is None else count
         return over_time(like, (count, self.steps), (batch, n, hidden), dtype)
+
+    def nbytes(self) -> int:
+        """Of all buffers, those of the projection too."""
+        return sum(map(_nbytes, vars(self).values()))
 
     def load(self, call: Call) -> None:
         """What all steps of a call share."""

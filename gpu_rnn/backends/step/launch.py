@@ -17,7 +17,7 @@ from gpu_rnn.backends.throughput import products
 
 CPU_OPERATION = 3e-6  # seconds, predicted
 
-_builds = building.Builds(gpu.kernels)
+_builds = building.Builds(gpu.launches)
 prepare = _builds.prepare
 
 

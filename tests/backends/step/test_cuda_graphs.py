@@ -27,8 +27,11 @@ class Loop:
     """Takes so many bytes twice; `fails` at its next run."""
 
     def __init__(self, count: int, fails: bool = False) -> None:
-        self.one, self.more = torch.empty(count, dtype=torch.uint8), [torch.empty(count, dtype=torch.uint8), None]
+        self.one, self.more = torch.empty(count, dtype=torch.uint8), torch.empty(count, dtype=torch.uint8)
         self.fails = fails
+
+    def nbytes(self) -> int:
+        return 2 * len(self.one)
 
     def run(self, steps: int) -> None:
         if self.fails:
