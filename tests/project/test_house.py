@@ -175,7 +175,7 @@ def test_the_compiler_is_read_in_the_order_of_its_imports() -> None:
 # What stands in several files under one name although it is not one thing.
 SAME_NAMES = {
     "LSTM, GRU": "the layers of each library whose name they have: torch.nn's and Keras's",
-    "Launch, LONGEST_PATTERN, MOST_WARPS": "the same of each kernel that runs the whole loop, by its own limits",
+    "LONGEST_PATTERN, MOST_WARPS": "the same of each kernel that runs the whole loop, by its own limits",
 }
 
 

@@ -158,7 +158,7 @@ class _Saved(NamedTuple):
         return _Saved(gates, recurrent, before, carried, [before[0], *made], projected)
 
 
-class _Gradients:
+class _GradientsOverTime:
     """What a backward loop makes, in processing order."""
 
     def __init__(self, saved: _Saved, kind: Kind, norm: Tensor | None) -> None:
@@ -233,7 +233,7 @@ def backward(call: Call, saved: Result, d_y: Tensor, d_final: list[Tensor], d_in
         lambda count: BackwardSteps(program, ordered.gates, count, kind),
         ordered.gates,
     )
-    loop, d = chunks.loop, _Gradients(ordered, kind, call.weights.norm)
+    loop, d = chunks.loop, _GradientsOverTime(ordered, kind, call.weights.norm)
     loop.load(call)
     loop.start(d_final)
     inputs, outputs = [*_backward_inputs(loop, ordered, controls, d_y, d_inner)], [*d.buffers(loop)]
