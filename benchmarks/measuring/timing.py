@@ -8,15 +8,15 @@ from collections.abc import Mapping
 import torch
 
 from gpu_rnn.diagnostics import timing
-from gpu_rnn.diagnostics.timing import FEWEST, WARM_UP, Call, Timing
+from gpu_rnn.diagnostics.timing import FEWEST, WARM_UP, Timed, Timing
 
-__all__ = ["FEWEST", "WARM_UP", "Call", "Timing", "interleave", "peak_memory"]
+__all__ = ["FEWEST", "WARM_UP", "Timed", "Timing", "interleave", "peak_memory"]
 
 GRAPH_CALLS = 20  # in one graph, so that launching the graph is a small part of its time
 
 
 def interleave(
-    calls: Mapping[str, Call],
+    calls: Mapping[str, Timed],
     device: torch.device,
     *,
     trials: int,
@@ -39,7 +39,7 @@ def _of_one_call(replays: Timing) -> Timing:
     return Timing("graph", replays.calls * GRAPH_CALLS, [seconds / GRAPH_CALLS for seconds in replays.samples])
 
 
-def peak_memory(call: Call, device: torch.device) -> float | None:
+def peak_memory(call: Timed, device: torch.device) -> float | None:
     """MiB that a call takes from the device on top of its input and weights; None on a CPU."""
     if device.type != "cuda":
         return None
@@ -50,7 +50,7 @@ def peak_memory(call: Call, device: torch.device) -> float | None:
     return (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
-def _captured(call: Call) -> Call | None:
+def _captured(call: Timed) -> Timed | None:
     """Replays of a CUDA graph of the call, or None where it cannot be captured."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
