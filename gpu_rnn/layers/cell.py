@@ -191,11 +191,7 @@ class LSTMCell(CellBase):
         peephole: bool = False,
         backend: str = "auto",
     ) -> None:
-        options = {
-            "activation": activation,
-            "recurrent_activation": recurrent_activation,
-            "peephole": peephole,
-        }
+        options = {"activation": activation, "recurrent_activation": recurrent_activation, "peephole": peephole}
         sizes = input_size, hidden_size, bias, device, dtype
         super().__init__(cells.lstm(**options), *sizes, backend=backend, options=options)
 
@@ -235,10 +231,6 @@ class GRUCell(CellBase):
         reset_after: bool = True,
         backend: str = "auto",
     ) -> None:
-        options = {
-            "activation": activation,
-            "recurrent_activation": recurrent_activation,
-            "reset_after": reset_after,
-        }
+        options = {"activation": activation, "recurrent_activation": recurrent_activation, "reset_after": reset_after}
         sizes = input_size, hidden_size, bias, device, dtype
         super().__init__(cells.gru(**options), *sizes, backend=backend, options=options)

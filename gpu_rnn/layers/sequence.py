@@ -191,11 +191,7 @@ class LSTM(LayerBase):
         backend: str = "auto",
         **options: Unpack[LayerOptions],
     ) -> None:
-        cell = {
-            "activation": activation,
-            "recurrent_activation": recurrent_activation,
-            "peephole": peephole,
-        }
+        cell = {"activation": activation, "recurrent_activation": recurrent_activation, "peephole": peephole}
         sizes = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional
         super().__init__(
             cells.lstm(**cell),
@@ -258,11 +254,7 @@ class GRU(LayerBase):
         **options: Unpack[LayerOptions],
     ) -> None:
         refuse_projection(proj_size)
-        cell = {
-            "activation": activation,
-            "recurrent_activation": recurrent_activation,
-            "reset_after": reset_after,
-        }
+        cell = {"activation": activation, "recurrent_activation": recurrent_activation, "reset_after": reset_after}
         sizes = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional
         super().__init__(
             cells.gru(**cell), "GRU", *sizes, 0, device, dtype, backend=backend, options=cell, further=options
