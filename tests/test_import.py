@@ -46,5 +46,11 @@ def test_importing_is_quick(tmp_path: Path) -> None:
     assert seconds < LIMIT_S
 
 
+def test_importing_brings_nothing_that_waits_for_its_first_use() -> None:
+    program = "import sys, torch, numpy; before = set(sys.modules); import gpu_rnn; print(*(set(sys.modules) - before))"
+    brought = {name.split(".")[0] for name in python(program).split()}
+    assert brought.isdisjoint({"statistics", "decimal", "fractions", "triton", "cupy", "keras", "onnx", "numba"})
+
+
 def test_importing_needs_no_optional_package() -> None:
     assert python(WITHOUT_OPTIONAL_PACKAGES) == "(5, 2, 4)"

@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from statistics import median, quantiles
 
 import torch
 
@@ -31,11 +30,15 @@ class Timing:
 
     @property
     def median(self) -> float:
+        from statistics import median  # brings fractions and decimals: not with the package
+
         return median(self.samples)
 
     @property
     def spread(self) -> tuple[float, float]:
         """The 20th and the 80th percentile."""
+        from statistics import quantiles
+
         if len(self.samples) == 1:
             return self.samples[0], self.samples[0]
         cuts = quantiles(self.samples, n=5, method="inclusive")
