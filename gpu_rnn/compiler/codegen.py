@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -24,8 +24,7 @@ GROUPS = "arspv"
 SMALLEST_NORMAL = torch.finfo(torch.float32).smallest_normal
 
 
-@dataclass(frozen=True)
-class _Function:
+class _Function(NamedTuple):
     """One function to print: its grouped inputs, its operations, and its results, flat or grouped."""
 
     name: str

@@ -7,7 +7,7 @@ found for many steps at once, and the loop is left with a few products and sums,
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from gpu_rnn.compiler.builder import Builder
 from gpu_rnn.compiler.derivative import differentiate
@@ -16,8 +16,7 @@ from gpu_rnn.compiler.program import Program
 from gpu_rnn.memo import memoize
 
 
-@dataclass(frozen=True)
-class Jacobian:
+class Jacobian(NamedTuple):
     """For each output of a stage, its partial derivative by each of the stage's inputs, where it is not 0.
 
     With `links`, outputs that go into others, as c of an LSTM does into h, count as held fixed in the others' partial
@@ -55,7 +54,7 @@ def jacobian(program: Program, number: int) -> Jacobian:
         partials.append({name: value for name, value in zip(derivative.wrt, outputs, strict=True) if value != 0.0})
     ordered = tuple(link[1:] for link in sorted(links, key=lambda link: link[0]))
     complete = Jacobian(tuple(builder.ops), tuple(partials), ordered)
-    return replace(complete, ops=live(builder.ops, complete.results))
+    return complete._replace(ops=live(builder.ops, complete.results))
 
 
 def _propagate(

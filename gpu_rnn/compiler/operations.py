@@ -15,7 +15,7 @@ import operator
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,8 +23,7 @@ Rule = Callable[..., tuple[Any, ...]]
 Argument = str | float  # a value by its name, or a number
 
 
-@dataclass(frozen=True)
-class Operation:
+class Operation(NamedTuple):
     """How one operation runs in torch, is printed for the two kernel languages, and is differentiated."""
 
     torch: Callable[..., Any]
