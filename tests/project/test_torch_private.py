@@ -23,50 +23,42 @@ RUNS = "whether a transform of torch.func, forward AD or a mode that records run
 QUIET = "a trace that takes no part in what runs around it, and changes nothing of the process"
 CALLS = "the functions behind torch.nn's layers and cells, without their modules"
 
-# The room that uses it, its name, and what for.
-PRIVATE: dict[str, dict[str, str]] = {
-    "functional": {"torch._C._is_any_autocast_enabled": "one question for all devices, asked at each call"},
-    "layers": {"torch.nn.Module._replicate_for_data_parallel": "RNNBase's own looks for a list of flat weights"},
-    "call": {
-        "torch._C.DispatchKey.Python": "whether a tensor is a subclass with a __torch_dispatch__",
-        "torch._C._dispatch_keys": "likewise",
-        "torch._subclasses.FakeTensor": "whether a tensor has no numbers",
-        "torch._C._TorchDispatchModeKey": RUNS,
-        "torch._C._get_dispatch_mode": RUNS,
-        "torch._C._get_tracing_state": RUNS,
-        "torch._C._len_torch_dispatch_stack": RUNS,
-        "torch._ops._len_torch_dispatch_stack_pre_dispatch": RUNS,
-        "torch._C._functorch.TransformType": RUNS,
-        "torch._C._functorch.get_interpreter_stack": RUNS,
-        "torch._C._functorch.peek_interpreter_stack": RUNS,
-        "torch.autograd.forward_ad._current_level": RUNS,
-        "torch.compiler._is_exporting_flag": RUNS,
-        "torch._C._functorch.is_legacy_batchedtensor": "whether gradients are batched, as is_grads_batched makes them",
-        "torch._C._autograd._get_current_graph_task_keep_graph": "whether backward was called with retain_graph",
-    },
-    "backends": {
-        "torch._VF": CALLS,
-        "torch._cudnn_rnn": "cuDNN with its buffer of weights, which torch.nn's layers alone keep",
-        "torch._cudnn_rnn_flatten_weight": "that buffer",
-        "torch._foreach_copy_": "all weights into it with few launches",
-        "torch._C._cuda_hasPrimaryContext": "whether a device is in use, without using it; only in builds with CUDA",
-        "torch._C._get_fp32_precision_getter": "fp32 precision of one operation, which torch.backends has not for all",
-        "torch._C._set_fp32_precision_setter": "likewise",
-        "torch.utils._python_dispatch._disable_current_modes": "weights that are laid out once, seen by no mode",
-    },
-    "compiler": {
-        "torch._C._get_tracing_state": QUIET,
-        "torch._C._set_tracing_state": QUIET,
-        "torch._C._len_torch_function_stack": QUIET,
-        "torch._functorch.pyfunctorch.temporarily_clear_interpreter_stack": QUIET,
-        "torch.overrides._pop_mode": QUIET,
-        "torch.overrides._push_mode": QUIET,
-        "torch.utils._python_dispatch.TorchDispatchMode": "what a step does, operation by operation",
-        "torch.utils._python_dispatch._disable_current_modes": QUIET,
-        "torch.utils._python_dispatch._pop_mode": QUIET,
-        "torch.utils._python_dispatch._push_mode": QUIET,
-        "torch._decomp.core_aten_decompositions": "torch's own formulas of its activations",
-    },
+# Of each name what for; where it is used, a search says.
+PRIVATE: dict[str, str] = {
+    "torch._C._is_any_autocast_enabled": "one question for all devices, asked at each call",
+    "torch.nn.Module._replicate_for_data_parallel": "RNNBase's own looks for a list of flat weights",
+    "torch._C.DispatchKey.Python": "whether a tensor is a subclass with a __torch_dispatch__",
+    "torch._C._dispatch_keys": "likewise",
+    "torch._subclasses.FakeTensor": "whether a tensor has no numbers",
+    "torch._C._TorchDispatchModeKey": RUNS,
+    "torch._C._get_dispatch_mode": RUNS,
+    "torch._C._get_tracing_state": RUNS,
+    "torch._C._len_torch_dispatch_stack": RUNS,
+    "torch._ops._len_torch_dispatch_stack_pre_dispatch": RUNS,
+    "torch._C._functorch.TransformType": RUNS,
+    "torch._C._functorch.get_interpreter_stack": RUNS,
+    "torch._C._functorch.peek_interpreter_stack": RUNS,
+    "torch.autograd.forward_ad._current_level": RUNS,
+    "torch.compiler._is_exporting_flag": RUNS,
+    "torch._C._functorch.is_legacy_batchedtensor": "whether gradients are batched, as is_grads_batched makes them",
+    "torch._C._autograd._get_current_graph_task_keep_graph": "whether backward was called with retain_graph",
+    "torch._VF": CALLS,
+    "torch._cudnn_rnn": "cuDNN with its buffer of weights, which torch.nn's layers alone keep",
+    "torch._cudnn_rnn_flatten_weight": "that buffer",
+    "torch._foreach_copy_": "all weights into it with few launches",
+    "torch._C._cuda_hasPrimaryContext": "whether a device is in use, without using it; only in builds with CUDA",
+    "torch._C._get_fp32_precision_getter": "fp32 precision of one operation, which torch.backends has not for all",
+    "torch._C._set_fp32_precision_setter": "likewise",
+    "torch.utils._python_dispatch._disable_current_modes": "weights that are laid out once, seen by no mode",
+    "torch._C._set_tracing_state": QUIET,
+    "torch._C._len_torch_function_stack": QUIET,
+    "torch._functorch.pyfunctorch.temporarily_clear_interpreter_stack": QUIET,
+    "torch.overrides._pop_mode": QUIET,
+    "torch.overrides._push_mode": QUIET,
+    "torch.utils._python_dispatch.TorchDispatchMode": "what a step does, operation by operation",
+    "torch.utils._python_dispatch._pop_mode": QUIET,
+    "torch.utils._python_dispatch._push_mode": QUIET,
+    "torch._decomp.core_aten_decompositions": "torch's own formulas of its activations",
 }
 NEEDS_CUDA = "torch._C._cuda_hasPrimaryContext"
 
@@ -101,43 +93,35 @@ def names(path: Path) -> set[str]:
     return {name for name in full | set(known.values()) if is_private(name)}
 
 
-def rooms() -> dict[str, dict[str, set[str]]]:
-    """Of each room the private names, and the files that have them."""
-    found: dict[str, dict[str, set[str]]] = {}
+def uses() -> dict[str, set[str]]:
+    """Of each private name the files that have it."""
+    files: dict[str, set[str]] = {}
     for path in PACKAGE.rglob("*.py"):
-        parts = path.relative_to(PACKAGE).parts
         for name in names(path):
-            found.setdefault(parts[0].removesuffix(".py"), {}).setdefault(name, set()).add("/".join(parts))
-    return found
+            files.setdefault(name, set()).add(str(path.relative_to(PACKAGE)))
+    return files
 
 
-def covers(listed: str, name: str) -> bool:
-    """A listed name stands for what is looked up in it, and for the modules on the way to it."""
-    return f"{name}.".startswith(f"{listed}.") or listed.startswith(f"{name}.")
+def is_within(name: str, other: str) -> bool:
+    return f"{name}.".startswith(f"{other}.")
 
 
 def test_the_table_has_every_private_name() -> None:
+    """A listed name stands for what is looked up in it, and for the modules on the way to it."""
     missing = {
-        f"{room}: {name} in {', '.join(sorted(files))}"
-        for room, found in rooms().items()
-        for name, files in found.items()
-        if not any(covers(listed, name) for listed in PRIVATE.get(room, ()))
+        f"{name} in {', '.join(sorted(files))}"
+        for name, files in uses().items()
+        if not any(is_within(name, listed) or is_within(listed, name) for listed in PRIVATE)
     }
     assert not missing
 
 
 def test_the_table_has_no_other() -> None:
-    found = rooms()
-    unused = {
-        f"{room}: {listed}"
-        for room, table in PRIVATE.items()
-        for listed in table
-        if not any(f"{name}.".startswith(f"{listed}.") for name in found.get(room, ()))
-    }
-    assert not unused
+    used = uses()
+    assert not {listed for listed in PRIVATE if not any(is_within(name, listed) for name in used)}
 
 
-@pytest.mark.parametrize("name", sorted({name for table in PRIVATE.values() for name in table}))
+@pytest.mark.parametrize("name", sorted(PRIVATE))
 def test_this_torch_has(name: str) -> None:
     if name == NEEDS_CUDA and not torch.backends.cuda.is_built():
         pytest.skip(f"{name} is in builds of torch with CUDA, and this one is without")
