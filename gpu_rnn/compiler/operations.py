@@ -130,6 +130,9 @@ OPERATIONS: dict[str, Operation] = {
     ),
 }
 
+# What torch has for real numbers only: complex ones have no order.
+REAL_ONLY = {"erf", "sign", "floor", "relu", "clamp", "minimum", "maximum", "gt", "ge", "lt", "le"}
+
 
 @dataclass(frozen=True)
 class Op:

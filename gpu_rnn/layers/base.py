@@ -63,6 +63,7 @@ class LayerBase(Regularized, nn.RNNBase):
         self.mode = mode
         self._hold(recurrence, backend, options)
         self._take(layer_options.checked(further, type(self).__name__, (*options, "backend"), recurrence, proj_size))
+        self._check_complex(dtype)
         self._make_parameters(unit_weight, device, dtype)
         self.reset_parameters()
 
@@ -81,6 +82,11 @@ class LayerBase(Regularized, nn.RNNBase):
         plain = layer_options.defaults(self.recurrence)
         changed = {name: getattr(self, name) for name in plain if getattr(self, name) != plain[name]}
         return super().extra_repr() + "".join(f", {name}={getattr(v, '__name__', v)}" for name, v in changed.items())
+
+    def _check_complex(self, dtype: torch.dtype | None) -> None:
+        super()._check_complex(dtype)
+        if self.layer_norm and dtype is not None and dtype.is_complex:
+            raise TypeError(f"{type(self).__name__}: layer normalisation takes real numbers, not dtype={dtype}")
 
     def _make_parameters(self, unit_weight: str, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         names = ["weight_ih", "weight_hh"]

@@ -41,6 +41,7 @@ class CellBase(RecurrenceHolder, RNNCellBase):
     ) -> None:
         super().__init__(input_size, hidden_size, bias, len(recurrence.gates), device, dtype)
         self._hold(recurrence, backend, options)
+        self._check_complex(dtype)
         self._flat_weights_names = ["weight_ih", "weight_hh", "bias_ih", "bias_hh"][: 4 if bias else 2]
         if recurrence.params:
             self._flat_weights_names.append("weight_peephole")

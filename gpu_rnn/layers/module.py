@@ -6,11 +6,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 
 from gpu_rnn.activations import Activation, name_of
 from gpu_rnn.call import arguments
 from gpu_rnn.call.stack import States
+from gpu_rnn.compiler.operations import REAL_ONLY
 from gpu_rnn.dispatch import choice
 from gpu_rnn.layers import options as layer_options
 from gpu_rnn.recurrence import Recurrence
@@ -50,6 +52,18 @@ class RecurrenceHolder(nn.Module):
         }
         # Names, never the user's functions: those may not pickle.
         self._shown = {name: value if isinstance(value, bool) else name_of(value) for name, value in shown.items()}
+
+    def _check_complex(self, dtype: torch.dtype | None) -> None:
+        """Raises TypeError if weights would be complex, and the recurrence takes real numbers only."""
+        if dtype is None or not dtype.is_complex:
+            return
+        ops = [op for stage in self.recurrence.program.stages for op in stage.ops if op.name in REAL_ONLY]
+        if ops:
+            line = f" ({ops[0].line})" if ops[0].line else ""
+            raise TypeError(
+                f"{type(self).__name__}: dtype={dtype} does not go with {self.recurrence.name}'s {ops[0].name}{line}, "
+                "which complex numbers have not: take a real dtype, or an activation such as tanh, sigmoid or softsign"
+            )
 
     def __setattr__(self, name: str, value: Any) -> None:
         """What steers a call is checked when it is set. A subclass may have attributes of its own by any name."""

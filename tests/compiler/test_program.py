@@ -9,6 +9,7 @@ import itertools
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -20,7 +21,7 @@ from gpu_rnn.compiler import codegen
 from gpu_rnn.compiler.builder import Builder
 from gpu_rnn.compiler.derivative import differentiate
 from gpu_rnn.compiler.evaluation import runner
-from gpu_rnn.compiler.operations import OPERATIONS
+from gpu_rnn.compiler.operations import OPERATIONS, REAL_ONLY
 from gpu_rnn.compiler.program import Program, lookup
 from gpu_rnn.recurrence import Recurrence
 from tests.support import loops as support
@@ -321,3 +322,13 @@ def test_builder_folds_constants_and_shares_what_is_equal() -> None:
     assert builder.emit("where", builder.emit("gt", 2.0, 1.0), x, 3.0).name == "x"
     assert (x * x).name == (x * x).name
     assert len(builder.ops) == 1
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_what_takes_complex_numbers(name: str) -> None:
+    z, yes = torch.tensor(0.3 + 0.2j, dtype=torch.complex128), torch.tensor(True)
+    of_truths = {"where": (yes, z, z), "clamp": (z, -1.0, 1.0), "and": (yes, yes), "or": (yes, yes), "not": (yes,)}
+    operation = OPERATIONS[name]
+    expected = pytest.raises((NotImplementedError, RuntimeError)) if name in REAL_ONLY else nullcontext()
+    with expected:
+        operation.torch(*of_truths.get(name, (z,) * operation.arity))

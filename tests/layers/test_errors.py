@@ -90,10 +90,30 @@ def test_an_unknown_argument_is_answered_with_all_there_are() -> None:
         gpu_rnn.LSTM(3, 5, peepholes=True)
 
 
+@pytest.mark.filterwarnings("ignore:Complex modules are a new feature")
 def test_complex_numbers_have_no_layer_normalisation() -> None:
-    layer = gpu_rnn.LSTM(3, 5, layer_norm=True, dtype=torch.complex64)
+    with pytest.raises(TypeError, match="layer normalisation takes real numbers, not dtype="):
+        gpu_rnn.LSTM(3, 5, layer_norm=True, dtype=torch.complex64)
+    layer = gpu_rnn.LSTM(3, 5, layer_norm=True).to(torch.complex64)
     with pytest.raises(TypeError, match="layer normalisation takes real numbers"):
         layer(torch.ones(2, 1, 3, dtype=torch.complex64))
+
+
+@pytest.mark.parametrize(
+    "build, operation",
+    [
+        (lambda dtype: gpu_rnn.RNN(3, 5, nonlinearity="relu", dtype=dtype), r"rnn's relu \(cells.py:\d+"),
+        (lambda dtype: gpu_rnn.RNNCell(3, 5, activation="leaky_relu", dtype=dtype), "rnn's gt"),
+        (lambda dtype: gpu_rnn.LSTM(3, 5, recurrent_activation="hard_sigmoid", dtype=dtype), "lstm's clamp"),
+        (lambda dtype: gpu_rnn.GRUCell(3, 5, activation="gelu", dtype=dtype), "gru's erf"),
+        (lambda dtype: gpu_rnn.Recurrent(gpu_rnn.cells.slstm(), 3, 5, dtype=dtype), "slstm's minimum"),
+    ],
+    ids=["relu", "leaky_relu", "hard_sigmoid", "gelu", "slstm"],
+)
+def test_what_complex_numbers_have_not_is_said_at_once(build: Callable[[torch.dtype], Any], operation: str) -> None:
+    with pytest.raises(TypeError, match=f"dtype=torch.complex64 does not go with {operation}.*take a real dtype"):
+        build(torch.complex64)
+    build(torch.float64)
 
 
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "LSTMCell", "GRUCell"])
