@@ -33,7 +33,6 @@ from benchmarks.measuring.machine import ROOT
 from benchmarks.reporting import results
 from gpu_rnn import devices
 from gpu_rnn.backends import rates
-from gpu_rnn.backends.group import nvrtc
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.backends.rates import Rates
 from gpu_rnn.devices import Device
@@ -114,10 +113,6 @@ def read(files: Iterable[Path]) -> list[Timed]:
     ]
     if not found:
         raise ValueError(f"{', '.join(map(str, files))}: no row of our backends has a time (status ok)")
-    if nvrtc.unavailable() and any(timed.backend == "group" for timed in found):
-        raise ValueError(
-            f"there are rows of the group kernel, and no telling what it can run here: {nvrtc.unavailable()}"
-        )
     return found
 
 

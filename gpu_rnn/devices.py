@@ -74,6 +74,11 @@ def describe(name: str) -> Device:
     raise ValueError(f"no description of a device {name!r}; described are {', '.join(DEVICES)} and CPU")
 
 
+def is_described(device: Device) -> bool:
+    """Whether it was described by name: what it runs does not depend on what is installed here."""
+    return device in DEVICES.values()
+
+
 # Of one family, but with other rates than the device described under that name.
 _UNLIKE = re.compile(r"\b(MIG|GRID|PCI[Ee]|NVL|Laptop|Ti|D|Max-Q|(40|64|94|96) ?GB)\b")
 

@@ -31,7 +31,7 @@ from gpu_rnn.backends.throughput import (
 )
 from gpu_rnn.compiler.program import Program
 from gpu_rnn.compiler.triton_module import triton_module
-from gpu_rnn.devices import DEVICES
+from gpu_rnn.devices import DEVICES, is_described
 from gpu_rnn.memo import memoize
 
 MOST_ACROSS = 65535  # blocks in the second dimension of a CUDA grid, which is N
@@ -95,8 +95,8 @@ def _available(problem: Problem) -> int:
 def unsupported(problem: Problem) -> list[str]:
     """Why this kernel cannot run a problem."""
     program, device, reasons = problem.program, problem.device, []
-    if find_spec("triton") is None:
-        reasons.append("Triton is not installed (it exists for Linux only)")
+    if find_spec("triton") is None and not is_described(device):
+        reasons.append(triton_interpreter.NOT_INSTALLED)
     runs_here = device.is_gpu or (triton_interpreter.INTERPRETING and problem.device_type == "cpu")
     if not runs_here:
         reasons.append(f"needs an NVIDIA GPU, not {problem.device_type} (or TRITON_INTERPRET=1, for tests)")

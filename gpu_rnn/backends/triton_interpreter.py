@@ -15,6 +15,7 @@ import numpy as np
 
 from gpu_rnn.memo import memoize
 
+NOT_INSTALLED = "Triton is not installed (it exists for Linux only)"
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # Triton decides at import too
 
 

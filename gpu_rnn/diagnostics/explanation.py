@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from gpu_rnn.backends import rates
+from gpu_rnn import devices
+from gpu_rnn.backends import rates, triton_interpreter
+from gpu_rnn.backends.group import nvrtc
 from gpu_rnn.backends.group.choice import floor
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.call import autocast
@@ -75,7 +78,16 @@ class Explanation:
             lines.append(f"layers run as a wavefront, steps at a time: {chunks}")
         if self.floor_us is not None:
             lines.append(f"{'floor':10} {'':8} {self.floor_us:8.2f}  of a layer's time loop, with W_hh on chip")
-        return "\n".join([*lines, f"µs/step: {self._origin}"])
+        return "\n".join([*lines, f"µs/step: {self._origin}", *self._elsewhere])
+
+    @property
+    def _elsewhere(self) -> list[str]:
+        """What a described device is taken to have, where it is missing here."""
+        if not devices.is_described(self.problem.device):
+            return []
+        triton = "" if find_spec("triton") else triton_interpreter.NOT_INSTALLED
+        missing = [reason for reason in (triton, nvrtc.unavailable()) if reason]
+        return [f"A described device has Triton and CuPy. Here {'; '.join(missing)}"] if missing else []
 
     @property
     def _origin(self) -> str:
@@ -116,7 +128,8 @@ def explain(
         x: the input, or a tensor of its shape and dtype on any device ("meta" too): (T, B, input_size), with
             batch_first (B, T, input_size), unbatched (T, input_size), or a PackedSequence. None: 100 steps of one
             sample.
-        device: a described device to answer for, such as "H100" (`gpu_rnn.devices.DEVICES`); None: x's own.
+        device: a described device to answer for, such as "H100" (`gpu_rnn.devices.DEVICES`), with Triton and CuPy
+            whether they are installed here or not; None: x's own.
         call: the layer's other arguments that would come with x: hx, mask, lengths, resets, reset_state,
             return_all_states. Their values do not matter, so True stands for any of them.
 

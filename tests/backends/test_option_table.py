@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import gpu_rnn
-from gpu_rnn import memo
+from gpu_rnn import devices, memo
 from gpu_rnn.backends.group import nvrtc
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.dispatch import choice
@@ -105,6 +105,7 @@ def grid() -> Iterator[tuple[str, Problem]]:
 @pytest.fixture
 def without_cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(nvrtc, "unavailable", lambda: "CuPy is not installed")
+    monkeypatch.setattr(devices, "is_described", lambda device: False)
     memo.clear("gpu_rnn.dispatch")
     yield
     memo.clear("gpu_rnn.dispatch")

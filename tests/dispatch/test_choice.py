@@ -14,10 +14,12 @@ import torch
 
 import gpu_rnn
 from gpu_rnn import cells, devices
+from gpu_rnn.backends import resident
 from gpu_rnn.backends.group import cubin, nvrtc
 from gpu_rnn.backends.group import launch as group
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.backends.step import launch as step
+from gpu_rnn.diagnostics import explanation
 from gpu_rnn.dispatch import choice
 from tests.support import loops as support
 from tests.support.profiling import operations
@@ -161,12 +163,35 @@ def test_layers_refuse_in_the_same_words() -> None:
         gpu_rnn.LSTM(2, 3, backend="cudnn")(x)
 
 
-def test_without_cupy_the_group_kernel_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_described_device_has_what_is_not_installed_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same is chosen, and the last line says what is missing here."""
+    layer, x = gpu_rnn.LSTM(64, 512, dtype=torch.bfloat16), torch.empty(100, 32, 64, device="meta")
+    everything = gpu_rnn.explain(layer, x, device="H100")
+    said = str(everything)
+    assert everything.chosen == "group" and "Here" not in said
+    choice._select.cache_clear()
     monkeypatch.setattr(nvrtc, "unavailable", lambda: f"CuPy is not installed: {nvrtc.INSTALL}")
-    layer = gpu_rnn.LSTM(64, 64, dtype=torch.bfloat16)
-    found = gpu_rnn.explain(layer, torch.empty(100, 32, 64, device="meta"), device="H100")
-    assert found.chosen == "resident"
-    assert "group      no                 CuPy is not installed: pip install 'gpu-rnn[cuda12]'" in str(found)
+    monkeypatch.setattr(nvrtc, "compile_cubin", lambda source, arch: pytest.fail("there is nothing to compile with"))
+    group.fit.cache_clear()
+    nothing = gpu_rnn.explain(layer, x, device="H100")
+    assert nothing.rows == everything.rows
+    *table, last = str(nothing).splitlines()
+    assert table == said.splitlines()
+    assert last.startswith("A described device has Triton and CuPy. Here CuPy is not installed: pip install")
+    for module in (resident, explanation):
+        monkeypatch.setattr(module, "find_spec", lambda name: None)
+    assert gpu_rnn.explain(layer, x, device="H100").rows == everything.rows
+    assert "Here Triton is not installed (it exists for Linux only); CuPy is" in str(nothing)
+
+
+def test_without_cupy_the_group_kernel_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device at hand, which a driver names."""
+    monkeypatch.setattr(nvrtc, "unavailable", lambda: f"CuPy is not installed: {nvrtc.INSTALL}")
+    described = problem(device="H100", **half)
+    given = replace(described, device=replace(described.device, name="NVIDIA H100 80GB HBM3"))
+    verdicts = {row.backend: row for row in choice.verdicts(given)}
+    assert verdicts["resident"].chosen and not verdicts["group"].runs
+    assert verdicts["group"].reasons[0].startswith("CuPy is not installed: pip install 'gpu-rnn[cuda12]'")
 
 
 def test_a_kernel_that_does_not_build_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:

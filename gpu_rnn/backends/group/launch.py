@@ -306,6 +306,8 @@ def _wanted(problem: Problem) -> tuple[Choice, str]:
 
 def prepare(problem: Problem) -> None:
     """Builds the kernel of a problem that is supported so far; where that fails, `unsupported` has a reason more."""
+    if devices.is_described(problem.device) and nvrtc.unavailable():
+        return
     choice, arch = _wanted(problem)
     try:
         fit(choice.layout, arch)
@@ -323,7 +325,7 @@ def unsupported(problem: Problem) -> list[str]:
     reasons = []
     if not device.is_gpu:
         reasons.append(f"needs an NVIDIA GPU, not {problem.device_type}")
-    elif device.capability >= persistent.OLDEST:
+    elif device.capability >= persistent.OLDEST and not devices.is_described(device):
         missing = nvrtc.no_driver() if torch.cuda.is_available() else nvrtc.unavailable()
         reasons += [missing] if missing else []
     if len(program.stages) > 1:
