@@ -132,7 +132,7 @@ def test_other_processes_go_by_it(monkeypatch: pytest.MonkeyPatch, cache_folder:
     assert tuned.path.parent == cache_folder and stat.S_IMODE(tuned.path.stat().st_mode) == 0o600
     assert fresh() == ["step", "gpu_rnn::step_backward", "gpu_rnn::step_forward"]
     tuning.forget()
-    assert not list(cache_folder.glob("tuned-*")) and gpu_rnn.explain(layer, x()).chosen == "aten"
+    assert not list(cache_folder.glob("tuned-*.json")) and gpu_rnn.explain(layer, x()).chosen == "aten"
     assert fresh() == ["aten"]
 
 
