@@ -195,14 +195,21 @@ DEVICE long long time_of(int step, long long length, bool reversed) {
 
 constexpr int KEPT_OF[GATES] = KEPT;
 
-struct Sizes {
+// What both kernels take. The states of a row before its first step, and after
+// its last; in the backward direction their gradients, from the end on.
+struct Common {
   long long T, B, N, H;
   bool reversed; // this recurrence runs backwards in time
   long long stride_t, stride_b, stride_n, stride_g; // of gates and d_gates
+  const Scalar *p_w;                                // (N, G, H, H)
+  const Scalar *p_params;                           // (N, P, H) or null
+  const long long *p_lengths;                       // (B,) or null
   const unsigned char *p_flags;                     // (T, B, N) with FLAGS
   const Scalar *p_values;      // (S, 1 or T, B, N, H) with VALUES
   const Scalar *p_drop;        // (B, N, DROPS, H)
   const unsigned char *p_zone; // (S, T, B, N, H) with ZONE
+  const Scalar *p_begin;       // (S, B, N, H)
+  Scalar *p_end;               // (S, B, N, H) out
 };
 
 // One row of a thread's: the states, or in the backward direction their
@@ -214,46 +221,47 @@ struct Row {
 };
 
 // The rows of a tile that starts at row `first` of the batch.
-DEVICE void begin(Row (&rows)[OWNED], const Sizes &sizes, const Seat &seat,
-                  const Spot (&spots)[OWNED],
-                  const Scalar *p_states, // (S, B, N, H)
-                  const long long *p_lengths, long long first) {
+DEVICE void begin(Row (&rows)[OWNED], const Common &common, const Seat &seat,
+                  const Spot (&spots)[OWNED], long long first) {
 #pragma unroll
   for (int k = 0; k < OWNED; k++) {
     const long long batch = first + spots[k].row;
-    const bool inside = batch < sizes.B;
+    const bool inside = batch < common.B;
     rows[k].batch = inside ? batch : 0;
     rows[k].count = inside ? spots[k].count : 0;
-    rows[k].length = !inside ? 0 : p_lengths ? p_lengths[batch] : sizes.T;
-    const Scalar *p =
-        p_states + (rows[k].batch * sizes.N + seat.n) * sizes.H + spots[k].unit;
+    rows[k].length = !inside            ? 0
+                     : common.p_lengths ? common.p_lengths[batch]
+                                        : common.T;
+    const Scalar *p = common.p_begin +
+                      (rows[k].batch * common.N + seat.n) * common.H +
+                      spots[k].unit;
 #pragma unroll
     for (int s = 0; s < STATES; s++)
-      load_pair(rows[k].state[s], p + s * sizes.B * sizes.N * sizes.H,
+      load_pair(rows[k].state[s], p + s * common.B * common.N * common.H,
                 rows[k].count);
   }
 }
 
-DEVICE void finish(const Row (&rows)[OWNED], const Sizes &sizes,
-                   const Seat &seat, const Spot (&spots)[OWNED],
-                   Scalar *p_states) {
+DEVICE void finish(const Row (&rows)[OWNED], const Common &common,
+                   const Seat &seat, const Spot (&spots)[OWNED]) {
 #pragma unroll
   for (int k = 0; k < OWNED; k++) {
-    Scalar *p =
-        p_states + (rows[k].batch * sizes.N + seat.n) * sizes.H + spots[k].unit;
+    Scalar *p = common.p_end + (rows[k].batch * common.N + seat.n) * common.H +
+                spots[k].unit;
 #pragma unroll
     for (int s = 0; s < STATES; s++)
-      store_pair(p + s * sizes.B * sizes.N * sizes.H, rows[k].state[s],
+      store_pair(p + s * common.B * common.N * common.H, rows[k].state[s],
                  rows[k].count);
   }
 }
 
-DEVICE void load_params(float (&params)[ANY_PARAMS][2], const Spot &spot,
-                        const Scalar *p_params, int n, int H) {
+DEVICE void load_params(float (&params)[ANY_PARAMS][2], const Common &common,
+                        const Seat &seat, const Spot &spot) {
 #pragma unroll
   for (int k = 0; k < PARAMS; k++)
     load_pair(params[k],
-              p_params + (static_cast<long long>(n) * PARAMS + k) * H +
+              common.p_params +
+                  (seat.n * static_cast<long long>(PARAMS) + k) * common.H +
                   spot.unit,
               spot.count);
 }
@@ -265,7 +273,7 @@ template <class T> DEVICE void spoil(T *p, long long count) {
     p[k] = from_float<T>(NAN);
 }
 
-DEVICE void spoil_gates(Scalar *p, const Sizes &z) { // (T, B, N, G, H)
+DEVICE void spoil_gates(Scalar *p, const Common &z) { // (T, B, N, G, H)
   for (long long row = 0; row < z.T * z.B * z.N * GATES; row++) {
     const long long n = row / GATES % z.N, b = row / GATES / z.N % z.B;
     const long long t = row / GATES / z.N / z.B;

@@ -4,9 +4,13 @@
 // are what the members exchange. A step's gradients are computed, published and
 // only then multiplied, so that one exchange a step is enough. The gradients of
 // weights, biases and input are products over all steps, made elsewhere.
-#include "group_options.cuh"
+#include "group_tiles.cuh"
 
-struct Backward : Sizes {
+struct Backward : Common {
+  // What a thread keeps of its pair of units for all rows.
+  struct Pair {
+    float params[ANY_PARAMS][2], d_params[ANY_PARAMS][2];
+  };
   const Scalar *p_gates;     // (T, B, N, G, H) pre-activations
   const Scalar *p_recurrent; // (T, B, N, R, H)
   const float *p_inner;      // (S - 1, T, B, N, H)
@@ -17,13 +21,10 @@ struct Backward : Sizes {
   const float *p_d_inner;    // (S - 1, T, B, N, H), with INNER
   Scalar *p_d_recurrent;     // (T, B, N, R, H) out
   float *p_d_values;         // (S, 1 or T, B, N, H) sums, with VALUES
-  long long d_y_stride_t, d_y_stride_b, d_y_stride_n;
+  float *p_d_params;         // (shares, N, P, H) sums
+  long long shares, d_y_stride_t, d_y_stride_b, d_y_stride_n;
 };
-
-// What a thread keeps of its pair of units for all rows.
-struct Pair {
-  float params[ANY_PARAMS][2], d_params[ANY_PARAMS][2];
-};
+typedef Backward::Pair Pair;
 
 // One step of one pair: what was saved, then the gradients.
 struct Step {
@@ -147,6 +148,8 @@ DEVICE void store(const Step &step, const Backward &b, const Seat &seat,
     store_pair(p_recurrent + k * b.H, step.d_r[k], row.count);
 }
 
+DEVICE void prepare(Pair &, const Backward &, const Seat &, const Spot &) {}
+
 // Adds to a tile's d_h what its d_gates of publication `number` give.
 DEVICE void add_product(Row (&rows)[OWNED], const Seat &seat,
                         const Spot (&spots)[OWNED], const Weights &weights,
@@ -229,14 +232,11 @@ DEVICE void advance(const Backward &b, const Seat &seat,
 // numbered from `number`.
 DEVICE void run(const Backward &b, const Seat &seat, const Spot (&spots)[OWNED],
                 Pair (&pairs)[OWNED], const Weights &weights,
-                Exchange &exchange, const Scalar *p_d_final,
-                Scalar *p_d_initial, const long long *p_lengths,
-                long long first, int number) {
+                Exchange &exchange, long long first, int number) {
   Row rows[TILES][OWNED];
 #pragma unroll
   for (int tile = 0; tile < TILES; tile++) {
-    begin(rows[tile], b, seat, spots, p_d_final, p_lengths,
-          first + tile * ROWS);
+    begin(rows[tile], b, seat, spots, first + tile * ROWS);
 #pragma unroll
     for (int k = 0; k < OWNED; k++)
       load_drop(rows[tile][k], b, seat, spots[k]);
@@ -251,20 +251,21 @@ DEVICE void run(const Backward &b, const Seat &seat, const Spot (&spots)[OWNED],
   }
 #pragma unroll
   for (int tile = 0; tile < TILES; tile++)
-    finish(rows[tile], b, seat, spots, p_d_initial);
+    finish(rows[tile], b, seat, spots);
 }
 
 // A thread's share of the parameters' gradients: four lanes hold other rows of
 // the same units; spots and warps along the depth may too.
-DEVICE void store_params(const Seat &seat, const Spot (&spots)[OWNED],
-                         const Pair (&pairs)[OWNED], float *p_d_params, int N,
-                         int H) {
+DEVICE void store_pairs(const Backward &b, const Seat &seat,
+                        const Spot (&spots)[OWNED],
+                        const Pair (&pairs)[OWNED]) {
   const long long share = seat.group * ALONG + seat.along;
 #pragma unroll
   for (int item = 0; item < OWNED * PARAMS; item++) {
     const Spot &spot = spots[item / ANY_PARAMS];
     const int k = item % ANY_PARAMS;
-    float *p = p_d_params + ((share * N + seat.n) * PARAMS + k) * H + spot.unit;
+    float *p =
+        b.p_d_params + ((share * b.N + seat.n) * PARAMS + k) * b.H + spot.unit;
 #pragma unroll
     for (int unit = 0; unit < 2; unit++) {
       float sum = pairs[item / ANY_PARAMS].d_params[k][unit];
@@ -276,13 +277,12 @@ DEVICE void store_params(const Seat &seat, const Spot (&spots)[OWNED],
   }
 }
 
-DEVICE void spoil_outputs(const Backward &b, Scalar *p_d_initial,
-                          float *p_d_params, long long shares) {
+DEVICE void spoil_outputs(const Backward &b) {
   const long long units = b.B * b.N * b.H;
   spoil_gates(b.p_d_gates, b);
   spoil(b.p_d_recurrent, b.T * SPLITS * units);
-  spoil(p_d_initial, STATES * units);
-  spoil(p_d_params, shares * b.N * PARAMS * b.H);
+  spoil(b.p_end, STATES * units);
+  spoil(b.p_d_params, b.shares * b.N * PARAMS * b.H);
   if constexpr (VALUES > 0)
     spoil(b.p_d_values, (VALUES == 2 ? b.T : 1) * STATES * units);
 }
@@ -322,7 +322,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) group_backward(
   const Seat seat(first_n, groups);
   const bool reversed = reverse >> (seat.n % period) & 1;
   const Backward b = {{T, B, N, H, reversed, stride_t, stride_b, stride_n,
-                       stride_g, p_flags, p_values, p_drop, p_zone},
+                       stride_g, p_w, p_params, p_lengths, p_flags, p_values,
+                       p_drop, p_zone, p_d_final, p_d_initial},
                       p_gates,
                       p_recurrent,
                       p_inner,
@@ -333,27 +334,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) group_backward(
                       p_d_inner,
                       p_d_recurrent,
                       p_d_values,
+                      p_d_params,
+                      static_cast<long long>(groups) * ALONG,
                       d_y_stride_t,
                       d_y_stride_b,
                       d_y_stride_n};
-  Weights weights;
-  weights.load(p_w + static_cast<long long>(seat.n) * GATES * H * H, seat, H);
   Exchange exchange(p_words, p_left, p_counters, p_error, limit, launch);
-  Spot spots[OWNED];
-  Pair pairs[OWNED] = {};
-#pragma unroll
-  for (int k = 0; k < OWNED; k++) {
-    spots[k] = Spot(seat, k, H);
-    load_params(pairs[k].params, spots[k], p_params, seat.n, H);
-  }
-  int number = 0;
-  for (long long first = static_cast<long long>(seat.group) * TILES * ROWS;
-       first < B; first += static_cast<long long>(groups) * TILES * ROWS) {
-    run(b, seat, spots, pairs, weights, exchange, p_d_final, p_d_initial,
-        p_lengths, first, number);
-    number += T;
-  }
-  store_params(seat, spots, pairs, p_d_params, N, H);
-  if (exchange.watch.spoils())
-    spoil_outputs(b, p_d_initial, p_d_params, groups * ALONG);
+  run_tiles(b, seat, exchange, groups);
 }

@@ -4,19 +4,20 @@
 // gates, S states, P per-unit parameters, H hidden units. `step_0` is generated
 // from the recurrence, so nothing in here knows any cell. The grid is (N of
 // this launch) x (groups of each) x MEMBERS blocks, all of which are resident.
-#include "group_options.cuh"
+#include "group_tiles.cuh"
 
-struct Forward : Sizes {
-  Scalar *p_gates;     // (T, B, N, G, H) in: projection; out: pre-activations
-  Scalar *p_recurrent; // (T, B, N, R, H) out, with SAVE
-  float *p_inner;      // (S - 1, T, B, N, H) out, with INNER
-  Scalar *p_y;         // (T, B, N, H) out
+struct Forward : Common {
+  // What a thread keeps of its pair of units for all rows.
+  struct Pair {
+    float bias[ANY_SPLITS][2], params[ANY_PARAMS][2];
+  };
+  Scalar *p_gates;      // (T, B, N, G, H) in: projection; out: pre-activations
+  Scalar *p_recurrent;  // (T, B, N, R, H) out, with SAVE
+  float *p_inner;       // (S - 1, T, B, N, H) out, with INNER
+  Scalar *p_y;          // (T, B, N, H) out
+  const Scalar *p_b_hh; // (N, G, H), of which split gates' are read, or null
 };
-
-// What a thread keeps of its pair of units for all rows.
-struct Pair {
-  float bias[ANY_SPLITS][2], params[ANY_PARAMS][2];
-};
+typedef Forward::Pair Pair;
 
 // One step of one pair: the projection, then what comes of it.
 struct Step {
@@ -146,28 +147,27 @@ DEVICE void advance(const Forward &f, const Seat &seat,
   }
 }
 
-DEVICE void load_bias(Pair &pair, const Spot &spot, const Scalar *p_b_hh, int n,
-                      int H) {
+DEVICE void prepare(Pair &pair, const Forward &f, const Seat &seat,
+                    const Spot &spot) {
 #pragma unroll
   for (int gate = 0; gate < GATES; gate++)
     if (KEPT_OF[gate] >= 0)
       load_pair(pair.bias[KEPT_OF[gate]],
-                p_b_hh + (static_cast<long long>(n) * GATES + gate) * H +
+                f.p_b_hh +
+                    (static_cast<long long>(seat.n) * GATES + gate) * f.H +
                     spot.unit,
-                p_b_hh ? spot.count : 0);
+                f.p_b_hh ? spot.count : 0);
 }
 
 // The steps of TILES tiles that start at row `first`; their publications are
 // numbered from `number`.
 DEVICE void run(const Forward &f, const Seat &seat, const Spot (&spots)[OWNED],
                 const Pair (&pairs)[OWNED], const Weights &weights,
-                Exchange &exchange, const Scalar *p_initial, Scalar *p_final,
-                const long long *p_lengths, long long first, int number) {
+                Exchange &exchange, long long first, int number) {
   Row rows[TILES][OWNED];
 #pragma unroll
   for (int tile = 0; tile < TILES; tile++) {
-    begin(rows[tile], f, seat, spots, p_initial, p_lengths,
-          first + tile * ROWS);
+    begin(rows[tile], f, seat, spots, first + tile * ROWS);
 #pragma unroll
     for (int k = 0; k < OWNED; k++) {
       Row &row = rows[tile][k];
@@ -187,13 +187,16 @@ DEVICE void run(const Forward &f, const Seat &seat, const Spot (&spots)[OWNED],
   }
 #pragma unroll
   for (int tile = 0; tile < TILES; tile++)
-    finish(rows[tile], f, seat, spots, p_final);
+    finish(rows[tile], f, seat, spots);
 }
 
-DEVICE void spoil_outputs(const Forward &f, Scalar *p_final) {
+DEVICE void store_pairs(const Forward &, const Seat &, const Spot (&)[OWNED],
+                        const Pair (&)[OWNED]) {}
+
+DEVICE void spoil_outputs(const Forward &f) {
   const long long units = f.B * f.N * f.H;
   spoil(f.p_y, f.T * units);
-  spoil(p_final, STATES * units);
+  spoil(f.p_end, STATES * units);
   if constexpr (SAVE) {
     spoil_gates(f.p_gates, f);
     spoil(f.p_recurrent, f.T * SPLITS * units);
@@ -230,29 +233,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) group_forward(
   const Seat seat(first_n, groups);
   const bool reversed = reverse >> (seat.n % period) & 1;
   const Forward f = {{T, B, N, H, reversed, stride_t, stride_b, stride_n,
-                      stride_g, p_flags, p_values, p_drop, p_zone},
+                      stride_g, p_w, p_params, p_lengths, p_flags, p_values,
+                      p_drop, p_zone, p_initial, p_final},
                      p_gates,
                      p_recurrent,
                      p_inner,
-                     p_y};
-  Weights weights;
-  weights.load(p_w + static_cast<long long>(seat.n) * GATES * H * H, seat, H);
+                     p_y,
+                     p_b_hh};
   Exchange exchange(p_words, p_left, p_counters, p_error, limit, launch);
-  Spot spots[OWNED];
-  Pair pairs[OWNED];
-#pragma unroll
-  for (int k = 0; k < OWNED; k++) {
-    spots[k] = Spot(seat, k, H);
-    load_bias(pairs[k], spots[k], p_b_hh, seat.n, H);
-    load_params(pairs[k].params, spots[k], p_params, seat.n, H);
-  }
-  int number = 0;
-  for (long long first = static_cast<long long>(seat.group) * TILES * ROWS;
-       first < B; first += static_cast<long long>(groups) * TILES * ROWS) {
-    run(f, seat, spots, pairs, weights, exchange, p_initial, p_final, p_lengths,
-        first, number);
-    number += T;
-  }
-  if (exchange.watch.spoils())
-    spoil_outputs(f, p_final);
+  run_tiles(f, seat, exchange, groups);
 }

@@ -14,57 +14,57 @@
 constexpr int SKIP = 1, RESET = 2;
 
 // The flags of a row's step; none beyond the first and the last.
-DEVICE int flags_of(const Sizes &sizes, const Seat &seat, const Row &row,
+DEVICE int flags_of(const Common &common, const Seat &seat, const Row &row,
                     int t) {
   if constexpr (!FLAGS)
     return 0;
-  if (t < 0 || t >= sizes.T)
+  if (t < 0 || t >= common.T)
     return 0;
-  const long long time = time_of(t, row.length, sizes.reversed);
-  return sizes.p_flags[(time * sizes.B + row.batch) * sizes.N + seat.n];
+  const long long time = time_of(t, row.length, common.reversed);
+  return common.p_flags[(time * common.B + row.batch) * common.N + seat.n];
 }
 
 // Where the values for a reset of state k before step t lie, of this pair.
-DEVICE long long value_at(const Sizes &sizes, const Seat &seat,
+DEVICE long long value_at(const Common &common, const Seat &seat,
                           const Spot &spot, const Row &row, int t, int k) {
   const long long first =
-      VALUES == 2 ? k * sizes.T + time_of(t, row.length, sizes.reversed) : k;
-  return ((first * sizes.B + row.batch) * sizes.N + seat.n) * sizes.H +
+      VALUES == 2 ? k * common.T + time_of(t, row.length, common.reversed) : k;
+  return ((first * common.B + row.batch) * common.N + seat.n) * common.H +
          spot.unit;
 }
 
-DEVICE void load_value(float (&pair)[2], const Sizes &sizes, const Seat &seat,
+DEVICE void load_value(float (&pair)[2], const Common &common, const Seat &seat,
                        const Spot &spot, const Row &row, int t, int k) {
   if constexpr (VALUES == 0) {
     const float initial[STATES] = INITIAL; // no constexpr: infinities are calls
     pair[0] = pair[1] = initial[k];
   } else {
-    load_pair(pair, sizes.p_values + value_at(sizes, seat, spot, row, t, k),
+    load_pair(pair, common.p_values + value_at(common, seat, spot, row, t, k),
               row.count);
   }
 }
 
 // The states with which a row enters step t, if it is reset before.
-DEVICE void reset(float (&states)[STATES][2], int flags, const Sizes &sizes,
+DEVICE void reset(float (&states)[STATES][2], int flags, const Common &common,
                   const Seat &seat, const Spot &spot, const Row &row, int t) {
   if constexpr (FLAGS)
     if (flags & RESET)
 #pragma unroll
       for (int k = 0; k < STATES; k++)
-        load_value(states[k], sizes, seat, spot, row, t, k);
+        load_value(states[k], common, seat, spot, row, t, k);
 }
 
 // Bit 2 k + unit: that unit keeps state k in the step at `time`.
-DEVICE unsigned zone_of(const Sizes &sizes, const Seat &seat, const Spot &spot,
-                        const Row &row, long long time) {
+DEVICE unsigned zone_of(const Common &common, const Seat &seat,
+                        const Spot &spot, const Row &row, long long time) {
   unsigned zone = 0;
   if constexpr (ZONE) {
 #pragma unroll
     for (int k = 0; k < STATES; k++) {
       const unsigned char *p =
-          sizes.p_zone +
-          (((k * sizes.T + time) * sizes.B + row.batch) * sizes.N + seat.n) *
-              sizes.H +
+          common.p_zone +
+          (((k * common.T + time) * common.B + row.batch) * common.N + seat.n) *
+              common.H +
           spot.unit;
       zone |= row.count > 0 && p[0] ? 1u << 2 * k : 0u;
       zone |= row.count > 1 && p[1] ? 2u << 2 * k : 0u;
@@ -74,13 +74,13 @@ DEVICE unsigned zone_of(const Sizes &sizes, const Seat &seat, const Spot &spot,
 }
 
 // The factors of a row's pair; they are the same in every step.
-DEVICE void load_drop(Row &row, const Sizes &sizes, const Seat &seat,
+DEVICE void load_drop(Row &row, const Common &common, const Seat &seat,
                       const Spot &spot) {
 #pragma unroll
   for (int k = 0; k < DROPS; k++)
     load_pair(row.drop[k],
-              sizes.p_drop +
-                  ((row.batch * sizes.N + seat.n) * DROPS + k) * sizes.H +
+              common.p_drop +
+                  ((row.batch * common.N + seat.n) * DROPS + k) * common.H +
                   spot.unit,
               row.count);
 }

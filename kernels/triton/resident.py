@@ -24,100 +24,20 @@ from gpu_rnn.kernels.triton.blocks import (
     store_each,
     zeros_like_each,
 )
+from gpu_rnn.kernels.triton.tile import (
+    load_before,
+    load_flags,
+    load_weights,
+    multiply,
+    place,
+    pull_back,
+    rows_at,
+    time_of,
+)
 
 # One build serves all of these; `ALIGN` says what the compiler needs to know of them.
 STRIDES = ("stride_t", "stride_b", "stride_n", "stride_g", "d_y_stride_t", "d_y_stride_b", "d_y_stride_n")
 GENERAL = ("T", "B", "H", "reverse", "period", *STRIDES)
-
-
-@triton.jit
-def time_of(step, b_length, reversed_):
-    """(BLOCK_B, 1): the time at which each row's step lies. A reversed row starts at its own last step."""
-    turned = (reversed_ != 0) & (step < b_length)
-    return tl.where(turned, b_length - 1 - step, step).to(tl.int64)[:, None]
-
-
-@triton.jit
-def load_flags(p_flags, o_t, o_row, mask, T, rows):
-    """(BLOCK_B, 1): the flags of one step, 0 where there is none. They are read a step ahead: what waits for a single
-    byte would wait for it alone, as only loads of 4 bytes go through shared memory."""
-    return tl.load(p_flags + o_t * rows + o_row, mask=mask & (o_t >= 0) & (o_t < T), other=0)
-
-
-@triton.jit
-def multiply(
-    entering,
-    x,
-    b_w,
-    b_bias,
-    drop,
-    BEGIN: tl.constexpr,
-    END: tl.constexpr,
-    KEPT: tl.constexpr,
-    DROP: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Of the gates `BEGIN` to `END`, with the products of what enters them: (sums, or input parts of split gates;
-    products of the split gates)."""
-    b_entering = entering.to(b_w[0].dtype)
-    a, r = (), ()
-    for g in tl.static_range(BEGIN, END):
-        if DROP:
-            b_entering = (entering * drop[g % DROP].to(tl.float32)).to(b_w[0].dtype)
-        product = tl.dot(b_entering, b_w[g], input_precision=PRECISION)
-        if KEPT[g] < 0:
-            a = a + (x[g].to(tl.float32) + product,)
-        else:
-            a = a + (x[g].to(tl.float32),)
-            r = r + (product + b_bias[KEPT[g]] if len(b_bias) > 0 else product,)
-    return a, r
-
-
-@triton.jit
-def pull_back(
-    d_a,
-    d_r,
-    d_entering,
-    active,
-    m,
-    p_d_gates,  # of this step
-    p_d_recurrent,
-    stride_g,
-    H,
-    b_w,
-    drop,
-    BEGIN: tl.constexpr,
-    END: tl.constexpr,
-    SPLIT: tl.constexpr,  # split gates before these
-    KEPT: tl.constexpr,
-    DROP: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Stores the gradients of the gates `BEGIN` to `END`; returns `d_entering` with what comes through their
-    products."""
-    dtype: tl.constexpr = b_w[0].dtype
-    # Two sums, so that the tensor cores need not wait for each other's result.
-    even, odd = tl.zeros_like(d_entering), d_entering
-    if DROP == 1:
-        odd = tl.zeros_like(even)
-    for g in tl.static_range(BEGIN, END):
-        # Padded units and rows, and steps that do not count, may hold anything: they are selected away.
-        d_gate = tl.where(active, d_a[g - BEGIN], 0.0).to(dtype)
-        tl.store(p_d_gates + g * stride_g, d_gate, mask=m)
-        d_product = d_gate
-        if KEPT[g] >= 0:
-            d_product = tl.where(active, d_r[KEPT[g] - SPLIT], 0.0).to(dtype)
-            tl.store(p_d_recurrent + KEPT[g] * H, d_product, mask=m)
-        if DROP > 1:
-            product = tl.dot(d_product, b_w[g], input_precision=PRECISION)
-            odd += product * drop[g].to(tl.float32)
-        elif g % 2:
-            odd = tl.dot(d_product, b_w[g], acc=odd, input_precision=PRECISION)
-        else:
-            even = tl.dot(d_product, b_w[g], acc=even, input_precision=PRECISION)
-    if DROP == 1:
-        odd = d_entering + (even + odd) * drop[0].to(tl.float32)
-    return odd if DROP else even + odd
 
 
 @triton.jit(do_not_specialize=GENERAL)
@@ -164,75 +84,64 @@ def resident_forward(
 ):
     G: tl.constexpr = len(KEPT)
     H = H * ALIGN
-    N = tl.num_programs(1).to(tl.int64)
-    i_n = tl.program_id(1).to(tl.int64)
-    o_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    o_h = tl.arange(0, BLOCK_H)
-    m_b, m_h = o_b < B, (o_h < H)[None, :]
-    m = m_b[:, None] & m_h
-    o_row = (o_b * N + i_n)[:, None]
-    o_unit = o_row * H + o_h[None, :]
-    b_length = tl.load(p_lengths + o_b, mask=m_b, other=0) if p_lengths is not None else tl.zeros_like(o_b) + T
-    reversed_ = (reverse >> (i_n % period)) & 1
-
+    at = place(p_lengths, T, B, H, reverse, period, BLOCK_B, BLOCK_H)
     stride_t, stride_g = stride_t.to(tl.int64) * ALIGN, stride_g.to(tl.int64) * ALIGN
-    p_gates += (i_n * stride_n + o_b * stride_b)[:, None] * ALIGN + o_h[None, :]
-    p_w += i_n * G * H * H + o_h[None, :] * H + o_h[:, None]  # (input, output): W_hh transposed
-    b_w = load_blocks(p_w, H * H, m_h & (o_h < H)[:, None], G)
-    b_params = as_float(load_blocks(p_params + i_n * P * H + o_h[None, :], H, m_h, P)) if P else ()
+    p_gates += (at.i_n * stride_n + at.o_b * stride_b)[:, None] * ALIGN + at.o_h
+    b_w = load_weights(p_w, at, H, 1, H, G, BLOCK_H)  # (input, output): W_hh transposed
+    b_params = as_float(load_blocks(p_params + at.i_n * P * H + at.o_h, H, at.m_h, P)) if P else ()
     b_bias = ()
     for g in tl.static_range(G):
         if KEPT[g] >= 0 and p_b_hh is not None:
-            bias = tl.load(p_b_hh + (i_n * G + g) * H + o_h[None, :], mask=m_h, other=0.0)
+            bias = tl.load(p_b_hh + (at.i_n * G + g) * H + at.o_h, mask=at.m_h, other=0.0)
             b_bias = b_bias + (bias.to(tl.float32),)
-    states = load_each(p_initial, o_unit, m)
-    drop = load_blocks(p_drop + o_row * DROP * H + o_h[None, :], H, m, DROP) if DROP else ()
+    states = load_each(p_initial, at.o_unit, at.m)
+    drop = load_blocks(p_drop + at.o_row * DROP * H + at.o_h, H, at.m, DROP) if DROP else ()
     if p_flags is not None:
-        next_flags = load_flags(p_flags, time_of(0, b_length, reversed_), o_row, m_b[:, None], T, B * N)
+        next_flags = load_flags(p_flags, time_of(0, at), at, T, B)
 
     for t in tl.range(0, T, num_stages=STAGES):
-        o_t = time_of(t, b_length, reversed_)
-        x = load_blocks(p_gates + o_t * stride_t, stride_g, m, G)
+        o_t = time_of(t, at)
+        x = load_blocks(p_gates + o_t * stride_t, stride_g, at.m, G)
         if p_flags is not None:
             flags = next_flags
-            next_flags = load_flags(p_flags, time_of(t + 1, b_length, reversed_), o_row, m_b[:, None], T, B * N)
-            o_value = (o_t * B * N + o_row) * H + o_h[None, :] if PER_STEP else o_unit
-            values = load_reset_values(p_resets, o_value, m, INITIAL)
+            next_flags = load_flags(p_flags, time_of(t + 1, at), at, T, B)
+            o_value = rows_at(o_t, at, B) * H + at.o_h if PER_STEP else at.o_unit
+            values = load_reset_values(p_resets, o_value, at.m, INITIAL)
             states = select((flags & RESET_BIT) != 0, values, states)
         # A recurrence may make anything of the padded units, NaN too, which the product would spread.
-        a, r = multiply(tl.where(m_h, states[0], 0.0), x, b_w, b_bias, drop, 0, EARLY, KEPT, DROP, PRECISION)
+        a, r = multiply(tl.where(at.m_h, states[0], 0.0), x, b_w, b_bias, drop, 0, EARLY, KEPT, DROP, PRECISION)
         if FIRST is None:
             new = STEP(a, r, states, b_params, ())
         else:
             handed = FIRST(a, r, states, b_params, ())
-            entering = tl.where(m_h, handed[0], 0.0)
+            entering = tl.where(at.m_h, handed[0], 0.0)
             late_a, late_r = multiply(entering, x, b_w, b_bias, drop, EARLY, G, KEPT, DROP, PRECISION)
             new = STEP(late_a, late_r, states, b_params, handed[1:])
             a, r = a + late_a, r + late_r
         if p_zone is not None:
-            o_zone = (o_t * B * N + o_row) * H + o_h[None, :]
-            new = select_each(load_blocks(p_zone + o_zone, N * T * B * H, m, len(states)), states, new)
+            o_zone = rows_at(o_t, at, B) * H + at.o_h
+            new = select_each(load_blocks(p_zone + o_zone, at.N * T * B * H, at.m, len(states)), states, new)
         if p_flags is not None:
             new = select((flags & SKIP_BIT) != 0, states, new)
         y = new[0]
         if p_lengths is not None:
-            active = (t < b_length)[:, None]
+            active = (t < at.b_length)[:, None]
             y = tl.where(active, y, 0.0)
             new = select(active, new, states)
         states = new
-        o_y = (o_t * B * N + o_row) * H + o_h[None, :]
-        tl.store(p_y + o_y, y, mask=m)
+        o_y = rows_at(o_t, at, B) * H + at.o_h
+        tl.store(p_y + o_y, y, mask=at.m)
         if SAVE:
             for g in tl.static_range(G):
                 if KEPT[g] < 0:
-                    tl.store(p_gates + o_t * stride_t + g * stride_g, a[g], mask=m)
-            p_r = p_recurrent + (o_t * B * N + o_row) * R * H + o_h[None, :]
+                    tl.store(p_gates + o_t * stride_t + g * stride_g, a[g], mask=at.m)
+            p_r = p_recurrent + rows_at(o_t, at, B) * R * H + at.o_h
             for k in tl.static_range(R):
-                tl.store(p_r + k * H, r[k], mask=m)
+                tl.store(p_r + k * H, r[k], mask=at.m)
         if INNER:
             for k in tl.static_range(len(states) - 1):
-                tl.store(p_inner + N * T * B * H * k + o_y, states[k + 1], mask=m)
-    store_each(p_final, o_unit, states, m)
+                tl.store(p_inner + at.N * T * B * H * k + o_y, states[k + 1], mask=at.m)
+    store_each(p_final, at.o_unit, states, at.m)
 
 
 @triton.jit(do_not_specialize=GENERAL)
@@ -289,68 +198,50 @@ def resident_backward(
     G: tl.constexpr = len(KEPT)
     S: tl.constexpr = len(p_initial)
     H = H * ALIGN
-    N = tl.num_programs(1).to(tl.int64)
-    i_n = tl.program_id(1).to(tl.int64)
-    o_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    o_h = tl.arange(0, BLOCK_H)
-    m_b, m_h = o_b < B, (o_h < H)[None, :]
-    m = m_b[:, None] & m_h
-    o_row = (o_b * N + i_n)[:, None]
-    o_unit = o_row * H + o_h[None, :]
-    b_length = tl.load(p_lengths + o_b, mask=m_b, other=0) if p_lengths is not None else tl.zeros_like(o_b) + T
-    reversed_ = (reverse >> (i_n % period)) & 1
-
+    at = place(p_lengths, T, B, H, reverse, period, BLOCK_B, BLOCK_H)
     stride_t, stride_g = stride_t.to(tl.int64) * ALIGN, stride_g.to(tl.int64) * ALIGN
     d_y_stride_t = d_y_stride_t.to(tl.int64) * ALIGN
-    o_gates = (i_n * stride_n + o_b * stride_b)[:, None] * ALIGN + o_h[None, :]
-    p_d_y += (i_n * d_y_stride_n + o_b * d_y_stride_b)[:, None] * ALIGN + o_h[None, :]
-    p_w += i_n * G * H * H + o_h[:, None] * H + o_h[None, :]  # (output, input): W_hh as it is
-    b_w = load_blocks(p_w, H * H, m_h & (o_h < H)[:, None], G)
-    b_params = as_float(load_blocks(p_params + i_n * P * H + o_h[None, :], H, m_h, P)) if P else ()
-    d_states = load_each(p_d_final, o_unit, m)
+    o_gates = (at.i_n * stride_n + at.o_b * stride_b)[:, None] * ALIGN + at.o_h
+    p_d_y += (at.i_n * d_y_stride_n + at.o_b * d_y_stride_b)[:, None] * ALIGN + at.o_h
+    b_w = load_weights(p_w, at, H, H, 1, G, BLOCK_H)  # (output, input): W_hh as it is
+    b_params = as_float(load_blocks(p_params + at.i_n * P * H + at.o_h, H, at.m_h, P)) if P else ()
+    d_states = load_each(p_d_final, at.o_unit, at.m)
     d_params = ()
     for _ in tl.static_range(P):
         d_params = d_params + (tl.zeros((BLOCK_B, BLOCK_H), tl.float32),)
-    drop = load_blocks(p_drop + o_row * DROP * H + o_h[None, :], H, m, DROP) if DROP else ()
+    drop = load_blocks(p_drop + at.o_row * DROP * H + at.o_h, H, at.m, DROP) if DROP else ()
     if p_flags is not None:
-        next_flags = load_flags(p_flags, time_of(T - 1, b_length, reversed_), o_row, m_b[:, None], T, B * N)
+        next_flags = load_flags(p_flags, time_of(T - 1, at), at, T, B)
     d_values = zeros_like_each(d_states)  # of reset values that all steps share
 
     for i in tl.range(0, T, num_stages=STAGES):
         t = T - 1 - i
-        o_t = time_of(t, b_length, reversed_)
-        o_r = (o_t * B * N + o_row) * R * H + o_h[None, :]
-        a = as_float(load_blocks(p_gates + o_gates + o_t * stride_t, stride_g, m, G))
-        r = as_float(load_blocks(p_recurrent + o_r, H, m, R)) if R else ()
-        d_y = tl.load(p_d_y + o_t * d_y_stride_t, mask=m, other=0.0).to(tl.float32)
-        # The states before this step: what the previous step left, or the initial ones.
-        o_t_before = time_of(t - 1, b_length, reversed_)
-        o_before = (o_t_before * B * N + o_row) * H + o_h[None, :]
-        b_step = tl.zeros_like(b_length) + t
-        later = m & (b_step > 0)[:, None]
-        before = (tl.load(p_y + o_before, mask=later, other=0.0).to(tl.float32),)
-        if S > 1:
-            before = before + load_blocks(p_inner + o_before, N * T * B * H, later, S - 1)
-        before = select(later, before, load_each(p_initial, o_unit, m & (b_step == 0)[:, None]))
-        o_y = (o_t * B * N + o_row) * H + o_h[None, :]
+        o_t = time_of(t, at)
+        o_r = rows_at(o_t, at, B) * R * H + at.o_h
+        a = as_float(load_blocks(p_gates + o_gates + o_t * stride_t, stride_g, at.m, G))
+        r = as_float(load_blocks(p_recurrent + o_r, H, at.m, R)) if R else ()
+        d_y = tl.load(p_d_y + o_t * d_y_stride_t, mask=at.m, other=0.0).to(tl.float32)
+        o_t_before = time_of(t - 1, at)
+        before = load_before(p_y, p_inner, p_initial, t, o_t_before, at, T, B, H)
+        o_y = rows_at(o_t, at, B) * H + at.o_h
         if p_flags is not None:
             flags = next_flags
-            next_flags = load_flags(p_flags, o_t_before, o_row, m_b[:, None], T, B * N)
-            values = load_reset_values(p_resets, o_y if PER_STEP else o_unit, m, INITIAL)
+            next_flags = load_flags(p_flags, o_t_before, at, T, B)
+            values = load_reset_values(p_resets, o_y if PER_STEP else at.o_unit, at.m, INITIAL)
             before = select((flags & RESET_BIT) != 0, values, before)
 
         if p_d_inner is not None:
-            d_inner = load_blocks(p_d_inner + o_y, N * T * B * H, m, S - 1)
+            d_inner = load_blocks(p_d_inner + o_y, at.N * T * B * H, at.m, S - 1)
             d_states = d_states[:1] + add_each(d_states[1:], d_inner)
         d = (d_states[0] + d_y,) + d_states[1:]
         d_computed = d
         if p_zone is not None:
-            zone = load_blocks(p_zone + o_y, N * T * B * H, m, S)
+            zone = load_blocks(p_zone + o_y, at.N * T * B * H, at.m, S)
             d_computed = select_each(zone, zeros_like_each(d), d)
         if p_flags is not None:
             runs = (flags & SKIP_BIT) == 0
         else:
-            runs = (b_step < b_length)[:, None]
+            runs = (t < at.b_length)[:, None]
         p_d_step, p_d_r = p_d_gates + o_gates + o_t * stride_t, p_d_recurrent + o_r
         if FIRST is None:
             d_a, d_r, d_new, d_p, _nothing = STEP(a, r, before, b_params, (), d_computed)
@@ -360,7 +251,7 @@ def resident_backward(
             late_a, late_r = part(a, EARLY, G), part(r, SPLIT, R)
             d_a, d_r, d_new, d_p, d_handed = STEP(late_a, late_r, before, b_params, handed[1:], d_computed)
             d_entering = pull_back(
-                d_a, d_r, tl.zeros_like(d_y), m & runs, m, p_d_step, p_d_r, stride_g, H, b_w, drop,
+                d_a, d_r, tl.zeros_like(d_y), at.m & runs, at.m, p_d_step, p_d_r, stride_g, H, b_w, drop,
                 EARLY, G, SPLIT, KEPT, DROP, PRECISION,
             )  # fmt: skip
             d_handed = (d_entering,) + d_handed
@@ -368,11 +259,11 @@ def resident_backward(
             d_new, d_p = add_each(d_new, d_early), add_each(d_p, d_p_early)
         if p_zone is not None:
             d_new = add_each(d_new, select_each(zone, d, zeros_like_each(d)))
-        active = m & runs
+        active = at.m & runs
         # Beyond a row's length y is 0 and has no gradient; what a flag skips hands on that of y.
         d_states = select(runs, d_new, d if p_flags is not None else d_states)
         d_h = pull_back(
-            d_a, d_r, d_states[0], active, m, p_d_step, p_d_r, stride_g, H, b_w, drop,
+            d_a, d_r, d_states[0], active, at.m, p_d_step, p_d_r, stride_g, H, b_w, drop,
             0, EARLY, 0, KEPT, DROP, PRECISION,
         )  # fmt: skip
         d_states = (d_h,) + d_states[1:]
@@ -381,7 +272,7 @@ def resident_backward(
             nothing = zeros_like_each(d_states)
             if p_d_resets is not None:
                 if PER_STEP:
-                    store_each(p_d_resets, o_y, select(reset, d_states, nothing), m)
+                    store_each(p_d_resets, o_y, select(reset, d_states, nothing), at.m)
                 else:
                     d_values = add_each(d_values, select(reset, d_states, nothing))
             d_states = select(reset, nothing, d_states)
@@ -389,9 +280,9 @@ def resident_backward(
         for k in tl.static_range(P):
             summed = summed + (d_params[k] + tl.where(active, d_p[k], 0.0),)
         d_params = summed
-    store_each(p_d_initial, o_unit, d_states, m)
+    store_each(p_d_initial, at.o_unit, d_states, at.m)
     if p_d_resets is not None and not PER_STEP:
-        store_each(p_d_resets, o_unit, d_values, m)
-    p_d_params_tile = (tl.program_id(0) * N + i_n) * P * H + o_h
+        store_each(p_d_resets, at.o_unit, d_values, at.m)
+    p_d_params_tile = (tl.program_id(0) * at.N + at.i_n) * P * H + at.o_h
     for k in tl.static_range(P):
-        tl.store(p_d_params + p_d_params_tile + k * H, tl.sum(d_params[k], axis=0), mask=o_h < H)
+        tl.store(p_d_params + p_d_params_tile + k * H, tl.sum(d_params[k], axis=0)[None, :], mask=at.m_h)

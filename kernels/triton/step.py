@@ -5,6 +5,8 @@ Sizes and names as in resident.py. Buffers of products have N first, (N, B, ·),
 are contiguous. `STEP` is generated from the recurrence.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 from gpu_rnn.kernels.triton.blocks import (
@@ -17,15 +19,6 @@ from gpu_rnn.kernels.triton.blocks import (
     select_each,
     zeros_like_each,
 )
-
-
-@triton.jit
-def offsets(B, N, H, BLOCK: tl.constexpr):
-    """(offset in (B, N, H), its row b·N + n, n, b, unit, mask) of each element of this program."""
-    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    row = o // H
-    return o, row, row % N, row // N, o % H, o < B.to(tl.int64) * N * H
-
 
 # One build serves every batch and number of steps: each step of a buffer begins at a multiple of 16 elements, so that
 # its pointers are always aligned, and strides come in `ALIGN` elements. A user's CUDA graph, which cannot load another
@@ -47,13 +40,39 @@ def store_blocks(p, stride, blocks, mask):
         p += stride  # one at a time: a multiple of it may not fit 32 bits
 
 
+class Place(NamedTuple):
+    """Where each element of a program stands, (BLOCK,) each, and where its tensors have it."""
+
+    o: Any  # in (B, N, H)
+    row: Any  # b·N + n
+    i_n: Any
+    i_b: Any
+    unit: Any
+    m: Any
+    size: Any  # of (B, N, H)
+    o_gate: Any  # of the stage's first gate in (B, N, G, H)
+    o_entering: Any  # in (N, B, H)
+    product_row: Any  # of the stage's first gate
+    rows_apart: Any  # from gate to gate
+
+
 @triton.jit
-def product_rows(i_b, i_n, B, count: tl.constexpr, BY_GATE: tl.constexpr):
-    """(row of the first gate, rows between gates) in a product: (N, B, gates, H), BY_GATE (N, gates, B, H)."""
+def place(
+    B, N, H, FIRST: tl.constexpr, G: tl.constexpr, count: tl.constexpr, BY_GATE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """A product is (N, B, count, H), or BY_GATE (N, count, B, H)."""
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    row = o // H
+    i_n, i_b, unit = row % N, row // N, o % H
+    size = B.to(tl.int64) * N * H
+    m = o < size
+    o_gate = (row * G + FIRST) * H + unit
     if BY_GATE:
-        return i_n * count * B + i_b, B.to(tl.int64)
+        product_row, rows_apart = i_n * count * B + i_b, B.to(tl.int64)
     else:
-        return (i_n * B + i_b) * count, tl.full((), 1, tl.int64)
+        product_row, rows_apart = (i_n * B + i_b) * count, tl.full((), 1, tl.int64)
+    o_entering = (i_n * B + i_b) * H + unit
+    return Place(o, row, i_n, i_b, unit, m, size, o_gate, o_entering, product_row, rows_apart)
 
 
 @triton.jit(do_not_specialize=GENERAL)
@@ -90,47 +109,44 @@ def step_forward(
     BLOCK: tl.constexpr,
 ):
     count: tl.constexpr = len(KEPT)
-    o, row, i_n, i_b, unit, m = offsets(B, N, H, BLOCK)
-    size = B.to(tl.int64) * N * H
+    at = place(B, N, H, FIRST, G, count, BY_GATE, BLOCK)
     state_stride, reset_stride = elements(state_stride), elements(reset_stride)
-    o_gate = (row * G + FIRST) * H + unit
-    first, apart = product_rows(i_b, i_n, B, count, BY_GATE)
-    o_entering = (i_n * B + i_b) * H + unit
     a, r = (), ()
     for g in tl.static_range(count):
-        x = tl.load(p_gates + o_gate + g * H, mask=m, other=0.0).to(tl.float32)
-        product = tl.load(p_product + (first + g * apart) * H + unit, mask=m, other=0.0).to(tl.float32)
+        x = tl.load(p_gates + at.o_gate + g * H, mask=at.m, other=0.0).to(tl.float32)
+        o_product = (at.product_row + g * at.rows_apart) * H + at.unit
+        product = tl.load(p_product + o_product, mask=at.m, other=0.0).to(tl.float32)
         if KEPT[g] < 0:
             a = a + (x + product,)
             if SAVE:
-                tl.store(p_gates + o_gate + g * H, x + product, mask=m)
+                tl.store(p_gates + at.o_gate + g * H, x + product, mask=at.m)
         else:
             if p_b_hh is not None:
-                product += tl.load(p_b_hh + (i_n * G + FIRST + g) * H + unit, mask=m, other=0.0).to(tl.float32)
+                product += tl.load(p_b_hh + (at.i_n * G + FIRST + g) * H + at.unit, mask=at.m, other=0.0).to(tl.float32)
             a = a + (x,)
             r = r + (product,)
             if SAVE:
-                tl.store(p_recurrent + (row * R + KEPT[g]) * H + unit, product, mask=m)
-    states = load_blocks(p_states + o, size, m, S)
-    params = as_float(load_blocks(p_params + i_n * P * H + unit, H, m, P)) if P else ()
-    values = load_blocks(p_values + o, size, m, V_IN)
+                tl.store(p_recurrent + (at.row * R + KEPT[g]) * H + at.unit, product, mask=at.m)
+    states = load_blocks(p_states + at.o, at.size, at.m, S)
+    params = as_float(load_blocks(p_params + at.i_n * P * H + at.unit, H, at.m, P)) if P else ()
+    values = load_blocks(p_values + at.o, at.size, at.m, V_IN)
     new = STEP(a, r, states, params, values)
     if V_OUT >= 0:  # not the last stage
-        tl.store(p_entering + o_entering, new[0], mask=m)
-        store_blocks(p_values + o, size, new[1:], m)
+        tl.store(p_entering + at.o_entering, new[0], mask=at.m)
+        store_blocks(p_values + at.o, at.size, new[1:], at.m)
     else:
         if p_zone is not None:
-            new = select_each(load_blocks(p_zone + o, state_stride, m, S), states, new)
+            new = select_each(load_blocks(p_zone + at.o, state_stride, at.m, S), states, new)
         if p_flags is not None:
-            flags = tl.load(p_flags + row, mask=m, other=0)
+            flags = tl.load(p_flags + at.row, mask=at.m, other=0)
             new = select((flags & SKIP_BIT) != 0, states, new)
-        tl.store(p_y + o, new[0], mask=m)
+        tl.store(p_y + at.o, new[0], mask=at.m)
         if p_inner is not None:
-            store_blocks(p_inner + o, state_stride, new[1:], m)
+            store_blocks(p_inner + at.o, state_stride, new[1:], at.m)
         if p_flags is not None:
-            new = select((flags & RESET_BIT) != 0, load_blocks(p_reset + o, reset_stride, m, S), new)
-        tl.store(p_entering + o_entering, new[0], mask=m)
-        store_blocks(p_states + o, size, new, m)
+            new = select((flags & RESET_BIT) != 0, load_blocks(p_reset + at.o, reset_stride, at.m, S), new)
+        tl.store(p_entering + at.o_entering, new[0], mask=at.m)
+        store_blocks(p_states + at.o, at.size, new, at.m)
 
 
 @triton.jit(do_not_specialize=GENERAL)
@@ -171,57 +187,55 @@ def step_backward(
     BLOCK: tl.constexpr,
 ):
     count: tl.constexpr = len(KEPT)
-    o, row, i_n, i_b, unit, m = offsets(B, N, H, BLOCK)
-    size, state_stride = B.to(tl.int64) * N * H, elements(state_stride)
-    o_gate = (row * G + FIRST) * H + unit
-    first, apart = product_rows(i_b, i_n, B, count, BY_GATE)
+    at = place(B, N, H, FIRST, G, count, BY_GATE, BLOCK)
+    state_stride = elements(state_stride)
     a, r = (), ()
     for g in tl.static_range(count):
-        a = a + (tl.load(p_gates + o_gate + g * H, mask=m, other=0.0).to(tl.float32),)
+        a = a + (tl.load(p_gates + at.o_gate + g * H, mask=at.m, other=0.0).to(tl.float32),)
         if KEPT[g] >= 0:
-            r = r + (tl.load(p_recurrent + (row * R + KEPT[g]) * H + unit, mask=m, other=0.0).to(tl.float32),)
-    before = load_blocks(p_before + o, state_stride, m, S)
-    params = as_float(load_blocks(p_params + i_n * P * H + unit, H, m, P)) if P else ()
-    values = load_blocks(p_values + o, state_stride, m, V_IN)
-    d_states = load_blocks(p_d_states + o, size, m, S)
-    seed = tl.load(p_d_seed + (i_n * B + i_b) * H + unit, mask=m, other=0.0).to(tl.float32)
-    active = m
+            r = r + (tl.load(p_recurrent + (at.row * R + KEPT[g]) * H + at.unit, mask=at.m, other=0.0).to(tl.float32),)
+    before = load_blocks(p_before + at.o, state_stride, at.m, S)
+    params = as_float(load_blocks(p_params + at.i_n * P * H + at.unit, H, at.m, P)) if P else ()
+    values = load_blocks(p_values + at.o, state_stride, at.m, V_IN)
+    d_states = load_blocks(p_d_states + at.o, at.size, at.m, S)
+    seed = tl.load(p_d_seed + at.o_entering, mask=at.m, other=0.0).to(tl.float32)
+    active = at.m
     if p_flags is not None:
-        flags = tl.load(p_flags + row, mask=m, other=0)
-        active = m & ((flags & SKIP_BIT) == 0)
+        flags = tl.load(p_flags + at.row, mask=at.m, other=0)
+        active = at.m & ((flags & SKIP_BIT) == 0)
     if V_OUT >= 0:  # an earlier stage: the later one left gradients of its product and of what it read
-        d = (seed,) + load_blocks(p_d_values + o, size, m, V_OUT)
+        d = (seed,) + load_blocks(p_d_values + at.o, at.size, at.m, V_OUT)
     else:
         d_states = (d_states[0] + seed,) + d_states[1:]
         if p_d_entered is not None:
-            store_blocks(p_d_entered + o, state_stride, d_states, m)
+            store_blocks(p_d_entered + at.o, state_stride, d_states, at.m)
         if p_flags is not None:
             d_states = select((flags & RESET_BIT) != 0, zeros_like_each(d_states), d_states)
-        d_y = tl.load(p_d_y + o, mask=m, other=0.0).to(tl.float32)
+        d_y = tl.load(p_d_y + at.o, mask=at.m, other=0.0).to(tl.float32)
         d_states = (d_states[0] + d_y,) + d_states[1:]
         if p_d_inner is not None:
-            d_inner = load_blocks(p_d_inner + o, state_stride, m, S - 1)
+            d_inner = load_blocks(p_d_inner + at.o, state_stride, at.m, S - 1)
             d_states = (d_states[0],) + add_each(d_states[1:], d_inner)
         d = d_states
         if p_zone is not None:
-            zone = load_blocks(p_zone + o, state_stride, m, S)
+            zone = load_blocks(p_zone + at.o, state_stride, at.m, S)
             d = select_each(zone, zeros_like_each(d_states), d_states)
     d_a, d_r, d_s, d_p, d_v = STEP(a, r, before, params, values, d)
     for g in tl.static_range(count):
         d_gate = tl.where(active, d_a[g], 0.0)
-        tl.store(p_d_gates + o_gate + g * H, d_gate, mask=m)
+        tl.store(p_d_gates + at.o_gate + g * H, d_gate, mask=at.m)
         if KEPT[g] >= 0:
             d_gate = tl.where(active, d_r[KEPT[g] - KEPT_FIRST], 0.0)
-            tl.store(p_d_recurrent + (row * R + KEPT[g]) * H + unit, d_gate, mask=m)
-        tl.store(p_d_product + (first + g * apart) * H + unit, d_gate, mask=m)
+            tl.store(p_d_recurrent + (at.row * R + KEPT[g]) * H + at.unit, d_gate, mask=at.m)
+        tl.store(p_d_product + (at.product_row + g * at.rows_apart) * H + at.unit, d_gate, mask=at.m)
     for k in tl.static_range(S):
         d_before = d_s[k]
         if V_OUT >= 0:
             d_before += d_states[k]
         elif p_zone is not None:
             d_before += tl.where(zone[k] != 0, d_states[k], 0.0)
-        tl.store(p_d_states + k * size + o, tl.where(active, d_before, d_states[k]), mask=m)
-    store_blocks(p_d_values + o, size, d_v, m)
+        tl.store(p_d_states + k * at.size + at.o, tl.where(active, d_before, d_states[k]), mask=at.m)
+    store_blocks(p_d_values + at.o, at.size, d_v, at.m)
     for k in tl.static_range(P):
-        p_sum = p_d_params + (row * P + k) * H + unit
-        tl.store(p_sum, tl.load(p_sum, mask=m, other=0.0) + tl.where(active, d_p[k], 0.0), mask=m)
+        p_sum = p_d_params + (at.row * P + k) * H + at.unit
+        tl.store(p_sum, tl.load(p_sum, mask=at.m, other=0.0) + tl.where(active, d_p[k], 0.0), mask=at.m)

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one program of the resident kernels owns: a tile of the batch of one recurrence.
+
+Where it lies, what it loads, and its products. Sizes and names as in resident.py.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from gpu_rnn.kernels.triton.blocks import load_blocks, load_each, select
+
+
+class Tile(NamedTuple):
+    """Where a program stands. Offsets of rows are in (B, N), those of units in (B, N, H)."""
+
+    N: Any
+    i_n: Any
+    o_b: Any  # (BLOCK_B,)
+    o_h: Any  # (1, BLOCK_H)
+    m_b: Any  # (BLOCK_B, 1)
+    m_h: Any  # (1, BLOCK_H)
+    m: Any  # (BLOCK_B, BLOCK_H)
+    o_row: Any  # (BLOCK_B, 1)
+    o_unit: Any  # (BLOCK_B, BLOCK_H)
+    b_length: Any  # (BLOCK_B,) steps of each row
+    reversed: Any  # not 0 where this recurrence runs backwards in time
+
+
+@triton.jit
+def place(p_lengths, T, B, H, reverse, period, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
+    N = tl.num_programs(1).to(tl.int64)
+    i_n = tl.program_id(1).to(tl.int64)
+    o_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    o_h = tl.arange(0, BLOCK_H)[None, :]
+    m_b, m_h = o_b < B, o_h < H
+    o_row = (o_b * N + i_n)[:, None]
+    b_length = tl.load(p_lengths + o_b, mask=m_b, other=0) if p_lengths is not None else tl.zeros_like(o_b) + T
+    reversed_ = (reverse >> (i_n % period)) & 1
+    m_b = m_b[:, None]
+    return Tile(N, i_n, o_b, o_h, m_b, m_h, m_b & m_h, o_row, o_row * H + o_h, b_length, reversed_)
+
+
+@triton.jit
+def time_of(step, at):
+    """(BLOCK_B, 1): the time at which each row's step lies. A reversed row starts at its own last step."""
+    turned = (at.reversed != 0) & (step < at.b_length)
+    return tl.where(turned, at.b_length - 1 - step, step).to(tl.int64)[:, None]
+
+
+@triton.jit
+def rows_at(o_t, at, B):
+    """(BLOCK_B, 1): where the rows of a step lie in (T, B, N)."""
+    return o_t * B * at.N + at.o_row
+
+
+@triton.jit
+def load_flags(p_flags, o_t, at, T, B):
+    """(BLOCK_B, 1): the flags of one step, 0 where there is none. They are read a step ahead: what waits for a single
+    byte would wait for it alone, as only loads of 4 bytes go through shared memory."""
+    rows = B * at.N
+    return tl.load(p_flags + o_t * rows + at.o_row, mask=at.m_b & (o_t >= 0) & (o_t < T), other=0)
+
+
+@triton.jit
+def load_weights(p_w, at, H, row_stride, column_stride, G: tl.constexpr, BLOCK_H: tl.constexpr):
+    """One block for each gate: W_hh, or W_hh transposed, by the strides of its rows and columns."""
+    rows = tl.arange(0, BLOCK_H)[:, None]
+    p_w += at.i_n * G * H * H + rows * row_stride + at.o_h * column_stride
+    return load_blocks(p_w, H * H, at.m_h & (rows < H), G)
+
+
+@triton.jit
+def load_before(p_y, p_inner, p_initial, t, o_t_before, at, T, B, H):
+    """The states before step `t`: what the step before it left at `o_t_before`, or the initial ones."""
+    S: tl.constexpr = len(p_initial)
+    o_before = rows_at(o_t_before, at, B) * H + at.o_h
+    b_step = tl.zeros_like(at.b_length) + t
+    later = at.m & (b_step > 0)[:, None]
+    before = (tl.load(p_y + o_before, mask=later, other=0.0).to(tl.float32),)
+    if S > 1:
+        before = before + load_blocks(p_inner + o_before, at.N * T * B * H, later, S - 1)
+    return select(later, before, load_each(p_initial, at.o_unit, at.m & (b_step == 0)[:, None]))
+
+
+@triton.jit
+def multiply(
+    entering,
+    x,
+    b_w,
+    b_bias,
+    drop,
+    BEGIN: tl.constexpr,
+    END: tl.constexpr,
+    KEPT: tl.constexpr,
+    DROP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Of the gates `BEGIN` to `END`, with the products of what enters them: (sums, or input parts of split gates;
+    products of the split gates)."""
+    b_entering = entering.to(b_w[0].dtype)
+    a, r = (), ()
+    for g in tl.static_range(BEGIN, END):
+        if DROP:
+            b_entering = (entering * drop[g % DROP].to(tl.float32)).to(b_w[0].dtype)
+        product = tl.dot(b_entering, b_w[g], input_precision=PRECISION)
+        if KEPT[g] < 0:
+            a = a + (x[g].to(tl.float32) + product,)
+        else:
+            a = a + (x[g].to(tl.float32),)
+            r = r + (product + b_bias[KEPT[g]] if len(b_bias) > 0 else product,)
+    return a, r
+
+
+@triton.jit
+def pull_back(
+    d_a,
+    d_r,
+    d_entering,
+    active,
+    m,
+    p_d_gates,  # of this step
+    p_d_recurrent,
+    stride_g,
+    H,
+    b_w,
+    drop,
+    BEGIN: tl.constexpr,
+    END: tl.constexpr,
+    SPLIT: tl.constexpr,  # split gates before these
+    KEPT: tl.constexpr,
+    DROP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Stores the gradients of the gates `BEGIN` to `END`; returns `d_entering` with what comes through their
+    products."""
+    dtype: tl.constexpr = b_w[0].dtype
+    # Two sums, so that the tensor cores need not wait for each other's result.
+    even, odd = tl.zeros_like(d_entering), d_entering
+    if DROP == 1:
+        odd = tl.zeros_like(even)
+    for g in tl.static_range(BEGIN, END):
+        # Padded units and rows, and steps that do not count, may hold anything: they are selected away.
+        d_gate = tl.where(active, d_a[g - BEGIN], 0.0).to(dtype)
+        tl.store(p_d_gates + g * stride_g, d_gate, mask=m)
+        d_product = d_gate
+        if KEPT[g] >= 0:
+            d_product = tl.where(active, d_r[KEPT[g] - SPLIT], 0.0).to(dtype)
+            tl.store(p_d_recurrent + KEPT[g] * H, d_product, mask=m)
+        if DROP > 1:
+            product = tl.dot(d_product, b_w[g], input_precision=PRECISION)
+            odd += product * drop[g].to(tl.float32)
+        elif g % 2:
+            odd = tl.dot(d_product, b_w[g], acc=odd, input_precision=PRECISION)
+        else:
+            even = tl.dot(d_product, b_w[g], acc=even, input_precision=PRECISION)
+    if DROP == 1:
+        odd = d_entering + (even + odd) * drop[0].to(tl.float32)
+    return odd if DROP else even + odd
