@@ -21,7 +21,7 @@ from torch import Tensor
 from gpu_rnn import devices, memo
 from gpu_rnn.backends import triton_interpreter
 from gpu_rnn.backends.problem import Problem
-from gpu_rnn.backends.tensors import Call, LayerControls, Result, Weights
+from gpu_rnn.backends.tensors import CONTROL_AXES, Call, LayerControls, Result, Weights
 from gpu_rnn.memo import memoize
 
 EMPTY = ".version 8.0\n.target sm_80\n.address_size 64\n"  # a text in PTX, of which ptxas makes code for any device
@@ -52,7 +52,7 @@ class Example(NamedTuple):
 
 
 def example(given: Problem) -> Example:
-    """Every option of a problem, biases too; reset values are given for each step where zoneout is on, else once."""
+    """Every option of a problem, biases too; reset values are given for each step with recurrent dropout, else once."""
 
     def empty(*shape: int, dtype: torch.dtype = given.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -69,18 +69,19 @@ def example(given: Problem) -> Example:
         empty(n, gates, hidden) if given.norm else None,
     )
     states = [empty(batch, n, hidden if k else width) for k, _ in enumerate(program.states)]
-    controls = LayerControls(
-        empty(batch, dtype=torch.int64) if given.lengths else None,
-        empty(steps, batch, n, dtype=torch.uint8) if given.flags else None,
-        empty(batch, n, given.drop, width) if given.drop else None,
-        empty(len(states), steps, batch, n, hidden, dtype=torch.bool) if given.zone else None,
-    )
-    values = [empty(steps if given.zone else 1, *state.shape) for state in states if given.reset_values]
+    sizes = {"T": steps, "B": batch, "N": n, "M": n, "H": hidden, "P": width, "S": len(states), "1|G": given.drop}
+    controls = {}
+    for name, axes in CONTROL_AXES.items():
+        if given.controls.get(name):
+            dtype = axes.dtype if isinstance(axes.dtype, torch.dtype) else given.dtype
+            controls[name] = empty(*(sizes[axis] for axis in axes.axes.split()), dtype=dtype)
+    values = [empty(steps if given.drop else 1, *state.shape) for state in states if given.reset_values]
     inner = empty(len(states) - 1, steps, batch, n, hidden, dtype=torch.float32)
     recurrent = empty(steps, batch, n, len(program.split), hidden)
     projected = empty(steps, batch, n, gates, hidden)
     saved = Result(empty(steps, *states[0].shape), states, projected, recurrent, inner)
-    return Example(Call(program, weights, states, controls, values, given.reverse, given), projected, saved)
+    call = Call(program, weights, states, LayerControls(**controls), values, given.reverse, given)
+    return Example(call, projected, saved)
 
 
 class Builds:

@@ -11,6 +11,7 @@ from gpu_rnn.compiler.program import Program
 from gpu_rnn.devices import CPU, Device
 from gpu_rnn.recurrence import Recurrence
 
+CONTROLS = ("lengths", "flags", "reset_values", "drop", "zone")  # the fields of `Problem` that a call's controls set
 DIRECTIONS = ("inference", "training", "backward")
 
 
@@ -98,6 +99,16 @@ class Problem:
             "norm": "layer normalisation" if self.norm else "",
         }
         return {name: words for name, words in named.items() if words}
+
+    @property
+    def controls(self) -> dict[str, int]:
+        """What steers the steps, as `LayerControls.described` has it."""
+        return {name: getattr(self, name) for name in CONTROLS}
+
+    @property
+    def control_bytes(self) -> int:
+        """What is loaded in a step to steer each state of a unit."""
+        return self.dtype.itemsize * self.reset_values + self.zone
 
     def without(self, *supported: str) -> list[str]:
         """A reason for each option of the call other than those named."""

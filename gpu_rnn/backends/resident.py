@@ -75,7 +75,7 @@ def _loaded(problem: Problem) -> int:
     if problem.direction == "backward":  # also products, d_y and y, the other states, and all initial ones
         loaded += (len(program.split) + 2) * itemsize + 4 * (2 * states - 1)
         loaded += 4 * (states - 1) * problem.all_states
-    return loaded + states * (itemsize * problem.reset_values + problem.zone)
+    return loaded + states * problem.control_bytes
 
 
 def tile(problem: Problem) -> Tile:
@@ -180,6 +180,11 @@ def _whole(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else whole(tensor)
 
 
+def _bytes(tensor: Tensor | None) -> Tensor | None:
+    """Truth values as the kernels read them."""
+    return tensor.view(torch.uint8) if tensor is not None and tensor.dtype == torch.bool else tensor
+
+
 def _each_whole(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
     return tuple(map(whole, tensors))
 
@@ -223,11 +228,8 @@ def _controls(call: Call) -> dict[str, Any]:
     """What steers the steps."""
     controls, values = call.controls, call.reset_values
     return {
-        "p_lengths": _whole(controls.lengths),
-        "p_flags": _whole(controls.flags),
+        **{f"p_{name}": _bytes(_whole(value)) for name, value in controls.of_loops.items()},
         "p_resets": _each_whole(values) if values else None,
-        "p_drop": _whole(controls.drop),
-        "p_zone": None if controls.zone is None else whole(controls.zone).view(torch.uint8),
         "INITIAL": call.program.initial,
         "PER_STEP": bool(values) and len(values[0]) > 1,
         "DROP": 0 if controls.drop is None else controls.drop.shape[2],

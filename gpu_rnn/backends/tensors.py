@@ -67,8 +67,21 @@ class LayerControls(NamedTuple):
         None  # factors of what a stack's layers take from those below
     )
 
+    @property
+    def of_loops(self) -> dict[str, Tensor | None]:
+        """What a time loop takes of it, by name: what acts between a stack's layers is none of its."""
+        return {name: value for name, value in zip(self._fields, self, strict=True) if name != "between"}
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """Which of them there are, as `Problem` has it: whether, of `drop` how many masks."""
+        there = {name: value is not None for name, value in self.of_loops.items()}
+        return there | {"drop": 0 if self.drop is None else self.drop.shape[2]}
+
 
 PLAIN = LayerControls()
+CONTROL_AXES = {name: axes for name, (axes,) in axes_of(LayerControls).items()}
+OF_STATES = tuple(name for name, axes in CONTROL_AXES.items() if axes.place("S") == 0)  # a value a unit, state and step
 
 
 class Inputs(NamedTuple):

@@ -143,6 +143,17 @@ class StackControls(NamedTuple):
         """Whether the loops get flags: lengths by themselves stay lengths, unless the states beyond them are wanted."""
         return self.mask is not None or self.resets is not None or (self.lengths is not None and all_states)
 
+    def described(self, packed: bool, all_states: bool) -> dict[str, Any]:
+        """As `LayerControls.described`, of every layer's, with whether there are values to reset to."""
+        flags = self.flagged(all_states)
+        return {
+            "lengths": packed or (self.lengths is not None and not flags),
+            "flags": flags,
+            "reset_values": self.reset_state is not None,
+            "drop": 0 if self.recurrent_mask is None else self.recurrent_mask.shape[2],
+            "zone": self.zone is not None,
+        }
+
     def flags(self, reverse: str, steps: int, all_states: bool) -> Tensor | None:
         """`LayerControls.flags`, which are those of every layer."""
         return _flags(self.valid(steps), self.resets, self.lengths, reverse) if self.flagged(all_states) else None

@@ -96,7 +96,6 @@ class Stack(NamedTuple):
         """The call as dispatch sees it."""
         wanting = (x, *weights, *(hx or ()), *(controls.reset_state or ()))
         wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in wanting)
-        flags = controls.flagged(self.all_states)
         return Problem(
             self.recurrence,
             steps,
@@ -109,18 +108,14 @@ class Stack(NamedTuple):
             choice.device_of(x.device),
             "training" if wants_grad else "inference",
             precision.of_rnn() if x.is_cuda else "ieee",
-            packed or (controls.lengths is not None and not flags),
-            packed,
-            self.reverse,
-            self.proj_size,
-            self.num_layers,
-            transforms.active(),
-            flags,
-            controls.reset_state is not None,
-            0 if controls.recurrent_mask is None else controls.recurrent_mask.shape[2],
-            controls.zone is not None,
-            self.all_states,
-            self.norm,
+            packed=packed,
+            reverse=self.reverse,
+            proj_size=self.proj_size,
+            layers=self.num_layers,
+            transforms=transforms.active(),
+            all_states=self.all_states,
+            norm=self.norm,
+            **controls.described(packed, self.all_states),
         )
 
     def inputs(

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gpu_rnn.backends import Loop, reference
 from gpu_rnn.backends.tensors import Call, LoopGradients, Result, Weights, state_dtype
-from gpu_rnn.call.wavefront_views import StackViews, of_layers, of_resets
+from gpu_rnn.call.wavefront_views import StackViews, controls_by_layer, of_layers, of_resets, of_some
 
 
 def _put(target: Tensor, values: Tensor) -> None:
@@ -124,13 +124,13 @@ def in_torch(call: Call, x: Tensor, all_states: bool) -> Result:
 
 def _alone(call: Call, layer: int) -> Call:
     """One layer of a stack as a call of its own."""
-    at, between, zone = slice(layer, layer + 1), call.weights.w_between, call.controls.zone
+    at, between = slice(layer, layer + 1), call.weights.w_between
     assert between is not None
-    one = of_layers(call, at)
+    one, (_, over_time) = of_layers(call, at), controls_by_layer(call.controls)
     return replace(
         one,
         weights=one.weights._replace(w_ih=between[layer - 1 : layer] if layer else call.weights.w_ih),
         states=[state[:, at] for state in call.states],
-        controls=one.controls._replace(flags=call.controls.flags, zone=None if zone is None else zone[:, :, :, at]),
+        controls=one.controls._replace(**{name: of_some(name, value, at) for name, value in over_time.items()}),
         reset_values=[value[:, :, at] for value in call.reset_values],
     )

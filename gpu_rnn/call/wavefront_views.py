@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gpu_rnn.backends import reference
-from gpu_rnn.backends.tensors import Call, LayerControls, Weights
+from gpu_rnn.backends.tensors import CONTROL_AXES, Call, LayerControls, Weights
 from gpu_rnn.dispatch.wavefront_plan import launched
 
 
@@ -106,13 +106,11 @@ class StackViews:
     """A call's tensors as the diagonals take them."""
 
     def __init__(self, call: Call, steps: int, chunk: int) -> None:
-        controls, self.call, self.count = call.controls, call, len(call.weights.w_hh)
+        self.call, self.count = call, len(call.weights.w_hh)
+        _, over_time = controls_by_layer(call.controls)
         self.diagonals = diagonals(self.count, steps, chunk)
         self.bias = reference.input_bias(call.weights, call.program)
-        self.flags = (
-            None if controls.flags is None else controls.flags.expand(-1, -1, self.count).movedim(2, 0).contiguous()
-        )
-        self.zone = [] if controls.zone is None else [zone.movedim(2, 0).contiguous() for zone in controls.zone]
+        self.over_time = {name: _layer_first(name, value, self.count) for name, value in over_time.items()}
         self.values = [value.movedim(2, 0).contiguous() for value in call.reset_values]  # (L, 1 or T, B, ·)
         self.known: dict[tuple[int, int, int], SharedParts] = {}
 
@@ -135,10 +133,9 @@ class StackViews:
         """A diagonal as a backend takes it; `states` are (B, layers, ·)."""
         call = self.layers(diagonal).call
         controls, values = call.controls, call.reset_values
-        if self.flags is not None:
-            controls = controls._replace(flags=diagonal.of(self.flags))
-        if self.zone:
-            controls = controls._replace(zone=torch.stack([diagonal.of(zone) for zone in self.zone]))
+        for name, value in self.over_time.items():
+            each = [diagonal.of(of_state) for of_state in (value if isinstance(value, list) else [value])]
+            controls = controls._replace(**{name: torch.stack(each) if isinstance(value, list) else each[0]})
         if self.values:
             values = [of_resets(diagonal, value) for value in self.values]
         return Call(call.program, call.weights, states, controls, values, call.reverse, call.problem, d_gates)
@@ -184,14 +181,38 @@ class StackViews:
 
 def of_layers(call: Call, layers: slice) -> Call:
     """What some neighbouring layers take, but for their input weights and what differs from step to step."""
-    weights, drop = call.weights, call.controls.drop
+    weights, (alike, _) = call.weights, controls_by_layer(call.controls)
     b_ih, b_hh, params = (None if w is None else w[layers] for w in (weights.b_ih, weights.b_hh, weights.params))
     return replace(
         call,
         weights=Weights(weights.w_ih, weights.w_hh[layers], b_ih, b_hh, params),
-        controls=LayerControls(drop=None if drop is None else drop[:, layers]),
+        controls=LayerControls(**{name: of_some(name, value, layers) for name, value in alike.items()}),
         reverse=call.reverse[layers],
     )
+
+
+def controls_by_layer(controls: LayerControls) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Those with an axis of layers, by name: what is alike at all steps, and what is not."""
+    given = {name: value for name, value in controls.of_loops.items() if value is not None}
+    each = {name: value for name, value in given.items() if CONTROL_AXES[name].place("N") is not None}
+    over_time = {name: value for name, value in each.items() if CONTROL_AXES[name].place("T") is not None}
+    return {name: value for name, value in each.items() if name not in over_time}, over_time
+
+
+def of_some(name: str, control: Tensor, layers: slice) -> Tensor:
+    """A control of some layers; one that serves all of a stack stays as it is."""
+    axis = CONTROL_AXES[name].place("N")
+    assert axis is not None
+    return control if control.shape[axis] == 1 else control.narrow(axis, layers.start, layers.stop - layers.start)
+
+
+def _layer_first(name: str, control: Tensor, layers: int) -> Tensor | list[Tensor]:
+    """(L, T, B, …), contiguous, of one that differs from step to step; of one with states a list of them."""
+    axes = CONTROL_AXES[name]
+    steps, axis = axes.place("T"), axes.place("N")
+    assert steps is not None and axis is not None
+    each = control.expand(*control.shape[:axis], layers, *control.shape[axis + 1 :]).movedim(axis, steps)
+    return [of_state.contiguous() for of_state in each] if steps else each.contiguous()
 
 
 def of_resets(diagonal: Diagonal, values: Tensor) -> Tensor:

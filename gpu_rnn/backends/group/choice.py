@@ -14,7 +14,7 @@ from itertools import count, product
 from typing import Any
 
 from gpu_rnn.backends import rates
-from gpu_rnn.backends.group.layout import UNITS, Layout
+from gpu_rnn.backends.group.layout import UNITS, Layout, switches
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.backends.throughput import (
     FP32_PER_CYCLE,
@@ -81,10 +81,7 @@ def _layouts(problem: Problem) -> Iterator[Layout]:
     backward = problem.direction == "backward"
     options: dict[str, Any] = {
         "inner": problem.direction == "training" or problem.all_states,
-        "flags": problem.flags,
-        "values": int(problem.reset_values),
-        "drop": min(problem.drop, 2),
-        "zone": problem.zone,
+        **switches(problem.controls, int(problem.reset_values)),
     }
     for members, blocks, across, along in _shapes(-(-problem.H // UNITS)):
         for columns, tiles in product(COLUMNS, TILES if members > 1 else (1,)):

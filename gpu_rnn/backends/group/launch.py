@@ -17,7 +17,7 @@ from gpu_rnn.backends import persistent
 from gpu_rnn.backends.group import cubin, nvrtc, signature
 from gpu_rnn.backends.group.choice import Choice, choose, cost, largest
 from gpu_rnn.backends.group.deadline import check, error_word, number_of
-from gpu_rnn.backends.group.layout import Layout, source
+from gpu_rnn.backends.group.layout import Layout, source, switches
 from gpu_rnn.backends.persistent import bits, even_rows, rows, whole
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.backends.tensors import Call, LoopGradients, Result
@@ -102,8 +102,11 @@ def fit(layout: Layout, arch: str) -> Layout:
     return layout
 
 
-def _pointer(tensor: Tensor | None) -> Tensor | int:
-    return 0 if tensor is None else whole(tensor)
+def _pointer(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | int:
+    """0 for None; with `dtype`, numbers are brought to it, not truth values and counts."""
+    if tensor is None:
+        return 0
+    return whole(tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype))
 
 
 def exchange(layout: Layout, groups: int, left: Tensor, error: Tensor) -> Arguments:
@@ -151,26 +154,20 @@ def _controls(call: Call) -> Arguments:
     controls, values, dtype = call.controls, call.reset_values, call.weights.w_hh.dtype
     stacked = torch.stack(values) if values else None
     return {
-        "p_lengths": _pointer(controls.lengths),
-        "p_flags": _pointer(controls.flags),
-        "p_values": _pointer(None if stacked is None else stacked.to(dtype)),
-        "p_drop": _pointer(None if controls.drop is None else controls.drop.to(dtype)),
-        "p_zone": _pointer(controls.zone),
+        **{f"p_{name}": _pointer(value, dtype) for name, value in controls.of_loops.items()},
+        "p_values": _pointer(stacked, dtype),
     }
 
 
 def _built(layout: Layout, call: Call, arguments: Arguments, save: bool, inner: bool) -> Layout:
     """The layout as a call needs it: with its options, and told whether two units lie in one word."""
-    controls, values = call.controls, call.reset_values
+    values = call.reset_values
     return replace(
         layout,
         save=save,
         inner=inner,
         paired=_paired(arguments, layout.word),
-        flags=controls.flags is not None,
-        values=1 + (len(values[0]) > 1) if values else 0,
-        drop=0 if controls.drop is None else min(controls.drop.shape[2], 2),
-        zone=controls.zone is not None,
+        **switches(call.controls.described, 1 + (len(values[0]) > 1) if values else 0),
     )
 
 

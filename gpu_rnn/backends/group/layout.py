@@ -7,8 +7,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
+from typing import Any
 
 import torch
 
@@ -21,6 +23,11 @@ SCALARS = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "float"}
 LANES = 32
 UNITS = 16  # of a unit block: the rows of a tensor-core instruction's A operand
 PERIOD = 4  # publications between two fences; see group_exchange.cuh
+
+
+def switches(controls: Mapping[str, int], values: int) -> dict[str, Any]:
+    """The fields of a `Layout` that a call's controls set, from their description; `values` as there."""
+    return {"flags": controls["flags"], "values": values, "drop": min(controls["drop"], 2), "zone": controls["zone"]}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gpu_rnn.backends.tensors import RESET, SKIP, Call, bit, processing_order, reorder, reorder_each
+from gpu_rnn.backends.tensors import OF_STATES, RESET, SKIP, Call, bit, processing_order, reorder, reorder_each
 
 
 class StepControls(NamedTuple):
@@ -20,7 +20,7 @@ class StepControls(NamedTuple):
     order: Tensor | None
     beyond: Tensor | None  # (T, B, 1, 1) bool: the steps beyond each row's length
     flags: Tensor | None  # (T, B, N) uint8
-    zone: Tensor | None  # (S, T, B, N, H) bool
+    of_states: dict[str, Tensor]  # `tensors.OF_STATES` that there are, (S, T, B, N, H) bool
     values: list[Tensor | float]  # what each state is reset to, (1 or T, B, N, ·)
 
     @staticmethod
@@ -33,10 +33,14 @@ class StepControls(NamedTuple):
         if controls.lengths is not None:
             beyond = (torch.arange(steps, device=device)[:, None] >= controls.lengths)[:, :, None, None]
             flags = beyond[..., 0].to(torch.uint8).mul_(SKIP).repeat(1, 1, len(call.reverse))
-        zone = None if controls.zone is None else reorder_each(controls.zone, order)
+        of_states = {
+            name: reorder_each(value, order)
+            for name, value in controls.of_loops.items()
+            if name in OF_STATES and value is not None
+        }
         values = [call.reset_value(k) for k in range(len(call.states))]
         values = [v if isinstance(v, float) or len(v) == 1 else reorder(v, order) for v in values]
-        return StepControls(order, beyond, flags, zone, values)
+        return StepControls(order, beyond, flags, of_states, values)
 
     @property
     def skip(self) -> Tensor | None:
@@ -52,9 +56,18 @@ class StepControls(NamedTuple):
     def keeps(self) -> list[Tensor | None]:
         """Of each state, (T, B, N, 1 or ·): the units that keep the value they entered with."""
         skip = self.skip
-        if self.zone is None:
+        if not self.by_unit:
             return [skip] * len(self.values)
-        return [zone if skip is None else zone | skip for zone in self.zone]
+        return [zone if skip is None else zone | skip for zone in self.of_states["zone"]]
+
+    @property
+    def by_unit(self) -> bool:
+        """Whether single units keep states, not whole rows alone."""
+        return "zone" in self.of_states
+
+    def keeping(self, steps: int) -> list[bool]:
+        """The steps at which a state is kept anywhere; True where that is not known."""
+        return [True] * steps if self.by_unit else steps_with(self.skip, steps)
 
     @property
     def after(self) -> Tensor:
@@ -98,6 +111,13 @@ class StepControls(NamedTuple):
     def _within(self, values: Tensor) -> Tensor:
         """0 beyond each row's length."""
         return values if self.beyond is None else selected(values, words(~self.beyond, values.dtype))
+
+
+def steps_with(flags: Tensor | None, steps: int) -> list[bool]:
+    """The steps at which flags (T, B, N, 1) are set anywhere; on a GPU all, as to ask would be to wait."""
+    if flags is None:
+        return [False] * steps
+    return flags.flatten(1).any(1).tolist() if flags.is_cpu else [True] * steps
 
 
 def words(flags: Tensor, dtype: torch.dtype) -> Tensor:

@@ -77,9 +77,9 @@ def _empty(pairs: Pairs, part: slice) -> None:
 def _control_pairs(loop: ForwardSteps | BackwardSteps, controls: StepControls) -> Iterator[tuple[Tensor, Tensor]]:
     if loop.flags is not None:
         yield loop.flags, controls.after
-    if controls.zone is not None:
-        for buffer, zone in zip(loop.each_state("zone"), controls.zone, strict=True):
-            yield buffer, zone[..., : buffer.shape[-1]]
+    for name, of_states in controls.of_states.items():
+        for buffer, values in zip(loop.each_state(name), of_states, strict=True):
+            yield buffer, values[..., : buffer.shape[-1]]
 
 
 def _reset_pairs(loop: ForwardSteps, controls: StepControls) -> Iterator[tuple[Tensor, Tensor]]:

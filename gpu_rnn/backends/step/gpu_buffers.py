@@ -5,7 +5,7 @@ Everything a step reads stands in these buffers, so that a CUDA graph of the ste
 
 A projection of h is a recurrence of its own, whose one gate is the product with W_hr and whose new h is that product:
 so the kernels that steer states steer a projected h too, of P units. The h of the recurrence itself is the one before
-its projection then, which no mask, zoneout or reset concerns: what the kernels keep of it is never read.
+its projection then, which no control concerns: what the kernels keep of it is never read.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gpu_rnn.backends import normalisation
 from gpu_rnn.backends.linear import runs
 from gpu_rnn.backends.normalisation import Normalised
 from gpu_rnn.backends.step.product import Product, masks
-from gpu_rnn.backends.tensors import PLAIN, Call
+from gpu_rnn.backends.tensors import OF_STATES, PLAIN, Call
 from gpu_rnn.compiler.derivative import carried_values
 from gpu_rnn.compiler.program import Program
 from gpu_rnn.compiler.triton_module import triton_module
@@ -38,7 +38,7 @@ class Kind(NamedTuple):
     bias: bool
     flags: bool  # masked steps or resets
     reset_values: int  # 0: none given, 1: the same at all steps, 2: some of each step
-    zone: bool
+    of_states: tuple[str, ...]  # `tensors.OF_STATES` that there are
     drop: int  # 0, 1 or the number of gates
     norm: bool
     save: bool = False
@@ -51,14 +51,15 @@ class Kind(NamedTuple):
         flags = controls.flags is not None or controls.lengths is not None
         given = max((min(len(value), 2) for value in values), default=0)
         drop = 0 if controls.drop is None else controls.drop.shape[2]
-        zone, norm = controls.zone is not None, weights.norm is not None
+        of_states = tuple(name for name in OF_STATES if getattr(controls, name) is not None)
+        bias, norm = weights.b_hh is not None, weights.norm is not None
         projection = 0 if weights.w_hr is None else weights.w_hr.shape[1]
-        return Kind(weights.b_hh is not None, flags, given, zone, drop, norm, save, inner, projection)
+        return Kind(bias, flags, given, of_states, drop, norm, save, inner, projection)
 
     @property
     def of_projection(self) -> Kind:
         """What there is of it in a projection's own steps."""
-        return Kind(False, self.flags, self.reset_values, self.zone, 0, False)
+        return Kind(False, self.flags, self.reset_values, self.of_states, 0, False)
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class _Steps:
         self.recurrent = over_time(like, (steps,), (batch, n, len(program.split), hidden))
         self.params = like.new_empty(n, len(program.params), hidden)
         self.flags = over_time(like, (steps,), (batch, n), torch.uint8) if kind.flags else None
-        self.zone = self.states_over(like, torch.uint8) if kind.zone else None
+        self.of_states = {name: self.states_over(like, torch.uint8) for name in kind.of_states}
         self.weights, self.drops, self.products, self.scales = [], [], [], []
         for shape in self.shapes:
             count = len(shape.kept)
@@ -138,8 +139,8 @@ class _Steps:
         projected = like.new_empty(0, batch, n, 1, self.kind.projection)
         projection = type(self)(PROJECTION, projected, self.steps, self.kind.of_projection, hidden)
         projection.flags = self.flags
-        if self.zone is not None:
-            self.zone[0].zero_()
+        for buffer in self.of_states.values():
+            buffer[0].zero_()
         return projection
 
     @property
@@ -149,8 +150,8 @@ class _Steps:
 
     def each_state(self, name: str) -> list[Tensor]:
         """A buffer (S, ...) by state, with the h that is steered; empty where there is none."""
-        buffer = getattr(self, name)
-        return [] if buffer is None else [getattr(self.of_h, name)[0], *buffer[1:]]
+        buffer, of_h = (s.of_states[name] if name in OF_STATES else getattr(s, name) for s in (self, self.of_h))
+        return [] if buffer is None else [of_h[0], *buffer[1:]]
 
     def states_over(self, like: Tensor, dtype: torch.dtype = torch.float32, count: int | None = None) -> Tensor:
         """(S or another number, steps, B, N, H)"""
@@ -191,7 +192,7 @@ class _Steps:
             "p_recurrent": self.recurrent[t],
             "p_params": self.params,
             "p_flags": None if self.flags is None else self.flags[t],
-            "p_zone": self.at(t, self.zone),
+            **{f"p_{name}": self.at(t, self.of_states.get(name)) for name in OF_STATES},
             "state_stride": self.steps * step,
             "B": batch,
             "N": n,

@@ -15,9 +15,9 @@ from torch import Tensor
 from gpu_rnn.backends import normalisation
 from gpu_rnn.backends.linear import over_steps, runs
 from gpu_rnn.backends.normalisation import Back, Normalised
-from gpu_rnn.backends.step.controls import StepControls, selected, words
+from gpu_rnn.backends.step.controls import StepControls, selected, steps_with, words
 from gpu_rnn.backends.step.product import Product, cast, masks
-from gpu_rnn.backends.step.torch_forward import parameters, steps_with
+from gpu_rnn.backends.step.torch_forward import parameters
 from gpu_rnn.backends.step.torch_operations import compiled
 from gpu_rnn.backends.tensors import Call, LoopGradients, Result, chunks, reorder, reorder_each, state_dtype
 from gpu_rnn.compiler.derivative import carried_values, stage_outputs
@@ -243,7 +243,7 @@ class _BackwardLoop:
         self.resets = steps_with(reset, steps)
         self.reset = reset if any(self.resets) else None
         self.stays = () if self.reset is None else words(~self.reset, self.dtype).unbind(0)
-        self.keeps = [True] * steps if controls.zone is not None else steps_with(skip, steps)
+        self.keeps = controls.keeping(steps)
         widths = [state.shape[-1] for state in self.call.states]
         kept = [keep[..., :width] for keep, width in zip(controls.keeps, widths, strict=True) if keep is not None]
         self.kept = [
@@ -252,7 +252,7 @@ class _BackwardLoop:
         # A masked row's partial derivatives are 0. A unit that keeps its state alone, and a projected h, have 0 come in
         # instead.
         self.alive = None if skip is None else words(~skip, self.dtype)
-        clears = controls.zone is not None or self.call.weights.w_hr is not None
+        clears = controls.by_unit or self.call.weights.w_hr is not None
         self.made = [words(~keep, self.dtype).unbind(0) for keep in kept if clears]
 
     def run(self, part: slice) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from gpu_rnn.backends import normalisation
 from gpu_rnn.backends.linear import runs
 from gpu_rnn.backends.normalisation import Normalised
-from gpu_rnn.backends.step.controls import StepControls, selected, words
+from gpu_rnn.backends.step.controls import StepControls, selected, steps_with, words
 from gpu_rnn.backends.step.product import Product, masks
 from gpu_rnn.backends.step.torch_operations import compiled
 from gpu_rnn.backends.tensors import Call, Result, Weights, reorder, reorder_each, state_dtype
@@ -62,13 +62,6 @@ def parameters(program: Program, weights: Weights, dtype: torch.dtype) -> dict[s
     return {f"p_{name}": weights.params[:, i].to(dtype) for i, name in enumerate(program.params)}
 
 
-def steps_with(flags: Tensor | None, steps: int) -> list[bool]:
-    """The steps at which flags (T, B, N, 1) are set anywhere; on a GPU all, as to ask would be to wait."""
-    if flags is None:
-        return [False] * steps
-    return flags.flatten(1).any(1).tolist() if flags.is_cpu else [True] * steps
-
-
 class _ForwardLoop:
     """One step after the other, in processing order; see `reference._Step` and `reference._Steering`."""
 
@@ -89,7 +82,7 @@ class _ForwardLoop:
             for keep, state in zip(controls.keeps, self.states, strict=True)
             if keep is not None
         ]
-        self.kept = [controls.zone is not None or skips for skips in steps_with(controls.skip, steps)]
+        self.kept = controls.keeping(steps)
 
     def step(self, t: int) -> list[Tensor]:
         """The states after step t."""

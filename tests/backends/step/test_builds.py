@@ -9,17 +9,18 @@ import pytest
 import torch
 
 from gpu_rnn.backends.step.gpu_buffers import BackwardSteps, ForwardSteps, Kind
+from gpu_rnn.backends.tensors import OF_STATES
 from tests.backends.test_resident_builds import NoDevice
 from tests.support import loops as support
 
 KINDS = {
-    "plain": Kind(True, False, 0, False, 0, False),
-    "no bias": Kind(False, False, 0, False, 0, False),
-    "flags": Kind(True, True, 0, False, 0, False),
-    "reset values": Kind(True, True, 2, False, 0, False),
-    "zone": Kind(True, False, 0, True, 0, False),
-    "drop": Kind(True, False, 0, False, 1, False),
-    "everything": Kind(True, True, 1, True, 4, True, save=True, inner=True),
+    "plain": Kind(True, False, 0, (), 0, False),
+    "no bias": Kind(False, False, 0, (), 0, False),
+    "flags": Kind(True, True, 0, (), 0, False),
+    "reset values": Kind(True, True, 2, (), 0, False),
+    "zone": Kind(True, False, 0, OF_STATES, 0, False),
+    "drop": Kind(True, False, 0, (), 1, False),
+    "everything": Kind(True, True, 1, OF_STATES, 4, True, save=True, inner=True),
 }
 CASES = [
     (cell, list(KINDS)[number % len(KINDS)], architecture, dtype)
