@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from gpu_rnn.backends.problem import CONTROLS, Problem
+from gpu_rnn.backends.problem import CONTROL_FIELDS, Problem
 from gpu_rnn.backends.tensors import Call, LoopGradients
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -25,7 +25,7 @@ def unsupported(problem: Problem) -> list[str]:
         reasons.append("has no projection of h (proj_size)")
     if problem.dtype not in DTYPES:
         reasons.append(f"takes float16, bfloat16 and float32, not {str(problem.dtype).removeprefix('torch.')}")
-    return reasons + problem.without(*CONTROLS, "all_states")
+    return reasons + problem.without(*CONTROL_FIELDS, "all_states")
 
 
 def summed(call: Call, found: LoopGradients) -> LoopGradients:

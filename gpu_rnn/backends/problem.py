@@ -11,7 +11,13 @@ from gpu_rnn.compiler.program import Program
 from gpu_rnn.devices import CPU, Device
 from gpu_rnn.recurrence import Recurrence
 
-CONTROLS = ("lengths", "flags", "reset_values", "drop", "zone")  # the fields of `Problem` that a call's controls set
+CONTROL_FIELDS = (
+    "lengths",
+    "flags",
+    "reset_values",
+    "drop",
+    "zone",
+)  # the fields of `Problem` that a call's controls set
 DIRECTIONS = ("inference", "training", "backward")
 
 
@@ -103,7 +109,7 @@ class Problem:
     @property
     def controls(self) -> dict[str, int]:
         """What steers the steps, as `LayerControls.described` has it."""
-        return {name: getattr(self, name) for name in CONTROLS}
+        return {name: getattr(self, name) for name in CONTROL_FIELDS}
 
     @property
     def control_bytes(self) -> int:

@@ -86,7 +86,7 @@ def forward(call: Call, x: Tensor, save: bool = False, all_states: bool = False)
     program, controls = call.program, call.controls
     order = processing_order(x.shape[0], controls.lengths, call.reverse, x.device)
     gates = reorder(project(x, call.weights, program), order)
-    step, steer = _Step(call), _Steering(call, order)
+    step, steer = _Step(call), _StepControls(call, order)
     states: list[Tensor] = list(call.states)
     outputs, saved_gates, saved_recurrent, saved_inner = [], [], [], []
     for t, inputs in enumerate(gates.unbind(0)):  # the derivative of gates[t] would be as large as gates, for each step
@@ -128,7 +128,7 @@ def _over_time(steps: list[Tensor]) -> Tensor:
     return parts[0]
 
 
-class _Steering:
+class _StepControls:
     """Which rows are reset before a step and which units keep their states after it; steps in processing order.
 
     The loops have the like (`step/controls.py`): what judges them shares no such code with them.

@@ -197,3 +197,12 @@ def test_a_name_means_one_thing() -> None:
     allowed = {name for names in SAME_NAMES for name in names.split(", ")}
     several = {name: files for name, files in places.items() if len(files) > 1}
     assert several.keys() == allowed, several
+
+
+def test_an_option_stands_in_few_files() -> None:
+    """CONTRIBUTING lists the places; zoneout, which changes steps, stands for all others."""
+    places = [
+        path for top in (PACKAGE, ROOT / "kernels") for path in top.rglob("*") if path.suffix in {*SOURCES, ".md"}
+    ]
+    naming = [path.relative_to(ROOT).as_posix() for path in places if "zone" in path.read_text().lower()]
+    assert len(naming) <= 16, naming

@@ -63,7 +63,7 @@ def parameters(program: Program, weights: Weights, dtype: torch.dtype) -> dict[s
 
 
 class _ForwardLoop:
-    """One step after the other, in processing order; see `reference._Step` and `reference._Steering`."""
+    """One step after the other, in processing order; see `reference._Step` and `reference._StepControls`."""
 
     def __init__(self, call: Call, gates: Tensor, recurrent: Tensor, controls: StepControls) -> None:
         program, weights = call.program, call.weights
