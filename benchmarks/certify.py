@@ -34,7 +34,8 @@ from benchmarks import sanitize
 from benchmarks.certifying import certificate, record
 from benchmarks.certifying.certificate import FAILED, INTERRUPTED, NOT_RUN, PASSED, Outcome
 from benchmarks.certifying.record import Record
-from benchmarks.measuring import emulation, machine
+from benchmarks.emulating import h100
+from benchmarks.measuring import machine
 from gpu_rnn.cli import positive
 from gpu_rnn.diagnostics import doctor
 
@@ -133,7 +134,7 @@ def steps_on_cpu(soak: float) -> tuple[Step, ...]:
              (pytest("-m", "cuda_cpu", "tests/backends/group/test_kernels.py", "-k", watched),), 180),
         Step("deadline", "waiting for a block that never comes ends in NaN and an error",
              (pytest("-m", "cuda_cpu", "tests/backends/group/test_deadline.py"),), 120),
-        soak_step(soak, Command(arguments, interpreted), emulation.unavailable().removeprefix("--emulate ")),
+        soak_step(soak, Command(arguments, interpreted), h100.unavailable().removeprefix("--emulate ")),
     )  # fmt: skip
 
 
@@ -244,7 +245,7 @@ class Running:
         environment = {
             **os.environ,
             "PYTHONPATH": path,
-            "PYTEST_PLUGINS": "benchmarks.certifying.record",
+            "PYTEST_PLUGINS": "benchmarks.certifying.pytest_record",
             record.RECORD: str(written),
         }
         with output.open("wb") as file:

@@ -29,7 +29,8 @@ from benchmarks.cases import comparison, peers
 from benchmarks.cases.comparison import Comparison, Side
 from benchmarks.cases.names import PEERS, TORCH
 from benchmarks.cases.variants import Case, Inputs, Variant
-from benchmarks.measuring import arguments, checking, emulation, machine, timing
+from benchmarks.emulating import h100
+from benchmarks.measuring import arguments, checking, machine, timing
 from benchmarks.measuring import rows as table
 from benchmarks.measuring.rows import Row
 from gpu_rnn.diagnostics import doctor
@@ -56,11 +57,11 @@ class Settings:
 def main(given: Sequence[str] | None = None) -> int:
     """Runs the benchmarks. Returns 1 if a result was wrong or a variant failed, else 0."""
     options = arguments.parser(__doc__ or "").parse_args(given)
-    if options.emulate and emulation.unavailable():
-        print(f"run.py: {emulation.unavailable()}", file=sys.stderr)
+    if options.emulate and h100.unavailable():
+        print(f"run.py: {h100.unavailable()}", file=sys.stderr)
         return 2
-    if options.emulate and not emulation.interpreting():
-        return emulation.again(__file__, sys.argv[1:] if given is None else given)
+    if options.emulate and not h100.interpreting():
+        return h100.again(__file__, sys.argv[1:] if given is None else given)
     machine.keep_caches()
     try:
         device = doctor.pick_device("cpu" if options.emulate else options.device)
@@ -92,7 +93,7 @@ def _write(cases: list[Case], settings: Settings, facts: dict[str, str], path: P
     """Measures the cases, says how it went, and returns the exit status."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with path.open(mode, newline="") as file, emulation.gpu() if settings.emulated else nullcontext():
+        with path.open(mode, newline="") as file, h100.emulated() if settings.emulated else nullcontext():
             bad, left_out = _run(cases, settings, facts, file)
     except KeyboardInterrupt:
         print(f"stopped; what was measured until now is in {path}: go on with --resume {path}", file=sys.stderr)

@@ -29,15 +29,16 @@ from torch import Tensor
 
 import gpu_rnn
 from benchmarks.certifying import soak_cases
+from benchmarks.certifying.given import Given
+from benchmarks.certifying.precisions import FLOORS, PRECISIONS, TIGHT
 from benchmarks.certifying.record import RECORD, Writer
 from benchmarks.certifying.soak_cases import Case, Run
-from benchmarks.measuring import checking, emulation, machine
+from benchmarks.emulating import h100
+from benchmarks.measuring import checking, machine
 from benchmarks.measuring.checking import ELEMENT, OUTPUT, Errors
 from gpu_rnn.cli import positive
 from gpu_rnn.diagnostics import doctor
 from gpu_rnn.dispatch import choice
-from tests.support.group import FLOORS, PRECISIONS, TIGHT
-from tests.support.options_by_hand import Given
 
 BACKENDS = tuple(name for name in choice.BACKENDS if name != "reference")  # which is the truth
 FULL = 10 * TIGHT  # the floor in full float32: longer sums than those of the tests that TIGHT is from
@@ -251,7 +252,7 @@ def _on_streams(runs: dict[str, Run]) -> list[tuple[str, Results]]:
 
 def _replayed(low: list[Given], runs: dict[str, Run]) -> list[tuple[str, Results]]:
     """Captured on other values than those replayed, so that nothing of the capture can pass for a result."""
-    leaves = [leaf for made in low for leaf in soak_cases.option_calls.leaves(made).values()]
+    leaves = [leaf for made in low for leaf in soak_cases.random_calls.leaves(made).values()]
     values = [leaf.detach().clone() for leaf in leaves]
     _set(leaves, [value / 2 for value in values])
     streams = {backend: torch.cuda.Stream() for backend in runs}
@@ -284,12 +285,12 @@ def _set(leaves: list[Tensor], values: list[Tensor]) -> None:
 
 
 def _pretending(run: Run, backend: str, device: torch.device) -> Run:
-    """On a CPU `group` finds an H100, on which its text runs under tests/support/cuda_cpu."""
+    """On a CPU `group` finds an H100, on which its text runs under benchmarks/emulating."""
     if backend != "group" or device.type == "cuda":
         return run
 
     def pretending() -> Results:
-        with emulation.gpu():
+        with h100.emulated():
             return run()
 
     return pretending

@@ -11,14 +11,13 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
+from benchmarks.certifying import random_calls, recurrences
+from benchmarks.certifying.given import Given
+from benchmarks.certifying.precisions import PRECISIONS
+from benchmarks.certifying.random_calls import Sizes
 from gpu_rnn import cells
 from gpu_rnn.activations import ACTIVATIONS
 from gpu_rnn.recurrence import Recurrence
-from tests.support import loops as loop_support
-from tests.support import option_calls
-from tests.support.group import PRECISIONS
-from tests.support.option_calls import Sizes
-from tests.support.options_by_hand import Given
 
 # Cases in a row with the same cell, dtype, options and H: what a kernel is compiled for. Compiling takes seconds, a
 # case a part of one.
@@ -54,7 +53,7 @@ class Case:
     number: int
     cell: str
     activations: tuple[str, str]
-    precision: str  # of group_support.PRECISIONS, a dtype or tf32
+    precision: str  # of PRECISIONS, a dtype or tf32
     options: frozenset[str]
     heads: int
     sizes: Sizes
@@ -70,16 +69,16 @@ class Case:
     @cached_property
     def recurrence(self) -> Recurrence:
         if any(self.activations):
-            return loop_support.WITH_ACTIVATIONS[self.cell](*self.activations)
-        return loop_support.RECURRENCES[self.cell]
+            return recurrences.WITH_ACTIVATIONS[self.cell](*self.activations)
+        return recurrences.RECURRENCES[self.cell]
 
     def members(self, device: torch.device) -> list[Given]:
         """A call's tensors for each head, float64, with the values that the dtype can hold."""
         scale = self.sizes.H**-0.5  # as layers start: larger weights blow any rounding up
-        draw = partial(option_calls.tensors, self.cell, self.recurrence, self.sizes, self.options, weight_scale=scale)
+        draw = partial(random_calls.tensors, self.cell, self.recurrence, self.sizes, self.options, weight_scale=scale)
         drawn = [draw(self.seed + k).to(PRECISIONS[self.precision][0]).to(torch.float64) for k in range(self.heads)]
         shared = {name: getattr(drawn[0], name) for name in CONTROLS}
-        return [option_calls.on(replace(made, **shared), device) for made in drawn]
+        return [random_calls.on(replace(made, **shared), device) for made in drawn]
 
 
 CONTROLS = ("mask", "lengths", "resets", "recurrent_mask", "zone")  # the same for all heads
@@ -90,7 +89,7 @@ def draw(seed: int, number: int, device: str) -> Case:
     kind = random.Random(f"{seed} {number // SAME}")
     limits = LIMITS[device]
     cell, activations = _cell(kind)
-    chosen = kind.sample(option_calls.OPTIONS, kind.randint(0, MOST_OPTIONS))
+    chosen = kind.sample(random_calls.OPTIONS, kind.randint(0, MOST_OPTIONS))
     if cell != "lstm":
         chosen = [name for name in chosen if name != "proj_size"]
     precision, heads = kind.choice([*PRECISIONS]), kind.choice((1, 1, 1, 2, 3))
@@ -98,8 +97,8 @@ def draw(seed: int, number: int, device: str) -> Case:
     own = random.Random(f"{seed} {number} sizes")
     least = LEAST_NORMALISED if "layer_norm" in chosen else 1
     sizes = Sizes(own.randint(1, limits.T), own.randint(1, limits.B), own.randint(least, limits.I), max(hidden, least))
-    options = option_calls.sensible(chosen)
-    sizes = option_calls.fitting(sizes, options)
+    options = random_calls.sensible(chosen)
+    sizes = random_calls.fitting(sizes, options)
     case = Case(number, cell, activations, precision, options, heads, sizes, own.randrange(2**31), own.random() < 0.5)
     if number >= SAME:
         return case
@@ -115,7 +114,7 @@ def _cell(kind: random.Random) -> tuple[str, tuple[str, str]]:
             "",
         )  # the most used ones more often
     names = [name for name in ACTIVATIONS if name not in UNBOUNDED]
-    return kind.choice([*loop_support.WITH_ACTIVATIONS]), (kind.choice(names), kind.choice(names))
+    return kind.choice([*recurrences.WITH_ACTIVATIONS]), (kind.choice(names), kind.choice(names))
 
 
 Run = Callable[[], dict[str, Tensor]]
@@ -123,8 +122,8 @@ Run = Callable[[], dict[str, Tensor]]
 
 def run(case: Case, members: list[Given], backend: str) -> Run:
     """A function that does the call with `backend` and gives outputs and gradients by name, heads along a new axis."""
-    one = partial(option_calls.call, recurrence=case.recurrence, options=case.options, backend=backend)
-    own = [list(option_calls.leaves(made).values()) for made in members]
+    one = partial(random_calls.call, recurrence=case.recurrence, options=case.options, backend=backend)
+    own = [list(random_calls.leaves(made).values()) for made in members]
     wanted = [leaf for leaves in own for leaf in leaves]
 
     def outputs() -> list[Tensor]:
@@ -133,10 +132,10 @@ def run(case: Case, members: list[Given], backend: str) -> Run:
         if backend == "reference":  # the truth knows nothing of vmap
             return [torch.stack(parts) for parts in zip(*map(one, members), strict=True)]
         stacked = [torch.stack(parts) for parts in zip(*own, strict=True)]
-        return list(torch.vmap(lambda *parts: one(option_calls.with_leaves(members[0], parts)))(*stacked))
+        return list(torch.vmap(lambda *parts: one(random_calls.with_leaves(members[0], parts)))(*stacked))
 
     def values_and_gradients() -> dict[str, Tensor]:
-        found = option_calls.values_and_gradients(outputs(), wanted)
+        found = random_calls.values_and_gradients(outputs(), wanted)
         return dict(zip(_names(case, members), found, strict=True))
 
     return values_and_gradients
@@ -147,7 +146,7 @@ def _names(case: Case, members: list[Given]) -> list[str]:
     outputs = ["y", *(f"final {s}" for s in states)]
     outputs += [f"all {s}" for s in states] if "all_states" in case.options else []
     heads = [f" of head {k}" for k in range(len(members))] if len(members) > 1 else [""]
-    return outputs + [f"d {name}{head}" for head in heads for name in option_calls.leaves(members[0])]
+    return outputs + [f"d {name}{head}" for head in heads for name in random_calls.leaves(members[0])]
 
 
 def in_dtype(members: list[Given], dtype: torch.dtype) -> list[Given]:
@@ -166,6 +165,6 @@ def rounded_again(case: Case, members: list[Given], dtype: torch.dtype, count: i
 
     for _ in range(count):
         yield [
-            option_calls.with_leaves(made, [off(leaf) for leaf in option_calls.leaves(made).values()])
+            random_calls.with_leaves(made, [off(leaf) for leaf in random_calls.leaves(made).values()])
             for made in members
         ]

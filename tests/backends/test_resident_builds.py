@@ -26,7 +26,7 @@ from gpu_rnn.backends import building, resident
 from gpu_rnn.backends.problem import DIRECTIONS, Problem
 from gpu_rnn.backends.tensors import Call, LayerControls, Result, Weights
 from tests.support import loops as support
-from tests.support.cuda_tools import opened
+from tests.support.cuda.tools import opened
 from tests.support.pairwise import pairwise
 from tests.support.paths import ROOT
 

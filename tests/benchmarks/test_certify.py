@@ -27,7 +27,7 @@ from benchmarks.certifying.certificate import FAILED, NOT_RUN, PASSED, Outcome
 from benchmarks.measuring import machine
 from gpu_rnn.backends.group import nvrtc
 from gpu_rnn.backends.step import launch as step
-from tests.support.cuda_cpu.machines import NEEDS_COMPILER
+from tests.support.cuda.machines import NEEDS_COMPILER
 from tests.support.paths import ROOT
 
 PRIMITIVES = ("-m", "cuda_cpu", "tests/kernels/test_cuda_primitives.py", "-k")
@@ -442,7 +442,7 @@ def test_a_case_follows_from_its_seed_and_number() -> None:
     cases = [soak_cases.draw(5, number, "cuda") for number in range(300)]
     assert cases == [soak_cases.draw(5, number, "cuda") for number in range(300)]
     assert cases != [soak_cases.draw(6, number, "cuda") for number in range(300)]
-    assert {name for case in cases for name in case.options} == set(soak_cases.option_calls.OPTIONS)
+    assert {name for case in cases for name in case.options} == set(soak_cases.random_calls.OPTIONS)
     assert {case.precision for case in cases} == set(soak.PRECISIONS)
     assert {case.heads for case in cases} == {1, 2, 3} and {case.captured for case in cases} == {False, True}
     for case in cases:

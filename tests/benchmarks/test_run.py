@@ -18,7 +18,8 @@ import torch
 import gpu_rnn
 from benchmarks import run
 from benchmarks.cases import comparison, options, problems, variants
-from benchmarks.measuring import emulation, machine, timing
+from benchmarks.emulating import h100
+from benchmarks.measuring import machine, timing
 from gpu_rnn.backends import reference
 from gpu_rnn.backends.step import launch as step
 from gpu_rnn.dispatch import choice
@@ -271,7 +272,7 @@ def test_all_sets_in_the_order_of_their_value() -> None:
         run.arguments.cases(run.arguments.parser("").parse_args(["--all", "--set", "rl"]), torch.device("cuda"))
 
 
-@pytest.mark.skipif(emulation.unavailable() != "", reason=emulation.unavailable() or "all is here")
+@pytest.mark.skipif(h100.unavailable() != "", reason=h100.unavailable() or "all is here")
 def test_the_gpus_kernels_are_checked_on_the_cpu(tmp_path: Path) -> None:
     out = tmp_path / "rows.csv"
     command = [sys.executable, "benchmarks/run.py", "--emulate", "--dtype", "bf16", "--out", str(out)]

@@ -12,14 +12,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from benchmarks.certifying import random_calls
+from benchmarks.certifying.given import Given
+from benchmarks.certifying.random_calls import OPTIONS, leaves, sensible, values_and_gradients
 from gpu_rnn import cells
 from gpu_rnn.recurrence import Recurrence
-from tests.support import option_calls
 from tests.support import options_by_hand as by_hand
-from tests.support.cuda_cpu.machines import NEEDS_COMPILER
+from tests.support.cuda.machines import NEEDS_COMPILER
 from tests.support.group import pretend
-from tests.support.option_calls import OPTIONS, leaves, sensible, values_and_gradients
-from tests.support.options_by_hand import Given
 
 RECURRENCES: dict[str, Recurrence] = {name: cells.CELLS[name]() for name in by_hand.CELLS}
 TIGHT, SINGLE = 1e-9, 2e-5  # float64 and float32, sums in another order
@@ -56,8 +56,8 @@ def calls(draw: Any, without: frozenset[str] = frozenset()) -> dict[str, Any]:
 
 
 def tensors(call: dict[str, Any]) -> Given:
-    sizes = option_calls.Sizes(*(call[name] for name in "TBIH"))
-    return option_calls.tensors(call["cell"], RECURRENCES[call["cell"]], sizes, call["options"], call["seed"])
+    sizes = random_calls.Sizes(*(call[name] for name in "TBIH"))
+    return random_calls.tensors(call["cell"], RECURRENCES[call["cell"]], sizes, call["options"], call["seed"])
 
 
 def compare(call: dict[str, Any], backend: str, dtype: torch.dtype, tolerance: float) -> None:
@@ -66,7 +66,7 @@ def compare(call: dict[str, Any], backend: str, dtype: torch.dtype, tolerance: f
     outputs = [y, *final, *(every if "all_states" in options else [])]
     expected = values_and_gradients(outputs, [*leaves(made).values()])
     low = made if dtype == torch.float64 else made.to(dtype)
-    outputs = option_calls.call(low, RECURRENCES[low.cell], options, backend)
+    outputs = random_calls.call(low, RECURRENCES[low.cell], options, backend)
     found = values_and_gradients(outputs, [*leaves(low).values()])
     for value, truth in zip(found, expected, strict=True):
         scale = max(1.0, truth.abs().max().item()) if truth.numel() else 1.0

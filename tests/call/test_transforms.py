@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gpu_rnn.backends import persistent
-from tests.support.cuda_cpu.machines import NEEDS_COMPILER
+from tests.support.cuda.machines import NEEDS_COMPILER
 from tests.support.group import pretend
 from tests.support.loops import RECURRENCES, make
 from tests.support.transforms import CASES, assert_right, turns

@@ -21,7 +21,7 @@ from gpu_rnn.call import loops, wavefront_views
 from gpu_rnn.call.wavefront_views import Diagonal
 from gpu_rnn.dispatch import choice, wavefront_plan
 from gpu_rnn.layers.base import LayerBase
-from tests.support.cuda_cpu.machines import NEEDS_COMPILER
+from tests.support.cuda.machines import NEEDS_COMPILER
 from tests.support.group import pretend
 from tests.support.paths import ROOT
 

@@ -18,15 +18,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.certifying import random_calls
+from benchmarks.certifying.given import Given
+from benchmarks.certifying.random_calls import Sizes, leaves, with_leaves
 from gpu_rnn import cells
 from gpu_rnn.backends import triton_interpreter
 from gpu_rnn.recurrence import Recurrence
-from tests.support import option_calls
 from tests.support import options_by_hand as by_hand
-from tests.support.cuda_cpu.machines import NEEDS_COMPILER
+from tests.support.cuda.machines import NEEDS_COMPILER
 from tests.support.group import pretend, relative_error
-from tests.support.option_calls import Sizes, leaves, with_leaves
-from tests.support.options_by_hand import Given
 
 from . import formulas
 
@@ -64,7 +64,7 @@ class Case:
 
     @cached_property
     def given(self) -> Given:
-        made = option_calls.tensors(self.cell, self.recurrence, self.sizes, self.options, self.seed)
+        made = random_calls.tensors(self.cell, self.recurrence, self.sizes, self.options, self.seed)
         if self.formula is None:
             return made
         return replace(made, formula=(self.formula.by_hand, len(self.formula.gates)), initial=[*self.formula.initial])
@@ -106,13 +106,13 @@ def draw(seed: int, number: int) -> Case:
     cell, formula = rng.choice([*sorted(by_hand.CELLS), *["drawn"] * 4]), None
     if cell == "drawn":
         formula = formulas.draw(rng, smooth=number % 2 == 0)
-    chosen = rng.sample(option_calls.OPTIONS, rng.randint(0, MOST_OPTIONS))
+    chosen = rng.sample(random_calls.OPTIONS, rng.randint(0, MOST_OPTIONS))
     if cell != "lstm":
         chosen = [name for name in chosen if name != "proj_size"]
     if rng.random() < 0.2:
         chosen = [name for name in chosen if name in PLAIN]
-    options = option_calls.sensible(chosen)
-    sizes = option_calls.fitting(Sizes(*(rng.randint(1, most) for most in MOST.values())), options)
+    options = random_calls.sensible(chosen)
+    sizes = random_calls.fitting(Sizes(*(rng.randint(1, most) for most in MOST.values())), options)
     return Case(number, cell, formula, options, sizes, rng.choice(LAYOUTS), rng.choice(WAYS), rng.randrange(2**31))
 
 
@@ -172,9 +172,9 @@ def results(case: Case, outputs: tuple[list[Tensor], list[Tensor]], given: Given
     of, derivatives = [*leaves(given).values()], []
     if "derivatives" in case.way:
         twice = case.way == "second derivatives"
-        derivatives = option_calls.gradients(found, of, create_graph=twice)
+        derivatives = random_calls.gradients(found, of, create_graph=twice)
         if twice:
-            derivatives += option_calls.gradients(derivatives, of)
+            derivatives += random_calls.gradients(derivatives, of)
     return [value.detach().double() for value in (*found, *derivatives)]
 
 
@@ -187,7 +187,7 @@ def run(case: Case, backend: str, dtype: torch.dtype) -> list[Tensor]:
         if backend == "group":
             pretend(monkeypatch)
             monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
-        found = option_calls.call(laid, case.recurrence, case.options, backend)
+        found = random_calls.call(laid, case.recurrence, case.options, backend)
         count = 1 + len(case.recurrence.states)
         return results(case, (found[:count], found[count:]), given)
 

@@ -13,17 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.emulating.build import CUDA, HERE
 from gpu_rnn.backends.group import nvrtc
-from tests.support.cuda_cpu import relay
-from tests.support.cuda_cpu.build import CUDA, HERE
-from tests.support.cuda_cpu.machines import NEEDS_COMPILER, Machine, on_cpu, on_gpu
+from tests.support.cuda import relay
+from tests.support.cuda.machines import NEEDS_COMPILER, Machine, on_cpu, on_gpu
 
 PLACES = [
     pytest.param(on_cpu, marks=[pytest.mark.cuda_cpu, NEEDS_COMPILER]),
     pytest.param(on_gpu, marks=pytest.mark.gpu),
 ]
 ON_BOTH = pytest.mark.parametrize("machine", PLACES)
-SOURCE = HERE / "primitives.cu"
+SOURCE = relay.SOURCE.with_name("primitives.cu")
 LANE = torch.arange(32)[:, None]
 GROUP, IN_GROUP = LANE // 4, LANE % 4  # groupID and threadID_in_group of the ISA
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The runtime of tests/support/cuda_cpu: silent on correct kernels under every schedule, loud on what it is for."""
+"""The runtime of benchmarks/emulating: silent on correct kernels under every schedule, loud on what it is for."""
 
 from collections.abc import Callable, Collection
 
 import pytest
 import torch
 
-from tests.support.cuda_cpu.build import (
+from benchmarks.emulating.build import (
     ROUND_ROBIN,
     Failure,
     Sanitizer,
@@ -17,9 +17,9 @@ from tests.support.cuda_cpu.build import (
     shuffled,
     starve,
 )
-from tests.support.cuda_cpu.machines import NEEDS_COMPILER
-from tests.support.cuda_cpu.relay import BLOCKS, SOURCE, problem
-from tests.support.cuda_cpu.sites import read
+from tests.support.cuda.machines import NEEDS_COMPILER
+from tests.support.cuda.relay import BLOCKS, SOURCE, problem
+from tests.support.cuda.sites import read
 
 pytestmark = [pytest.mark.cuda_cpu, NEEDS_COMPILER]
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The script that disables each synchronisation notices what it should, and can say no.
 
-test_group.py runs it on the kernels.
+backends/group/test_kernels.py runs it on the kernels.
 """
 
 from collections.abc import Collection
@@ -9,11 +9,11 @@ from functools import partial
 
 import pytest
 
+from benchmarks.emulating.build import ROUND_ROBIN, Sanitizer, Schedule
 from tests.kernels.test_cuda_runtime import SITES, relay
-from tests.support.cuda_cpu.build import ROUND_ROBIN, Sanitizer, Schedule
-from tests.support.cuda_cpu.machines import NEEDS_COMPILER
-from tests.support.cuda_cpu.relay import BLOCKS, SOURCE
-from tests.support.cuda_cpu.sites import Case, check, kernel_text, read
+from tests.support.cuda.machines import NEEDS_COMPILER
+from tests.support.cuda.relay import BLOCKS, SOURCE
+from tests.support.cuda.sites import Case, check, kernel_text, read
 
 pytestmark = [pytest.mark.cuda_cpu, NEEDS_COMPILER]
 

@@ -65,7 +65,7 @@ CONSTRUCTORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a function of two": (
         lambda: gpu_rnn.GRU(I, H, recurrent_activation=lambda v, w: v),
         ValueError,
-        r"^gru: recurrent_activation <lambda>: test_layers_misuse.py:\d+ `<lambda>`: .* missing 1 required",
+        r"^gru: recurrent_activation <lambda>: test_misuse.py:\d+ `<lambda>`: .* missing 1 required",
     ),
     "one of torch's of two": (
         lambda: gpu_rnn.LSTM(I, H, activation=torch.softmax),
@@ -85,7 +85,7 @@ CONSTRUCTORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "two values": (
         lambda: gpu_rnn.RNN(I, H, activation=lambda v: (v, v)),
         ValueError,
-        "^rnn: activation <lambda>: test_layers_misuse.py:.* returned 2 values",
+        "^rnn: activation <lambda>: test_misuse.py:.* returned 2 values",
     ),
     "Keras's None": (lambda: gpu_rnn.LSTM(I, H, activation=None), TypeError, "Keras's None is 'linear' here"),
     "a probability in words": (lambda: gpu_rnn.LSTM(I, H, zoneout="half"), TypeError, "zoneout should be a number"),

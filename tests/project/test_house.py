@@ -74,6 +74,27 @@ def test_what_is_installed_is_pinned() -> None:
     assert {re.match(r"[\w-]+", requirement)[0] for requirement in asked} <= set(pinned)
 
 
+BESIDE = {"benchmarks", "kernels", "project"}  # folders of tests that are of no folder of the package
+
+
+def test_every_folder_of_tests_is_one_of_the_package() -> None:
+    """A test of gpu_rnn/x/y.py is in tests/x, one of gpu_rnn/x.py is tests/test_x.py."""
+    tests = sorted(path.relative_to(ROOT / "tests") for path in (ROOT / "tests").rglob("test_*.py"))
+    folders = {path.parent for path in tests} - {Path()}
+    assert {str(folder) for folder in folders if not (PACKAGE / folder).is_dir()} == BESIDE
+    modules = {path.stem.removeprefix("test_") for path in tests if path.parent == Path()}
+    assert {name for name in modules if not (PACKAGE / f"{name}.py").exists()} == {"import"}
+
+
+def test_benchmarks_run_without_the_tests_and_without_pytest() -> None:
+    found = [
+        f"{path.relative_to(ROOT)} imports {match[1]}"
+        for path in sorted((ROOT / "benchmarks").rglob("*.py"))
+        for match in re.finditer(r"^\s*(?:from|import) (tests|pytest)\b", path.read_text(), re.M)
+    ]
+    assert found == ["benchmarks/certifying/pytest_record.py imports pytest"]
+
+
 # From the door down. A file imports from its own room and from the floors below.
 FLOORS = (
     ("__main__",),

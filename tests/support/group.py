@@ -11,25 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpu_rnn import devices
+from benchmarks.certifying.precisions import FLOORS, PRECISIONS, TIGHT
+from benchmarks.emulating import h100
+from benchmarks.emulating.h100 import run_on_cpu
 from gpu_rnn.backends import linear, reference
 from gpu_rnn.backends.group import launch as group
-from gpu_rnn.backends.group import nvrtc
 from gpu_rnn.backends.group.choice import Choice
-from gpu_rnn.backends.group.layout import Layout, source
+from gpu_rnn.backends.group.layout import Layout
 from gpu_rnn.backends.tensors import Result
-from gpu_rnn.dispatch import choice as dispatch
-from tests.support.cuda_cpu import build
 from tests.support.layer_options import OPTIONS, with_options
 from tests.support.loops import RECURRENCES, Inputs, draw, make, values_and_gradients
 from tests.support.pairwise import pairwise
-
-PRECISIONS = {
-    "fp32": (torch.float32, "ieee"),
-    "tf32": (torch.float32, "tf32"),
-    "bf16": (torch.bfloat16, "ieee"),
-    "fp16": (torch.float16, "ieee"),
-}
 
 
 @dataclass(frozen=True)
@@ -103,24 +95,10 @@ class Case:
         return inputs.to(torch.float16 if self.precision == "tf32" else PRECISIONS[self.precision][0])
 
 
-def run_on_cpu(launches: list[group.Launch], reached: set[int] | None = None, **options: Any) -> None:
-    """Runs launches under the CPU runtime; `options` are those of its `load` and `run`. Adds the sites `reached`."""
-    sanitizer = options.pop("sanitizer", None)
-    for launch in launches:
-        layout = launch.layout
-        program = build.load(source(layout), sanitizer=sanitizer)
-        size = {"grid": launch.grid, "block": layout.threads, "shared_bytes": layout.shared_bytes}
-        found = build.run(program, layout.kernel, args=launch.ordered, **(size | options))
-        if reached is not None:
-            reached |= found
-
-
 def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls on the CPU go to the group kernel as on an H100, with only the driver's call replaced."""
-    monkeypatch.setattr(group.Launch, "__call__", lambda launch, device: run_on_cpu([launch]))
-    monkeypatch.setattr(group, "prepare", lambda problem: None)
-    monkeypatch.setattr(nvrtc, "unavailable", lambda: "")
-    monkeypatch.setattr(dispatch, "device_of", lambda device: devices.describe("H100"))
+    for replaced in h100.replacements():
+        monkeypatch.setattr(*replaced)
 
 
 def named(result: Result) -> dict[str, Tensor]:
@@ -177,11 +155,6 @@ def expected_gradients(case: Case, inputs: Inputs) -> dict[str, Tensor]:
     """What the reference gives, in the dtype of its inputs."""
     found = values_and_gradients(RECURRENCES[case.cell], inputs, "reference")
     return {name: value for name, value in found.items() if name.startswith("d ")}
-
-
-# Largest errors relative to the largest value. fp32: sums in another order. The floors under twice plain PyTorch's
-# error are some units in the last place of the dtype: 2^-8 for bf16, 2^-11 for fp16 and tf32.
-TIGHT, FLOORS = 3e-6, {"tf32": 5e-4, "bf16": 4e-3, "fp16": 5e-4}
 
 
 def relative_error(found: Tensor, exact: Tensor) -> float:

@@ -3,46 +3,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import gpu_rnn
-from gpu_rnn import activations, cells
+from benchmarks.certifying.recurrences import RECURRENCES as RECURRENCES
+from benchmarks.certifying.recurrences import WITH_ACTIVATIONS
+from benchmarks.certifying.recurrences import minimal_gated_unit as minimal_gated_unit
+from gpu_rnn import activations
 from gpu_rnn.backends import tensors
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.backends.tensors import Call, LayerControls, Weights
 from gpu_rnn.call import autograd
 from gpu_rnn.call.passes import Options, call_of
 from gpu_rnn.recurrence import Recurrence
-
-
-def minimal_gated_unit(slope: float = 1.0) -> Recurrence:
-    """A cell that is none of the library's: a closure over a number, with a parameter per unit."""
-
-    def step(x, r, s, p):  # type: ignore[no-untyped-def]
-        f = torch.sigmoid(slope * (x.f + r.f + p.peep * s.h))
-        return (1 - f) * s.h + f * torch.tanh(x.n + f * r.n)
-
-    return Recurrence(step, gates=("f", "n"), states=("h",), params=("peep",), name="minimal")
-
-
-RECURRENCES: dict[str, Recurrence] = {
-    **{name: make() for name, make in cells.CELLS.items()},
-    "minimal": minimal_gated_unit(),
-}
-
-
-WITH_ACTIVATIONS: dict[str, Callable[[str, str], Recurrence]] = {
-    "rnn": lambda a, b: cells.rnn(a),
-    "lstm": cells.lstm,
-    "gru": cells.gru,
-    "gru_reset_before": lambda a, b: cells.gru(a, b, reset_after=False),
-    "peephole_lstm": lambda a, b: cells.lstm(a, b, peephole=True),
-    "coupled_lstm": cells.coupled_lstm,
-}
 
 
 def pairs() -> Iterator[tuple[str, str, str, Recurrence]]:

@@ -23,7 +23,7 @@ from gpu_rnn.backends.group.choice import Choice, choose, largest
 from gpu_rnn.backends.group.layout import source
 from gpu_rnn.backends.problem import DIRECTIONS, Problem
 from tests.support import loops as support
-from tests.support.cuda_tools import opened
+from tests.support.cuda.tools import opened
 from tests.support.pairwise import pairwise
 
 DEVICES = {

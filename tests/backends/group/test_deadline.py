@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A launch whose blocks wait for one that never comes ends: all is NaN, and the next call says why.
 
-On the CPU runtime, whose time is virtual, and on a GPU; test_group.py has the kernels by themselves.
+On the CPU runtime, whose time is virtual, and on a GPU; test_kernels.py has the kernels by themselves.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 import gpu_rnn
 from gpu_rnn.backends.group import launch as group
-from tests.support.cuda_cpu.machines import NEEDS_COMPILER
+from tests.support.cuda.machines import NEEDS_COMPILER
 from tests.support.group import pretend
 
 PLACES = [

@@ -10,6 +10,8 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from benchmarks.emulating import build
+from benchmarks.emulating.build import shuffled, starve
 from gpu_rnn import Recurrence, devices
 from gpu_rnn.backends import reference
 from gpu_rnn.backends.group import deadline
@@ -18,8 +20,7 @@ from gpu_rnn.backends.group.layout import source
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.backends.tensors import SKIP
 from tests.support import group as group_support
-from tests.support.cuda_cpu import build, sites
-from tests.support.cuda_cpu.build import shuffled, starve
+from tests.support.cuda import sites
 from tests.support.group import (
     PRECISIONS,
     Case,
@@ -205,7 +206,7 @@ def missing_member(case: Case, **options) -> None:
 
 
 def site_cases():
-    """What notices the loss of each synchronisation, for cuda_cpu/sites.py: case(sanitizer, schedule, disabled)."""
+    """What notices the loss of each synchronisation, for support/cuda/sites.py: case(sanitizer, schedule, disabled)."""
     kernels = {
         "alone": (check_forward, Case("lstm", "fp16", 1, across=2, blocks=2, along=2, T=3)),
         "words": (check_forward, Case("gru", "fp16", 3, along=3, T=12, tiles=2, B=12)),

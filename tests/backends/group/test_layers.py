@@ -13,7 +13,7 @@ import torch
 import gpu_rnn
 from gpu_rnn.backends.group import deadline
 from gpu_rnn.backends.group import launch as group
-from tests.support.cuda_cpu.machines import NEEDS_COMPILER
+from tests.support.cuda.machines import NEEDS_COMPILER
 from tests.support.group import FLOORS, PRECISIONS, TIGHT, pretend, relative_error
 from tests.support.layer_options import OPTIONS, with_options
 from tests.support.loops import RECURRENCES, make, values_and_gradients

@@ -13,7 +13,7 @@ import torch
 
 from gpu_rnn import cache
 from gpu_rnn.backends.group import cubin, nvrtc
-from tests.support.cuda_tools import opened
+from tests.support.cuda.tools import opened
 
 SOURCE = 'extern "C" __global__ void zero(float *p) { *p = 0.0f; }'
 needs_nvrtc = pytest.mark.skipif(

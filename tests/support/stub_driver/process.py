@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.cuda_cpu.build import build
+from benchmarks.emulating.build import build
 from tests.support.paths import BUILD, ROOT
 
 HERE = Path(__file__).resolve().parent

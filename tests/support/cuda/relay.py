@@ -2,13 +2,14 @@
 """The problems of relay.cu, and their solutions."""
 
 import math
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from .build import HERE, Argument
+from benchmarks.emulating.build import Argument
 
-SOURCE = HERE / "relay.cu"
+SOURCE = Path(__file__).with_name("relay.cu")
 STEPS = 5
 BLOCKS = {
     "by_flag": 3,

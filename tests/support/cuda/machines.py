@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a test's CUDA source runs: under the runtime beside this file, or on a GPU through CuPy."""
+"""Where a test's CUDA source runs: under the runtime of benchmarks/emulating, or on a GPU through CuPy."""
 
 import shutil
 from collections.abc import Iterable
@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.emulating.build import Argument, load, run
 from gpu_rnn.backends.group import nvrtc
-
-from .build import Argument, load, run
 
 
 class Machine(Protocol):

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.certifying.given import Given
 from gpu_rnn import functional
 from gpu_rnn.recurrence import Recurrence
-from tests.support.options_by_hand import Given
 
 OPTIONS = (
     "mask",

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Is every synchronisation of the kernels needed, and would its loss be noticed?
 
-    python -m tests.support.cuda_cpu.sites        # kernels/cuda, on the cases of tests/backends/group/test_kernels.py
+    python -m tests.support.cuda.sites        # kernels/cuda, on the cases of tests/backends/group/test_kernels.py
 
 Each enumerator of `enum Site` is disabled in turn while the cases run, under ThreadSanitizer and under
 schedules that reorder stores and starve a block. A loss that nothing notices is an error, unless the comment at
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from tests.support.cuda_cpu.build import CUDA, ROUND_ROBIN, Sanitizer, Schedule, hoarding, shuffled, starve
+from benchmarks.emulating.build import CUDA, ROUND_ROBIN, Sanitizer, Schedule, hoarding, shuffled, starve
 
 # A case builds its programs for a sanitizer, runs them under a schedule with sites disabled, asserts its values,
 # and returns the sites that it reached.

@@ -23,9 +23,8 @@ from typing import Literal
 
 import torch
 
-from tests.support.paths import ROOT
-
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 CUDA = ROOT / "kernels" / "cuda"
 RUNTIME = ("runtime.cpp", "memory.cpp", "warp.cpp", "main.cpp")
 SOURCES = {".cpp", ".h", ".cu", ".cuh"}
