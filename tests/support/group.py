@@ -48,7 +48,7 @@ class Case:
     period: int = 1
     bias: bool = True
     save: bool = True
-    options: tuple[str, ...] = ()  # of option_support.OPTIONS
+    options: tuple[str, ...] = ()  # of layer_options.OPTIONS
 
     def __str__(self) -> str:
         odd = {k: v for k, v in vars(self).items() if v != getattr(Case("", "", 0), k)}

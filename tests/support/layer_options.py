@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The options of one layer, drawn at random, for `loop_support.Inputs`."""
+"""The options of one layer, drawn at random, for `loops.Inputs`."""
 
 from __future__ import annotations
 

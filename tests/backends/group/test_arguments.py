@@ -49,7 +49,7 @@ def test_a_permuted_signature_runs_alike(monkeypatch: pytest.MonkeyPatch) -> Non
     assert signature.parameters(turned, "group_forward") == signature.shipped("group_forward")[::-1]
     results = []
     for each in (text, turned):
-        monkeypatch.setattr("tests.support.group.source", lambda layout, each=each: each)
+        monkeypatch.setattr("benchmarks.emulating.h100.source", lambda layout, each=each: each)
         names = signature.parameters(each, "group_forward")
         monkeypatch.setattr(signature, "shipped", lambda kernel, names=names: names)
         launch = launch_of()

@@ -19,7 +19,7 @@ from gpu_rnn.backends.group import launch as group
 from gpu_rnn.backends.group.layout import source
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.backends.tensors import SKIP
-from tests.support import group as group_support
+from tests.support import group as support
 from tests.support.cuda import sites
 from tests.support.group import (
     PRECISIONS,
@@ -257,7 +257,7 @@ def test_gradients_whose_data_never_comes_are_nan(cell, monkeypatch):
             gradients_of = ("p_d_gates", "p_d_recurrent", "p_d_initial", "p_d_params", "p_d_values")
             found.extend(launch.arguments[name] for name in gradients_of if backward)
 
-    monkeypatch.setattr(group_support, "run_on_cpu", run)
+    monkeypatch.setattr(support, "run_on_cpu", run)
     monkeypatch.setenv("GPU_RNN_DEADLINE", SHORT)
     case = Case(cell, "bf16", 3, T=3, options=("reset_values",))
     with pytest.raises(AssertionError):  # of the error word

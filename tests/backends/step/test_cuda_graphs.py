@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which graphs of the step loop are made and kept, with stand-ins for a GPU's; what they compute is in
-test_step_kernels.py."""
+test_kernels.py."""
 
 from __future__ import annotations
 

@@ -15,11 +15,11 @@ from gpu_rnn.backends.step import cuda_graphs, gpu
 from gpu_rnn.backends.step import launch as step
 from gpu_rnn.backends.tensors import SKIP, bit
 from gpu_rnn.call import passes
-from tests.support import layer_options as option_support
+from tests.support import layer_options
 from tests.support import loops as support
 
 EXACT, TIGHT = 1e-10, 1e-5  # float64, and float32 against float64 over a few steps
-ALL = (*option_support.OPTIONS, "lengths", "norm")
+ALL = (*layer_options.OPTIONS, "lengths", "norm")
 STEERING = {"mask", "resets", "reset_values", "reset_values_per_step"}  # what never comes together with lengths
 EXCLUDED = [{"lengths", name} for name in STEERING] + [
     {"drop", "drop_per_gate"},
@@ -58,7 +58,7 @@ def make(name: str, options: Options, reverse: str = "01", **sizes: int) -> supp
         n, gates, hidden, _ = inputs.weights.w_hh.shape
         norm = (1 + support.draw(n, gates, hidden, seed=77, scale=0.3)).requires_grad_()
         inputs = inputs._replace(weights=inputs.weights._replace(norm=norm))
-    return option_support.with_options(inputs, recurrence, [o for o in options if o in option_support.OPTIONS])
+    return layer_options.with_options(inputs, recurrence, [o for o in options if o in layer_options.OPTIONS])
 
 
 def in_torch(name: str, options: Options, **sizes: int) -> None:
