@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 
 from gpu_rnn import activations
 from gpu_rnn.activations import Activation
+from gpu_rnn.compiler.program import Program
 from gpu_rnn.memo import memoize
 from gpu_rnn.recurrence import Recurrence
 
@@ -20,14 +22,17 @@ STAYS = "a cell of the library is one object, by which torch.compile knows a gra
 
 
 def _remembered(make: Callable[..., Recurrence]) -> Callable[..., Recurrence]:
-    """One recurrence for each set of names. Those of functions are made anew: a closure may hold a whole model."""
-    by_name = memoize(None, stays=STAYS)(make)
+    """One recurrence for each set of names, given or by default. Those of functions are made anew: a closure may hold
+    a whole model."""
+    signature, by_name = inspect.signature(make), memoize(None, stays=STAYS)(make)
 
     @wraps(make)
     def cell(*args: Name | bool, **options: Name | bool) -> Recurrence:
-        if all(isinstance(value, (str, bool)) for value in (*args, *options.values())):
-            return by_name(*args, **options)
-        recurrence = make(*args, **options)
+        call = signature.bind(*args, **options)
+        call.apply_defaults()
+        if all(isinstance(value, (str, bool)) for value in call.args):
+            return by_name(*call.args)
+        recurrence = make(*call.args)
         _ = recurrence.program  # what a function cannot be is said here, not at the first call
         return recurrence
 
@@ -148,6 +153,23 @@ CELLS: dict[str, Callable[[], Recurrence]] = {
     "slstm": slstm,
 }
 """Every cell at its defaults, by name."""
+
+
+def of_text(text: str) -> Recurrence:
+    """The recurrence of a program's text: the library's own, which ATen knows, where the text comes from that."""
+    # None is traced for it, which nothing can be below torch's dispatcher.
+    alike = _of_aten().get(Program.parse(text).name, ())
+    own = (cell for cell in alike if cell.is_traced and cell.program.text == text)
+    return next(own, None) or _from_program(text)
+
+
+@memoize(1, stays=STAYS)
+def _of_aten() -> dict[str, tuple[Recurrence, ...]]:
+    """The cells that ATen has, by the names of their programs."""
+    return {"rnn": (rnn(), rnn("relu")), "lstm": (lstm(),), "gru": (gru(),)}
+
+
+_from_program = memoize(256)(Recurrence.from_program)
 
 
 def _standard(activation: Name, recurrent_activation: Name, mode: str) -> str | None:

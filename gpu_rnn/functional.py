@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -85,20 +86,21 @@ def rnn(
         (torch.Size([5, 2, 8]), torch.Size([1, 2, 8]))
     """
     stack = Stack(
-        recurrence,
-        bias,
-        num_layers,
-        dropout,
-        bidirectional,
-        batch_first,
-        proj_size,
-        backend,
-        norm,
-        all_states,
+        recurrence=recurrence,
+        bias=bias,
+        num_layers=num_layers,
+        dropout=dropout,
+        bidirectional=bidirectional,
+        batch_first=batch_first,
+        proj_size=proj_size,
+        backend=backend,
+        norm=norm,
+        all_states=all_states,
     )
     arguments.check(stack, x, hx, weights, batch_sizes)
     arguments.flag("training", training)
-    stack = stack if training else stack._replace(dropout=0.0)
+    if dropout and not training:
+        stack = replace(stack, dropout=0.0)
     if reset_state is not None:
         arguments.each_tensor("reset_state", reset_state, recurrence.states)
     controls = StackControls.of(x, mask, lengths, resets, reset_state, recurrent_mask, zone)
@@ -121,5 +123,6 @@ def cell(
     backend: str = "auto",
 ) -> States:
     """One step: x (B, I) and states (B, H) -> new states (B, H). Arguments and errors as `rnn`'s."""
-    arguments.check_cell(Stack(recurrence, bias, backend=backend), x, hx, weights)
-    return run.one_step(x, hx, weights, recurrence, bias, backend)
+    stack = Stack(recurrence=recurrence, bias=bias, backend=backend)
+    arguments.check_cell(stack, x, hx, weights)
+    return run.one_step(stack, x, hx, weights)

@@ -128,6 +128,11 @@ class Recurrence:
         self.initial = tuple(value for _, value in initial)
         self._source = source
 
+    @property
+    def is_traced(self) -> bool:
+        """Whether `program` is at hand."""
+        return isinstance(self._source, Program)
+
     @once
     def program(self) -> Program:
         """The traced recurrence."""

@@ -61,7 +61,7 @@ def test_no_preference(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPU_RNN_BACKEND", text)
     assert environment.backend(choice.BACKENDS) == ""
     assert gpu_rnn.LSTM(2, 3)(torch.randn(4, 1, 2))[0].shape == (4, 1, 3)
-    problem = Problem(gpu_rnn.cells.gru(), 4, 1, 1, 2, 3)
+    problem = Problem(recurrence=gpu_rnn.cells.gru(), T=4, B=1, N=1, I=2, H=3)
     assert choice.select(problem) == "aten"
 
 

@@ -52,7 +52,7 @@ class Example(NamedTuple):
 
 
 def example(given: Problem) -> Example:
-    """Every option of a problem, biases too; reset values are given for each step with recurrent dropout, else once."""
+    """Every option of a problem; reset values are given for each step with recurrent dropout, else once."""
 
     def empty(*shape: int, dtype: torch.dtype = given.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -62,8 +62,8 @@ def example(given: Problem) -> Example:
     weights = Weights(
         empty(n, gates, hidden, given.I),
         empty(n, gates, hidden, width),
-        empty(n, gates, hidden),
-        empty(n, gates, hidden),
+        empty(n, gates, hidden) if given.bias else None,
+        empty(n, gates, hidden) if given.bias else None,
         empty(n, len(program.params), hidden) if program.params else None,
         empty(n, width, hidden) if given.proj_size else None,
         empty(n, gates, hidden) if given.norm else None,

@@ -21,7 +21,7 @@ CONTROL_FIELDS = (
 DIRECTIONS = ("inference", "training", "backward")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Problem:
     """One call: a layer's time loop, or a stack of them.
 
@@ -33,7 +33,7 @@ class Problem:
         device: the device's rates and limits.
         direction: "inference" (forward, nothing saved), "training" (forward, saves for the backward pass), or
             "backward".
-        precision: of fp32 products, "ieee" or "tf32".
+        precision: of fp32 products on a GPU, "ieee" or "tf32", as torch's setting for recurrent layers says.
         lengths: rows have lengths of their own.
         packed: the input is packed, as PackedSequence.
         reverse: a character for each of N, "1" where time runs backwards.
@@ -45,6 +45,7 @@ class Problem:
         zone: units keep their states at random (zoneout).
         all_states: every state of every step is wanted.
         norm: the recurrent products are layer-normalised.
+        bias: there are biases.
         transforms: the call is under a functorch transform or forward-mode differentiation.
     """
 
@@ -71,6 +72,7 @@ class Problem:
     zone: bool = False
     all_states: bool = False
     norm: bool = False
+    bias: bool = True
 
     @property
     def program(self) -> Program:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,15 +36,16 @@ def run(
         padded, lengths, places = _unpack(x, batch_sizes)
         y, final, every = _layers(stack, padded, states, weights, controls._replace(lengths=lengths))
         return y.flatten(0, 1).index_select(0, places), final, every
-    if stack.batch_first:
-        x = x.transpose(0, 1)
+    batch_first = stack.batch_first
+    if batch_first:
+        x, stack = x.transpose(0, 1), replace(stack, batch_first=False)
     valid = controls.valid(x.shape[0])
     if valid is not None:  # whatever stands in the padding, NaN too, must not reach a gradient
         x = torch.where(valid.unsqueeze(-1), x, 0)
     y, final, every = _layers(stack, x, states, weights, controls)
     if controls.mask is not None or controls.resets is not None or stack.all_states:
         y = y if valid is None else torch.where(valid.unsqueeze(-1), y, 0)
-    return y.transpose(0, 1) if stack.batch_first else y, final, every
+    return y.transpose(0, 1) if batch_first else y, final, every
 
 
 def _layers(
@@ -84,7 +86,7 @@ def _staggered(stack: Stack, x: Tensor, states: States, weights: Sequence[Tensor
     if onlookers.recorded(x):
         asked = (stack.backend, environment.unchecked_backend())
         return x.is_cuda and "reference" not in asked and not x.is_complex()
-    problem = stack.problem(x, states, weights, x.shape[0], x.shape[1], False, controls)
+    problem = stack.problem(x, states, weights, None, controls)
     return choice.staggers(problem, stack.backend)
 
 

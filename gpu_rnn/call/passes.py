@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from gpu_rnn import cells
 from gpu_rnn.backends import KERNELS, LOOPS, linear, precision, reference
 from gpu_rnn.backends.normalisation import Normalised
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.backends.tensors import Call, Inputs, Result
 from gpu_rnn.call import autocast, wavefront
+from gpu_rnn.call.description import describe
 from gpu_rnn.compiler.program import Program
 from gpu_rnn.dispatch import choice
 from gpu_rnn.memo import memoize
-from gpu_rnn.recurrence import Recurrence
 
 ENCODED = re.compile(r"(\w+) ([01]+) (save|drop) (all|y)")
 
@@ -50,35 +51,25 @@ class Options(NamedTuple):
         return Options(backend, reverse, save == "save", states == "all")
 
 
-@memoize(256)
-def _recurrence(text: str) -> Recurrence:
-    return Recurrence.from_program(text)
-
-
-def describe(text: str, options: Options, inputs: Inputs, direction: str) -> Problem:
+def problem_of(text: str, options: Options, inputs: Inputs, direction: str) -> Problem:
     """One layer, or a stack that runs as a wavefront, as dispatch sees it."""
     x, weights, controls, _, reset_values = inputs
     n, _, hidden, width = weights.w_hh.shape
     layers, n = (1, n) if weights.w_between is None else (n, 1)
-    return Problem(
-        recurrence=_recurrence(text),
-        T=x.shape[0],
-        B=x.shape[1],
-        N=n,
-        I=x.shape[-1],
-        H=hidden,
-        dtype=x.dtype,
-        device_type=x.device.type,
-        device=choice.device_of(x.device),
+    return describe(
+        recurrence=cells.of_text(text),
+        x=x,
+        steps=x.shape[0],
+        batch=x.shape[1],
+        hidden=hidden,
         direction=direction,
-        precision=precision.of_rnn(),
         reverse=options.reverse[:n],
-        proj_size=width if weights.w_hr is not None else 0,
         layers=layers,
-        reset_values=bool(reset_values),
-        **controls.described,
-        all_states=options.all_states,
+        proj_size=width if weights.w_hr is not None else 0,
+        bias=weights.b_ih is not None,
         norm=weights.norm is not None,
+        controls={**controls.described, "reset_values": bool(reset_values)},
+        all_states=options.all_states,
     )
 
 
@@ -117,7 +108,7 @@ def run(text: str, options: Options, inputs: Inputs, keep: bool = False) -> Resu
 
     `keep`: `Result.kept` is wanted, where it makes the backward pass faster.
     """
-    problem = describe(text, options, inputs, "training" if options.save else "inference")
+    problem = problem_of(text, options, inputs, "training" if options.save else "inference")
     call = call_of(text, options, inputs, problem)
     if problem.layers > 1:
         name, chunk = choice.wavefront(problem, options.backend)
@@ -142,7 +133,7 @@ def run_backward(
     saved: Result,
 ) -> list[Tensor | None]:
     """The gradients of `Inputs.primals`."""
-    problem = describe(text, options, inputs, "backward")
+    problem = problem_of(text, options, inputs, "backward")
     stacked = problem.layers > 1
     if stacked:
         name, chunk = choice.wavefront(problem, options.backend)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,6 @@ from gpu_rnn.call import arguments, autocast, loops, onlookers, second_order, tr
 from gpu_rnn.call.controls import NONE, StackControls
 from gpu_rnn.call.stack import Stack, States
 from gpu_rnn.dispatch import choice
-from gpu_rnn.recurrence import Recurrence
 
 
 def sequence(
@@ -37,11 +37,11 @@ def sequence(
         if autocast.on(x):
             with autocast.off(x):
                 return sequence(stack, x, hx, weights, batch_sizes, controls)
-    steps, batch = stack.sizes(x, batch_sizes)
+    _, batch = stack.sizes(x, batch_sizes)
     if not onlookers.recorded(x):
         if x.is_cpu and _certainly_aten(stack, x, controls):
             return *_aten(stack, x, hx or stack.initial(x, weights, batch), weights, batch_sizes), ()
-        problem = stack.problem(x, hx, weights, steps, batch, batch_sizes is not None, controls)
+        problem = stack.problem(x, hx, weights, batch_sizes, controls)
         if choice.select(problem, stack.backend) == "aten":
             states = hx or stack.initial(x, weights, batch)
             if x.is_cuda:
@@ -85,14 +85,14 @@ def _aten_on_gpu(
     if stack.dropout and stack.num_layers > 1:
         return _layer_by_layer(stack, x, states, weights, batch_sizes, training)
     run = _with_second_order if training else _aten
-    return run(stack._replace(dropout=0.0), x, states, weights, batch_sizes)
+    return run(replace(stack, dropout=0.0), x, states, weights, batch_sizes)
 
 
 def _layer_by_layer(
     stack: Stack, x: Tensor, states: States, weights: Sequence[Tensor], batch_sizes: Tensor | None, training: bool
 ) -> tuple[Tensor, States]:
     """`_aten_on_gpu` of each layer, with dropout between them."""
-    alone, final = stack._replace(num_layers=1, dropout=0.0), []
+    alone, final = replace(stack, num_layers=1, dropout=0.0), []
     rows, count = len(stack.reverse), len(weights) // stack.num_layers
     for number in range(stack.num_layers):
         if number:
@@ -116,7 +116,7 @@ def _with_second_order(
 
     def exact(*tensors: Tensor) -> tuple[Tensor, ...]:
         y, final, _ = loops.run(
-            stack._replace(backend="auto"), tensors[0], tensors[1:count], tensors[count:], batch_sizes
+            replace(stack, backend="auto"), tensors[0], tensors[1:count], tensors[count:], batch_sizes
         )
         return (y, *final)
 
@@ -148,19 +148,24 @@ def _aten(
     )
 
 
-def one_step(
-    x: Tensor, hx: States | None, weights: Sequence[Tensor], recurrence: Recurrence, bias: bool, backend: str
-) -> States:
+def one_step(stack: Stack, x: Tensor, hx: States | None, weights: Sequence[Tensor]) -> States:
     """`functional.cell` of arguments that are checked already."""
     if torch._C._is_any_autocast_enabled():
         (x,), hx = autocast.cast((x,)), hx and autocast.cast(hx)
-    if recurrence.aten and backend in ("auto", "aten") and (not onlookers.recorded(x) or _recorded_as_aten(backend)):
-        if not transforms.active():
-            given = hx or tuple(s[0] for s in Stack(recurrence, bias).initial(x[None], weights, x.shape[0]))
-            biases = weights[2:] if bias else (None, None)
-            # Under autocast torch's own rule casts the weights: it keeps them for the next step of a loop.
-            found = aten.STEPS[recurrence.aten](x, given if len(given) > 1 else given[0], *weights[:2], *biases)
-            return tuple(found) if len(given) > 1 else (found,)
+    mode = stack.recurrence.aten
+    if mode and _cell_in_aten(stack.backend, x):
+        states = hx or tuple(state[0] for state in stack.initial(x[None], weights, x.shape[0]))
+        biases = weights[2:] if stack.bias else (None, None)
+        # Under autocast torch's own rule casts the weights: it keeps them for the next step of a loop.
+        after = aten.STEPS[mode](x, states if len(states) > 1 else states[0], *weights[:2], *biases)
+        return tuple(after) if len(states) > 1 else (after,)
     states = None if hx is None else tuple(state[None] for state in hx)
-    _, final, _ = sequence(Stack(recurrence, bias, backend=backend), x[None], states, weights, None)
+    _, final, _ = sequence(stack, x[None], states, weights, None)
     return tuple(state[0].clone() for state in final)  # no views: those cannot be detached in place
+
+
+def _cell_in_aten(backend: str, x: Tensor) -> bool:
+    """Whether nothing forbids that ATen takes a step of a cell that it has."""
+    if backend not in ("auto", "aten") or (onlookers.recorded(x) and not _recorded_as_aten(backend)):
+        return False
+    return not transforms.active()

@@ -4,23 +4,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from gpu_rnn.backends import precision
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.backends.tensors import PLAIN, Inputs, LayerControls, Weights
 from gpu_rnn.call import transforms
 from gpu_rnn.call.controls import NONE, StackControls
-from gpu_rnn.dispatch import choice
+from gpu_rnn.call.description import describe
 from gpu_rnn.recurrence import Recurrence
 
 States = tuple[Tensor, ...]
 
 
-class Stack(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Stack:
     """What does not change between the calls of a layer. `dropout` is 0 outside training.
 
     With `norm`, each layer and direction has two weights more, the scales of the normalised input products and of the
@@ -62,19 +62,23 @@ class Stack(NamedTuple):
         widths = [self.proj_size or hidden, *[hidden] * (len(self.recurrence.states) - 1)]
         return [(rows, batch, width) for width in widths]
 
+    @property
+    def weight_names(self) -> tuple[str, ...]:
+        """The fields of `Weights` that a layer has, in the order of `functional.rnn`."""
+        biases, projection = ("b_ih", "b_hh") * self.bias, ("w_hr",) * bool(self.proj_size)
+        params, norms = ("params",) * bool(self.recurrence.params), ("norm_ih", "norm") * self.norm
+        return "w_ih", "w_hh", *biases, *projection, *params, *norms
+
     def weight_shapes(self, features: int, hidden: int) -> list[tuple[int, ...]]:
         """Of each weight, in the order of `functional.rnn`."""
-        gates, directions, width = len(self.recurrence.gates), len(self.reverse), self.proj_size or hidden
-        shapes: list[tuple[int, ...]] = []
+        rows, directions, width = len(self.recurrence.gates) * hidden, len(self.reverse), self.proj_size or hidden
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("b_ih", "b_hh", "norm_ih", "norm"), (rows,))
+        shapes |= {"w_hh": (rows, width), "w_hr": (width, hidden), "params": (len(self.recurrence.params), hidden)}
+        every: list[tuple[int, ...]] = []
         for number in range(self.num_layers):
-            inputs = directions * width if number else features
-            own: list[tuple[int, ...]] = [(gates * hidden, inputs), (gates * hidden, width)]
-            own += [(gates * hidden,)] * (2 * self.bias) + [(width, hidden)] * bool(self.proj_size)
-            own += [(len(self.recurrence.params), hidden)] * bool(self.recurrence.params) + [(gates * hidden,)] * (
-                2 * self.norm
-            )
-            shapes += own * directions
-        return shapes
+            shapes["w_ih"] = rows, directions * width if number else features
+            every += [shapes[name] for name in self.weight_names] * directions
+        return every
 
     def initial(self, x: Tensor, weights: Sequence[Tensor], batch: int) -> States:
         """The recurrence's own initial values, (D·num_layers, B, ·); states that are all alike share one tensor."""
@@ -88,34 +92,30 @@ class Stack(NamedTuple):
         x: Tensor,
         hx: States | None,
         weights: Sequence[Tensor],
-        steps: int,
-        batch: int,
-        packed: bool,
+        batch_sizes: Tensor | None,
         controls: StackControls = NONE,
     ) -> Problem:
         """The call as dispatch sees it."""
+        steps, batch = self.sizes(x, batch_sizes)
         wanting = (x, *weights, *(hx or ()), *(controls.reset_state or ()))
         wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in wanting)
-        return Problem(
-            self.recurrence,
-            steps,
-            batch,
-            len(self.reverse),
-            x.shape[-1],
-            self.hidden(weights),
-            x.dtype,
-            x.device.type,
-            choice.device_of(x.device),
-            "training" if wants_grad else "inference",
-            precision.of_rnn() if x.is_cuda else "ieee",
-            packed=packed,
+        packed = batch_sizes is not None
+        return describe(
+            recurrence=self.recurrence,
+            x=x,
+            steps=steps,
+            batch=batch,
+            hidden=self.hidden(weights),
+            direction="training" if wants_grad else "inference",
             reverse=self.reverse,
-            proj_size=self.proj_size,
             layers=self.num_layers,
-            transforms=transforms.active(),
-            all_states=self.all_states,
+            proj_size=self.proj_size,
+            bias=self.bias,
             norm=self.norm,
-            **controls.described(packed, self.all_states),
+            controls=controls.described(packed, self.all_states),
+            all_states=self.all_states,
+            packed=packed,
+            transforms=transforms.active(),
         )
 
     def inputs(
@@ -132,17 +132,12 @@ class Stack(NamedTuple):
 
     def canonical(self, weights: Sequence[Tensor], number: int) -> Weights:
         """The weights of one layer, the directions stacked along N."""
-        gates, params, projected = len(self.recurrence.gates), bool(self.recurrence.params), bool(self.proj_size)
-        count = 2 + 2 * self.bias + projected + params + 2 * self.norm
-        first = number * len(self.reverse) * count
-        own = [weights[first + d * count : first + (d + 1) * count] for d in range(len(self.reverse))]
-        stacked = [parts[0][None] if len(parts) == 1 else torch.stack(parts) for parts in zip(*own, strict=True)]
-        rest = iter(stacked)
-
-        def by_gate(there: bool) -> Any:
-            return next(rest).unflatten(1, (gates, -1)) if there else None
-
-        w_ih, w_hh, b_ih, b_hh = (by_gate(there) for there in (True, True, self.bias, self.bias))
-        w_hr, values = (next(rest) if there else None for there in (projected, params))
-        norm_ih, norm_hh = by_gate(self.norm), by_gate(self.norm)
-        return Weights(w_ih, w_hh, b_ih, b_hh, values, w_hr, norm_hh, norm_ih)
+        gates, directions, names = len(self.recurrence.gates), len(self.reverse), self.weight_names
+        first, count = number * directions * len(names), len(names)
+        each = [weights[first + d * count : first + (d + 1) * count] for d in range(directions)]
+        stacked = [parts[0][None] if len(parts) == 1 else torch.stack(parts) for parts in zip(*each, strict=True)]
+        fields = {
+            name: weight if name in ("w_hr", "params") else weight.unflatten(1, (gates, -1))
+            for name, weight in zip(names, stacked, strict=True)
+        }
+        return Weights(**fields)

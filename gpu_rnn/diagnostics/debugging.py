@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -83,9 +83,9 @@ def debug(layer: LayerBase, x: Tensor, *, backend: str = "auto") -> list[Differe
     found = []
     with torch.no_grad():
         for number in range(layer.num_layers):
-            initial = stack._replace(num_layers=1).initial(x, all_weights, x.shape[1])
+            initial = replace(stack, num_layers=1).initial(x, all_weights, x.shape[1])
             inputs = stack.inputs(x, all_weights, number, [state.transpose(0, 1) for state in initial])
-            problem = passes.describe(program.text, options, inputs, "training")
+            problem = passes.problem_of(program.text, options, inputs, "training")
             name = choice.select(problem, backend, choice.LOOPS)
             result = passes.run(program.text, options._replace(backend=name), inputs)
             doubled = _double(inputs)

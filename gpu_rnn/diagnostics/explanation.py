@@ -182,5 +182,5 @@ def problem_of(layer: LayerBase, x: Tensor | PackedSequence | None, call: dict[s
     mask, lengths, resets, reset_state = (None if call.get(name) is None else nothing for name in CONTROLS)
     controls = StackControls(mask, lengths, resets, None if reset_state is None else (reset_state,))
     controls = layer._with_noise(controls, nothing, steps, batch)
-    problem = stack.problem(x, None, weights, steps, batch, packed, controls)
+    problem = stack.problem(x, None, weights, batch_sizes, controls)
     return replace(problem, dtype=autocast.dtype_of(weights[0]))

@@ -302,6 +302,5 @@ def verdicts(problem: Problem, backend: str = "auto") -> list[Row]:
 def described(problem: Problem, name: str) -> Problem:
     """The same problem on a device described by name, such as "H100"."""
     device = devices.describe(name)
-    if not device.is_gpu:
-        return replace(problem, device=device, device_type="cpu", precision="ieee")
-    return replace(problem, device=device, device_type="cuda", precision=precision.of_rnn())
+    kind = "cuda" if device.is_gpu else "cpu"
+    return replace(problem, device=device, device_type=kind, precision=precision.of_rnn())

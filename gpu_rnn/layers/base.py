@@ -284,16 +284,16 @@ class LayerBase(Regularized, nn.RNNBase):
 
     def _stack(self, packed: bool = False, all_states: bool = False) -> Stack:
         return Stack(
-            self.recurrence if self.training else self._at_evaluation,
-            self.bias,
-            self.num_layers,
-            self.dropout if self.training else 0.0,
-            self.bidirectional,
-            self.batch_first and not packed,
-            self.proj_size,
-            self.backend,
-            self.layer_norm,
-            all_states,
+            recurrence=self.recurrence if self.training else self._at_evaluation,
+            bias=self.bias,
+            num_layers=self.num_layers,
+            dropout=self.dropout if self.training else 0.0,
+            bidirectional=self.bidirectional,
+            batch_first=self.batch_first and not packed,
+            proj_size=self.proj_size,
+            backend=self.backend,
+            norm=self.layer_norm,
+            all_states=all_states,
         )
 
     def check_forward_args(self, input: Tensor, hidden: Any, batch_sizes: Tensor | None) -> None:

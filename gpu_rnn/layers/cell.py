@@ -53,7 +53,10 @@ class CellBase(RecurrenceHolder, RNNCellBase):
         self._weight_shapes = self._expected_shapes()
 
     def _expected_shapes(self) -> list[tuple[int, ...]]:
-        return Stack(self.recurrence, bool(self.bias)).weight_shapes(self.input_size, self.hidden_size)
+        return self._stack().weight_shapes(self.input_size, self.hidden_size)
+
+    def _stack(self) -> Stack:
+        return Stack(recurrence=self.recurrence, bias=bool(self.bias), backend=self.backend)
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         """Take one step.
@@ -83,7 +86,7 @@ class CellBase(RecurrenceHolder, RNNCellBase):
             states = None if states is None else tuple(state.unsqueeze(0) for state in states)
         self._check_sizes(input, states)
         weights = self._weights()
-        states = run.one_step(input, states, weights, self.recurrence, bool(self.bias), self.backend)
+        states = run.one_step(self._stack(), input, states, weights)
         if not batched:
             states = tuple(state.squeeze(0) for state in states)
         return states[0] if self._one_state else states

@@ -103,7 +103,7 @@ def test_cudnn_reads_nothing_that_nobody_wrote(options: dict[str, Any], cudnn: C
     torch.testing.assert_close((y, states), theirs(x, hx))
 
 
-PROBLEM = Problem(cells.lstm(), 5, 2, 1, 3, 4)
+PROBLEM = Problem(recurrence=cells.lstm(), T=5, B=2, N=1, I=3, H=4)
 
 
 @pytest.mark.parametrize(

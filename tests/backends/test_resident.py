@@ -90,7 +90,7 @@ def described(cell: str = "lstm", **changes: Any) -> Problem:
     """A problem that an H100 can run."""
     sizes = {"T": 100, "B": 64, "N": 2, "I": 8, "H": 64, "reverse": "01"}
     device = {"device_type": "cuda", "device": devices.describe("H100")}
-    return replace(Problem(support.RECURRENCES[cell], **sizes, **device), **changes)
+    return replace(Problem(recurrence=support.RECURRENCES[cell], **sizes, **device), **changes)
 
 
 def launched(save: bool, padding: float) -> tuple[Tensor, dict[str, Tensor]]:
@@ -101,7 +101,9 @@ def launched(save: bool, padding: float) -> tuple[Tensor, dict[str, Tensor]]:
     beyond = (torch.arange(5)[:, None] >= inputs.lengths)[:, :, None, None]  # (T, B, 1, 1)
     gates = project(inputs.x.detach(), inputs.detached().weights, recurrence.program)
     gates = gates.masked_fill(beyond[..., None], padding)
-    given = Problem(recurrence, 5, 3, 2, 2, 20, direction="training" if save else "inference", reverse="01")
+    sizes = {"T": 5, "B": 3, "N": 2, "I": 2, "H": 20}
+    direction = "training" if save else "inference"
+    given = Problem(recurrence=recurrence, **sizes, direction=direction, reverse="01")
     result = resident.forward(inputs.detached().call(recurrence, given), gates, save, False)
     if not save:
         return gates, {"y": result.y, "gates": result.gates, "recurrent": result.recurrent, "inner": result.inner}

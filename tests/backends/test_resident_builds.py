@@ -79,7 +79,19 @@ def problem(cell: str, kind: str, direction: str, architecture: int, hidden: int
     if changes.get("drop") == GATES:
         changes["drop"] = len(recurrence.gates)
     return Problem(
-        recurrence, 100, 64, 2, 8, hidden, dtype, "cuda", device, direction, precision, reverse="01", **changes
+        recurrence=recurrence,
+        T=100,
+        B=64,
+        N=2,
+        I=8,
+        H=hidden,
+        dtype=dtype,
+        device_type="cuda",
+        device=device,
+        direction=direction,
+        precision=precision,
+        reverse="01",
+        **changes,
     )
 
 

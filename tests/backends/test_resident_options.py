@@ -92,7 +92,7 @@ def loops(cell: str, option: str, direction: str) -> tuple[Call, Tensor]:
     """A call without its projection, and its gates."""
     recurrence, inputs = small(cell, option)
     inputs = inputs.detached()
-    given = Problem(recurrence, 4, 3, 2, 2, 5, direction=direction, reverse="01")
+    given = Problem(recurrence=recurrence, T=4, B=3, N=2, I=2, H=5, direction=direction, reverse="01")
     return inputs.call(recurrence, given), project(inputs.x, inputs.weights, recurrence.program).contiguous()
 
 
@@ -149,7 +149,8 @@ def test_all_states_in_inference() -> None:
 def test_loads_of_options_count_as_shared_memory(direction: str) -> None:
     """A step's zones, reset values and gradients of all states are under way with its other loads."""
     pytest.importorskip("triton")
-    plain = Problem(support.RECURRENCES["lstm"], 4, 16, 1, 8, 128, torch.bfloat16, direction=direction)
+    sizes = {"T": 4, "B": 16, "N": 1, "I": 8, "H": 128}
+    plain = Problem(recurrence=support.RECURRENCES["lstm"], **sizes, dtype=torch.bfloat16, direction=direction)
     full = replace(plain, flags=True, reset_values=True, zone=True, all_states=True)
     more = resident.shared_memory(full, 2) - resident.shared_memory(plain, 2)
     unit = 2 * 2 + 2 * 1 + (4 if direction == "backward" else 0)  # two states: values of 2 bytes, zones of 1; d_inner

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from gpu_rnn import cells
 from gpu_rnn.call import run
 from gpu_rnn.call.stack import Stack
 
-STACK = Stack(cells.lstm(), num_layers=2, bidirectional=True)
+STACK = Stack(recurrence=cells.lstm(), num_layers=2, bidirectional=True)
 
 
 def leaves(theirs: nn.LSTM) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -110,7 +111,7 @@ def test_dropout_repeats_and_is_derived_twice() -> None:
         layer._flat_weights = own[8 * number : 8 * number + 8]
     x = torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True)
     hx = tuple(torch.randn(6, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    stack = STACK._replace(num_layers=3, dropout=0.3)
+    stack = replace(STACK, num_layers=3, dropout=0.3)
     inputs = [x, *hx, *own]
 
     def derived(call: Any, seed: int) -> list[Tensor]:
@@ -133,7 +134,7 @@ def test_dropout_of_packed_rows_and_without_gradients(training: bool) -> None:
     layer = nn.LSTM(3, 4, 2, bidirectional=True, dtype=torch.float64)
     x, hx = leaves(layer)
     packed = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([5, 3]))
-    stack = STACK._replace(dropout=1.0)  # everything: the second layer sees zeros
+    stack = replace(STACK, dropout=1.0)  # everything: the second layer sees zeros
     given = packed.data, hx, list(layer.parameters()), packed.batch_sizes
     with torch.set_grad_enabled(training):
         y, states = run._aten_on_gpu(stack, *given, training)

@@ -49,7 +49,7 @@ def fresh_choices(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def problem(recurrence: gpu_rnn.Recurrence | None = None, device: str = "cpu", **options: Any) -> Problem:
     sizes = {"T": 100, "B": 32, "N": 1, "I": 64, "H": 64} | options
-    return choice.described(Problem(recurrence or cells.lstm(), **sizes), device)
+    return choice.described(Problem(recurrence=recurrence or cells.lstm(), **sizes), device)
 
 
 def test_large_weights_are_read_at_each_step() -> None:

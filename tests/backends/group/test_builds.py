@@ -59,17 +59,17 @@ class Case(NamedTuple):
         dtype, precision = KINDS[self.kind]
         device = devices.describe(DEVICES[self.arch])
         given = Problem(
-            support.RECURRENCES[self.cell],
-            100,
-            64,
-            1,
-            64,
-            self.H or 16,
-            dtype,
-            "cuda",
-            device,
-            self.direction,
-            precision,
+            recurrence=support.RECURRENCES[self.cell],
+            T=100,
+            B=64,
+            N=1,
+            I=64,
+            H=self.H or 16,
+            dtype=dtype,
+            device_type="cuda",
+            device=device,
+            direction=self.direction,
+            precision=precision,
         )
         if self.options:
             given = replace(given, flags=True, reset_values=True, drop=given.G, zone=True, all_states=True)

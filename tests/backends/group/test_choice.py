@@ -25,7 +25,8 @@ STEPS = 1000
 
 
 def problem(hidden: int, batch: int, direction: str) -> Problem:
-    given = Problem(cells.lstm(), STEPS, batch, 1, hidden, hidden, torch.bfloat16, direction=direction)
+    sizes = {"T": STEPS, "B": batch, "N": 1, "I": hidden, "H": hidden}
+    given = Problem(recurrence=cells.lstm(), **sizes, dtype=torch.bfloat16, direction=direction)
     return choice.described(given, "H100")
 
 

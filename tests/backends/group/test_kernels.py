@@ -109,7 +109,18 @@ def test_launchers_run_what_they_choose(H, precision, members, monkeypatch):
     low = inputs.to(PRECISIONS[precision][0])
     recurrence = RECURRENCES[case.cell]
     problem = Problem(
-        recurrence, 3, case.B, 2, 3, H, low.x.dtype, "cuda", devices.describe("H100"), "training", "tf32", reverse="01"
+        recurrence=recurrence,
+        T=3,
+        B=case.B,
+        N=2,
+        I=3,
+        H=H,
+        dtype=low.x.dtype,
+        device_type="cuda",
+        device=devices.describe("H100"),
+        direction="training",
+        precision="tf32",
+        reverse="01",
     )
     assert group.choose(problem).layout.members == members
     with torch.no_grad():

@@ -213,7 +213,7 @@ def nothing_leaks(name: str, options: Options, dtype: torch.dtype, proj: int = 0
     recurrence = support.RECURRENCES[name]
     inputs = make(name, ("mask", *options), proj=proj).to(dtype).detached()
     assert inputs.controls.flags is not None
-    problem = passes.describe(recurrence.text(), inputs.options("step"), inputs.layer, "training")
+    problem = passes.problem_of(recurrence.text(), inputs.options("step"), inputs.layer, "training")
     call = inputs.call(recurrence, problem)
     gates = reference.project(inputs.x, inputs.weights, recurrence.program)
     gates = torch.where(bit(inputs.controls.flags, SKIP).unsqueeze(-1), torch.nan, gates)
@@ -286,5 +286,5 @@ def test_nothing_is_refused_but_complex_numbers(name: str, dtype: torch.dtype) -
     every = {"flags": True, "reset_values": True, "zone": True, "all_states": True, "norm": True, "lengths": True}
     sizes = {"T": 5, "B": 3, "N": 2, "I": 4, "H": 8, "proj_size": 4, "drop": len(recurrence.gates)}
     on_a_gpu = {"device_type": "cuda", "device": devices.describe("H100"), **sizes, **every}
-    assert not step.unsupported(Problem(recurrence, dtype=dtype, **on_a_gpu))  # type: ignore[arg-type]
-    assert step.unsupported(Problem(recurrence, dtype=torch.complex64, **on_a_gpu))  # type: ignore[arg-type]
+    assert not step.unsupported(Problem(recurrence=recurrence, dtype=dtype, **on_a_gpu))  # type: ignore[arg-type]
+    assert step.unsupported(Problem(recurrence=recurrence, dtype=torch.complex64, **on_a_gpu))  # type: ignore[arg-type]
