@@ -91,12 +91,13 @@ _trial = _Trial()
 def trial(backend: str) -> Iterator[dict[Question, str]]:
     """In this thread "auto" is this backend wherever it can run. Yields every question that is asked, with its
     answer."""
-    before = _trial.backend
+    before = dict(vars(_trial))
     _trial.backend, _trial.answers = backend, {}
     try:
         yield _trial.answers
     finally:
-        _trial.backend = before
+        vars(_trial).clear()
+        vars(_trial).update(before)
 
 
 def remember(device: devices.Device, found: Mapping[Question, Times]) -> Path:
