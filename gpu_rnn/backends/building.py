@@ -51,36 +51,36 @@ class Example(NamedTuple):
     saved: Result
 
 
-def example(given: Problem) -> Example:
+def example(problem: Problem) -> Example:
     """Every option of a problem; reset values are given for each step with recurrent dropout, else once."""
 
-    def empty(*shape: int, dtype: torch.dtype = given.dtype) -> Tensor:
+    def empty(*shape: int, dtype: torch.dtype = problem.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    program, steps, batch, n, hidden = given.program, given.T, given.B, given.N, given.H
-    gates, width = len(program.gates), given.proj_size or hidden
+    program, steps, batch, n, hidden = problem.program, problem.T, problem.B, problem.N, problem.H
+    gates, width = len(program.gates), problem.proj_size or hidden
     weights = Weights(
-        empty(n, gates, hidden, given.I),
+        empty(n, gates, hidden, problem.I),
         empty(n, gates, hidden, width),
-        empty(n, gates, hidden) if given.bias else None,
-        empty(n, gates, hidden) if given.bias else None,
+        empty(n, gates, hidden) if problem.bias else None,
+        empty(n, gates, hidden) if problem.bias else None,
         empty(n, len(program.params), hidden) if program.params else None,
-        empty(n, width, hidden) if given.proj_size else None,
-        empty(n, gates, hidden) if given.norm else None,
+        empty(n, width, hidden) if problem.proj_size else None,
+        empty(n, gates, hidden) if problem.norm else None,
     )
     states = [empty(batch, n, hidden if k else width) for k, _ in enumerate(program.states)]
-    sizes = {"T": steps, "B": batch, "N": n, "M": n, "H": hidden, "P": width, "S": len(states), "1|G": given.drop}
+    sizes = {"T": steps, "B": batch, "N": n, "M": n, "H": hidden, "P": width, "S": len(states), "1|G": problem.drop}
     controls = {}
     for name, axes in CONTROL_AXES.items():
-        if given.controls.get(name):
-            dtype = axes.dtype if isinstance(axes.dtype, torch.dtype) else given.dtype
+        if problem.controls.get(name):
+            dtype = axes.dtype if isinstance(axes.dtype, torch.dtype) else problem.dtype
             controls[name] = empty(*(sizes[axis] for axis in axes.axes.split()), dtype=dtype)
-    values = [empty(steps if given.drop else 1, *state.shape) for state in states if given.reset_values]
+    values = [empty(steps if problem.drop else 1, *state.shape) for state in states if problem.reset_values]
     inner = empty(len(states) - 1, steps, batch, n, hidden, dtype=torch.float32)
     recurrent = empty(steps, batch, n, len(program.split), hidden)
     projected = empty(steps, batch, n, gates, hidden)
     saved = Result(empty(steps, *states[0].shape), states, projected, recurrent, inner)
-    call = Call(program, weights, states, LayerControls(**controls), values, given.reverse, given)
+    call = Call(program, weights, states, LayerControls(**controls), values, problem.reverse, problem)
     return Example(call, projected, saved)
 
 

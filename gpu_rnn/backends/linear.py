@@ -27,8 +27,8 @@ def project(x: Tensor, weights: Weights, program: Program, kept: Normalised | No
     gates, normalise = _bare(x, weights, program)
     bias = gates.new_zeros(()) if bias is None else bias
     for part in chunks(gates):
-        found = normalise(gates[part], None if kept is None else kept.at((0, part)))
-        torch.addcmul(bias, found.values, weights.norm_ih, out=gates[part])
+        products = normalise(gates[part], None if kept is None else kept.at((0, part)))
+        torch.addcmul(bias, products.values, weights.norm_ih, out=gates[part])
     return gates
 
 
@@ -130,10 +130,10 @@ def _through_norm(call: Call, x: Tensor, kept: Normalised | None, d_gates: Tenso
     if kept is None:
         bare, normalise = _bare(x, call.weights, call.program)
     for part in chunks(d_gates):
-        found = kept.at((0, part)) if kept is not None else normalise(bare[part].to(scale.dtype))
+        products = kept.at((0, part)) if kept is not None else normalise(bare[part].to(scale.dtype))
         d = d_gates[part]
-        d_scale += (found.values * d).sum((0, 1))
-        normalisation.Back(found.rstd)(d * scale, found, d)
+        d_scale += (products.values * d).sum((0, 1))
+        normalisation.Back(products.rstd)(d * scale, products, d)
     return d_scale
 
 
@@ -169,8 +169,8 @@ def _of_weights(d_product: Tensor, entering: Tensor, drop: Tensor | None, gates:
         return over_steps(d_product, entering * drop[:, :, 0].to(entering.dtype))
     across, parts = entering.permute(2, 3, 0, 1).contiguous(), []  # (N, P, T, B): turned once for all gates
     factors = drop[:, :, gates].to(entering.dtype).permute(2, 1, 3, 0).contiguous()  # (gates, N, P, B)
-    for d, own in zip(d_product.unbind(3), factors.unsqueeze(3), strict=True):
-        dropped = (across * own).flatten(2)
+    for d, mask in zip(d_product.unbind(3), factors.unsqueeze(3), strict=True):
+        dropped = (across * mask).flatten(2)
         parts.append(onednn.bmm(dropped, d.flatten(0, 1).transpose(0, 1)).transpose(1, 2))
     return torch.stack(parts, 1)
 

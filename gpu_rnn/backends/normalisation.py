@@ -46,10 +46,10 @@ def normalised(values: Tensor) -> Tensor:
 
 def normalise(values: Tensor, out: Normalised | None = None, /) -> Normalised:
     """Without a derivative."""
-    found, _, rstd = torch.native_layer_norm(values, values.shape[-1:], None, None, EPSILON)
+    normal, _, rstd = torch.native_layer_norm(values, values.shape[-1:], None, None, EPSILON)
     if out is None:
-        return Normalised(found, rstd)
-    return Normalised(out.values.copy_(found), out.rstd.copy_(rstd))
+        return Normalised(normal, rstd)
+    return Normalised(out.values.copy_(normal), out.rstd.copy_(rstd))
 
 
 def centred(weights: Tensor) -> tuple[Tensor, Normalise]:
@@ -78,10 +78,10 @@ class Back:
         """`rstd`: as those will be that it is called with."""
         self.mean, self.rstd = torch.zeros_like(rstd), torch.ones_like(rstd)
 
-    def __call__(self, d: Tensor, given: Normalised, out: Tensor | None = None) -> Tensor:
+    def __call__(self, d: Tensor, normal: Normalised, out: Tensor | None = None) -> Tensor:
+        """`normal`: the normalised values"""
         which = [True, False, False]  # the values' only: scales are applied outside
-        values, (mean, rstd) = given.values, (self.mean, self.rstd)
-        found = torch.ops.aten.native_layer_norm_backward(d, values, values.shape[-1:], mean, rstd, None, None, which)[
-            0
-        ]
-        return torch.mul(found, given.rstd, out=out)
+        values, (mean, rstd) = normal.values, (self.mean, self.rstd)
+        backward = torch.ops.aten.native_layer_norm_backward
+        d_values, *_ = backward(d, values, values.shape[-1:], mean, rstd, None, None, which)
+        return torch.mul(d_values, normal.rstd, out=out)

@@ -59,8 +59,8 @@ def bmm(a: Tensor, b: Tensor) -> Tensor:
     """torch.bmm of factors without derivatives."""
     if not takes(b, a.shape[1]):
         return torch.bmm(a, b)
-    found = [_matmul(*pair) for pair in zip(a, b, strict=True)]
-    return found[0][None] if len(found) == 1 else torch.stack(found)
+    products = [_matmul(*pair) for pair in zip(a, b, strict=True)]
+    return products[0][None] if len(products) == 1 else torch.stack(products)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

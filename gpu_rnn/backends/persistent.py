@@ -28,10 +28,10 @@ def unsupported(problem: Problem) -> list[str]:
     return reasons + problem.without(*CONTROL_FIELDS, "all_states")
 
 
-def summed(call: Call, found: LoopGradients) -> LoopGradients:
+def summed(call: Call, grads: LoopGradients) -> LoopGradients:
     """The gradients, those of per-unit parameters summed over the kernel's shares (shares, N, P, H)."""
-    shares = found.d_params if call.program.params else None
-    return found._replace(d_params=None if shares is None else shares.sum(0))
+    shares = grads.d_params if call.program.params else None
+    return grads._replace(d_params=None if shares is None else shares.sum(0))
 
 
 def beside(call: Call, gates: Tensor) -> tuple[Tensor, Tensor]:

@@ -56,7 +56,7 @@ def input_bias(weights: Weights, program: Program) -> Tensor | None:
     if weights.b_ih is None or weights.b_hh is None:
         return None
     pairs = zip(program.gates, weights.b_ih.unbind(1), weights.b_hh.unbind(1), strict=True)
-    return torch.stack([own + other if gate in program.summed else own for gate, own, other in pairs], 1)
+    return torch.stack([b_ih + b_hh if gate in program.summed else b_ih for gate, b_ih, b_hh in pairs], 1)
 
 
 def project(
@@ -160,8 +160,8 @@ class _StepControls:
     def leave(self, t: int, new: list[Tensor], entered: list[Tensor]) -> list[Tensor]:
         """The states after a step."""
         if self.zone is not None:
-            kept = [zone[t, :, :, : state.shape[-1]] for zone, state in zip(self.zone, entered, strict=True)]
-            new = [torch.where(k, before, after) for k, before, after in zip(kept, entered, new, strict=True)]
+            masks = [zone[t, :, :, : state.shape[-1]] for zone, state in zip(self.zone, entered, strict=True)]
+            new = [torch.where(keep, before, after) for keep, before, after in zip(masks, entered, new, strict=True)]
         if self.lengths is not None:
             return [torch.where(self.runs(t), after, before) for after, before in zip(new, entered, strict=True)]
         if self.flags is None:
@@ -204,19 +204,19 @@ class _Step:
         named = zip(program.state_names, states, strict=True)
         values = {f"s_{name}": state.to(wide) for name, state in named} | self.params
         like, entering = states[-1], states[0]
-        pre, kept = [], []
+        pre, split = [], []
         for stage, rows in zip(program.stages, program.rows, strict=True):
             product = self.product(entering, rows)
             for i, gate in enumerate(stage.gates):
-                own, r = x[:, :, rows.start + i], product[:, :, i]
+                a, r = x[:, :, rows.start + i], product[:, :, i]
                 if gate in program.summed:
-                    own = own + r
-                    values[f"a_{gate}"] = own.to(wide)
+                    a = a + r
+                    values[f"a_{gate}"] = a.to(wide)
                 else:
                     r = r if weights.b_hh is None else r + weights.b_hh[:, rows.start + i]
-                    values[f"x_{gate}"], values[f"r_{gate}"] = own.to(wide), r.to(wide)
-                    kept.append(r)
-                pre.append(own)
+                    values[f"x_{gate}"], values[f"r_{gate}"] = a.to(wide), r.to(wide)
+                    split.append(r)
+                pre.append(a)
             stage.run(values)
             like = pre[0]
             entering = lookup(values, stage.outputs[0], like).to(like.dtype)
@@ -224,4 +224,4 @@ class _Step:
         if weights.w_hr is not None:
             new[0] = torch.einsum("bnh,nph->bnp", new[0], weights.w_hr)
         gates = torch.stack(pre, 2)
-        return new, gates, torch.stack(kept, 2) if kept else gates[:, :, :0]
+        return new, gates, torch.stack(split, 2) if split else gates[:, :, :0]

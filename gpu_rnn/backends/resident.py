@@ -157,7 +157,7 @@ def _constants(text: str, backward: bool) -> dict[str, Any]:
     program = Program.parse(text)
     steps, two = triton_module(program), len(program.stages) == 2
     first, last, split = program.stages[0], len(program.stages) - 1, program.split
-    found = {
+    constants = {
         "STEP": getattr(steps, f"step_{last}_backward" if backward else f"step_{last}"),
         "FIRST": steps.step_0 if two else None,
         "EARLY": len(first.gates),
@@ -166,9 +166,9 @@ def _constants(text: str, backward: bool) -> dict[str, Any]:
         "P": len(program.params),
     }
     if backward:
-        found["FIRST_BACKWARD"] = steps.step_0_backward if two else None
-        found["SPLIT"] = len(set(first.gates) - program.summed)
-    return found
+        constants["FIRST_BACKWARD"] = steps.step_0_backward if two else None
+        constants["SPLIT"] = len(set(first.gates) - program.summed)
+    return constants
 
 
 def _strides(tensor: Tensor) -> dict[str, int]:
@@ -284,7 +284,9 @@ def prepare_backward(
     (gates, d_gates), d_y = persistent.beside(call, saved.gates), even_rows(d_y)
     batch, n, _, hidden = gates.shape[1:]
     d_recurrent = gates.new_empty(saved.recurrent.shape)
-    d_states, d_resets = [[each.new_empty(each.shape) for each in given] for given in (call.states, call.reset_values)]
+    d_states, d_resets = [
+        [each.new_empty(each.shape) for each in tensors] for tensors in (call.states, call.reset_values)
+    ]
     tiles, params = -(-batch // tile(call.problem).rows), len(program.params)
     d_params = gates.new_empty(tiles, n, params, hidden, dtype=torch.float32)
     launch = _launch(
@@ -330,6 +332,6 @@ def forward(call: Call, gates: Tensor, save: bool, all_states: bool) -> Result:
 
 def backward(call: Call, saved: Result, d_y: Tensor, d_final: list[Tensor], d_inner: Tensor | None) -> LoopGradients:
     """The backward loop in one launch. Shapes: `prepare_backward`."""
-    launch, found = prepare_backward(call, saved, d_y, d_final, d_inner)
+    launch, grads = prepare_backward(call, saved, d_y, d_final, d_inner)
     launch(d_y)
-    return persistent.summed(call, found)
+    return persistent.summed(call, grads)

@@ -93,12 +93,12 @@ class StepControls(NamedTuple):
 
     def d_values(self, d_entered: list[Tensor]) -> list[Tensor]:
         """Those of the reset values, from those of the states that all steps entered with, (T, B, N, ·) each."""
-        found, reset = [], self.reset
+        d_values, reset = [], self.reset
         for value, d in zip(self.values, d_entered, strict=True):
             assert reset is not None and isinstance(value, Tensor)
             d = selected(d, words(reset, d.dtype))
-            found.append(d.sum(0, keepdim=True) if len(value) == 1 else reorder(d, self.order))
-        return found
+            d_values.append(d.sum(0, keepdim=True) if len(value) == 1 else reorder(d, self.order))
+        return d_values
 
     def output(self, y: Tensor) -> Tensor:
         """The outputs of all steps (T, B, N, P) in the order of time."""

@@ -75,18 +75,18 @@ class Chunks(Generic[S]):
             return cls(make(steps), steps)
         stream = torch.cuda.current_stream(like.device).cuda_stream
         key = (*key, tuple(like.shape[1:]), like.dtype, like.device, stream)
-        found = cls.kept.get(key)
-        if found is not None:
+        chunks = cls.kept.get(key)
+        if chunks is not None:
             cls.kept.move_to_end(key)
-            return found
+            return chunks
         place = None if key not in cls.kept or _in_a_lent_pool(like.device) else _place(like.device, stream)
         if place is None:
             return cls(make(CHUNK), CHUNK, key)
         del cls.kept[key]
         cls._make_room(BYTES)
         with torch.inference_mode(False), torch.no_grad():  # later calls may be in another mode
-            found = cls.kept[key] = cls(make(CHUNK), CHUNK, key, place)
-        return found
+            chunks = cls.kept[key] = cls(make(CHUNK), CHUNK, key, place)
+        return chunks
 
     @classmethod
     def _make_room(cls, most: float = float("inf")) -> None:

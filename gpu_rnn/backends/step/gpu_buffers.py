@@ -49,12 +49,12 @@ class Kind(NamedTuple):
     def of(call: Call, save: bool = False, inner: bool = False) -> Kind:
         weights, controls, values = call.weights, call.controls, call.reset_values
         flags = controls.flags is not None or controls.lengths is not None
-        given = max((min(len(value), 2) for value in values), default=0)
+        reset_values = max((min(len(value), 2) for value in values), default=0)
         drop = 0 if controls.drop is None else controls.drop.shape[2]
         of_states = tuple(name for name in OF_STATES if getattr(controls, name) is not None)
         bias, norm = weights.b_hh is not None, weights.norm is not None
         projection = 0 if weights.w_hr is None else weights.w_hr.shape[1]
-        return Kind(bias, flags, given, of_states, drop, norm, save, inner, projection)
+        return Kind(bias, flags, reset_values, of_states, drop, norm, save, inner, projection)
 
     @property
     def of_projection(self) -> Kind:
@@ -80,10 +80,9 @@ def _stages(program: Program) -> list[_StageShape]:
         kept = tuple(split.index(gate) if gate in split else -1 for gate in stage.gates)
         last = number == len(program.stages) - 1
         hands_on = -1 if last else len(carried_values(program, number + 1))
-        own = [k for k in kept if k >= 0]
-        shapes.append(
-            _StageShape(number, rows, kept, min(own, default=0), len(carried_values(program, number)), hands_on)
-        )
+        kept_first = min((k for k in kept if k >= 0), default=0)
+        reads = len(carried_values(program, number))
+        shapes.append(_StageShape(number, rows, kept, kept_first, reads, hands_on))
     return shapes
 
 
@@ -166,11 +165,11 @@ class _Steps:
     def load(self, call: Call) -> None:
         """What all steps of a call share."""
         weights, drop = call.weights, call.controls.drop
-        for shape, own, kept, scale in zip(self.shapes, self.weights, self.drops, self.scales, strict=True):
-            own.copy_(weights.w_hh[:, shape.rows])
-            given = masks(drop, shape.rows)
-            if kept is not None and given is not None:
-                kept.copy_(given)
+        for shape, w_hh, mask, scale in zip(self.shapes, self.weights, self.drops, self.scales, strict=True):
+            w_hh.copy_(weights.w_hh[:, shape.rows])
+            drop_mask = masks(drop, shape.rows)
+            if mask is not None and drop_mask is not None:
+                mask.copy_(drop_mask)
             if scale is not None and weights.norm is not None:
                 scale.copy_(weights.norm[:, shape.rows].view_as(scale))
         if weights.params is not None:
@@ -292,11 +291,11 @@ class BackwardSteps(_Steps):
         batched = [product.batched_shape(n, batch) for product in self.products]
         self.d_products = [like.new_empty(*size, hidden) for size in batched]
         # With layer normalisation: the normalised products of all steps, and the gradients of the products.
-        kept = batched if kind.norm else []
+        normed = batched if kind.norm else []
         wide = like.new_empty(0, dtype=torch.float32)
-        self.normalised = [Normalised(*(wide.new_empty(steps, *size, last) for last in (hidden, 1))) for size in kept]
-        self.through = [normalisation.Back(found.rstd[0]) for found in self.normalised]
-        self.d_raw = [like.new_empty(steps, *size, hidden) for size in kept]
+        self.normalised = [Normalised(*(wide.new_empty(steps, *size, last) for last in (hidden, 1))) for size in normed]
+        self.through = [normalisation.Back(products.rstd[0]) for products in self.normalised]
+        self.d_raw = [like.new_empty(steps, *size, hidden) for size in normed]
 
     def start(self, d_final: list[Tensor]) -> None:
         """The gradients of the states after the last step."""
@@ -309,8 +308,8 @@ class BackwardSteps(_Steps):
 
     def finish(self) -> list[Tensor]:
         """The gradients of the states that the first step entered with, (B, N, ·) each."""
-        d_h, *others = (d.clone() for d in self.each_state("d_states"))
-        return [d_h.add_(self.of_h.d_seed.transpose(0, 1)), *others]
+        d_h, *d_others = (d.clone() for d in self.each_state("d_states"))
+        return [d_h.add_(self.of_h.d_seed.transpose(0, 1)), *d_others]
 
     def run(self, steps: int) -> None:
         for t in reversed(range(steps)):

@@ -28,18 +28,18 @@ def forward(call: Call, gates: Tensor, save: bool, all_states: bool) -> Result:
     loop = _ForwardLoop(call, gates, recurrent, controls)
     outputs, inner = [], []
     for t in range(steps):
-        first, *others = loop.step(t)
-        outputs.append(first)
+        h, *other_states = loop.step(t)
+        outputs.append(h)
         if save or all_states:
-            inner += others
+            inner += other_states
     y = controls.output(torch.stack(outputs).to(gates.dtype))
     final = [state.to(gates.dtype, copy=True) for state in loop.states]
     of_states = gates.new_empty(0, dtype=loop.dtype)
     if save or all_states:
         width = len(call.states) - 1
         of_states = gates.new_empty(width, steps, batch, n, hidden, dtype=loop.dtype)
-        for k, kept in enumerate(of_states):
-            torch.stack(inner[k::width], out=kept)
+        for k, of_state in enumerate(of_states):
+            torch.stack(inner[k::width], out=of_state)
         of_states = reorder_each(of_states, controls.order)
     if not save:
         return Result(y, final, gates.new_empty(0), gates.new_empty(0), of_states)
@@ -184,7 +184,7 @@ class _Scaled:
 
     def add_to(self, t: int, entering: Tensor) -> None:
         """As `_Plain.add_to`."""
-        found = self.normalise(self.product(entering), self.kept[t]).values
-        split = found.split(self.sizes, 2) if len(self.sizes) > 1 else (found,)
-        for own, (scale, targets) in zip(split, self.parts, strict=True):
-            targets[t].addcmul_(own, scale)
+        normalised = self.normalise(self.product(entering), self.kept[t]).values
+        parts = normalised.split(self.sizes, 2) if len(self.sizes) > 1 else (normalised,)
+        for products, (scale, targets) in zip(parts, self.parts, strict=True):
+            targets[t].addcmul_(products, scale)
