@@ -22,7 +22,7 @@ from gpu_rnn.diagnostics.explanation import NO_INPUT, problem_of, sizes
 from gpu_rnn.diagnostics.timing import TRIALS, Timing, interleave
 from gpu_rnn.dispatch import choice
 from gpu_rnn.dispatch.choice import forget
-from gpu_rnn.dispatch.measured import Question, Times
+from gpu_rnn.dispatch.measured import Question, Times, ranked
 
 if TYPE_CHECKING:
     from gpu_rnn.layers.base import LayerBase
@@ -41,7 +41,8 @@ class Pass:
         us_per_step: 20th percentile, median and 80th percentile of the microseconds a time step, all layers together,
             by backend, the fastest first.
         left_out: why the other backends were not measured.
-        before, now: the backend that "auto" took before, and takes from now on.
+        before, now: the backend that "auto" took before, and takes from now on. It stays where the fastest is ahead by
+            less than the spread: where its 80th percentile is not below the other's 20th.
     """
 
     problem: Problem
@@ -56,7 +57,9 @@ class Pass:
             chosen = [word for word, backend in (("before", self.before), ("now", self.now)) if backend == name]
             lines.append(f"  {name:18} {middle:9.2f}  {f'{low:.2f} to {high:.2f}':22} {' and '.join(chosen)}".rstrip())
         left_out = [f"  {name:18} {'-':>9}  not measured: {reason}" for name, reason in self.left_out.items()]
-        return "\n".join([*lines, *left_out])
+        stays = self.now == self.before != next(iter(self.us_per_step))
+        noise = [f"  {self.now} stays: what is faster is so by less than the spread"] * stays
+        return "\n".join([*lines, *left_out, *noise])
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ def _alike(size: int) -> str:
 
 def tune(layer: LayerBase, x: Tensor | PackedSequence, *, seconds: float = 2.0, **call: Any) -> Tuned:
     """Measures every backend that can run ``layer(x)`` on the device that x lies on; "auto" takes the fastest from then
-    on.
+    on, unless it is ahead of what "auto" takes now by less than the spread of the rounds.
 
     Forward is measured in evaluation mode without gradients; if the layer is in training mode and gradients are wanted,
     forward and backward in training mode too. Backends take turns. The choice is kept in the cache folder
@@ -142,8 +145,8 @@ def tune(layer: LayerBase, x: Tensor | PackedSequence, *, seconds: float = 2.0, 
         before = [choice.select(problem) for problem in problems]
         measured = [_measure(run, device, seconds) for run in runs]
     found: dict[Question, Times] = {}
-    for each in measured:
-        found |= each.by_question()
+    for each, was in zip(measured, before, strict=True):
+        found |= each.by_question(was)
     path = choice.remember(problems[0].device, found)
     passes = [each.result(was) for each, was in zip(measured, before, strict=True)]
     name = problems[0].device.name if device.type == "cuda" else devices.cpu_name()
@@ -196,15 +199,23 @@ class _Measured:
     def us(self, seconds: float) -> float:
         return 1e6 * seconds / max(self.problem.T, 1)
 
-    def by_question(self) -> dict[Question, Times]:
+    def by_question(self, before: str) -> dict[Question, Times]:
         """For each question that a call asks (of the stack, of its layers, of their backward passes), the least time of
-        a call that was answered so."""
+        a call that was answered so; first comes the answer of the call that is to be taken."""
         found: dict[Question, Times] = {}
         for name, timing in self.timings.items():
             for question, answer in self.answers[name].items():
                 times = found.setdefault(question, {})
                 times[answer] = min(times.get(answer, math.inf), self.us(timing.median))
-        return found
+        taken = self.answers[self._taken(before)]
+        return {question: ranked(times, taken.get(question, "")) for question, times in found.items()}
+
+    def _taken(self, before: str) -> str:
+        """The fastest, unless noise may be all that lies between it and the one before."""
+        fastest = min(self.timings, key=lambda name: self.timings[name].median)
+        if before in self.timings and self.timings[before].spread[0] <= self.timings[fastest].spread[1]:
+            return before
+        return fastest
 
     def result(self, before: str) -> Pass:
         ranked = sorted(self.timings.items(), key=lambda item: item[1].median)

@@ -138,8 +138,8 @@ def _select(problem: Problem, backend: str, among: tuple[str, ...], preferred: s
     able = [name for name in among if not BACKENDS[name].unsupported(problem)]
     if preferred in able and not _prepared(problem, preferred):
         return preferred
-    measured = choices.find(problem, among)
-    able.sort(key=lambda name: (measured.get(name, math.inf), total_cost(problem, name)))
+    places = {name: place for place, name in enumerate(choices.find(problem, among))}
+    able.sort(key=lambda name: (places.get(name, len(places)), total_cost(problem, name)))
     chosen = next(name for name in able if not _prepared(problem, name))
     if chosen == "reference":
         for name in among:
@@ -246,8 +246,7 @@ def _settled(problem: Problem, backend: str) -> str:
 
 @memoize(1024)
 def _fastest_loop(problem: Problem) -> str:
-    measured = choices.find(problem, LOOPS)
-    return min(measured, key=lambda name: measured[name], default="")
+    return next(iter(choices.find(problem, LOOPS)), "")
 
 
 @memoize(1024)

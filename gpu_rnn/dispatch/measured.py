@@ -23,7 +23,7 @@ from gpu_rnn.devices import CPU, Device, cpu_name
 from gpu_rnn.memo import memoize
 
 Question = tuple[Problem, tuple[str, ...]]  # what is to run, and the backends that may run it
-Times = dict[str, float]  # µs per time step of the whole call, by backend
+Times = dict[str, float]  # µs per time step of the whole call, by backend, the one to take first
 
 # What reading a file may raise that is none of ours, or broken.
 FAULTS = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
@@ -32,7 +32,7 @@ log = logging.getLogger("gpu_rnn")
 
 
 def find(problem: Problem, among: tuple[str, ...]) -> Mapping[str, float]:
-    """The measured µs per step of backends for a question; empty where nothing was measured."""
+    """The measured µs per step of backends for a question, the one to take first; empty where nothing was measured."""
     kept = _kept(problem.device)
     return kept.get(_key(problem, among), {}) if kept else {}
 
@@ -128,7 +128,7 @@ def _path(setting: dict[str, str]) -> Path:
 
 def written(setting: Mapping[str, str], choices: Mapping[str, Times]) -> bytes:
     """A file's content; `digest` tells a file that a power cut or a worn disk changed from one that `keep` wrote."""
-    content = {**setting, "digest": _digest(choices), "choices": choices}
+    content = {**setting, "ranked": True, "digest": _digest(choices), "choices": choices}
     return json.dumps(content, indent=1).encode()
 
 
@@ -146,7 +146,12 @@ def _parsed(path: Path, setting: dict[str, str]) -> dict[str, Times]:
     choices = {key: {name: float(us) for name, us in times.items()} for key, times in found["choices"].items()}
     if not all(0 < us < math.inf for times in choices.values() for us in times.values()):
         raise ValueError("a time is no time")
-    return choices
+    return choices if "ranked" in found else {key: ranked(times) for key, times in choices.items()}
+
+
+def ranked(times: Times, preferred: str = "") -> Times:
+    """The preferred backend first, then the fastest."""
+    return dict(sorted(times.items(), key=lambda item: (item[0] != preferred, item[1])))
 
 
 def _key(problem: Problem, among: tuple[str, ...]) -> str:
