@@ -185,7 +185,7 @@ def test_an_activation_that_is_another_in_training_is_refused(activation: Any) -
 
 
 def test_an_error_names_the_line_of_the_activation() -> None:
-    with pytest.raises(ValueError, match=r"test_keras_numerics\.py:\d+ `.*torch\.cumsum"):
+    with pytest.raises(ValueError, match=r"test_numerics\.py:\d+ `.*torch\.cumsum"):
         gpu_rnn.keras.LSTM(3, activation=lambda x: torch.cumsum(x, 0))
 
 
