@@ -67,6 +67,17 @@ def test_what_a_page_names_exists(page: str) -> None:
     assert not missing
 
 
+@pytest.mark.parametrize(
+    "page", sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("*/*.md")), ids=lambda page: page.parent.name
+)
+def test_what_a_page_has_run_exists(page: Path) -> None:
+    text = re.sub(r"<\w+>", "*", page.read_text())
+    modules = re.findall(r"python -m ((?:tests|benchmarks|tools)[\w.]*)", text)
+    scripts = re.findall(r"\b(?:tests|benchmarks|examples|tools)/[\w/*]+\.py\b", text)
+    asked = [*scripts, *(f"{module.replace('.', '/')}*" for module in modules)]
+    assert not [path for path in asked if not any(ROOT.glob(path))]
+
+
 # What torch does, and what follows from it: the rules of docs/architecture.md that are marked. Where one of these
 # fails, torch has changed, and the rule may go.
 

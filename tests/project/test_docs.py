@@ -174,5 +174,9 @@ def test_the_reference_goes_by_public_paths() -> None:
     assert paths and not [path for path in paths if ".".join(path.split(".")[:3]) in deep]
 
 
+def test_every_name_of_an_activation_is_documented() -> None:
+    assert set(gpu_rnn.activations.ACTIVATIONS) <= documented("options.md")
+
+
 def test_every_name_of_an_initializer_is_documented() -> None:
     assert set(gpu_rnn.initializers.INITIALIZERS) <= documented("options.md")
