@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Each class says in its own docstring what all of its arguments are: what several share stands in one place, and is
-written into the others for help().
+written into the others for help(). Python's own errors name the class, too.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterator
+from types import FunctionType
 from typing import Any, TypeVar
 
 from gpu_rnn.layers.options import LayerOptions
@@ -53,11 +54,25 @@ def _elsewhere(cls: type, shared: type, names: set[str]) -> Iterator[str]:
             yield from text
 
 
+def _own_forward(cls: type) -> FunctionType:
+    """The inherited `forward` under the class's name, which Python's errors show: of a misspelt argument it says
+    "LSTM.forward() got an unexpected keyword argument"."""
+    inherited: FunctionType = cls.forward  # type: ignore[attr-defined]
+    own = FunctionType(
+        inherited.__code__, inherited.__globals__, "forward", inherited.__defaults__, inherited.__closure__
+    )
+    own.__kwdefaults__, own.__annotations__ = inherited.__kwdefaults__, inherited.__annotations__
+    own.__doc__, own.__module__ = inherited.__doc__, inherited.__module__
+    own.__qualname__ = f"{cls.__qualname__}.forward"
+    return own
+
+
 def in_full(shared: type | None = None) -> Callable[[C], C]:
     """A class decorator: what the docstring says to be "as for" `shared` is written out, and the arguments of a
-    call."""
+    call; its `forward` has its name."""
 
     def decorate(cls: C) -> C:
+        cls.forward = _own_forward(cls)  # type: ignore[attr-defined]
         doc = inspect.cleandoc(cls.__doc__ or "")
         if not doc:  # python -OO
             return cls

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -81,6 +83,19 @@ def test_bad_nonlinearity() -> None:
 def test_unknown_argument(name: str) -> None:
     with pytest.raises(TypeError, match=r"unexpected keyword argument .hidden."):
         getattr(gpu_rnn, name)(3, 5, hidden=5)
+
+
+@pytest.mark.parametrize("name", [*support.LAYERS, *support.CELLS])
+def test_a_call_s_unknown_argument_names_the_layer(name: str) -> None:
+    """As torch.nn's error does, word for word."""
+    for arguments in ({"length": None}, {}):
+        layers = (getattr(library, name)(3, 5) for library in (nn, gpu_rnn))
+        inputs = [torch.ones(2, 1, 3)] * bool(arguments)
+        theirs, ours = (partial(layer, *inputs, **arguments) for layer in layers)
+        assert_same_error(theirs, ours)
+    assert inspect.signature(getattr(gpu_rnn, name).forward) == inspect.signature(
+        getattr(gpu_rnn, name).__mro__[1].forward
+    )
 
 
 def test_an_unknown_argument_is_answered_with_all_there_are() -> None:
