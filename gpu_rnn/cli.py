@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,7 +22,6 @@ __all__ = ["main", "positive"]
 INTERRUPTED = 130  # 128 + SIGINT, what a shell reports for Ctrl-C
 DEVICE_HELP = "cpu, cuda or cuda:1 (default: the GPU if there is one)"
 FLAGS = {"reset_after": "--reset-before", "proj_size": "--proj"}  # those that are not named as the layers' arguments
-BENCH_SECONDS = 2.0
 DTYPE_NAMES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64"}
 
 
@@ -67,23 +65,12 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    """A checkout's benchmarks time every backend; an installed package has the demo's layers to time."""
-    from gpu_rnn.diagnostics import doctor
-
-    benchmarks = Path(__file__).parents[1] / "benchmarks" / "run.py"
-    if benchmarks.exists() and not options.demo:
-        if options.long or options.seconds:
-            raise ValueError(
-                "bench in a checkout runs benchmarks/run.py: --long and --seconds are for --demo; give it too"
-            )
-        device = ["--device", options.device] if options.device else []
-        return subprocess.run([sys.executable, benchmarks, "--quick", *device], check=False).returncode
-
     from gpu_rnn.demo import command
     from gpu_rnn.demo.datasets import japanese_vowels, plaid
+    from gpu_rnn.diagnostics import doctor
 
     data = plaid() if options.long else japanese_vowels()
-    command.bench(data.to(doctor.pick_device(options.device)), options.seconds or BENCH_SECONDS)
+    command.bench(data.to(doctor.pick_device(options.device)), options.seconds)
     return 0
 
 
@@ -207,13 +194,14 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     bench = commands.add_parser(
         "bench",
         help="time layers beside torch.nn on this device",
-        description="In a checkout: benchmarks/run.py --quick. Elsewhere, or with --demo: the demo's layers on "
-        "its data.",
+        description="Times the demo's layers on its recordings, and no training. Every backend, size and option is "
+        "what a checkout's benchmarks time: python benchmarks/run.py --quick.",
     )
     bench.add_argument("--device", help=DEVICE_HELP)
-    bench.add_argument("--demo", action="store_true", help="the demo's layers, in a checkout too")
-    bench.add_argument("--long", action="store_true", help="those on PLAID (pip install 'gpu-rnn[long]')")
-    bench.add_argument("--seconds", type=positive(float), help=f"those, each this long (default: {BENCH_SECONDS})")
+    bench.add_argument("--long", action="store_true", help="on PLAID's long recordings (pip install 'gpu-rnn[long]')")
+    bench.add_argument(
+        "--seconds", type=positive(float), default=2.0, help="for each line and direction (default: %(default)s)"
+    )
     bench.set_defaults(command=_bench, parser=bench)
 
 

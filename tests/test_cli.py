@@ -15,6 +15,7 @@ import torch
 
 import gpu_rnn
 from gpu_rnn import cli
+from gpu_rnn.demo import command
 from gpu_rnn.dispatch import choice
 
 COMMAND = [sys.executable, "-m", "gpu_rnn"]
@@ -150,13 +151,18 @@ def test_devices_in_any_case_and_for_inference(capsys: pytest.CaptureFixture[str
     assert "forward and backward, on H100 SXM 80GB" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("options", [["--long"], ["--seconds", "1"]], ids=" ".join)
-def test_bench_in_a_checkout_ignores_no_option(
-    options: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("folder", ["a checkout", "elsewhere"])
+def test_bench_times_the_demo_s_layers_wherever_it_is(
+    folder: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("it ran"))
-    assert cli.main(["bench", *options]) == 1
-    assert "--long and --seconds are for --demo; give it too" in capsys.readouterr().err
+    if folder == "elsewhere":
+        monkeypatch.setattr(cli, "__file__", str(tmp_path / "gpu_rnn" / "cli.py"))
+    timed: list[tuple[str, str, float]] = []
+    monkeypatch.setattr(
+        command, "_time_layers", lambda data, seconds: timed.append((data.name, data.train.inputs.device.type, seconds))
+    )
+    assert cli.main(["bench", "--device", "cpu"]) == cli.main(["bench", "--device", "cpu", "--seconds", "0.5"]) == 0
+    assert timed == [("JapaneseVowels", "cpu", 2.0), ("JapaneseVowels", "cpu", 0.5)]
 
 
 def test_no_seeds_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
