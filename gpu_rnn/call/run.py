@@ -39,7 +39,7 @@ def sequence(
                 return sequence(stack, x, hx, weights, batch_sizes, controls)
     _, batch = stack.sizes(x, batch_sizes)
     if not onlookers.recorded(x):
-        if x.is_cpu and _certainly_aten(stack, x, controls):
+        if x.is_cpu and choice.only_predicted_on_cpu() and _takes_aten(stack, x, controls):
             return *_aten(stack, x, hx or stack.initial(x, weights, batch), weights, batch_sizes), ()
         problem = stack.problem(x, hx, weights, batch_sizes, controls)
         if choice.select(problem, stack.backend) == "aten":
@@ -52,19 +52,16 @@ def sequence(
     return loops.run(stack, x, hx or stack.initial(x, weights, batch), weights, batch_sizes, controls)
 
 
-def _certainly_aten(stack: Stack, x: Tensor, controls: StackControls) -> bool:
-    """On a CPU ATen is predicted cheapest wherever it runs: no Problem is needed, which takes 5 µs of a short call to
-    make."""
-    return choice.only_predicted_on_cpu() and _takes_aten(stack, x, controls)
-
-
 def _takes_aten(stack: Stack, x: Tensor, controls: StackControls) -> bool:
-    """Whether ATen has a stack's cell and options, and nothing forbids it."""
+    """Whether dispatch would say ATen of a call on a CPU, where it is predicted cheapest wherever it runs.
+
+    No Problem is needed for that, which takes 5 µs of a short call to make. The words of a refusal are
+    `aten.unsupported`'s.
+    """
     return (
         stack.recurrence.aten is not None
         and not (stack.norm or stack.all_states or (controls is not NONE and controls.given))
-        and stack.backend in ("auto", "aten")
-        and not environment.names_a_backend()
+        and (stack.backend == "aten" or (stack.backend == "auto" and not environment.names_a_backend()))
         and not transforms.active()
         and not x.is_complex()
         and not aten.missing(stack.recurrence.aten, x.dtype, torch.is_grad_enabled())
