@@ -18,9 +18,10 @@ import pytest
 import torch
 
 from gpu_rnn import cache, memo
+from gpu_rnn.backends.group import cubin, nvrtc
 from gpu_rnn.backends.group import launch as group
-from gpu_rnn.backends.group import nvrtc
 from gpu_rnn.diagnostics import tuning
+from gpu_rnn.dispatch import choice
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it at import: one kind a process
 
@@ -213,6 +214,25 @@ def with_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvrtc, "unavailable", lambda: "")
     monkeypatch.setattr(group, "prepare", lambda problem: None)
     memo.clear("gpu_rnn.dispatch")
+
+
+@pytest.fixture
+def fresh_choices(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Choices are cached; nothing that a test changes may reach another, nor the environment a test.
+
+    CuPy is there for every test, and the kernels of described devices are not built.
+    """
+    monkeypatch.delenv("GPU_RNN_BACKEND", raising=False)
+    monkeypatch.setattr(nvrtc, "unavailable", lambda: "")
+    monkeypatch.setattr(nvrtc, "compile_cubin", lambda source, arch: b"")
+    monkeypatch.setattr(cubin, "usage", lambda code: cubin.Usage(255, 0))
+    monkeypatch.setattr(group, "_failures", {})
+    caches = (choice._select, choice._say_once, group.fit)
+    for cached in caches:
+        cached.cache_clear()
+    yield
+    for cached in caches:
+        cached.cache_clear()
 
 
 @pytest.fixture

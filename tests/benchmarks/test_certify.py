@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`benchmarks/certify.py` and the soak: what is broken is found and said, and nothing that was not run counts."""
+"""`benchmarks/certify.py`: what is broken is found and said, and nothing that was not run counts."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,13 +18,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import certify, sanitize, soak
+from benchmarks import certify, soak
 from benchmarks.certify import Command, Step
-from benchmarks.certifying import certificate, record, soak_cases
+from benchmarks.certifying import certificate, record
 from benchmarks.certifying.certificate import FAILED, NOT_RUN, PASSED, Outcome
 from benchmarks.measuring import machine
-from gpu_rnn.backends.group import nvrtc
-from gpu_rnn.backends.step import launch as step
 from tests.support.cuda.machines import NEEDS_COMPILER
 from tests.support.paths import ROOT
 
@@ -259,201 +255,3 @@ def test_steps_that_are_left_out_were_not_run(
     assert [s["reason"] for s in found["steps"]] == ["left out by --only", "nothing ran"]
     assert certify.main(["--device", "cpu", "--only", "sok"]) == 2
     assert "no step 'sok'; there are matrix, soak" in capsys.readouterr().err
-
-
-TOOL = """#!/bin/sh
-while [ $# -gt 0 ]; do case $1 in
-    --tool) tool=$2 ;; --log-file) log=$2 ;; --kernels) done=$2 ;; --planted) planted=yes ;; --kernel-name) names=$2 ;;
-esac; shift; done
-case $names in regex=*) ;; *) exit 0 ;; esac  # no kernel has parentheses in its name
-if [ -n "$planted" ]; then [ $tool != "$BLIND" ] && exit 86; echo '========= Device not supported' > "$log"; exit 1; fi
-echo '{"name": "group LSTM", "outcome": "begun"}' >> "$done"
-[ $tool = memcheck ] && exit 0
-printf '========= Error: Race reported at group_forward\\n========= RACECHECK SUMMARY: 1 hazard\\n' > "$log"
-exit 86
-"""
-
-
-@pytest.fixture
-def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A script in the place of NVIDIA's tool, whose memcheck finds nothing and whose racecheck finds something."""
-    path = tmp_path / "compute-sanitizer"
-    path.write_text(TOOL)
-    path.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setenv(record.RECORD, str(tmp_path / "record"))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(sanitize, "_build", lambda backend: None)
-
-
-def test_what_a_sanitizer_reports_is_a_failure(tool: None, tmp_path: Path) -> None:
-    assert sanitize.main([]) == 1
-    found = record.read(tmp_path / "record")
-    assert [end["name"] for end in found.of("passed")] == ["memcheck group LSTM"]
-    assert [(end["name"], end["detail"]) for end in found.of("failed")] == [
-        ("racecheck", "exit status 86 in group LSTM: Error: Race reported at group_forward")
-    ]
-
-
-@pytest.mark.parametrize("blind", sanitize.TOOLS)
-def test_a_sanitizer_that_sees_no_planted_fault_was_not_run(
-    blind: str, tool: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As under a runtime that it does not know, or where no kernel is of the names that it was given."""
-    monkeypatch.setenv("BLIND", blind)
-    assert sanitize.main([]) == sanitize.NOTHING_RAN
-    found, outcome = record.read(tmp_path / "record"), Outcome("sanitizer", "", [])
-    certify.judge(outcome, found, [sanitize.NOTHING_RAN], "")
-    assert outcome.status == NOT_RUN
-    assert outcome.skips == {f"{blind} does not report them: exit status 1, Device not supported": 1}
-
-
-def test_the_sanitizers_look_at_every_kernel_of_ours() -> None:
-    (names,) = (option.removeprefix("regex=") for option in sanitize.OPTIONS if option.startswith("regex="))
-    kernels = re.findall(r'extern "C" __global__ void (?:__launch_bounds__\(.*?\) )?(\w+)\(', sanitize.PLANTED)
-    for path in (ROOT / "kernels" / "cuda").glob("*.cu"):
-        kernels += re.findall(r'extern "C" __global__ void (?:__launch_bounds__\(.*?\) )?(\w+)\(', path.read_text())
-    for backend in ("resident", "step"):
-        text = (ROOT / "kernels" / "triton" / f"{backend}.py").read_text()
-        kernels += re.findall(rf"@triton.jit.*\ndef ({backend}_\w+)\(", text)
-    assert len(kernels) == 7 and all(re.search(names, name) for name in kernels)
-
-
-@pytest.mark.compile("nvrtc")
-def test_the_planted_kernel_compiles() -> None:
-    assert nvrtc.compile_cubin(sanitize.PLANTED, "sm_90a")
-
-
-@pytest.mark.skipif(sanitize.compute_sanitizer() is None, reason="compute-sanitizer is not installed")
-def test_the_sanitizers_options_are_known() -> None:
-    """Without a GPU the tool ends at once, but not before it has read them."""
-    command = [sanitize.compute_sanitizer(), *sanitize.OPTIONS, "--require-cuda-init", "no", sys.executable, "-c", ""]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert not re.search("deprecated|ill-formed|unrecogni[sz]ed|Usage", done.stdout + done.stderr)
-
-
-@pytest.mark.gpu
-def test_the_sanitizer_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if sanitize.compute_sanitizer() is None:
-        pytest.skip(sanitize.MISSING)
-    monkeypatch.setattr(sanitize, "_build", lambda backend: None)
-    monkeypatch.setattr(sanitize, "_check", lambda *arguments: 0)  # certify.py's own step
-    monkeypatch.setenv(record.RECORD, str(tmp_path / "record"))
-    status = sanitize.main([])
-    if status == sanitize.NOTHING_RAN:
-        pytest.skip("; ".join(record.read(tmp_path / "record").reasons))  # a runtime that the tool does not know
-    assert status == 0
-
-
-def scaled(*arguments: Any, forward: Callable[..., Any] = step.forward) -> Any:
-    result = forward(*arguments)
-    return result._replace(y=result.y * 1.05)
-
-
-def unwritten(*arguments: Any, forward: Callable[..., Any] = step.forward) -> Any:
-    result = forward(*arguments)
-    y = result.y.new_empty(result.y.shape)  # full of NaN in the soak
-    y[:-1] = result.y[:-1]
-    return result._replace(y=y)
-
-
-def wrong_gradient(*arguments: Any, backward: Callable[..., Any] = step.backward) -> Any:
-    found = backward(*arguments)
-    return found._replace(d_gates=found.d_gates * 1.05)
-
-
-def raises(*arguments: Any) -> Any:
-    raise RuntimeError("the device is on fire\nand more")
-
-
-@pytest.mark.parametrize(
-    ("what", "replacement", "said"),
-    [
-        ("forward", scaled, "step alone: "),
-        ("forward", unwritten, "is off by inf"),
-        ("backward", wrong_gradient, "step alone: d "),
-        ("forward", raises, "step: RuntimeError: the device is on fire"),
-    ],
-)
-def test_the_soak_finds_a_broken_backend(
-    what: str, replacement: Callable[..., Any], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(soak, "BACKENDS", ("step",))
-    path = tmp_path / "record"
-    monkeypatch.setenv(record.RECORD, str(path))
-    arguments = ["--device", "cpu", "--seed", "1", "--cases", "4"]
-    assert soak.main(arguments) == 0
-    assert record.read(path).count("passed") >= 3
-    path.unlink()
-    monkeypatch.setattr(step, what, replacement)
-    assert soak.main(arguments) == 1
-    failures = record.read(path).of("failed")
-    assert len(failures) >= 0.8 * len(record.read(path).ends)  # a case without gates' gradients may hide one
-    assert said in failures[0]["detail"]
-    path.unlink()
-    again = failures[-1]["repeat"].split("soak.py ")[1].split()
-    assert soak.main(again) == 1
-    assert record.read(path).of("failed") == failures[-1:]
-
-
-def test_a_backend_that_never_ran_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "record"
-    monkeypatch.setenv(record.RECORD, str(path))
-    monkeypatch.setattr(soak, "BACKENDS", ("step", "group"))  # group finds no GPU
-    monkeypatch.setattr(soak, "_pretending", lambda run, backend, device: run)
-    assert soak.main(["--device", "cpu", "--cases", "1"]) == 1
-    found = record.read(path)
-    assert found.notes["compared"].keys() == {"step alone"}
-    assert [end["name"] for end in found.of("failed")] == ["group"]
-    monkeypatch.setattr(soak, "BACKENDS", ("step", "aten"))
-    assert soak.main(["--device", "cpu", "--cases", "1"]) == 0  # at once, whatever the seed
-
-
-def test_asking_again_excuses_no_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A case whose gradients plain PyTorch gets less and less right, the more roundings it is asked for."""
-    case, exact = soak_cases.draw(11, 24, "cpu"), {"y": torch.ones(4), "d x": torch.ones(4)}
-    compared = soak.Comparison(case, torch.device("cpu"))
-    compared.exact, compared.plain, compared.known = exact, {"y": 0.0, "d x": 0.01}, {"y", "d x"}
-
-    def less_right(members: Any) -> None:
-        compared.plain["d x"] += soak.MOST * compared.floor
-
-    monkeypatch.setattr(compared, "_ask", less_right)
-    (said,) = compared.wrong("step", "alone", exact | {"d x": torch.full((4,), torch.nan)}, Counter())
-    assert said.startswith("step alone: d x is off by inf")
-
-
-def test_the_soak_sees_one_wrong_element_of_many() -> None:
-    case = soak_cases.draw(11, 24, "cpu")
-    compared = soak.Comparison(case, torch.device("cpu"))
-    exact = {name: torch.randn(1000, 1000, dtype=torch.float64) for name in ("y", "final h")}
-    compared.exact, compared.asked = exact, True
-    compared.plain = soak.errors(exact, exact)
-    compared.known = {*compared.plain}
-    assert compared.wrong("step", "alone", exact, Counter()) == []
-    for name, value in exact.items():
-        found = value.clone()
-        found[500, 500] += 2
-        (said,) = compared.wrong("step", "alone", exact | {name: found}, Counter())
-        assert said.startswith(f"step alone: an element of {name} is off by 2.0e+00")
-
-
-def test_a_case_follows_from_its_seed_and_number() -> None:
-    cases = [soak_cases.draw(5, number, "cuda") for number in range(300)]
-    assert cases == [soak_cases.draw(5, number, "cuda") for number in range(300)]
-    assert cases != [soak_cases.draw(6, number, "cuda") for number in range(300)]
-    assert {name for case in cases for name in case.options} == set(soak_cases.random_calls.OPTIONS)
-    assert {case.precision for case in cases} == set(soak.PRECISIONS)
-    assert {case.heads for case in cases} == {1, 2, 3} and {case.captured for case in cases} == {False, True}
-    for case in cases:
-        assert case.recurrence.gates  # every combination of cell and activations exists
-        assert case.sizes.H > 1 or "proj_size" not in case.options
-
-
-@pytest.mark.gpu
-def test_the_soak_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "record"
-    monkeypatch.setenv(record.RECORD, str(path))
-    assert soak.main(["--seconds", "10"]) == 0, record.read(path).of("failed")
-    ways = record.read(path).notes["compared"]
-    assert any(name.endswith("replayed") for name in ways) or any(name.endswith("stream") for name in ways)

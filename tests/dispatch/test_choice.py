@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,38 +12,21 @@ import pytest
 import torch
 
 import gpu_rnn
-from gpu_rnn import cells, devices
+from gpu_rnn import cells
 from gpu_rnn.backends import resident
-from gpu_rnn.backends.group import cubin, nvrtc
 from gpu_rnn.backends.group import launch as group
+from gpu_rnn.backends.group import nvrtc
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.backends.step import launch as step
 from gpu_rnn.diagnostics import explanation
 from gpu_rnn.dispatch import choice
 from tests.support import loops as support
-from tests.support.profiling import operations
 
 COMPILE = nvrtc.compile_cubin
 NAMES = ["resident", "group", "aten", "step", "reference"]
 
 
-@pytest.fixture(autouse=True)
-def fresh_choices(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Choices are cached; nothing that a test changes may reach another, nor the environment a test.
-
-    CuPy is there for every test, and the kernels of described devices are not built.
-    """
-    monkeypatch.delenv("GPU_RNN_BACKEND", raising=False)
-    monkeypatch.setattr(nvrtc, "unavailable", lambda: "")
-    monkeypatch.setattr(nvrtc, "compile_cubin", lambda source, arch: b"")
-    monkeypatch.setattr(cubin, "usage", lambda code: cubin.Usage(255, 0))
-    monkeypatch.setattr(group, "_failures", {})
-    caches = (choice._select, choice._say_once, group.fit)
-    for cached in caches:
-        cached.cache_clear()
-    yield
-    for cached in caches:
-        cached.cache_clear()
+pytestmark = pytest.mark.usefixtures("fresh_choices")
 
 
 def problem(recurrence: gpu_rnn.Recurrence | None = None, device: str = "cpu", **options: Any) -> Problem:
@@ -273,22 +255,6 @@ def test_environment_names_a_preference(monkeypatch: pytest.MonkeyPatch) -> None
         choice.select(problem())
 
 
-RUNS: list[tuple[gpu_rnn.Recurrent, str, list[str]]] = [
-    (gpu_rnn.LSTM(2, 3), "aten", ["aten::lstm"]),
-    (gpu_rnn.LSTM(2, 3, activation="relu"), "step", ["gpu_rnn::step_forward", "gpu_rnn::step_backward"]),
-    (gpu_rnn.GRU(2, 3, backend="step"), "step", ["gpu_rnn::step_forward", "gpu_rnn::step_backward"]),
-    (gpu_rnn.GRU(2, 3, reset_after=False), "step", ["gpu_rnn::step_forward", "gpu_rnn::step_backward"]),
-]
-
-
-@pytest.mark.parametrize(("layer", "backend", "events"), RUNS, ids=lambda v: v if isinstance(v, str) else None)
-def test_what_is_explained_is_what_runs(layer: gpu_rnn.Recurrent, backend: str, events: list[str]) -> None:
-    x = torch.randn(4, 3, 2)
-    assert gpu_rnn.explain(layer, x).chosen == backend
-    ran = operations(lambda: layer(x)[0].sum().backward())
-    assert [name for name in ran if name in {*events, "gpu_rnn::reference_forward", "aten::lstm"}] == events
-
-
 def test_a_fallback_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     layer = gpu_rnn.LSTM(2, 3, dtype=torch.complex64)
     with caplog.at_level(logging.INFO, logger="gpu_rnn"):
@@ -298,124 +264,3 @@ def test_a_fallback_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     assert len(messages) == len(set(messages))
     assert "training of lstm: step not used: complex numbers run on the reference only" in messages
     assert not any("reference not used" in message for message in messages)
-
-
-@pytest.mark.parametrize("device", [*devices.DEVICES, "h100", "H100 SXM 80GB", "cpu", None])
-def test_explain_for_a_device(device: str | None) -> None:
-    layer = gpu_rnn.LSTM(64, 64, activation="softsign")
-    explanation = gpu_rnn.explain(layer, torch.empty(100, 32, 64, device="meta"), device=device)
-    assert [row.backend for row in explanation.rows if row.backend in NAMES] == NAMES
-    assert [row.backend for row in explanation.rows if row.chosen] == [explanation.chosen]
-    expected = devices.describe(device) if device else devices.CPU
-    assert explanation.problem.device == expected
-    assert explanation.chosen == ("group" if expected.is_gpu else "step")
-    for row in explanation.rows:
-        assert row.runs == (row.predicted_us is not None) and (row.runs or row.reasons)
-        assert row.predicted_us is None or row.predicted_us > 0
-    head, columns, *lines, foot = str(explanation).splitlines()
-    assert (
-        head == f"lstm: T 100, B 32, input 64, hidden 64, layers 1, float32, forward and backward, on {expected.name}"
-    )
-    assert "predicted" in foot and "µs/step" in columns
-    assert re.search(rf"^{explanation.chosen} +chosen +\d+\.\d\d", "\n".join(lines), re.M)
-    assert re.search(r"^aten +no +ATen has LSTM, GRU and RNN", "\n".join(lines), re.M)
-
-
-def test_explain_shows_the_floor_of_each_pass() -> None:
-    layer, x = gpu_rnn.LSTM(1024, 1024, dtype=torch.bfloat16), torch.empty(100, 64, 1024, device="meta")
-    training = gpu_rnn.explain(layer, x, device="H100")
-    with torch.no_grad():
-        inference = gpu_rnn.explain(layer, x, device="H100")
-    assert training.floor_us > inference.floor_us == pytest.approx(1.5, abs=0.05)
-    assert re.search(r"^floor +1\.5\d  of a layer's time loop", str(inference), re.M)
-    assert gpu_rnn.explain(layer, x).floor_us is None  # on a CPU
-    assert gpu_rnn.explain(gpu_rnn.LSTM(8, 4096), torch.empty(9, 1, 8), device="H100").floor_us is None
-
-
-def test_explain_reads_the_layer_and_the_call() -> None:
-    layer = gpu_rnn.GRU(3, 5, 2, bidirectional=True, batch_first=True)
-    described = gpu_rnn.explain(layer, torch.empty(7, 4, 3)).problem
-    assert (described.T, described.B, described.I, described.H) == (4, 7, 3, 5)
-    assert (described.N, described.layers, described.direction) == (2, 2, "training")
-    assert gpu_rnn.explain(layer, torch.empty(4, 3)).problem.B == 1
-    assert gpu_rnn.explain(layer).problem.T == 100
-    with torch.no_grad():
-        assert gpu_rnn.explain(layer).problem.direction == "inference"
-    forced = gpu_rnn.explain(gpu_rnn.GRU(3, 5, reset_after=False, backend="aten"))
-    assert forced.chosen is None and "chosen" not in str(forced)
-    assert gpu_rnn.explain(gpu_rnn.GRU(3, 5, backend="reference")).chosen == "reference"
-
-
-def test_explain_refuses() -> None:
-    with pytest.raises(ValueError, match=r"no description of a device 'H1000'; described are A100, .*H100.* and CPU"):
-        gpu_rnn.explain(gpu_rnn.LSTM(2, 3), device="H1000")
-    with pytest.raises(TypeError, match=r"such as gpu_rnn.LSTM, not torch.nn.LSTM"):
-        gpu_rnn.explain(torch.nn.LSTM(2, 3))
-    with pytest.raises(RuntimeError, match="Expected 2, got 5"):
-        gpu_rnn.explain(gpu_rnn.LSTM(2, 3), torch.empty(4, 1, 5, device="meta"), device="H100")
-
-
-DEBUGGED = {
-    "lstm": gpu_rnn.LSTM(2, 4, 2, bidirectional=True, batch_first=True),
-    "gru": gpu_rnn.GRU(2, 4, dtype=torch.bfloat16),
-    "slstm": gpu_rnn.Recurrent(cells.slstm(), 2, 4, dtype=torch.float64),
-    "projected": gpu_rnn.LSTM(2, 4, proj_size=3),
-}
-
-
-@pytest.mark.parametrize("name", DEBUGGED)
-def test_debug_finds_agreement(name: str) -> None:
-    layer = DEBUGGED[name]
-    found = gpu_rnn.debug(layer, torch.randn(6, 3, 2, dtype=layer.weight_ih_l0.dtype), backend="step")
-    assert [difference.layer for difference in found] == list(range(layer.num_layers))
-    for difference in found:
-        assert difference.where == "" and difference.backend == "step"
-        assert f"layer {difference.layer}: step agrees with the reference" in str(difference)
-
-
-FAULTS = [
-    ("y", (4, 1, 0, 2), "step 4, sample 1, direction 0, unit 2: the output h is off by 1"),
-    (
-        "y",
-        (4, 1, 1, 2),
-        "step 1, sample 1, direction 1, unit 2: the output h is off by 1",
-    ),  # the fifth from its end
-    (
-        "gates",
-        (3, 0, 0, 2, 1),
-        "step 3, sample 0, direction 0, unit 1: the pre-activation of gate n is off by 1",
-    ),
-    (
-        "recurrent",
-        (2, 2, 0, 0, 3),
-        "step 2, sample 2, direction 0, unit 3: the product of gate n is off by 1",
-    ),
-]
-
-
-@pytest.mark.parametrize(("field", "index", "where"), FAULTS)
-def test_debug_names_the_first_difference(
-    monkeypatch: pytest.MonkeyPatch, field: str, index: tuple[int, ...], where: str
-) -> None:
-    forward = step.forward
-
-    def broken(*arguments: Any) -> Any:
-        result = forward(*arguments)
-        getattr(result, field)[index] += 1
-        if field == "y" and index[2] == 0:
-            result.gates[5, :, 0] += 1  # compared before y, but of a later step
-            result.y[5, :, 0] += 1
-        return result
-
-    monkeypatch.setattr(step, "forward", broken)
-    (found,) = gpu_rnn.debug(gpu_rnn.GRU(2, 4, bidirectional=True), torch.randn(6, 3, 2), backend="step")
-    assert found.where == where
-    assert str(found) == f"layer 0: step first differs from the reference at {where}"
-
-
-def test_explain_takes_packed_input() -> None:
-    packed = torch.nn.utils.rnn.pack_sequence([torch.randn(4, 3), torch.randn(2, 3)])
-    found = gpu_rnn.explain(gpu_rnn.LSTM(3, 5, batch_first=True), packed)
-    assert (found.problem.T, found.problem.B, found.problem.packed) == (4, 2, True)
-    assert found.chosen == "aten"
-    assert gpu_rnn.explain(gpu_rnn.LSTM(3, 5, activation="relu"), packed).chosen == "step"

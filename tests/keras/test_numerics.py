@@ -5,19 +5,16 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import random
 from collections import Counter
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 if importlib.util.find_spec("keras") is None:
     pytest.skip("Keras is not installed: pip install gpu-rnn[keras]", allow_module_level=True)
 from tests.support import keras_layers as support
-from tests.support.keras_layers import exact, gpu_rnn, keras  # noqa: F401  (a fixture)
-from tests.support.pairwise import pairwise
+from tests.support.keras_layers import combinations, exact, gpu_rnn, keras  # noqa: F401  (a fixture)
 
 pytestmark = [support.quiet, pytest.mark.usefixtures("exact")]
 
@@ -48,13 +45,6 @@ LAYERS = {
     "GRU": AXES | GATED | {"reset_after": (True, False)},
     "SimpleRNN": AXES,
 }
-RANDOM_CASES = 60  # for each layer, and for Bidirectional
-
-
-def combinations(*axes: tuple[Any, ...]) -> list[tuple[Any, ...]]:
-    """Some in which every two values meet, and random ones."""
-    rng = random.Random(0)
-    return [*pairwise(*axes), *(tuple(map(rng.choice, axes)) for _ in range(RANDOM_CASES))]
 
 
 @functools.cache
@@ -99,188 +89,6 @@ def test_every_value_of_every_option_is_among_the_combinations() -> None:
         counts = Counter((key, value) for case in cases(name) for key, value in case.items())
         print(name, len(cases(name)), "combinations;", ", ".join(f"{k}={v}: {n}" for (k, v), n in counts.items()))
         assert all(counts[key, value] for key, values in (axes | CALLS).items() for value in values)
-
-
-ACTIVATIONS = sorted(
-    name
-    for name, function in vars(keras.activations).items()
-    if name not in {"get", "serialize", "deserialize"} and callable(function)
-)
-NOT_POINTWISE = {"softmax", "log_softmax", "sparsemax", "glu"}
-NEEDS_ARGUMENTS = {"threshold"}
-
-
-@pytest.mark.parametrize("activation", sorted(set(ACTIVATIONS) - NOT_POINTWISE - NEEDS_ARGUMENTS))
-def test_every_activation(activation: str) -> None:
-    for options in ({"activation": activation}, {"recurrent_activation": activation}):
-        theirs, ours = support.pair("GRU", options | {"return_sequences": True})
-        for variable in (*theirs.trainable_variables, *ours.trainable_variables):
-            variable.assign(0.3 * variable)  # gates without bounds make the states grow
-        # torch's hardsigmoid has the 1/6 of its derivative in float32
-        tolerance = {"rtol": 1e-6, "atol": 1e-6} if activation.startswith("hard_") else support.TOLERANCE
-        support.assert_same(support.outcome(ours), support.outcome(theirs), tolerance)
-
-
-@pytest.mark.parametrize("activation", sorted(NOT_POINTWISE))
-def test_activations_that_mix_units_are_refused(activation: str) -> None:
-    with pytest.raises(
-        ValueError, match=rf"(?s)^rnn: activation {activation}: .* mixes units \(softmax\) or has weights"
-    ):
-        gpu_rnn.keras.SimpleRNN(3, activation=activation)
-
-
-def swish(x: Any) -> Any:
-    return x * keras.ops.sigmoid(1.5 * x)
-
-
-def twice(x: Any) -> Any:
-    return 2 * x
-
-
-# The numbers in these are exact in float32, in which Keras's layers have them; so each is the same function here.
-@pytest.mark.parametrize(
-    "activation",
-    [
-        swish,
-        torch.tanh,
-        keras.ops.tanh,
-        None,
-        keras.layers.LeakyReLU(0.1, dtype="float64"),
-        keras.layers.ReLU(max_value=0.5, negative_slope=0.125, threshold=0.25, dtype="float64"),
-        keras.layers.Rescaling(0.5, 0.125, dtype="float64"),
-        keras.layers.Lambda(twice, dtype="float64"),
-        keras.layers.TorchModuleWrapper(torch.nn.Softplus(), dtype="float64"),
-        lambda x: keras.ops.clip(x, -0.25, np.float32(0.5)),
-        lambda x: keras.ops.maximum(x, keras.ops.cast(0.25, "float32")),
-        lambda x: keras.ops.where(x > 0, keras.ops.power(x, 2), 0.5),
-    ],
-)
-def test_functions_and_layers_as_activations(activation: Any) -> None:
-    theirs, ours = support.pair("LSTM", {"activation": activation, "return_sequences": True})
-    support.assert_same(support.outcome(ours), support.outcome(theirs))
-
-
-class Wrapped(keras.layers.Layer):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = keras.layers.Dropout(0.5)
-
-    def call(self, x: Any) -> Any:
-        return self.inner(x)
-
-
-@pytest.mark.parametrize(
-    "activation",
-    [
-        keras.layers.Dropout(0.5),
-        keras.layers.GaussianNoise(0.5),
-        keras.layers.Lambda(lambda x, training=False: 2 * x if training else x),
-        Wrapped(),
-    ],
-)
-def test_an_activation_that_is_another_in_training_is_refused(activation: Any) -> None:
-    for options in ({"activation": activation}, {"recurrent_activation": activation}):
-        with pytest.raises(ValueError, match="may be another function in training"):
-            gpu_rnn.keras.GRU(3, **options)
-
-
-def test_an_error_names_the_line_of_the_activation() -> None:
-    with pytest.raises(ValueError, match=r"test_numerics\.py:\d+ `.*torch\.cumsum"):
-        gpu_rnn.keras.LSTM(3, activation=lambda x: torch.cumsum(x, 0))
-
-
-def test_a_layer_with_weights_is_no_activation() -> None:
-    layer = keras.layers.PReLU()
-    layer.build((support.BATCH, support.UNITS))
-    with pytest.raises(ValueError, match="has weights"):
-        gpu_rnn.keras.LSTM(3, activation=layer)
-
-
-def test_named_activations_keep_atens_name() -> None:
-    assert gpu_rnn.keras.LSTM(3).recurrence.aten == "LSTM"
-    assert gpu_rnn.keras.GRU(3, activation=torch.tanh, recurrent_activation=keras.ops.sigmoid).recurrence.aten == "GRU"
-
-
-MERGES = ("concat", "sum", "mul", "ave", None)
-BIDIRECTIONAL = combinations(
-    ("LSTM", "GRU", "SimpleRNN"),
-    MERGES,
-    (False, True),  # return_sequences
-    (False, True),  # return_state
-    (False, True),  # stateful
-    (0.0, 0.4),  # dropout
-    (0.0, 0.4),  # recurrent_dropout
-    (None, *support.MASKS),
-    (False, True),  # initial states
-    (False, True),  # training
-)
-
-
-@pytest.mark.parametrize("case", BIDIRECTIONAL, ids=str)
-def test_bidirectional(case: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    name, merge, sequences, return_state, stateful, dropout, recurrent_dropout, mask, initial, training = case
-    options = {
-        "return_sequences": sequences,
-        "return_state": return_state,
-        "stateful": stateful,
-        "dropout": dropout,
-        "recurrent_dropout": recurrent_dropout,
-        "dtype": "float64",
-    }
-    if name != "SimpleRNN":
-        options["use_cudnn"] = "auto" if not stateful else False  # see without_bugs
-    count = 2 * (1 + (name == "LSTM"))
-    states = [support.draw(support.BATCH, support.UNITS, seed=k) for k in range(count)] if initial else None
-    found = []
-    for module in (gpu_rnn.keras, keras.layers):
-        both = module.Bidirectional(getattr(module, name)(support.UNITS, **options), merge_mode=merge, dtype="float64")
-        for seed, layer in enumerate((both.forward_layer, both.backward_layer)):
-            layer.cell.seed_generator = keras.random.SeedGenerator(seed)  # Keras's SimpleRNN loses its own
-        if stateful and return_state:
-            monkeypatch.setattr(keras.layers.Bidirectional, "compute_mask", lambda *_: None)  # TypeError, see below
-        support.randomize(both)
-        found.append(support.outcome(both, support.mask_of(mask), states, training, calls=2))
-    support.assert_same(*found)
-
-
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("ours_inside", [False, True])
-def test_bidirectional_of_layers_that_differ(ours_inside: bool, masked: bool) -> None:
-    found = []
-    for module in (gpu_rnn.keras, keras.layers):
-        inside = gpu_rnn.keras if ours_inside else keras.layers
-        options = {"return_sequences": True, "dtype": "float64"}
-        forward = inside.GRU(support.UNITS, go_backwards=True, **options)
-        backward = inside.SimpleRNN(support.UNITS, **options)
-        both = module.Bidirectional(forward, backward_layer=backward, dtype="float64")
-        support.randomize(both)
-        found.append(support.outcome(both, support.mask_of("any") if masked else None))
-    support.assert_same(*found)
-
-
-UNLIKE = [
-    ({"activity_regularizer": "l2"}, {"activity_regularizer": "l2"}),
-    ({}, {"recurrent_dropout": 0.4}),
-    ({"recurrent_dropout": 0.4}, {}),
-    ({"activation": "softsign"}, {}),
-    ({}, {"use_bias": False}),
-    ({"go_backwards": True}, {"go_backwards": False}),
-]
-
-
-@pytest.mark.parametrize(("forward", "backward"), UNLIKE, ids=str)
-def test_what_two_directions_do_not_share(forward: dict[str, Any], backward: dict[str, Any]) -> None:
-    found, losses = [], []
-    for module in (gpu_rnn.keras, keras.layers):
-        options = {"return_sequences": True, "seed": 3, "dtype": "float64"}
-        layer = module.LSTM(support.UNITS, **options | forward)
-        other = module.LSTM(support.UNITS, **options | {"go_backwards": True} | backward)
-        both = module.Bidirectional(layer, backward_layer=other, dtype="float64")
-        support.randomize(both)
-        found.append(support.outcome(both, training=True))
-        losses.append([loss.detach() for loss in both.losses])
-    support.assert_same(*found)
-    torch.testing.assert_close(*losses, **support.TOLERANCE)
 
 
 def test_calls_draw_masks_in_training_or_not() -> None:
@@ -358,14 +166,6 @@ def test_other_states_are_refused(name: str, shapes: list[tuple[int, ...]]) -> N
     layer(torch.ones(7, 5, 4), training=True)  # an error leaves nothing behind
 
 
-@pytest.mark.parametrize("count", [0, 1, 2, 3, 5])
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_a_bidirectional_needs_the_states_of_both_directions(count: int, dropout: float) -> None:
-    layer = gpu_rnn.keras.Bidirectional(gpu_rnn.keras.LSTM(2, dropout=dropout))
-    with pytest.raises(ValueError, match=f"is a list of 4 states, .*; got {count}"):
-        layer(torch.ones(3, 5, 4), initial_state=[torch.ones(3, 2)] * count, training=True)
-
-
 @pytest.mark.parametrize("wrap", [lambda layer: layer, gpu_rnn.keras.Bidirectional])
 def test_another_number_of_features_is_refused(wrap: Any) -> None:
     layer = wrap(gpu_rnn.keras.LSTM(2, dropout=0.5))
@@ -374,25 +174,6 @@ def test_another_number_of_features_is_refused(wrap: Any) -> None:
         with pytest.raises(ValueError, match=f"expected 4 features, got {features}"):
             layer(torch.ones(3, 5, features), training=True)
     layer(torch.ones(2, 5, 4), training=True)  # an error leaves nothing behind
-
-
-def test_alike_directions_are_one_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    counts: list[int] = []
-    run = gpu_rnn.keras.bidirectional.run
-
-    def counted(layers: Any, *args: Any) -> Any:
-        counts.append(len(layers))
-        return run(layers, *args)
-
-    monkeypatch.setattr(gpu_rnn.keras.bidirectional, "run", counted)
-    monkeypatch.setattr(gpu_rnn.keras.layers, "run", counted)
-    x = support.draw(support.BATCH, support.STEPS, support.FEATURES)
-    layer = gpu_rnn.keras.Bidirectional(gpu_rnn.keras.LSTM(4, dropout=0.5, recurrent_dropout=0.5))
-    layer(x)
-    layer(x, training=True)
-    assert counts == [2, 1, 1]
-    gpu_rnn.keras.Bidirectional(gpu_rnn.keras.GRU(4, dtype="float64"))(x)  # itself in float32
-    assert counts == [2, 1, 1, 1, 1]
 
 
 # bfloat16 has 8 bits: 2 units in the last place of values below 1.

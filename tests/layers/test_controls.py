@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Masks, lengths, resets and what training adds at random, through the layers; what they compute is in
-test_options.py."""
+"""Masks, lengths and resets through the layers; what they compute is in call/test_options.py."""
 
 from __future__ import annotations
 
@@ -9,25 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import gpu_rnn
 from tests.support import layers as support
-
-STEPS, BATCH, INPUT, HIDDEN = 6, 4, 3, 5
-EXACT = {"rtol": 1e-12, "atol": 1e-12}
-
-
-def layer(name: str = "LSTM", **options: Any) -> gpu_rnn.LSTM:
-    torch.manual_seed(0)
-    return getattr(gpu_rnn, name)(INPUT, HIDDEN, dtype=torch.float64, **options)
-
-
-def mask() -> Tensor:
-    found = torch.rand(STEPS, BATCH, generator=torch.Generator().manual_seed(1)) > 0.4
-    found[:, 0] = False  # one row counts nowhere
-    return found
+from tests.support.controlled import BATCH, EXACT, HIDDEN, INPUT, STEPS, layer, mask
 
 
 @pytest.mark.parametrize("name", support.LAYERS)
@@ -164,14 +150,6 @@ def test_options_can_be_changed_on_a_layer() -> None:
     )
 
 
-def test_zoneout_of_a_state_that_begins_at_infinity() -> None:
-    cell = gpu_rnn.cells.slstm()
-    with pytest.raises(ValueError, match="state m has no expectation: it begins at -inf"):
-        gpu_rnn.Recurrent(cell, INPUT, HIDDEN, zoneout=0.1)
-    found = gpu_rnn.Recurrent(cell, INPUT, HIDDEN, zoneout=tuple(0.0 if s == "m" else 0.1 for s in cell.states)).eval()
-    assert all(state.isfinite().all() for state in found(torch.randn(STEPS, BATCH, INPUT))[1])
-
-
 def test_all_states_of_packed_input_stand_in_the_given_order() -> None:
     found = layer(bidirectional=True)
     x, lengths = support.draw(STEPS, BATCH, INPUT), torch.tensor([4, 1, 6, 3])
@@ -179,80 +157,6 @@ def test_all_states_of_packed_input_stand_in_the_given_order() -> None:
     _, _, from_packed = found(packed, return_all_states=True)
     _, _, from_lengths = found(x, lengths=lengths, return_all_states=True)
     torch.testing.assert_close(from_packed, from_lengths, **EXACT)
-
-
-NOISE = [
-    {"recurrent_dropout": 0.4},
-    {"recurrent_dropout": 0.4, "recurrent_dropout_per_gate": True},
-    {"zoneout": 0.3},
-    {"zoneout": (0.0, 0.3)},
-    {"weight_drop": 0.4},
-]
-
-
-@pytest.mark.parametrize("options", NOISE, ids=str)
-def test_noise_is_drawn_from_torchs_generator_in_training_only(options: dict[str, Any]) -> None:
-    found, plain = layer(**options), layer()
-    x = support.draw(STEPS, BATCH, INPUT)
-
-    def drawn(seed: int) -> Tensor:
-        torch.manual_seed(seed)
-        return found(x)[0]
-
-    assert torch.equal(drawn(1), drawn(1))
-    assert not torch.equal(drawn(1), drawn(2))
-    found.eval()
-    assert torch.equal(drawn(1), drawn(2))
-    assert torch.equal(found(x)[0], plain(x)[0]) is ("zoneout" not in options)
-
-
-@pytest.mark.parametrize("per_gate", [False, True])
-def test_recurrent_dropout_with_everything_dropped_leaves_the_input(per_gate: bool) -> None:
-    found = layer(recurrent_dropout=1.0, recurrent_dropout_per_gate=per_gate)
-    x = support.draw(STEPS, BATCH, INPUT)
-    expected = layer()
-    nn.init.zeros_(expected.weight_hh_l0)
-    torch.testing.assert_close(found(x), expected(x), **EXACT)
-
-
-def test_recurrent_dropout_is_one_mask_for_all_steps() -> None:
-    """Units of h that are dropped at one step are so at all: a weight that only they meet has no gradient."""
-    found = layer("RNN", recurrent_dropout=0.5)
-    x = support.draw(STEPS, 1, INPUT)
-    found(x)[0].sum().backward()
-    dropped = found.weight_hh_l0.grad.eq(0).all(0)
-    assert dropped.any()
-    assert not dropped.all()
-
-
-def test_zoneout_keeps_states_in_training_and_expects_them_at_evaluation() -> None:
-    found = layer(zoneout=(1.0, 0.0))
-    x, h, c = support.draw(STEPS, BATCH, INPUT), *support.states(found)
-    output, (h_last, c_last) = found(x, (h, c))
-    assert torch.equal(h_last, h)
-    assert not torch.equal(c_last, c)
-    torch.testing.assert_close(output, h.expand(STEPS, -1, -1), **EXACT)
-    found, plain = layer(zoneout=(0.25, 0.5)).eval(), layer()
-    _, (h_one, c_one) = found(x[:1], (h, c))
-    _, (h_new, c_new) = plain(x[:1], (h, c))
-    torch.testing.assert_close(h_one, 0.25 * h + 0.75 * h_new, **EXACT)
-    torch.testing.assert_close(c_one, 0.5 * c + 0.5 * c_new, **EXACT)
-
-
-@pytest.mark.parametrize("name", support.LAYERS)
-@pytest.mark.parametrize("options", [{}, {"reset_after": False}])
-def test_zoneout_of_everything_at_evaluation_has_gradients_of_zero(name: str, options: dict[str, Any]) -> None:
-    """No output depends on any gate then."""
-    found = layer(name, zoneout=1.0, backend="step", **(options if name == "GRU" else {})).eval()
-    x, h = support.draw(STEPS, BATCH, INPUT), support.states(found)
-    output, _ = found(x, h)
-    first = support.leaves(h)[0]
-    torch.testing.assert_close(output, first.expand(STEPS, -1, -1), **EXACT)
-    grads = torch.autograd.grad(
-        output.sum(), [first, x, *found.parameters()], materialize_grads=True, allow_unused=True
-    )
-    assert grads[0].eq(STEPS).all()
-    assert all(grad.eq(0).all() for grad in grads[1:])
 
 
 def test_layer_norm_makes_the_scale_of_weights_irrelevant() -> None:
@@ -278,94 +182,6 @@ def test_initializers_and_the_forget_bias() -> None:
     bias = (found.bias_ih_l0 + found.bias_hh_l0).chunk(4)
     assert bias[1].eq(1).all()
     assert all(bias[gate].eq(0).all() for gate in (0, 2, 3))
-
-
-@pytest.mark.parametrize(
-    "call",
-    [
-        {"mask": mask()},
-        {"lengths": torch.tensor([4, 0, 6, 3])},
-        {
-            "resets": mask(),
-            "reset_state": (torch.ones(2, BATCH, HIDDEN).double(), torch.zeros(2, BATCH, HIDDEN).double()),
-        },
-        {"return_all_states": True},
-    ],
-    ids=lambda call: next(iter(call)),
-)
-def test_compiled(call: dict[str, Any]) -> None:
-    found = layer(bidirectional=True)
-    compiled = torch.compile(found, fullgraph=True, backend="aot_eager")
-    x = support.draw(STEPS, BATCH, INPUT)
-    wanted = {"x": x, **dict(found.named_parameters())}
-    results = [support.gradients(lambda run=run: run(x, **call), wanted) for run in (compiled, found)]
-    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-10)
-
-
-def test_compiled_after_other_batch_sizes() -> None:
-    """The input's sizes are symbolic by then, those of the reset states are numbers still."""
-    torch._dynamo.reset()
-    found = layer()
-    compiled = torch.compile(found, fullgraph=True, backend="aot_eager")
-    for batch in (2, 3):
-        compiled(torch.ones(STEPS, batch, INPUT, dtype=torch.float64))
-    call = {"resets": mask(), "reset_state": (torch.ones(1, BATCH, HIDDEN, dtype=torch.float64),) * 2}
-    x = support.draw(STEPS, BATCH, INPUT)
-    torch.testing.assert_close(compiled(x, **call)[0], found(x, **call)[0])
-
-
-def test_compiled_with_noise_repeats_under_the_seed() -> None:
-    found = layer(recurrent_dropout=0.5, zoneout=0.2)
-    compiled = torch.compile(found, fullgraph=True, backend="aot_eager")
-    x = support.draw(STEPS, BATCH, INPUT)
-    results = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        results.append(compiled(x)[0])
-    assert torch.equal(results[0], results[1])
-    assert not torch.equal(results[0], results[2])
-
-
-def test_exported_with_a_mask_of_any_size() -> None:
-    found = layer("GRU", bidirectional=True).eval()
-    steps, batch = torch.export.Dim("steps"), torch.export.Dim("batch")
-    sizes = {0: steps, 1: batch}
-    x = torch.randn(STEPS, BATCH, INPUT, dtype=torch.float64)
-    shapes = {"input": sizes, "mask": sizes, "resets": sizes}
-    given = {"mask": mask(), "resets": ~mask()}
-    exported = torch.export.export(found, (x,), given, dynamic_shapes=shapes).module()
-    for length in (2, 9):
-        longer, keep = torch.randn(length, 3, INPUT, dtype=torch.float64), torch.rand(length, 3) > 0.5
-        expected = found(longer, mask=keep, resets=~keep)
-        torch.testing.assert_close(exported(longer, mask=keep, resets=~keep), expected, **EXACT)
-
-
-def test_vmap_over_masks_and_over_weights() -> None:
-    found = layer("GRU")
-    x, masks = support.draw(STEPS, BATCH, INPUT), torch.stack([mask(), ~mask()])
-    mapped = torch.vmap(lambda keep: found(x, mask=keep)[0])(masks)
-    torch.testing.assert_close(mapped, torch.stack([found(x, mask=keep)[0] for keep in masks]), **EXACT)
-    weights = {name: torch.stack([w, 2 * w]) for name, w in found.named_parameters()}
-    one_by_one = [
-        torch.func.functional_call(found, {n: w[k] for n, w in weights.items()}, (x,), {"mask": masks[k]})[0]
-        for k in range(2)
-    ]
-    together = torch.vmap(lambda w, keep: torch.func.functional_call(found, w, (x,), {"mask": keep})[0])(weights, masks)
-    torch.testing.assert_close(together, torch.stack(one_by_one), **EXACT)
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is:DeprecationWarning")  # torch's own, in forward mode
-def test_derivatives_of_every_kind() -> None:
-    found = layer("LSTM", layer_norm=True)
-    keep, resets, state = mask(), mask(), tuple(support.draw(1, BATCH, HIDDEN, seed=s) for s in (5, 6))
-
-    def function(x: Tensor, h: Tensor, c: Tensor) -> Any:
-        output, _, every = found(x, mask=keep, resets=resets, reset_state=(h, c), return_all_states=True)
-        return output, *every
-
-    point = (support.draw(STEPS, BATCH, INPUT), *state)
-    assert torch.autograd.gradcheck(function, point, check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(function, point, fast_mode=True)
 
 
 @pytest.mark.parametrize(
@@ -420,18 +236,6 @@ def test_masks_given_to_functional_are_checked(shape: tuple[int, ...]) -> None:
     for zone in (torch.ones(2, STEPS, 1, BATCH, HIDDEN), torch.ones(1, STEPS, 1, BATCH, HIDDEN, dtype=torch.bool)):
         with pytest.raises(ValueError, match=r"zone is bool, \(2, 6, 1, 4, 5\)"):
             gpu_rnn.functional.rnn(x, None, weights, found.recurrence, zone=zone)
-
-
-@pytest.mark.parametrize("options", [{}, {"layer_norm": True}, {"layer_norm": True, "proj_size": 2}])
-def test_autocast_with_options(options: dict[str, Any]) -> None:
-    found = gpu_rnn.LSTM(INPUT, HIDDEN, **options)
-    x = torch.randn(STEPS, BATCH, INPUT)
-    with torch.autocast("cpu", torch.bfloat16):
-        output, _ = found(x, mask=mask())
-        output.float().sum().backward()
-    assert output.dtype == torch.bfloat16
-    torch.testing.assert_close(output.float(), found(x, mask=mask())[0], rtol=0, atol=0.05)
-    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in found.parameters())
 
 
 @pytest.mark.parametrize(

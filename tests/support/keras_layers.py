@@ -7,6 +7,7 @@ Keras is imported here, on its PyTorch backend.
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from keras.src.backend.common import dtypes
 from torch import Tensor
 
 import gpu_rnn.keras
+from tests.support.pairwise import pairwise
 
 __all__ = ["gpu_rnn", "keras"]
 
@@ -127,3 +129,12 @@ def flat_sizes(layer: Any) -> list[int]:
 def seeds(layer: Any) -> list[Any]:
     """The variables that hold the states of a layer's random generators."""
     return [variable for variable in layer.variables if variable.name == "seed_generator_state"]
+
+
+RANDOM_CASES = 60  # for each layer, and for Bidirectional
+
+
+def combinations(*axes: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+    """Some in which every two values meet, and random ones."""
+    rng = random.Random(0)
+    return [*pairwise(*axes), *(tuple(map(rng.choice, axes)) for _ in range(RANDOM_CASES))]

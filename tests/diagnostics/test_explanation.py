@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What explain says of a call: what runs it, on this device or another, what it costs, and why."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+import gpu_rnn
+from gpu_rnn import devices
+from tests.support.profiling import operations
+
+pytestmark = pytest.mark.usefixtures("fresh_choices")
+
+RUNS: list[tuple[gpu_rnn.Recurrent, str, list[str]]] = [
+    (gpu_rnn.LSTM(2, 3), "aten", ["aten::lstm"]),
+    (gpu_rnn.LSTM(2, 3, activation="relu"), "step", ["gpu_rnn::step_forward", "gpu_rnn::step_backward"]),
+    (gpu_rnn.GRU(2, 3, backend="step"), "step", ["gpu_rnn::step_forward", "gpu_rnn::step_backward"]),
+    (gpu_rnn.GRU(2, 3, reset_after=False), "step", ["gpu_rnn::step_forward", "gpu_rnn::step_backward"]),
+]
+
+
+@pytest.mark.parametrize(("layer", "backend", "events"), RUNS, ids=lambda v: v if isinstance(v, str) else None)
+def test_what_is_explained_is_what_runs(layer: gpu_rnn.Recurrent, backend: str, events: list[str]) -> None:
+    x = torch.randn(4, 3, 2)
+    assert gpu_rnn.explain(layer, x).chosen == backend
+    ran = operations(lambda: layer(x)[0].sum().backward())
+    assert [name for name in ran if name in {*events, "gpu_rnn::reference_forward", "aten::lstm"}] == events
+
+
+@pytest.mark.parametrize("device", [*devices.DEVICES, "h100", "H100 SXM 80GB", "cpu", None])
+def test_explain_for_a_device(device: str | None) -> None:
+    names = ["resident", "group", "aten", "step", "reference"]
+    layer = gpu_rnn.LSTM(64, 64, activation="softsign")
+    explanation = gpu_rnn.explain(layer, torch.empty(100, 32, 64, device="meta"), device=device)
+    assert [row.backend for row in explanation.rows if row.backend in names] == names
+    assert [row.backend for row in explanation.rows if row.chosen] == [explanation.chosen]
+    expected = devices.describe(device) if device else devices.CPU
+    assert explanation.problem.device == expected
+    assert explanation.chosen == ("group" if expected.is_gpu else "step")
+    for row in explanation.rows:
+        assert row.runs == (row.predicted_us is not None) and (row.runs or row.reasons)
+        assert row.predicted_us is None or row.predicted_us > 0
+    head, columns, *lines, foot = str(explanation).splitlines()
+    assert (
+        head == f"lstm: T 100, B 32, input 64, hidden 64, layers 1, float32, forward and backward, on {expected.name}"
+    )
+    assert "predicted" in foot and "µs/step" in columns
+    assert re.search(rf"^{explanation.chosen} +chosen +\d+\.\d\d", "\n".join(lines), re.M)
+    assert re.search(r"^aten +no +ATen has LSTM, GRU and RNN", "\n".join(lines), re.M)
+
+
+def test_explain_shows_the_floor_of_each_pass() -> None:
+    layer, x = gpu_rnn.LSTM(1024, 1024, dtype=torch.bfloat16), torch.empty(100, 64, 1024, device="meta")
+    training = gpu_rnn.explain(layer, x, device="H100")
+    with torch.no_grad():
+        inference = gpu_rnn.explain(layer, x, device="H100")
+    assert training.floor_us > inference.floor_us == pytest.approx(1.5, abs=0.05)
+    assert re.search(r"^floor +1\.5\d  of a layer's time loop", str(inference), re.M)
+    assert gpu_rnn.explain(layer, x).floor_us is None  # on a CPU
+    assert gpu_rnn.explain(gpu_rnn.LSTM(8, 4096), torch.empty(9, 1, 8), device="H100").floor_us is None
+
+
+def test_explain_reads_the_layer_and_the_call() -> None:
+    layer = gpu_rnn.GRU(3, 5, 2, bidirectional=True, batch_first=True)
+    described = gpu_rnn.explain(layer, torch.empty(7, 4, 3)).problem
+    assert (described.T, described.B, described.I, described.H) == (4, 7, 3, 5)
+    assert (described.N, described.layers, described.direction) == (2, 2, "training")
+    assert gpu_rnn.explain(layer, torch.empty(4, 3)).problem.B == 1
+    assert gpu_rnn.explain(layer).problem.T == 100
+    with torch.no_grad():
+        assert gpu_rnn.explain(layer).problem.direction == "inference"
+    forced = gpu_rnn.explain(gpu_rnn.GRU(3, 5, reset_after=False, backend="aten"))
+    assert forced.chosen is None and "chosen" not in str(forced)
+    assert gpu_rnn.explain(gpu_rnn.GRU(3, 5, backend="reference")).chosen == "reference"
+
+
+def test_explain_refuses() -> None:
+    with pytest.raises(ValueError, match=r"no description of a device 'H1000'; described are A100, .*H100.* and CPU"):
+        gpu_rnn.explain(gpu_rnn.LSTM(2, 3), device="H1000")
+    with pytest.raises(TypeError, match=r"such as gpu_rnn.LSTM, not torch.nn.LSTM"):
+        gpu_rnn.explain(torch.nn.LSTM(2, 3))
+    with pytest.raises(RuntimeError, match="Expected 2, got 5"):
+        gpu_rnn.explain(gpu_rnn.LSTM(2, 3), torch.empty(4, 1, 5, device="meta"), device="H100")
+
+
+def test_explain_takes_packed_input() -> None:
+    packed = torch.nn.utils.rnn.pack_sequence([torch.randn(4, 3), torch.randn(2, 3)])
+    found = gpu_rnn.explain(gpu_rnn.LSTM(3, 5, batch_first=True), packed)
+    assert (found.problem.T, found.problem.B, found.problem.packed) == (4, 2, True)
+    assert found.chosen == "aten"
+    assert gpu_rnn.explain(gpu_rnn.LSTM(3, 5, activation="relu"), packed).chosen == "step"
