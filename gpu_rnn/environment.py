@@ -42,6 +42,8 @@ def backend(known: Collection[str]) -> str:
     Raises:
         ValueError: it is none of those known.
     """
+    if not names_a_backend():
+        return ""
     given = _given("GPU_RNN_BACKEND")
     if given and given != "auto" and given not in known:
         raise _refused("GPU_RNN_BACKEND", given, f"'auto' or one of {', '.join(known)}")

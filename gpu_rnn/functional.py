@@ -9,7 +9,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from gpu_rnn.call import arguments, run
-from gpu_rnn.call.controls import StackControls
+from gpu_rnn.call.controls import NONE, StackControls
 from gpu_rnn.call.stack import Stack, States
 from gpu_rnn.recurrence import Recurrence
 
@@ -104,12 +104,12 @@ def rnn(
     if reset_state is not None:
         arguments.each_tensor("reset_state", reset_state, recurrence.states)
     controls = StackControls.of(x, mask, lengths, resets, reset_state, recurrent_mask, zone)
-    if controls.given:
+    if controls is not NONE:
         controls.refuse_packed(batch_sizes)
         controls = controls.transposed() if batch_first else controls
         steps, batch = stack.sizes(x, batch_sizes)
         controls = controls.checked(steps, stack.state_shapes(weights, batch), len(recurrence.gates), x)
-    y, states, every = run.sequence(stack, x, hx, weights, batch_sizes, controls)
+    y, states, every = run.sequence(stack, x, hx, weights, batch_sizes, controls, alike=True)
     return (y, states, every) if all_states else (y, states)
 
 

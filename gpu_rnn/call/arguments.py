@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from gpu_rnn.call.stack import Stack
 
 
+FLAGS = ("bias", "bidirectional", "batch_first", "norm", "all_states")  # of a stack
 PROJECTED = "proj_size argument is only supported for LSTM, not RNN or GRU"
 
 
@@ -73,8 +74,10 @@ def check_cell(stack: Stack, x: Any, hx: Any, weights: Any) -> None:
 
 def _options(stack: Stack) -> None:
     a_recurrence(stack.recurrence)
-    for name in ("bias", "bidirectional", "batch_first", "norm", "all_states"):
-        flag(name, getattr(stack, name))
+    for name in FLAGS:
+        value = getattr(stack, name)
+        if value is not True and value is not False:
+            flag(name, value)  # raises
     for name, least in (("num_layers", 1), ("proj_size", 0)):
         value = getattr(stack, name)
         if not isinstance(value, int) or isinstance(value, bool):
@@ -183,7 +186,8 @@ def _weights(stack: Stack, x: Tensor, weights: Any) -> None:
     if not isinstance(weights, (tuple, list)):
         raise TypeError(f"weights should be a sequence of Tensors, got {type(weights).__name__}")
     for number, weight in enumerate(weights):
-        tensor("weights", weight, number)
+        if not isinstance(weight, Tensor) or weight.layout != torch.strided or weight.is_nested:
+            tensor("weights", weight, number)  # raises
     gates, features, found = len(stack.recurrence.gates), x.shape[-1], [weight.shape for weight in weights]
     first: tuple[int, ...] = found[0] if found else ()
     whole = len(first) == 2 and first[0] > 0 and first[0] % gates == 0

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gpu_rnn import environment
 from gpu_rnn.backends.tensors import Inputs, Weights
-from gpu_rnn.call import arguments, autograd, onlookers
+from gpu_rnn.call import autograd, onlookers
 from gpu_rnn.call.controls import NONE, StackControls
 from gpu_rnn.call.passes import Options
 from gpu_rnn.call.stack import Stack, States
@@ -30,7 +30,6 @@ def run(
     controls: StackControls = NONE,
 ) -> tuple[Tensor, States, States]:
     """One layer after the other in canonical layout: y, the final states and, if wanted, those of all steps."""
-    arguments.check_alike(x, weights, states)
     controls = controls if controls is NONE else controls.to(x.dtype)
     if batch_sizes is not None:
         padded, lengths, places = _unpack(x, batch_sizes)

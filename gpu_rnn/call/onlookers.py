@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import get_interpreter_stack
 from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 from torch._subclasses import FakeTensor
 from torch.fx import Proxy
@@ -39,7 +40,7 @@ def recorded(x: Any = None) -> bool:
         return True
     if torch._C._get_tracing_state() is not None or isinstance(x, FakeTensor):
         return True
-    return transforms.functionalizes()
+    return get_interpreter_stack() is not None and transforms.functionalizes()
 
 
 def without_values(x: Any) -> bool:

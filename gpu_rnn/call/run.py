@@ -25,18 +25,19 @@ def sequence(
     weights: Sequence[Tensor],
     batch_sizes: Tensor | None,
     controls: StackControls = NONE,
+    alike: bool = False,
 ) -> tuple[Tensor, States, States]:
     """`functional.rnn` with the arguments that do not change between a layer's calls in one; always with all states,
     if only ().
 
-    The controls are checked already.
+    The controls are checked already; `alike`: so it is that all tensors are on one device and of one dtype.
     """
     if torch._C._is_any_autocast_enabled():
         (x,), hx, weights = autocast.cast((x,)), hx and autocast.cast(hx), autocast.cast(weights)
         arguments.check_alike(x, weights, ())
         if autocast.on(x):
             with autocast.off(x):
-                return sequence(stack, x, hx, weights, batch_sizes, controls)
+                return sequence(stack, x, hx, weights, batch_sizes, controls, alike)
     _, batch = stack.sizes(x, batch_sizes)
     if not onlookers.recorded(x):
         if x.is_cpu and choice.only_predicted_on_cpu() and _takes_aten(stack, x, controls):
@@ -49,6 +50,8 @@ def sequence(
             return *_aten(stack, x, states, weights, batch_sizes), ()
     elif _recorded_as_aten(stack.backend) and _takes_aten(stack, x, controls):
         return *_aten(stack, x, hx or stack.initial(x, weights, batch), weights, batch_sizes, recorded=True), ()
+    if not alike:
+        arguments.check_alike(x, weights, hx or ())
     return loops.run(stack, x, hx or stack.initial(x, weights, batch), weights, batch_sizes, controls)
 
 
@@ -58,13 +61,15 @@ def _takes_aten(stack: Stack, x: Tensor, controls: StackControls) -> bool:
     No Problem is needed for that, which takes 5 µs of a short call to make. The words of a refusal are
     `aten.unsupported`'s.
     """
+    mode = stack.recurrence.aten
     return (
-        stack.recurrence.aten is not None
-        and not (stack.norm or stack.all_states or (controls is not NONE and controls.given))
-        and (stack.backend == "aten" or (stack.backend == "auto" and not environment.names_a_backend()))
+        mode is not None
+        and stack.is_atens
+        and (controls is NONE or not controls.given)
+        and (stack.backend == "aten" or not environment.names_a_backend())
         and not transforms.active()
         and not x.is_complex()
-        and not aten.missing(stack.recurrence.aten, x.dtype, torch.is_grad_enabled())
+        and not aten.missing(mode, x.dtype, torch.is_grad_enabled())
     )
 
 
@@ -150,7 +155,12 @@ def one_step(stack: Stack, x: Tensor, hx: States | None, weights: Sequence[Tenso
     if torch._C._is_any_autocast_enabled():
         (x,), hx = autocast.cast((x,)), hx and autocast.cast(hx)
     mode = stack.recurrence.aten
-    if mode and _cell_in_aten(stack.backend, x):
+    if (
+        mode
+        and stack.backend in ("auto", "aten")
+        and (not onlookers.recorded(x) or _recorded_as_aten(stack.backend))
+        and not transforms.active()
+    ):
         states = hx or tuple(state[0] for state in stack.initial(x[None], weights, x.shape[0]))
         biases = weights[2:] if stack.bias else (None, None)
         # Under autocast torch's own rule casts the weights: it keeps them for the next step of a loop.
@@ -159,10 +169,3 @@ def one_step(stack: Stack, x: Tensor, hx: States | None, weights: Sequence[Tenso
     states = None if hx is None else tuple(state[None] for state in hx)
     _, final, _ = sequence(stack, x[None], states, weights, None)
     return tuple(state[0].clone() for state in final)  # no views: those cannot be detached in place
-
-
-def _cell_in_aten(backend: str, x: Tensor) -> bool:
-    """Whether nothing forbids that ATen takes a step of a cell that it has."""
-    if backend not in ("auto", "aten") or (onlookers.recorded(x) and not _recorded_as_aten(backend)):
-        return False
-    return not transforms.active()

@@ -14,6 +14,7 @@ from gpu_rnn.backends.tensors import PLAIN, Inputs, LayerControls, Weights
 from gpu_rnn.call import transforms
 from gpu_rnn.call.controls import NONE, StackControls
 from gpu_rnn.call.description import describe
+from gpu_rnn.once import once
 from gpu_rnn.recurrence import Recurrence
 
 States = tuple[Tensor, ...]
@@ -37,6 +38,12 @@ class Stack:
     backend: str = "auto"
     norm: bool = False
     all_states: bool = False
+
+    @once
+    def is_atens(self) -> bool:
+        """Whether ATen has the cell and those options that are the same at all calls, and may be taken."""
+        plain = not (self.norm or self.all_states) and self.backend in ("auto", "aten")
+        return plain and self.recurrence.aten is not None
 
     @property
     def reverse(self) -> str:
@@ -82,9 +89,11 @@ class Stack:
 
     def initial(self, x: Tensor, weights: Sequence[Tensor], batch: int) -> States:
         """The recurrence's own initial values, (D·num_layers, B, ·); states that are all alike share one tensor."""
-        shapes, values = self.state_shapes(weights, batch), self.recurrence.initial
+        values = self.recurrence.initial
         if not self.proj_size and values == values[:1] * len(values):
-            return (x.new_full(shapes[0], values[0]),) * len(values)
+            rows, hidden = self.num_layers * (1 + self.bidirectional), weights[0].shape[0] // len(self.recurrence.gates)
+            return (x.new_full((rows, batch, hidden), values[0]),) * len(values)
+        shapes = self.state_shapes(weights, batch)
         return tuple(x.new_full(shape, value) for shape, value in zip(shapes, values, strict=True))
 
     def problem(

@@ -20,8 +20,7 @@ def forward_levels() -> int:
 
 def functionalizes() -> bool:
     """Whether torch.func.functionalize is among the transforms that are going on."""
-    levels = get_interpreter_stack()
-    return levels is not None and any(level.key() == TransformType.Functionalize for level in levels)
+    return any(level.key() == TransformType.Functionalize for level in get_interpreter_stack() or ())
 
 
 def only_functionalizes() -> bool:

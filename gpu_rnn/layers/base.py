@@ -32,7 +32,6 @@ class LayerBase(Regularized, nn.RNNBase):
 
     # RNNBase keeps a second list of its weights for cuDNN's one flat buffer. Here they are read at each call,
     # so that whatever stands in for one (a parametrization, functional_call, pruning) is seen.
-    __getstate__ = object.__getstate__
     __setstate__ = nn.Module.__setstate__
     _replicate_for_data_parallel = nn.Module._replicate_for_data_parallel
 
@@ -282,7 +281,7 @@ class LayerBase(Regularized, nn.RNNBase):
             )
         return output, states, every
 
-    def _stack(self, packed: bool = False, all_states: bool = False) -> Stack:
+    def _new_stack(self, packed: bool, all_states: bool) -> Stack:
         return Stack(
             recurrence=self.recurrence if self.training else self._at_evaluation,
             bias=self.bias,

@@ -55,7 +55,7 @@ class CellBase(RecurrenceHolder, RNNCellBase):
     def _expected_shapes(self) -> list[tuple[int, ...]]:
         return self._stack().weight_shapes(self.input_size, self.hidden_size)
 
-    def _stack(self) -> Stack:
+    def _new_stack(self, packed: bool, all_states: bool) -> Stack:
         return Stack(recurrence=self.recurrence, bias=bool(self.bias), backend=self.backend)
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
@@ -79,7 +79,7 @@ class CellBase(RecurrenceHolder, RNNCellBase):
         arguments.tensor("input", input)
         states = None if hx is None else self._as_tuple(hx)
         batched = input.dim() == 2
-        if not batched or states is not None:
+        if not batched or (states is not None and [state.dim() for state in states] != [2] * len(states)):
             self._check_ranks(input, states)
         if not batched:
             input = input.unsqueeze(0)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gpu_rnn.activations import Activation, name_of
 from gpu_rnn.call import arguments
-from gpu_rnn.call.stack import States
+from gpu_rnn.call.stack import Stack, States
 from gpu_rnn.compiler.operations import REAL_ONLY
 from gpu_rnn.dispatch import choice
 from gpu_rnn.layers import options as layer_options
@@ -73,7 +73,27 @@ class RecurrenceHolder(nn.Module):
                 value = layer_options.assigned(name, value)
         elif name in layer_options.SIZES:
             self.__dict__["_weight_shapes"] = None  # the weights' shapes are looked at again
+        self.__dict__.pop("_stacks", None)
         nn.Module.__setattr__(self, name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles hold: no stack, which is made again."""
+        return {name: value for name, value in self.__dict__.items() if name != "_stacks"}
+
+    def _stack(self, packed: bool = False, all_states: bool = False) -> Stack:
+        """What does not change between calls, made anew after an attribute was set."""
+        if torch.compiler.is_compiling():  # Dynamo would take what is kept here for a change of the module
+            return self._new_stack(packed, all_states)
+        stacks = self.__dict__.get("_stacks")
+        if stacks is None:
+            stacks = self.__dict__["_stacks"] = {}
+        if (packed, all_states) not in stacks:
+            stacks[packed, all_states] = self._new_stack(packed, all_states)
+        stack: Stack = stacks[packed, all_states]
+        return stack
+
+    def _new_stack(self, packed: bool, all_states: bool) -> Stack:
+        raise NotImplementedError
 
     def _weights(self) -> Sequence[Tensor]:
         """In the order of `functional.rnn`. Whatever took a parameter's place has its shape: kernels do not look.
@@ -141,7 +161,7 @@ class RecurrenceHolder(nn.Module):
         return states
 
     def _check_rank(self, states: States, rank: int, kind: str) -> None:
-        if all(state.dim() == rank for state in states):
+        if [state.dim() for state in states] == [rank] * len(states):
             return
         names = " and ".join("hx" if name == "h" else f"{name}x" for name in self.recurrence.states)
         ranks = ", ".join(f"{state.dim()}-D" for state in states)

@@ -296,3 +296,38 @@ def test_subclass_with_its_own_forward() -> None:
     x = torch.randn(4, 2, 5)
     torch.testing.assert_close(residual(x)[0], plain(x)[0] + x)
     assert repr(residual) == "Residual(5, 5)"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("training", False),
+        ("dropout", 0.2),
+        ("zoneout", 0.2),
+        ("backend", "step"),
+        ("batch_first", True),
+        ("bidirectional", True),
+        ("num_layers", 3),
+        ("bias", False),
+        ("proj_size", 2),
+    ],
+)
+def test_a_call_goes_by_what_is_set_now(name: str, value: object) -> None:
+    """What calls have in common is kept from one to the next, until an attribute is set."""
+    layer = gpu_rnn.LSTM(3, 4, num_layers=2, dropout=0.1, zoneout=0.1)
+    for each in (layer, copy.deepcopy(layer), layer._replicate_for_data_parallel()):
+        before = each._stack()
+        assert each._stack() is before
+        setattr(each, name, value)
+        after = each._stack()
+        if name != "zoneout":  # a matter of evaluation, and of what is drawn
+            assert after != before
+        assert after == each._new_stack(False, False)
+    assert layer.eval()._stack() == layer._new_stack(False, False)
+
+
+def test_what_calls_have_in_common_is_not_pickled() -> None:
+    layer = gpu_rnn.GRU(3, 4)
+    before = pickle.dumps(layer)
+    layer(torch.randn(2, 1, 3))
+    assert pickle.dumps(layer) == before
