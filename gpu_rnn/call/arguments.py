@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from gpu_rnn.call.stack import Stack
 
 
-FLAGS = ("bias", "bidirectional", "batch_first", "norm", "all_states")  # of a stack
+SWITCHES = ("bias", "bidirectional", "batch_first", "norm", "all_states")  # of a stack
 PROJECTED = "proj_size argument is only supported for LSTM, not RNN or GRU"
 
 
@@ -74,7 +74,7 @@ def check_cell(stack: Stack, x: Any, hx: Any, weights: Any) -> None:
 
 def _options(stack: Stack) -> None:
     a_recurrence(stack.recurrence)
-    for name in FLAGS:
+    for name in SWITCHES:
         value = getattr(stack, name)
         if value is not True and value is not False:
             flag(name, value)  # raises
