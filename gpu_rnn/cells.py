@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -143,16 +143,16 @@ def slstm() -> Recurrence:
     )
 
 
-CELLS: dict[str, Callable[[], Recurrence]] = {
+CELLS: dict[str, Callable[..., Recurrence]] = {
     "rnn": rnn,
     "lstm": lstm,
     "gru": gru,
-    "gru_reset_before": lambda: gru(reset_after=False),
-    "peephole_lstm": lambda: lstm(peephole=True),
+    "gru_reset_before": partial(gru, reset_after=False),
+    "peephole_lstm": partial(lstm, peephole=True),
     "coupled_lstm": coupled_lstm,
     "slstm": slstm,
 }
-"""Every cell at its defaults, by name."""
+"""Every cell by name; called without arguments, at its defaults."""
 
 
 def of_text(text: str) -> Recurrence:

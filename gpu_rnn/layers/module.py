@@ -19,13 +19,7 @@ from gpu_rnn.recurrence import Recurrence
 
 Option = str | bool | Activation
 
-OPTION_DEFAULTS = {
-    "activation": "tanh",
-    "recurrent_activation": "sigmoid",
-    "reset_after": True,
-    "peephole": False,
-    "backend": "auto",
-}
+OPTION_DEFAULTS: dict[str, Any] = layer_options.OF_THE_RECURRENCE | {"backend": "auto"}
 
 
 class RecurrenceHolder(nn.Module):
@@ -51,7 +45,7 @@ class RecurrenceHolder(nn.Module):
             if value is not None and value != OPTION_DEFAULTS[name]
         }
         # Names, never the user's functions: those may not pickle.
-        self._shown = {name: value if isinstance(value, bool) else name_of(value) for name, value in shown.items()}
+        self._shown = {name: name_of(value) if callable(value) else value for name, value in shown.items()}
 
     def _check_complex(self, dtype: torch.dtype | None) -> None:
         """Raises TypeError if weights would be complex, and the recurrence takes real numbers only."""

@@ -111,7 +111,7 @@ def assigned(name: str, given: Any) -> Any:
         AttributeError: one that the parameters or the recurrence were made from.
         TypeError, ValueError: as `value`.
     """
-    if name in OF_THE_RECURRENCE:
+    if name in OF_THE_RECURRENCE or name == "nonlinearity":
         raise AttributeError(
             f"{name} is part of the recurrence, which this layer was made with: make another layer with it"
         )
@@ -124,9 +124,14 @@ def defaults(recurrence: Recurrence) -> dict[str, Any]:
 
 
 OF_THE_CALL = ("hx", "mask", "lengths", "resets", "reset_state", "return_all_states")
-OF_THE_RECURRENCE = ("activation", "recurrent_activation", "reset_after", "peephole", "nonlinearity")
+OF_THE_RECURRENCE: dict[str, Any] = {  # the constructors' arguments that are, with their defaults
+    "activation": "tanh",
+    "recurrent_activation": "sigmoid",
+    "reset_after": True,
+    "peephole": False,
+}
 SIZES = ("input_size", "hidden_size", "num_layers", "bias", "bidirectional", "proj_size")
-ASSIGNED = frozenset((*DEFAULTS, *OF_THE_RECURRENCE, "dropout", "backend"))
+ASSIGNED = frozenset((*DEFAULTS, *OF_THE_RECURRENCE, "nonlinearity", "dropout", "backend"))
 
 
 def zoneout(given: Any, recurrence: Recurrence, proj_size: int) -> tuple[float, ...]:
