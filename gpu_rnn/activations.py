@@ -11,9 +11,12 @@ without weights such as ``torch.nn.Mish()``::
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from itertools import chain
+from numbers import Real
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -57,13 +60,41 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
-def get(activation: str | Activation) -> Activation:
-    """The function behind a name; a function is returned as it is.
+def clipped(activation: Activation, clip: float) -> Activation:
+    """The activation of its argument cut to [-clip, clip]; beyond that its gradient is 0, as torch.clamp's."""
+
+    def of_cut(x: Tensor) -> Tensor:
+        return activation(x.clamp(-clip, clip))
+
+    of_cut.__wrapped__ = activation  # type: ignore[attr-defined]  # whose name errors say
+    return of_cut
+
+
+def checked_clip(clip: Any) -> float | None:
+    """A positive number, NumPy's too, or None.
+
+    Raises:
+        TypeError: neither.
+        ValueError: a number that is not positive, or not finite.
+    """
+    if clip is None:
+        return None
+    if isinstance(clip, bool) or not isinstance(clip, Real):
+        raise TypeError(f"clip should be a positive number or None, got: {clip!r}")
+    if not 0 < float(clip) < math.inf:
+        raise ValueError(f"clip should be a positive, finite number, got: {clip}; None cuts nothing")
+    return float(clip)
+
+
+def get(activation: str | Activation, clip: float | None = None) -> Activation:
+    """The function behind a name; a function is returned as it is. With `clip`, `clipped`.
 
     Raises:
         ValueError: an unknown name (the known ones are listed).
         TypeError: neither a name nor a function; a module with weights.
     """
+    if clip is not None:
+        return clipped(get(activation), clip)
     if isinstance(activation, str):
         if activation not in ACTIVATIONS:
             raise ValueError(f"unknown activation {activation!r}; use one of {', '.join(ACTIVATIONS)}, or a function")

@@ -27,12 +27,13 @@ def _remembered(make: Callable[..., Recurrence]) -> Callable[..., Recurrence]:
     signature, by_name = inspect.signature(make), memoize(None, stays=STAYS)(make)
 
     @wraps(make)
-    def cell(*args: Name | bool, **options: Name | bool) -> Recurrence:
+    def cell(*args: Name | bool, **options: Any) -> Recurrence:
         call = signature.bind(*args, **options)
         call.apply_defaults()
-        if all(isinstance(value, (str, bool)) for value in call.args):
+        clip = activations.checked_clip(call.kwargs["clip"])
+        if clip is None and all(isinstance(value, (str, bool)) for value in call.args):
             return by_name(*call.args)
-        recurrence = make(*call.args)
+        recurrence = make(*call.args, clip=clip)
         _ = recurrence.program  # what a function cannot be is said here, not at the first call
         return recurrence
 
@@ -40,24 +41,31 @@ def _remembered(make: Callable[..., Recurrence]) -> Callable[..., Recurrence]:
 
 
 @_remembered
-def rnn(activation: Name = "tanh") -> Recurrence:
-    """Elman RNN: h' = φ(W_ih x + b_ih + W_hh h + b_hh)."""
-    phi = activations.get(activation)
+def rnn(activation: Name = "tanh", *, clip: float | None = None) -> Recurrence:
+    """Elman RNN: h' = φ(W_ih x + b_ih + W_hh h + b_hh). Each cell's `clip` cuts what enters φ and σ to ±clip."""
+    phi = activations.get(activation, clip)
 
     def elman(x: Any, r: Any, s: Any) -> Any:
         return phi(x.h + r.h)
 
-    aten = f"RNN_{activation.upper()}" if isinstance(activation, str) and activation in ("tanh", "relu") else None
+    standard = clip is None and isinstance(activation, str) and activation in ("tanh", "relu")
+    aten = f"RNN_{str(activation).upper()}" if standard else None
     return Recurrence.lazy([(("h",), elman)], states=("h",), name="rnn", aten=aten)
 
 
 @_remembered
-def lstm(activation: Name = "tanh", recurrent_activation: Name = "sigmoid", peephole: bool = False) -> Recurrence:
+def lstm(
+    activation: Name = "tanh",
+    recurrent_activation: Name = "sigmoid",
+    peephole: bool = False,
+    *,
+    clip: float | None = None,
+) -> Recurrence:
     """LSTM, gates i, f, g, o: c' = σ(f) c + σ(i) φ(g), h' = σ(o) φ(c').
 
     With `peephole`, i and f also see p·c and o sees p·c' (Gers & Schmidhuber, IJCNN 2000).
     """
-    phi, sigma = activations.get(activation), activations.get(recurrent_activation)
+    phi, sigma = activations.get(activation, clip), activations.get(recurrent_activation, clip)
 
     def step(x: Any, r: Any, s: Any) -> Any:
         i, f, g, o = sigma(x.i + r.i), sigma(x.f + r.f), phi(x.g + r.g), sigma(x.o + r.o)
@@ -73,19 +81,25 @@ def lstm(activation: Name = "tanh", recurrent_activation: Name = "sigmoid", peep
     if peephole:
         return Recurrence.lazy([(gates, peephole_step)], states=states, params=("i", "f", "o"), name="peephole_lstm")
     return Recurrence.lazy(
-        [(gates, step)], states=states, name="lstm", aten=_standard(activation, recurrent_activation, "LSTM")
+        [(gates, step)], states=states, name="lstm", aten=_standard(activation, recurrent_activation, clip, "LSTM")
     )
 
 
 @_remembered
-def gru(activation: Name = "tanh", recurrent_activation: Name = "sigmoid", reset_after: bool = True) -> Recurrence:
+def gru(
+    activation: Name = "tanh",
+    recurrent_activation: Name = "sigmoid",
+    reset_after: bool = True,
+    *,
+    clip: float | None = None,
+) -> Recurrence:
     """GRU, gates r, z, n: h' = (1 − z) n + z h.
 
     The reset gate acts after the product as in torch, n = φ(x_n + r · (W_hn h + b_hn)), or with
     ``reset_after=False`` before it, n = φ(x_n + W_hn (r·h) + b_hn) (Cho et al., arXiv:1406.1078): two dependent
     products a step.
     """
-    phi, sigma = activations.get(activation), activations.get(recurrent_activation)
+    phi, sigma = activations.get(activation, clip), activations.get(recurrent_activation, clip)
 
     def step(x: Any, r: Any, s: Any) -> Any:
         reset, z = sigma(x.r + r.r), sigma(x.z + r.z)
@@ -101,15 +115,17 @@ def gru(activation: Name = "tanh", recurrent_activation: Name = "sigmoid", reset
 
     if not reset_after:
         return Recurrence.lazy([(("r", "z"), first), (("n",), second)], states=("h",), name="gru_reset_before")
-    aten = _standard(activation, recurrent_activation, "GRU")
+    aten = _standard(activation, recurrent_activation, clip, "GRU")
     return Recurrence.lazy([(("r", "z", "n"), step)], states=("h",), name="gru", aten=aten)
 
 
 @_remembered
-def coupled_lstm(activation: Name = "tanh", recurrent_activation: Name = "sigmoid") -> Recurrence:
+def coupled_lstm(
+    activation: Name = "tanh", recurrent_activation: Name = "sigmoid", *, clip: float | None = None
+) -> Recurrence:
     """LSTM with coupled input and forget gates, gates f, g, o: c' = σ(f) c + (1 − σ(f)) φ(g) (Greff et al.,
     arXiv:1503.04069)."""
-    phi, sigma = activations.get(activation), activations.get(recurrent_activation)
+    phi, sigma = activations.get(activation, clip), activations.get(recurrent_activation, clip)
 
     def step(x: Any, r: Any, s: Any) -> Any:
         f = sigma(x.f + r.f)
@@ -172,6 +188,6 @@ def _of_aten() -> dict[str, tuple[Recurrence, ...]]:
 _from_program = memoize(256)(Recurrence.from_program)
 
 
-def _standard(activation: Name, recurrent_activation: Name, mode: str) -> str | None:
+def _standard(activation: Name, recurrent_activation: Name, clip: float | None, mode: str) -> str | None:
     """ATen's name for the cell, where the activations are the ones it knows."""
-    return mode if (activation, recurrent_activation) == ("tanh", "sigmoid") else None
+    return mode if (activation, recurrent_activation, clip) == ("tanh", "sigmoid", None) else None

@@ -31,6 +31,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gpu_rnn.layers.onnx_attributes import onnx_attributes as onnx_attributes
+from gpu_rnn.layers.onnx_attributes import options_of_onnx as options_of_onnx
 from gpu_rnn.layers.weight_layouts import (
     ORDERS,
     PEEPHOLES,
@@ -139,6 +141,7 @@ def from_onnx(*nodes: Mapping[str, Weight], cell: str) -> State:
     Args:
         nodes: each a mapping of those names to arrays, the lowest of a stack first. W is (D, G·H, I), R (D, G·H, H),
             B (D, 2·G·H), P (D, 3·H), an LSTM's peepholes. A node with direction="reverse" runs on a flipped input.
+            Its attributes are the layer's options: `options_of_onnx`.
         cell: see above; it stands for linear_before_reset.
 
     Raises:
@@ -158,8 +161,8 @@ def from_onnx(*nodes: Mapping[str, Weight], cell: str) -> State:
 def to_onnx(state: Mapping[str, Weight], cell: str) -> list[dict[str, np.ndarray]]:
     """For each layer the inputs W, R, and B and P where it has them, of its ONNX node; `from_onnx` describes them.
 
-    The node's attributes are for the caller to set: hidden_size, direction, linear_before_reset=1 for cell="gru", and
-    activations where they are not the defaults.
+    The node's attributes are hidden_size, direction, linear_before_reset=1 for cell="gru", and clip and activations
+    where they are not the defaults: `onnx_attributes` has a layer's.
 
     Raises:
         ValueError: an unknown cell or keys; projections, which ONNX's operators do not have.

@@ -116,6 +116,77 @@ def test_onnx(cell: str, bidirectional: bool, bias: bool, num_layers: int, peeph
     torch.testing.assert_close(found, dict(state), rtol=0, atol=0)
 
 
+ATTRIBUTES = [
+    ("LSTM", {"clip": 0.3, "bidirectional": True}),
+    ("LSTM", {"activation": "relu", "recurrent_activation": "keras2_hard_sigmoid"}),
+    ("GRU", {"clip": 0.3, "reset_after": False}),
+    ("GRU", {"clip": 2.5}),
+    ("RNN", {"nonlinearity": "relu", "clip": 1.0}),
+    ("RNN", {"activation": "softsign"}),
+]
+
+
+@pytest.mark.parametrize(("operator", "options"), ATTRIBUTES)
+def test_onnx_attributes_there_and_back(operator: str, options: dict[str, Any]) -> None:
+    layer = getattr(gpu_rnn, operator)(INPUT, HIDDEN, **options)
+    attributes = interop.onnx_attributes(layer)
+    assert ("clip" in attributes) == ("clip" in options)
+    as_read = {name: value.encode() if isinstance(value, str) else value for name, value in attributes.items()}
+    again = getattr(gpu_rnn, operator)(INPUT, **interop.options_of_onnx(as_read, operator))
+    assert again.recurrence == layer.recurrence and again.bidirectional == layer.bidirectional
+    assert interop.onnx_attributes(again) == attributes
+
+
+def test_onnx_attributes_of_torchs_layers() -> None:
+    found = interop.onnx_attributes(nn.GRU(INPUT, HIDDEN, bidirectional=True))
+    names = ["Sigmoid", "Tanh"] * 2
+    assert found == {
+        "hidden_size": HIDDEN,
+        "direction": "bidirectional",
+        "activations": names,
+        "linear_before_reset": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("attributes", "words"),
+    [
+        ({"input_forget": 1}, "no input_forget"),
+        ({"direction": b"reverse"}, "no direction 'reverse'"),
+        ({"activations": ["Sigmoid", "Tanh", "Relu"]}, "the same wherever it stands"),
+        ({"activations": ["Affine", "Tanh", "Tanh"]}, "recurrent_activation is one of Tanh"),
+        ({"clip": -1.0}, "clip should be a positive"),
+    ],
+)
+def test_onnx_attributes_that_no_layer_has(attributes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        gpu_rnn.LSTM(INPUT, **interop.options_of_onnx({"hidden_size": HIDDEN, **attributes}, "LSTM"))
+    with pytest.raises(ValueError, match="not 'QLSTM'"):
+        interop.options_of_onnx({"hidden_size": HIDDEN}, "QLSTM")
+    with pytest.raises(ValueError, match="not gelu"):
+        interop.onnx_attributes(gpu_rnn.RNN(INPUT, HIDDEN, activation="gelu"))
+    with pytest.raises(ValueError, match="none for slstm"):
+        interop.onnx_attributes(gpu_rnn.Recurrent(gpu_rnn.cells.slstm(), INPUT, HIDDEN))
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "gru_reset_before"])
+def test_clip_is_onnxs(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX's reference evaluator ignores the attribute: its activations get the cut that the operator asks for."""
+    pytest.importorskip("onnx", reason="ONNX is not installed: pip install onnx")
+    from onnx.reference.ops.op_gru import CommonGRU
+    from onnx.reference.ops.op_lstm import CommonLSTM
+
+    for operator, names in ((CommonLSTM, "fgh"), (CommonGRU, "fg")):
+        for name in names:
+            activation = getattr(operator, name)
+            monkeypatch.setattr(operator, name, lambda self, x, f=activation: f(self, np.clip(x, -0.3, 0.3)))
+    layer = make(cell, clip=0.3)
+    x = draw(STEPS, BATCH, INPUT)
+    (weights,) = interop.to_onnx(layer.state_dict(), cell=cell)
+    y = onnx_node(cell, False, weights, x.numpy()).transpose(0, 2, 1, 3).reshape(STEPS, BATCH, -1)
+    torch.testing.assert_close(torch.from_numpy(y), layer(x)[0].detach(), **TOLERANCE)
+
+
 def haste_lstm(weights: interop.State, x: Tensor) -> Tensor:
     """The LSTM of Haste's documentation, gates i g f o."""
     h = c = x.new_zeros(x.shape[1], HIDDEN)

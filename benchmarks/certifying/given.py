@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -27,6 +28,7 @@ class Given:
     reset_state: list[Tensor] | None = None
     recurrent_mask: Tensor | None = None
     zone: Tensor | None = None
+    clip: float = math.inf
     formula: tuple[Step, int] | None = None  # of a cell that is not in CELLS: its step and how many gates it has
     initial: list[float] = field(default_factory=lambda: [0.0, 0.0])
 

@@ -6,6 +6,7 @@ The tests compare such calls with `options_by_hand`, the soak of `benchmarks/soa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import fields, replace
 from typing import Any, NamedTuple
@@ -33,7 +34,14 @@ OPTIONS = (
     "proj_size",
     "no_bias",
     "batch_first",
+    "clip",
 )
+CLIP = 0.3  # about half of what enters the activations is cut
+
+
+def of_the_cell(options: Collection[str]) -> dict[str, Any]:
+    """The arguments of a cell of the library."""
+    return {"clip": CLIP} if "clip" in options else {}
 
 
 class Sizes(NamedTuple):
@@ -122,6 +130,7 @@ def tensors(
         resets=chance(T, B) if "resets" in options else None,
         reset_state=states(*steps, rows, B) if resetting else None,
         recurrent_mask=chance(rows, B, masks, P, p=0.6).double() / 0.6 if dropping else None,
+        clip=CLIP if "clip" in options else math.inf,
         zone=chance(len(recurrence.states), T, rows, B, H) if "zoneout" in options else None,
     )
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -27,11 +28,11 @@ RECURRENCES: dict[str, Recurrence] = {
 }
 
 
-WITH_ACTIVATIONS: dict[str, Callable[[str, str], Recurrence]] = {
-    "rnn": lambda a, b: cells.rnn(a),
+WITH_ACTIVATIONS: dict[str, Callable[..., Recurrence]] = {
+    "rnn": lambda a, b, **further: cells.rnn(a, **further),
     "lstm": cells.lstm,
     "gru": cells.gru,
-    "gru_reset_before": lambda a, b: cells.gru(a, b, reset_after=False),
-    "peephole_lstm": lambda a, b: cells.lstm(a, b, peephole=True),
+    "gru_reset_before": partial(cells.gru, reset_after=False),
+    "peephole_lstm": partial(cells.lstm, peephole=True),
     "coupled_lstm": cells.coupled_lstm,
 }

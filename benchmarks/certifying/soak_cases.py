@@ -68,9 +68,10 @@ class Case:
 
     @cached_property
     def recurrence(self) -> Recurrence:
+        further = random_calls.of_the_cell(self.options)
         if any(self.activations):
-            return recurrences.WITH_ACTIVATIONS[self.cell](*self.activations)
-        return recurrences.RECURRENCES[self.cell]
+            return recurrences.WITH_ACTIVATIONS[self.cell](*self.activations, **further)
+        return cells.CELLS[self.cell](**further) if further else recurrences.RECURRENCES[self.cell]
 
     def members(self, device: torch.device) -> list[Given]:
         """A call's tensors for each head, float64, with the values that the dtype can hold."""
@@ -92,6 +93,8 @@ def draw(seed: int, number: int, device: str) -> Case:
     chosen = kind.sample(random_calls.OPTIONS, kind.randint(0, MOST_OPTIONS))
     if cell != "lstm":
         chosen = [name for name in chosen if name != "proj_size"]
+    if cell not in recurrences.WITH_ACTIVATIONS:
+        chosen = [name for name in chosen if name != "clip"]
     precision, heads = kind.choice([*PRECISIONS]), kind.choice((1, 1, 1, 2, 3))
     hidden = kind.randint(*kind.choice(limits.H))
     own = random.Random(f"{seed} {number} sizes")

@@ -310,9 +310,8 @@ def _activations(step: Step) -> dict[str, Step]:
     """The user's activations within one of the library's own steps, by the option that takes them."""
     if not inspect.isfunction(step) or not step.__code__.co_filename.startswith(LIBRARY[1]):
         return {}
-    held = {
-        name: cell.cell_contents for name, cell in zip(step.__code__.co_freevars, step.__closure__ or (), strict=True)
-    }
+    cells = zip(step.__code__.co_freevars, step.__closure__ or (), strict=True)
+    held = {name: inspect.unwrap(cell.cell_contents) for name, cell in cells if name in ROLES}
     known = set(map(id, ACTIVATIONS.values()))
     return {role: held[name] for name, role in ROLES.items() if name in held and id(held[name]) not in known}
 

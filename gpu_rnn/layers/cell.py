@@ -125,7 +125,7 @@ class RNNCell(CellBase):
     Args:
         input_size, hidden_size: features of the input and of the state.
         bias: whether there are biases. Default: True
-        nonlinearity, activation, backend: as for `gpu_rnn.RNN`.
+        nonlinearity, activation, clip, backend: as for `gpu_rnn.RNN`.
         device, dtype: of the parameters. Default: torch's
 
     Inputs, outputs and Raises: see `forward`. Weights: those of torch.nn.RNNCell.
@@ -150,11 +150,17 @@ class RNNCell(CellBase):
         dtype: torch.dtype | None = None,
         *,
         activation: str | Activation | None = None,
+        clip: float | None = None,
         backend: str = "auto",
     ) -> None:
         function = elman_activation(nonlinearity, activation)
         sizes = input_size, hidden_size, bias, device, dtype
-        super().__init__(cells.rnn(activation=function), *sizes, backend=backend, options={"activation": activation})
+        super().__init__(
+            cells.rnn(activation=function, clip=clip),
+            *sizes,
+            backend=backend,
+            options={"activation": activation, "clip": clip},
+        )
         self.nonlinearity = nonlinearity
 
 
@@ -166,7 +172,7 @@ class LSTMCell(CellBase):
         input_size, hidden_size: features of the input and of the states.
         bias: whether the gates have biases. Default: True
         device, dtype: of the parameters. Default: torch's
-        activation, recurrent_activation, backend: as for `gpu_rnn.LSTM`.
+        activation, recurrent_activation, clip, backend: as for `gpu_rnn.LSTM`.
         peephole: add weight_peephole of shape (3, hidden_size), in the order i, f, o. Default: False
 
     Inputs, outputs and Raises: see `forward`. Weights: those of torch.nn.LSTMCell.
@@ -193,9 +199,15 @@ class LSTMCell(CellBase):
         activation: str | Activation = "tanh",
         recurrent_activation: str | Activation = "sigmoid",
         peephole: bool = False,
+        clip: float | None = None,
         backend: str = "auto",
     ) -> None:
-        options = {"activation": activation, "recurrent_activation": recurrent_activation, "peephole": peephole}
+        options = {
+            "activation": activation,
+            "recurrent_activation": recurrent_activation,
+            "peephole": peephole,
+            "clip": clip,
+        }
         sizes = input_size, hidden_size, bias, device, dtype
         super().__init__(cells.lstm(**options), *sizes, backend=backend, options=options)
 
@@ -208,7 +220,7 @@ class GRUCell(CellBase):
         input_size, hidden_size: features of the input and of the state.
         bias: whether the gates have biases. Default: True
         device, dtype: of the parameters. Default: torch's
-        activation, recurrent_activation, reset_after, backend: as for `gpu_rnn.GRU`.
+        activation, recurrent_activation, reset_after, clip, backend: as for `gpu_rnn.GRU`.
 
     Inputs, outputs and Raises: see `forward`. Weights: those of torch.nn.GRUCell.
 
@@ -233,8 +245,14 @@ class GRUCell(CellBase):
         activation: str | Activation = "tanh",
         recurrent_activation: str | Activation = "sigmoid",
         reset_after: bool = True,
+        clip: float | None = None,
         backend: str = "auto",
     ) -> None:
-        options = {"activation": activation, "recurrent_activation": recurrent_activation, "reset_after": reset_after}
+        options = {
+            "activation": activation,
+            "recurrent_activation": recurrent_activation,
+            "reset_after": reset_after,
+            "clip": clip,
+        }
         sizes = input_size, hidden_size, bias, device, dtype
         super().__init__(cells.gru(**options), *sizes, backend=backend, options=options)

@@ -17,7 +17,7 @@ from gpu_rnn.dispatch import choice
 from gpu_rnn.layers import options as layer_options
 from gpu_rnn.recurrence import Recurrence
 
-Option = str | bool | Activation
+Option = str | bool | float | Activation
 
 OPTION_DEFAULTS: dict[str, Any] = layer_options.OF_THE_RECURRENCE | {"backend": "auto"}
 

@@ -129,6 +129,7 @@ OF_THE_RECURRENCE: dict[str, Any] = {  # the constructors' arguments that are, w
     "recurrent_activation": "sigmoid",
     "reset_after": True,
     "peephole": False,
+    "clip": None,
 }
 SIZES = ("input_size", "hidden_size", "num_layers", "bias", "bidirectional", "proj_size")
 ASSIGNED = frozenset((*DEFAULTS, *OF_THE_RECURRENCE, "nonlinearity", "dropout", "backend"))

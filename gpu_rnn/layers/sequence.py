@@ -100,6 +100,8 @@ class RNN(LayerBase):
         nonlinearity: "tanh" or "relu", as torch.nn has it. Default: "tanh"
         activation: φ in the place of nonlinearity: a name of `gpu_rnn.activations` or any plain torch
             function. Default: None
+        clip: cut what enters φ to [-clip, clip], as ONNX's attribute of that name; a positive number, or None.
+            Default: None
         backend, options and the arguments not named here: as for `Recurrent`.
 
     Inputs, outputs and Raises: as for `Recurrent`; hx is one tensor. Weights: those of torch.nn.RNN.
@@ -129,16 +131,17 @@ class RNN(LayerBase):
         dtype: torch.dtype | None = None,
         *,
         activation: str | Activation | None = None,
+        clip: float | None = None,
         backend: str = "auto",
         proj_size: int | None = None,
         **options: Unpack[LayerOptions],
     ) -> None:
         refuse_projection(proj_size)
         function = elman_activation(nonlinearity, activation)
-        cell = {"activation": activation}
+        cell = {"activation": activation, "clip": clip}
         mode = f"RNN_{nonlinearity.upper()}"
         sizes = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional
-        recurrence = cells.rnn(activation=function)
+        recurrence = cells.rnn(activation=function, clip=clip)
         super().__init__(recurrence, mode, *sizes, 0, device, dtype, backend=backend, options=cell, further=options)
         self.nonlinearity = nonlinearity
 
@@ -157,6 +160,8 @@ class LSTM(LayerBase):
         activation: φ, a name of `gpu_rnn.activations` or any plain torch function. Default: "tanh"
         recurrent_activation: σ, likewise. Default: "sigmoid"
         peephole: add weight_peephole_l{k}{_reverse}, (3, hidden_size), in the order i, f, o. Default: False
+        clip: cut what enters φ and σ to [-clip, clip], as ONNX's attribute of that name; a positive number, or None.
+            Default: None
         backend, options and the arguments not named here: as for `Recurrent`.
 
     Inputs, outputs and Raises: as for `Recurrent`; hx is (h, c). Weights: those of torch.nn.LSTM.
@@ -188,10 +193,16 @@ class LSTM(LayerBase):
         activation: str | Activation = "tanh",
         recurrent_activation: str | Activation = "sigmoid",
         peephole: bool = False,
+        clip: float | None = None,
         backend: str = "auto",
         **options: Unpack[LayerOptions],
     ) -> None:
-        cell = {"activation": activation, "recurrent_activation": recurrent_activation, "peephole": peephole}
+        cell = {
+            "activation": activation,
+            "recurrent_activation": recurrent_activation,
+            "peephole": peephole,
+            "clip": clip,
+        }
         sizes = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional
         super().__init__(
             cells.lstm(**cell),
@@ -219,6 +230,8 @@ class GRU(LayerBase):
         activation: φ, a name of `gpu_rnn.activations` or any plain torch function. Default: "tanh"
         recurrent_activation: σ, likewise. Default: "sigmoid"
         reset_after: apply r after the product with W_hn (torch, cuDNN), not before it. Default: True
+        clip: cut what enters φ and σ to [-clip, clip], as ONNX's attribute of that name; a positive number, or None.
+            Default: None
         backend, options and the arguments not named here: as for `Recurrent`.
 
     Inputs, outputs and Raises: as for `Recurrent`; hx is one tensor. Weights: those of torch.nn.GRU.
@@ -249,12 +262,18 @@ class GRU(LayerBase):
         activation: str | Activation = "tanh",
         recurrent_activation: str | Activation = "sigmoid",
         reset_after: bool = True,
+        clip: float | None = None,
         backend: str = "auto",
         proj_size: int | None = None,
         **options: Unpack[LayerOptions],
     ) -> None:
         refuse_projection(proj_size)
-        cell = {"activation": activation, "recurrent_activation": recurrent_activation, "reset_after": reset_after}
+        cell = {
+            "activation": activation,
+            "recurrent_activation": recurrent_activation,
+            "reset_after": reset_after,
+            "clip": clip,
+        }
         sizes = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional
         super().__init__(
             cells.gru(**cell), "GRU", *sizes, 0, device, dtype, backend=backend, options=cell, further=options

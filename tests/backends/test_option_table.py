@@ -31,6 +31,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "`activation`, `recurrent_activation`": ("LSTM", {"activation": "softsign"}, ()),
     "`reset_after=False`": ("GRU", {"reset_after": False}, ()),
     "`peephole`": ("LSTM", {"peephole": True}, ()),
+    "`clip`": ("LSTM", {"clip": 3.0}, ()),
     "`proj_size`": ("LSTM", {"proj_size": 16}, ()),
     "`mask`": ("LSTM", {}, ("mask",)),
     "`lengths`": ("LSTM", {}, ("lengths",)),
@@ -95,7 +96,11 @@ def grid() -> Iterator[tuple[str, Problem]]:
         (layer, own, call), (other, more, others) = OPTIONS[first], OPTIONS[second]
         layers = {layer, other} - {"LSTM"}
         only_lstm = {"peephole", "proj_size", "zoneout"} & {*own, *more}
-        if len(layers) > 1 or (layers and only_lstm) or ("Recurrent" in layers and "activation" in {*own, *more}):
+        if (
+            len(layers) > 1
+            or (layers and only_lstm)
+            or ("Recurrent" in layers and {"activation", "clip"} & {*own, *more})
+        ):
             continue
         both = layers.pop() if layers else "LSTM"
         for dtype in (torch.bfloat16, torch.float32, torch.float64):

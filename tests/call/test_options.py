@@ -21,7 +21,6 @@ from tests.support import options_by_hand as by_hand
 from tests.support.cuda.machines import NEEDS_COMPILER
 from tests.support.group import pretend
 
-RECURRENCES: dict[str, Recurrence] = {name: cells.CELLS[name]() for name in by_hand.CELLS}
 TIGHT, SINGLE = 1e-9, 2e-5  # float64 and float32, sums in another order
 
 WITHOUT = {"resident": {"layer_norm", "proj_size"}, "group": {"layer_norm", "proj_size", "gru_reset_before"}}
@@ -37,13 +36,13 @@ def every_option_is_drawn() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(False)
     for backend, found in counted.items():
-        assert not {*OPTIONS, *RECURRENCES} - WITHOUT.get(backend, set()) - found.keys(), (backend, found)
+        assert not {*OPTIONS, *by_hand.CELLS} - WITHOUT.get(backend, set()) - found.keys(), (backend, found)
 
 
 @st.composite
 def calls(draw: Any, without: frozenset[str] = frozenset()) -> dict[str, Any]:
     """A combination of options that makes sense, and sizes."""
-    cell = draw(st.sampled_from(sorted(RECURRENCES)))
+    cell = draw(st.sampled_from(sorted(by_hand.CELLS)))
     chosen = draw(st.sets(st.sampled_from([name for name in OPTIONS if name not in without]), max_size=6))
     if "proj_size" in chosen:
         cell = "lstm"
@@ -55,9 +54,13 @@ def calls(draw: Any, without: frozenset[str] = frozenset()) -> dict[str, Any]:
     return {"cell": cell, "options": sensible(chosen), "seed": draw(st.integers(0, 2**20)), **sizes}
 
 
+def recurrence(call: dict[str, Any]) -> Recurrence:
+    return cells.CELLS[call["cell"]](**random_calls.of_the_cell(call["options"]))
+
+
 def tensors(call: dict[str, Any]) -> Given:
     sizes = random_calls.Sizes(*(call[name] for name in "TBIH"))
-    return random_calls.tensors(call["cell"], RECURRENCES[call["cell"]], sizes, call["options"], call["seed"])
+    return random_calls.tensors(call["cell"], recurrence(call), sizes, call["options"], call["seed"])
 
 
 def compare(call: dict[str, Any], backend: str, dtype: torch.dtype, tolerance: float) -> None:
@@ -66,7 +69,7 @@ def compare(call: dict[str, Any], backend: str, dtype: torch.dtype, tolerance: f
     outputs = [y, *final, *(every if "all_states" in options else [])]
     expected = values_and_gradients(outputs, [*leaves(made).values()])
     low = made if dtype == torch.float64 else made.to(dtype)
-    outputs = random_calls.call(low, RECURRENCES[low.cell], options, backend)
+    outputs = random_calls.call(low, recurrence(call), options, backend)
     found = values_and_gradients(outputs, [*leaves(low).values()])
     for value, truth in zip(found, expected, strict=True):
         scale = max(1.0, truth.abs().max().item()) if truth.numel() else 1.0
@@ -116,6 +119,7 @@ BUILDS = (
     ("peephole_lstm", {"lengths", "zoneout", "recurrent_dropout"}),
     ("peephole_lstm", {"mask", "recurrent_dropout_per_gate", "bidirectional", "num_layers"}),
     ("rnn", {"resets", "reset_state_per_step", "mask", "all_states"}),
+    ("lstm", {"clip", "lengths", "all_states"}),
 )
 
 

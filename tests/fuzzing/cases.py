@@ -60,7 +60,11 @@ class Case:
 
     @cached_property
     def recurrence(self) -> Recurrence:
-        return self.formula.recurrence() if self.formula else cells.CELLS[self.cell]()
+        return (
+            self.formula.recurrence()
+            if self.formula
+            else cells.CELLS[self.cell](**random_calls.of_the_cell(self.options))
+        )
 
     @cached_property
     def given(self) -> Given:
@@ -107,6 +111,8 @@ def draw(seed: int, number: int) -> Case:
     if cell == "drawn":
         formula = formulas.draw(rng, smooth=number % 2 == 0)
     chosen = rng.sample(random_calls.OPTIONS, rng.randint(0, MOST_OPTIONS))
+    if formula is not None:
+        chosen = [name for name in chosen if name != "clip"]  # an argument of the library's cells
     if cell != "lstm":
         chosen = [name for name in chosen if name != "proj_size"]
     if rng.random() < 0.2:

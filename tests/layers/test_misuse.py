@@ -50,7 +50,7 @@ CONSTRUCTORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "an option of others": (
         lambda: gpu_rnn.RNN(I, H, recurrent_activation="tanh"),
         TypeError,
-        "besides torch.nn's it takes activation, backend, recurrent_dropout",
+        "besides torch.nn's it takes activation, clip, backend, recurrent_dropout",
     ),
     "a mask": (
         lambda: gpu_rnn.GRU(I, H, mask=PAD),
@@ -88,6 +88,13 @@ CONSTRUCTORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "^rnn: activation <lambda>: test_misuse.py:.* returned 2 values",
     ),
     "Keras's None": (lambda: gpu_rnn.LSTM(I, H, activation=None), TypeError, "Keras's None is 'linear' here"),
+    "a clip of nothing": (lambda: gpu_rnn.LSTM(I, H, clip=0), ValueError, "clip should be a positive, finite number"),
+    "a clip of NaN": (lambda: gpu_rnn.GRUCell(I, H, clip=float("nan")), ValueError, "clip should be a positive"),
+    "a clip that is true": (
+        lambda: gpu_rnn.RNN(I, H, clip=True),
+        TypeError,
+        "clip should be a positive number or None",
+    ),
     "a probability in words": (lambda: gpu_rnn.LSTM(I, H, zoneout="half"), TypeError, "zoneout should be a number"),
     "a probability of NumPy": (lambda: gpu_rnn.LSTM(I, H, weight_drop=np.float32(7)), ValueError, r"in range \[0, 1\]"),
 }
@@ -218,6 +225,7 @@ ASSIGNMENTS: dict[str, tuple[str, Any, type[Exception], str]] = {
     "activation": ("activation", torch.relu, AttributeError, "activation is part of the recurrence"),
     "recurrent_activation": ("recurrent_activation", "hard_sigmoid", AttributeError, "make another layer"),
     "peephole": ("peephole", True, AttributeError, "peephole is part of the recurrence"),
+    "clip": ("clip", 2.0, AttributeError, "clip is part of the recurrence"),
     "layer_norm": ("layer_norm", True, AttributeError, "layer_norm"),
 }
 

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -100,11 +102,60 @@ def test_peephole_weights() -> None:
     assert all(p.grad.abs().sum() > 0 for p in named.values())
 
 
+def cut(function: Function) -> Function:
+    """Of an argument in [-0.2, 0.2], which about half of these are outside of."""
+    return lambda x: function(x.clip(-0.2, 0.2))
+
+
+def test_clip() -> None:
+    """Every argument of an activation is cut, that of the output's too, and no state."""
+    x, phi, sigma = 2 * support.draw(12, 2, 3), cut(torch.tanh), cut(torch.sigmoid)
+    for peephole in (False, True):
+        lstm = gpu_rnn.LSTM(3, 5, clip=0.2, peephole=peephole, dtype=torch.float64)
+        nn.init.ones_(lstm.bias_ih_l0)  # c grows beyond the border
+        y, (h, c) = lstm(x)
+        torch.testing.assert_close(y, lstm_by_hand(lstm, x, phi, sigma), **support.TOLERANCE)
+        assert h.abs().max() < 0.2 < c.abs().max()
+    for reset_after in (False, True):
+        gru = gpu_rnn.GRU(3, 5, clip=0.2, reset_after=reset_after, dtype=torch.float64)
+        torch.testing.assert_close(gru(x)[0], gru_by_hand(gru, x, phi, sigma, reset_after), **support.TOLERANCE)
+    rnn = gpu_rnn.RNN(3, 5, clip=0.2, nonlinearity="relu", dtype=torch.float64)
+    assert rnn(x)[0].max() == 0.2
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+def test_clip_of_cells(name: str) -> None:
+    layer = getattr(gpu_rnn, name)(3, 5, clip=np.float32(0.25), dtype=torch.float64)
+    cell = getattr(gpu_rnn, name + "Cell")(3, 5, clip=0.25, dtype=torch.float64)
+    cell.load_state_dict({key.removesuffix("_l0"): value for key, value in layer.state_dict().items()})
+    x = 2 * support.draw(1, 2, 3)
+    states = cell(x[0])
+    h = states[0] if name == "LSTM" else states
+    torch.testing.assert_close(layer(x)[0][0], h, **support.TOLERANCE)
+    assert repr(layer) == f"{name}(3, 5, clip=0.25)" and repr(cell) == f"{name}Cell(3, 5, clip=0.25)"
+    again = pickle.loads(pickle.dumps(layer))
+    assert torch.equal(again(x)[0], layer(x)[0]) and repr(again) == repr(layer)
+    assert layer.recurrence != getattr(gpu_rnn, name)(3, 5).recurrence and layer.recurrence.aten is None
+
+
+@pytest.mark.parametrize("backend", ["reference", "step"])
+def test_gradients_at_clips_border_are_those_of_torch_clamp(backend: str) -> None:
+    """1 there, and 0 beyond."""
+    layer = gpu_rnn.RNN(1, 1, bias=False, activation="linear", clip=0.5, backend=backend, dtype=torch.float64)
+    nn.init.ones_(layer.weight_ih_l0)
+    x = torch.tensor([0.25, 0.5, -0.5, 0.75, -1.0], dtype=torch.float64).view(1, 5, 1).requires_grad_()
+    y = layer(x)[0]
+    y.sum().backward()
+    assert y.flatten().tolist() == [0.25, 0.5, -0.5, 0.5, -0.5]
+    assert x.grad.flatten().tolist() == [1, 1, 1, 0, 0]
+
+
 OPTIONS = [
     ("LSTM", {"activation": "relu"}),
     ("LSTM", {"peephole": True, "bias": False}),
     ("GRU", {"reset_after": False}),
     ("RNN", {"activation": "softsign"}),
+    ("LSTM", {"clip": 0.2}),
 ]
 
 

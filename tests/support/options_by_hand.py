@@ -14,6 +14,9 @@ from torch import Tensor
 
 from benchmarks.certifying.given import Given, Step
 
+Function = Callable[[Tensor], Tensor]
+Weights = dict[str, Any]  # tensors by torch's names; "clip" is a number
+
 
 def _norm(value: Tensor, gates: int, scale: Tensor | None) -> Tensor:
     """Layer normalisation written out, gate by gate."""
@@ -26,40 +29,45 @@ def _norm(value: Tensor, gates: int, scale: Tensor | None) -> Tensor:
     return torch.cat(parts) * scale
 
 
-def _lstm(x: Tensor, state: list[Tensor], product: Callable[..., Tensor], w: dict[str, Tensor]) -> list[Tensor]:
-    h, c = state
+def _functions(w: Weights) -> tuple[Function, Function]:
+    """φ and σ, of arguments cut to ±clip."""
+    clip = w["clip"]
+    return (lambda v: v.clip(-clip, clip).tanh()), (lambda v: v.clip(-clip, clip).sigmoid())
+
+
+def _lstm(x: Tensor, state: list[Tensor], product: Callable[..., Tensor], w: Weights) -> list[Tensor]:
+    (h, c), (phi, sigma) = state, _functions(w)
     i, f, g, o = (x + product(h)).chunk(4)
     if "weight_peephole" in w:
         p_i, p_f, p_o = w["weight_peephole"]
         i, f = i + p_i * c, f + p_f * c
-        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-        return [(o + p_o * c).sigmoid() * c.tanh(), c]
-    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-    h = o.sigmoid() * c.tanh()
+        c = sigma(f) * c + sigma(i) * phi(g)
+        return [sigma(o + p_o * c) * phi(c), c]
+    c = sigma(f) * c + sigma(i) * phi(g)
+    h = sigma(o) * phi(c)
     return [w["weight_hr"] @ h if "weight_hr" in w else h, c]
 
 
-def _gru(x: Tensor, state: list[Tensor], product: Callable[..., Tensor], w: dict[str, Tensor]) -> list[Tensor]:
-    (h,) = state
+def _gru(x: Tensor, state: list[Tensor], product: Callable[..., Tensor], w: Weights) -> list[Tensor]:
+    (h,), (phi, sigma) = state, _functions(w)
     (x_r, x_z, x_n), (r_r, r_z, r_n) = x.chunk(3), product(h).chunk(3)
-    r, z = (x_r + r_r).sigmoid(), (x_z + r_z).sigmoid()
-    n = (x_n + r * r_n).tanh()
+    r, z = sigma(x_r + r_r), sigma(x_z + r_z)
+    n = phi(x_n + r * r_n)
     return [(1 - z) * n + z * h]
 
 
-def _gru_reset_before(
-    x: Tensor, state: list[Tensor], product: Callable[..., Tensor], w: dict[str, Tensor]
-) -> list[Tensor]:
-    (h,) = state
+def _gru_reset_before(x: Tensor, state: list[Tensor], product: Callable[..., Tensor], w: Weights) -> list[Tensor]:
+    (h,), (phi, sigma) = state, _functions(w)
     x_r, x_z, x_n = x.chunk(3)
     r_r, r_z, _ = product(h).chunk(3)
-    r, z = (x_r + r_r).sigmoid(), (x_z + r_z).sigmoid()
-    n = (x_n + product(r * h).chunk(3)[2]).tanh()
+    r, z = sigma(x_r + r_r), sigma(x_z + r_z)
+    n = phi(x_n + product(r * h).chunk(3)[2])
     return [(1 - z) * n + z * h]
 
 
-def _rnn(x: Tensor, state: list[Tensor], product: Callable[..., Tensor], w: dict[str, Tensor]) -> list[Tensor]:
-    return [(x + product(state[0])).tanh()]
+def _rnn(x: Tensor, state: list[Tensor], product: Callable[..., Tensor], w: Weights) -> list[Tensor]:
+    phi, _ = _functions(w)
+    return [phi(x + product(state[0]))]
 
 
 CELLS: dict[str, tuple[Step, int]] = {
@@ -103,7 +111,7 @@ def _row(
     """One row of one direction of one layer: outputs, final states, states after every step."""
     steps, length = x.shape[0], given.length(row)
     step, gates = given.formula or CELLS[given.cell]
-    weights = given.weights[index]
+    weights: Weights = {**given.weights[index], "clip": given.clip}
     state = [s[index, row] for s in given.states]
     outputs: list[Any] = [None] * steps
     every: list[Any] = [None] * steps
