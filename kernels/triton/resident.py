@@ -25,6 +25,7 @@ from gpu_rnn.kernels.triton.blocks import (
     zeros_like_each,
 )
 from gpu_rnn.kernels.triton.tile import (
+    cut,
     load_before,
     load_flags,
     load_weights,
@@ -268,14 +269,7 @@ def resident_backward(
         )  # fmt: skip
         d_states = (d_h,) + d_states[1:]
         if p_flags is not None:
-            reset = (flags & RESET_BIT) != 0
-            nothing = zeros_like_each(d_states)
-            if p_d_resets is not None:
-                if PER_STEP:
-                    store_each(p_d_resets, o_y, select(reset, d_states, nothing), at.m)
-                else:
-                    d_values = add_each(d_values, select(reset, d_states, nothing))
-            d_states = select(reset, nothing, d_states)
+            d_states, d_values = cut(d_states, d_values, (flags & RESET_BIT) != 0, p_d_resets, o_y, at.m, PER_STEP)
         summed = ()
         for k in tl.static_range(P):
             summed = summed + (d_params[k] + tl.where(active, d_p[k], 0.0),)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
-from gpu_rnn.kernels.triton.blocks import load_blocks, load_each, select
+from gpu_rnn.kernels.triton.blocks import add_each, load_blocks, load_each, select, store_each, zeros_like_each
 
 
 class Tile(NamedTuple):
@@ -157,3 +157,16 @@ def pull_back(
     if DROP == 1:
         odd = d_entering + (even + odd) * drop[0].to(tl.float32)
     return odd if DROP else even + odd
+
+
+@triton.jit
+def cut(d_states, d_values, reset, p_d_values, o_y, m, PER_STEP: tl.constexpr):
+    """(gradients of the states, sums of those of reset values). Where a step began with a reset, the values that the
+    states were set to take the states' gradients."""
+    nothing = zeros_like_each(d_states)
+    if p_d_values is not None:
+        if PER_STEP:
+            store_each(p_d_values, o_y, select(reset, d_states, nothing), m)
+        else:
+            d_values = add_each(d_values, select(reset, d_states, nothing))
+    return select(reset, nothing, d_states), d_values

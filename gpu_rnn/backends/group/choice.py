@@ -52,12 +52,12 @@ class Choice:
 
 def _held(layout: Layout) -> int:
     """The blocks of the depth whose weights fit in registers beside all else; negative where not even that does."""
-    own = -(-(layout.blocks // layout.across) * 2 * layout.columns // layout.along)
+    owned = -(-(layout.blocks // layout.across) * 2 * layout.columns // layout.along)
     states, gates = len(layout.parsed.states), layout.gates
     sums = layout.fragments * layout.columns * (4 if layout.half or layout.precision == "tf32" else 16)
-    pairs = own * 2 * (gates + len(layout.parsed.split) + states) * (2 if layout.backward else 1)  # and gradients
+    pairs = owned * 2 * (gates + len(layout.parsed.split) + states) * (2 if layout.backward else 1)  # and gradients
     words = 2 * layout.columns * layout.parts * layout.word // 4  # of a block of the depth
-    rows = own * layout.tiles * (2 * states + 4 + 2 * layout.drops)
+    rows = owned * layout.tiles * (2 * states + 4 + 2 * layout.drops)
     working = WORKING[2 - layout.half] if layout.backward else WORKING[0]
     free = REGISTERS - working - sums - pairs - rows - min(32, layout.share * words)
     return min(layout.share, free // (layout.fragments * layout.fragment))
@@ -121,13 +121,13 @@ def _step(problem: Problem, layout: Layout, groups: int, at_once: int, known: ra
     """Seconds for a step of all rows of all of N."""
     device = problem.device
     busy = _busy_cycles(problem, layout, known) / (device.clock * 1e9)
-    rest = known.latency / (device.clock * 1e9) + (known.hop if layout.members > 1 else 0.0)
-    one = max(layout.tiles * busy, busy + rest)
+    waiting = known.latency / (device.clock * 1e9) + (known.hop if layout.members > 1 else 0.0)
+    one = max(layout.tiles * busy, busy + waiting)
     rounds = -(-problem.B // (layout.rows * groups)) * -(-problem.N // at_once)
     if layout.members == 1:  # blocks that wait for nobody; several may share a multiprocessor
         together = device.sms * max(1, min(MOST_WARPS * 32 // layout.threads, _blocks_by_memory(device, layout)))
         rounds = -(-groups * problem.N // together)
-        one = max(busy * -(-groups * problem.N // (device.sms * rounds)), busy + rest)
+        one = max(busy * -(-groups * problem.N // (device.sms * rounds)), busy + waiting)
     return rounds * one
 
 
@@ -167,7 +167,7 @@ def floor(problem: Problem) -> float | None:
     weights = gates * problem.H**2 * problem.dtype.itemsize
     parts = gates if problem.direction == "backward" else 1
     per_cycle = multiplications(problem, RANKING.tensor_share, RANKING.shuffled)
-    found = []
+    seconds = []
     for groups in range(1, min(-(-problem.B // 8), device.sms) + 1):
         rows = 8 * -(-problem.B // (8 * groups))
         for members in {1, min(device.sms // groups, -(-problem.H // UNITS))}:
@@ -178,8 +178,8 @@ def floor(problem: Problem) -> float | None:
             arriving = parts * problem.H * rows * problem.dtype.itemsize / RANKING.l2_bytes if members > 1 else 0.0
             rounds = -(-problem.N // max(1, device.sms // (groups * members)))
             busy = max(multiplying, reading, arriving) / (device.clock * 1e9)
-            found.append(rounds * (busy + (RANKING.hop if members > 1 else 0.0)))
-    return min(found, default=None)
+            seconds.append(rounds * (busy + (RANKING.hop if members > 1 else 0.0)))
+    return min(seconds, default=None)
 
 
 def largest(problem: Problem) -> int:

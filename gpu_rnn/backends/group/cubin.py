@@ -80,14 +80,14 @@ def usage(cubin: bytes) -> Usage:
     figure, number 0x2f its registers and 0x11 its frame.
     """
     tables = _tables(cubin)
-    found = {0x2F: 0, 0x11: 0}
+    most = {0x2F: 0, 0x11: 0}
     for section in tables.sections:
         if not cubin.startswith(b".nv.info\0", tables.sections[tables.names].offset + section.name):
             continue
         position = section.offset
         while position < section.offset + section.size:
             kind, attribute, length = struct.unpack_from("<BBH", cubin, position)
-            if kind == 4 and attribute in found:
-                found[attribute] = max(found[attribute], struct.unpack_from("<I", cubin, position + 8)[0])
+            if kind == 4 and attribute in most:
+                most[attribute] = max(most[attribute], struct.unpack_from("<I", cubin, position + 8)[0])
             position += 4 + (length if kind == 4 else 0)  # else the value is `length` itself
-    return Usage(found[0x2F], found[0x11])
+    return Usage(most[0x2F], most[0x11])

@@ -282,10 +282,10 @@ def backward(call: Call, saved: Result, d_y: Tensor, d_final: list[Tensor], d_in
     check()
     choice = choose(call.problem)
     assert choice is not None
-    launches, found = prepare_backward(call, saved, d_y, d_final, d_inner, choice, error_word(d_y.device))
+    launches, gradients = prepare_backward(call, saved, d_y, d_final, d_inner, choice, error_word(d_y.device))
     for launch in launches:
         launch(d_y.device)
-    return persistent.summed(call, found)
+    return persistent.summed(call, gradients)
 
 
 _failures: dict[tuple[Choice, devices.Device], str] = memo.hold(

@@ -158,13 +158,13 @@ class Layout:
     @property
     def defines(self) -> dict[str, object]:
         program = self.parsed
-        kept = [program.split.index(g) if g in program.split else -1 for g in program.gates]
+        split_numbers = [program.split.index(g) if g in program.split else -1 for g in program.gates]
         return {
             "SCALAR": SCALARS[self.dtype],
             "PRECISION": self.precision.upper(),
             "GATES": self.gates,
             "SPLITS": len(program.split),
-            "KEPT": "{" + ", ".join(map(str, kept)) + "}",
+            "KEPT": "{" + ", ".join(map(str, split_numbers)) + "}",
             "STATES": len(program.states),
             "PARAMS": len(program.params),
             "MEMBERS": self.members,

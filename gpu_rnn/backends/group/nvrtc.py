@@ -112,12 +112,12 @@ def compile_cubin(source: str, arch: str, options: Sequence[str] = OPTIONS) -> b
     text = flatten(source)
     words = "\0".join([__version__, repr(_binding().getVersion()), arch, *options, text])
     key = hashlib.sha256(words.encode()).hexdigest()[:32]
-    found = cache.kept(key, ".cubin")
-    if found is None:
-        found = _compile(text, arch, options)
+    code = cache.kept(key, ".cubin")
+    if code is None:
+        code = _compile(text, arch, options)
         with suppress(OSError):  # no folder takes it: it is compiled again where it is needed again
-            cache.keep(key, ".cubin", found)
-    return found
+            cache.keep(key, ".cubin", code)
+    return code
 
 
 def version() -> str:
