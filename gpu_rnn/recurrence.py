@@ -157,7 +157,7 @@ class Recurrence:
         """The pointwise device code generated for this cell, each line beside the line of `step` it comes from.
 
         Args:
-            language: "triton" or "cuda".
+            language: "triton", "cuda" or "c".
             backward: the derivative instead of the step.
 
         Raises:

@@ -3,7 +3,7 @@
 
 In the order to read, in which each file imports from those above it only:
 
-operations      the table of scalar operations: torch, Triton, CUDA, derivative; `Op`, one of them with its arguments
+operations      the table of scalar operations: torch, Triton, CUDA, C, derivative; `Op`, one of them with its arguments
 evaluation      operations as one function of torch tensors
 program         `Program`: stages of operations, and the canonical text that is a cell's identity
 builder         values whose operators emit operations: how programs and derivatives are written here
@@ -13,6 +13,6 @@ tracing         from a step function to a program: recording, lowering, errors t
 derivative      the reverse-mode derivative of a stage
 jacobian        the partial derivatives alone, for a loop that multiplies by them
 torch_fusion    fewer operations for torch, which has some for several
-codegen         a stage and its derivative as Triton and as CUDA C++
+codegen         a stage and its derivative as Triton, CUDA C++ and C
 triton_module   the Triton text as a module that Triton can compile
 """

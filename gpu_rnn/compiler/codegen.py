@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prints a program as Triton and as CUDA C++: the pointwise part only; products, tiling and waiting are hand-written.
+"""Prints a program as Triton, CUDA C++ and C: the pointwise part only; products, tiling and waiting are hand-written.
 
 For each stage two functions are printed. ``step_<k>(a, r, s, p, v)`` takes, one value per unit, the gates `a` (sums, or
 input parts of split gates), the products `r` of the split gates, the states `s`, the parameters `p` and the values `v`
 that earlier stages hand on; it returns the new states (an earlier stage: the next product's input, then what it hands
 on). ``step_<k>_backward(a, r, s, p, v, d)`` takes the gradient of each of these results too and returns the gradients
 of a, r, s, p, v.
+
+C computes many units at once, in the vectors of kernels/native/functions.h, float or double.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -33,12 +36,11 @@ class _Function(NamedTuple):
     results: tuple[tuple[Argument, ...], ...]
     truths: frozenset[str]  # of all stages; between two they are 1.0 and 0.0
 
-    def inputs(self, end: str = "") -> Iterable[tuple[str, str, str]]:
-        """Of each input: its name, its kind in C and what it is read from."""
+    @property
+    def inputs(self) -> Iterable[tuple[str, str]]:
+        """Of each input its name and what it is read from."""
         for group, names in self.groups.items():
-            for index, name in enumerate(names):
-                is_truth = name in self.truths
-                yield name, "bool" if is_truth else "float", f"{group}[{index}]" + (f" != 0.0{end}" if is_truth else "")
+            yield from ((name, f"{group}[{index}]") for index, name in enumerate(names))
 
 
 def input_groups(program: Program, number: int) -> dict[str, tuple[str, ...]]:
@@ -71,12 +73,11 @@ def source(program: Program, language: str, *, backward: bool = False, comments:
     """The generated functions of one direction.
 
     Raises:
-        ValueError: a language other than "triton" and "cuda".
+        ValueError: a language other than "triton", "cuda" and "c".
     """
-    printers: dict[str, Callable[[_Function, bool], str]] = {"triton": _triton, "cuda": _cuda}
-    if language not in printers:
-        raise ValueError(f"generated code is printed as 'triton' or 'cuda', not {language!r}")
-    return "\n\n".join(printers[language](function, comments) for function in _functions(program, backward))
+    if language not in PRINTERS:
+        raise ValueError(f"generated code is printed as {', '.join(map(repr, PRINTERS))}, not {language!r}")
+    return "\n\n".join(PRINTERS[language](function, comments) for function in _functions(program, backward))
 
 
 TRITON_HEADER = '''"""Generated: the pointwise part of a recurrence, forward and backward."""
@@ -119,7 +120,7 @@ def _triton_constant(value: float) -> str:
 
 def _triton(function: _Function, comments: bool) -> str:
     lines = ["@triton.jit", f"def {function.name}({', '.join(function.groups)}):"]
-    lines += [f"    {name} = {source}" for name, _, source in function.inputs()]
+    lines += [f"    {name} = {source}{' != 0.0' * (name in function.truths)}" for name, source in function.inputs]
     for op in function.ops:
         args = [arg if isinstance(arg, str) else _triton_constant(arg) for arg in op.args]
         lines.append(f"    {op.result} = {OPERATIONS[op.name].triton.format(*args)}{_comment(op, '#', comments)}")
@@ -140,20 +141,56 @@ def _cuda_constant(value: float) -> str:
     return f"{value!r}f" if math.isfinite(value) else "INFINITY" if value > 0 else "-INFINITY"
 
 
-def _cuda(function: _Function, comments: bool) -> str:
-    inputs = [f"const float *{group}" for group in function.groups]
+def _c_constant(value: float) -> str:
+    if math.isnan(value):
+        return "K(NAN)"
+    return f"K({value!r})" if math.isfinite(value) else f"K({'-' * (value < 0)}INFINITY)"
+
+
+class _Dialect(NamedTuple):
+    """What CUDA C++ and C say differently."""
+
+    language: str
+    function: str  # what stands before its name
+    kinds: tuple[str, str]  # the types of a number and of a truth value
+    truth: str  # a number as a truth value
+    number: str  # a truth value as a number
+    constant: Callable[[float], str]
+
+
+CUDA = _Dialect("cuda", "__device__ __forceinline__ void", ("float", "bool"), "{0} != 0.0f", "{0}", _cuda_constant)
+C = _Dialect(
+    "c", "static inline void", ("real", "truth"), "(truth)({0} != K(0.0))", "where_({0}, K(1.0), K(0.0))", _c_constant
+)
+
+
+def _c_like(dialect: _Dialect, function: _Function, comments: bool) -> str:
+    real = dialect.kinds[0]
     outputs = ["out"] if len(function.results) == 1 else [f"d_{group}" for group in GROUPS]
-    arguments = ", ".join(inputs + [f"float *{name}" for name in outputs])
-    lines = [f"__device__ __forceinline__ void {function.name}({arguments}) {{"]
-    lines += [f"    const {kind} {name} = {source};" for name, kind, source in function.inputs("f")]
+    arguments = [*(f"const {real} *{group}" for group in function.groups), *(f"{real} *{name}" for name in outputs)]
+
+    def printed(value: Argument) -> str:
+        return value if isinstance(value, str) else dialect.constant(value)
+
+    lines = [f"{dialect.function} {function.name}({', '.join(arguments)}) {{"]
+    for name, source in function.inputs:
+        is_truth = name in function.truths
+        text = dialect.truth.format(source) if is_truth else source
+        lines.append(f"    const {dialect.kinds[is_truth]} {name} = {text};")
     for op in function.ops:
         operation = OPERATIONS[op.name]
-        args = [arg if isinstance(arg, str) else _cuda_constant(arg) for arg in op.args]
-        kind = "bool" if operation.is_bool else "float"
-        text = operation.cuda.format(*args)
+        text = getattr(operation, dialect.language).format(*map(printed, op.args))
+        kind = dialect.kinds[operation.is_bool]
         lines.append(f"    const {kind} {op.result} = {text};{_comment(op, '//', comments)}")
     for output, names in zip(outputs, function.results, strict=True):
         for index, name in enumerate(names):
-            value = name if isinstance(name, str) else _cuda_constant(name)
-            lines.append(f"    {output}[{index}] = {value};")
+            text = dialect.number.format(name) if name in function.truths else printed(name)
+            lines.append(f"    {output}[{index}] = {text};")
     return "\n".join([*lines, "}", ""])
+
+
+PRINTERS: dict[str, Callable[[_Function, bool], str]] = {
+    "triton": _triton,
+    "cuda": partial(_c_like, CUDA),
+    "c": partial(_c_like, C),
+}

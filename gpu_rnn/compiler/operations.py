@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scalar operations a recurrence may use, one row each: torch function, Triton and CUDA text, derivative. And `Op`,
-one of them with its arguments: a program is a list of these.
+"""The scalar operations a recurrence may use, one row each: torch function, text in Triton, CUDA and C, derivative. And
+`Op`, one of them with its arguments: a program is a list of these.
 
 A derivative rule takes the gradient ``d`` of the result, the result ``y`` and the arguments, and returns the gradient
 of each argument (None where there is none). Ties, boundaries and NaN follow torch's autograd: relu'(0) = 0, clamp
@@ -24,11 +24,12 @@ Argument = str | float  # a value by its name, or a number
 
 
 class Operation(NamedTuple):
-    """How one operation runs in torch, is printed for the two kernel languages, and is differentiated."""
+    """How one operation runs in torch, is printed for each language of kernels, and is differentiated."""
 
     torch: Callable[..., Any]
     triton: str
     cuda: str
+    c: str
     derivative: Rule | None = None
     is_bool: bool = False
 
@@ -39,10 +40,10 @@ class Operation(NamedTuple):
 
 
 def _infix(symbol: str, derivative: Rule) -> Operation:
-    """One that all three languages write alike."""
+    """One that all languages write alike."""
     names = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
     text = f"{{0}} {symbol} {{1}}"
-    return Operation(names[symbol], text, text, derivative)
+    return Operation(names[symbol], text, text, text, derivative)
 
 
 def _bound(a_loses: str, b_loses: str) -> Rule:
@@ -63,8 +64,16 @@ def _clamp(d: Any, y: Any, x: Any, low: Any, high: Any) -> tuple[Any, None, None
 
 
 def _unary(name: str, derivative: Rule, triton: str = "", cuda: str = "") -> Operation:
-    """One that both languages call as a function; `m` is kernels/triton/math.py, CUDA's are the f-suffixed ones."""
-    return Operation(getattr(torch, name), triton or f"tl.{name}({{0}})", cuda or f"{name}f({{0}})", derivative)
+    """One that all languages call as a function: Triton of its own or of kernels/triton/math.py as `m`, CUDA with an f
+    behind the name, C of kernels/native/functions.h."""
+    texts = triton or f"tl.{name}({{0}})", cuda or f"{name}f({{0}})", f"{name}_({{0}})"
+    return Operation(getattr(torch, name), *texts, derivative)
+
+
+def _of_several(name: str, function: Callable[..., Any], arity: int, derivative: Rule) -> Operation:
+    """Likewise, of several arguments."""
+    args = ", ".join(f"{{{index}}}" for index in range(arity))
+    return Operation(function, f"m.{name}({args})", f"{name}f({args})", f"{name}_({args})", derivative)
 
 
 def _two_tensors(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -80,7 +89,12 @@ def _two_tensors(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _compare(name: str, symbol: str) -> Operation:
     text = f"({{0}} {symbol} {{1}})"
-    return Operation(getattr(operator, name), text, text, is_bool=True)
+    return Operation(getattr(operator, name), text, text, f"((truth){text})", is_bool=True)
+
+
+def _both(name: str, symbol: str) -> Operation:
+    text = f"({{0}} {symbol} {{1}})"
+    return Operation(getattr(operator, f"{name}_"), text, text, text, is_bool=True)
 
 
 TWO_OVER_SQRT_PI = 1.1283791670955126
@@ -90,7 +104,7 @@ OPERATIONS: dict[str, Operation] = {
     "sub": _infix("-", lambda d, y, a, b: (d, -d)),
     "mul": _infix("*", lambda d, y, a, b: (d * b, d * a)),
     "div": _infix("/", lambda d, y, a, b: (d / b, -(d / b) * y)),
-    "neg": Operation(operator.neg, "-{0}", "-{0}", lambda d, y, x: (-d,)),
+    "neg": Operation(operator.neg, "-{0}", "-{0}", "-{0}", lambda d, y, x: (-d,)),
     "tanh": _unary("tanh", lambda d, y, x: (d * (1.0 - y * y),), "m.tanh({0})"),
     "sigmoid": _unary("sigmoid", lambda d, y, x: (d * (y * (1.0 - y)),), "m.sigmoid({0})", "sigmoidf({0})"),
     "exp": _unary("exp", lambda d, y, x: (d * y,)),
@@ -110,22 +124,23 @@ OPERATIONS: dict[str, Operation] = {
         "tl.where({0} < 0, 0.0, {0})",
         "({0} < 0.0f ? 0.0f : {0})",
     ),
-    "clamp": Operation(torch.clamp, "m.clamp({0}, {1}, {2})", "clampf({0}, {1}, {2})", _clamp),
-    "minimum": Operation(_two_tensors(torch.minimum), "m.minimum({0}, {1})", "minimumf({0}, {1})", _bound("gt", "lt")),
-    "maximum": Operation(_two_tensors(torch.maximum), "m.maximum({0}, {1})", "maximumf({0}, {1})", _bound("lt", "gt")),
+    "clamp": _of_several("clamp", torch.clamp, 3, _clamp),
+    "minimum": _of_several("minimum", _two_tensors(torch.minimum), 2, _bound("gt", "lt")),
+    "maximum": _of_several("maximum", _two_tensors(torch.maximum), 2, _bound("lt", "gt")),
     "gt": _compare("gt", ">"),
     "ge": _compare("ge", ">="),
     "lt": _compare("lt", "<"),
     "le": _compare("le", "<="),
     "eq": _compare("eq", "=="),
     "ne": _compare("ne", "!="),
-    "and": Operation(operator.and_, "({0} & {1})", "({0} & {1})", is_bool=True),
-    "or": Operation(operator.or_, "({0} | {1})", "({0} | {1})", is_bool=True),
-    "not": Operation(torch.logical_not, "({0} == 0)", "(!{0})", is_bool=True),
+    "and": _both("and", "&"),
+    "or": _both("or", "|"),
+    "not": Operation(torch.logical_not, "({0} == 0)", "(!{0})", "(~{0})", is_bool=True),
     "where": Operation(
         torch.where,
         "tl.where({0}, {1}, {2})",
         "({0} ? {1} : {2})",
+        "where_({0}, {1}, {2})",
         lambda d, y, c, a, b: (None, c.emit("where", c, d, 0.0), c.emit("where", c, 0.0, d)),
     ),
 }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Generated code: as it was (tests/golden), and computing what the program computes, in Triton and in CUDA C++.
+"""Generated code: as it was (tests/golden), and computing what the program computes, in Triton, CUDA C++ and C.
 
 ``python -m tests.compiler.test_codegen`` writes the golden files anew; look at the difference before committing it.
 """
@@ -12,6 +12,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 
 import pytest
@@ -26,6 +27,7 @@ from gpu_rnn.compiler.derivative import differentiate, stage_outputs
 from gpu_rnn.compiler.evaluation import runner
 from gpu_rnn.compiler.program import Program, lookup
 from tests.support import loops as support
+from tests.support import native
 from tests.support.paths import TESTS
 
 GOLDEN = TESTS / "golden"
@@ -48,7 +50,7 @@ def test_generated_code_is_as_it_was(cell: str, language: str) -> None:
     assert golden(cell, language) == (GOLDEN / f"{cell}.{language}.txt").read_text()
 
 
-@pytest.mark.parametrize(("language", "mark"), [("triton", "#"), ("cuda", "//")])
+@pytest.mark.parametrize(("language", "mark"), [("triton", "#"), ("cuda", "//"), ("c", "//")])
 @pytest.mark.parametrize("backward", [False, True])
 def test_source_names_the_line_of_each_operation(language: str, mark: str, backward: bool) -> None:
     def step(x, r, s):
@@ -70,7 +72,7 @@ def test_source_names_the_line_of_each_operation(language: str, mark: str, backw
 
 
 def test_source_in_another_language() -> None:
-    with pytest.raises(ValueError, match="'triton' or 'cuda', not 'metal'"):
+    with pytest.raises(ValueError, match="'triton', 'cuda', 'c', not 'metal'"):
         cells.lstm().source("metal")
 
 
@@ -123,7 +125,7 @@ class Function:
         return rows
 
     def expected(self, inputs: Tensor) -> Tensor:
-        """(results, POINTS) by the program itself, in float32."""
+        """(results, POINTS) by the program itself, in the inputs' precision."""
         names = [name for group in self.groups for name in group]
         values = dict(zip(names, inputs, strict=True))
         like = inputs[0]
@@ -136,8 +138,9 @@ class Function:
         return torch.stack([lookup(values, found[name], like) for group in self.groups[:-1] for name in group])
 
     def check(self, actual: Tensor, inputs: Tensor) -> None:
-        """Float32 both; the absolute part is for sums of terms of size 10 that cancel."""
-        torch.testing.assert_close(actual, self.expected(inputs), rtol=2e-5, atol=1e-5, equal_nan=True)
+        """Of one precision both; the absolute part is for sums of terms of size 10 that cancel."""
+        rtol, atol = (2e-5, 1e-5) if inputs.dtype == torch.float32 else (2e-13, 1e-13)
+        torch.testing.assert_close(actual, self.expected(inputs), rtol=rtol, atol=atol, equal_nan=True)
 
 
 def functions(program: Program) -> Iterator[Function]:
@@ -197,6 +200,49 @@ def test_cuda_computes_what_the_program_computes(on_the_host: ctypes.CDLL, name:
         call = getattr(on_the_host, f"{name}_{function.name}")
         call(POINTS, ctypes.c_void_p(in_order.data_ptr()), ctypes.c_void_p(found.data_ptr()))
         function.check(found.T, inputs)
+
+
+def native_entry(name: str, function: Function) -> str:
+    """A C function that applies a generated one to every point, in memory laid out value by value."""
+    starts = [sum(function.sizes[:k]) for k in range(7)]
+    count = sum(function.sizes[:5]) if function.backward else len(stage_outputs(function.program, function.number))
+    takes = [f"in + {start}" for start in starts[: 6 if function.backward else 5]]
+    gives = [f"out + {start}" for start in starts[:5]] if function.backward else ["out"]
+    return f"""
+void {name}_{function.name}_of(long n, const scalar *from, scalar *to) {{
+  for (long k = 0; k < n; k += LANES) {{
+    real in[{starts[6]}], out[{count}];
+    for (int i = 0; i < {starts[6]}; i++) __builtin_memcpy(in + i, from + i * n + k, sizeof(real));
+    {name}_{function.name}({", ".join(takes + gives)});
+    for (int i = 0; i < {count}; i++) __builtin_memcpy(to + i * n + k, out + i, sizeof(real));
+  }}
+}}
+"""
+
+
+@cache
+def in_c(scalar: str, compiler: str) -> ctypes.CDLL:
+    """Every program's C text, the names of its functions with the program's in front."""
+    parts = []
+    for name, recurrence in TRACED.items():
+        program = recurrence.program
+        bodies = "".join(codegen.source(program, "c", backward=backward) for backward in (False, True))
+        parts.append(bodies.replace(" step_", f" {name}_step_"))
+        parts += [native_entry(name, function) for function in functions(program)]
+    return native.build("".join(parts), scalar, compiler, "plain", "-O0")
+
+
+@pytest.mark.parametrize("scalar, dtype", [("float", torch.float32), ("double", torch.float64)])
+@pytest.mark.parametrize("compiler", native.COMPILERS)
+def test_c_computes_what_the_program_computes(scalar: str, dtype: torch.dtype, compiler: str) -> None:
+    native.needs(compiler, "plain")
+    for name, recurrence in TRACED.items():
+        for function in functions(recurrence.program):
+            inputs = function.inputs().to(dtype)
+            actual = torch.full_like(function.expected(inputs), 7)
+            call = getattr(in_c(scalar, compiler), f"{name}_{function.name}_of")
+            call(ctypes.c_long(POINTS), ctypes.c_void_p(inputs.data_ptr()), ctypes.c_void_p(actual.data_ptr()))
+            function.check(actual, inputs)
 
 
 @pytest.mark.interpreter
