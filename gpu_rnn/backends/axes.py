@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_type_hints
+from typing import Annotated, Literal, NamedTuple, get_origin, get_type_hints
 
 import torch
 
@@ -29,4 +29,4 @@ def axes_of(fields: type) -> dict[str, tuple[Axes, ...]]:
     """Of each field with axes of its own: one; of a list that of the first tensor and that of the others; of a pair
     that of each."""
     hints = get_type_hints(fields, include_extras=True)
-    return {name: hint.__metadata__ for name, hint in hints.items() if hasattr(hint, "__metadata__")}
+    return {name: hint.__metadata__ for name, hint in hints.items() if get_origin(hint) is Annotated}

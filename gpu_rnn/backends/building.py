@@ -113,19 +113,24 @@ class Builds:
     def _built(self, problem: Problem, device: torch.device) -> str:
         """Why the kernels cannot be built or loaded on a device; empty where they are."""
         from triton.errors import TritonError
-        from triton.runtime.driver import driver
 
         try:
             with torch.cuda.device(-1 if device.index is None else device.index), torch.inference_mode(False):
-                target = driver.active.get_current_target()
-                if target.backend == "cuda" and ptxas_refusal(target.arch):
-                    return _words(RuntimeError(ptxas_refusal(target.arch)))
-                for launch in self._launches(problem):
-                    compiled = launch.kernel.warmup(grid=launch.grid, **launch.arguments)
-                    compiled.run  # noqa: B018  # builds the launcher and loads the machine code
+                self._build(problem)
         except (TritonError, RuntimeError, OSError, subprocess.SubprocessError, ImportError, AssertionError) as error:
             return _words(error)
         return ""
+
+    def _build(self, problem: Problem) -> None:
+        """On the current device."""
+        from triton.runtime.driver import driver
+
+        target = driver.active.get_current_target()
+        if target.backend == "cuda" and ptxas_refusal(target.arch):
+            raise RuntimeError(ptxas_refusal(target.arch))
+        for launch in self._launches(problem):
+            compiled = launch.kernel.warmup(grid=launch.grid, **launch.arguments)
+            compiled.run  # noqa: B018  # builds the launcher and loads the machine code
 
 
 @memoize(16)

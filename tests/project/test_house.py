@@ -193,6 +193,16 @@ def test_the_compiler_is_read_in_the_order_of_its_imports() -> None:
         assert imported(folder / f"{name}.py") <= {"compiler", "activations", "memo", "once"}, name
 
 
+def test_backends_are_asked_by_their_protocols() -> None:
+    """Nothing looks whether a backend has a function: the type checker knows it has (`gpu_rnn.backends.Backend`)."""
+    files = [path for room in ("backends", "dispatch") for path in (PACKAGE / room).rglob("*.py")]
+    files += [PACKAGE / "call" / name for name in ("passes.py", "wavefront.py", "run.py", "loops.py")]
+    asking = [
+        path.relative_to(PACKAGE).as_posix() for path in files if re.search(r"hasattr|ModuleType", path.read_text())
+    ]
+    assert not asking
+
+
 # What stands in several files under one name although it is not one thing.
 SAME_NAMES = {
     "LSTM, GRU": "the layers of each library whose name they have: torch.nn's and Keras's",

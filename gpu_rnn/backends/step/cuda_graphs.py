@@ -101,8 +101,7 @@ class Chunks(Generic[S]):
             if self.place is None or steps < self.chunk:
                 self.loop.run(steps)
             else:
-                if self.graph is None:
-                    self.graph = self._capture(self.place)
+                self.graph = self.graph or self._capture(self.place)
                 self.graph.replay()
         if self.key and steps == self.chunk and self.key not in Chunks.kept:
             self._make_room()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,16 +43,18 @@ def launches(problem: Problem) -> Iterator[TritonLaunch]:
     if not _fits(problem.dtype, bool(problem.proj_size), problem.program):
         return
     call, gates, _ = building.example(problem)
-    back = problem.direction == "backward"
     save = problem.direction == "training"
     kind = Kind.of(call, save, inner=problem.all_states or save)
-    loop: Any = (BackwardSteps if back else ForwardSteps)(problem.program, gates, len(gates), kind)
-    for steps in filter(None, (loop, loop.projection)):
-        for shape, product in zip(steps.shapes, steps.products, strict=True):
-            if back:
+    if problem.direction == "backward":
+        backward = BackwardSteps(problem.program, gates, len(gates), kind)
+        for steps in filter(None, (backward, backward.projection)):
+            for shape in steps.shapes:
                 yield TritonLaunch(step_backward, steps.grid, steps.arguments(0, shape))
-                continue
-            entering = loop.of_h.entering if steps is loop else loop.y[0].transpose(0, 1)
+        return
+    forward = ForwardSteps(problem.program, gates, len(gates), kind)
+    for steps in filter(None, (forward, forward.projection)):
+        entering = forward.of_h.entering if steps is forward else forward.y[0].transpose(0, 1)
+        for shape, product in zip(steps.shapes, steps.products, strict=True):
             yield TritonLaunch(step_forward, steps.grid, steps.arguments(0, shape, product.batched(entering)))
 
 
