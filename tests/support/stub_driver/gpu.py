@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -106,7 +107,8 @@ class _Triton(CudaDriver):
 
 driver = Driver()
 triton_driver.set_active(_Triton())
-choice.device_of = lambda device: devices.describe("H200")
+H200 = replace(devices.describe("H200"), name="NVIDIA H200")  # as one that is here: what is not installed is missed
+choice.device_of = lambda device: H200
 torch.backends.cudnn.rnn.fp32_precision = "ieee"  # tensors on the CPU are never taken for tf32's
 devices.at_hand = lambda described: [torch.device("cpu")]
 gpu.triton_interpreter = SimpleNamespace(INTERPRETING=True)  # its kernels take tensors of the CPU, here as there
