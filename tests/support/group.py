@@ -18,7 +18,7 @@ from gpu_rnn.backends import linear, reference
 from gpu_rnn.backends.group import launch as group
 from gpu_rnn.backends.group.choice import Choice
 from gpu_rnn.backends.group.layout import Layout
-from gpu_rnn.backends.tensors import Result
+from gpu_rnn.backends.tensors import OF_STATES, Result
 from tests.support.layer_options import OPTIONS, with_options
 from tests.support.loops import RECURRENCES, Inputs, draw, make, values_and_gradients
 from tests.support.pairwise import pairwise
@@ -69,7 +69,7 @@ class Case:
             "flags": bool(values or {"mask", "resets"}.intersection(self.options)),
             "values": 2 if "reset_values_per_step" in values else len(values),
             "drop": 2 if "drop_per_gate" in self.options else int("drop" in self.options),
-            "zone": "zone" in self.options,
+            "of_states": OF_STATES if "zone" in self.options else (),
         }
         return Layout(
             RECURRENCES[self.cell].program.text, dtype, precision, backward, self.members, self.blocks, self.across,

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from gpu_rnn.backends.tensors import OF_STATES
 from gpu_rnn.compiler import codegen
 from gpu_rnn.compiler.program import Program
 from gpu_rnn.memo import memoize
@@ -27,7 +28,8 @@ PERIOD = 4  # publications between two fences; see group_exchange.cuh
 
 def switches(controls: Mapping[str, int], values: int) -> dict[str, Any]:
     """The fields of a `Layout` that a call's controls set, from their description; `values` as there."""
-    return {"flags": controls["flags"], "values": values, "drop": min(controls["drop"], 2), "zone": controls["zone"]}
+    of_states = tuple(name for name in OF_STATES if controls[name])
+    return {"flags": controls["flags"], "values": values, "drop": min(controls["drop"], 2), "of_states": of_states}
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Layout:
         flags: rows skip steps, or their states are reset before a step.
         values: to what: 0 the recurrence's initial values, 1 given ones, 2 given ones for each step.
         drop: factors of what enters the products: 0 none, 1 for all gates, 2 for each gate.
-        zone: units that keep the states with which they entered a step.
+        of_states: `tensors.OF_STATES` that there are.
     """
 
     program: str
@@ -74,7 +76,7 @@ class Layout:
     flags: bool = False
     values: int = 0
     drop: int = 0
-    zone: bool = False
+    of_states: tuple[str, ...] = ()
 
     @once
     def parsed(self) -> Program:
@@ -184,7 +186,7 @@ class Layout:
             "FLAGS": int(self.flags),
             "VALUES": self.values,
             "DROP": self.drop,
-            "ZONE": int(self.zone),
+            **{name.upper(): int(name in self.of_states) for name in OF_STATES},
             "INITIAL": "{" + ", ".join(map(_literal, program.initial)) + "}",
         }
 
