@@ -38,9 +38,9 @@ class Untrusted(OSError):
 def wanted() -> Path:
     """GPU_RNN_CACHE, else the user's cache folder, whether it is there or not."""
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    found = Path(environment.cache_folder() or f"{home}/gpu_rnn")
+    path = Path(environment.cache_folder() or f"{home}/gpu_rnn")
     try:
-        return found.expanduser().absolute()
+        return path.expanduser().absolute()
     except (
         RuntimeError,
         FileNotFoundError,
@@ -62,17 +62,17 @@ def outlives_the_process(path: Path) -> bool:
 @memoize(None)
 def folder() -> Path:
     """`wanted`, made; where nothing can be written, or others could write too, a temporary one."""
-    found = wanted()
+    path = wanted()
     with suppress(OSError):
-        found.mkdir(mode=0o700, parents=True, exist_ok=True)
-    reason = distrust(found)
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    reason = distrust(path)
     if reason:
         log.warning("nothing in the cache is used, and nothing is kept: %s", reason)
-    if reason or not os.access(found, os.R_OK | os.W_OK | os.X_OK):
+    if reason or not os.access(path, os.R_OK | os.W_OK | os.X_OK):
         return _temporary()
-    for part in _left(found, f"{PART}*", ABANDONED):
+    for part in _left(path, f"{PART}*", ABANDONED):
         part.unlink(missing_ok=True)
-    return found
+    return path
 
 
 def distrust(path: Path) -> str:
@@ -86,15 +86,15 @@ def distrust(path: Path) -> str:
     return ""
 
 
-def _check(path: Path, found: os.stat_result) -> None:
+def _check(path: Path, status: os.stat_result) -> None:
     """Raises `Untrusted` where others than this user, or root, could have put something there."""
     if not hasattr(os, "geteuid"):  # Windows: the user's own folders are nobody else's
         return
-    if found.st_uid not in (os.geteuid(), 0):
+    if status.st_uid not in (os.geteuid(), 0):
         raise Untrusted(
-            f"{path} belongs to another user (number {found.st_uid}): set GPU_RNN_CACHE to a folder of your own"
+            f"{path} belongs to another user (number {status.st_uid}): set GPU_RNN_CACHE to a folder of your own"
         )
-    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise Untrusted(
             f"{path} can be written by other users: chmod go-w it, or set GPU_RNN_CACHE to a folder of your own"
         )
@@ -102,12 +102,16 @@ def _check(path: Path, found: os.stat_result) -> None:
 
 def _left(place: Path, pattern: str, seconds: float) -> Iterator[Path]:
     """What this user's processes began that long ago, and were killed before they could remove it."""
-    for path in place.glob(pattern):
-        with suppress(OSError):
-            found = path.lstat()
-            own = not hasattr(os, "geteuid") or found.st_uid == os.geteuid()
-            if own and time.time() - found.st_mtime > seconds:
-                yield path
+    return (path for path in place.glob(pattern) if _ours_and_older(path, seconds))
+
+
+def _ours_and_older(path: Path, seconds: float) -> bool:
+    try:
+        status = path.lstat()
+    except OSError:
+        return False
+    ours = not hasattr(os, "geteuid") or status.st_uid == os.geteuid()
+    return ours and time.time() - status.st_mtime > seconds
 
 
 @memoize(None, stays="what this process wrote lies there")
@@ -115,9 +119,9 @@ def _temporary() -> Path:
     place = Path(tempfile.gettempdir())
     for left in _left(place, f"{TEMPORARY}*", FORGOTTEN):
         shutil.rmtree(left, ignore_errors=True)
-    found = tempfile.mkdtemp(prefix=TEMPORARY, dir=place)  # for this user only
-    atexit.register(shutil.rmtree, found, ignore_errors=True)
-    return Path(found)
+    made = tempfile.mkdtemp(prefix=TEMPORARY, dir=place)  # for this user only
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
+    return Path(made)
 
 
 @contextmanager
@@ -144,9 +148,9 @@ def read(path: Path) -> bytes:
     """
     _check(path.parent, path.parent.stat())
     with os.fdopen(os.open(path, _READ), "rb") as file:
-        found = os.fstat(file.fileno())
-        _check(path, found)
-        if not stat.S_ISREG(found.st_mode):
+        status = os.fstat(file.fileno())
+        _check(path, status)
+        if not stat.S_ISREG(status.st_mode):
             raise Untrusted(f"{path} is no file: remove it")
         return file.read()
 
@@ -174,8 +178,7 @@ def _written(place: Path, name: str, content: bytes) -> Path:
             os.fsync(handle)  # else a power cut after the renaming leaves an empty file of that name
         return Path(part).replace(place / name)
     finally:
-        with suppress(OSError):
-            Path(part).unlink()
+        _remove(Path(part))
 
 
 def keep(key: str, suffix: str, content: bytes) -> Path:
@@ -189,20 +192,29 @@ def keep(key: str, suffix: str, content: bytes) -> Path:
 
 def kept(key: str, suffix: str) -> bytes | None:
     """What `keep` kept; None where nothing is, or what is there is not what was kept, and is removed."""
-    for place in {folder(), *places()}:
-        for path in place.glob(f"{key}-*{suffix}"):
-            try:
-                content = read(path)
-            except Untrusted as error:
-                log.warning("a file in the cache is not used: %s", error)
-                continue
-            except OSError:
-                continue
-            if path.name == f"{key}-{_digest(content)}{suffix}":
-                return content
-            with suppress(OSError):
-                path.unlink()
+    for path in [path for place in {folder(), *places()} for path in place.glob(f"{key}-*{suffix}")]:
+        content = _content(path)
+        if content is not None and path.name == f"{key}-{_digest(content)}{suffix}":
+            return content
+        if content is not None:
+            _remove(path)
     return None
+
+
+def _content(path: Path) -> bytes | None:
+    """None of a file that cannot be read, or is not to be."""
+    try:
+        return read(path)
+    except Untrusted as error:
+        log.warning("a file in the cache is not used: %s", error)
+    except OSError:
+        pass
+    return None
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):
+        path.unlink()
 
 
 def _digest(content: bytes) -> str:

@@ -118,24 +118,24 @@ def _described_call(
 def _described_layer(options: argparse.Namespace) -> LayerBase:
     import gpu_rnn
 
-    extra = {
+    all_options = {
         "activation": options.activation,
         "recurrent_activation": options.recurrent_activation,
         "reset_after": False if options.reset_before else None,
         "peephole": options.peephole or None,
         "proj_size": options.proj,
     }
-    given = {name: value for name, value in extra.items() if value is not None}
+    layer_options = {name: value for name, value in all_options.items() if value is not None}
     cell = options.cell.upper()
     make = getattr(gpu_rnn, cell)
     known = set(inspect.signature(make).parameters) - (
         {"proj_size"} if cell != "LSTM" else set()
     )  # there to be refused
-    unknown = [FLAGS.get(name, f"--{name.replace('_', '-')}") for name in given if name not in known]
+    unknown = [FLAGS.get(name, f"--{name.replace('_', '-')}") for name in layer_options if name not in known]
     if unknown:
         raise ValueError(f"{'a' if cell == 'GRU' else 'an'} {cell} has no {', '.join(unknown)}")
     features = options.input or options.hidden
-    return make(features, options.hidden, options.layers, bidirectional=options.bidirectional, **given)
+    return make(features, options.hidden, options.layers, bidirectional=options.bidirectional, **layer_options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -166,8 +166,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
         "demo",
         help="train on real recordings beside torch.nn, time both, draw a picture",
         description="Trains a bidirectional LSTM and a GRU on the JapaneseVowels recordings with torch.nn and with "
-        "gpu_rnn "
-        "from the same seeds, trains them again with options that torch.nn does not have, times every layer "
+        "gpu_rnn from the same seeds, trains them again with options that torch.nn does not have, times every layer "
         "on this device, and writes one picture.",
         epilog="examples:\n"
         "  gpu-rnn demo\n"
@@ -229,8 +228,7 @@ def _add_tune(commands: argparse._SubParsersAction) -> None:
         "tune",
         help="measure every backend on a layer here, and have the fastest chosen from then on",
         description="Measures, for a layer described by its sizes, every backend that can run it on this device, "
-        "and keeps "
-        "the choice in the cache folder (GPU_RNN_CACHE), where every process on this machine finds it.",
+        "and keeps the choice in the cache folder (GPU_RNN_CACHE), where every process on this machine finds it.",
         epilog="examples:\n  gpu-rnn tune --cell lstm --hidden 512 --batch 64 --steps 100 --dtype bf16 --training",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

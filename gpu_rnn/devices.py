@@ -86,8 +86,8 @@ _UNLIKE = re.compile(r"\b(MIG|GRID|PCI[Ee]|NVL|Laptop|Ti|D|Max-Q|(40|64|94|96) ?
 def known_as(name: str) -> str | None:
     """The key in `DEVICES` of a driver's name, such as "H100" of "NVIDIA H100 80GB HBM3"; None of what is not
     described."""
-    found = [key for key in DEVICES if re.search(rf"\b{key}\b", name)]
-    return found[0] if found and not _UNLIKE.search(name) else None
+    keys = [key for key in DEVICES if re.search(rf"\b{key}\b", name)]
+    return keys[0] if keys and not _UNLIKE.search(name) else None
 
 
 def _bare(name: str) -> str:
@@ -101,22 +101,25 @@ def of(device: torch.device) -> Device:
     nothing as the nearest relative. The rate of tensor cores goes with the multiprocessors."""
     if device.type != "cuda" or torch.version.cuda is None:
         return CPU
-    found = torch.cuda.get_device_properties(device)
-    capability = (found.major, found.minor)
-    relatives = [DEVICES[key]] if (key := known_as(found.name)) else []
-    relatives = relatives or [d for d in DEVICES.values() if d.capability[0] == found.major] or list(DEVICES.values())
-    nearest = min(
-        relatives, key=lambda d: (abs(d.capability[1] - found.minor), abs(d.sms - found.multi_processor_count))
+    properties = torch.cuda.get_device_properties(device)
+    capability = (properties.major, properties.minor)
+    relatives = [DEVICES[key]] if (key := known_as(properties.name)) else []
+    relatives = (
+        relatives or [d for d in DEVICES.values() if d.capability[0] == properties.major] or list(DEVICES.values())
     )
-    share = found.multi_processor_count / nearest.sms
+    nearest = min(
+        relatives,
+        key=lambda d: (abs(d.capability[1] - properties.minor), abs(d.sms - properties.multi_processor_count)),
+    )
+    share = properties.multi_processor_count / nearest.sms
     return Device(
-        found.name,
+        properties.name,
         capability,
-        found.multi_processor_count,
-        nearest.clock if key else _measured(found, "clock_rate") / 1e6 or nearest.clock,
-        getattr(found, "shared_memory_per_block_optin", nearest.shared_memory),
+        properties.multi_processor_count,
+        nearest.clock if key else _measured(properties, "clock_rate") / 1e6 or nearest.clock,
+        getattr(properties, "shared_memory_per_block_optin", nearest.shared_memory),
         nearest.tensor_flops * share,
-        nearest.memory_rate if key else _memory_rate(found) or nearest.memory_rate,
+        nearest.memory_rate if key else _memory_rate(properties) or nearest.memory_rate,
     )
 
 
@@ -131,16 +134,16 @@ def _in_use(index: int) -> bool:
     return bool(torch._C._cuda_hasPrimaryContext(index))  # type: ignore[attr-defined]  # builds without CUDA lack it
 
 
-def _measured(found: Any, name: str) -> float:
+def _measured(properties: Any, name: str) -> float:
     """What a driver says of a device, 0 where it or this version of torch says nothing."""
-    return float(getattr(found, name, 0) or 0)
+    return float(getattr(properties, name, 0) or 0)
 
 
-def _memory_rate(found: Any) -> float:
+def _memory_rate(properties: Any) -> float:
     """GB/s: two words of the bus's width in a cycle of the memory's clock (kHz), on every memory of theirs."""
-    if "MIG" in found.name:  # the whole device's memory
+    if "MIG" in properties.name:  # the whole device's memory
         return 0.0
-    return 2 * _measured(found, "memory_clock_rate") * 1e3 * _measured(found, "memory_bus_width") / 8 / 1e9
+    return 2 * _measured(properties, "memory_clock_rate") * 1e3 * _measured(properties, "memory_bus_width") / 8 / 1e9
 
 
 def cpu_name() -> str:

@@ -16,8 +16,8 @@ def _given(name: str) -> str:
     return os.environ.get(name, "").strip()
 
 
-def _refused(name: str, given: str, allowed: str) -> ValueError:
-    return ValueError(f"{name} is {given!r} in the environment, not {allowed}: correct it, or unset it")
+def _refused(name: str, value: str, allowed: str) -> ValueError:
+    return ValueError(f"{name} is {value!r} in the environment, not {allowed}: correct it, or unset it")
 
 
 # os.environ answers by an exception, which takes as long as the rest of a short call's questions; what it keeps does
@@ -44,10 +44,10 @@ def backend(known: Collection[str]) -> str:
     """
     if not names_a_backend():
         return ""
-    given = _given("GPU_RNN_BACKEND")
-    if given and given != "auto" and given not in known:
-        raise _refused("GPU_RNN_BACKEND", given, f"'auto' or one of {', '.join(known)}")
-    return "" if given == "auto" else given
+    name = _given("GPU_RNN_BACKEND")
+    if name and name != "auto" and name not in known:
+        raise _refused("GPU_RNN_BACKEND", name, f"'auto' or one of {', '.join(known)}")
+    return "" if name == "auto" else name
 
 
 def cache_folder() -> str:
@@ -61,8 +61,8 @@ def deadline() -> float:
     Raises:
         ValueError: it is no number, or not one of seconds that a wait can have.
     """
-    given = _given("GPU_RNN_DEADLINE")
-    seconds = DEADLINE if not given else float(given) if _NUMBER.fullmatch(given) else 0.0
+    text = _given("GPU_RNN_DEADLINE")
+    seconds = DEADLINE if not text else float(text) if _NUMBER.fullmatch(text) else 0.0
     if not SHORTEST <= seconds <= LONGEST:
-        raise _refused("GPU_RNN_DEADLINE", given, f"a number of seconds from {SHORTEST:g} to {LONGEST:.0f}")
+        raise _refused("GPU_RNN_DEADLINE", text, f"a number of seconds from {SHORTEST:g} to {LONGEST:.0f}")
     return seconds

@@ -110,7 +110,7 @@ def from_keras(*layers: Sequence[Weight], cell: str) -> State:
         <All keys matched successfully>
     """
     check_cell(cell)
-    return join([[_from_keras(own, cell) for own in _split_keras(layer)] for layer in layers])
+    return join([[_from_keras(arrays, cell) for arrays in _split_keras(layer)] for layer in layers])
 
 
 def to_keras(state: Mapping[str, Weight], cell: str) -> list[list[np.ndarray]]:
@@ -226,13 +226,12 @@ def _split_keras(layer: Sequence[Weight]) -> list[Sequence[Weight]]:
         return [layer[: len(layer) // 2], layer[len(layer) // 2 :]]
     raise ValueError(
         "a Keras layer has the weights kernel, recurrent_kernel and, with use_bias, bias, a Bidirectional twice "
-        "as many; "
-        f"got {len(layer)} arrays. Give layer.get_weights() of each layer, one argument a layer"
+        f"as many; got {len(layer)} arrays. Give layer.get_weights() of each layer, one argument a layer"
     )
 
 
 def _from_keras(arrays: Sequence[Weight], cell: str) -> Direction:
-    kernel, recurrent_kernel, *rest = map(tensor_of, arrays)
+    kernel, recurrent_kernel, *biases = map(tensor_of, arrays)
     gates = len(ORDERS[cell]["keras"])
     expect(recurrent_kernel, (None, None), f"a {cell}'s recurrent_kernel")
     expect(
@@ -240,13 +239,13 @@ def _from_keras(arrays: Sequence[Weight], cell: str) -> Direction:
     )
     rows = recurrent_kernel.shape[1]
     expect(kernel, (None, rows), f"a {cell}'s kernel")
-    if rest and cell in ("lstm", "gru") and rest[0].shape == (2 * rows,):
-        kernel, recurrent_kernel, *rest = keras_of_cudnn(kernel, recurrent_kernel, rest[0])
-    if rest:
+    if biases and cell in ("lstm", "gru") and biases[0].shape == (2 * rows,):
+        kernel, recurrent_kernel, *biases = keras_of_cudnn(kernel, recurrent_kernel, biases[0])
+    if biases:
         # The shape of its bias is how a Keras GRU shows where its reset gate acts.
-        expect(rest[0], (2, rows) if cell == "gru" else (rows,), f"a {cell}'s bias")
-    found = direction_of_keras(kernel, recurrent_kernel, rest[0] if rest else None, cell)
-    return found._replace(weight_ih=found.weight_ih.contiguous(), weight_hh=found.weight_hh.contiguous())
+        expect(biases[0], (2, rows) if cell == "gru" else (rows,), f"a {cell}'s bias")
+    direction = direction_of_keras(kernel, recurrent_kernel, biases[0] if biases else None, cell)
+    return direction._replace(weight_ih=direction.weight_ih.contiguous(), weight_hh=direction.weight_hh.contiguous())
 
 
 def _to_keras(direction: Direction, cell: str) -> list[np.ndarray]:
@@ -260,29 +259,31 @@ def _to_keras(direction: Direction, cell: str) -> list[np.ndarray]:
 
 def _from_onnx(node: Mapping[str, Weight], cell: str) -> Layer:
     check_names(node, {"W", "R"}, {"B", "P"}, "an ONNX node")
-    given = {name: tensor_of(value) for name, value in node.items()}
+    tensors = {name: tensor_of(value) for name, value in node.items()}
     for name, axes in {"W": 3, "R": 3, "B": 2, "P": 2}.items():
-        if name in given:
-            expect(given[name], (None,) * axes, f"a {cell}'s {name}")
-    gates, (directions, _, hidden) = len(ORDERS[cell]["onnx"]), given["R"].shape
+        if name in tensors:
+            expect(tensors[name], (None,) * axes, f"a {cell}'s {name}")
+    gates, (directions, _, hidden) = len(ORDERS[cell]["onnx"]), tensors["R"].shape
     if directions not in (1, 2):
         raise ValueError(f"W and R have one direction or two along their first axis, got {directions}")
-    expect(given["R"], (directions, gates * hidden, hidden), f"a {cell}'s R")
-    expect(given["W"], (directions, gates * hidden, None), f"a {cell}'s W")
-    if "B" in given:
-        expect(given["B"], (directions, 2 * gates * hidden), f"a {cell}'s B")
-    if "P" in given:
+    expect(tensors["R"], (directions, gates * hidden, hidden), f"a {cell}'s R")
+    expect(tensors["W"], (directions, gates * hidden, None), f"a {cell}'s W")
+    if "B" in tensors:
+        expect(tensors["B"], (directions, 2 * gates * hidden), f"a {cell}'s B")
+    if "P" in tensors:
         if cell != "lstm":
             raise ValueError(f"a {cell} has no peepholes, and the node has P: is `cell` the right one?")
-        expect(given["P"], (directions, 3 * hidden), "an lstm's P")
-    return [_onnx_direction({name: value[d] for name, value in given.items()}, cell) for d in range(directions)]
+        expect(tensors["P"], (directions, 3 * hidden), "an lstm's P")
+    return [_onnx_direction({name: value[d] for name, value in tensors.items()}, cell) for d in range(directions)]
 
 
-def _onnx_direction(own: State, cell: str) -> Direction:
+def _onnx_direction(tensors: State, cell: str) -> Direction:
     orders = ORDERS[cell]["onnx"], ORDERS[cell]["torch"]
-    bias = reorder(own["B"].unflatten(0, (2, -1)), *orders, dim=1) if "B" in own else None
-    peephole = reorder(own["P"].unflatten(0, (3, -1)), PEEPHOLES["onnx"], PEEPHOLES["torch"]) if "P" in own else None
-    return Direction(reorder(own["W"], *orders), reorder(own["R"], *orders), bias, peephole)
+    bias = reorder(tensors["B"].unflatten(0, (2, -1)), *orders, dim=1) if "B" in tensors else None
+    peephole = (
+        reorder(tensors["P"].unflatten(0, (3, -1)), PEEPHOLES["onnx"], PEEPHOLES["torch"]) if "P" in tensors else None
+    )
+    return Direction(reorder(tensors["W"], *orders), reorder(tensors["R"], *orders), bias, peephole)
 
 
 def _to_onnx(layer: Layer, cell: str) -> dict[str, np.ndarray]:

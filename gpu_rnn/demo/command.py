@@ -130,10 +130,10 @@ def _learn(
     runs = [_learn_one(variant, library, data, seeds, epochs) for variant, library in plan]
     print(f"Test accuracy after {epochs} epochs, %, {_seeds(seeds)}:")
     theirs = {run.variant.label: run for run in runs if run.library != "gpu_rnn"}
-    for found in runs:
-        if found.library != "gpu_rnn":
+    for run in runs:
+        if run.library != "gpu_rnn":
             continue
-        print(_accuracy_lines(found, theirs.get(found.variant.label), len(data.test)))
+        print(_accuracy_lines(run, theirs.get(run.variant.label), len(data.test)))
     return runs
 
 

@@ -63,8 +63,8 @@ def measure(case: Case, *, seconds: float) -> CaseTiming:
         for module in (case.ours, case.theirs):  # oneDNN keeps more in training mode, also without gradients
             module.train(kind is training)
         calls = {"ours": kind(case.ours), "theirs": kind(case.theirs)}
-        found = interleave(calls, case.inputs.data.device, trials=TRIALS, seconds=seconds)
-        return found["ours"].median, found["theirs"].median
+        timings = interleave(calls, case.inputs.data.device, trials=TRIALS, seconds=seconds)
+        return timings["ours"].median, timings["theirs"].median
 
     return CaseTiming(case, both(forward), both(training))
 

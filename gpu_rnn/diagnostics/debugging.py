@@ -80,7 +80,7 @@ def debug(layer: LayerBase, x: Tensor, *, backend: str = "auto") -> list[Differe
         x = x.transpose(0, 1)
     program, stack, all_weights = layer.recurrence.program, layer._stack(), layer._flat_weights
     options = Options(backend, stack.reverse, save=True)
-    found = []
+    differences = []
     with torch.no_grad():
         for number in range(layer.num_layers):
             initial = replace(stack, num_layers=1).initial(x, all_weights, x.shape[1])
@@ -91,9 +91,9 @@ def debug(layer: LayerBase, x: Tensor, *, backend: str = "auto") -> list[Differe
             doubled = _double(inputs)
             exact = reference.forward(passes.call_of(program.text, options, doubled), doubled.x, save=True)
             where, worst = _first(program, result, exact, options.reverse, TOLERANCE[x.dtype])
-            found.append(Difference(number, name, worst, where))
+            differences.append(Difference(number, name, worst, where))
             x = exact.y.flatten(2).to(x.dtype)
-    return found
+    return differences
 
 
 def _double(inputs: Inputs) -> Inputs:
@@ -109,8 +109,8 @@ def _first(program: Program, result: Result, exact: Result, reverse: str, tolera
         (["the output h"], result.y[:, :, :, None], exact.y[:, :, :, None]),
     ]
     compared += [
-        ([f"the state {name}"], kept[:, :, :, None], truth[:, :, :, None])
-        for name, kept, truth in zip(program.state_names[1:], result.inner, exact.inner, strict=True)
+        ([f"the state {name}"], states[:, :, :, None], exact_states[:, :, :, None])
+        for name, states, exact_states in zip(program.state_names[1:], result.inner, exact.inner, strict=True)
     ]
     first: tuple[int, str] | None = None
     worst = 0.0

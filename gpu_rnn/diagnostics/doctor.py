@@ -96,26 +96,26 @@ def _backends(device: torch.device) -> list[str]:
     lines = ["backend".ljust(12) + "".join(name.ljust(26) for name in layers) + "why not"]
     for rows in zip(*tables, strict=True):
         verdicts = ["chosen" if row.chosen else "can run" if row.runs else "no" for row in rows]
-        first, *others = dict.fromkeys(reason for row in rows for reason in row.reasons) or [""]
+        first, *further = dict.fromkeys(reason for row in rows for reason in row.reasons) or [""]
         lines.append((rows[0].backend.ljust(12) + "".join(v.ljust(26) for v in verdicts) + first).rstrip())
-        lines += [" " * 64 + reason for reason in others]
+        lines += [" " * 64 + reason for reason in further]
     return lines
 
 
 def _packages() -> list[str]:
     """Versions from the packages' metadata: importing CuPy or Keras only to ask them would take seconds."""
-    versions = {name: [found.version for found in metadata.distributions(name=name)] for name in PACKAGES}
+    versions = {name: [package.version for package in metadata.distributions(name=name)] for name in PACKAGES}
     versions["torch"] = [torch.__version__]  # names the build too, as +cu130
-    present = ", ".join(f"{name} {found[0]}" for name, found in versions.items() if found)
-    absent = ", ".join(name for name, found in versions.items() if not found)
+    present = ", ".join(f"{name} {installed[0]}" for name, installed in versions.items() if installed)
+    absent = ", ".join(name for name, installed in versions.items() if not installed)
     return [f"packages {present}"] + [f"absent   {absent}"] * bool(absent)
 
 
 def _cache(device: torch.device) -> list[str]:
     """Where compiled kernels and tuned choices are kept, and what is wrong there."""
     held = measured.held(devices.of(device))
-    others = f", {held.others} for other devices or versions" if held.others else ""
-    lines = [f"cache    {cache.wanted()}: tuned choices: {held.here} for this device and these versions{others}"]
+    elsewhere = f", {held.others} for other devices or versions" if held.others else ""
+    lines = [f"cache    {cache.wanted()}: tuned choices: {held.here} for this device and these versions{elsewhere}"]
     refused = cache.distrust(cache.wanted())
     if refused:
         lines.append(f"         is not used, and nothing is kept: {refused}")
@@ -160,9 +160,9 @@ def _nvrtc(capability: tuple[int, int] | None) -> str:
 def _c_compiler() -> str:
     """As Triton looks for one."""
     named = os.environ.get("CC")
-    found = shutil.which(named) if named else shutil.which("gcc") or shutil.which("clang")
-    if found:
-        return f"C compiler {found}"
+    compiler = shutil.which(named) if named else shutil.which("gcc") or shutil.which("clang")
+    if compiler:
+        return f"C compiler {compiler}"
     return f"C compiler not found: CC is {named!r}" if named else "C compiler not found: install gcc, or name one in CC"
 
 

@@ -67,11 +67,11 @@ class Explanation:
             verdict = "chosen" if row.chosen else "can run" if row.runs else "no"
             figure = row.predicted_us if row.measured_us is None else row.measured_us
             notes = ("measured by tune on this device",) if row.measured_us is not None else ()
-            first, *others = (*notes, *row.reasons) or ("",)
+            first, *further = (*notes, *row.reasons) or ("",)
             lines.append(
                 f"{row.backend:10} {verdict:8} {'' if figure is None else f'{figure:.2f}':>8}  {first}".rstrip()
             )
-            lines += [f"{'':30}{reason}" for reason in others]
+            lines += [f"{'':30}{reason}" for reason in further]
         if self.chunks:
             each = [str(steps) if steps < self.problem.T else "all" for steps in self.chunks]
             chunks = ", ".join(f"{steps} {way}" for steps, way in zip(each, ("forward", "backward"), strict=False))

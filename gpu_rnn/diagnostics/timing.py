@@ -66,14 +66,13 @@ def interleave(
     counts = {name: _count(call, device) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     spent = dict.fromkeys(calls, 0.0)
-    names = list(calls)
+    names, share = list(calls), seconds / len(calls)
     for trial in progress(range(trials)):
         if trial and time.monotonic() > deadline:
             break
         turn = trial % len(names)
-        for name in names[turn:] + names[:turn]:
-            if trial >= FEWEST and spent[name] > seconds / len(names):
-                continue
+        going_on = [name for name in names[turn:] + names[:turn] if trial < FEWEST or spent[name] <= share]
+        for name in going_on:
             took = sample(calls[name], counts[name], device)
             spent[name] += took
             samples[name].append(took / counts[name])

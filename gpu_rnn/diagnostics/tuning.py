@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -83,11 +83,11 @@ class Tuned:
         problem = self.passes[-1].problem  # in training it names regularization too
         ranges = ", ".join(f"{name} {_alike(getattr(problem, name))}" for name in ("T", "B"))
         head = f"{sizes(problem)}, measured on {self.device}"
-        kept = f"kept for {ranges} in {self.path}"
+        where = f"kept for {ranges} in {self.path}"
         if not self.lasting:
-            kept = f"holds for {ranges} in this process only, as the cache folder cannot be used:\n"
-            kept += "to keep it, set GPU_RNN_CACHE to a folder that you, and nobody else, can write to, and tune again"
-        return "\n".join([head, *map(str, self.passes), kept])
+            where = f"holds for {ranges} in this process only, as the cache folder cannot be used:\n"
+            where += "to keep it, set GPU_RNN_CACHE to a folder that you, and nobody else, can write to, and tune again"
+        return "\n".join([head, *map(str, self.passes), where])
 
 
 def _alike(size: int) -> str:
@@ -144,10 +144,10 @@ def tune(layer: LayerBase, x: Tensor | PackedSequence, *, seconds: float = 2.0, 
         problems = [run.problem for run in runs]
         before = [choice.select(problem) for problem in problems]
         measured = [_measure(run, device, seconds) for run in runs]
-    found: dict[Question, Times] = {}
+    times: dict[Question, Times] = {}
     for each, was in zip(measured, before, strict=True):
-        found |= each.by_question(was)
-    path = choice.remember(problems[0].device, found)
+        times |= each.by_question(was)
+    path = choice.remember(problems[0].device, times)
     passes = [each.result(was) for each, was in zip(measured, before, strict=True)]
     name = problems[0].device.name if device.type == "cuda" else devices.cpu_name()
     return Tuned(name, tuple(passes), path, cache.outlives_the_process(path))
@@ -186,6 +186,12 @@ class _Run:
     problem: Problem
     call: Callable[[], object]
 
+    def answers_on(self, backend: str) -> dict[Question, str]:
+        """What dispatch is asked in a call on a backend, and answers."""
+        with choice.trial(backend) as answers:
+            self.call()
+        return dict(answers)
+
 
 @dataclass(frozen=True)
 class _Measured:
@@ -202,13 +208,13 @@ class _Measured:
     def by_question(self, before: str) -> dict[Question, Times]:
         """For each question that a call asks (of the stack, of its layers, of their backward passes), the least time of
         a call that was answered so; first comes the answer of the call that is to be taken."""
-        found: dict[Question, Times] = {}
+        all_times: dict[Question, Times] = {}
         for name, timing in self.timings.items():
             for question, answer in self.answers[name].items():
-                times = found.setdefault(question, {})
+                times = all_times.setdefault(question, {})
                 times[answer] = min(times.get(answer, math.inf), self.us(timing.median))
         taken = self.answers[self._taken(before)]
-        return {question: ranked(times, taken.get(question, "")) for question, times in found.items()}
+        return {question: ranked(times, taken.get(question, "")) for question, times in all_times.items()}
 
     def _taken(self, before: str) -> str:
         """The fastest, unless noise may be all that lies between it and the one before."""
@@ -231,14 +237,13 @@ def _measure(run: _Run, device: torch.device, seconds: float) -> _Measured:
     left_out = {row.backend: row.reasons[0] for row in choice.verdicts(run.problem) if not row.runs}
     for name in [name for name in choice.BACKENDS if name not in left_out]:
         try:
-            with choice.trial(name) as asked:
-                run.call()
+            asked = run.answers_on(name)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             left_out[name] = "no memory"
             continue
         if asked.get((run.problem, tuple(choice.BACKENDS)), name) == name:
-            answers[name] = dict(asked)
+            answers[name] = asked
         else:  # a kernel that does not build is a reason from now on
             left_out[name] = choice.BACKENDS[name].unsupported(run.problem)[0]
     calls = {name: _on(name, run.call) for name in answers}
@@ -273,34 +278,34 @@ def _runs(layer: LayerBase, x: Tensor | PackedSequence, call: dict[str, Any]) ->
     if wanted.B == 0:
         raise ValueError("tune needs samples to measure, and x has none: B is 0")
     leaf = x.data.detach().requires_grad_(x.data.requires_grad)
-    given = x._replace(data=leaf) if isinstance(x, PackedSequence) else leaf
+    detached = x._replace(data=leaf) if isinstance(x, PackedSequence) else leaf
     weights = [weight.detach().requires_grad_(weight.requires_grad) for weight in layer._weights()]
 
     def mode(training: bool) -> LayerBase:
         """The layer in a mode, over the same memory: its hooks and parametrizations see nothing of what is measured."""
         other: LayerBase = object.__new__(type(layer))
-        own = {"training": training, "backend": "auto", "_weights": lambda: weights}
-        other.__dict__.update(layer.__dict__, **own)
+        changed = {"training": training, "backend": "auto", "_weights": lambda: weights}
+        other.__dict__.update(layer.__dict__, **changed)
         return other
 
     evaluated, trained = mode(False), mode(True)
 
     @torch.no_grad()
     def inference() -> None:
-        evaluated.forward(given, **call)
+        evaluated.forward(detached, **call)
 
     primals = [tensor for tensor in (leaf, *weights) if tensor.requires_grad]
     ones: list[Tensor] = []
 
     def training() -> None:
-        outputs = [tensor for tensor in _tensors(trained.forward(given, **call)) if tensor.requires_grad]
+        outputs = [tensor for tensor in _tensors(trained.forward(detached, **call)) if tensor.requires_grad]
         ones.extend(torch.ones_like(output) for output in outputs[len(ones) :])  # at the first call
         torch.autograd.grad(outputs, primals, ones, allow_unused=True)
 
     with torch.no_grad():
-        runs = [_Run(problem_of(evaluated, given, call, "tune"), inference)]
+        runs = [_Run(problem_of(evaluated, detached, call, "tune"), inference)]
     if layer.training and wanted.training:
-        runs.append(_Run(problem_of(trained, given, call, "tune"), training))
+        runs.append(_Run(problem_of(trained, detached, call, "tune"), training))
     return runs
 
 
@@ -317,11 +322,15 @@ def _left_as_it_is(layer: LayerBase, device: torch.device) -> Iterator[None]:
     """Puts the generators and the layer's buffers back; backward passes stay in this thread, as `dispatch.trial`
     does."""
     buffers = [(buffer, buffer.clone()) for buffer in layer.buffers()] if isinstance(layer, torch.nn.Module) else []
+
+    @torch.no_grad()
+    def restore() -> None:
+        for buffer, was in buffers:
+            buffer.copy_(was)
+
     gpu = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(gpu), torch.autograd.set_multithreading_enabled(False):
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for buffer, was in buffers:
-                    buffer.copy_(was)
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(gpu))
+        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+        stack.callback(restore)
+        yield

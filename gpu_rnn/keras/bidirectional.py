@@ -66,15 +66,14 @@ class Bidirectional(keras.layers.Bidirectional):
         """The states of each direction."""
         if initial_state is None:
             return None, None
-        half, count = (len(layer.state_size) for layer in (self.forward_layer, self.backward_layer))
-        given = len(initial_state) if isinstance(initial_state, (list, tuple)) else "no list"
-        if given != half + count:
+        forward, backward = (len(layer.state_size) for layer in (self.forward_layer, self.backward_layer))
+        actual = len(initial_state) if isinstance(initial_state, (list, tuple)) else "no list"
+        if actual != forward + backward:
             raise ValueError(
-                f"initial_state of {self.name} is a list of {half + count} states, the forward layer's and then the "
-                "backward "
-                f"layer's; got {given}"
+                f"initial_state of {self.name} is a list of {forward + backward} states, the forward layer's and then "
+                f"the backward layer's; got {actual}"
             )
-        return initial_state[:half], initial_state[half:]
+        return initial_state[:forward], initial_state[forward:]
 
     def _one_loop(self) -> bool:
         """Whether the layers are so alike that one loop can run both."""
@@ -95,14 +94,14 @@ class Bidirectional(keras.layers.Bidirectional):
         layers = self.forward_layer, self.backward_layer
         mask = step_mask(mask, sequences)
         states = [
-            [keras.ops.convert_to_tensor(state, self.compute_dtype) for state in given]
-            if (given := initial[place]) is not None
+            [keras.ops.convert_to_tensor(state, self.compute_dtype) for state in layer_states]
+            if (layer_states := initial[place]) is not None
             else layer.get_initial_state(sequences.shape[0])
             for place, layer in enumerate(layers)
         ]
-        for layer, own in zip(layers, states, strict=True):  # as a layer's call does, in training or not
+        for layer, layer_states in zip(layers, states, strict=True):  # as a layer's call does, in training or not
             layer.cell.get_dropout_mask(sequences[:, 0])
-            layer.cell.get_recurrent_dropout_mask(own[0])
+            layer.cell.get_recurrent_dropout_mask(layer_states[0])
         y, final = run(layers, sequences, states, mask, training)
         forward, backward = y.chunk(2, -1)  # in the order of time, 0 at masked steps
         if not self.return_sequences:
@@ -114,11 +113,11 @@ class Bidirectional(keras.layers.Bidirectional):
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         outputs: list[Tensor] = []
         states: list[Tensor] = []
-        for layer, given in zip((self.forward_layer, self.backward_layer), initial, strict=True):
-            found = layer(sequences, initial_state=given, mask=mask, training=training)
-            output, *own = found if self.return_state else (found,)
+        for layer, layer_states in zip((self.forward_layer, self.backward_layer), initial, strict=True):
+            result = layer(sequences, initial_state=layer_states, mask=mask, training=training)
+            output, *final = result if self.return_state else (result,)
             outputs.append(output)
-            states += own
+            states += final
         y, backward = outputs
         return y, keras.ops.flip(backward, axis=1) if self.return_sequences else backward, states
 

@@ -62,9 +62,9 @@ def convert(source: Path, target: Path, layers: str = "gpu_rnn") -> None:
     with h5py.File(target, "r+") as file:
         groups: list[h5py.Group] = [file]
         file.visititems(lambda _, item: groups.append(item) if isinstance(item, h5py.Group) else None)
-        for group in groups:
-            for match in [match for name in group if (match := RECURRENT.fullmatch(name))]:
-                _turn(group, match[1])
+        recurrent = [(group, match[1]) for group in groups for name in group if (match := RECURRENT.fullmatch(name))]
+        for group, suffix in recurrent:
+            _turn(group, suffix)
         config = file.attrs.get("model_config")
         if config is not None:
             file.attrs["model_config"] = json.dumps(rename(_modern(json.loads(config)), layers)).encode()
@@ -94,9 +94,9 @@ def _modern(config: Any) -> Any:
     config = {key: _modern(value) for key, value in config.items()}
     if config.get("class_name") != "Sequential" or "module" in config:
         return config
-    own = config["config"]
-    own = {"name": "sequential", "layers": own} if isinstance(own, list) else own
-    first = own["layers"][0] if own["layers"] else {}
+    inner = config["config"]
+    inner = {"name": "sequential", "layers": inner} if isinstance(inner, list) else inner
+    first = inner["layers"][0] if inner["layers"] else {}
     if first.get("class_name") != "InputLayer" and "batch_input_shape" in first.get("config", {}):
         shape = first["config"].pop("batch_input_shape")
         entry = {
@@ -104,5 +104,5 @@ def _modern(config: Any) -> Any:
             "batch_shape": shape,
             "dtype": first["config"].get("dtype"),
         }
-        own["layers"] = [{"class_name": "InputLayer", "config": entry}, *own["layers"]]
-    return config | {"config": own}
+        inner["layers"] = [{"class_name": "InputLayer", "config": entry}, *inner["layers"]]
+    return config | {"config": inner}

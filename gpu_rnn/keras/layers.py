@@ -187,8 +187,8 @@ class SimpleRNN(TimeLoop, keras.layers.SimpleRNN):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        given = self.__signature__.bind(*args, **options).arguments
-        self.activity_regularizer = keras.regularizers.get(given.get("activity_regularizer"))
+        arguments = self.__signature__.bind(*args, **options).arguments
+        self.activity_regularizer = keras.regularizers.get(arguments.get("activity_regularizer"))
 
     def get_config(self) -> dict[str, Any]:
         return super().get_config() | {"seed": self.cell.seed}
@@ -217,7 +217,7 @@ def run(
     for layer in layers:
         layer.check_cudnn(masked=mask is not None)
         check_features(layer, x)
-    initial = [states_of(layer, own, x.shape[0]) for layer, own in zip(layers, initial, strict=True)]
+    initial = [states_of(layer, states, x.shape[0]) for layer, states in zip(layers, initial, strict=True)]
     weights = [weight for layer in layers for weight in weights_of(layer)]
     dtype = weights[0].dtype
     x = x.to(dtype)
@@ -225,7 +225,9 @@ def run(
         x, weights[0] = drop_inputs(x, weights[0], gatewise(first, first.cell.get_dropout_mask(x[:, 0])))
     drop = None
     if training and first.cell.recurrent_dropout:
-        masks = [layer.cell.get_recurrent_dropout_mask(own[0]) for layer, own in zip(layers, initial, strict=True)]
+        masks = [
+            layer.cell.get_recurrent_dropout_mask(states[0]) for layer, states in zip(layers, initial, strict=True)
+        ]
         drop = torch.stack([torch.stack(gatewise(layer, m), 1) for layer, m in zip(layers, masks, strict=True)])
         drop = drop.to(dtype).expand(
             -1, x.shape[0], -1, -1
@@ -257,7 +259,7 @@ def what_runs(layer: Any, masked: bool, dropped: bool) -> tuple[Recurrence, str]
         "a mask": masked,
         "dropout": dropped,
     }
-    lacking = [reason for reason, found in reasons.items() if found]
+    lacking = [reason for reason, used in reasons.items() if used]
     if lacking:
         raise NotImplementedError(
             f"ONNX's recurrent nodes have none of what {layer.name} uses: {', '.join(lacking)}. Export "
@@ -279,10 +281,10 @@ def weights_of(layer: Any) -> list[Tensor]:
     with scope:
         weights = (cell.kernel, cell.recurrent_kernel, *((cell.bias,) if cell.use_bias else ()))
         # On the meta device, where Keras infers shapes, its variables are not cast.
-        kernel, recurrent_kernel, *rest = (keras.ops.convert_to_tensor(w, cell.compute_dtype) for w in weights)
-    bias = rest[0] if rest else None
-    found = interop.direction_of_keras(kernel, recurrent_kernel, bias, layer.kind)
-    return [found.weight_ih, found.weight_hh, *(() if found.bias is None else found.bias)]
+        kernel, recurrent_kernel, *biases = (keras.ops.convert_to_tensor(w, cell.compute_dtype) for w in weights)
+    bias = biases[0] if biases else None
+    direction = interop.direction_of_keras(kernel, recurrent_kernel, bias, layer.kind)
+    return [direction.weight_ih, direction.weight_hh, *(() if direction.bias is None else direction.bias)]
 
 
 def gatewise(layer: Any, masks: Tensor | list[Tensor]) -> list[Tensor]:
@@ -305,8 +307,7 @@ def check_features(layer: Any, x: Tensor) -> None:
     if x.shape[-1] != features:
         raise ValueError(
             f"{layer.name} was built for inputs (B, T, {features}), got {tuple(x.shape)}: expected {features} "
-            "features, "
-            f"got {x.shape[-1]}"
+            f"features, got {x.shape[-1]}"
         )
 
 
@@ -334,16 +335,15 @@ def step_mask(mask: Any, sequences: Tensor) -> Tensor | None:
         mask = mask[0]
     if mask is None:
         return None
-    given = keras.ops.convert_to_tensor(mask).bool()
+    counts = keras.ops.convert_to_tensor(mask).bool()
     batch, steps = sequences.shape[:2]
-    two = given.squeeze(-1) if given.dim() == 3 else given
-    if tuple(two.shape) not in ((batch, steps), (1, steps)):
+    flat = counts.squeeze(-1) if counts.dim() == 3 else counts
+    if tuple(flat.shape) not in ((batch, steps), (1, steps)):
         raise ValueError(
             f"a mask has shape (B, T) = ({batch}, {steps}), or (1, {steps}) for all samples, and may have a last "
-            "axis of 1; "
-            f"got {tuple(given.shape)}"
+            f"axis of 1; got {tuple(counts.shape)}"
         )
-    return two.expand(batch, -1)
+    return flat.expand(batch, -1)
 
 
 def last_valid(h: Tensor, mask: Tensor) -> Tensor:

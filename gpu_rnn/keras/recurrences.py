@@ -51,21 +51,20 @@ def of(cell: Any) -> Recurrence:
         ValueError: an activation that does not work on each unit by itself, that is another in training, or that cannot
             be traced.
     """
-    own = [_activation(cell.activation)]
+    activations = [_activation(cell.activation)]
     if not isinstance(cell, keras.layers.SimpleRNNCell):
-        own.append(_activation(cell.recurrent_activation))
+        activations.append(_activation(cell.recurrent_activation))
     try:  # one of functions is traced when it is made
         if isinstance(cell, keras.layers.LSTMCell):
-            return cells.lstm(*own)
+            return cells.lstm(*activations)
         if isinstance(cell, keras.layers.GRUCell):
-            return cells.gru(*own, reset_after=bool(cell.reset_after))
-        return cells.rnn(*own)
+            return cells.gru(*activations, reset_after=bool(cell.reset_after))
+        return cells.rnn(*activations)
     except TraceError as error:
         raise ValueError(
             f"{error}\nActivations run inside the kernels, unit by unit: one that mixes units (softmax) or has "
-            "weights, "
-            "variables or tensors of its own cannot. Write it as arithmetic of x and numbers, or use keras.layers' own "
-            "layer here."
+            "weights, variables or tensors of its own cannot. Write it as arithmetic of x and numbers, or use "
+            "keras.layers' own layer here."
         ) from error
 
 
@@ -81,7 +80,7 @@ def unknown_to_aten(cell: Any) -> list[str]:
         "recurrent_activation other than sigmoid": KNOWN.get(cell.recurrent_activation) != "sigmoid",
         "reset_after=False": not getattr(cell, "reset_after", True),
     }
-    return [reason for reason, found in reasons.items() if found]
+    return [reason for reason, lacking in reasons.items() if lacking]
 
 
 class Numbers(TorchFunctionMode):
@@ -131,6 +130,6 @@ def _refuse_training(function: Any) -> None:
         if "training" in inspect.signature(call).parameters:
             raise ValueError(
                 f"{type(layer).__name__} as an activation: it may be another function in training, and here an "
-                "activation "
-                "is one. Give it as a layer of its own, use dropout= or recurrent_dropout=, or keras.layers' own layer."
+                "activation is one. Give it as a layer of its own, use dropout= or recurrent_dropout=, or "
+                "keras.layers' own layer."
             )

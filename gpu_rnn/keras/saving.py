@@ -57,11 +57,16 @@ def load_model(filepath: str | Path, *, layers: str = "gpu_rnn", **options: Any)
             hdf5.convert(Path(filepath), copy, layers)
             return keras.models.load_model(copy, **options)
         copy = Path(folder) / "model.keras"
-        with zipfile.ZipFile(filepath) as source, zipfile.ZipFile(copy, "w") as target:
-            for name in source.namelist():
-                content = source.read(name)
-                target.writestr(name, _renamed(content, layers) if name == CONFIG else content)
+        _convert(filepath, copy, layers)
         return keras.models.load_model(copy, **options)
+
+
+def _convert(source: str | Path, target: Path, layers: str) -> None:
+    """A copy of a .keras file with other layers in its configuration."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for name in old.namelist():
+            content = old.read(name)
+            new.writestr(name, _renamed(content, layers) if name == CONFIG else content)
 
 
 def exchange(model: Any, *, layers: str = "gpu_rnn", **options: Any) -> Any:

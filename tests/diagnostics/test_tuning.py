@@ -128,7 +128,7 @@ def fresh() -> list[str]:
 def test_other_processes_go_by_it(monkeypatch: pytest.MonkeyPatch, cache_folder: Path) -> None:
     layer = LSTM(I, 4, 2)
     assert gpu_rnn.explain(layer, x()).chosen == "aten"
-    slow(monkeypatch, "aten", "reference")
+    decide(monkeypatch, "step")
     tuned = gpu_rnn.tune(layer, x(), **QUICK)
     assert gpu_rnn.explain(layer, x()).chosen == "step"
     assert tuned.path.parent == cache_folder and stat.S_IMODE(tuned.path.stat().st_mode) == 0o600
