@@ -285,7 +285,7 @@ def _runs(layer: LayerBase, x: Tensor | PackedSequence, call: dict[str, Any]) ->
         """The layer in a mode, over the same memory: its hooks and parametrizations see nothing of what is measured."""
         other: LayerBase = object.__new__(type(layer))
         changed = {"training": training, "backend": "auto", "_weights": lambda: weights}
-        other.__dict__.update(layer.__dict__, **changed)
+        other.__dict__.update(layer.__dict__, **changed, _stacks={})  # which hold the layer's own mode and backend
         return other
 
     evaluated, trained = mode(False), mode(True)
