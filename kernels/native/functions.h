@@ -5,6 +5,7 @@
 //
 // SCALAR is float or double, LANES a power of two. Every function is within 2
 // units in the last place, denormal numbers, infinities and NaN included.
+// Generated code calls those whose names end with an underscore.
 // The polynomials are printed by tools/fit_native.py.
 #include <math.h>
 #include <stdint.h>
@@ -30,7 +31,7 @@ typedef bits truth __attribute__((vector_size(LANES * sizeof(scalar))));
 #define OF_TYPE(of_float, of_double) (IS_DOUBLE ? (of_double) : (of_float))
 #define MANTISSA OF_TYPE(23, 52)
 #define BIAS OF_TYPE(127, 1023)
-#define SIGN ((truth){0} + ((bits)1 << (8 * sizeof(scalar) - 1)))
+#define SIGN ((truth)(-(real){0}))
 
 static inline real where_(truth c, real a, real b) {
   return (real)((c & (truth)a) | (~c & (truth)b));
@@ -85,7 +86,7 @@ typedef struct {
   real r, tail;
 } reduced;
 
-static inline reduced reduce_(real x) {
+static inline reduced reduced_argument(real x) {
   const real shift = K(OF_TYPE(0x1.8p23, 0x1.8p52)); // ends in the unit's place
   const real shifted = x * K(1.4426950408889634) + shift;
   const real whole = shifted - shift;
@@ -120,27 +121,27 @@ typedef struct {
 } pair;
 
 // a + b + c, of which |a| ≥ |b| or a = 0.
-static inline pair sum_(real a, real b, real c) {
+static inline pair sum_pair(real a, real b, real c) {
   const real sum = a + b, rest = (b - (sum - a)) + c, value = sum + rest;
   return (pair){value, rest - (value - sum)};
 }
 
 // over / under, with what rounding took from both; `inverse` is about 1 /
 // under.
-static inline real divide_(pair over, pair under, real inverse) {
+static inline real divide_pairs(pair over, pair under, real inverse) {
   const real q = over.value / under.value;
   return q + (over.rest - q * under.rest) * inverse;
 }
 
-static inline real between_(real low, real x, real high) {
+static inline real between(real low, real x, real high) {
   return where_(x > high, high, where_(x < low, low, x));
 }
 
 // Scaled in two steps: 2^n itself may be no normal number.
 static inline pair exp_pair(real x) {
   const reduced of =
-      reduce_(between_(K(OF_TYPE(-104, -746)), x, K(OF_TYPE(89, 710))));
-  const pair sum = sum_(K(1), of.r, of.tail);
+      reduced_argument(between(K(OF_TYPE(-104, -746)), x, K(OF_TYPE(89, 710))));
+  const pair sum = sum_pair(K(1), of.r, of.tail);
   const truth half = of.n >> 1;
   const real first = power_of_two(half), second = power_of_two(of.n - half);
   return (pair){sum.value * first * second, sum.rest * first * second};
@@ -152,9 +153,9 @@ static inline real exp_(real x) { return exp_pair(x).value; }
 // where e^x does not.
 static inline pair half_expm1(real x) {
   const reduced of =
-      reduce_(between_(K(OF_TYPE(-20, -40)), x, K(OF_TYPE(89, 710))));
+      reduced_argument(between(K(OF_TYPE(-20, -40)), x, K(OF_TYPE(89, 710))));
   const real half = power_of_two(of.n - 1);
-  return sum_(half - K(0.5), half * of.r, half * of.tail);
+  return sum_pair(half - K(0.5), half * of.r, half * of.tail);
 }
 
 static inline truth is_tiny(real x) {
@@ -173,8 +174,8 @@ static inline pair where_pair(truth c, pair a, pair b) {
 // With e = e^-|x|, which is at most 1: e / (1 + e) below 0, else 1 / (1 + e).
 static inline real sigmoid_(real x) {
   const pair e = exp_pair(-abs_(x)), one = {K(1), K(0)};
-  return divide_(where_pair(x < K(0), e, one), sum_(K(1), e.value, e.rest),
-                 K(1) - K(0.5) * e.value);
+  return divide_pairs(where_pair(x < K(0), e, one),
+                      sum_pair(K(1), e.value, e.rest), K(1) - K(0.5) * e.value);
 }
 
 // With t = (e^2a - 1) / 2: 1 - 1 / (1 + t) of a ≥ 1/2, below t / (1 + t) of -a.
@@ -183,9 +184,9 @@ static inline real tanh_(real x) {
   const truth far = a >= K(0.5);
   const pair t = half_expm1(where_(far, K(2) * a, K(-2) * a));
   const pair one = {K(1), K(0)};
-  const real q = divide_(
+  const real q = divide_pairs(
       where_pair(far, one, t),
-      sum_(where_(far, t.value, K(1)), where_(far, K(1), t.value), t.rest),
+      sum_pair(where_(far, t.value, K(1)), where_(far, K(1), t.value), t.rest),
       where_(far, K(0), K(1) - t.value));
   return where_(is_tiny(x), x, with_sign_of(x, abs_(where_(far, K(1) - q, q))));
 }
@@ -200,9 +201,7 @@ static inline real log_(real x) {
   truth exponent = above >> MANTISSA;
   const real f = (real)(((truth)scaled) - (exponent << MANTISSA)) - K(1);
   exponent -= small & MANTISSA;
-  real e;
-  for (int lane = 0; lane < LANES; lane++)
-    e[lane] = (scalar)exponent[lane];
+  const real e = __builtin_convertvector(exponent, real);
   const real s = f / (K(2) + f), z = s * s, half = K(0.5) * f * f;
   real g;
   if (IS_DOUBLE) {

@@ -44,7 +44,7 @@ def golden(cell: str, language: str) -> str:
     )
 
 
-@pytest.mark.parametrize("language", ["triton", "cuda"])
+@pytest.mark.parametrize("language", codegen.PRINTERS)
 @pytest.mark.parametrize("cell", GOLDEN_CELLS)
 def test_generated_code_is_as_it_was(cell: str, language: str) -> None:
     assert golden(cell, language) == (GOLDEN / f"{cell}.{language}.txt").read_text()
@@ -276,5 +276,5 @@ def test_nan_is_passed_on(on_the_host: ctypes.CDLL) -> None:
 if __name__ == "__main__":
     GOLDEN.mkdir(exist_ok=True)
     for cell in GOLDEN_CELLS:
-        for language in ("triton", "cuda"):
+        for language in codegen.PRINTERS:
             (GOLDEN / f"{cell}.{language}.txt").write_text(golden(cell, language))
