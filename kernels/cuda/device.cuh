@@ -2,9 +2,10 @@
 // Everything a kernel asks of the machine beyond plain CUDA C++: indices,
 // shared memory, barriers, communication between blocks, asynchronous copies,
 // matrix products, shuffles and 16-bit numbers. Here each is inline PTX (sm_80
-// and later). With GPU_RNN_CPU the same names come from benchmarks/emulating, so that
-// a kernel's text runs under the sanitizers of a C++ compiler; no other file in
-// this folder may know the difference, or use an instruction of this kind.
+// and later). With GPU_RNN_CPU the same names come from benchmarks/emulating,
+// so that a kernel's text runs under the sanitizers of a C++ compiler; no other
+// file in this folder may know the difference, or use an instruction of this
+// kind.
 //
 // SITE numbers the call site of a synchronisation: an enumerator of the
 // kernel's `enum Site`, used once. It costs nothing here; on the CPU a site can

@@ -6,7 +6,7 @@ fit, so the budgets are asserted here: shared memory within a block's limit and 
 no access to local memory in the time loop. (ptxas now and then keeps a few bytes aside before the loop and takes them
 back after it, with registers left: that costs nothing.)
 
-``python -m tests.backends.test_resident_builds`` writes the table of budgets in kernels/README.md.
+`test_budgets.py` writes what the builds take into kernels/budgets.md.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import re
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -28,7 +27,6 @@ from gpu_rnn.backends.tensors import Call, LayerControls, Result, Weights
 from tests.support import loops as support
 from tests.support.cuda.tools import opened
 from tests.support.pairwise import pairwise
-from tests.support.paths import ROOT
 
 ARCHITECTURES = {80: "A100", 86: "RTX 3090", 89: "RTX 4090", 90: "H100", 100: "B200", 120: "RTX 5090"}
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}  # CUDA C++ programming guide
@@ -213,36 +211,3 @@ def test_builds_at_the_limit(case: Case, tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", EVERY, ids=lambda case: "-".join(map(str, case)))
 def test_builds_everywhere(case: Case, tmp_path: Path) -> None:
     check(case, tmp_path)
-
-
-def table() -> str:
-    """The budgets of the builds at the limits, as a table in Markdown."""
-    lines = [
-        "| cell | kind | direction | architectures | H | warps | registers | shared memory, KiB |",
-        "|---|" + "---|" * 7,
-    ]
-    with TemporaryDirectory() as folder:
-        for cell, kind, direction in product(
-            ("lstm", "gru", "rnn"), ("bf16", "tf32", "fp32"), ("training", "backward")
-        ):
-            rows: dict[tuple[int, int, int], list[tuple[int, Build]]] = {}
-            for architecture in ARCHITECTURES:
-                hidden = limit(cell, kind, direction, architecture)
-                given = problem(cell, kind, direction, architecture, hidden)
-                found = build(given, Path(folder))
-                warps = resident.tile(given).warps
-                rows.setdefault((hidden, warps, found.shared), []).append((architecture, found))
-            for (hidden, warps, shared), builds in rows.items():
-                names = ", ".join(str(architecture) for architecture, _ in builds)
-                registers = sorted({found.registers for _, found in builds})
-                span = f"{registers[0]} to {registers[-1]}" if len(registers) > 1 else f"{registers[0]}"
-                cells = (cell, kind, direction, names, hidden, warps, span, shared // 1024)
-                lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    readme = ROOT / "kernels" / "README.md"
-    marks = "<!-- budgets -->\n", "<!-- end of budgets -->"
-    before, rest = readme.read_text().split(marks[0])
-    readme.write_text(before + marks[0] + table() + "\n" + marks[1] + rest.split(marks[1])[1])

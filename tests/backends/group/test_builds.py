@@ -3,7 +3,7 @@
 
 Asserted: no stack, and shared memory within a block's limit. At the largest H that fits, and at H = 128.
 
-``python -m tests.backends.group.test_builds`` prints the table of budgets in kernels/README.md.
+`tests/backends/test_budgets.py` writes what the builds take into kernels/budgets.md.
 """
 
 from __future__ import annotations
@@ -139,30 +139,3 @@ def test_what_an_h100_holds(cell: str, kind: str, direction: str, least: int) ->
     problem = Case("sm_90a", direction, kind, cell, 0).problem
     assert problem.H >= least
     assert any("fits up to H" in reason for reason in group.unsupported(replace(problem, H=problem.H + 16)))
-
-
-def table() -> str:
-    """The budgets of the layouts at the largest H, B = 64, as a table in Markdown."""
-    lines = [
-        "| cell | kind | direction | architectures | largest H | S × groups | threads | registers | shared "
-        "memory, KiB |"
-    ]
-    lines.append("|---|" + "---|" * 8)
-    rows: dict[tuple[str | int, ...], list[tuple[str, int]]] = {}
-    for case in sorted(EVERY, key=lambda c: (c.cell, c.kind, c.direction)):
-        problem, choice = case.problem, case.choice
-        layout = group.fit(choice.layout, case.arch)
-        found = cubin.usage(nvrtc.compile_cubin(source(layout), case.arch))
-        size = f"{layout.members} × {choice.groups}"
-        row = (case.cell, case.kind, case.direction, problem.H, size, layout.threads, layout.shared_bytes // 1024)
-        rows.setdefault(row, []).append((case.arch.removeprefix("sm_"), found.registers))
-    for (cell, kind, direction, hidden, size, threads, shared), builds in rows.items():
-        architectures, registers = ", ".join(arch for arch, _ in builds), sorted({count for _, count in builds})
-        span = f"{registers[0]} to {registers[-1]}" if len(registers) > 1 else f"{registers[0]}"
-        cells = (cell, kind, direction, architectures, hidden, size, threads, span, shared)
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print(table())
