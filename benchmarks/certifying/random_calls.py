@@ -103,17 +103,9 @@ def tensors(
     P = H - 1 if "proj_size" in options else H
     weights = []
     for index in range(layers * directions):
-        features = directions * P if index >= directions else I
-        own = {"weight_ih": weight(gates * H, features), "weight_hh": weight(gates * H, P)}
-        if "no_bias" not in options:
-            own |= {"bias_ih": weight(gates * H), "bias_hh": weight(gates * H)}
-        if "proj_size" in options:
-            own["weight_hr"] = weight(P, H)
-        if recurrence.params:
-            own["weight_peephole"] = weight(len(recurrence.params), H)
-        if "layer_norm" in options:
-            own |= {"norm_ih": normal(gates * H), "norm_hh": normal(gates * H)}
-        weights.append(own)
+        shapes = _shapes(recurrence, directions * P if index >= directions else I, H, P, options)
+        own = {name: weight(*shape) for name, shape in shapes.items()}
+        weights.append(own | {name: normal(gates * H) for name in ("norm_ih", "norm_hh") if "layer_norm" in options})
     rows = layers * directions
     steps = (T,) if "reset_state_per_step" in options else ()
     resetting = options & {"reset_state", "reset_state_per_step"}
@@ -133,6 +125,21 @@ def tensors(
         clip=CLIP if "clip" in options else math.inf,
         zone=chance(len(recurrence.states), T, rows, B, H) if "zoneout" in options else None,
     )
+
+
+def _shapes(
+    recurrence: Recurrence, features: int, H: int, P: int, options: frozenset[str]
+) -> dict[str, tuple[int, ...]]:
+    """Of the weights of one layer and direction, in the order in which they are drawn."""
+    gates = len(recurrence.gates)
+    found: dict[str, tuple[int, ...]] = {"weight_ih": (gates * H, features), "weight_hh": (gates * H, P)}
+    if "no_bias" not in options:
+        found |= {"bias_ih": (gates * H,), "bias_hh": (gates * H,)}
+    if "proj_size" in options:
+        found["weight_hr"] = (P, H)
+    if recurrence.params:
+        found["weight_peephole"] = (len(recurrence.params), H)
+    return found
 
 
 def _positive(value: Tensor) -> Tensor:

@@ -74,6 +74,36 @@ def test_what_is_installed_is_pinned() -> None:
     assert {re.match(r"[\w-]+", requirement)[0] for requirement in asked} <= set(pinned)
 
 
+CODE = ("gpu_rnn", "kernels", "tests", "benchmarks", "tools", "examples")
+LONGEST_FILE, LONGEST_FUNCTION = 400, 60
+TO_CUT = {"kernels/triton/resident.py resident_backward"}  # 91 lines
+
+
+def python_files() -> list[Path]:
+    return [path for folder in CODE for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def test_no_file_is_long() -> None:
+    lengths = {path.relative_to(ROOT).as_posix(): path.read_text().count("\n") for path in python_files()}
+    assert not {name: length for name, length in lengths.items() if length > LONGEST_FILE}
+
+
+def length_of_body(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines after its arguments and its docstring, which are as long as what they describe."""
+    begin = function.body[ast.get_docstring(function) is not None :] or function.body
+    return (function.end_lineno or 0) - begin[0].lineno + 1
+
+
+def test_no_function_is_long() -> None:
+    lengths = {
+        f"{path.relative_to(ROOT)} {node.name}": length_of_body(node)
+        for path in python_files()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    assert {name for name, length in lengths.items() if length > LONGEST_FUNCTION} <= TO_CUT
+
+
 BESIDE = {"benchmarks", "kernels", "project"}  # folders of tests that are of no folder of the package
 
 
