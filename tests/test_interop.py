@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Converted weights compute the same in the other library: torch.nn, Keras's own layers, ONNX's reference evaluator."""
+"""Converted weights compute the same in the other library: torch.nn, Keras's own layers, Haste."""
 
 from __future__ import annotations
 
 import functools
 import importlib
 import importlib.util
-import itertools
 import re
 from typing import Any
 
@@ -19,29 +18,10 @@ from torch import Tensor, nn
 
 import gpu_rnn
 from gpu_rnn import interop
+from tests.support.converted import BATCH, GRID, HIDDEN, INPUT, LAYERS, STEPS, TOLERANCE, draw, make
 
-INPUT, HIDDEN, STEPS, BATCH = 3, 4, 5, 2
-TOLERANCE = {"rtol": 1e-12, "atol": 1e-12}
 KERAS_TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}  # keras.ops.matmul multiplies float64 in float32
-LAYERS = {
-    "lstm": (gpu_rnn.LSTM, {}),
-    "gru": (gpu_rnn.GRU, {}),
-    "gru_reset_before": (gpu_rnn.GRU, {"reset_after": False}),
-    "rnn": (gpu_rnn.RNN, {}),
-}
-GRID = list(itertools.product(LAYERS, (False, True), (False, True), (1, 2)))
 grid = pytest.mark.parametrize(("cell", "bidirectional", "bias", "num_layers"), GRID)
-
-
-def make(cell: str, bidirectional: bool = False, bias: bool = True, num_layers: int = 1, **options: Any) -> nn.Module:
-    torch.manual_seed(0)
-    kind, own = LAYERS[cell]
-    sizes = {"bidirectional": bidirectional, "bias": bias, "num_layers": num_layers, "dtype": torch.float64}
-    return kind(INPUT, HIDDEN, **sizes, **own, **options)
-
-
-def draw(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64)
 
 
 def load(layer: nn.Module, state: interop.State) -> nn.Module:
@@ -78,113 +58,6 @@ def test_keras(cell: str, bidirectional: bool, bias: bool, num_layers: int) -> N
     torch.testing.assert_close(y.detach(), expected, **KERAS_TOLERANCE)
     back = load(layer, interop.from_keras(*theirs, cell=cell))
     torch.testing.assert_close(back(x)[0].detach(), expected, **TOLERANCE)
-
-
-def onnx_node(cell: str, bidirectional: bool, weights: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
-    """Y (T, D, B, H) of one node, by ONNX's reference evaluator."""
-    onnx = pytest.importorskip("onnx", reason="ONNX is not installed: pip install onnx")
-    from onnx.reference import ReferenceEvaluator
-
-    operator = {"lstm": "LSTM", "rnn": "RNN"}.get(cell, "GRU")
-    attributes = {"hidden_size": HIDDEN, "direction": "bidirectional" if bidirectional else "forward"}
-    if operator == "GRU":
-        attributes["linear_before_reset"] = int(cell == "gru")
-    given = {"X": x, **weights}
-    places = ["X", "W", "R", "B", "", "", "", "P"] if "P" in given else ["X", "W", "R", "B"]
-    names = [name if name in given else "" for name in places]
-    node = onnx.helper.make_node(operator, names, ["Y"], **attributes)
-    inputs = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.DOUBLE, None) for n in given]
-    output = onnx.helper.make_tensor_value_info("Y", onnx.TensorProto.DOUBLE, None)
-    model = onnx.helper.make_model(onnx.helper.make_graph([node], "layer", inputs, [output]))
-    return ReferenceEvaluator(model).run(None, given)[0]
-
-
-@pytest.mark.parametrize(
-    ("cell", "bidirectional", "bias", "num_layers", "peephole"),
-    [(*case, False) for case in GRID] + [(*case, True) for case in GRID if case[0] == "lstm"],
-)
-def test_onnx(cell: str, bidirectional: bool, bias: bool, num_layers: int, peephole: bool) -> None:
-    layer = make(cell, bidirectional, bias, num_layers, **({"peephole": True} if peephole else {}))
-    x = draw(STEPS, BATCH, INPUT)
-    expected, y = layer(x)[0].detach(), x.numpy()
-    nodes = interop.to_onnx(layer.state_dict(), cell=cell)
-    for weights in nodes:
-        y = onnx_node(cell, bidirectional, weights, y).transpose(0, 2, 1, 3).reshape(STEPS, BATCH, -1)
-    torch.testing.assert_close(torch.from_numpy(y), expected, **TOLERANCE)
-    state = layer.state_dict()
-    found = interop.from_onnx(*nodes, cell=cell)
-    torch.testing.assert_close(found, dict(state), rtol=0, atol=0)
-
-
-ATTRIBUTES = [
-    ("LSTM", {"clip": 0.3, "bidirectional": True}),
-    ("LSTM", {"activation": "relu", "recurrent_activation": "keras2_hard_sigmoid"}),
-    ("GRU", {"clip": 0.3, "reset_after": False}),
-    ("GRU", {"clip": 2.5}),
-    ("RNN", {"nonlinearity": "relu", "clip": 1.0}),
-    ("RNN", {"activation": "softsign"}),
-]
-
-
-@pytest.mark.parametrize(("operator", "options"), ATTRIBUTES)
-def test_onnx_attributes_there_and_back(operator: str, options: dict[str, Any]) -> None:
-    layer = getattr(gpu_rnn, operator)(INPUT, HIDDEN, **options)
-    attributes = interop.onnx_attributes(layer)
-    assert ("clip" in attributes) == ("clip" in options)
-    as_read = {name: value.encode() if isinstance(value, str) else value for name, value in attributes.items()}
-    again = getattr(gpu_rnn, operator)(INPUT, **interop.options_of_onnx(as_read, operator))
-    assert again.recurrence == layer.recurrence and again.bidirectional == layer.bidirectional
-    assert interop.onnx_attributes(again) == attributes
-
-
-def test_onnx_attributes_of_torchs_layers() -> None:
-    found = interop.onnx_attributes(nn.GRU(INPUT, HIDDEN, bidirectional=True))
-    names = ["Sigmoid", "Tanh"] * 2
-    assert found == {
-        "hidden_size": HIDDEN,
-        "direction": "bidirectional",
-        "activations": names,
-        "linear_before_reset": 1,
-    }
-
-
-@pytest.mark.parametrize(
-    ("attributes", "words"),
-    [
-        ({"input_forget": 1}, "no input_forget"),
-        ({"direction": b"reverse"}, "no direction 'reverse'"),
-        ({"activations": ["Sigmoid", "Tanh", "Relu"]}, "the same wherever it stands"),
-        ({"activations": ["Affine", "Tanh", "Tanh"]}, "recurrent_activation is one of Tanh"),
-        ({"clip": -1.0}, "clip should be a positive"),
-    ],
-)
-def test_onnx_attributes_that_no_layer_has(attributes: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        gpu_rnn.LSTM(INPUT, **interop.options_of_onnx({"hidden_size": HIDDEN, **attributes}, "LSTM"))
-    with pytest.raises(ValueError, match="not 'QLSTM'"):
-        interop.options_of_onnx({"hidden_size": HIDDEN}, "QLSTM")
-    with pytest.raises(ValueError, match="not gelu"):
-        interop.onnx_attributes(gpu_rnn.RNN(INPUT, HIDDEN, activation="gelu"))
-    with pytest.raises(ValueError, match="none for slstm"):
-        interop.onnx_attributes(gpu_rnn.Recurrent(gpu_rnn.cells.slstm(), INPUT, HIDDEN))
-
-
-@pytest.mark.parametrize("cell", ["lstm", "gru", "gru_reset_before"])
-def test_clip_is_onnxs(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """ONNX's reference evaluator ignores the attribute: its activations get the cut that the operator asks for."""
-    pytest.importorskip("onnx", reason="ONNX is not installed: pip install onnx")
-    from onnx.reference.ops.op_gru import CommonGRU
-    from onnx.reference.ops.op_lstm import CommonLSTM
-
-    for operator, names in ((CommonLSTM, "fgh"), (CommonGRU, "fg")):
-        for name in names:
-            activation = getattr(operator, name)
-            monkeypatch.setattr(operator, name, lambda self, x, f=activation: f(self, np.clip(x, -0.3, 0.3)))
-    layer = make(cell, clip=0.3)
-    x = draw(STEPS, BATCH, INPUT)
-    (weights,) = interop.to_onnx(layer.state_dict(), cell=cell)
-    y = onnx_node(cell, False, weights, x.numpy()).transpose(0, 2, 1, 3).reshape(STEPS, BATCH, -1)
-    torch.testing.assert_close(torch.from_numpy(y), layer(x)[0].detach(), **TOLERANCE)
 
 
 def haste_lstm(weights: interop.State, x: Tensor) -> Tensor:
@@ -299,31 +172,11 @@ def test_what_is_no_list_of_weights(layer: Any, words: str) -> None:
         interop.from_keras(layer, cell="lstm")
 
 
-@pytest.mark.parametrize(
-    ("node", "words"),
-    [
-        ({"W": np.zeros((1, 16, 3))}, "has R, W, and may have B, P; got W"),
-        ({"W": np.zeros((1, 12, 3)), "R": np.zeros((1, 12, 4))}, "is `cell` the right one"),
-        ({"W": np.zeros((3, 16, 3)), "R": np.zeros((3, 16, 4))}, "one direction or two"),
-    ],
-)
-def test_onnx_weights_that_cannot_be_converted(node: dict[str, np.ndarray], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        interop.from_onnx(node, cell="lstm")
-
-
 def test_haste_has_one_direction() -> None:
     with pytest.raises(ValueError, match="one direction"):
         interop.to_haste(make("lstm", bidirectional=True).state_dict())
     with pytest.raises(ValueError, match="has bias, kernel, recurrent_kernel"):
         interop.from_haste({"kernel": LSTM[0]})
-
-
-def test_a_tensor_of_an_onnx_file_is_named() -> None:
-    onnx = pytest.importorskip("onnx", reason="ONNX is not installed: pip install onnx")
-    node = {"W": onnx.numpy_helper.from_array(np.zeros((1, 16, 3))), "R": np.zeros((1, 16, 4))}
-    with pytest.raises(TypeError, match=r"got TensorProto of dtype object: onnx\.numpy_helper\.to_array"):
-        interop.from_onnx(node, cell="lstm")
 
 
 @pytest.mark.parametrize("dtype", [">f8", "<f8", ">f4", "<f4", ">f2", "<f2"])
