@@ -67,6 +67,28 @@ def test_what_a_page_names_exists(page: str) -> None:
     assert not missing
 
 
+def named(module: str) -> bool:
+    """Whether a name like gpu_rnn.call.run.sequence leads to a file that has the next word."""
+    place, inner = ROOT, module.replace("gpu_rnn.kernels", "kernels").split(".")
+    while inner and (place / inner[0]).is_dir():
+        place /= inner.pop(0)
+    if inner and (place / f"{inner[0]}.py").exists():
+        place /= f"{inner.pop(0)}.py"
+    text = (place / "__init__.py" if place.is_dir() else place).read_text()
+    return all(re.search(rf"\b{word}\b", text) for word in inner[:1])
+
+
+def test_what_comments_name_exists() -> None:
+    missing = []
+    for file, text in sources().items():
+        modules = re.findall(r"`(gpu_rnn(?:\.\w+)+)", text) if file.suffix == ".py" else []
+        paths = re.findall(r"`((?:[\w-]+/)+\w+\.(?:py|cuh?|md))`", text)
+        missing += [f"{file.relative_to(ROOT)}: {name}" for name in modules if not named(name)]
+        ours = [path for path in paths if path != "keras/engine/saving.py"]  # of Keras 2
+        missing += [f"{file.relative_to(ROOT)}: {path}" for path in ours if not exists(path, str(file))]
+    assert not missing
+
+
 @pytest.mark.parametrize(
     "page", sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("*/*.md")), ids=lambda page: page.parent.name
 )
