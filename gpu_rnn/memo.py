@@ -77,8 +77,8 @@ def clear_caches() -> None:
     """Frees what this process keeps in memory between calls: CUDA graphs of the step loop and their buffers (up to 1
     GiB and one shape's more), and every remembered answer, such as which backend is chosen and traced programs.
 
-    The next call of a layer gives the same bits, and takes as long as a first one: graphs are captured again. Memory
-    on a GPU goes back to PyTorch's allocator; ``torch.cuda.empty_cache()`` then gives it to other programs. Any thread
+    The next call of a layer computes the same, and takes as long as a first one: graphs are captured again. Memory on
+    a GPU goes back to PyTorch's allocator; ``torch.cuda.empty_cache()`` then gives it to other programs. Any thread
     may call this at any time; it waits until another thread's step loop has been launched.
 
     What stays: files in the cache folder and what `gpu_rnn.tune` measured (`gpu_rnn.tuning.forget` removes that);

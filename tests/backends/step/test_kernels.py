@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import gpu_rnn
 from gpu_rnn import functional
 from gpu_rnn.backends.step import cuda_graphs, gpu
 from tests.support import loops as support
@@ -63,6 +64,30 @@ def test_sixteen_bits(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.interpreter
 def test_one_unit_one_sample_one_step() -> None:
     compare("lstm", "0", None, "cpu", T=1, B=1, I=1, H=1)
+
+
+@pytest.mark.gpu
+def test_clear_caches_frees_the_graphs_memory() -> None:
+    """The buffers are PyTorch's again, and the next calls, first ones once more, compute the same."""
+    layer, x = (
+        gpu_rnn.LSTM(4, 64, backend="step", device="cuda"),
+        torch.randn(2 * cuda_graphs.CHUNK, 2, 4, device="cuda"),
+    )
+
+    def run() -> torch.Tensor:
+        with torch.no_grad():
+            return layer(x)[0]
+
+    gpu_rnn.clear_caches()
+    expected = run()
+    for _ in range(2):
+        torch.testing.assert_close(run(), expected)
+    buffers = torch.cuda.memory_allocated()
+    assert any(cuda_graphs.Chunks.kept.values())
+    gpu_rnn.clear_caches()
+    assert not cuda_graphs.Chunks.kept and torch.cuda.memory_allocated() < buffers
+    for _ in range(3):
+        torch.testing.assert_close(run(), expected)
 
 
 @pytest.mark.gpu
