@@ -194,8 +194,10 @@ static inline real tanh_(real x) {
 // x as 2^e (1 + f) with 1 + f from sqrt(1/2) to sqrt(2). With s = f / (2 + f),
 // log(1 + f) is f - s (f - R), R = s² (log((1 + s) / (1 - s)) - 2 s) / s³.
 static inline real log_(real x) {
-  const truth small = x < K(OF_TYPE(0x1p-126, 0x1p-1022));
-  const real scaled = where_(small, x * K(OF_TYPE(0x1p23, 0x1p52)), x);
+  const real positive = where_(x > K(0), x, K(1)); // others are answered below
+  const truth small = positive < K(OF_TYPE(0x1p-126, 0x1p-1022));
+  const real scaled =
+      where_(small, positive * K(OF_TYPE(0x1p23, 0x1p52)), positive);
   const truth offset = (truth)K(0.70710678118654752);
   const truth above = (truth)scaled - offset;
   truth exponent = above >> MANTISSA;

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import ctypes
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import cache
 
@@ -13,6 +15,7 @@ import pytest
 import torch
 
 from tests.support import native
+from tests.support.paths import ROOT
 
 ULPS = 2
 STEP = 100_003  # of all float32's 2³² one in so many, 42,949 in all
@@ -37,6 +40,7 @@ EXACT: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "floor": np.floor,
     "abs": np.abs,
 }
+ALL = (*EXACT, "sign", "relu")
 SPECIAL = [
     0.0,
     -0.0,
@@ -70,15 +74,15 @@ void apply_{name}(long n, const scalar *in, scalar *out) {{
 
 
 @cache
-def library(scalar: str, compiler: str, target: str) -> ctypes.CDLL:
-    return native.build("".join(map(entry, (*EXACT, "sign", "relu"))), scalar, compiler, target)
+def library(scalar: str, compiler: str, target: str, *options: str) -> ctypes.CDLL:
+    return native.build("".join(map(entry, ALL)), scalar, compiler, target, *options)
 
 
-def apply(name: str, x: np.ndarray, compiler: str, target: str) -> np.ndarray:
+def apply(name: str, x: np.ndarray, compiler: str, target: str, *options: str) -> np.ndarray:
     scalar = {4: "float", 8: "double"}[x.itemsize]
     padded = np.concatenate([x, np.zeros(-len(x) % 16, x.dtype)])
     out = np.empty_like(padded)
-    call = getattr(library(scalar, compiler, target), f"apply_{name}")
+    call = getattr(library(scalar, compiler, target, *options), f"apply_{name}")
     call(ctypes.c_long(len(padded)), padded.ctypes.data_as(ctypes.c_void_p), out.ctypes.data_as(ctypes.c_void_p))
     return out[: len(x)]
 
@@ -122,7 +126,7 @@ def test_accuracy(name: str, dtype: type, compiler: str, target: str) -> None:
 
 @pytest.mark.parametrize("compiler", native.COMPILERS)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["float", "double"])
-@pytest.mark.parametrize("name", [*EXACT, "sign", "relu"])
+@pytest.mark.parametrize("name", ALL)
 def test_special_values_are_torchs(name: str, dtype: type, compiler: str) -> None:
     native.needs(compiler, "plain")
     x = np.array(SPECIAL, dtype)
@@ -132,3 +136,22 @@ def test_special_values_are_torchs(name: str, dtype: type, compiler: str) -> Non
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=1e-38, equal_nan=True)
     if name in ("expm1", "log1p", "tanh", "sin", "erf", "floor", "sqrt"):
         assert actual[1].signbit()
+
+
+UNDEFINED = """
+from tests.kernels import test_native_functions as functions
+for dtype in ("float32", "float64"):
+    x = functions.grid(getattr(functions.np, dtype))
+    for name in functions.ALL:
+        print(name, flush=True)  # the last one, where the processor stops it
+        functions.apply(name, x, "gcc", "plain", "-O1", "-fsanitize=undefined", "-fsanitize-undefined-trap-on-error")
+print("done")
+"""
+
+
+@pytest.mark.slow
+def test_nothing_is_undefined() -> None:
+    native.needs("gcc", "plain")
+    command = [sys.executable, "-c", UNDEFINED]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert run.stdout.split()[-1] == "done", run.stderr

@@ -17,7 +17,7 @@ import pytest
 HEADER = files("gpu_rnn.kernels.native").joinpath("functions.h").read_text()
 COMPILERS = ("gcc", "clang")
 # Generated functions take what they do not need; a vector wider than the target's is passed in memory (psabi).
-FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Werror"]
+FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Werror"]
 FLAGS += ["-Wno-unused-variable", "-Wno-unused-function", "-Wno-unused-parameter", "-Wno-psabi"]
 # Of each target the flags of the compiler and the bytes of its vectors.
 TARGETS = {"plain": ([], 16), "avx2": (["-mavx2", "-mfma"], 32), "avx512": (["-mavx512f", "-mavx512dq"], 64)}
@@ -43,14 +43,14 @@ def _processor() -> set[str]:
     return set(next(line for line in path.read_text().splitlines() if line.startswith("flags")).split())
 
 
-def build(text: str, scalar: str, compiler: str, target: str, optimise: str = "-O3") -> ctypes.CDLL:
-    """A library of C text that comes after the header of functions."""
+def build(text: str, scalar: str, compiler: str, target: str, *options: str) -> ctypes.CDLL:
+    """A library of C text that comes after the header of functions; of two options that differ the last one holds."""
     needs(compiler, target)
     flags, width = TARGETS[target]
     folder = Path(mkdtemp())
     (folder / "text.c").write_text(f"{HEADER}\n{text}")
     lanes = width // {"float": 4, "double": 8}[scalar]
-    command = [compiler, "-std=gnu11", optimise, *FLAGS, f"-DSCALAR={scalar}", f"-DLANES={lanes}", *flags]
+    command = [compiler, "-std=gnu11", *FLAGS, *options, f"-DSCALAR={scalar}", f"-DLANES={lanes}", *flags]
     built = subprocess.run(
         [*command, "-shared", "-fPIC", "-o", "text.so", "text.c", "-lm"],
         cwd=folder,
