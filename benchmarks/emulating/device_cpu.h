@@ -148,33 +148,6 @@ template <int N, int SITE> DEVICE void copy_async_wait() {
 
 // ---- Matrix products ----
 
-// A lane reads the row that it names itself, here, where the sanitizer sees it.
-
-template <int COUNT>
-DEVICE void load_matrix(unsigned (&r)[COUNT], const void *row, bool trans) {
-  cpu::MatrixRow mine = {};
-  if (lane() < 8 * COUNT) {
-    cpu::require(cpu::is_shared(row, 16) && cpu::aligned(row, 16),
-                 "load_matrix reads rows of 16 aligned bytes of shared memory");
-    memcpy(mine.row, row, 16);
-  }
-  cpu::load_matrix(mine, COUNT, trans);
-  memcpy(r, mine.result, sizeof r);
-}
-
-DEVICE void load_matrix_x4(unsigned (&r)[4], const void *shared_row) {
-  load_matrix(r, shared_row, false);
-}
-DEVICE void load_matrix_x2(unsigned (&r)[2], const void *shared_row) {
-  load_matrix(r, shared_row, false);
-}
-DEVICE void load_matrix_x4_trans(unsigned (&r)[4], const void *shared_row) {
-  load_matrix(r, shared_row, true);
-}
-DEVICE void load_matrix_x2_trans(unsigned (&r)[2], const void *shared_row) {
-  load_matrix(r, shared_row, true);
-}
-
 DEVICE void mma_f16(float (&d)[4], const unsigned (&a)[4],
                     const unsigned (&b)[2]) {
   cpu::mma(cpu::Kind::mma_f16, d, a, b);

@@ -108,9 +108,9 @@ bool enabled(int site) {
 namespace {
 
 const char *name(Kind kind) {
-  constexpr const char *names[] = {"nothing",  "block barrier", "warp barrier",
-                                   "ldmatrix", "mma f16",       "mma bf16",
-                                   "mma tf32", "shuffle"};
+  constexpr const char *names[] = {"nothing", "block barrier", "warp barrier",
+                                   "mma f16", "mma bf16",      "mma tf32",
+                                   "shuffle"};
   return names[static_cast<int>(kind)];
 }
 

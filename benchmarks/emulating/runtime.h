@@ -92,17 +92,12 @@ enum class Kind {
   none,
   block_barrier,
   warp_barrier,
-  matrix,
   mma_f16,
   mma_bf16,
   mma_tf32,
   shuffle
 };
 
-struct MatrixRow {
-  unsigned row[4], result[4];
-};
-void load_matrix(MatrixRow &mine, int count, bool trans);
 void mma(Kind kind, float (&d)[4], const unsigned (&a)[4],
          const unsigned (&b)[2]);
 unsigned shuffle(unsigned value, int source);

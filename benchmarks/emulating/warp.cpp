@@ -42,40 +42,6 @@ uint16_t half(unsigned word, int index) {
 
 } // namespace
 
-// ---- ldmatrix ----
-
-namespace {
-
-struct MatrixLoad {
-  MatrixRow *row;
-  int count;
-  bool trans;
-};
-
-// Register j of lane l holds elements (l/4, 2(l%4)) and (l/4, 2(l%4)+1) of
-// matrix j.
-void load_matrices(MatrixLoad *(&lanes)[32]) {
-  for (int j = 0; j < lanes[0]->count; ++j)
-    for (int l = 0; l < 32; ++l) {
-      uint16_t element[2];
-      for (int e = 0; e < 2; ++e) {
-        int row = l / 4, column = 2 * (l % 4) + e;
-        if (lanes[0]->trans)
-          std::swap(row, column);
-        element[e] = half(lanes[8 * j + row]->row->row[column / 2], column % 2);
-      }
-      lanes[l]->row->result[j] = element[0] | static_cast<unsigned>(element[1])
-                                                  << 16;
-    }
-}
-
-} // namespace
-
-void load_matrix(MatrixRow &mine, int count, bool trans) {
-  MatrixLoad load = {&mine, count, trans};
-  together(Kind::matrix, load, load_matrices);
-}
-
 // ---- mma ----
 
 namespace {

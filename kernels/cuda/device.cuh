@@ -184,38 +184,7 @@ template <int N, int SITE> DEVICE void copy_async_wait() {
 
 // ---- Matrix products: PTX ISA, "Matrix Fragments for mma" ----
 
-// Whole warps only. Lane 8 j + i names row i of the j-th 8x8 matrix of 16-bit
-// numbers: 16 aligned bytes of shared memory.
-
-DEVICE void load_matrix_x4(unsigned (&r)[4], const void *shared_row) {
-  asm volatile(
-      "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-      : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-      : "r"(shared_address(shared_row))
-      : "memory");
-}
-
-DEVICE void load_matrix_x2(unsigned (&r)[2], const void *shared_row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-               : "=r"(r[0]), "=r"(r[1])
-               : "r"(shared_address(shared_row))
-               : "memory");
-}
-
-DEVICE void load_matrix_x4_trans(unsigned (&r)[4], const void *shared_row) {
-  asm volatile(
-      "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-      : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-      : "r"(shared_address(shared_row))
-      : "memory");
-}
-
-DEVICE void load_matrix_x2_trans(unsigned (&r)[2], const void *shared_row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-               : "=r"(r[0]), "=r"(r[1])
-               : "r"(shared_address(shared_row))
-               : "memory");
-}
+// Whole warps only.
 
 // d (16x8) += a (16x16, rows) b (16x8, columns).
 DEVICE void mma_f16(float (&d)[4], const unsigned (&a)[4],

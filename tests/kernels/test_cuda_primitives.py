@@ -95,20 +95,6 @@ def test_products_of_tf32_read_no_low_bits(machine: Machine) -> None:
 
 
 @ON_BOTH
-def test_load_matrix(machine: Machine) -> None:
-    halves = torch.arange(256, dtype=torch.int16).reshape(32, 8)
-    rows = torch.randperm(32, generator=torch.Generator().manual_seed(0)).int()
-    x4, x4_trans, x2, x2_trans = words(32, 4), words(32, 4), words(32, 2), words(32, 2)
-    machine(SOURCE, "load_matrices", 1, 32, 512, [halves, rows, x4, x4_trans, x2, x2_trans])
-    matrices = halves[rows.long()].reshape(4, 8, 8)  # lane 8 j + i names row i of matrix j
-    # Register j of lane l: row l/4, columns 2 (l%4) and the next, so that row-major order is lane order.
-    plain = matrices.reshape(4, 32, 2).transpose(0, 1).contiguous().view(torch.int32)[..., 0]
-    turned = matrices.transpose(1, 2).reshape(4, 32, 2).transpose(0, 1).contiguous().view(torch.int32)[..., 0]
-    assert torch.equal(x4, plain) and torch.equal(x4_trans, turned)
-    assert torch.equal(x2, plain[:, :2]) and torch.equal(x2_trans, turned[:, :2])
-
-
-@ON_BOTH
 def test_copies_arrive_or_are_zero(machine: Machine) -> None:
     data, valid = random(64, 4), torch.arange(64, dtype=torch.int32) % 3
     out = torch.full((64, 4), math.nan)
@@ -214,7 +200,7 @@ def test_the_header_compiles_for(arch: str, source: Path) -> None:
 def test_both_halves_of_the_header_say_the_same() -> None:
     """The same functions, in the same order, with the same parameters."""
     declaration = re.compile(r"^(?:template <[^\n]*> )?DEVICE [\w ]+[ *]+(\w+(?:<\w+>)?)\([^{;]*\)", re.M)
-    own = {"shared_address", "load_matrix"}  # steps of one half only
+    own = {"shared_address"}  # a step of one half only
 
     def signatures(text: str) -> list[str]:
         text = re.sub(r"//[^\n]*", "", text).replace(">\nDEVICE", "> DEVICE")

@@ -106,11 +106,6 @@ def launch(
         ("warp_sync<A>(0xffff);", "full mask"),
         ("named_sync<A>(1, warp() ? 96 : 64);", "disagree"),
         ("named_sync<A>(0, 64);", "named barrier"),
-        ("unsigned r[2]; load_matrix_x2(r, shared_memory() + 8 * lane());", "16 aligned bytes"),
-        (
-            "unsigned r[4]; load_matrix_x4(r, shared_memory() + 16 * lane());",
-            "16 aligned bytes",
-        ),  # past the end
         ("copy_async_16<A>(shared_memory(), out + 1, true);", "16 aligned bytes"),
         ("copy_async_16<A>(out, out, true);", "shared memory"),
         (

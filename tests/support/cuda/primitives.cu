@@ -65,31 +65,6 @@ extern "C" __global__ void multiply_tf32(const unsigned *a, const unsigned *b,
            a, b, d);
 }
 
-// Copies 512 bytes to shared memory; lane l names the 16 bytes rows[l]; each
-// result is (32, registers).
-extern "C" __global__ void load_matrices(const unsigned *in, const int *rows,
-                                         unsigned *x4, unsigned *x4_trans,
-                                         unsigned *x2, unsigned *x2_trans) {
-  unsigned *words = reinterpret_cast<unsigned *>(shared_memory());
-  for (int i = lane(); i < 128; i += 32)
-    words[i] = in[i];
-  block_sync<ALL>();
-  const void *row = words + 4 * rows[lane()];
-  unsigned r4[4], t4[4], r2[2], t2[2];
-  load_matrix_x4(r4, row);
-  load_matrix_x4_trans(t4, row);
-  load_matrix_x2(r2, row);
-  load_matrix_x2_trans(t2, row);
-  for (int i = 0; i < 4; ++i) {
-    x4[4 * lane() + i] = r4[i];
-    x4_trans[4 * lane() + i] = t4[i];
-  }
-  for (int i = 0; i < 2; ++i) {
-    x2[2 * lane() + i] = r2[i];
-    x2_trans[2 * lane() + i] = t2[i];
-  }
-}
-
 // Every thread copies 16 bytes, or zeros, and reads what its neighbour copied.
 extern "C" __global__ void copy(const float *in, const int *valid, float *out) {
   float *slots = reinterpret_cast<float *>(shared_memory());
