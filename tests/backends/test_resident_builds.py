@@ -26,6 +26,7 @@ from gpu_rnn.backends.problem import DIRECTIONS, Problem
 from gpu_rnn.backends.tensors import Call, LayerControls, Result, Weights
 from tests.support import loops as support
 from tests.support.cuda.tools import opened
+from tests.support.no_device import NoDevice
 from tests.support.pairwise import pairwise
 
 ARCHITECTURES = {80: "A100", 86: "RTX 3090", 89: "RTX 4090", 90: "H100", 100: "B200", 120: "RTX 5090"}
@@ -125,24 +126,6 @@ def launch(given: Problem) -> building.TritonLaunch:
     inner = empty(len(states) - 1, T, B, N, H, dtype=torch.float32)
     saved = Result(y, states, gates, empty(T, B, N, R, H), inner)
     return resident.prepare_backward(call, saved, y, states, inner if given.all_states else None)[0]
-
-
-class NoDevice:
-    """The part of a Triton driver that compiling needs."""
-
-    def __init__(self, architecture: int) -> None:
-        self.architecture = architecture
-
-    def get_current_device(self) -> int:
-        return self.architecture  # Triton keeps what it compiles by device
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", self.architecture, 32)
 
 
 def time_loop(assembly: str) -> list[str]:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 import gpu_rnn
 from gpu_rnn import cells, functional
-from tests.call.test_checks import CALLS, ROW
+from tests.support.op_calls import CALLS, ROW
 
 SWEEP = int(os.environ.get("MALFORMED_EXAMPLES", "0"))  # 0 outside of a sweep
 PACKAGE = Path(gpu_rnn.__file__).parent

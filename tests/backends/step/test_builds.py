@@ -10,8 +10,8 @@ import torch
 
 from gpu_rnn.backends.step.gpu_buffers import BackwardSteps, ForwardSteps, Kind
 from gpu_rnn.backends.tensors import OF_STATES
-from tests.backends.test_resident_builds import NoDevice
 from tests.support import loops as support
+from tests.support.no_device import NoDevice
 
 KINDS = {
     "plain": Kind(True, False, 0, (), 0, False),
