@@ -14,7 +14,7 @@ import gpu_rnn
 from gpu_rnn.backends.group import launch as group
 from gpu_rnn.backends.group.layout import Layout
 from tests.support import group as support
-from tests.support.stub_driver.process import NEEDS_STUB, run
+from tests.support.stub_driver import NEEDS_STUB, run
 
 PROGRAM = """
 from gpu_rnn.backends.step import cuda_graphs

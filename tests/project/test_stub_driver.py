@@ -3,7 +3,7 @@
 
 import pytest
 
-from tests.support.stub_driver.process import NEEDS_STUB, run
+from tests.support.stub_driver import NEEDS_STUB, run
 
 pytestmark = [pytest.mark.compile, NEEDS_STUB]
 
