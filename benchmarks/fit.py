@@ -259,7 +259,7 @@ def entry(rows: Sequence[Timed], files: Sequence[Path], constants: dict[str, dic
 
 def write(found: dict[str, Any]) -> None:
     """Puts an entry into rates.json, in the place of an older one of the same GPU."""
-    path = Path(str(rates.FILE))
+    path = rates.FILE
     known = json.loads(path.read_text()) | {devices.known_as(found["device"]): found}
     path.write_text(json.dumps(dict(sorted(known.items())), indent=2) + "\n")
 

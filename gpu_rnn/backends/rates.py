@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from gpu_rnn.devices import DEVICES, Device, known_as
@@ -101,7 +101,7 @@ class Rates:
 
 PREDICTED = Rates()
 MODELS = tuple(each.name for each in fields(Rates) if each.name != "source")
-FILE = files("gpu_rnn.backends") / "rates.json"
+FILE = Path(__file__).with_name("rates.json")
 
 
 def of(device: Device) -> Rates:
