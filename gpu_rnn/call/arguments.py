@@ -47,29 +47,27 @@ def check(stack: Stack, x: Any, hx: Any, weights: Any, batch_sizes: Any = None) 
         _batch_sizes(batch_sizes, x.shape[0])
     _, batch = stack.sizes(x, batch_sizes)
     _weights(stack, x, weights)
-    states = hx
     if hx is not None:
         each_tensor("hx", hx, stack.recurrence.states)
         expected = stack.state_shapes(weights, batch)
         if [tuple(state.shape) for state in hx] != expected:
             raise RuntimeError(f"hx is {expected}, got {[tuple(state.shape) for state in hx]}")
-    check_alike(x, weights, states or ())
+    check_alike(x, weights, hx or ())
 
 
 def check_cell(stack: Stack, x: Any, hx: Any, weights: Any) -> None:
     """Every argument of `functional.cell`; errors as `check`'s."""
-    _options(stack)
+    a_recurrence(stack.recurrence)
     tensor("x", x)
     if x.dim() != 2:
         raise RuntimeError(f"x is (B, I), got {tuple(x.shape)}")
-    states = None
-    if hx is not None:
-        each_tensor("hx", hx, stack.recurrence.states)
-        for name, state in zip(stack.recurrence.states, hx, strict=True):
-            if state.dim() != 2:
-                raise RuntimeError(f"hx is (B, H) each, got {tuple(state.shape)} for {name}")
-        states = tuple(state[None] for state in hx)
-    check(stack, x[None], states, weights)
+    if hx is None:
+        return check(stack, x[None], None, weights)
+    each_tensor("hx", hx, stack.recurrence.states)
+    for name, state in zip(stack.recurrence.states, hx, strict=True):
+        if state.dim() != 2:
+            raise RuntimeError(f"hx is (B, H) each, got {tuple(state.shape)} for {name}")
+    return check(stack, x[None], tuple(state[None] for state in hx), weights)
 
 
 def _options(stack: Stack) -> None:
@@ -165,12 +163,12 @@ def each_tensor(name: str, values: Any, names: Sequence[str]) -> None:
 
 def _batch_sizes(sizes: Any, rows: int) -> None:
     if not isinstance(sizes, Tensor) or sizes.dtype != torch.int64 or not sizes.is_cpu or sizes.dim() != 1:
-        found = (
+        kind = (
             f"{sizes.dtype}, {tuple(sizes.shape)} on {sizes.device}"
             if isinstance(sizes, Tensor)
             else type(sizes).__name__
         )
-        raise TypeError(f"batch_sizes is an int64 tensor (T) on the CPU, as of a PackedSequence, got {found}")
+        raise TypeError(f"batch_sizes is an int64 tensor (T) on the CPU, as of a PackedSequence, got {kind}")
     if not len(sizes):
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     if onlookers.recorded(sizes):
@@ -188,15 +186,15 @@ def _weights(stack: Stack, x: Tensor, weights: Any) -> None:
     for number, weight in enumerate(weights):
         if not isinstance(weight, Tensor) or weight.layout != torch.strided or weight.is_nested:
             tensor("weights", weight, number)  # raises
-    gates, features, found = len(stack.recurrence.gates), x.shape[-1], [weight.shape for weight in weights]
-    first: tuple[int, ...] = found[0] if found else ()
-    whole = len(first) == 2 and first[0] > 0 and first[0] % gates == 0
-    hidden = first[0] // gates if whole else 0
-    expected = stack.weight_shapes(features, hidden) if whole else []
-    if not whole or found != expected:
-        shapes = expected if whole else f"in a row w_ih ({gates}·H, {features}), w_hh ({gates}·H, H), and so on"
+    gates, features, shapes = len(stack.recurrence.gates), x.shape[-1], [weight.shape for weight in weights]
+    w_ih: tuple[int, ...] = shapes[0] if shapes else ()
+    has_hidden = len(w_ih) == 2 and w_ih[0] > 0 and w_ih[0] % gates == 0
+    hidden = w_ih[0] // gates if has_hidden else 0
+    expected = stack.weight_shapes(features, hidden) if has_hidden else []
+    if not has_hidden or shapes != expected:
+        wanted = expected if has_hidden else f"in a row w_ih ({gates}·H, {features}), w_hh ({gates}·H, H), and so on"
         raise RuntimeError(
-            f"for an input of {features} features the weights are {shapes}, got {[tuple(s) for s in found]}"
+            f"for an input of {features} features the weights are {wanted}, got {[tuple(s) for s in shapes]}"
         )
     if stack.proj_size >= hidden:
         raise ValueError(f"proj_size has to be smaller than hidden_size, {hidden}, got {stack.proj_size}")
@@ -208,15 +206,15 @@ def check_alike(x: Tensor, weights: Sequence[Tensor], states: Sequence[Tensor]) 
     Raises:
         RuntimeError: others.
     """
-    for kind, tensors in (("parameter", weights), ("hidden", states)):
-        for tensor in tensors:
-            if tensor.device != x.device:
-                raise RuntimeError(
-                    f"Input and {kind} tensors are not at the same device, found input tensor at {x.device} and "
-                    f"{kind} tensor at {tensor.device}"
-                )
-            if tensor.dtype != x.dtype and autocast.dtype_of(tensor) != autocast.dtype_of(x):
-                raise RuntimeError(
-                    f"Input and {kind} tensors are not the same dtype, found input tensor with {x.dtype} and "
-                    f"{kind} tensor with {tensor.dtype}"
-                )
+    for number, tensor in enumerate((*weights, *states)):
+        kind = "parameter" if number < len(weights) else "hidden"
+        if tensor.device != x.device:
+            raise RuntimeError(
+                f"Input and {kind} tensors are not at the same device, found input tensor at {x.device} and "
+                f"{kind} tensor at {tensor.device}"
+            )
+        if tensor.dtype != x.dtype and autocast.dtype_of(tensor) != autocast.dtype_of(x):
+            raise RuntimeError(
+                f"Input and {kind} tensors are not the same dtype, found input tensor with {x.dtype} and "
+                f"{kind} tensor with {tensor.dtype}"
+            )

@@ -82,12 +82,12 @@ def _backward(
     """Likewise the backward pass."""
     if not onlookers.watched((*inputs.row, *d_outputs)):
         return passes.run_backward(text, options, d_outputs, inputs, saved)
-    kept = [saved.y, saved.gates, saved.recurrent, saved.inner]
+    tensors = [saved.y, saved.gates, saved.recurrent, saved.inner]
     with custom_ops.derived():
-        found = torch.ops.gpu_rnn.rnn_backward(
-            list(d_outputs), kept, *custom_ops.in_order(inputs), text, options.encode()
+        grads = torch.ops.gpu_rnn.rnn_backward(
+            list(d_outputs), tensors, *custom_ops.in_order(inputs), text, options.encode()
         )
-    return [None if primal is None else d for primal, d in zip(inputs.primals, found, strict=True)]
+    return [None if primal is None else d for primal, d in zip(inputs.primals, grads, strict=True)]
 
 
 def _states(text: str) -> int:
@@ -113,18 +113,17 @@ class Forward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        kept = ctx.saved_tensors  # each access unpacks once more, which checkpoints refuse
-        *tensors, y = kept[:-SAVED]
-        saved = kept[-SAVED:]
+        every = ctx.saved_tensors  # each access unpacks once more, which checkpoints refuse
+        *tensors, y = every[:-SAVED]
+        saved = every[-SAVED:]
         likes = [y, *Inputs.flat(tensors, _states(ctx.text)).states, *([saved[-1]] if ctx.options.all_states else [])]
-        given = [*grads[:-SAVED], *([grads[-1]] if ctx.options.all_states else [])]
-        d_outputs = [torch.zeros_like(like) if d is None else d for d, like in zip(given, likes, strict=True)]
+        incoming = [*grads[:-SAVED], *([grads[-1]] if ctx.options.all_states else [])]
+        d_outputs = [torch.zeros_like(like) if d is None else d for d, like in zip(incoming, likes, strict=True)]
         if any(torch._C._functorch.is_legacy_batchedtensor(g) for g in d_outputs):  # is_grads_batched: no rule is asked
             d = passes.vjp(ctx.text, ctx.options, Inputs.flat(tensors, _states(ctx.text)), d_outputs)
             return None, None, *like_row(d)
-        found = Backward.apply(ctx.text, ctx.options, *tensors, y, *saved, *d_outputs)
-        rest = iter(found)
-        return None, None, *like_row([next(rest) if t is not None else None for t in primals(tensors)])
+        d_primals = iter(Backward.apply(ctx.text, ctx.options, *tensors, y, *saved, *d_outputs))
+        return None, None, *like_row([next(d_primals) if t is not None else None for t in primals(tensors)])
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -135,10 +134,10 @@ class Forward(torch.autograd.Function):
             for p, t in zip(inputs.primals, primals(tangents[2:]), strict=True)
             if p is not None
         ]
-        found = pushforward(passes.pure(ctx.text, ctx.options, inputs), present, along)
+        t_outputs = pushforward(passes.pure(ctx.text, ctx.options, inputs), present, along)
         if ctx.options.all_states:
-            return *found[:-1], *[None] * (SAVED - 1), found[-1]
-        return (*found, *[None] * SAVED)
+            return *t_outputs[:-1], *[None] * (SAVED - 1), t_outputs[-1]
+        return (*t_outputs, *[None] * SAVED)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], text: str, options: Options, *tensors: Any) -> Any:
@@ -152,8 +151,8 @@ class Backward(torch.autograd.Function):
     def forward(text: str, options: Options, *tensors: Any) -> tuple[Tensor, ...]:
         row, saved, d_outputs = batching.split(text, options, tensors)
         inputs = Inputs.flat(row, _states(text))
-        found = _backward(text, options, d_outputs, inputs, Result.of_saved(*saved))
-        return tuple(d for d in found if d is not None)
+        grads = _backward(text, options, d_outputs, inputs, Result.of_saved(*saved))
+        return tuple(d for d in grads if d is not None)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -165,10 +164,10 @@ class Backward(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         row, saved, d_outputs = batching.split(ctx.text, ctx.options, ctx.saved_tensors)
         inputs = Inputs.flat(row, _states(ctx.text))
-        given = iter(grads)
-        dd = [next(given) if p is not None else None for p in inputs.primals]
-        found_d, found = passes.second_vjp(ctx.text, ctx.options, inputs, d_outputs, dd)
-        return None, None, *like_row(found), *[None] * len(saved), *found_d
+        incoming = iter(grads)
+        dd = [next(incoming) if p is not None else None for p in inputs.primals]
+        of_d_outputs, of_primals = passes.second_vjp(ctx.text, ctx.options, inputs, d_outputs, dd)
+        return None, None, *like_row(of_primals), *[None] * len(saved), *of_d_outputs
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
@@ -177,9 +176,9 @@ class Backward(torch.autograd.Function):
         inputs = Inputs.flat(row, _states(ctx.text))
         count = len(d_outputs)
 
-        def gradient(*given: Tensor) -> tuple[Tensor, ...]:
-            found = passes.vjp(ctx.text, ctx.options, passes.filled(inputs, given[count:]), given[:count])
-            return tuple(d for d in found if d is not None)
+        def gradient(*at: Tensor) -> tuple[Tensor, ...]:
+            grads = passes.vjp(ctx.text, ctx.options, passes.filled(inputs, at[count:]), at[:count])
+            return tuple(d for d in grads if d is not None)
 
         point = [*d_outputs, *(p for p in inputs.primals if p is not None)]
         tangents_of = [t for t, p in zip(primals(row_t), inputs.primals, strict=True) if p is not None]

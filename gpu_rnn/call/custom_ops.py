@@ -75,9 +75,9 @@ def rnn(*arguments: Any) -> list[Tensor]:
     Shapes, dtypes and devices are checked; lengths are clamped to the steps there are (see `checks.inputs`).
     """
     _refuse_tangents()
-    *given, program, options = arguments
+    *tensors, program, options = arguments
     decoded = Options.decode(options)
-    inputs = checks.inputs("gpu_rnn::rnn", program, decoded, Inputs.of(*given))
+    inputs = checks.inputs("gpu_rnn::rnn", program, decoded, Inputs.of(*tensors))
     result = passes.run(program, decoded, inputs)
     nothing = result.y.new_empty(0)
     if not decoded.save:
@@ -89,8 +89,8 @@ def rnn(*arguments: Any) -> list[Tensor]:
 
 @rnn.register_fake
 def _(*arguments: Any) -> list[Tensor]:
-    *given, program, text = arguments
-    inputs = Inputs.of(*given)
+    *tensors, program, text = arguments
+    inputs = Inputs.of(*tensors)
     checks.devices("gpu_rnn::rnn", inputs.x, inputs.row)
     x, weights, _, states, _ = inputs
     options = Options.decode(text)
@@ -120,14 +120,14 @@ def rnn_backward(d_outputs: list[Tensor], saved: list[Tensor], *arguments: Any) 
     Checks what it is given as `rnn` does.
     """
     _refuse_tangents()
-    *given, program, options = arguments
+    *tensors, program, options = arguments
     decoded = Options.decode(options)
-    inputs = checks.inputs("gpu_rnn::rnn_backward", program, decoded, Inputs.of(*given))
+    inputs = checks.inputs("gpu_rnn::rnn_backward", program, decoded, Inputs.of(*tensors))
     checks.gradients("gpu_rnn::rnn_backward", program, decoded, inputs, d_outputs, saved)
     y, gates, recurrent, inner = saved
     result = Result(y, [], gates, recurrent, inner)
-    found = passes.run_backward(program, decoded, d_outputs, inputs, result)
-    outputs = [inputs.x.new_empty(0) if d is None else d for d in found]
+    grads = passes.run_backward(program, decoded, d_outputs, inputs, result)
+    outputs = [inputs.x.new_empty(0) if d is None else d for d in grads]
     return _owned(outputs, [*d_outputs, *saved, *inputs.row])
 
 
@@ -152,9 +152,9 @@ def _kept(ctx: Any) -> tuple[Inputs, Sequence[Tensor]]:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    *given, program, options = inputs
-    kept = Inputs.of(*given)
-    _keep(ctx, kept, [output[0], *output[1 + len(kept.states) :]], program, options)
+    *tensors, program, options = inputs
+    of_layer = Inputs.of(*tensors)
+    _keep(ctx, of_layer, [output[0], *output[1 + len(of_layer.states) :]], program, options)
 
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
@@ -163,8 +163,8 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     if Options.decode(ctx.options).all_states:
         grads, shapes = [*grads[: len(shapes)], grads[-1]], [*shapes, saved[-1]]
     d = [torch.zeros_like(s) if g is None else g for g, s in zip(grads, shapes, strict=False)]
-    found = torch.ops.gpu_rnn.rnn_backward(d, list(saved), *in_order(inputs), ctx.program, ctx.options)
-    return *_as_given(inputs, found), None, None
+    d_primals = torch.ops.gpu_rnn.rnn_backward(d, list(saved), *in_order(inputs), ctx.program, ctx.options)
+    return *_as_given(inputs, d_primals), None, None
 
 
 def in_order(inputs: Inputs) -> list[Any]:
@@ -177,21 +177,21 @@ def _grouped(row: Sequence[Any], states: int) -> list[Any]:
     return [*row[:FIRST_STATE], list(row[FIRST_STATE : FIRST_STATE + states]), list(row[FIRST_STATE + states :])]
 
 
-def _as_given(inputs: Inputs, found: Sequence[Tensor | None]) -> list[Any]:
+def _as_given(inputs: Inputs, grads: Sequence[Tensor | None]) -> list[Any]:
     """Gradients of the primals in the places of the op's arguments; None for what the layer does not have."""
-    d = [None if t is None else g for t, g in zip(inputs.primals, found, strict=True)]
+    d = [None if t is None else g for t, g in zip(inputs.primals, grads, strict=True)]
     return _grouped([*d[:FIRST_CONTROL], *[None] * len(LayerControls._fields), *d[FIRST_CONTROL:]], len(inputs.states))
 
 
 def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    d_outputs, _, *given, program, options = inputs
-    _keep(ctx, Inputs.of(*given), d_outputs, program, options)
+    d_outputs, _, *tensors, program, options = inputs
+    _keep(ctx, Inputs.of(*tensors), d_outputs, program, options)
 
 
 def _second(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     inputs, d_outputs = _kept(ctx)
-    found_d, found = passes.second_vjp(ctx.program, Options.decode(ctx.options), inputs, d_outputs, grads)
-    return list(found_d), [None] * len(checks.SAVED_AXES), *_as_given(inputs, found), None, None
+    of_d_outputs, of_primals = passes.second_vjp(ctx.program, Options.decode(ctx.options), inputs, d_outputs, grads)
+    return list(of_d_outputs), [None] * len(checks.SAVED_AXES), *_as_given(inputs, of_primals), None, None
 
 
 rnn.register_autograd(_backward, setup_context=_setup)

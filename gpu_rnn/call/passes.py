@@ -41,12 +41,12 @@ class Options(NamedTuple):
     @staticmethod
     @memoize(256)
     def decode(text: str) -> Options:
-        found = ENCODED.fullmatch(text)
-        if found is None:
+        words = ENCODED.fullmatch(text)
+        if words is None:
             raise ValueError(
                 f"the options of a layer read like 'auto 01 save y' or 'step 0 drop all', got {text[:80]!r}"
             )
-        backend, reverse, save, states = found.groups()
+        backend, reverse, save, states = words.groups()
         choice.check_name(backend)
         return Options(backend, reverse, save == "save", states == "all")
 
@@ -109,12 +109,10 @@ def run(text: str, options: Options, inputs: Inputs, keep: bool = False) -> Resu
     `keep`: `Result.kept` is wanted, where it makes the backward pass faster.
     """
     problem = problem_of(text, options, inputs, "training" if options.save else "inference")
-    call = call_of(text, options, inputs, problem)
-    if problem.layers > 1:
-        name, chunk = choice.wavefront(problem, options.backend)
+    call, (name, chunk) = call_of(text, options, inputs, problem), _chosen(problem, options.backend)
+    if chunk:
         with _arithmetic(problem.precision, inputs.x), record_function(f"gpu_rnn::{name}_forward"):
             return wavefront.forward(call, inputs.x, chunk, KERNELS[name], options.save, options.all_states)
-    name = choice.select(problem, options.backend, LOOPS)
     if name == "reference":
         with autocast.off(inputs.x), record_function("gpu_rnn::reference_forward"):
             return reference.forward(call, inputs.x, options.save, options.all_states)
@@ -123,6 +121,13 @@ def run(text: str, options: Options, inputs: Inputs, keep: bool = False) -> Resu
         gates = linear.project(inputs.x, inputs.weights, call.program, call.kept).contiguous()
         with record_function(f"gpu_rnn::{name}_forward"):
             return KERNELS[name].forward(call, gates, options.save, options.all_states)
+
+
+def _chosen(problem: Problem, backend: str) -> tuple[str, int]:
+    """The loop that dispatch chooses, and of a stack the steps that its layers run together as a wavefront, else 0."""
+    if problem.layers > 1:
+        return choice.wavefront(problem, backend)
+    return choice.select(problem, backend, LOOPS), 0
 
 
 def run_backward(
@@ -134,11 +139,7 @@ def run_backward(
 ) -> list[Tensor | None]:
     """The gradients of `Inputs.primals`."""
     problem = problem_of(text, options, inputs, "backward")
-    stacked = problem.layers > 1
-    if stacked:
-        name, chunk = choice.wavefront(problem, options.backend)
-    else:
-        name = choice.select(problem, options.backend, LOOPS)
+    name, chunk = _chosen(problem, options.backend)
     if name == "reference":
         with autocast.off(inputs.x), record_function("gpu_rnn::reference_backward"):
             return vjp(text, options, inputs, d_outputs)
@@ -149,16 +150,16 @@ def run_backward(
     d_inner = d_final.pop() if options.all_states else None
     with _arithmetic(problem.precision, inputs.x):
         with record_function(f"gpu_rnn::{name}_backward"):
-            if stacked:
-                loop = wavefront.backward(call, saved, chunk, KERNELS[name], d_y, d_final, d_inner)
-                saved = wavefront.steps_first(saved)
+            if chunk:
+                of_loop = wavefront.backward(call, saved, chunk, KERNELS[name], d_y, d_final, d_inner)
             else:
-                loop = KERNELS[name].backward(call, saved, d_y, d_final, d_inner)
-        d_x, d_weights = linear.gradients(call, inputs.x, saved, loop)
-    found = [d_x, *d_weights, *loop.d_states, *loop.d_resets]
+                of_loop = KERNELS[name].backward(call, saved, d_y, d_final, d_inner)
+        saved = wavefront.steps_first(saved) if chunk else saved
+        d_x, d_weights = linear.gradients(call, inputs.x, saved, of_loop)
+    grads = [d_x, *d_weights, *of_loop.d_states, *of_loop.d_resets]
     return [
-        None if given is None or d is None else d.to(given.dtype)
-        for given, d in zip(inputs.primals, found, strict=True)
+        None if primal is None or d is None else d.to(primal.dtype)
+        for primal, d in zip(inputs.primals, grads, strict=True)
     ]
 
 
@@ -167,8 +168,8 @@ def vjp(text: str, options: Options, inputs: Inputs, d_outputs: Sequence[Tensor]
     primals = inputs.primals
     present = [index for index, primal in enumerate(primals) if primal is not None]
     _, pull = pullback(pure(text, options, inputs), *(primals[index] for index in present))
-    found = dict(zip(present, pull(tuple(d_outputs)), strict=True))
-    return [found.get(index) for index in range(len(primals))]
+    grads = dict(zip(present, pull(tuple(d_outputs)), strict=True))
+    return [grads.get(index) for index in range(len(primals))]
 
 
 def pullback(function: Callable[..., Any], *point: Any) -> tuple[Any, Callable[..., tuple[Any, ...]]]:
@@ -181,8 +182,8 @@ def pure(text: str, options: Options, inputs: Inputs) -> Callable[..., tuple[Ten
     """The reference as a function of those primals that are not None; it returns what `run_backward` has gradients
     of."""
 
-    def function(*given: Tensor) -> tuple[Tensor, ...]:
-        call_inputs = filled(inputs, given)
+    def function(*point: Tensor) -> tuple[Tensor, ...]:
+        call_inputs = filled(inputs, point)
         call = call_of(text, options, call_inputs)
         forward = reference.forward if call.weights.w_between is None else wavefront.in_torch
         result = forward(call, call_inputs.x, all_states=options.all_states)
@@ -191,10 +192,10 @@ def pure(text: str, options: Options, inputs: Inputs) -> Callable[..., tuple[Ten
     return function
 
 
-def filled(inputs: Inputs, given: Sequence[Tensor]) -> Inputs:
-    """The same call with those primals that are not None in the place of its own."""
-    rest = iter(given)
-    return inputs.with_primals([None if primal is None else next(rest) for primal in inputs.primals])
+def filled(inputs: Inputs, point: Sequence[Tensor]) -> Inputs:
+    """The same call at another point: `point` has those primals that are not None."""
+    values = iter(point)
+    return inputs.with_primals([None if primal is None else next(values) for primal in inputs.primals])
 
 
 def second_vjp(
@@ -205,13 +206,13 @@ def second_vjp(
     present = [index for index, primal in enumerate(primals) if primal is not None]
     count = len(d_outputs)
 
-    def gradient(*given: Tensor) -> tuple[Tensor, ...]:
-        found = vjp(text, options, filled(inputs, given[count:]), given[:count])
-        return tuple(found[index] for index in present)  # type: ignore[misc]
+    def gradient(*point: Tensor) -> tuple[Tensor, ...]:
+        first = vjp(text, options, filled(inputs, point[count:]), point[:count])
+        return tuple(first[index] for index in present)  # type: ignore[misc]
 
     dd = [grads[i] if grads[i] is not None else torch.zeros_like(primals[i]) for i in present]  # type: ignore[arg-type]
     with autocast.off(inputs.x):
         _, pull = pullback(gradient, *d_outputs, *(primals[index] for index in present))
-        found = pull(tuple(dd))
-    primal_grads = dict(zip(present, found[count:], strict=True))
-    return found[:count], [primal_grads.get(index) for index in range(len(primals))]
+        second = pull(tuple(dd))
+    primal_grads = dict(zip(present, second[count:], strict=True))
+    return second[:count], [primal_grads.get(index) for index in range(len(primals))]

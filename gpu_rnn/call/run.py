@@ -32,12 +32,13 @@ def sequence(
 
     The controls are checked already; `alike`: so it is that all tensors are on one device and of one dtype.
     """
-    if torch._C._is_any_autocast_enabled():
+    autocasts = torch._C._is_any_autocast_enabled()
+    if autocasts:
         (x,), hx, weights = autocast.cast((x,)), hx and autocast.cast(hx), autocast.cast(weights)
         arguments.check_alike(x, weights, ())
-        if autocast.on(x):
-            with autocast.off(x):
-                return sequence(stack, x, hx, weights, batch_sizes, controls, alike)
+    if autocasts and autocast.on(x):
+        with autocast.off(x):
+            return sequence(stack, x, hx, weights, batch_sizes, controls, alike)
     _, batch = stack.sizes(x, batch_sizes)
     if not onlookers.recorded(x):
         if x.is_cpu and choice.only_predicted_on_cpu() and _takes_aten(stack, x, controls):

@@ -31,15 +31,15 @@ class _Twice(torch.autograd.Function):
         if torch.is_grad_enabled():
             # Views: what one input owes to another, or to itself at another place, is not this call's to count.
             views = [t.view_as(t) for t in tensors]
-            found = gradient(ctx.exact(*views), views, grads, retain_graph=True, create_graph=True)
+            d_tensors = gradient(ctx.exact(*views), views, grads, retain_graph=True, create_graph=True)
         else:
             # Kept where the user keeps the graph: cuDNN would copy its reserve, and the memory of a call would outlive
             # it.
             keep = torch._C._autograd._get_current_graph_task_keep_graph()
-            found = gradient(ctx.outputs, ctx.leaves, grads, retain_graph=keep)
+            d_tensors = gradient(ctx.outputs, ctx.leaves, grads, retain_graph=keep)
             if not keep:
                 del ctx.outputs, ctx.leaves
-        return None, None, *found
+        return None, None, *d_tensors
 
 
 def gradient(
@@ -47,8 +47,8 @@ def gradient(
 ) -> list[Tensor | None]:
     """The gradients of those inputs that want one, None for the others."""
     wanted = [t for t in inputs if t.requires_grad]
-    found = iter(torch.autograd.grad(outputs, wanted, grads, allow_unused=True, **graph))
-    return [next(found) if t.requires_grad else None for t in inputs]
+    results = iter(torch.autograd.grad(outputs, wanted, grads, allow_unused=True, **graph))
+    return [next(results) if t.requires_grad else None for t in inputs]
 
 
 def differentiable(fast: TensorFunction, exact: TensorFunction, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:

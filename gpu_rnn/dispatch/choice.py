@@ -142,9 +142,9 @@ def _select(problem: Problem, backend: str, among: tuple[str, ...], preferred: s
     able.sort(key=lambda name: (places.get(name, len(places)), total_cost(problem, name)))
     chosen = next(name for name in able if not _prepared(problem, name))
     if chosen == "reference":
-        for name in among:
-            for reason in BACKENDS[name].unsupported(problem):
-                _say_once(problem.direction, problem.recurrence.name, name, reason)
+        against = [(name, reason) for name in among for reason in BACKENDS[name].unsupported(problem)]
+        for name, reason in against:
+            _say_once(problem.direction, problem.recurrence.name, name, reason)
     return chosen
 
 
