@@ -14,14 +14,16 @@ from torch import Tensor
 from benchmarks.certifying.precisions import FLOORS, PRECISIONS, TIGHT
 from benchmarks.emulating import h100
 from benchmarks.emulating.h100 import run_on_cpu
-from gpu_rnn.backends import linear, reference
+from gpu_rnn.backends import linear, reference, step
 from gpu_rnn.backends.group import launch as group
 from gpu_rnn.backends.group.choice import Choice
 from gpu_rnn.backends.group.layout import Layout
-from gpu_rnn.backends.tensors import OF_STATES, Result
+from gpu_rnn.backends.tensors import OF_STATES, LoopGradients, Result, state_dtype
 from tests.support.layer_options import OPTIONS, with_options
 from tests.support.loops import RECURRENCES, Inputs, draw, make, values_and_gradients
 from tests.support.pairwise import pairwise
+
+KINKS = {"abs", "sign", "floor", "relu", "clamp", "minimum", "maximum", "where"}  # operations whose derivative jumps
 
 
 @dataclass(frozen=True)
@@ -130,31 +132,75 @@ def expected_forward(case: Case, inputs: Inputs) -> Result:
 
 
 @torch.no_grad()
-def gradients(case: Case, inputs: Inputs, **options: Any) -> dict[str, Tensor]:
-    """The gradients of `values_and_gradients` by the two kernels and the products after them."""
-    program = RECURRENCES[case.cell].program
-    saved, _ = forward(case, inputs, **options)
+def gradients(case: Case, inputs: Inputs, saved: Result | None = None, **options: Any) -> dict[str, Tensor]:
+    """The gradients of `values_and_gradients` by the two kernels, or the second alone, and the products after them."""
+    saved = forward(case, inputs, **options)[0] if saved is None else saved
     low = inputs.to(PRECISIONS[case.precision][0])
-    outputs = [saved.y, *saved.final, *([saved.inner] if low.all_states else [])]
-    d_y, *d_final = (draw(*out.shape, seed=90 + k).to(low.x.dtype) for k, out in enumerate(outputs))
-    d_inner = d_final.pop() if low.all_states else None
     error = torch.zeros(1, dtype=torch.int64)
     call = low.detached().call(RECURRENCES[case.cell])
-    launches, loop = group.prepare_backward(call, saved, d_y, d_final, d_inner, case.choice(True), error)
+    launches, loop = group.prepare_backward(call, saved, *_of_outputs(low, saved), case.choice(True), error)
     for tensor in (loop.d_gates, loop.d_recurrent, *loop.d_states):
         tensor.fill_(math.nan)
     run_on_cpu(launches, **options)
     assert not error.item()
-    loop = loop._replace(d_params=loop.d_params.sum(0) if program.params else None)
-    d_x, d_weights = linear.gradients(call, low.x, saved, loop)
-    found = low._replace(x=d_x, weights=d_weights, states=loop.d_states, reset_values=loop.d_resets).named()
+    return _of_inputs(case, low, saved, loop._replace(d_params=loop.d_params.sum(0) if call.program.params else None))
+
+
+def _of_outputs(inputs: Inputs, saved: Result) -> tuple[Tensor, list[Tensor], Tensor | None]:
+    """The gradients that `values_and_gradients` gives the outputs: of y, of the final states, of the inner ones."""
+    outputs = [saved.y, *saved.final, *([saved.inner] if inputs.all_states else [])]
+    d_y, *d_final = (draw(*out.shape, seed=90 + k).to(inputs.x.dtype) for k, out in enumerate(outputs))
+    return d_y, d_final, d_final.pop() if inputs.all_states else None
+
+
+def _of_inputs(case: Case, inputs: Inputs, saved: Result, loop: LoopGradients) -> dict[str, Tensor]:
+    """By name, with the products over all steps that follow a backward loop."""
+    call = inputs.detached().call(RECURRENCES[case.cell])
+    d_x, d_weights = linear.gradients(call, inputs.x, saved, loop)
+    found = inputs._replace(x=d_x, weights=d_weights, states=loop.d_states, reset_values=loop.d_resets).named()
     return {f"d {name}": value for name, value in found.items()}
+
+
+@torch.no_grad()
+def gradients_at(case: Case, inputs: Inputs, saved: Result) -> dict[str, Tensor]:
+    """What plain PyTorch gives in the dtype of its inputs, at the pre-activations and states that a forward pass saved.
+
+    A decision such as max(a, b) falls there as it falls in a kernel that reads the same numbers.
+    """
+    dtype = inputs.x.dtype
+    saved = saved._replace(
+        y=saved.y.to(dtype),
+        final=[state.to(dtype) for state in saved.final],
+        gates=saved.gates.to(dtype),
+        recurrent=saved.recurrent.to(dtype),
+        inner=saved.inner.to(state_dtype(dtype)),
+    )
+    loop = step.backward(inputs.detached().call(RECURRENCES[case.cell]), saved, *_of_outputs(inputs, saved))
+    return _of_inputs(case, inputs, saved, loop)
 
 
 def expected_gradients(case: Case, inputs: Inputs) -> dict[str, Tensor]:
     """What the reference gives, in the dtype of its inputs."""
     found = values_and_gradients(RECURRENCES[case.cell], inputs, "reference")
     return {name: value for name, value in found.items() if name.startswith("d ")}
+
+
+def has_kinks(case: Case) -> bool:
+    """Whether the derivative of the cell's step jumps somewhere."""
+    return any(op.name in KINKS for stage in RECURRENCES[case.cell].program.stages for op in stage.ops)
+
+
+def truth_and_plain(case: Case, inputs: Inputs, saved: Result) -> list[dict[str, Tensor]]:
+    """The gradients that the kernels' are compared with, and plain PyTorch's.
+
+    Where a step has kinks, rounding may move a unit across one, either way, in the kernel as in plain PyTorch: half an
+    ulp of bf16 on sLSTM's inputs changes its float64 gradient by a quarter. Rounded kernels are then judged at the
+    values that their forward pass saved, which has a test of its own.
+    """
+    plain = case.plain(inputs)
+    if case.precision == "fp32" or not has_kinks(case):
+        return [expected_gradients(case, given) for given in (inputs, plain)]
+    return [gradients_at(case, given, saved) for given in (inputs, plain)]
 
 
 def relative_error(found: Tensor, exact: Tensor) -> float:
