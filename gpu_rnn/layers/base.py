@@ -16,7 +16,7 @@ from gpu_rnn.call import arguments, onlookers, run
 from gpu_rnn.call.controls import NONE, StackControls
 from gpu_rnn.call.stack import Stack
 from gpu_rnn.layers import options as layer_options
-from gpu_rnn.layers.module import Option, States
+from gpu_rnn.layers.module import Option, RecurrenceHolder, States
 from gpu_rnn.layers.regularization import Regularized
 from gpu_rnn.recurrence import Recurrence
 
@@ -32,7 +32,7 @@ class LayerBase(Regularized, nn.RNNBase):
 
     # RNNBase keeps a second list of its weights for cuDNN's one flat buffer. Here they are read at each call,
     # so that whatever stands in for one (a parametrization, functional_call, pruning) is seen.
-    __setstate__ = nn.Module.__setstate__
+    __setstate__ = RecurrenceHolder.__setstate__
     _replicate_for_data_parallel = nn.Module._replicate_for_data_parallel
 
     def __init__(

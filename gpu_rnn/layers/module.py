@@ -19,6 +19,12 @@ from gpu_rnn.recurrence import Recurrence
 
 Option = str | bool | float | Activation
 
+GO_BY = layer_options.ASSIGNED | {
+    *layer_options.SIZES,
+    "recurrence",
+    "training",
+    "batch_first",
+}  # what a stack is made of
 OPTION_DEFAULTS: dict[str, Any] = layer_options.OF_THE_RECURRENCE | {"backend": "auto"}
 
 
@@ -29,6 +35,7 @@ class RecurrenceHolder(nn.Module):
     backend: str
     _flat_weights_names: list[str]
     _weight_shapes: list[tuple[int, ...]] | None = None  # the weights' shapes when they were last found right
+    _keeps_stacks = True
 
     def _hold(self, recurrence: Recurrence, backend: str, options: Mapping[str, Option | None]) -> None:
         """Options that are None were not given."""
@@ -67,16 +74,28 @@ class RecurrenceHolder(nn.Module):
                 value = layer_options.assigned(name, value)
         elif name in layer_options.SIZES:
             self.__dict__["_weight_shapes"] = None  # the weights' shapes are looked at again
-        self.__dict__.pop("_stacks", None)
         nn.Module.__setattr__(self, name, value)
+        self.__dict__.pop("_stacks", None)  # afterwards: a call of another thread may have made one of the old value
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles hold: no stack, which is made again."""
         return {name: value for name, value in self.__dict__.items() if name != "_stacks"}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        nn.Module.__setstate__(self, state)
+        self.__dict__.pop("_stacks", None)
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """A subclass may compute what a call goes by: then it is asked for at each."""
+        super().__init_subclass__(**options)
+        is_ours = cls.__module__.startswith("gpu_rnn.")
+        if not is_ours and any(isinstance(vars(cls).get(name), property) for name in GO_BY):
+            cls._keeps_stacks = False
+
     def _stack(self, packed: bool = False, all_states: bool = False) -> Stack:
         """What does not change between calls, made anew after an attribute was set."""
-        if torch.compiler.is_compiling():  # Dynamo would take what is kept here for a change of the module
+        # Dynamo would take what is kept here for a change of the module.
+        if not self._keeps_stacks or torch.compiler.is_compiling():
             return self._new_stack(packed, all_states)
         stacks = self.__dict__.get("_stacks")
         if stacks is None:

@@ -56,7 +56,7 @@ def onnx_attributes(layer: nn.RNNBase) -> dict[str, Any]:
         "hidden_size": layer.hidden_size,
         "direction": "bidirectional" if layer.bidirectional else "forward",
         "activations": [names[name] for name in chosen] * (2 if layer.bidirectional else 1),
-        "clip": options["clip"],
+        "clip": options["clip"] and float(options["clip"]),
         "linear_before_reset": int(options["reset_after"]) if operator == "GRU" else None,
     }
     return {name: value for name, value in attributes.items() if value is not None}

@@ -326,6 +326,41 @@ def test_a_call_goes_by_what_is_set_now(name: str, value: object) -> None:
     assert layer.eval()._stack() == layer._new_stack(False, False)
 
 
+def test_a_call_of_another_thread_while_an_attribute_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What that call keeps was made before the attribute was there, and goes when it is."""
+    layer, of_torch = gpu_rnn.LSTM(3, 4), nn.Module.__setattr__
+
+    def late(self: nn.Module, name: str, value: object) -> None:
+        layer(torch.randn(2, 1, 3))
+        of_torch(self, name, value)
+
+    monkeypatch.setattr(nn.Module, "__setattr__", late)
+    layer.backend = "step"
+    assert layer._stack().backend == "step"
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_state_that_is_set_is_the_one_a_call_goes_by(name: str) -> None:
+    layer = build(name)
+    run(layer)
+    layer.__setstate__(build(name, backend="step").__getstate__())
+    assert layer._stack().backend == "step"
+
+
+def test_a_subclass_may_compute_what_a_call_goes_by() -> None:
+    class Scheduled(gpu_rnn.LSTM):
+        now = 0.0
+        dropout = property(lambda self: self.now, lambda self, value: None)
+
+    class Named(Scheduled):
+        pass
+
+    layer = Named(3, 4, num_layers=2)
+    assert layer._stack().dropout == 0
+    Scheduled.now = 0.5
+    assert layer._stack().dropout == 0.5
+
+
 def test_what_calls_have_in_common_is_not_pickled() -> None:
     layer = gpu_rnn.GRU(3, 4)
     before = pickle.dumps(layer)
