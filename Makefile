@@ -33,7 +33,7 @@ lint:  ## ruff, mypy, clang-format
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
-	find kernels tests benchmarks \( -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h' \) -print0 \
+	find kernels tests benchmarks \( -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.c' -o -name '*.h' \) -print0 \
 		| xargs -0 -r .venv/bin/clang-format --dry-run -Werror
 
 gpu-check:  ## on a machine with a GPU: a certificate and a quick benchmark, under 10 minutes

@@ -192,13 +192,21 @@ def keep(key: str, suffix: str, content: bytes) -> Path:
 
 def kept(key: str, suffix: str) -> bytes | None:
     """What `keep` kept; None where nothing is, or what is there is not what was kept, and is removed."""
+    return next((content for _, content in _each_kept(key, suffix)), None)
+
+
+def kept_file(key: str, suffix: str) -> Path | None:
+    """The file that `keep` wrote, for who must have a path; None where `kept` finds nothing."""
+    return next((path for path, _ in _each_kept(key, suffix)), None)
+
+
+def _each_kept(key: str, suffix: str) -> Iterator[tuple[Path, bytes]]:
     for path in [path for place in {folder(), *places()} for path in place.glob(f"{key}-*{suffix}")]:
         content = _content(path)
         if content is not None and path.name == f"{key}-{_digest(content)}{suffix}":
-            return content
-        if content is not None:
+            yield path, content
+        elif content is not None:
             _remove(path)
-    return None
 
 
 def _content(path: Path) -> bytes | None:

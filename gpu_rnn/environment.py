@@ -55,6 +55,11 @@ def cache_folder() -> str:
     return _given("GPU_RNN_CACHE")
 
 
+def c_compiler() -> str:
+    """The command of a C compiler; empty for the one that is found."""
+    return _given("CC")
+
+
 def deadline() -> float:
     """Seconds that a kernel waits for data of another block.
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gpu_rnn.backends import aten, reference, resident
 from gpu_rnn.backends.group import launch as group
+from gpu_rnn.backends.native import launch as native
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.backends.rates import Rates
 from gpu_rnn.backends.step import launch as step
@@ -60,6 +61,7 @@ TABLE = {
     "resident": Entry(resident, resident, wavefront=True),
     "group": Entry(group, group, wavefront=True),
     "aten": Entry(aten, whole_stacks=True),
+    "native": Entry(native, native),
     "step": Entry(step, step),
     "reference": Entry(reference),
 }

@@ -18,6 +18,7 @@ from gpu_rnn import cache, devices, environment
 from gpu_rnn._version import __version__
 from gpu_rnn.backends import building
 from gpu_rnn.backends.group import nvrtc
+from gpu_rnn.backends.native import building as native
 from gpu_rnn.diagnostics.explanation import explain
 from gpu_rnn.dispatch import measured
 from gpu_rnn.layers import LSTM
@@ -138,7 +139,7 @@ def _environment() -> list[str]:
 def _compilers(device: torch.device) -> list[str]:
     """What Triton and CuPy build kernels with, and what is missing there."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    said = [f"NVRTC    {_nvrtc(capability)}"]
+    said = [f"NVRTC    {_nvrtc(capability)}", f"C        {_native()}"]
     if find_spec("triton") is not None:
         said.append(f"Triton   {_c_compiler()}; {_triton_cache()}{_ptxas(capability)}")
     return said
@@ -155,6 +156,15 @@ def _nvrtc(capability: tuple[int, int] | None) -> str:
     except nvrtc.CompileError as error:
         return str(error).replace("\n", " ")
     return f"{nvrtc.version()}, builds for {arch}"
+
+
+def _native() -> str:
+    """What the time loop in C is built with, and for which instruction sets; the first is taken."""
+    try:
+        version = native.version()
+    except native.CompilerError as error:
+        return f"{error}"
+    return f"{native.compiler()[0]}: {version}, builds for {', '.join(each.name for each in native.instruction_sets())}"
 
 
 def _c_compiler() -> str:

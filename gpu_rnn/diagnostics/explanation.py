@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -67,6 +68,8 @@ class Explanation:
             verdict = "chosen" if row.chosen else "can run" if row.runs else "no"
             figure = row.predicted_us if row.measured_us is None else row.measured_us
             notes = ("measured by tune on this device",) if row.measured_us is not None else ()
+            if figure == math.inf:
+                figure, notes = None, ("not predicted: runs where it is named, or where tune finds it the fastest",)
             first, *further = (*notes, *row.reasons) or ("",)
             lines.append(
                 f"{row.backend:10} {verdict:8} {'' if figure is None else f'{figure:.2f}':>8}  {first}".rstrip()

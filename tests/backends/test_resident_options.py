@@ -16,26 +16,15 @@ from gpu_rnn.backends.reference import project
 from gpu_rnn.backends.tensors import RESET, SKIP, Call, Result
 from gpu_rnn.recurrence import Recurrence
 from tests.support import loops as support
-from tests.support.layer_options import OPTIONS, with_options
+from tests.support.layer_options import OPTIONS, STEERING, Case, inputs_of
 from tests.support.pairwise import pairwise
 from tests.support.resident import CELLS, DTYPES, SHAPES, TIGHT, compare, errors, settings  # noqa: F401
 
-STEERING = ["", "lengths", "mask", "resets", "mask resets", "reset_values", "mask reset_values_per_step"]
 DROPS = ["", "drop", "drop_per_gate"]
 ALONE = list(product(CELLS, OPTIONS))
 PAIRS = pairwise(
     CELLS, STEERING, DROPS, ["", "zone"], ["", "all_states"], DTYPES, SHAPES, ["0", "1", "01"], [True, False]
 )
-Case = tuple[str, str, str, str, str, torch.dtype, tuple[int, int, int], str, bool]
-
-
-def inputs_of(case: Case) -> tuple[Recurrence, support.Inputs]:
-    cell, *parts, dtype, (steps, batch, hidden), reverse, bias = case
-    recurrence = support.RECURRENCES[cell]
-    names = " ".join(parts).split()
-    lengths = tuple((3 * row + 1) % (steps + 1) for row in range(batch)) if "lengths" in names else None
-    inputs = support.make(recurrence, steps, batch, H=hidden, reverse=reverse, bias=bias, lengths=lengths, scale=0.3)
-    return recurrence, with_options(inputs, recurrence, [name for name in names if name in OPTIONS]).to(dtype)
 
 
 def small(cell: str, *names: str, reverse: str = "01") -> tuple[Recurrence, support.Inputs]:

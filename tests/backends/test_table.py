@@ -32,9 +32,9 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_follows_from_the_table() -> None:
-    assert list(backends.BACKENDS) == ["resident", "group", "aten", "step", "reference"]
-    assert list(backends.KERNELS) == ["resident", "group", "step"]
-    assert backends.LOOPS == ("resident", "group", "step", "reference")
+    assert list(backends.BACKENDS) == ["resident", "group", "aten", "native", "step", "reference"]
+    assert list(backends.KERNELS) == ["resident", "group", "native", "step"]
+    assert backends.LOOPS == ("resident", "group", "native", "step", "reference")
     assert backends.WAVEFRONTS == ("resident", "group")
 
 

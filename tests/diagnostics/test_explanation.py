@@ -32,7 +32,7 @@ def test_what_is_explained_is_what_runs(layer: gpu_rnn.Recurrent, backend: str, 
 
 @pytest.mark.parametrize("device", [*devices.DEVICES, "h100", "H100 SXM 80GB", "cpu", None])
 def test_explain_for_a_device(device: str | None) -> None:
-    names = ["resident", "group", "aten", "step", "reference"]
+    names = ["resident", "group", "aten", "native", "step", "reference"]
     layer = gpu_rnn.LSTM(64, 64, activation="softsign")
     explanation = gpu_rnn.explain(layer, torch.empty(100, 32, 64, device="meta"), device=device)
     assert [row.backend for row in explanation.rows if row.backend in names] == names

@@ -23,7 +23,7 @@ from gpu_rnn.dispatch import choice
 from tests.support import loops as support
 
 COMPILE = nvrtc.compile_cubin
-NAMES = ["resident", "group", "aten", "step", "reference"]
+NAMES = ["resident", "group", "aten", "native", "step", "reference"]
 
 
 pytestmark = pytest.mark.usefixtures("fresh_choices")
@@ -140,7 +140,7 @@ def test_layers_refuse_in_the_same_words() -> None:
     with pytest.raises(ValueError, match=r"(?s)backend='resident' cannot run.*needs an NVIDIA GPU.*backend='auto'"):
         gpu_rnn.LSTM(2, 3, backend="resident")(x)
     with pytest.raises(
-        ValueError, match="backend must be 'auto' or one of resident, group, aten, step, reference, got 'cudnn'"
+        ValueError, match="backend must be 'auto' or one of resident, group, aten, native, step, reference, got 'cudnn'"
     ):
         gpu_rnn.LSTM(2, 3, backend="cudnn")(x)
 
@@ -197,7 +197,7 @@ def test_a_kernel_that_does_not_build_is_a_reason(monkeypatch: pytest.MonkeyPatc
     assert choice.select(replace(given, direction="backward")) == "group"
 
 
-@pytest.mark.parametrize("backend", ["resident", "group", "step"])
+@pytest.mark.parametrize("backend", ["resident", "group", "native", "step"])
 def test_a_backend_by_name_is_asked_for_both_passes(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What cannot run backward is refused at the call, not after it."""
     module, refused = choice.BACKENDS[backend], "takes no gradients today"

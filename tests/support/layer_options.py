@@ -13,6 +13,9 @@ from gpu_rnn.recurrence import Recurrence
 from tests.support import loops as support
 
 OPTIONS = ("mask", "resets", "reset_values", "reset_values_per_step", "drop", "drop_per_gate", "zone", "all_states")
+STEERING = ["", "lengths", "mask", "resets", "mask resets", "reset_values", "mask reset_values_per_step"]
+# A cell, four words of options, a dtype, T, B and H, directions, whether there are biases.
+Case = tuple[str, str, str, str, str, torch.dtype, tuple[int, int, int], str, bool]
 RATE = 0.3  # of the steps that are masked or reset, of the units that are dropped or kept
 
 
@@ -44,6 +47,15 @@ def with_options(
         hidden = inputs.weights.w_hh.shape[2]
         controls = controls._replace(zone=_drawn(len(states), steps, batch, n, hidden, seed=seed + 4))
     return inputs._replace(controls=controls, reset_values=reset_values, all_states="all_states" in names)
+
+
+def inputs_of(case: Case) -> tuple[Recurrence, support.Inputs]:
+    cell, *parts, dtype, (steps, batch, hidden), reverse, bias = case
+    recurrence = support.RECURRENCES[cell]
+    names = " ".join(parts).split()
+    lengths = tuple((3 * row + 1) % (steps + 1) for row in range(batch)) if "lengths" in names else None
+    inputs = support.make(recurrence, steps, batch, H=hidden, reverse=reverse, bias=bias, lengths=lengths, scale=0.3)
+    return recurrence, with_options(inputs, recurrence, [name for name in names if name in OPTIONS]).to(dtype)
 
 
 def _flags(steps: int, batch: int, n: int, mask: bool, resets: bool, seed: int) -> Tensor:

@@ -42,11 +42,11 @@ def errors(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, floa
     return result
 
 
-def compare(recurrence: Recurrence, inputs: support.Inputs, device: str) -> None:
+def compare(recurrence: Recurrence, inputs: support.Inputs, device: str, backend: str = "resident") -> None:
     """float32 within a tight tolerance of float64; 16 bits with at most twice the error of plain PyTorch."""
     dtype = inputs.x.dtype
     truth = support.values_and_gradients(recurrence, inputs.to(torch.float64), "reference")
-    found = errors(support.values_and_gradients(recurrence, inputs.on(device), "resident"), truth)
+    found = errors(support.values_and_gradients(recurrence, inputs.on(device), backend), truth)
     if dtype == torch.float32:
         assert max(found.values()) < TIGHT, found
         return

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a time loop in C is given: one structure, declared in C and in ctypes from the same names."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from gpu_rnn.memo import memoize
+
+SIZES = ("steps", "batch", "across", "units", "threads", "tiles", "save", "flags_across", "reset_steps")
+# Tensors, by what they hold; null where there is none. Their shapes are those of `gpu_rnn.backends.tensors`.
+POINTERS = {
+    "const uint8_t": ("reverse", "flags", "zone"),
+    "const int64_t": ("lengths",),
+    "const scalar": ("w_hh", "b_hh", "params", "drop", "d_y", "d_inner"),
+    "scalar": ("gates", "recurrent", "inner", "y", "d_gates", "d_recurrent", "d_params"),
+}
+# One of each state.
+LISTS = {"const scalar": ("initial", "resets", "d_final"), "scalar": ("final", "d_initial", "d_resets")}
+
+
+def declared() -> str:
+    """The structure in C."""
+    lines = [f"  int64_t {', '.join(SIZES)};"]
+    lines += [f"  {kind} {', '.join(f'*{name}' for name in names)};" for kind, names in POINTERS.items()]
+    lines += [f"  {kind} {', '.join(f'*{name}[STATES]' for name in names)};" for kind, names in LISTS.items()]
+    return "\n".join(["typedef struct {", *lines, "} arguments;"])
+
+
+@memoize(32)
+def _structure(states: int) -> type[ctypes.Structure]:
+    sizes = [(name, ctypes.c_int64) for name in SIZES]
+    pointers = [(name, ctypes.c_void_p) for names in POINTERS.values() for name in names]
+    lists = [(name, ctypes.c_void_p * states) for names in LISTS.values() for name in names]
+    return type("Arguments", (ctypes.Structure,), {"_fields_": [*sizes, *pointers, *lists]})
+
+
+def filled(states: int, given: dict[str, int | Tensor | Sequence[Tensor] | None]) -> Any:
+    """The structure for a recurrence with so many states; what is not given is 0 or null."""
+    structure = _structure(states)()
+    for name, value in given.items():
+        if isinstance(value, Tensor):
+            assert value.is_contiguous(), name
+            setattr(structure, name, value.data_ptr() if value.numel() else None)
+        elif isinstance(value, int):
+            setattr(structure, name, value)
+        elif value is not None:
+            assert all(each.is_contiguous() for each in value), name
+            getattr(structure, name)[: len(value)] = [each.data_ptr() for each in value]
+    return structure

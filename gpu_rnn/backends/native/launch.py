@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The time loop in C (`kernels/native`): its limits, its builds, its launch. One library for each program, dtype and
+direction; options are asked of it while it runs, as each is a branch beside a product."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpu_rnn import memo
+from gpu_rnn.backends import rates
+from gpu_rnn.backends.native import arguments, building, text
+from gpu_rnn.backends.native.building import CompilerError
+from gpu_rnn.backends.problem import CONTROL_FIELDS, Problem
+from gpu_rnn.backends.tensors import Call, LoopGradients, Result
+
+OF_A_THREAD = 5e6  # floating-point operations that are worth starting a thread for: some 0.1 ms; predicted
+
+_stays = "`unsupported` is asked after `prepare`, in whatever thread"
+_failures: dict[tuple[str, torch.dtype, bool], str] = memo.hold(f"{__name__}: failures", {}, None, stays=_stays)
+
+
+def unsupported(problem: Problem) -> list[str]:
+    """Why the loop in C cannot run a problem."""
+    reasons, device = [], problem.device
+    if problem.device_type != "cpu" or device.is_gpu:
+        reasons.append(f"runs on a CPU, not on {device.name if device.is_gpu else problem.device_type}")
+    if problem.dtype not in text.SCALARS:
+        reasons.append(f"takes float32 and float64, not {str(problem.dtype).removeprefix('torch.')}")
+    if len(problem.program.stages) > 1:
+        reasons.append(f"takes one product a step, {problem.program.name} has {len(problem.program.stages)}")
+    if problem.proj_size:
+        reasons.append("has no projection of h (proj_size)")
+    taken = [name for name in CONTROL_FIELDS if name != "drop" or problem.drop == 1]
+    return reasons + problem.without(*taken, "all_states") or _against_building(problem)
+
+
+def _against_building(problem: Problem) -> list[str]:
+    try:
+        building.compiler()
+    except CompilerError as error:
+        return [str(error)]
+    failure = _failures.get(_key(problem))
+    return [] if failure is None else [failure]
+
+
+def _key(problem: Problem) -> tuple[str, torch.dtype, bool]:
+    return problem.program.text, problem.dtype, problem.direction == "backward"
+
+
+def cost(problem: Problem, constants: rates.Rates | None = None) -> float:
+    """Infinite, so that it runs where it is asked for or `tune` measured it: no model is fitted to measurements yet."""
+    return math.inf
+
+
+def prepare(problem: Problem) -> None:
+    """Builds and loads the library of a supported problem."""
+    try:
+        _library(*_key(problem))
+    except CompilerError as error:
+        _failures[_key(problem)] = str(error)
+
+
+def _library(program: str, dtype: torch.dtype, backward: bool) -> ctypes.CDLL:
+    best = building.instruction_sets()[0]
+    return building.library(text.of(program, dtype, backward, best), best.flags)
+
+
+def forward(call: Call, gates: Tensor, save: bool, all_states: bool) -> Result:
+    """From the input products (T, B, N, G, H), which become the saved ones; see `reference.forward`."""
+    gates = gates.contiguous()
+    steps, batch, n, _, hidden = gates.shape
+    y = gates.new_empty(steps, batch, n, hidden)
+    final = [gates.new_empty(batch, n, hidden) for _ in call.states]
+    inner = gates.new_empty((len(final) - 1) * (save or all_states), steps, batch, n, hidden)
+    # Masked steps write no products.
+    recurrent = gates.new_zeros(steps, batch, n, len(call.program.split) * save, hidden)
+    given = {"gates": gates, "recurrent": recurrent, "inner": inner, "y": y, "final": final, "save": int(save)}
+    _run(call, gates, False, given)
+    return Result(y, final, gates if save else gates.new_empty(0), recurrent, inner)
+
+
+def backward(call: Call, saved: Result, d_y: Tensor, d_final: list[Tensor], d_inner: Tensor | None) -> LoopGradients:
+    """From the gradients of all outputs those of the gates, the states before the first step and the parameters."""
+    gates, program = saved.gates.contiguous(), call.program
+    batch, n, _, hidden = gates.shape[1:]
+    d_gates, d_recurrent = torch.empty_like(gates), gates.new_empty(saved.recurrent.shape)
+    d_states = [gates.new_empty(batch, n, hidden) for _ in call.states]
+    d_resets = [value.new_zeros(value.shape) for value in call.reset_values]
+    d_params = gates.new_zeros(batch, n, len(program.params), hidden)  # a share of each row: the same for all threads
+    given = {
+        "gates": gates,
+        "recurrent": saved.recurrent.contiguous(),
+        "inner": saved.inner.contiguous(),
+        "y": saved.y.contiguous(),
+        "d_y": d_y.contiguous(),
+        "d_inner": None if d_inner is None else d_inner.contiguous(),
+        "d_final": [d.contiguous() for d in d_final],
+        "d_gates": d_gates,
+        "d_recurrent": d_recurrent,
+        "d_initial": d_states,
+        "d_resets": d_resets,
+        "d_params": d_params,
+    }
+    _run(call, gates, True, given)
+    return LoopGradients(d_gates, d_recurrent, d_states, d_params.sum(0) if program.params else None, d_resets=d_resets)
+
+
+def _run(call: Call, gates: Tensor, backward: bool, given: dict[str, Any]) -> None:
+    """Runs one direction. Raises MemoryError where the loop's own memory is not to be had."""
+    both = _shape(call, gates) | _tensors(call, gates.dtype) | given
+    library = _library(call.program.text, gates.dtype, backward)
+    if library.run(ctypes.byref(arguments.filled(len(call.states), both))):
+        raise MemoryError("the time loop in C has no memory for its weights and states")
+
+
+def _shape(call: Call, gates: Tensor) -> dict[str, Any]:
+    steps, batch, n, _, hidden = gates.shape
+    operations = 2.0 * gates.numel() * hidden
+    worth = max(1, int(operations / OF_A_THREAD))
+    threads = min(torch.get_num_threads(), worth, max(1, batch * n))
+    flags, values = call.controls.flags, call.reset_values
+    return {
+        "steps": steps,
+        "batch": batch,
+        "across": n,
+        "units": hidden,
+        "threads": threads,
+        "tiles": max(1, min(batch, -(-threads // max(1, n)))),
+        "flags_across": 1 if flags is None else flags.shape[2],
+        "reset_steps": len(values[0]) if values else 1,
+    }
+
+
+def _tensors(call: Call, dtype: torch.dtype) -> dict[str, Tensor | Sequence[Tensor] | None]:
+    """What both directions read."""
+
+    def whole(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None or not tensor.is_floating_point():
+            return None if tensor is None else tensor.contiguous()
+        return tensor.to(dtype).contiguous()
+
+    weights = call.weights
+    return {
+        "reverse": torch.tensor([flag == "1" for flag in call.reverse], dtype=torch.uint8),
+        "w_hh": whole(weights.w_hh),
+        "b_hh": whole(weights.b_hh) if call.program.split else None,
+        "params": whole(weights.params),
+        **{name: whole(value) for name, value in call.controls.of_loops.items()},
+        "initial": [state.to(dtype).contiguous() for state in call.states],
+        "resets": [value.to(dtype).contiguous() for value in call.reset_values],
+    }

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The C text of a time loop: the functions, the generated step, what is known of the program, the hand-written loop."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+
+import torch
+
+from gpu_rnn.backends.native import arguments
+from gpu_rnn.backends.native.building import InstructionSet
+from gpu_rnn.compiler.codegen import C, source
+from gpu_rnn.compiler.program import Program
+from gpu_rnn.memo import memoize
+
+SCALARS = {torch.float32: "float", torch.float64: "double"}
+
+
+@memoize(256)
+def of(text: str, dtype: torch.dtype, backward: bool, target: InstructionSet) -> str:
+    """Everything that is compiled for a program in one direction."""
+    program = Program.parse(text)
+    parts = [
+        _constants(program, dtype, backward, target),
+        _file("functions.h"),
+        _tables(program),
+        arguments.declared(),
+        source(program, "c", backward=backward),
+        _file("loop.h"),
+        _file("backward.c" if backward else "forward.c"),
+    ]
+    return "\n".join(parts)
+
+
+def _file(name: str) -> str:
+    body = (files("gpu_rnn.kernels.native") / name).read_text()
+    return f'#line 1 "{name}"\n{body}'
+
+
+def vectors(program: Program, backward: bool, target: InstructionSet) -> int:
+    """Vectors of weights that a product takes side by side: enough sums in flight for one row, all gates of a unit
+    together."""
+    gates = len(program.gates)
+    return target.across if backward else gates * max(1, target.across // gates)
+
+
+def _constants(program: Program, dtype: torch.dtype, backward: bool, target: InstructionSet) -> str:
+    across = vectors(program, backward, target)
+    values = {
+        "SCALAR": SCALARS[dtype],
+        "LANES": target.bytes // dtype.itemsize,
+        "STATES": len(program.states),
+        "PARAMS": len(program.params),
+        "GATES": len(program.gates),
+        "RECURRENT": len(program.split),
+        "VECTORS": across,
+        "ROWS": max(1, target.sums // across),
+    }
+    return "\n".join(f"#define {name} {value}" for name, value in values.items())
+
+
+def _tables(program: Program) -> str:
+    places = [program.split.index(gate) if gate in program.split else -1 for gate in program.gates]
+    initial = ", ".join(C.constant(value).removeprefix("K") for value in program.initial)
+    return (
+        f"static const int PLACES[] = {{{', '.join(map(str, places))}}};\n"
+        f"static const scalar INITIAL[] = {{{initial}}};"
+    )

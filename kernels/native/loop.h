@@ -1,0 +1,246 @@
+// SPDX-License-Identifier: Apache-2.0
+// What both time loops share: the rows and steps of a share of the work, the
+// product of a step, and the threads.
+//
+// Before it come functions.h, the generated step, and what
+// gpu_rnn/backends/native/text.py prints: `arguments`, STATES, PARAMS, GATES,
+// RECURRENT (split gates), PLACES (of each gate its place among those, else
+// -1), VECTORS and ROWS, whose product is the accumulators in registers.
+//
+// Every row is computed by the same operations in the same order, whatever rows
+// are computed beside it: results depend neither on the number of threads nor
+// on the batch.
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { SKIP = 1, RESET = 2 }; // bits of flags, as gpu_rnn/backends/tensors.py
+enum { ALIGNMENT = 64 };      // bytes: the widest vector
+
+static inline real load(const scalar *from, long count) {
+  real value = {0};
+  memcpy(&value, from, sizeof(scalar) * (count < LANES ? count : LANES));
+  return value;
+}
+
+static inline void store(scalar *to, real value, long count) {
+  memcpy(to, &value, sizeof(scalar) * (count < LANES ? count : LANES));
+}
+
+static inline void add_to(scalar *to, real value, long count) {
+  store(to, load(to, count) + value, count);
+}
+
+static inline long divided_up(long number, long by) {
+  return (number + by - 1) / by;
+}
+
+// The whole vectors that hold so many values.
+static inline long whole(long count) {
+  return divided_up(count, LANES) * LANES;
+}
+
+static scalar *allocate(long count) {
+  const size_t bytes = (count + LANES) * sizeof(scalar);
+  return aligned_alloc(ALIGNMENT, (bytes + ALIGNMENT - 1) & -ALIGNMENT);
+}
+
+// Part of a call: of recurrence `n` the rows `first`, `first + apart`, ...
+typedef struct {
+  const arguments *of;
+  const scalar *packed;
+  long n, first, apart, rows;
+} share;
+
+static inline long batch_row(const share *mine, long row) {
+  return mine->first + row * mine->apart;
+}
+
+static inline long length_of(const share *mine, long row) {
+  const arguments *a = mine->of;
+  return a->lengths ? a->lengths[batch_row(mine, row)] : a->steps;
+}
+
+// The time at which a row's step number t lies: a reversed row starts at its
+// own last step, and what is beyond it stays where it is.
+static inline long time_of(const share *mine, long row, long t) {
+  const long length = length_of(mine, row);
+  return mine->of->reverse[mine->n] && t < length ? length - 1 - t : t;
+}
+
+// Of a row at a time its place among (T, B, N).
+static inline long place_of(const share *mine, long row, long time) {
+  const arguments *a = mine->of;
+  return (time * a->batch + batch_row(mine, row)) * a->across + mine->n;
+}
+
+// Its place among (B, N).
+static inline long place_of_row(const share *mine, long row) {
+  return place_of(mine, row, 0);
+}
+
+static inline int flags_of(const share *mine, long row, long time) {
+  const arguments *a = mine->of;
+  if (!a->flags)
+    return 0;
+  const long of = time * a->batch + batch_row(mine, row);
+  return a->flags[of * a->flags_across + (a->flags_across > 1) * mine->n];
+}
+
+// The rows that a step computes: those that are not masked, within their
+// lengths.
+static long live_rows(const share *mine, long t, long *live) {
+  long count = 0;
+  for (long row = 0; row < mine->rows; row++) {
+    const int masked = flags_of(mine, row, time_of(mine, row, t)) & SKIP;
+    if (t < length_of(mine, row) && !masked)
+      live[count++] = row;
+  }
+  return count;
+}
+
+// What state k of a row is reset to: values (1 or T, B, N, units), or none.
+static inline const scalar *reset_value(const share *mine, int k, long row,
+                                        long time) {
+  const arguments *a = mine->of;
+  if (!a->resets[k])
+    return 0;
+  const long at = place_of(mine, row, a->reset_steps > 1 ? time : 0);
+  return a->resets[k] + at * a->units;
+}
+
+// A matrix whose rows are taken VECTORS * LANES at a time, "groups", along its
+// depth: [group][depth][VECTORS][LANES]. A group holds `parts` parts, such as
+// gates, of some vectors of units each.
+typedef struct {
+  long units, parts, depth;
+  long unit_apart, part_apart, depth_apart; // in the matrix as it comes
+} layout;
+
+static inline long units_in_group(const layout *of) {
+  return VECTORS / of->parts * LANES;
+}
+
+static inline long groups_of(const layout *of) {
+  return divided_up(of->units, units_in_group(of));
+}
+
+static inline long packed_size(const layout *of) {
+  return groups_of(of) * of->depth * VECTORS * LANES;
+}
+
+static void pack(const layout *of, const scalar *matrix, scalar *packed) {
+  const long blocks = VECTORS / of->parts;
+  for (long group = 0; group < groups_of(of); group++)
+    for (long k = 0; k < of->depth; k++)
+      for (long vector = 0; vector < VECTORS; vector++, packed += LANES) {
+        const long block = vector / of->parts, part = vector % of->parts;
+        const long unit = (group * blocks + block) * LANES;
+        const scalar *from = matrix + unit * of->unit_apart +
+                             part * of->part_apart + k * of->depth_apart;
+        for (long lane = 0; lane < LANES; lane++)
+          packed[lane] =
+              unit + lane < of->units ? from[lane * of->unit_apart] : 0;
+      }
+}
+
+// sums[row] = Σ_k input[row][k] weights[k], all in registers.
+static inline __attribute__((always_inline)) void
+multiply(const int rows, const scalar *const *input, long depth,
+         const scalar *weights, real (*sums)[VECTORS]) {
+  const real *from = (const real *)weights;
+  real each[ROWS][VECTORS] = {{{0}}};
+  for (long k = 0; k < depth; k++, from += VECTORS) {
+#pragma GCC unroll 16
+    for (int row = 0; row < rows; row++) {
+      const real value = input[row][k] - (real){0};
+#pragma GCC unroll 16
+      for (int vector = 0; vector < VECTORS; vector++)
+        each[row][vector] += value * from[vector];
+    }
+  }
+#pragma GCC unroll 16
+  for (int row = 0; row < rows; row++)
+#pragma GCC unroll 16
+    for (int vector = 0; vector < VECTORS; vector++)
+      sums[row][vector] = each[row][vector];
+}
+
+// What is done with a row's sums, once they are there.
+typedef void use(void *context, long row, long group, const real *sums);
+
+// The product of all live rows of `input`, which lie `apart` from each other.
+static inline __attribute__((always_inline)) void
+product(const layout *of, const scalar *packed, const scalar *input, long apart,
+        const long *live, long count, use *with, void *context) {
+  const long size = of->depth * VECTORS * LANES;
+  for (long group = 0; group < groups_of(of); group++)
+    for (long done = 0; done < count; done += ROWS) {
+      real sums[ROWS][VECTORS];
+      const scalar *rows[ROWS];
+      const long left = count - done;
+      for (long row = 0; row < ROWS; row++) // one twice rather than a tail
+        rows[row] = input + live[done + (row < left ? row : left - 1)] * apart;
+      if (left == 1)
+        multiply(1, rows, of->depth, packed + group * size, sums);
+      else
+        multiply(ROWS, rows, of->depth, packed + group * size, sums);
+      for (long row = 0; row < ROWS && row < left; row++)
+        with(context, live[done + row], group, sums[row]);
+    }
+}
+
+// One thread's shares: every one of `threads` from `number` on.
+typedef struct {
+  const arguments *of;
+  const scalar *packed; // of every recurrence
+  long size;            // of one
+  int (*run)(const share *);
+  long number;
+  int failed;
+} worker;
+
+static void *work(void *given) {
+  worker *self = given;
+  const arguments *a = self->of;
+  for (long k = self->number; k < a->across * a->tiles; k += a->threads) {
+    const long n = k / a->tiles, first = k % a->tiles;
+    const share mine = {a,        self->packed + n * self->size,
+                        n,        first,
+                        a->tiles, divided_up(a->batch - first, a->tiles)};
+    self->failed |= self->run(&mine);
+  }
+  return 0;
+}
+
+// All shares of a call. A thread that cannot be started leaves its own to this
+// one. Returns 1 where memory is short.
+static int run_shares(const arguments *a, const layout *of,
+                      int (*run)(const share *)) {
+  const long size = packed_size(of);
+  scalar *packed = allocate(size * a->across);
+  pthread_t *threads = calloc(a->threads, sizeof(pthread_t));
+  worker *workers = calloc(a->threads, sizeof(worker));
+  int failed = !packed || !threads || !workers;
+  if (!failed) {
+    const long matrix = GATES * a->units * a->units;
+    for (long n = 0; n < a->across; n++)
+      pack(of, a->w_hh + n * matrix, packed + n * size);
+    for (long k = a->threads - 1; k >= 0; k--) {
+      workers[k] = (worker){a, packed, size, run, k, 0};
+      if (k == 0 || pthread_create(&threads[k], 0, work, &workers[k])) {
+        work(&workers[k]);
+        workers[k].number = -1;
+      }
+    }
+    for (long k = 0; k < a->threads; k++) {
+      if (workers[k].number >= 0)
+        pthread_join(threads[k], 0);
+      failed |= workers[k].failed;
+    }
+  }
+  free(workers);
+  free(threads);
+  free(packed);
+  return failed;
+}
