@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -52,13 +53,13 @@ def compare(recurrence: Recurrence, inputs: support.Inputs) -> None:
     assert max(wrong.values()) < {torch.float32: TIGHT, torch.float64: 1e-12}[inputs.x.dtype], wrong
 
 
-def slow_in_double(case: Case) -> object:
+def slow_in_double(case: Case) -> Any:
     """Each cell and dtype is two builds."""
     slow = case[5] == torch.float64 and case[0] not in ("lstm", "gru")
     return pytest.param(case, marks=pytest.mark.slow) if slow else case
 
 
-@pytest.mark.parametrize("case", map(slow_in_double, PAIRS), ids=lambda case: "-".join(map(str, case)))
+@pytest.mark.parametrize("case", [*map(slow_in_double, PAIRS)], ids=lambda case: "-".join(map(str, case)))
 def test_options_together(case: Case) -> None:
     compare(*inputs_of(case))
 
