@@ -175,7 +175,7 @@ def test_what_is_taken_stays_unless_another_is_faster_beyond_the_spread(monkeypa
         timed(monkeypatch, aten=[1.0, 2.0, 3.0], step=[1.5, 1.6, 1.7])
         tuned = gpu_rnn.tune(layer, x())
         assert [(each.before, each.now) for each in tuned.passes] == [("aten", "aten")] * 2
-        assert list(tuned.passes[0].us_per_step) == ["step", "aten", "reference"]
+        assert list(tuned.passes[0].us_per_step) == ["step", "aten", "native", "reference"]
         assert str(tuned).count("  aten stays: what is faster is so by less than the spread") == 2
         assert ran(lambda: layer(x())) == {"aten"} and reread(layer) == "aten"
     timed(monkeypatch, aten=[1.8, 2.0, 3.0], step=[1.5, 1.6, 1.7])
@@ -291,7 +291,7 @@ def test_explain_says_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None
     assert any(line.endswith("cost model, not measured") for line in elsewhere[-2:])  # before what is missing here
     table = str(tuned).splitlines()
     assert table[0].startswith("lstm: T 5, B 3, input 2, hidden 4, layers 1, float32, measured on ")
-    assert [line.split()[0] for line in table[1:]][:6] == ["forward", *tuned.passes[0].us_per_step, "resident", "group"]
+    assert [line.split()[0] for line in table[1:]][:7] == ["forward", *tuned.passes[0].us_per_step, "resident", "group"]
     assert sum("now" in line for line in table) == 2 and "needs an NVIDIA GPU" in str(tuned)
     assert {line.find("not measured:") for line in table if "not measured:" in line} == {table[1].index("20 % to 80 %")}
 
@@ -314,7 +314,7 @@ def test_a_backend_without_memory_is_left_out(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(step, "forward", full)
     (found,) = gpu_rnn.tune(GRU(I, 4).eval(), x(), **QUICK).passes
-    assert found.left_out["step"] == "no memory" and found.us_per_step.keys() == {"aten", "reference"}
+    assert found.left_out["step"] == "no memory" and found.us_per_step.keys() == {"aten", "native", "reference"}
 
 
 def test_it_needs_no_tqdm(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -377,7 +377,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["tune", *sizes, "--training", "--seconds", "1e-9", "--device", "cpu"]) == 0
     said = capsys.readouterr()
     assert "forward and backward" in said.out
-    assert said.err.splitlines()[0] == "measuring 3 backends, forward, then forward and backward, about 2e-09 s"
+    assert said.err.splitlines()[0] == "measuring 4 backends, forward, then forward and backward, about 2e-09 s"
     assert gpu_rnn.explain(GRU(I, 4), x()).rows[2].measured_us
     assert cli.main(["tune", *sizes, "--seconds", "1e-9"]) == 0
     assert "forward and backward" not in "".join(capsys.readouterr())

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gpu_rnn.memo import memoize
 
-SIZES = ("steps", "batch", "across", "units", "threads", "tiles", "save", "flags_across", "reset_steps")
+NUMBERS = ("steps", "batch", "across", "units", "threads", "tiles", "save", "flags_across", "reset_steps")
 # Tensors, by what they hold; null where there is none. Their shapes are those of `gpu_rnn.backends.tensors`.
 POINTERS = {
     "const uint8_t": ("reverse", "flags", "zone"),
@@ -20,22 +20,22 @@ POINTERS = {
     "scalar": ("gates", "recurrent", "inner", "y", "d_gates", "d_recurrent", "d_params"),
 }
 # One of each state.
-LISTS = {"const scalar": ("initial", "resets", "d_final"), "scalar": ("final", "d_initial", "d_resets")}
+OF_EACH_STATE = {"const scalar": ("initial", "resets", "d_final"), "scalar": ("final", "d_initial", "d_resets")}
 
 
 def declared() -> str:
     """The structure in C."""
-    lines = [f"  int64_t {', '.join(SIZES)};"]
+    lines = [f"  int64_t {', '.join(NUMBERS)};"]
     lines += [f"  {kind} {', '.join(f'*{name}' for name in names)};" for kind, names in POINTERS.items()]
-    lines += [f"  {kind} {', '.join(f'*{name}[STATES]' for name in names)};" for kind, names in LISTS.items()]
+    lines += [f"  {kind} {', '.join(f'*{name}[STATES]' for name in names)};" for kind, names in OF_EACH_STATE.items()]
     return "\n".join(["typedef struct {", *lines, "} arguments;"])
 
 
 @memoize(32)
 def _structure(states: int) -> type[ctypes.Structure]:
-    sizes = [(name, ctypes.c_int64) for name in SIZES]
+    sizes = [(name, ctypes.c_int64) for name in NUMBERS]
     pointers = [(name, ctypes.c_void_p) for names in POINTERS.values() for name in names]
-    lists = [(name, ctypes.c_void_p * states) for names in LISTS.values() for name in names]
+    lists = [(name, ctypes.c_void_p * states) for names in OF_EACH_STATE.values() for name in names]
     return type("Arguments", (ctypes.Structure,), {"_fields_": [*sizes, *pointers, *lists]})
 
 

@@ -20,9 +20,9 @@ from gpu_rnn.memo import memoize
 
 COMPILERS = ("cc", "gcc", "clang")
 # Vectors wider than the target's are passed in memory (psabi); generated functions take what they do not need.
-FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread", "-w")
+COMPILER_FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread", "-w")
 SECONDS = 60.0  # for a build; the largest program that there may be takes a third
-LIBRARY = ".so"
+SHARED_LIBRARY = ".so"
 
 
 class CompilerError(RuntimeError):
@@ -40,7 +40,7 @@ class InstructionSet(NamedTuple):
 
 
 # The widest first. x86 has 32 vector registers with AVX-512 and 16 without, 64-bit ARM has 32.
-PLAIN = InstructionSet("plain", (), 16, 12, 4)
+BASELINE = InstructionSet("plain", (), 16, 12, 4)
 NEON = InstructionSet("neon", (), 16, 24, 8)
 OF_X86 = (
     InstructionSet("avx512", ("-mavx512f", "-mavx512dq", "-mfma"), 64, 24, 8),
@@ -54,7 +54,7 @@ def instruction_sets() -> tuple[InstructionSet, ...]:
     if platform.machine() in ("aarch64", "arm64"):
         return (NEON,)
     words = _processor_flags()
-    return (*(each for each in OF_X86 if {flag.removeprefix("-m") for flag in each.flags} <= words), PLAIN)
+    return (*(each for each in OF_X86 if {flag.removeprefix("-m") for flag in each.flags} <= words), BASELINE)
 
 
 def _processor_flags() -> set[str]:
@@ -121,11 +121,11 @@ def library(text: str, flags: tuple[str, ...]) -> ctypes.CDLL:
     Raises:
         CompilerError: it cannot be built or loaded here.
     """
-    words = "\0".join([__version__, version(), platform.machine(), *compiler(), *FLAGS, *flags, text])
+    words = "\0".join([__version__, version(), platform.machine(), *compiler(), *COMPILER_FLAGS, *flags, text])
     key = "native-" + hashlib.sha256(words.encode()).hexdigest()[:32]
     try:
         with cache.alone(key):  # who waited finds what the other built
-            path = cache.kept_file(key, LIBRARY) or cache.keep(key, LIBRARY, _built(text, flags))
+            path = cache.kept_file(key, SHARED_LIBRARY) or cache.keep(key, SHARED_LIBRARY, _built(text, flags))
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise CompilerError(
@@ -137,5 +137,5 @@ def library(text: str, flags: tuple[str, ...]) -> ctypes.CDLL:
 def _built(text: str, flags: tuple[str, ...]) -> bytes:
     with TemporaryDirectory(prefix=cache.TEMPORARY) as folder:
         path = Path(folder) / "library.so"
-        _run([*compiler(), *FLAGS, *flags, "-x", "c", "-", "-o", str(path), "-lm"], text)
+        _run([*compiler(), *COMPILER_FLAGS, *flags, "-x", "c", "-", "-o", str(path), "-lm"], text)
         return path.read_bytes()

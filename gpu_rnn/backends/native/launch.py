@@ -30,7 +30,7 @@ def unsupported(problem: Problem) -> list[str]:
     reasons, device = [], problem.device
     if problem.device_type != "cpu" or device.is_gpu:
         reasons.append(f"runs on a CPU, not on {device.name if device.is_gpu else problem.device_type}")
-    if problem.dtype not in text.SCALARS:
+    if problem.dtype not in text.C_TYPES:
         reasons.append(f"takes float32 and float64, not {str(problem.dtype).removeprefix('torch.')}")
     if len(problem.program.stages) > 1:
         reasons.append(f"takes one product a step, {problem.program.name} has {len(problem.program.stages)}")

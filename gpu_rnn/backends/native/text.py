@@ -13,7 +13,7 @@ from gpu_rnn.compiler.codegen import C, source
 from gpu_rnn.compiler.program import Program
 from gpu_rnn.memo import memoize
 
-SCALARS = {torch.float32: "float", torch.float64: "double"}
+C_TYPES = {torch.float32: "float", torch.float64: "double"}
 
 
 @memoize(256)
@@ -47,7 +47,7 @@ def vectors(program: Program, backward: bool, target: InstructionSet) -> int:
 def _constants(program: Program, dtype: torch.dtype, backward: bool, target: InstructionSet) -> str:
     across = vectors(program, backward, target)
     values = {
-        "SCALAR": SCALARS[dtype],
+        "SCALAR": C_TYPES[dtype],
         "LANES": target.bytes // dtype.itemsize,
         "STATES": len(program.states),
         "PARAMS": len(program.params),
