@@ -14,41 +14,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from benchmarks.simulating.exchange import Exchange, strong
 from benchmarks.simulating.instructions import BOARDS, NONE, Instruction
+from benchmarks.simulating.machines import Machine
 from benchmarks.simulating.units import BUSY, Unit, unit_of, waves
 
 SUB_CORES = 4
 LANES = 32
 NEVER = float("inf")
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Cycles of what the compiler's codes do not say.
-
-    Attributes:
-        load: of a load from global memory, until the result can be used.
-        shared, matrix: of one from shared memory, and of LDSM.
-        constant: of one from constant memory, and of a special register.
-        shuffle, special, tensor: of a shuffle, a special function, a matrix instruction.
-        special_busy, tensor_busy: that one such instruction takes its unit; the latter for a product of 16 x 8 x 16.
-        operands: until a memory instruction has read its operands.
-        barrier: from the last arrival to the release of all.
-        branch: that a taken branch takes besides.
-    """
-
-    load: float
-    shared: float
-    matrix: float
-    constant: float
-    shuffle: float
-    special: float
-    special_busy: float
-    tensor: float
-    tensor_busy: float
-    operands: float
-    barrier: float
-    branch: float
 
 
 class Issue(NamedTuple):
@@ -94,10 +67,38 @@ class Run:
         return [*reversed(chain)]
 
 
+class _Decoded(NamedTuple):
+    """What the loop over cycles asks of an instruction."""
+
+    index: int
+    instruction: Instruction
+    unit: Unit
+    waves: int
+    queued: bool  # waits until its unit is free
+    groups: int | None  # of asynchronous copies that may be under way
+    members: int  # warps that a barrier waits for; 0: all
+
+
+def _decoded(code: Sequence[Instruction], index: int) -> _Decoded:
+    instruction = code[index]
+    unit = unit_of(instruction)
+    groups = re.search(r"SB\d, (0x[0-9a-f]+)", instruction.operands) if instruction.base == "DEPBAR" else None
+    threads = re.search(r", (0x[0-9a-f]+)$", instruction.operands) if instruction.base == "BAR" else None
+    return _Decoded(
+        index,
+        instruction,
+        unit,
+        waves(instruction),
+        unit in BUSY or unit is Unit.TENSOR,
+        int(groups[1], 16) if groups else None,
+        int(threads[1], 16) // LANES if threads else 0,
+    )
+
+
 @dataclass
 class _Warp:
     number: int
-    path: Sequence[int]  # of indices into the code, for one step
+    path: Sequence[_Decoded]  # of one step
     position: int = 0
     step: int = 0
     ready: Event = START
@@ -105,18 +106,53 @@ class _Warp:
     boards: list[Event] = field(default_factory=lambda: [START] * BOARDS)
     copies: Event = START  # the latest asynchronous one
     groups: list[Event] = field(default_factory=list)  # of asynchronous copies
+    due: tuple[Event, str] = (START, "stall")  # when its next instruction can go, but for the unit
+
+    @property
+    def core(self) -> int:
+        return self.number % SUB_CORES
+
+    @property
+    def next(self) -> _Decoded:
+        return self.path[self.position]
+
+    def look(self) -> None:
+        """Finds out anew when the next instruction can go: after whatever this warp waits for has changed."""
+        decoded = self.path[self.position]
+        event, reason = self.ready, self.reason
+        for board in decoded.instruction.waits:
+            if self.boards[board].time > event.time:
+                event, reason = self.boards[board], "scoreboard"
+        if decoded.groups is not None:
+            for group in self.groups[: len(self.groups) - decoded.groups]:
+                if group.time > event.time:
+                    event, reason = group, "copy"
+        self.due = event, reason
+
+    def mark(self, board: int, event: Event) -> None:
+        if event.time >= self.boards[board].time:
+            self.boards[board] = event
 
 
 class Multiprocessor:
-    """`paths[w]` is what warp w executes in a step, as indices into the code."""
+    """`paths[w]` is what warp w executes in a step, as indices into the code; `exchange` is with the other blocks."""
 
-    def __init__(self, code: Sequence[Instruction], paths: Sequence[Sequence[int]], machine: Machine) -> None:
-        self.code, self.machine = code, machine
-        self.warps = [_Warp(number, path) for number, path in enumerate(paths)]
-        self.units = {index: unit_of(code[index]) for path in paths for index in path}
+    def __init__(
+        self,
+        code: Sequence[Instruction],
+        paths: Sequence[Sequence[int]],
+        machine: Machine,
+        exchange: Exchange | None = None,
+    ) -> None:
+        self.machine, self.exchange = machine, exchange
+        decoded = {index: _decoded(code, index) for path in paths for index in path}
+        self.warps = [_Warp(number, [decoded[index] for index in path]) for number, path in enumerate(paths)]
         self.free: dict[tuple[Unit, int], Event] = defaultdict(Event)  # by unit and sub-core
+        self.l2 = 0.0  # when the way from L2 is free
         self.arrived: dict[tuple[int, ...], list[_Warp]] = defaultdict(list)
+        self.waiting: dict[int, list[tuple[_Warp, int, Event]]] = defaultdict(list)  # for a publication
         self.latest: list[_Warp | None] = [None] * SUB_CORES
+        self.order = [list(reversed(self.warps[core::SUB_CORES])) for core in range(SUB_CORES)]
         self.issues: list[Issue] = []
 
     def run(self, steps: int = 8) -> Run:
@@ -126,6 +162,8 @@ class Multiprocessor:
             RuntimeError: some warps wait for ever.
         """
         ends, time = [[0.0] * steps for _ in self.warps], 0.0
+        for warp in self.warps:
+            warp.look()
         while any(warp.step < steps for warp in self.warps):
             chosen = [self._choose(core, time, steps) for core in range(SUB_CORES)]
             for warp in chosen:
@@ -145,82 +183,108 @@ class Multiprocessor:
     def _choose(self, core: int, time: float, steps: int) -> _Warp | None:
         """The warp that a sub-core issues of."""
         latest = self.latest[core]
-        for warp in [latest, *reversed(self.warps[core::SUB_CORES])]:
-            if warp is None or warp.step == steps or warp.ready.time > time:  # the last is what mostly holds
-                continue
-            if self._earliest(warp)[0].time <= time:
+        if latest is not None and latest.step < steps and self._can(latest, time):
+            return latest
+        for warp in self.order[core]:
+            if warp.step < steps and self._can(warp, time):
                 self.latest[core] = warp
                 return warp
         return None
 
+    def _can(self, warp: _Warp, time: float) -> bool:
+        if warp.due[0].time > time:
+            return False
+        decoded = warp.path[warp.position]
+        return not decoded.queued or self.free[decoded.unit, warp.number % SUB_CORES].time <= time
+
     def _earliest(self, warp: _Warp) -> tuple[Event, str]:
         """When a warp's next instruction can be issued, and what it waits for until then."""
-        index = warp.path[warp.position]
-        instruction, unit = self.code[index], self.units[index]
-        waits = [(warp.ready, warp.reason), *((warp.boards[board], "scoreboard") for board in instruction.waits)]
-        if unit in BUSY or unit is Unit.TENSOR:
-            waits.append((self.free[unit, warp.number % SUB_CORES], unit.name.lower()))
-        if instruction.base == "DEPBAR" and (match := re.search(r"SB\d, (0x[0-9a-f]+)", instruction.operands)):
-            groups = warp.groups[: len(warp.groups) - int(match[1], 16)]
-            waits += [(group, "copy") for group in groups]
-        return max(waits, key=lambda wait: wait[0].time)
+        unit = warp.next.unit
+        if warp.next.queued and self.free[unit, warp.core].time > warp.due[0].time:
+            return self.free[unit, warp.core], unit.name.lower()
+        return warp.due
 
     def _issue(self, warp: _Warp, time: float) -> None:
         event, reason = self._earliest(warp)
-        index, number = warp.path[warp.position], len(self.issues)
-        instruction = self.code[index]
-        self.issues.append(Issue(warp.number, warp.step, index, time, reason, event.cause))
-        there, read = self._execute(warp, instruction, self.units[index], time, number)
+        decoded, number, place, step = warp.next, len(self.issues), warp.position, warp.step
+        instruction = decoded.instruction
+        self.issues.append(Issue(warp.number, step, decoded.index, time, reason, event.cause))
+        there, read = self._execute(warp, decoded, time, number)
+        result = Event(there, number)
+        if self.exchange is not None and place in self.exchange.words[warp.number]:
+            result = self._exchange(warp, decoded, (step, place), result)
         if instruction.writes != NONE:
-            self._mark(warp, instruction.writes, Event(there, number))
+            warp.mark(instruction.writes, result)
         if instruction.reads != NONE:
-            self._mark(warp, instruction.reads, Event(read, number))
+            warp.mark(instruction.reads, Event(read, number))
         warp.ready, warp.reason = Event(time + max(1, instruction.stall), number), "stall"
         warp.position += 1
         if warp.position == len(warp.path):
-            warp.position, warp.step = 0, warp.step + 1
-        if instruction.base == "BRA" and warp.path[warp.position] != index + 1:
+            warp.position, warp.step = 0, step + 1
+        if instruction.base == "BRA" and warp.next.index != decoded.index + 1:
             warp.ready = Event(max(warp.ready.time, time + self.machine.branch), number)
         if instruction.base == "BAR" and "ARV" not in instruction.op:
-            self._meet(warp, instruction, index, number)
+            self._meet(warp, decoded, (step, place), number)
+        warp.look()
 
-    @staticmethod
-    def _mark(warp: _Warp, board: int, event: Event) -> None:
-        warp.boards[board] = max(warp.boards[board], event, key=lambda each: each.time)
+    def _exchange(self, warp: _Warp, decoded: _Decoded, where: tuple[int, int], there: Event) -> Event:
+        """A strong load has its word no sooner than that has arrived; a publication's last store brings it to all."""
+        assert self.exchange is not None and there.cause is not None
+        (step, place), board = where, decoded.instruction.writes
+        if decoded.instruction.base == "STG":
+            time = self.issues[there.cause].time
+            published = self.exchange.publish(warp.number, step, place, time, there.cause)
+            if published is not None:
+                self._deliver(published, Event(time + self.exchange.hop, there.cause))
+            return there
+        number = self.exchange.wanted(warp.number, step, place)
+        arrival = self.exchange.arrival(number)
+        if arrival is not None:
+            return max(there, Event(*arrival), key=lambda event: event.time)
+        before = warp.boards[board]
+        self.waiting[number].append((warp, board, there if before.time == NEVER else max(before, there)))
+        return Event(NEVER, there.cause)
 
-    def _execute(
-        self, warp: _Warp, instruction: Instruction, unit: Unit, time: float, number: int
-    ) -> tuple[float, float]:
+    def _deliver(self, publication: int, arrival: Event) -> None:
+        for warp, board, there in self.waiting.pop(publication, []):
+            event = max(there, arrival, key=lambda each: each.time)
+            if warp.boards[board].time == NEVER or event.time > warp.boards[board].time:
+                warp.boards[board] = event
+            warp.look()
+
+    def _execute(self, warp: _Warp, decoded: _Decoded, time: float, number: int) -> tuple[float, float]:
         """When the result is there, and when the operands were read."""
-        machine, core = self.machine, warp.number % SUB_CORES
+        machine, unit, instruction = self.machine, decoded.unit, decoded.instruction
+        where = unit, warp.core
         if unit in BUSY:
-            self.free[unit, core] = Event(time + BUSY[unit], number)
+            self.free[where] = Event(time + BUSY[unit], number)
         elif unit is Unit.TENSOR:
-            half = "16816" not in instruction.op and "TF32" not in instruction.op
-            self.free[unit, core] = Event(time + machine.tensor_busy / (2 if half else 1), number)
+            self.free[where] = Event(time + tensor_busy(instruction, machine), number)
             return time + machine.tensor, time + 2
         elif unit is Unit.SPECIAL:
-            begin = max(time, self.free[unit, core].time)
-            self.free[unit, core] = Event(begin + machine.special_busy, number)
+            begin = max(time, self.free[where].time)
+            self.free[where] = Event(begin + machine.special_busy, number)
             return begin + machine.special, begin + machine.operands
         elif unit is Unit.MEMORY:
             begin = max(time + 2, self.free[unit, 0].time)
-            self.free[unit, 0] = Event(begin + waves(instruction), number)
-            return begin + self._latency(warp, instruction, begin, number), begin + machine.operands
+            self.free[unit, 0] = Event(begin + decoded.waves, number)
+            return begin + self._latency(warp, decoded, begin, number), begin + machine.operands
         elif instruction.base == "LDGDEPBAR":
             warp.groups.append(warp.copies)
         return time + 2, time + 2
 
-    def _latency(self, warp: _Warp, instruction: Instruction, begin: float, number: int) -> float:
+    def _latency(self, warp: _Warp, decoded: _Decoded, begin: float, number: int) -> float:
         """Of a memory instruction, from when the unit takes it."""
-        machine, more = self.machine, waves(instruction) - 1
-        match instruction.base:
+        machine, more = self.machine, decoded.waves - 1
+        match decoded.instruction.base:
             case "LDS" | "ATOMS":
                 return machine.shared - 2 + more
             case "LDSM":
                 return machine.matrix - 2 + more
             case "SHFL":
                 return machine.shuffle
+            case "LDG" if self.exchange is not None and strong(decoded.instruction):
+                return self._from_l2(decoded.waves, begin)
             case "LDG" | "LD" | "ATOM" | "ATOMG":
                 return machine.load
             case "LDC" | "LDCU" | "S2R":
@@ -229,12 +293,17 @@ class Multiprocessor:
                 warp.copies = max(warp.copies, Event(begin + machine.load, number), key=lambda each: each.time)
         return machine.operands
 
-    def _meet(self, warp: _Warp, instruction: Instruction, index: int, number: int) -> None:
+    def _from_l2(self, count: int, begin: float) -> float:
+        """Of a strong load of so many words of 32 bits a thread: the way from L2 is shared by the multiprocessor."""
+        machine = self.machine
+        assert machine.l2 is not None and machine.l2_bytes is not None
+        self.l2 = max(self.l2, begin) + count * LANES * 4 / machine.l2_bytes
+        return max(begin, self.l2) - begin + machine.l2
+
+    def _meet(self, warp: _Warp, decoded: _Decoded, where: tuple[int, int], number: int) -> None:
         """At a barrier of so many threads as its last operand says, or of all; who comes last lets all go on."""
-        match = re.search(r", (0x[0-9a-f]+)$", instruction.operands)
-        members = int(match[1], 16) // LANES if match else len(self.warps)
-        group = warp.number // members
-        waiting = self.arrived[group, warp.step if warp.position else warp.step - 1, index]
+        members = decoded.members or len(self.warps)
+        waiting = self.arrived[warp.number // members, where[0], decoded.index]
         waiting.append(warp)
         if len(waiting) < members:
             warp.ready, warp.reason = Event(NEVER, number), "barrier"
@@ -242,3 +311,11 @@ class Multiprocessor:
         released = Event(self.issues[number].time + self.machine.barrier, number)
         for each in waiting:
             each.ready, each.reason = released, "barrier"
+            each.look()
+        waiting.clear()
+
+
+def tensor_busy(instruction: Instruction, machine: Machine) -> float:
+    """Cycles that a matrix instruction takes its unit."""
+    half = "16816" not in instruction.op and "TF32" not in instruction.op
+    return machine.tensor_busy / (2 if half else 1)

@@ -20,13 +20,13 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.simulating.no_device import NoDevice
 from gpu_rnn import devices
 from gpu_rnn.backends import building, resident
 from gpu_rnn.backends.problem import DIRECTIONS, Problem
 from gpu_rnn.backends.tensors import Call, LayerControls, Result, Weights
 from tests.support import loops as support
 from tests.support.cuda.tools import opened
-from tests.support.no_device import NoDevice
 from tests.support.pairwise import pairwise
 
 ARCHITECTURES = {80: "A100", 86: "RTX 3090", 89: "RTX 4090", 90: "H100", 100: "B200", 120: "RTX 5090"}

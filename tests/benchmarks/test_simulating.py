@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks.simulating.instructions import NONE, Instruction, control, disassemble, loops, parse
-from benchmarks.simulating.multiprocessor import Machine, Multiprocessor, Run
+from benchmarks.simulating.machines import Machine
+from benchmarks.simulating.multiprocessor import Multiprocessor, Run
+from benchmarks.simulating.tools import tool
 from benchmarks.simulating.units import Unit, unit_of, waves
-from tests.support.cuda.tools import tool
 
 MACHINE = Machine(
     load=500, shared=29, matrix=33, constant=30, shuffle=24, special=22, special_busy=8, tensor=24, tensor_busy=7,

@@ -8,10 +8,10 @@ from itertools import product
 import pytest
 import torch
 
+from benchmarks.simulating.no_device import NoDevice
 from gpu_rnn.backends.step.gpu_buffers import BackwardSteps, ForwardSteps, Kind
 from gpu_rnn.backends.tensors import OF_STATES
 from tests.support import loops as support
-from tests.support.no_device import NoDevice
 
 KINDS = {
     "plain": Kind(True, False, 0, (), 0, False),

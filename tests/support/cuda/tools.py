@@ -1,20 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CUDA's own tools, which say whether a cubin is one: from Triton's wheel, or a toolkit on the PATH."""
+"""CUDA's own tools, which say whether a cubin is one."""
 
-import importlib.util
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-
-def tool(name: str) -> str | None:
-    """The path of nvdisasm or cuobjdump."""
-    triton = importlib.util.find_spec("triton")
-    folders = [] if triton is None else triton.submodule_search_locations or []
-    bundled = [Path(folder) / "backends" / "nvidia" / "bin" / name for folder in folders]
-    return next((str(path) for path in bundled if path.is_file()), shutil.which(name))
+from benchmarks.simulating.tools import tool
 
 
 def opened(cubin: Path, name: str, *options: str) -> str:

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A problem's kernels as machine code, built without a GPU, and what each of their warps executes in a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from benchmarks.simulating import paths
+from benchmarks.simulating.instructions import Instruction, disassemble
+from benchmarks.simulating.no_device import NoDevice
+from benchmarks.simulating.paths import Lost, Turn
+from benchmarks.simulating.tools import tool
+from gpu_rnn.backends import resident
+from gpu_rnn.backends.building import TritonLaunch
+from gpu_rnn.backends.group import launch as group
+from gpu_rnn.backends.group import nvrtc
+from gpu_rnn.backends.group.choice import Choice, choose
+from gpu_rnn.backends.group.layout import UNITS, Layout, source
+from gpu_rnn.backends.problem import Problem
+from gpu_rnn.backends.step import gpu
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel of a backend.
+
+    Attributes:
+        name: its function.
+        code: its instructions.
+        paths: what each warp of a block executes in a step; first of all one that has units of its own.
+        rounds: of the loop, one after another, that make a step of all rows.
+        exchanges: blocks tell each other their words.
+        loops: it holds the time loop; else it is launched once a step.
+    """
+
+    name: str
+    code: Sequence[Instruction]
+    paths: Sequence[Sequence[int]]
+    rounds: int = 1
+    exchanges: bool = False
+    loops: bool = True
+
+
+def kernels(problem: Problem, backend: str) -> list[Kernel]:
+    """The kernels that a backend launches for a problem.
+
+    Raises:
+        Lost: the simulator follows no kernel of that backend, or not these; the message says where it stops.
+    """
+    if backend not in _KERNELS:
+        raise Lost(f"{backend} launches no kernel of this library: its machine code is not here")
+    return _KERNELS[backend](problem)
+
+
+def code_of(cubin: bytes) -> list[Instruction]:
+    """The instructions of a kernel's machine code.
+
+    Raises:
+        FileNotFoundError: nvdisasm is not there.
+    """
+    nvdisasm = tool("nvdisasm")
+    if nvdisasm is None:
+        raise FileNotFoundError("not found: nvdisasm, which is in Triton's wheel and in CUDA's toolkit")
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        return disassemble(file, nvdisasm)
+
+
+def _resident(problem: Problem) -> list[Kernel]:
+    (launch,) = resident._launches(problem)
+    _alone(launch.grid[0] * launch.grid[1], problem)
+    code, warps = _triton(launch, problem)
+    path = paths.straight(code, paths.time_loop(code))
+    return [Kernel(launch.kernel.__name__, code, [path] * warps)]
+
+
+def _step(problem: Problem) -> list[Kernel]:
+    found = []
+    for launch in gpu.launches(problem):
+        code, warps = _triton(launch, problem)
+        end = next(k for k, each in enumerate(code) if each.base == "EXIT" and not each.predicate)
+        path = paths.through(code, Turn(range(end + 1)))
+        found.append(Kernel(launch.kernel.__name__, code, [path] * warps, loops=False))
+    return found
+
+
+def _triton(launch: TritonLaunch, problem: Problem) -> tuple[list[Instruction], int]:
+    """The machine code of a launch, and its warps."""
+    from triton.runtime.driver import driver
+
+    before = driver._active
+    driver.set_active(NoDevice(10 * problem.device.capability[0] + problem.device.capability[1]))
+    try:
+        compiled = launch.kernel.warmup(grid=launch.grid, **launch.arguments)
+    finally:
+        driver._active = before
+    return code_of(compiled.asm["cubin"]), compiled.metadata.num_warps
+
+
+def layout_of(problem: Problem) -> tuple[Choice, Layout]:
+    """What the group kernel is compiled for.
+
+    Raises:
+        Lost: it does not take the problem.
+    """
+    choice = choose(problem)
+    if choice is None:
+        raise Lost(f"group has no layout for {problem.H} units on {problem.device.name}")
+    layout = replace(choice.layout, save=problem.direction == "training", paired=problem.H % 2 == 0)
+    return choice, group.fit(layout, nvrtc.architecture(problem.device.capability))
+
+
+def _group(problem: Problem) -> list[Kernel]:
+    choice, layout = layout_of(problem)
+    if layout.members == 1:
+        _alone(choice.groups * problem.N, problem)
+    code = code_of(nvrtc.compile_cubin(source(layout), nvrtc.architecture(problem.device.capability)))
+    rounds = -(-problem.B // (layout.rows * choice.groups)) * -(-problem.N // choice.at_once)
+    rounds = 1 if layout.members == 1 else rounds
+    return [Kernel(layout.kernel, code, through_group(code, layout), rounds, layout.members > 1)]
+
+
+def through_group(code: Sequence[Instruction], layout: Layout) -> list[list[int]]:
+    """What each warp of a group kernel's block executes in a step.
+
+    Raises:
+        Lost: full fp32, whose products are no matrix instructions, an exchange by counters, or as `paths.through`.
+    """
+    if layout.counter or not (layout.half or layout.precision == "tf32"):
+        raise Lost("group with counters, or in full fp32, is not followed yet")
+    loop = paths.time_loop(code)
+    each = 1 if layout.half else 2  # instructions of 16 x 8 x 16
+    products = layout.tiles * layout.share * layout.fragments * layout.columns * each
+    rounds = paths.rounds(code, loop, products)
+    found = {owner: paths.through(code, Turn(loop, owner, rounds)) for owner in (True, False)}
+    return [found[_owns(layout, warp)] for warp in range(layout.across * layout.along)]
+
+
+def _owns(layout: Layout, warp: int) -> bool:
+    """Whether a warp has units of its own once sums are joined: a pair of them for each row, two rows a thread."""
+    spots = layout.blocks // layout.across * (UNITS // 8) * layout.columns
+    each = -(-spots // layout.along)
+    return warp % layout.along * each < spots
+
+
+def _alone(blocks: int, problem: Problem) -> None:
+    if blocks > problem.device.sms:
+        raise Lost(f"{blocks} blocks share {problem.device.sms} multiprocessors: only one on each is followed yet")
+
+
+_KERNELS: dict[str, Callable[[Problem], list[Kernel]]] = {"resident": _resident, "step": _step, "group": _group}

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The way through a time loop, the words between blocks, and the command that simulates what a problem gets."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import fields, replace
+
+import pytest
+
+from benchmarks import simulate
+from benchmarks.simulating import builds, machines, paths, report
+from benchmarks.simulating.exchange import Exchange
+from benchmarks.simulating.instructions import NONE, Instruction
+from benchmarks.simulating.multiprocessor import Multiprocessor
+from benchmarks.simulating.paths import Lost, Turn
+from benchmarks.simulating.tools import tool
+
+H100 = machines.of("H100")
+HOP = 1000
+
+
+def instruction(op: str, operands: str = "", **rest: object) -> Instruction:
+    given = {"predicate": "", "stall": 1, "writes": NONE, "reads": NONE, "waits": (), "target": None} | rest
+    return Instruction(address=0, op=op, operands=operands, **given)  # type: ignore[arg-type]
+
+
+def branch(target: int, predicate: str = "@P0") -> Instruction:
+    return instruction("BRA", predicate=predicate, target=target)
+
+
+ADD, POLL, PUBLISH = instruction("FADD"), "LDG.E.STRONG.GPU", instruction("STG.E.STRONG.GPU")
+LOOK, USE = instruction(POLL, writes=0), instruction("FADD", waits=(0,))
+
+
+def through(*program: Instruction, owner: bool = True, rounds: int | None = None) -> list[int]:
+    return paths.through([*program, branch(0)], Turn(range(len(program) + 1), owner, rounds))
+
+
+@pytest.mark.parametrize(
+    "rare",
+    [
+        [instruction("CALL.REL"), branch(4, "")],
+        [PUBLISH, instruction("MEMBAR.ALL.GPU")],
+        [instruction("CS2R", "R2, SR_GLOBALTIMERLO"), ADD],
+        [instruction(POLL), branch(2)],
+    ],
+    ids=["slow path", "fence", "clock", "poll again"],
+)
+def test_what_hardly_ever_happens_is_skipped(rare: list[Instruction]) -> None:
+    assert through(ADD, branch(4), *rare, ADD) == [0, 1, 4, 5]
+
+
+def test_what_happens_in_every_step_is_followed() -> None:
+    assert through(branch(3), ADD, PUBLISH, ADD) == [*range(5)]
+    assert through(branch(3, ""), ADD, PUBLISH, ADD) == [0, 3, 4]
+    assert through(branch(99), ADD) == [*range(3)]  # out of the loop
+    assert through(LOOK, branch(0), ADD) == [*range(4)]  # looks again
+
+
+def test_who_owns_nothing_skips_the_work_after_the_barrier() -> None:
+    program = branch(2), PUBLISH, instruction("BAR.SYNC"), branch(6), ADD, PUBLISH, ADD
+    assert through(*program) == [*range(8)]
+    assert through(*program, owner=False) == [0, 1, 2, 3, 6, 7]
+
+
+def test_products_go_round_as_often_as_they_must() -> None:
+    product = instruction("HMMA.16816.F32")
+    program = product, ADD, product, product, branch(2), ADD
+    code, loop = [*program, branch(0)], range(7)
+    assert paths.time_loop(code) == loop
+    assert paths.rounds(code, loop, total=7) == 3
+    assert through(*program, rounds=3) == [0, 1, 2, 3, 4, 2, 3, 4, 2, 3, 4, 5, 6]
+    with pytest.raises(Lost, match="make no 6 a step"):
+        paths.rounds(code, loop, total=6)
+    with pytest.raises(Lost, match="a loop of products"):
+        through(*program)
+
+
+def test_lost_where_no_rule_speaks() -> None:
+    with pytest.raises(Lost, match="BRX at 0x0"):
+        through(ADD, instruction("BRX"))
+    with pytest.raises(Lost, match="no loop"):
+        paths.time_loop([ADD])
+    with pytest.raises(Lost, match="a loop within"):
+        paths.straight([ADD, ADD, branch(1), branch(0)], range(4))
+
+
+def run(program: list[Instruction], warps: list[list[int]]) -> Multiprocessor:
+    return Multiprocessor(program, warps, replace(H100, l2=100), Exchange(program, warps, HOP))
+
+
+def test_a_word_takes_a_hop() -> None:
+    """Publication of one step, hop, and what is done with the word until the next."""
+    program = [LOOK, USE, PUBLISH]
+    result = run(program, [[0, 1, 2]]).run(6)
+    assert result.cycles == HOP + 1
+    assert HOP in [round(wait.cycles) for wait in report.waits(report.Simulation(kernel(program), H100, result))]
+
+
+def kernel(program: list[Instruction]) -> builds.Kernel:
+    return builds.Kernel("test", program, [range(len(program))], exchanges=True)
+
+
+@pytest.mark.parametrize("busy", [1, 400])
+def test_tiles_take_turns(busy: int) -> None:
+    """While one tile's words travel the other is worked on: a step is a hop, or both tiles' work."""
+    work = [instruction("FADD", stall=10)] * busy
+    tile = [LOOK, USE, *work, PUBLISH, instruction("BAR.SYNC", "0x0")]
+    program = [*tile, *tile]
+    result = run(program, [[*range(len(program))]]).run(8)
+    wanted = max(HOP + 10 * busy, 2 * 10 * busy)
+    assert wanted <= result.cycles <= wanted + 300  # two loads from L2 and two barriers
+
+
+def test_a_loop_may_begin_with_its_stores() -> None:
+    assert run([PUBLISH, LOOK, USE], [[0, 1, 2]]).run(6).cycles == HOP + 1
+
+
+def test_all_wait_for_who_publishes_last() -> None:
+    """Also a warp that looks for the word long before, and owns nothing."""
+    program = [LOOK, USE, instruction("FADD", stall=15), PUBLISH]
+    result = run(program, [[0, 1, 3], [0, 1, 2, 3], [0, 1]]).run(6)
+    assert result.cycles == pytest.approx(HOP + 2 + 15, abs=2)
+
+
+def test_every_branch_between_barrier_and_publication_is_counted() -> None:
+    program = [branch(1), instruction("BAR.SYNC"), branch(3), ADD, PUBLISH, branch(6), ADD]
+    assert [*paths.regions(program, range(7))] == [2]
+
+
+def test_loads_that_are_waited_for_before_the_first_poll_are_counted() -> None:
+    load = instruction("LDG.E", writes=3)
+    early = [load, instruction("FADD", waits=(3,)), LOOK]
+    late = [load, LOOK, instruction("FADD", waits=(3,))]
+    assert ([*paths.early_waits(early, range(3))], [*paths.early_waits(late, range(3))]) == ([1], [])
+
+
+def test_figures_are_entered_for_devices_that_are_described() -> None:
+    with pytest.raises(ValueError, match=r"no published latencies are entered for B200.*H100, H200"):
+        machines.of("B200")
+    assert {each.name for each in fields(H100)} >= {"clock", "hop"} and None not in vars(H100).values()
+
+
+def asked(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["simulate.py", *arguments])
+    simulate.main()
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (("--backend", "aten"), "aten is not followed: aten launches no kernel of this library"),
+        (("--device", "B200"), "no published latencies are entered for B200"),
+        (("--device", "none"), "no description of a device 'none'"),
+    ],
+)
+def test_the_command_says_where_it_cannot_follow(
+    monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], said: str
+) -> None:
+    with pytest.raises(SystemExit, match=said):
+        asked(monkeypatch, "--hidden", "64", "--batch", "16", *arguments)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("backend, names", [("resident", "resident_backward"), ("step", "step_backward")])
+def test_the_command_reports(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], backend: str, names: str
+) -> None:
+    if tool("nvdisasm") is None:
+        pytest.skip("not found: nvdisasm, which is in Triton's wheel and in CUDA's toolkit")
+    arguments = ("--hidden", "32", "--batch", "16", "--pass", "backward", "--backend", backend)
+    asked(monkeypatch, *arguments)
+    said = capsys.readouterr().out
+    assert report.LABEL in said and f"{names}: " in said and "critical path" in said
+    asked(monkeypatch, *arguments, "--csv")
+    *_, last = capsys.readouterr().out.strip().split(",")
+    assert (last == "") == (backend == "step") and (backend == "step" or 0.5 < float(last) < 10)
+
+
+@pytest.mark.compile("nvrtc")
+def test_group_is_followed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """An exchange of words, which costs a hop at least."""
+    if tool("nvdisasm") is None:
+        pytest.skip("not found: nvdisasm, which is in Triton's wheel and in CUDA's toolkit")
+    asked(monkeypatch, "--hidden", "512", "--batch", "16", "--backend", "group", "--pass", "training", "--csv")
+    assert 0.6 < float(capsys.readouterr().out.strip().rpartition(",")[2]) < 6
