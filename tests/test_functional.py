@@ -70,7 +70,11 @@ CELLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "LSTM, no c": ({"hx": (STEP, None)}, TypeError, r"2 Tensors \(h, c\), got NoneType for c; .* give hx=None"),
     "LSTM, h alone": ({"hx": (STEP,)}, RuntimeError, r"2 Tensors \(h, c\), got 1"),
     "LSTM, a tensor": ({"hx": torch.zeros(2, B, H)}, TypeError, "in a tuple, got Tensor"),
-    "another batch": ({"hx": (torch.zeros(B + 1, H),) * 2}, RuntimeError, r"hx is \[\(1, 3, 2\), \(1, 3, 2\)\]"),
+    "another batch": (
+        {"hx": (torch.zeros(B + 1, H),) * 2},
+        RuntimeError,
+        r"hx is \[\(3, 2\), \(3, 2\)\]",
+    ),
     "another width": ({"hx": (torch.zeros(B, H + 1),) * 2}, RuntimeError, "hx is"),
     "another dtype": ({"hx": (STEP.double(), STEP)}, RuntimeError, "hidden tensors are not the same dtype"),
     "another device": ({"hx": (STEP.to("meta"), STEP)}, RuntimeError, "hidden tensors are not at the same device"),

@@ -33,11 +33,7 @@ def check(stack: Stack, x: Any, hx: Any, weights: Any, batch_sizes: Any = None) 
         RuntimeError: a tensor of another shape, dtype or device; no time steps.
     """
     _options(stack)
-    tensor("x", x)
-    if not (x.dtype.is_floating_point or x.dtype.is_complex):
-        raise TypeError(
-            f"x holds floating-point or complex numbers, got {x.dtype}: convert it with .to(weights[0].dtype)"
-        )
+    _input(x)
     rank, axes = (
         (3, "(B, T, I)" if stack.batch_first else "(T, B, I)") if batch_sizes is None else (2, "packed, (rows, I)")
     )
@@ -49,25 +45,41 @@ def check(stack: Stack, x: Any, hx: Any, weights: Any, batch_sizes: Any = None) 
     _weights(stack, x, weights)
     if hx is not None:
         each_tensor("hx", hx, stack.recurrence.states)
-        expected = stack.state_shapes(weights, batch)
-        if [tuple(state.shape) for state in hx] != expected:
-            raise RuntimeError(f"hx is {expected}, got {[tuple(state.shape) for state in hx]}")
+        _shapes(hx, stack.state_shapes(weights, batch))
     check_alike(x, weights, hx or ())
 
 
 def check_cell(stack: Stack, x: Any, hx: Any, weights: Any) -> None:
     """Every argument of `functional.cell`; errors as `check`'s."""
-    a_recurrence(stack.recurrence)
-    tensor("x", x)
+    _options(stack)
+    _input(x)
     if x.dim() != 2:
         raise RuntimeError(f"x is (B, I), got {tuple(x.shape)}")
-    if hx is None:
-        return check(stack, x[None], None, weights)
-    each_tensor("hx", hx, stack.recurrence.states)
-    for name, state in zip(stack.recurrence.states, hx, strict=True):
+    _weights(stack, x, weights)
+    if hx is not None:
+        each_tensor("hx", hx, stack.recurrence.states)
+        _cell_states(stack.recurrence.states, hx, [s[1:] for s in stack.state_shapes(weights, x.shape[0])])
+    check_alike(x, weights, hx or ())
+
+
+def _cell_states(names: Sequence[str], hx: Sequence[Tensor], expected: Sequence[tuple[int, ...]]) -> None:
+    for name, state in zip(names, hx, strict=True):
         if state.dim() != 2:
             raise RuntimeError(f"hx is (B, H) each, got {tuple(state.shape)} for {name}")
-    return check(stack, x[None], tuple(state[None] for state in hx), weights)
+    _shapes(hx, expected)
+
+
+def _input(x: Any) -> None:
+    tensor("x", x)
+    if not (x.dtype.is_floating_point or x.dtype.is_complex):
+        raise TypeError(
+            f"x holds floating-point or complex numbers, got {x.dtype}: convert it with .to(weights[0].dtype)"
+        )
+
+
+def _shapes(hx: Sequence[Tensor], expected: Sequence[tuple[int, ...]]) -> None:
+    if [state.shape for state in hx] != expected:
+        raise RuntimeError(f"hx is {expected}, got {[tuple(state.shape) for state in hx]}")
 
 
 def _options(stack: Stack) -> None:
@@ -207,13 +219,15 @@ def check_alike(x: Tensor, weights: Sequence[Tensor], states: Sequence[Tensor]) 
         RuntimeError: others.
     """
     for number, tensor in enumerate((*weights, *states)):
+        if tensor.device == x.device and tensor.dtype == x.dtype:
+            continue
         kind = "parameter" if number < len(weights) else "hidden"
         if tensor.device != x.device:
             raise RuntimeError(
                 f"Input and {kind} tensors are not at the same device, found input tensor at {x.device} and "
                 f"{kind} tensor at {tensor.device}"
             )
-        if tensor.dtype != x.dtype and autocast.dtype_of(tensor) != autocast.dtype_of(x):
+        if autocast.dtype_of(tensor) != autocast.dtype_of(x):
             raise RuntimeError(
                 f"Input and {kind} tensors are not the same dtype, found input tensor with {x.dtype} and "
                 f"{kind} tensor with {tensor.dtype}"

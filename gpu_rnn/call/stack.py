@@ -77,15 +77,16 @@ class Stack:
         return "w_ih", "w_hh", *biases, *projection, *params, *norms
 
     def weight_shapes(self, features: int, hidden: int) -> list[tuple[int, ...]]:
-        """Of each weight, in the order of `functional.rnn`."""
+        """Of each weight, layer after layer and direction after direction in the order of `weight_names`."""
         rows, directions, width = len(self.recurrence.gates) * hidden, len(self.reverse), self.proj_size or hidden
-        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("b_ih", "b_hh", "norm_ih", "norm"), (rows,))
-        shapes |= {"w_hh": (rows, width), "w_hr": (width, hidden), "params": (len(self.recurrence.params), hidden)}
-        every: list[tuple[int, ...]] = []
+        pair, params = [(rows,)] * 2, len(self.recurrence.params)
+        after_w_hh = [*pair * self.bias, *[(width, hidden)] * bool(self.proj_size), *[(params, hidden)] * bool(params)]
+        after_w_hh += pair * self.norm
+        shapes: list[tuple[int, ...]] = []
         for number in range(self.num_layers):
-            shapes["w_ih"] = rows, directions * width if number else features
-            every += [shapes[name] for name in self.weight_names] * directions
-        return every
+            inputs = directions * width if number else features
+            shapes += [(rows, inputs), (rows, width), *after_w_hh] * directions
+        return shapes
 
     def initial(self, x: Tensor, weights: Sequence[Tensor], batch: int) -> States:
         """The recurrence's own initial values, (D·num_layers, B, ·); states that are all alike share one tensor."""
