@@ -71,7 +71,7 @@ class CellBase(RecurrenceHolder, RNNCellBase):
 
         Raises:
             ValueError: input or a state of rank 0 or above 2.
-            RuntimeError: another feature size, hidden size, batch size or rank of a state.
+            RuntimeError: another feature size, hidden size, batch size or rank of a state; tensors of several dtypes.
             TypeError: hx is a tuple where a tensor belongs, or the reverse.
         """
         if isinstance(input, Proxy):
@@ -86,6 +86,8 @@ class CellBase(RecurrenceHolder, RNNCellBase):
             states = None if states is None else tuple(state.unsqueeze(0) for state in states)
         self._check_sizes(input, states)
         weights = self._weights()
+        if weights[0].dtype != input.dtype:  # ATen's steps have poor words for it; autocast may bring both to one
+            arguments.check_alike(input, weights, ())
         states = run.one_step(self._stack(), input, states, weights)
         if not batched:
             states = tuple(state.squeeze(0) for state in states)

@@ -127,6 +127,16 @@ CALLS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     "c of float64": (lambda: gpu_rnn.LSTM(I, H)(X, (STATE, STATE.double())), RuntimeError, "are not the same dtype"),
     "h of a cell": (lambda: gpu_rnn.GRUCell(I, H)(X[0], STATE[0].double()), RuntimeError, "are not the same dtype"),
+    "x of a cell": (
+        lambda: gpu_rnn.GRUCell(I, H)(X[0].double()),
+        RuntimeError,
+        "Input and parameter tensors are not the same dtype, found input tensor with torch.float64",
+    ),
+    "x and h of a cell": (
+        lambda: gpu_rnn.LSTMCell(I, H)(X[0].double(), (STATE[0].double(), STATE[0].double())),
+        RuntimeError,
+        "parameter tensors are not the same dtype",
+    ),
     "an array": (lambda: gpu_rnn.GRU(I, H)(X.numpy()), TypeError, "input should be a Tensor, got ndarray"),
     "an array with a mask": (
         lambda: gpu_rnn.GRU(I, H)(X.numpy(), mask=PAD.numpy()),
