@@ -17,6 +17,7 @@ LONGEST = 50_000  # instructions of a step
 SLOW = 14  # instructions around the call of a division's slow path
 SPIN = 40  # around a look at the clock
 WORK = frozenset({"LDS", "STG", "MUFU"})  # what a warp does for units of its own
+ALL = frozenset({"HMMA", "IMMA", "BAR"})  # what every warp does
 
 
 class Lost(ValueError):
@@ -127,7 +128,8 @@ def _taken(code: Sequence[Instruction], index: int, turn: Turn, met: bool) -> bo
     region = code[index + 1 : branch.target]
     if _is_rare(region) or _polls_again(code, range(index + 1, branch.target)):
         return True
-    return not turn.owner and met and any(each.base in WORK for each in region)
+    bases = {each.base for each in region}
+    return not turn.owner and met and bool(bases & WORK) and not bases & ALL
 
 
 def _is_rare(region: Sequence[Instruction]) -> bool:
@@ -135,7 +137,7 @@ def _is_rare(region: Sequence[Instruction]) -> bool:
     bases = {each.base for each in region}
     if len(region) <= SLOW and "CALL" in bases:
         return True
-    if "MEMBAR" in bases and not bases & {"MUFU", "HMMA", "BAR"}:
+    if "MEMBAR" in bases and not bases & {"MUFU", *ALL}:
         return True
     return len(region) <= SPIN and any(each.base == "CS2R" and "GLOBALTIMER" in each.operands for each in region)
 

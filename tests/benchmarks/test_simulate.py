@@ -64,6 +64,13 @@ def test_who_owns_nothing_skips_the_work_after_the_barrier() -> None:
     assert through(*program, owner=False) == [0, 1, 2, 3, 6, 7]
 
 
+def test_who_owns_nothing_takes_part_in_the_next_tile() -> None:
+    tile = [branch(4), LOOK, instruction("HMMA.16816.F32"), instruction("LDS")]
+    program = instruction("BAR.SYNC"), branch(5), *tile[1:], branch(7), PUBLISH
+    assert through(*program, owner=False) == [0, 1, 2, 3, 4, 5, 7]
+    assert through(*program) == [*range(8)]
+
+
 def test_products_go_round_as_often_as_they_must() -> None:
     product = instruction("HMMA.16816.F32")
     program = product, ADD, product, product, branch(2), ADD
