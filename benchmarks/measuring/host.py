@@ -21,9 +21,9 @@ from benchmarks.stub_driver.gpu import driver
 HIDDEN = 64
 # ATen's operations that launch nothing on a GPU by themselves: views, allocations, and those that are made of others.
 WITHOUT_KERNEL = frozenset(
-    "as_strided expand view _unsafe_view _reshape_alias view_as select slice narrow unbind split transpose t permute "
-    "movedim numpy_T unsqueeze squeeze unflatten flatten alias detach resolve_conj empty empty_like empty_strided "
-    "new_empty contiguous reshape to linear matmul result_type".split()
+    "as_strided as_strided_ expand view _unsafe_view _reshape_alias view_as select slice narrow unbind split "
+    "split_with_sizes transpose transpose_ t permute movedim numpy_T unsqueeze squeeze unflatten flatten alias detach "
+    "resolve_conj empty empty_like empty_strided new_empty contiguous reshape to linear matmul".split()
 )
 
 

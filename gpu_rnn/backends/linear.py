@@ -13,17 +13,38 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from gpu_rnn.backends import normalisation, onednn, reference
+from gpu_rnn.backends import normalisation, onednn
 from gpu_rnn.backends.normalisation import Normalised
 from gpu_rnn.backends.tensors import RESET, SKIP, Call, LoopGradients, Result, Weights, bit, chunks, state_dtype
 from gpu_rnn.compiler.program import Program, lookup
 
 
 def project(x: Tensor, weights: Weights, program: Program, kept: Normalised | None = None) -> Tensor:
-    """`reference.project` without a derivative; `kept` as in `Call`."""
-    if weights.norm_ih is None:
-        return reference.project(x, weights, program, onednn.linear)
-    bias = reference.input_bias(weights, program)
+    """What `reference.project` gives, without a derivative and with as few kernels as it takes; `kept` as in
+    `Call`."""
+    bias = input_bias(weights, program)
+    if weights.norm_ih is not None:
+        return _normalised(x, weights, bias, program, kept)
+    if x.dim() == 3:  # one product for all N
+        flat = onednn.linear(x, weights.w_ih.flatten(0, 2), None if bias is None else bias.flatten())
+        return flat.unflatten(-1, weights.w_ih.shape[:3])
+    gates = torch.einsum("tbni,nghi->tbngh", x, weights.w_ih)
+    return gates if bias is None else gates + bias
+
+
+def input_bias(weights: Weights, program: Program) -> Tensor | None:
+    """(N, G, H): b_ih, with b_hh added where a gate is a sum."""
+    if weights.b_ih is None or weights.b_hh is None:
+        return None
+    bias = weights.b_ih + weights.b_hh
+    for is_sum, gates in _alike(program, range(len(program.gates))):
+        if not is_sum:
+            bias[:, gates] = weights.b_ih[:, gates]
+    return bias
+
+
+def _normalised(x: Tensor, weights: Weights, bias: Tensor | None, program: Program, kept: Normalised | None) -> Tensor:
+    assert weights.norm_ih is not None
     gates, normalise = _bare(x, weights, program)
     bias = gates.new_zeros(()) if bias is None else bias
     for part in chunks(gates):
@@ -39,7 +60,7 @@ def _bare(x: Tensor, weights: Weights, program: Program) -> tuple[Tensor, normal
     """
     w_ih, normalise = normalisation.centred(weights.w_ih)
     bare = weights._replace(w_ih=w_ih, b_ih=None, b_hh=None, norm_ih=None)
-    return reference.project(x, bare, program, onednn.linear), normalise
+    return project(x, bare, program), normalise
 
 
 def previous(
@@ -49,6 +70,8 @@ def previous(
     reverse: str,
 ) -> Tensor:
     """The state after the step before each. Reversed rows start at their own last step."""
+    if "1" not in reverse:
+        return torch.cat([initial[None].to(values.dtype), values[:-1]])
     before = torch.empty_like(values)
     for n, flag in enumerate(reverse):
         if flag == "0":
@@ -109,9 +132,9 @@ def gradients(call: Call, x: Tensor, saved: Result, loop: LoopGradients) -> tupl
     has_bias = weights.b_ih is not None
     return d_x, Weights(
         d_w_ih,
-        torch.cat(parts_w, 1),
+        parts_w[0] if len(parts_w) == 1 else torch.cat(parts_w, 1),
         d_b_ih if has_bias else None,
-        torch.cat(parts_b, 1) if has_bias else None,
+        torch.cat(parts_b, 1) if has_bias else None,  # of its own: gradients that share memory are scaled twice
         loop.d_params,
         loop.d_w_hr,
         loop.d_norm,
@@ -196,11 +219,16 @@ def runs(program: Program, rows: slice, of_gates: Tensor, of_recurrent: Tensor) 
     `of_gates` (T, B, N, G, H) has it for summed gates, `of_recurrent` (T, B, N, number of split gates, H) for the
     split.
     """
-    for is_sum, run in groupby(range(rows.start, rows.stop), key=lambda g: program.gates[g] in program.summed):
-        gates = list(run)
-        which = slice(gates[0], gates[-1] + 1)
+    for is_sum, gates in _alike(program, range(rows.start, rows.stop)):
         if is_sum:
-            yield which, of_gates[..., which, :]
+            yield gates, of_gates[..., gates, :]
         else:
-            start = program.split.index(program.gates[gates[0]])
-            yield which, of_recurrent[..., start : start + len(gates), :]
+            start = program.split.index(program.gates[gates.start])
+            yield gates, of_recurrent[..., start : start + gates.stop - gates.start, :]
+
+
+def _alike(program: Program, numbers: range) -> Iterator[tuple[bool, slice]]:
+    """The gates of these numbers in runs of neighbours that are all summed, or all split."""
+    for is_sum, run in groupby(numbers, key=lambda g: program.gates[g] in program.summed):
+        gates = list(run)
+        yield is_sum, slice(gates[0], gates[-1] + 1)

@@ -23,23 +23,35 @@ from gpu_rnn.dispatch import choice
 
 
 def layer(text: str, options: Options, inputs: Inputs) -> tuple[Tensor, list[Tensor], Tensor]:
-    """One layer, by the way in that fits: y (T, B, N, P), the final states (B, N, ·), and `Result.inner`."""
+    """One layer, by the way in that fits: y (T, B, N, P), the final states (N, B, ·), and `Result.inner`."""
     count = len(inputs.states)
     wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs.primals)
     if torch.compiler.is_compiling() or onlookers.traced() or transforms.only_functionalizes():
         y, *rest = _registered(text, options, inputs, wants_grad)
-        return y, rest[:count], rest[-1]
+        return y, _turned(rest[:count]), rest[-1]
     transformed = transforms.active()
     exact = inputs.x.is_complex() or transforms.forward_levels() > 1 or transforms.functionalizes()
     if exact or (options.backend == "reference" and not onlookers.without_values(inputs.x)):
         y, *rest = passes.pure(text, options, inputs)(*(p for p in inputs.primals if p is not None))
-        return y, rest[:count], rest[-1]  # the last is `inner` where all states are wanted
+        return y, _turned(rest[:count]), rest[-1]  # the last is `inner` where all states are wanted
     if not wants_grad and not transformed:
         result = _forward(text, options, inputs)
-        return result.y, result.final, result.inner
+        return result.y, _turned_in_place(result.final), result.inner
     options = options._replace(save=wants_grad or transformed)
     y, *rest = Forward.apply(text, options, *inputs.row)
-    return y, rest[:count], rest[-1]
+    return y, (_turned if transformed else _turned_in_place)(rest[:count]), rest[-1]
+
+
+def _turned(states: Sequence[Tensor]) -> list[Tensor]:
+    """(B, N, ·) -> (N, B, ·)"""
+    return [state.transpose(0, 1) for state in states]
+
+
+def _turned_in_place(states: Sequence[Tensor]) -> list[Tensor]:
+    """Likewise of what a loop made, without views where it is contiguous either way."""
+    if all(1 in state.shape[:2] and state.is_contiguous() and not state._is_view() for state in states):
+        return [state.transpose_(0, 1) for state in states]
+    return _turned(states)
 
 
 def _registered(text: str, options: Options, inputs: Inputs, wants_grad: bool) -> list[Tensor]:
@@ -94,6 +106,18 @@ def _states(text: str) -> int:
     return len(Program.parse(text).states)
 
 
+def _completed(d_outputs: Sequence[Tensor | None], likes: Sequence[Tensor]) -> list[Tensor]:
+    """Zeros where an output has no gradient: one tensor for all that are alike, as nothing writes to them."""
+    zeros: dict[Any, Tensor] = {}
+    transformed, completed = transforms.active(), []
+    for place, (d, like) in enumerate(zip(d_outputs, likes, strict=True)):
+        alike = place if transformed else (like.shape, like.dtype)
+        if d is None:
+            d = zeros[alike] = zeros[alike] if alike in zeros else torch.zeros_like(like)
+        completed.append(d)
+    return completed
+
+
 class Forward(torch.autograd.Function):
     """(text, options, *Inputs.row) -> (y, *final states, *Result.saved)."""
 
@@ -118,7 +142,7 @@ class Forward(torch.autograd.Function):
         saved = every[-SAVED:]
         likes = [y, *Inputs.flat(tensors, _states(ctx.text)).states, *([saved[-1]] if ctx.options.all_states else [])]
         incoming = [*grads[:-SAVED], *([grads[-1]] if ctx.options.all_states else [])]
-        d_outputs = [torch.zeros_like(like) if d is None else d for d, like in zip(incoming, likes, strict=True)]
+        d_outputs = _completed(incoming, likes)
         if any(torch._C._functorch.is_legacy_batchedtensor(g) for g in d_outputs):  # is_grads_batched: no rule is asked
             d = passes.vjp(ctx.text, ctx.options, Inputs.flat(tensors, _states(ctx.text)), d_outputs)
             return None, None, *like_row(d)

@@ -64,14 +64,22 @@ def _layers(
         layer_controls, reset_values = controls.of_layer(rows, stack.reverse, x.shape[0], flags)
         inputs = stack.inputs(x, weights, number, entering, layer_controls, reset_values)
         y, after, inner = autograd.layer(text, options, inputs)
-        final.append([state.transpose(0, 1) for state in after])
+        final.append(after)
         if stack.all_states:
             every.append([state.transpose(1, 2) for state in (y, *_other_states(inner, y, states))])
         x = y.flatten(2)
         if stack.dropout and number < stack.num_layers - 1:
             x = F.dropout(x, stack.dropout)
-    joined = tuple(torch.cat(parts) for parts in zip(*final, strict=True))
-    return x, joined, tuple(torch.cat(parts, 1) for parts in zip(*every, strict=True))
+    leaving = tuple(map(_joined, zip(*final, strict=True)))
+    return x, leaving, tuple(torch.cat(parts, 1) for parts in zip(*every, strict=True))
+
+
+def _joined(parts: tuple[Tensor, ...]) -> Tensor:
+    """A state of all layers, (D·layers, B, ·), from that of each, (D, B, ·): no view, as views cannot be detached in
+    place."""
+    if len(parts) > 1 or onlookers.recorded(parts[0]) or parts[0]._is_view():
+        return torch.cat(parts)
+    return parts[0]
 
 
 def _staggered(stack: Stack, x: Tensor, states: States, weights: Sequence[Tensor], controls: StackControls) -> bool:
@@ -101,12 +109,16 @@ def _wavefront(
         between = [F.dropout(like, stack.dropout) for _ in range(stack.num_layers - 1)]
         layer_controls = layer_controls._replace(between=torch.stack(between))
     inputs = Inputs(
-        x, _joined(stack, weights), layer_controls, [state.transpose(0, 1) for state in states], list(reset_values)
+        x,
+        _side_by_side(stack, weights),
+        layer_controls,
+        [state.transpose(0, 1) for state in states],
+        list(reset_values),
     )
     options = Options(stack.backend, reverse, all_states=stack.all_states)
     every, after, inner = autograd.layer(stack.recurrence.text(stack.recurrence.identity), options, inputs)
     # A copy, as what is handed out would share memory, and y by itself hold that of all layers.
-    y, final = every[-1].clone(), tuple(state.transpose(0, 1) for state in after)
+    y, final = every[-1].clone(), tuple(after)
     valid = controls.valid(steps)
     if valid is not None and not controls.flagged(stack.all_states):  # lengths alone: of the others `run` takes care
         y = torch.where(valid.unsqueeze(-1), y, 0)
@@ -115,7 +127,7 @@ def _wavefront(
     return y, final, tuple(state.transpose(0, 1) for state in (every, *_other_states(inner, y, states)))
 
 
-def _joined(stack: Stack, weights: Sequence[Tensor]) -> Weights:
+def _side_by_side(stack: Stack, weights: Sequence[Tensor]) -> Weights:
     """The weights of all layers along N, those that take a layer's input to the next in a tensor of their own."""
     lowest, *upper = (stack.canonical(weights, number) for number in range(stack.num_layers))
     along = zip(*(layer[1:] for layer in (lowest, *upper)), strict=True)

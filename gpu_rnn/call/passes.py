@@ -115,7 +115,9 @@ def run(text: str, options: Options, inputs: Inputs, keep: bool = False) -> Resu
             return wavefront.forward(call, inputs.x, chunk, KERNELS[name], options.save, options.all_states)
     if name == "reference":
         with autocast.off(inputs.x), record_function("gpu_rnn::reference_forward"):
-            return reference.forward(call, inputs.x, options.save, options.all_states)
+            result = reference.forward(call, inputs.x, options.save, options.all_states)
+            # Of their own, as every loop's are: a recurrence may hand on the states that it was given.
+            return result._replace(final=[state.clone() for state in result.final])
     with _arithmetic(problem.precision, inputs.x):
         call = replace(call, kept=_room(call, inputs.x) if keep else None)
         gates = linear.project(inputs.x, inputs.weights, call.program, call.kept).contiguous()

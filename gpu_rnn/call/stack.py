@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.backends.tensors import PLAIN, Inputs, LayerControls, Weights
-from gpu_rnn.call import transforms
+from gpu_rnn.call import onlookers, transforms
 from gpu_rnn.call.controls import NONE, StackControls
 from gpu_rnn.call.description import describe
 from gpu_rnn.once import once
@@ -145,9 +145,24 @@ class Stack:
         gates, directions, names = len(self.recurrence.gates), len(self.reverse), self.weight_names
         first, count = number * directions * len(names), len(names)
         each = [weights[first + d * count : first + (d + 1) * count] for d in range(directions)]
-        stacked = [parts[0][None] if len(parts) == 1 else torch.stack(parts) for parts in zip(*each, strict=True)]
+        stacked = [weight[None] for weight in each[0]] if directions == 1 else _side_by_side(each)
         fields = {
             name: weight if name in ("w_hr", "params") else weight.unflatten(1, (gates, -1))
             for name, weight in zip(names, stacked, strict=True)
         }
         return Weights(**fields)
+
+
+ALIGNED = 64  # bytes: torch's allocations begin at a multiple of it, on a CPU too, where products depend on it
+
+
+def _side_by_side(each: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """The weights of both directions, (2, ...) each; by one copy of all where none is recorded or has a derivative, and
+    each of them begins where an allocation might."""
+    pairs = list(zip(*each, strict=True))
+    sizes = [len(pair) * pair[0].numel() for pair in pairs]
+    derived = torch.is_grad_enabled() or onlookers.recorded(each[0][0]) or transforms.active()
+    if derived or any(size * each[0][0].itemsize % ALIGNED for size in sizes):
+        return [torch.stack(pair) for pair in pairs]
+    flat = torch.cat([weight.flatten() for pair in pairs for weight in pair])
+    return [part.view(len(pair), *pair[0].shape) for part, pair in zip(flat.split(sizes), pairs, strict=True)]

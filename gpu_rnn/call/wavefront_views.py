@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gpu_rnn.backends import reference
+from gpu_rnn.backends import linear
 from gpu_rnn.backends.tensors import CONTROL_AXES, Call, LayerControls, Weights
 from gpu_rnn.dispatch.wavefront_plan import launched
 
@@ -109,7 +109,7 @@ class StackViews:
         self.call, self.count = call, len(call.weights.w_hh)
         _, over_time = controls_by_layer(call.controls)
         self.diagonals = diagonals(self.count, steps, chunk)
-        self.bias = reference.input_bias(call.weights, call.program)
+        self.bias = linear.input_bias(call.weights, call.program)
         self.over_time = {name: _layer_first(name, value, self.count) for name, value in over_time.items()}
         self.values = [value.movedim(2, 0).contiguous() for value in call.reset_values]  # (L, 1 or T, B, ·)
         self.known: dict[tuple[int, int, int], SharedParts] = {}

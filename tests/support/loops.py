@@ -144,7 +144,8 @@ def make(
 
 def run(recurrence: Recurrence, inputs: Inputs, backend: str) -> list[Tensor]:
     """y (T, B, N, P), the final states (B, N, ·), and if wanted the other states of all steps."""
-    y, final, inner = autograd.layer(recurrence.text(), inputs.options(backend), inputs.layer)
+    y, turned, inner = autograd.layer(recurrence.text(), inputs.options(backend), inputs.layer)
+    final = [state.transpose(0, 1) for state in turned]
     return [y, *final, *([inner] if inputs.all_states else [])]
 
 
