@@ -21,6 +21,7 @@ from gpu_rnn.backends.group.choice import Choice, choose
 from gpu_rnn.backends.group.layout import UNITS, Layout, source
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.backends.step import gpu
+from gpu_rnn.devices import Device
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def code_of(cubin: bytes) -> list[Instruction]:
 def _resident(problem: Problem) -> list[Kernel]:
     (launch,) = resident._launches(problem)
     _alone(launch.grid[0] * launch.grid[1], problem)
-    code, warps = _triton(launch, problem)
+    code, warps = compiled(launch, problem.device)
     path = paths.straight(code, paths.time_loop(code))
     return [Kernel(launch.kernel.__name__, code, [path] * warps)]
 
@@ -81,24 +82,24 @@ def _resident(problem: Problem) -> list[Kernel]:
 def _step(problem: Problem) -> list[Kernel]:
     found = []
     for launch in gpu.launches(problem):
-        code, warps = _triton(launch, problem)
+        code, warps = compiled(launch, problem.device)
         end = next(k for k, each in enumerate(code) if each.base == "EXIT" and not each.predicate)
         path = paths.through(code, Turn(range(end + 1)))
         found.append(Kernel(launch.kernel.__name__, code, [path] * warps, loops=False))
     return found
 
 
-def _triton(launch: TritonLaunch, problem: Problem) -> tuple[list[Instruction], int]:
-    """The machine code of a launch, and its warps."""
+def compiled(launch: TritonLaunch, device: Device) -> tuple[list[Instruction], int]:
+    """The machine code of a launch of Triton's for a device, and the warps of a block."""
     from triton.runtime.driver import driver
 
     before = driver._active
-    driver.set_active(NoDevice(10 * problem.device.capability[0] + problem.device.capability[1]))
+    driver.set_active(NoDevice(10 * device.capability[0] + device.capability[1]))
     try:
-        compiled = launch.kernel.warmup(grid=launch.grid, **launch.arguments)
+        built = launch.kernel.warmup(grid=launch.grid, **launch.arguments)
     finally:
         driver._active = before
-    return code_of(compiled.asm["cubin"]), compiled.metadata.num_warps
+    return code_of(built.asm["cubin"]), built.metadata.num_warps
 
 
 def layout_of(problem: Problem) -> tuple[Choice, Layout]:

@@ -3,18 +3,20 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import fields, replace
 
 import pytest
 
 from benchmarks import simulate
-from benchmarks.simulating import builds, machines, paths, report
+from benchmarks.simulating import builds, machines, paths, published, report
 from benchmarks.simulating.exchange import Exchange
 from benchmarks.simulating.instructions import NONE, Instruction
 from benchmarks.simulating.multiprocessor import Multiprocessor
 from benchmarks.simulating.paths import Lost, Turn
 from benchmarks.simulating.tools import tool
+from tests.support.paths import ROOT
 
 H100 = machines.of("H100")
 HOP = 1000
@@ -141,6 +143,20 @@ def test_loads_that_are_waited_for_before_the_first_poll_are_counted() -> None:
     early = [load, instruction("FADD", waits=(3,)), LOOK]
     late = [load, LOOK, instruction("FADD", waits=(3,))]
     assert ([*paths.early_waits(early, range(3))], [*paths.early_waits(late, range(3))]) == ([1], [])
+
+
+def test_simulated_beside_published(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command's table without the package; the one in the README has a row for each published figure."""
+    program = [instruction("FADD"), branch(0)]
+    result = Multiprocessor(program, [[0, 1]], H100).run(4)
+    simulation = report.Simulation(kernel(program), H100, result)
+    monkeypatch.setattr(published, "fetch", lambda folder: None)
+    monkeypatch.setattr(published, "simulated", lambda module, hidden, heads: simulation)
+    rows = [line for line in published.table() if line.startswith(("| 32 ", "| 64 ", "| 128 "))]
+    readme = (ROOT / "benchmarks" / "README.md").read_text()
+    for row, each in zip(rows, published.PUBLISHED, strict=True):
+        assert f"| {each.us:.2f} |" in row
+        assert re.search(rf"^\| {each.hidden} \| {each.heads} \| [0-9.]+ \| {each.us:.2f} \| [0-9.]+ \|$", readme, re.M)
 
 
 def test_figures_are_entered_for_devices_that_are_described() -> None:
