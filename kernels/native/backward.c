@@ -6,10 +6,13 @@
 typedef struct {
   const share *mine;
   long padded, t;
-  layout weights;
+  int stage;
+  layout weights[STAGES];
   scalar *d_states[STATES]; // (rows, padded)
   scalar *d_products;       // (rows, GATES * units), of the recurrent products
   long width;               // of a row of these
+  // Of what the first of two stages makes for the next one.
+  scalar *d_between, *d_carried[CARRIED + 1];
 } backward_loop;
 
 // State k of a row as its step at a time found it.
@@ -39,9 +42,11 @@ static void differentiate(backward_loop *loop, long row, long unit) {
   const long place = place_of(mine, row, time), left = a->units - unit;
   const long all = a->steps * a->batch * a->across;
   const long at = row * loop->padded + unit;
-  real x[GATES], r[RECURRENT + 1], s[STATES], p[PARAMS + 1];
-  real d[STATES], kept[STATES];
+  const int stage = stage_of(loop->stage), last = stage == STAGES - 1;
+  real x[GATES], r[RECURRENT + 1], s[STATES], p[PARAMS + 1], v[CARRIED + 1];
+  real d[STATES + CARRIED + 1], kept[STATES];
   real d_x[GATES], d_r[RECURRENT + 1], d_s[STATES], d_p[PARAMS + 1];
+  real d_v[CARRIED + 1];
   for (int gate = 0; gate < GATES; gate++)
     x[gate] = load(a->gates + (place * GATES + gate) * a->units + unit, left);
   for (int k = 0; k < RECURRENT; k++)
@@ -50,7 +55,10 @@ static void differentiate(backward_loop *loop, long row, long unit) {
     p[k] = load(a->params + (mine->n * PARAMS + k) * a->units + unit, left);
   for (int k = 0; k < STATES; k++) {
     s[k] = entered(loop, k, row, time, unit, left);
-    d[k] = load(loop->d_states[k] + at, LANES);
+    kept[k] = load(loop->d_states[k] + at, LANES);
+    if (!last)
+      continue;
+    d[k] = kept[k];
     kept[k] = K(0);
     const scalar *outer = k ? a->d_inner : a->d_y;
     if (outer)
@@ -62,8 +70,22 @@ static void differentiate(backward_loop *loop, long row, long unit) {
         d[k][lane] = 0;
       }
   }
-  step_0_backward(x, r, s, p, 0, d, d_x, d_r, d_s, d_p, 0);
-  for (int gate = 0; gate < GATES; gate++) {
+  if (!last) {
+    d[0] = load(loop->d_between + at, LANES);
+    for (int k = 0; k < CARRIED; k++)
+      d[k + 1] = load(loop->d_carried[k] + at, LANES);
+  }
+  if (stage) {
+    real made[CARRIED + 1];
+    step(0, x, r, s, p, 0, made);
+    for (int k = 0; k < CARRIED; k++)
+      v[k] = made[k + 1];
+  }
+  step_backward(stage, x + FIRST[stage], r + FIRST_SPLIT[stage], s, p, v, d,
+                d_x + FIRST[stage], d_r + FIRST_SPLIT[stage], d_s, d_p, d_v);
+  for (int k = 0; k < CARRIED * stage; k++)
+    store(loop->d_carried[k] + at, d_v[k], LANES);
+  for (int gate = FIRST[stage]; gate < FIRST[stage + 1]; gate++) {
     const int split = PLACES[gate];
     store(a->d_gates + (place * GATES + gate) * a->units + unit, d_x[gate],
           left);
@@ -102,7 +124,8 @@ static void pass_by(backward_loop *loop, long row) {
   }
 }
 
-// What comes back through the product goes to h before the step.
+// What comes back through a product goes to what entered it: h before the step,
+// or what the stage before made.
 static void add_product(void *context, long row, long group, const real *sums) {
   backward_loop *loop = context;
   const share *mine = loop->mine;
@@ -115,7 +138,11 @@ static void add_product(void *context, long row, long group, const real *sums) {
     real value = sums[vector];
     if (a->drop)
       value *= load(a->drop + place_of_row(mine, row) * a->units + unit, left);
-    add_to(loop->d_states[0] + row * loop->padded + unit, value, LANES);
+    const long at = row * loop->padded + unit;
+    if (stage_of(loop->stage))
+      store(loop->d_between + at, value, LANES);
+    else
+      add_to(loop->d_states[0] + at, value, LANES);
   }
 }
 
@@ -142,39 +169,46 @@ static void all_steps(backward_loop *loop, long *live) {
   const arguments *a = mine->of;
   for (loop->t = a->steps - 1; loop->t >= 0; loop->t--) {
     const long count = live_rows(mine, loop->t, live);
-    for (long row = 0, next = 0; row < mine->rows; row++) {
-      if (next == count || live[next] != row) {
+    for (long row = 0, next = 0; row < mine->rows; row++)
+      if (next < count && live[next] == row)
+        next++;
+      else
         pass_by(loop, row);
-        continue;
-      }
-      next++;
-      for (long unit = 0; unit < a->units; unit += LANES)
-        differentiate(loop, row, unit);
+    for (loop->stage = STAGES - 1; loop->stage >= 0; loop->stage--) {
+      for (long k = 0; k < count; k++)
+        for (long unit = 0; unit < a->units; unit += LANES)
+          differentiate(loop, live[k], unit);
+      const int stage = stage_of(loop->stage);
+      product(&loop->weights[stage], mine->packed,
+              loop->d_products + FIRST[stage] * a->units, loop->width, live,
+              count, add_product, loop);
     }
-    product(&loop->weights, mine->packed, loop->d_products, loop->width, live,
-            count, add_product, loop);
     if (a->flags)
       leave(loop);
   }
 }
 
-static layout backward_layout(const arguments *a) {
-  return (layout){a->units, 1, GATES * a->units, 1, 0, a->units};
+static layout backward_layout(long units, int stage) {
+  return (layout){units, 1, gates_of(stage) * units, 1, 0, units, 0, 0};
 }
 
 static int backward_share(const share *mine) {
   const arguments *a = mine->of;
-  const layout weights = backward_layout(a);
+  enum { BUFFERS = STATES + 1 + CARRIED };
   const long padded = whole(a->units), each = mine->rows * padded;
   const long width = whole(GATES * a->units);
-  scalar *room = allocate(STATES * each + mine->rows * width);
+  const long size = BUFFERS * each + mine->rows * width;
+  scalar *room = allocate(size);
   long *live = malloc((mine->rows + 1) * sizeof(long));
   const int failed = !room || !live;
   if (!failed) {
-    memset(room, 0, (STATES * each + mine->rows * width) * sizeof(scalar));
-    backward_loop loop = {
-        .mine = mine, .padded = padded, .weights = weights, .width = width};
-    loop.d_products = room + STATES * each;
+    memset(room, 0, size * sizeof(scalar));
+    backward_loop loop = {.mine = mine, .padded = padded, .width = width};
+    lay_out(a, backward_layout, loop.weights);
+    loop.d_between = room + STATES * each;
+    for (int k = 0; k < CARRIED; k++)
+      loop.d_carried[k] = loop.d_between + (k + 1) * each;
+    loop.d_products = room + BUFFERS * each;
     const size_t bytes = a->units * sizeof(scalar);
     for (int k = 0; k < STATES; k++) {
       loop.d_states[k] = room + k * each;
@@ -195,6 +229,5 @@ static int backward_share(const share *mine) {
 
 // Returns 1 where memory is short.
 int run(const arguments *a) {
-  const layout weights = backward_layout(a);
-  return run_shares(a, &weights, backward_share);
+  return run_shares(a, backward_layout, backward_share);
 }

@@ -6,8 +6,10 @@
 typedef struct {
   const share *mine;
   long padded, t;
-  layout weights;
+  int stage;
+  layout weights[STAGES];
   scalar *states[STATES], *next, *entering;
+  scalar *between, *carried[CARRIED + 1]; // what a stage makes for the next one
 } forward_loop;
 
 // From the sums of one row and group of units the new states of these units.
@@ -18,25 +20,28 @@ static void advance(void *context, long row, long group, const real *sums) {
   const long time = time_of(mine, row, loop->t);
   const long place = place_of(mine, row, time);
   const long all = a->steps * a->batch * a->across;
+  const int stage = stage_of(loop->stage), of_stage = gates_of(stage);
   scalar *gates = a->gates + place * GATES * a->units;
-  for (long block = 0; block < VECTORS / GATES; block++, sums += GATES) {
-    const long unit = group * units_in_group(&loop->weights) + block * LANES;
+  for (long block = 0; block < VECTORS / of_stage; block++, sums += of_stage) {
+    const long unit = (group * (VECTORS / of_stage) + block) * LANES;
     const long left = a->units - unit, at = row * loop->padded + unit;
     if (left <= 0)
       return;
-    real x[GATES], r[RECURRENT + 1], s[STATES], p[PARAMS + 1], out[STATES];
-    for (int gate = 0; gate < GATES; gate++) {
+    real x[GATES], r[RECURRENT + 1], s[STATES], p[PARAMS + 1];
+    real v[CARRIED + 1], out[STATES + CARRIED + 1];
+    for (int gate = FIRST[stage]; gate < FIRST[stage + 1]; gate++) {
+      const real sum = sums[gate - FIRST[stage]];
       const int split = PLACES[gate];
       scalar *here = gates + gate * a->units + unit;
       x[gate] = load(here, left);
       if (split < 0) {
-        x[gate] += sums[gate];
+        x[gate] += sum;
         if (a->save)
           store(here, x[gate], left);
         continue;
       }
       const long bias = (mine->n * GATES + gate) * a->units + unit;
-      r[split] = sums[gate];
+      r[split] = sum;
       if (a->b_hh)
         r[split] += load(a->b_hh + bias, left);
       if (a->save)
@@ -47,7 +52,18 @@ static void advance(void *context, long row, long group, const real *sums) {
       s[k] = load(loop->states[k] + at, LANES);
     for (int k = 0; k < PARAMS; k++)
       p[k] = load(a->params + (mine->n * PARAMS + k) * a->units + unit, left);
-    step_0(x, r, s, p, 0, out);
+    for (int k = 0; k < CARRIED * stage; k++)
+      v[k] = load(loop->carried[k] + at, LANES);
+    step(stage, x + FIRST[stage], r + FIRST_SPLIT[stage], s, p, v, out);
+    if (stage < STAGES - 1) {
+      if (a->drop)
+        out[0] *=
+            load(a->drop + place_of_row(mine, row) * a->units + unit, left);
+      store(loop->between + at, out[0], LANES);
+      for (int k = 0; k < CARRIED; k++)
+        store(loop->carried[k] + at, out[k + 1], LANES);
+      continue;
+    }
     for (int k = 0; k < STATES; k++) {
       const long of_state = (k * all + place) * a->units + unit;
       if (a->zone)
@@ -115,34 +131,39 @@ static void all_steps(forward_loop *loop, long *live) {
     const long count = live_rows(mine, loop->t, live);
     if (count < mine->rows)
       keep(loop);
-    product(&loop->weights, mine->packed,
-            a->drop ? loop->entering : loop->states[0], loop->padded, live,
-            count, advance, loop);
+    const scalar *input = a->drop ? loop->entering : loop->states[0];
+    for (loop->stage = 0; loop->stage < STAGES; loop->stage++)
+      product(&loop->weights[stage_of(loop->stage)], mine->packed,
+              loop->stage ? loop->between : input, loop->padded, live, count,
+              advance, loop);
     scalar *last = loop->states[0];
     loop->states[0] = loop->next;
     loop->next = last;
   }
 }
 
-static layout forward_layout(const arguments *a) {
-  return (layout){a->units, GATES, a->units, a->units, a->units * a->units, 1};
+static layout forward_layout(long units, int stage) {
+  return (layout){units, gates_of(stage), units, units, units * units, 1, 0, 0};
 }
 
 static int forward_share(const share *mine) {
   const arguments *a = mine->of;
-  const layout weights = forward_layout(a);
-  const long padded = groups_of(&weights) * units_in_group(&weights);
-  const long each = mine->rows * padded;
-  scalar *room = allocate((STATES + 2) * each);
+  enum { BUFFERS = STATES + 3 + CARRIED };
+  const long padded = whole(a->units), each = mine->rows * padded;
+  scalar *room = allocate(BUFFERS * each);
   long *live = malloc((mine->rows + 1) * sizeof(long));
   const int failed = !room || !live;
   if (!failed) {
-    memset(room, 0, (STATES + 2) * each * sizeof(scalar));
-    forward_loop loop = {.mine = mine, .padded = padded, .weights = weights};
+    memset(room, 0, BUFFERS * each * sizeof(scalar));
+    forward_loop loop = {.mine = mine, .padded = padded};
+    lay_out(a, forward_layout, loop.weights);
     for (int k = 0; k < STATES; k++)
       loop.states[k] = room + k * each;
     loop.next = room + STATES * each;
     loop.entering = loop.next + each;
+    loop.between = loop.entering + each;
+    for (int k = 0; k < CARRIED; k++)
+      loop.carried[k] = loop.between + (k + 1) * each;
     const size_t bytes = a->units * sizeof(scalar);
     for (int k = 0; k < STATES; k++)
       for (long row = 0; row < mine->rows; row++)
@@ -161,6 +182,5 @@ static int forward_share(const share *mine) {
 
 // Returns 1 where memory is short.
 int run(const arguments *a) {
-  const layout weights = forward_layout(a);
-  return run_shares(a, &weights, forward_share);
+  return run_shares(a, forward_layout, forward_share);
 }

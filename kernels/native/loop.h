@@ -5,7 +5,9 @@
 // Before it come functions.h, the generated step, and what
 // gpu_rnn/backends/native/text.py prints: `arguments`, STATES, PARAMS, GATES,
 // RECURRENT (split gates), PLACES (of each gate its place among those, else
-// -1), VECTORS and ROWS, whose product is the accumulators in registers.
+// -1), STAGES, FIRST (of each stage its first gate), FIRST_SPLIT, CARRIED (what
+// the first of two stages hands on beside what enters the next product),
+// VECTORS and ROWS, whose product is the accumulators in registers.
 //
 // Every row is computed by the same operations in the same order, whatever rows
 // are computed beside it: results depend neither on the number of threads nor
@@ -115,7 +117,15 @@ static inline const scalar *reset_value(const share *mine, int k, long row,
 typedef struct {
   long units, parts, depth;
   long unit_apart, part_apart, depth_apart; // in the matrix as it comes
+  long from, to; // where it starts there, and among the packed ones
 } layout;
+
+// A constant where there is one stage.
+static inline int stage_of(int stage) { return STAGES == 1 ? 0 : stage; }
+
+static inline int gates_of(int stage) {
+  return FIRST[stage + 1] - FIRST[stage];
+}
 
 static inline long units_in_group(const layout *of) {
   return VECTORS / of->parts * LANES;
@@ -136,11 +146,12 @@ static void pack(const layout *of, const scalar *matrix, scalar *packed) {
       for (long vector = 0; vector < VECTORS; vector++, packed += LANES) {
         const long block = vector / of->parts, part = vector % of->parts;
         const long unit = (group * blocks + block) * LANES;
-        const scalar *from = matrix + unit * of->unit_apart +
+        const scalar *from = matrix + of->from + unit * of->unit_apart +
                              part * of->part_apart + k * of->depth_apart;
         for (long lane = 0; lane < LANES; lane++)
-          packed[lane] =
-              unit + lane < of->units ? from[lane * of->unit_apart] : 0;
+          packed[lane] = block < blocks && unit + lane < of->units
+                             ? from[lane * of->unit_apart]
+                             : 0;
       }
 }
 
@@ -174,6 +185,7 @@ static inline __attribute__((always_inline)) void
 product(const layout *of, const scalar *packed, const scalar *input, long apart,
         const long *live, long count, use *with, void *context) {
   const long size = of->depth * VECTORS * LANES;
+  packed += of->to;
   for (long group = 0; group < groups_of(of); group++)
     for (long done = 0; done < count; done += ROWS) {
       real sums[ROWS][VECTORS];
@@ -213,11 +225,26 @@ static void *work(void *given) {
   return 0;
 }
 
+// Of each stage the layout, one packed after the other; returns the size of
+// all.
+static long lay_out(const arguments *a, layout (*of_stage)(long, int),
+                    layout *stages) {
+  long size = 0;
+  for (int stage = 0; stage < STAGES; stage++) {
+    stages[stage] = of_stage(a->units, stage);
+    stages[stage].from = FIRST[stage] * a->units * a->units;
+    stages[stage].to = size;
+    size += packed_size(&stages[stage]);
+  }
+  return size;
+}
+
 // All shares of a call. A thread that cannot be started leaves its own to this
 // one. Returns 1 where memory is short.
-static int run_shares(const arguments *a, const layout *of,
+static int run_shares(const arguments *a, layout (*of_stage)(long, int),
                       int (*run)(const share *)) {
-  const long size = packed_size(of);
+  layout stages[STAGES];
+  const long size = lay_out(a, of_stage, stages);
   scalar *packed = allocate(size * a->across);
   pthread_t *threads = calloc(a->threads, sizeof(pthread_t));
   worker *workers = calloc(a->threads, sizeof(worker));
@@ -225,7 +252,9 @@ static int run_shares(const arguments *a, const layout *of,
   if (!failed) {
     const long matrix = GATES * a->units * a->units;
     for (long n = 0; n < a->across; n++)
-      pack(of, a->w_hh + n * matrix, packed + n * size);
+      for (int stage = 0; stage < STAGES; stage++)
+        pack(&stages[stage], a->w_hh + n * matrix,
+             packed + n * size + stages[stage].to);
     for (long k = a->threads - 1; k >= 0; k--) {
       workers[k] = (worker){a, packed, size, run, k, 0};
       if (k == 0 || pthread_create(&threads[k], 0, work, &workers[k])) {

@@ -17,13 +17,19 @@ from benchmarks.certifying.given import Given
 from benchmarks.certifying.random_calls import OPTIONS, leaves, sensible, values_and_gradients
 from gpu_rnn import cells
 from gpu_rnn.recurrence import Recurrence
+from tests.support import native
 from tests.support import options_by_hand as by_hand
 from tests.support.cuda.machines import NEEDS_COMPILER
 from tests.support.group import pretend
 
 TIGHT, SINGLE = 1e-9, 2e-5  # float64 and float32, sums in another order
 
-WITHOUT = {"resident": {"layer_norm", "proj_size"}, "group": {"layer_norm", "proj_size", "gru_reset_before"}}
+NATIVE = frozenset({"layer_norm", "proj_size", "recurrent_dropout_per_gate"})
+WITHOUT = {
+    "native": set(NATIVE),
+    "resident": {"layer_norm", "proj_size"},
+    "group": {"layer_norm", "proj_size", "gru_reset_before"},
+}
 
 counted: dict[str, Counter[str]] = defaultdict(Counter)  # of each backend
 
@@ -107,6 +113,14 @@ def test_step_in_the_interpreter(call: dict[str, Any]) -> None:
 @given(calls(without=frozenset({"layer_norm", "proj_size"})))
 def test_resident_in_the_interpreter(call: dict[str, Any]) -> None:
     compare(call, "resident", torch.float32, SINGLE)
+
+
+@pytest.mark.slow  # each combination of a cell and its options is two builds
+@combinations(1000)
+@given(calls(without=NATIVE))
+def test_native(call: dict[str, Any]) -> None:
+    native.any_compiler()
+    compare(call, "native", torch.float64, TIGHT)
 
 
 # Each is a build of the group kernel, with every option that it takes in one of them at least.

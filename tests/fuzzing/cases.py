@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import random
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,6 +24,7 @@ from benchmarks.certifying.given import Given
 from benchmarks.certifying.random_calls import Sizes, leaves, with_leaves
 from gpu_rnn import cells
 from gpu_rnn.backends import triton_interpreter
+from gpu_rnn.backends.native import building as native
 from gpu_rnn.recurrence import Recurrence
 from tests.support import options_by_hand as by_hand
 from tests.support.cuda.machines import NEEDS_COMPILER
@@ -36,6 +38,7 @@ TIGHT, SINGLE = 1e-9, 2e-5  # float64 and float32: sums in another order, relati
 WORSE = 4  # times plain PyTorch's error in float32, where that is more: one choice of roundings may be lucky
 WAYS = ("first derivatives", "first derivatives", "second derivatives", "no_grad", "inference_mode")
 LAYOUTS = ("dense", "dense", "batch first in memory", "with gaps", "turned round")
+NATIVE_EVERY = 40  # a new cell is two builds for each dtype, some half a second each
 GROUP_EVERY = 8  # a build of the group kernel takes a C++ compiler seconds
 # With these ATen takes a call.
 PLAIN = frozenset({"bidirectional", "num_layers", "proj_size", "no_bias", "batch_first"})
@@ -85,6 +88,9 @@ class Case:
             alone = not self.options & {"layer_norm", "proj_size"}
             if triton_interpreter.INTERPRETING and alone:
                 found.append(("resident", torch.float32))
+            without = self.options & {"layer_norm", "proj_size", "recurrent_dropout_per_gate"}
+            if self.number % NATIVE_EVERY == 0 and not without and len(self.recurrence.program.stages) < 3 and HAS_C:
+                found += [("native", torch.float64), ("native", torch.float32)]
             if self.number % GROUP_EVERY == 0 and alone and len(self.recurrence.program.stages) == 1 and HAS_COMPILER:
                 found.append(("group", torch.float32))
         return found
@@ -101,6 +107,7 @@ ERRORS: tuple[type[Exception], ...] = (
 )
 if importlib.util.find_spec("triton"):  # it exists for Linux only
     ERRORS += (importlib.import_module("triton.errors").TritonError,)
+HAS_C = any(map(shutil.which, native.COMPILERS))
 HAS_COMPILER = not NEEDS_COMPILER.args[0]
 
 

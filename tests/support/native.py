@@ -14,6 +14,8 @@ from tempfile import mkdtemp
 
 import pytest
 
+from gpu_rnn.backends.native import building
+
 HEADER = files("gpu_rnn.kernels.native").joinpath("functions.h").read_text()
 COMPILERS = ("gcc", "clang")
 # Generated functions take what they do not need; a vector wider than the target's is passed in memory (psabi).
@@ -21,6 +23,14 @@ FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-W
 FLAGS += ["-Wno-unused-variable", "-Wno-unused-function", "-Wno-unused-parameter", "-Wno-psabi"]
 # Of each target the flags of the compiler and the bytes of its vectors.
 TARGETS = {"plain": ([], 16), "avx2": (["-mavx2", "-mfma"], 32), "avx512": (["-mavx512f", "-mavx512dq"], 64)}
+
+
+def any_compiler() -> None:
+    """Skips a test of the time loop in C on a machine that cannot build it."""
+    try:
+        building.compiler()
+    except building.CompilerError as error:
+        pytest.skip(str(error))
 
 
 def needs(compiler: str, target: str) -> None:

@@ -17,7 +17,7 @@ from gpu_rnn.backends import rates
 from gpu_rnn.backends.native import arguments, building, text
 from gpu_rnn.backends.native.building import CompilerError
 from gpu_rnn.backends.problem import CONTROL_FIELDS, Problem
-from gpu_rnn.backends.tensors import Call, LoopGradients, Result
+from gpu_rnn.backends.tensors import Call, LoopGradients, Result, state_dtype
 
 OF_A_THREAD = 5e6  # floating-point operations that are worth starting a thread for: some 0.1 ms; predicted
 
@@ -30,10 +30,10 @@ def unsupported(problem: Problem) -> list[str]:
     reasons, device = [], problem.device
     if problem.device_type != "cpu" or device.is_gpu:
         reasons.append(f"runs on a CPU, not on {device.name if device.is_gpu else problem.device_type}")
-    if problem.dtype not in text.C_TYPES:
-        reasons.append(f"takes float32 and float64, not {str(problem.dtype).removeprefix('torch.')}")
-    if len(problem.program.stages) > 1:
-        reasons.append(f"takes one product a step, {problem.program.name} has {len(problem.program.stages)}")
+    if state_dtype(problem.dtype) not in text.C_TYPES:
+        reasons.append(f"takes real floating-point numbers, not {str(problem.dtype).removeprefix('torch.')}")
+    if len(problem.program.stages) > 2:
+        reasons.append(f"takes two products a step at most, {problem.program.name} has {len(problem.program.stages)}")
     if problem.proj_size:
         reasons.append("has no projection of h (proj_size)")
     taken = [name for name in CONTROL_FIELDS if name != "drop" or problem.drop == 1]
@@ -50,7 +50,7 @@ def _against_building(problem: Problem) -> list[str]:
 
 
 def _key(problem: Problem) -> tuple[str, torch.dtype, bool]:
-    return problem.program.text, problem.dtype, problem.direction == "backward"
+    return problem.program.text, state_dtype(problem.dtype), problem.direction == "backward"
 
 
 def cost(problem: Problem, constants: rates.Rates | None = None) -> float:
@@ -72,8 +72,12 @@ def _library(program: str, dtype: torch.dtype, backward: bool) -> ctypes.CDLL:
 
 
 def forward(call: Call, gates: Tensor, save: bool, all_states: bool) -> Result:
-    """From the input products (T, B, N, G, H), which become the saved ones; see `reference.forward`."""
-    gates = gates.contiguous()
+    """From the input products (T, B, N, G, H), which become the saved ones; see `reference.forward`.
+
+    What comes in and goes out may have 16 bits; the loop computes in float32 then.
+    """
+    dtype = gates.dtype
+    gates = gates.to(state_dtype(dtype)).contiguous()
     steps, batch, n, _, hidden = gates.shape
     y = gates.new_empty(steps, batch, n, hidden)
     final = [gates.new_empty(batch, n, hidden) for _ in call.states]
@@ -82,25 +86,28 @@ def forward(call: Call, gates: Tensor, save: bool, all_states: bool) -> Result:
     recurrent = gates.new_zeros(steps, batch, n, len(call.program.split) * save, hidden)
     given = {"gates": gates, "recurrent": recurrent, "inner": inner, "y": y, "final": final, "save": int(save)}
     _run(call, gates, False, given)
-    return Result(y, final, gates if save else gates.new_empty(0), recurrent, inner)
+    saved = gates.to(dtype) if save else gates.new_empty(0, dtype=dtype)
+    return Result(y.to(dtype), [state.to(dtype) for state in final], saved, recurrent.to(dtype), inner)
 
 
 def backward(call: Call, saved: Result, d_y: Tensor, d_final: list[Tensor], d_inner: Tensor | None) -> LoopGradients:
     """From the gradients of all outputs those of the gates, the states before the first step and the parameters."""
-    gates, program = saved.gates.contiguous(), call.program
+    dtype, program = saved.gates.dtype, call.program
+    wide = state_dtype(dtype)
+    gates = saved.gates.to(wide).contiguous()
     batch, n, _, hidden = gates.shape[1:]
     d_gates, d_recurrent = torch.empty_like(gates), gates.new_empty(saved.recurrent.shape)
     d_states = [gates.new_empty(batch, n, hidden) for _ in call.states]
-    d_resets = [value.new_zeros(value.shape) for value in call.reset_values]
+    d_resets = [gates.new_zeros(value.shape) for value in call.reset_values]
     d_params = gates.new_zeros(batch, n, len(program.params), hidden)  # a share of each row: the same for all threads
     given = {
         "gates": gates,
-        "recurrent": saved.recurrent.contiguous(),
-        "inner": saved.inner.contiguous(),
-        "y": saved.y.contiguous(),
-        "d_y": d_y.contiguous(),
-        "d_inner": None if d_inner is None else d_inner.contiguous(),
-        "d_final": [d.contiguous() for d in d_final],
+        "recurrent": saved.recurrent.to(wide).contiguous(),
+        "inner": saved.inner.to(wide).contiguous(),
+        "y": saved.y.to(wide).contiguous(),
+        "d_y": d_y.to(wide).contiguous(),
+        "d_inner": None if d_inner is None else d_inner.to(wide).contiguous(),
+        "d_final": [d.to(wide).contiguous() for d in d_final],
         "d_gates": d_gates,
         "d_recurrent": d_recurrent,
         "d_initial": d_states,
@@ -108,7 +115,8 @@ def backward(call: Call, saved: Result, d_y: Tensor, d_final: list[Tensor], d_in
         "d_params": d_params,
     }
     _run(call, gates, True, given)
-    return LoopGradients(d_gates, d_recurrent, d_states, d_params.sum(0) if program.params else None, d_resets=d_resets)
+    of_params = d_params.sum(0) if program.params else None
+    return LoopGradients(d_gates.to(dtype), d_recurrent.to(dtype), d_states, of_params, d_resets=d_resets)
 
 
 def _run(call: Call, gates: Tensor, backward: bool, given: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import torch
 from gpu_rnn.backends.native import arguments
 from gpu_rnn.backends.native.building import InstructionSet
 from gpu_rnn.compiler.codegen import C, source
+from gpu_rnn.compiler.derivative import carried_values
 from gpu_rnn.compiler.program import Program
 from gpu_rnn.memo import memoize
 
@@ -25,7 +26,10 @@ def of(text: str, dtype: torch.dtype, backward: bool, target: InstructionSet) ->
         _file("functions.h"),
         _tables(program),
         arguments.declared(),
-        source(program, "c", backward=backward),
+        source(program, "c"),
+        source(program, "c", backward=True) if backward else "",
+        _switch("step", _ARGUMENTS, ("out",), len(program.stages)),
+        _switch("step_backward", (*_ARGUMENTS, "d"), _GRADIENTS, len(program.stages)) if backward else "",
         _file("loop.h"),
         _file("backward.c" if backward else "forward.c"),
     ]
@@ -37,10 +41,26 @@ def _file(name: str) -> str:
     return f'#line 1 "{name}"\n{body}'
 
 
+_ARGUMENTS = tuple("arspv")
+_GRADIENTS = tuple(f"d_{name}" for name in _ARGUMENTS)
+
+
+def _switch(name: str, arguments: tuple[str, ...], results: tuple[str, ...], stages: int) -> str:
+    """A function that calls that of a stage."""
+    first, _, rest = name.partition("_")
+    taken = ", ".join(
+        ["int stage", *(f"const real *{each}" for each in arguments), *(f"real *{each}" for each in results)]
+    )
+    given = ", ".join((*arguments, *results))
+    each = ["_".join(filter(None, (first, str(stage), rest))) for stage in range(stages)]
+    calls = [f"  if (stage == {stage}) {called}({given});" for stage, called in enumerate(each)]
+    return "\n".join([f"static inline void {name}({taken}) {{", *calls, "}"])
+
+
 def vectors(program: Program, backward: bool, target: InstructionSet) -> int:
     """Vectors of weights that a product takes side by side: enough sums in flight for one row, all gates of a unit
     together."""
-    gates = len(program.gates)
+    gates = max(len(stage.gates) for stage in program.stages)
     return target.across if backward else gates * max(1, target.across // gates)
 
 
@@ -53,6 +73,8 @@ def _constants(program: Program, dtype: torch.dtype, backward: bool, target: Ins
         "PARAMS": len(program.params),
         "GATES": len(program.gates),
         "RECURRENT": len(program.split),
+        "STAGES": len(program.stages),
+        "CARRIED": len(carried_values(program, 1)) if len(program.stages) > 1 else 0,
         "VECTORS": across,
         "ROWS": max(1, target.sums // across),
     }
@@ -61,8 +83,12 @@ def _constants(program: Program, dtype: torch.dtype, backward: bool, target: Ins
 
 def _tables(program: Program) -> str:
     places = [program.split.index(gate) if gate in program.split else -1 for gate in program.gates]
+    first = [0, *(rows.stop for rows in program.rows)]
+    split = [sum(gate in program.split for gate in program.gates[:start]) for start in first]
     initial = ", ".join(C.constant(value).removeprefix("K") for value in program.initial)
     return (
+        f"static const int FIRST[] = {{{', '.join(map(str, first))}}};\n"
+        f"static const int FIRST_SPLIT[] = {{{', '.join(map(str, split))}}};\n"
         f"static const int PLACES[] = {{{', '.join(map(str, places))}}};\n"
         f"static const scalar INITIAL[] = {{{initial}}};"
     )
