@@ -227,7 +227,7 @@ def fresh_choices(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(nvrtc, "compile_cubin", lambda source, arch: b"")
     monkeypatch.setattr(cubin, "usage", lambda code: cubin.Usage(255, 0))
     monkeypatch.setattr(group, "_failures", {})
-    caches = (choice._select, choice._say_once, group.fit)
+    caches = (choice._select, choice._candidates, choice._say_once, group.fit)
     for cached in caches:
         cached.cache_clear()
     yield

@@ -147,7 +147,13 @@ def test_tuned_choices_of_others_are_refused(
     path = gpu_rnn.tune(layer, inputs).path
     assert gpu_rnn.explain(layer, inputs).chosen == "step"
     untrusted(path, how)
-    for cached in (measured._kept, measured.any_on_cpu, choice._select, cache.folder):  # as in a new process
+    for cached in (
+        measured._kept,
+        measured.any_on_cpu,
+        choice._select,
+        choice._candidates,
+        cache.folder,
+    ):  # as in a new process
         cached.cache_clear()
     with caplog.at_level(logging.WARNING, logger="gpu_rnn"):
         assert gpu_rnn.explain(layer, inputs).chosen == "aten"

@@ -15,6 +15,8 @@ from gpu_rnn.backends import LOOPS
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.dispatch import choice
 
+_steps = count(100)  # none is asked for twice
+
 
 def problems() -> dict[str, Problem]:
     """An LSTM's calls on an H100, each with "auto"."""
@@ -33,10 +35,9 @@ def problems() -> dict[str, Problem]:
 
 def choosing(problem: Problem) -> Callable[[], None]:
     """Asks what a call of a problem asks, each time with another T."""
-    steps = count(100)
 
     def call() -> None:
-        new = replace(problem, T=next(steps))
+        new = replace(problem, T=next(_steps))
         choice.select(new)
         if new.layers > 1:
             choice.staggers(new)

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -135,17 +136,66 @@ def _select(problem: Problem, backend: str, among: tuple[str, ...], preferred: s
                 f"backend={backend!r} cannot run this call:\n{listed}\nUse backend='auto', or remove the cause."
             )
         return backend
-    able = [name for name in among if not BACKENDS[name].unsupported(problem)]
-    if preferred in able and not _prepared(problem, preferred):
+    candidates = _candidates(replace(problem, T=1), among)
+    if preferred in candidates.able and candidates.runs(preferred):
         return preferred
     places = {name: place for place, name in enumerate(choices.find(problem, among))}
-    able.sort(key=lambda name: (places.get(name, len(places)), total_cost(problem, name)))
-    chosen = next(name for name in able if not _prepared(problem, name))
+    seconds = (
+        partial(total_cost, problem) if wavefront_plan.possible(problem) else partial(candidates.seconds, problem.T)
+    )
+    order = sorted(candidates.able, key=lambda name: (places.get(name, len(places)), seconds(name)))
+    chosen = next(filter(candidates.runs, order))
     if chosen == "reference":
         against = [(name, reason) for name in among for reason in BACKENDS[name].unsupported(problem)]
         for name, reason in against:
             _say_once(problem.direction, problem.recurrence.name, name, reason)
     return chosen
+
+
+class _Line:
+    """Seconds of one pass: a model adds so much for each step to what a call takes however long it is."""
+
+    def __init__(self, problem: Problem, name: str) -> None:
+        first, last = (BACKENDS[name].cost(replace(problem, T=steps), None) for steps in (1, 1 + FAR))
+        self.first, self.step = first, (last - first) / FAR if math.isfinite(first) else 0.0
+
+    def at(self, steps: int) -> float:
+        return self.first + (steps - 1) * self.step
+
+
+FAR = 1024  # steps between the two points of a line: rounding is far below what models know
+
+
+class _Candidates:
+    """Those that can run a problem of any number of steps, and their cost models."""
+
+    def __init__(self, problem: Problem, among: tuple[str, ...]) -> None:
+        self.problem = problem
+        self.able = [name for name in among if not BACKENDS[name].unsupported(problem)]
+        self.there = {name: _Line(problem, name) for name in self.able}
+        after, self.back = replace(problem, direction="backward"), {}
+        if problem.direction == "training":
+            named = {*(name for name in self.able if name not in LOOPS), *LOOPS}
+            self.back = {name: _Line(after, name) for name in named if not BACKENDS[name].unsupported(after)}
+        self.refused: dict[str, bool] = {}
+
+    def seconds(self, steps: int, name: str) -> float:
+        """As `total_cost`, for what is no wavefront."""
+        seconds = self.there[name].at(steps)
+        if not self.back:
+            return seconds
+        if name not in LOOPS:
+            return seconds + self.back[name].at(steps)
+        return seconds + min(self.back[loop].at(steps) for loop in LOOPS if loop in self.back)
+
+    def runs(self, name: str) -> bool:
+        """Whether one that is about to be taken can run the problem after all."""
+        if name not in self.refused:
+            self.refused[name] = bool(_prepared(self.problem, name))
+        return not self.refused[name]
+
+
+_candidates = memoize(1024, name=f"{__name__}._candidates")(_Candidates)
 
 
 def _prepared(problem: Problem, name: str) -> list[str]:

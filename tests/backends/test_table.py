@@ -28,7 +28,8 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> None:
     for field, value in names._asdict().items():
         for module in (each for each in READERS if hasattr(each, field)):
             monkeypatch.setattr(module, field, value)
-    monkeypatch.setattr(choice, "_select", choice._select.__wrapped__)
+    for name in ("_select", "_candidates"):
+        monkeypatch.setattr(choice, name, getattr(choice, name).__wrapped__)
 
 
 def test_what_follows_from_the_table() -> None:

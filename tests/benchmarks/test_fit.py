@@ -21,7 +21,7 @@ import gpu_rnn
 from benchmarks import fit
 from benchmarks.cases.names import TORCH
 from benchmarks.reporting import results
-from gpu_rnn import devices
+from gpu_rnn import devices, memo
 from gpu_rnn.backends import rates
 from gpu_rnn.backends.group import launch as group
 from gpu_rnn.backends.group import nvrtc
@@ -269,7 +269,7 @@ def test_what_is_written_is_what_dispatch_counts_with(
         assert "µs/step: by cost models fitted to tests/data/costs_synthetic.csv (Synthetic H100 (made-up" in text
     finally:
         rates._fitted.cache_clear()
-        choice._select.cache_clear()
+        memo.clear(choice.__name__)
 
 
 @pytest.fixture
@@ -287,7 +287,7 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
 
     yield write
     rates._fitted.cache_clear()
-    choice._select.cache_clear()
+    memo.clear(choice.__name__)
 
 
 def test_devices_of_one_capability_have_each_their_own_constants(written: Callable[[str, float], None]) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import gpu_rnn
-from gpu_rnn import cells
+from gpu_rnn import cells, memo
 from gpu_rnn.backends import resident
 from gpu_rnn.backends.group import launch as group
 from gpu_rnn.backends.group import nvrtc
@@ -80,11 +80,26 @@ def test_the_cheapest_that_can_run(given: Problem, expected: str) -> None:
     assert list(costs) == able and costs[expected] == min(costs.values())
 
 
+@pytest.mark.parametrize("direction", ["inference", "training", "backward"])
+@pytest.mark.parametrize("options", [half, {}, {"H": 4096}, {"B": 1}], ids=str)
+@pytest.mark.parametrize("cell", [cells.lstm(), cells.gru(reset_after=False)], ids=lambda cell: cell.name)
+@pytest.mark.parametrize("device", ["cpu", "H100", "A100"])
+def test_every_model_adds_so_much_for_each_step(
+    device: str, cell: gpu_rnn.Recurrence, options: dict[str, Any], direction: str
+) -> None:
+    """So a new T asks no model, and what can run does not depend on it."""
+    one, long = (problem(cell, device, T=steps, direction=direction, **options) for steps in (1, 777))
+    candidates = choice._Candidates(one, tuple(choice.BACKENDS))
+    assert candidates.able == [name for name, module in choice.BACKENDS.items() if not module.unsupported(long)]
+    for name in candidates.able:
+        assert candidates.seconds(777, name) == pytest.approx(choice.total_cost(long, name), rel=1e-9)
+
+
 def test_the_choice_follows_costs_and_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     given = problem()
     monkeypatch.setattr(step, "cost", lambda problem, constants: 0.0)
     assert choice.select(given) == "step"
-    choice._select.cache_clear()
+    memo.clear(choice.__name__)
     monkeypatch.setattr(step, "unsupported", lambda problem: ["broken"])
     assert choice.select(given) == "aten"
     assert choice.select(given, among=choice.LOOPS) == "reference"
@@ -151,7 +166,7 @@ def test_a_described_device_has_what_is_not_installed_here(monkeypatch: pytest.M
     everything = gpu_rnn.explain(layer, x, device="H100")
     said = str(everything)
     assert everything.chosen == "group" and "Here" not in said
-    choice._select.cache_clear()
+    memo.clear(choice.__name__)
     monkeypatch.setattr(nvrtc, "unavailable", lambda: f"CuPy is not installed: {nvrtc.INSTALL}")
     monkeypatch.setattr(nvrtc, "compile_cubin", lambda source, arch: pytest.fail("there is nothing to compile with"))
     group.fit.cache_clear()
@@ -247,10 +262,10 @@ def test_environment_names_a_preference(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("GPU_RNN_BACKEND", "reference")
     assert choice.select(problem()) == "reference"
     assert choice.select(problem(), "step") == "step"
-    choice._select.cache_clear()
+    memo.clear(choice.__name__)
     monkeypatch.setenv("GPU_RNN_BACKEND", "resident")  # cannot run here: only a preference
     assert choice.select(problem()) == "aten"
-    choice._select.cache_clear()
+    memo.clear(choice.__name__)
     monkeypatch.setenv("GPU_RNN_BACKEND", "fastest")
     with pytest.raises(ValueError, match="GPU_RNN_BACKEND is 'fastest'"):
         choice.select(problem())

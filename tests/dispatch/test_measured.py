@@ -61,7 +61,7 @@ def test_a_broken_file_is_ignored_and_rewritten(
         path.write_bytes(measured.written(setting, broken))
     else:
         path.write_text(broken.format(**setting) if "{{" in broken else broken)
-    for cached in (measured._kept, measured.any_on_cpu, choice._select):  # as in a new process
+    for cached in (measured._kept, measured.any_on_cpu, choice._select, choice._candidates):  # as in a new process
         cached.cache_clear()
     with caplog.at_level(logging.INFO, logger="gpu_rnn"):
         assert gpu_rnn.explain(layer, x()).chosen == "aten"
