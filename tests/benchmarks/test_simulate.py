@@ -131,6 +131,8 @@ def test_all_wait_for_who_publishes_last() -> None:
     program = [LOOK, USE, instruction("FADD", stall=15), PUBLISH]
     result = run(program, [[0, 1, 3], [0, 1, 2, 3], [0, 1]]).run(6)
     assert result.cycles == pytest.approx(HOP + 2 + 15, abs=2)
+    used = [issue.time for issue in result.issues if (issue.index, issue.step) == (1, 4)]
+    assert len(used) == 3 and max(used) - min(used) <= 2
 
 
 def test_every_branch_between_barrier_and_publication_is_counted() -> None:
