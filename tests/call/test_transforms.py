@@ -50,7 +50,7 @@ def test_group(way: str, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("way", "case"), turns())
-@pytest.mark.parametrize("backend", ["step", "reference"])
+@pytest.mark.parametrize("backend", [pytest.param("native", marks=pytest.mark.slow), "step", "reference"])
 def test_in_torch(backend: str, way: str, case: str) -> None:
     assert_right(CASES[case], way, backend, torch.float64, 1e-9)
 
