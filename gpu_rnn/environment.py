@@ -9,6 +9,7 @@ from collections.abc import Collection, Container
 
 DEADLINE = 10.0  # seconds: long beside time slicing, short beside a hang
 SHORTEST, LONGEST = 1e-3, 1e6  # s: shorter is no wait for another block, longer is eleven days
+APPROXIMATED = {"none": (), "bf16": ("bfloat16",), "16-bit": ("bfloat16", "float16")}
 _NUMBER = re.compile(r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 
 
@@ -71,3 +72,15 @@ def deadline() -> float:
     if not SHORTEST <= seconds <= LONGEST:
         raise _refused("GPU_RNN_DEADLINE", text, f"a number of seconds from {SHORTEST:g} to {LONGEST:.0f}")
     return seconds
+
+
+def approximated() -> tuple[str, ...]:
+    """The dtypes in which tanh and sigmoid may be the hardware's.
+
+    Raises:
+        ValueError: the variable names none of the choices.
+    """
+    text = _given("GPU_RNN_APPROXIMATE")
+    if text and text not in APPROXIMATED:
+        raise _refused("GPU_RNN_APPROXIMATE", text, f"one of {', '.join(APPROXIMATED)}")
+    return APPROXIMATED[text or "bf16"]

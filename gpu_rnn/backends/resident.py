@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gpu_rnn import environment
 from gpu_rnn.backends import building, persistent, rates, triton_interpreter
 from gpu_rnn.backends.building import TritonLaunch
 from gpu_rnn.backends.persistent import bits, even_rows, rows, whole
 from gpu_rnn.backends.problem import Problem
+from gpu_rnn.backends.resident_tiles import Tile, available, shared_memory, tile
 from gpu_rnn.backends.tensors import Call, LoopGradients, Result
 from gpu_rnn.backends.throughput import (
     FP32_PER_CYCLE,
@@ -29,67 +30,22 @@ from gpu_rnn.backends.throughput import (
     projection,
     special,
 )
+from gpu_rnn.compiler.codegen import EXACT_FUNCTIONS
 from gpu_rnn.compiler.program import Program
 from gpu_rnn.compiler.triton_module import triton_module
-from gpu_rnn.devices import DEVICES, is_described
+from gpu_rnn.devices import is_described
 from gpu_rnn.memo import memoize
 
 MOST_ACROSS = 65535  # blocks in the second dimension of a CUDA grid, which is N
 LONGEST_PATTERN = 62  # bits of a signed 64-bit argument that can be shifted and tested
-ROWS = 16  # of the batch in a tile: what a tensor-core instruction takes; fewer would be computed all the same
 VECTOR = 16  # elements that may be loaded at once, and more than enough
 WIDEST_FULL = 64  # units in full fp32: without tensor cores a wider product spills registers (test_resident_builds.py)
-WARP_BYTES = 128  # of a row of pre-activations, for each warp: 8 values of each of an LSTM's gates for a thread
-MOST_WARPS = 8  # with 16 a thread has 128 registers, and a GRU in tf32 spills
+
+FAST_FUNCTIONS = "gpu_rnn.kernels.triton.fast_math"
+# Operations of which a small error of an argument makes a small one of the result, however small that is itself.
+STEADY = {"add", "sub", "mul", "neg", "tanh", "sigmoid", "relu", "clamp", "minimum", "maximum"}
 
 INTERPRETED = 5e-3  # seconds for a tile's step in Triton's interpreter; predicted
-
-
-@dataclass(frozen=True)
-class Tile:
-    """How a problem is cut: rows of the batch, padded units, warps, and steps whose loads are under way together."""
-
-    rows: int
-    width: int
-    warps: int
-    stages: int
-
-
-def padded(hidden: int) -> int:
-    """The width of a kernel's blocks: a power of two, and at least 16, the depth of a tensor-core instruction."""
-    return max(16, 1 << (hidden - 1).bit_length())
-
-
-def shared_memory(problem: Problem, stages: int) -> int:
-    """Bytes of a block's shared memory, at most: W_hh, the loads under way, and fp32 blocks to exchange values: two,
-    and a third where what comes back through the products is dropped."""
-    gates, width, itemsize = problem.G, padded(problem.H), problem.dtype.itemsize
-    exchanged = 3 if problem.drop and problem.direction == "backward" else 2
-    return gates * width**2 * itemsize + ROWS * width * ((stages - 1) * _loaded(problem) + 4 * exchanged)
-
-
-def _loaded(problem: Problem) -> int:
-    """Bytes that are loaded in a step for each unit."""
-    program, itemsize = problem.program, problem.dtype.itemsize
-    states, loaded = len(program.states), len(program.gates) * itemsize
-    if problem.direction == "backward":  # also products, d_y and y, the other states, and all initial ones
-        loaded += (len(program.split) + 2) * itemsize + 4 * (2 * states - 1)
-        loaded += 4 * (states - 1) * problem.all_states
-    return loaded + states * problem.control_bytes
-
-
-def tile(problem: Problem) -> Tile:
-    """How a problem is cut on its device."""
-    width = padded(problem.H)
-    row = max(problem.G, 4) * width * problem.dtype.itemsize
-    warps = min(MOST_WARPS, max(2 if width == 16 else 4, row // WARP_BYTES))
-    stages = 2 if shared_memory(problem, 2) <= _available(problem) else 1
-    return Tile(ROWS, width, 1 << (warps - 1).bit_length(), stages)
-
-
-def _available(problem: Problem) -> int:
-    """Shared memory for a block; the interpreter plays an H100."""
-    return (problem.device if problem.device.is_gpu else DEVICES["H100"]).shared_memory
 
 
 def unsupported(problem: Problem) -> list[str]:
@@ -113,11 +69,11 @@ def _too_wide(problem: Problem) -> list[str]:
     program, reasons = problem.program, []
     if problem.dtype == torch.float32 and problem.precision == "ieee" and problem.H > WIDEST_FULL:
         reasons.append(f"takes {WIDEST_FULL} units at most in full float32, not {problem.H} (tf32 takes more)")
-    needed, available = shared_memory(problem, 1), _available(problem)
-    if needed > available:
+    needed, there = shared_memory(problem, 1), available(problem)
+    if needed > there:
         reasons.append(
             f"keeps W_hh on chip: with {problem.H} units of {program.name} a block needs {needed >> 10} KiB of shared "
-            f"memory and has {available >> 10}"
+            f"memory and has {there >> 10}"
         )
     return reasons
 
@@ -131,7 +87,7 @@ def cost(problem: Problem, constants: rates.Rates | None = None) -> float:
     if not device.is_gpu:
         return steps * tiles * INTERPRETED
     busy = _busy_cycles(problem, chosen, known)
-    together = device.sms * max(1, _available(problem) // shared_memory(problem, chosen.stages))
+    together = device.sms * max(1, available(problem) // shared_memory(problem, chosen.stages))
     waits = known.latency * len(problem.program.stages)
     step = max(busy * -(-tiles // device.sms), (busy + waits) * -(-tiles // together))
     return known.start + steps * step / (device.clock * 1e9) + known.projection * projection(problem)
@@ -146,16 +102,29 @@ def _busy_cycles(problem: Problem, chosen: Tile, known: rates.ResidentRates) -> 
     return max(
         chosen.rows * weights / multiplications(problem, known.tensor_share),
         weights * problem.dtype.itemsize / SHARED_BYTES_PER_CYCLE,
-        units * special(operations) / SPECIAL_PER_CYCLE,
+        units * special(operations) / SPECIAL_PER_CYCLE / (2 if functions(problem) == FAST_FUNCTIONS else 1),
         units * instructions / FP32_PER_CYCLE,
     )
 
 
-@memoize(256)
-def _constants(text: str, backward: bool) -> dict[str, Any]:
+def functions(problem: Problem) -> str:
+    """The module of scalar functions that a problem's kernel calls. The hardware's tanh is for cells in which its error
+    stays as small as it is: of a logarithm, a quotient or a comparison it could be any."""
+    if triton_interpreter.INTERPRETING or str(problem.dtype).removeprefix("torch.") not in environment.approximated():
+        return EXACT_FUNCTIONS
+    operations = {op.name for stage in problem.program.stages for op in stage.ops}
+    return FAST_FUNCTIONS if operations <= STEADY else EXACT_FUNCTIONS
+
+
+def _constants(call: Call, *, backward: bool) -> dict[str, Any]:
     """What a kernel is compiled for, of a program."""
+    return _constants_of(call.program.text, functions(call.problem), backward)
+
+
+@memoize(256)
+def _constants_of(text: str, functions: str, backward: bool) -> dict[str, Any]:
     program = Program.parse(text)
-    steps, two = triton_module(program), len(program.stages) == 2
+    steps, two = triton_module(program, functions), len(program.stages) == 2
     first, last, split = program.stages[0], len(program.stages) - 1, program.split
     constants = {
         "STEP": getattr(steps, f"step_{last}_backward" if backward else f"step_{last}"),
@@ -169,6 +138,13 @@ def _constants(text: str, backward: bool) -> dict[str, Any]:
         constants["FIRST_BACKWARD"] = steps.step_0_backward if two else None
         constants["SPLIT"] = len(set(first.gates) - program.summed)
     return constants
+
+
+def _joined(problem: Problem) -> int:
+    """How many gates are saved as one block: in 16 bits, for else the exchange takes more shared memory."""
+    summed = [gate in problem.program.summed for gate in problem.program.gates]
+    counts = [count for count in (4, 2) if len(summed) >= count and all(summed[:count])]
+    return counts[0] if counts and problem.dtype.itemsize == 2 else 0
 
 
 def _strides(tensor: Tensor) -> dict[str, int]:
@@ -264,8 +240,9 @@ def prepare_forward(
         p_b_hh=_whole(call.weights.b_hh) if program.split else None,
         strides=_strides(gates),
         SAVE=save,
+        JOINED=_joined(call.problem),
         INNER=save or all_states,
-        **_constants(program.text, backward=False),
+        **_constants(call, backward=False),
     )
     return launch, Result(y, final, gates if save else gates.new_empty(0), recurrent, inner)
 
@@ -305,7 +282,7 @@ def prepare_backward(
         p_d_params=d_params,
         p_d_resets=tuple(d_resets) or None,
         strides=_strides(gates) | {f"d_y_{name}": stride for name, stride in _strides(d_y).items()},
-        **_constants(program.text, backward=True),
+        **_constants(call, backward=True),
     )
     return launch, LoopGradients(d_gates, d_recurrent, d_states, d_params, d_resets=d_resets)
 

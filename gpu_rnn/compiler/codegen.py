@@ -80,21 +80,22 @@ def source(program: Program, language: str, *, backward: bool = False, comments:
     return "\n\n".join(PRINTERS[language](function, comments) for function in _functions(program, backward))
 
 
+EXACT_FUNCTIONS = "gpu_rnn.kernels.triton.math"
 TRITON_HEADER = '''"""Generated: the pointwise part of a recurrence, forward and backward."""
 
 import triton
 import triton.language as tl
 
-from gpu_rnn.kernels.triton import math as m
+import {functions} as m
 
 
 '''
 
 
-def module_text(program: Program) -> str:
-    """A Triton module with every function of a program."""
+def module_text(program: Program, functions: str = EXACT_FUNCTIONS) -> str:
+    """A Triton module with every function of a program, which takes scalar functions from the module of that name."""
     bodies = [source(program, "triton"), source(program, "triton", backward=True)]
-    return TRITON_HEADER + "\n\n".join(bodies)
+    return TRITON_HEADER.format(functions=functions) + "\n\n".join(bodies)
 
 
 def _comment(op: Op, mark: str, comments: bool) -> str:

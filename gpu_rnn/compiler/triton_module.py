@@ -29,15 +29,15 @@ class _Loader(importlib.abc.InspectLoader):
         return self.source_to_code(self.text, f"{fullname}.py")
 
 
-def triton_module(program: Program) -> ModuleType:
+def triton_module(program: Program, functions: str = codegen.EXACT_FUNCTIONS) -> ModuleType:
     """The module with a program's functions `step_<k>` and `step_<k>_backward`; see `gpu_rnn.compiler.codegen`."""
-    return _triton_module(program.text)
+    return _triton_module(program.text, functions)
 
 
 @memoize(None, stays="Triton keeps the kernels compiled from them, as many as there are cells, anyway")
-def _triton_module(text: str) -> ModuleType:
+def _triton_module(text: str, functions: str) -> ModuleType:
     program = Program.parse(text)
-    source = codegen.module_text(program)
+    source = codegen.module_text(program, functions)
     # The digest keeps two cells of one name apart, and a cell from an earlier version of itself.
     name = f"gpu_rnn_generated_{program.name}_{hashlib.sha256(source.encode()).hexdigest()[:16]}"
     spec = importlib.util.spec_from_loader(name, _Loader(source))

@@ -129,11 +129,13 @@ def _cache(device: torch.device) -> list[str]:
 
 def _environment() -> list[str]:
     """What is wrong with the variables that only some calls read."""
-    try:
-        environment.deadline()
-    except ValueError as error:
-        return [f"settings {error}"]
-    return []
+    wrong = []
+    for ask in (environment.deadline, environment.approximated):
+        try:
+            ask()
+        except ValueError as error:
+            wrong.append(f"settings {error}")
+    return wrong
 
 
 def _compilers(device: torch.device) -> list[str]:

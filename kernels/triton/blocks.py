@@ -34,10 +34,30 @@ def store_each(pointers, offsets, blocks, mask):
 
 
 @triton.jit
+def store_joined(p, stride, blocks, mask):
+    """Two or four blocks, `stride` apart, as one: what a store brings into another order meets the other warps twice,
+    for one block as for four."""
+    joined = tl.join(blocks[0], blocks[1])
+    p, mask = p[:, :, None] + stride * tl.arange(0, 2), mask[:, :, None]
+    if len(blocks) == 4:
+        joined = tl.join(joined, tl.join(blocks[2], blocks[3]))
+        p, mask = p[:, :, :, None] + 2 * stride * tl.arange(0, 2), mask[:, :, :, None]
+    tl.store(p, joined, mask=mask)
+
+
+@triton.jit
 def as_float(blocks):
     converted = ()
     for i in tl.static_range(len(blocks)):
         converted = converted + (blocks[i].to(tl.float32),)
+    return converted
+
+
+@triton.jit
+def to_each(blocks, dtype: tl.constexpr):
+    converted = ()
+    for i in tl.static_range(len(blocks)):
+        converted = converted + (blocks[i].to(dtype),)
     return converted
 
 

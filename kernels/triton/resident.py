@@ -33,6 +33,7 @@ from gpu_rnn.kernels.triton.tile import (
     place,
     pull_back,
     rows_at,
+    store_summed,
     time_of,
 )
 
@@ -76,6 +77,7 @@ def resident_forward(
     PER_STEP: tl.constexpr,  # reset values are given for each step
     DROP: tl.constexpr,  # masks of what enters the products: none, one, or one for each gate
     SAVE: tl.constexpr,
+    JOINED: tl.constexpr,  # of the first gates, which are saved as one block; 0, 2 or 4
     INNER: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,  # what divides every row's offset: how many elements are loaded at once
@@ -133,9 +135,7 @@ def resident_forward(
         o_y = rows_at(o_t, at, B) * H + at.o_h
         tl.store(p_y + o_y, y, mask=at.m)
         if SAVE:
-            for g in tl.static_range(G):
-                if KEPT[g] < 0:
-                    tl.store(p_gates + o_t * stride_t + g * stride_g, a[g], mask=at.m)
+            store_summed(p_gates + o_t * stride_t, stride_g, a, b_w[0].dtype, at.m, KEPT, JOINED)
             p_r = p_recurrent + rows_at(o_t, at, B) * R * H + at.o_h
             for k in tl.static_range(R):
                 tl.store(p_r + k * H, r[k], mask=at.m)

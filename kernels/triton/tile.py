@@ -8,7 +8,17 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
-from gpu_rnn.kernels.triton.blocks import add_each, load_blocks, load_each, select, store_each, zeros_like_each
+from gpu_rnn.kernels.triton.blocks import (
+    add_each,
+    load_blocks,
+    load_each,
+    part,
+    select,
+    store_each,
+    store_joined,
+    to_each,
+    zeros_like_each,
+)
 
 
 class Tile(NamedTuple):
@@ -110,6 +120,16 @@ def multiply(
             a = a + (x[g].to(tl.float32),)
             r = r + (product + b_bias[KEPT[g]] if len(b_bias) > 0 else product,)
     return a, r
+
+
+@triton.jit
+def store_summed(p, stride, a, dtype: tl.constexpr, m, KEPT: tl.constexpr, JOINED: tl.constexpr):
+    """Saves the sums of a step, the first `JOINED` of them as one block."""
+    if JOINED:
+        store_joined(p, stride, to_each(part(a, 0, JOINED), dtype), m)
+    for g in tl.static_range(JOINED, len(KEPT)):
+        if KEPT[g] < 0:
+            tl.store(p + g * stride, a[g], mask=m)
 
 
 @triton.jit

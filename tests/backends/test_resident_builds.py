@@ -140,24 +140,28 @@ def time_loop(assembly: str) -> list[str]:
     return max(loops, key=len)
 
 
-def build(given: Problem, folder: Path) -> Build:
-    """Compiles what would be launched."""
+def compiled(given: Problem) -> Any:
+    """What would be launched, as Triton compiles it."""
     from triton.runtime.driver import driver
 
     prepared, architecture = launch(given), 10 * given.device.capability[0] + given.device.capability[1]
     before = driver._active
     driver.set_active(NoDevice(architecture))
     try:
-        compiled = prepared.kernel.warmup(grid=prepared.grid, **prepared.arguments)
+        return prepared.kernel.warmup(grid=prepared.grid, **prepared.arguments)
     finally:
         driver._active = before
+
+
+def build(given: Problem, folder: Path) -> Build:
+    made = compiled(given)
     cubin = folder / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
+    cubin.write_bytes(made.asm["cubin"])
     usage = opened(cubin, "cuobjdump", "-res-usage")
     found = {name: int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK")}  # type: ignore[index]
     loop = time_loop(opened(cubin, "nvdisasm", "-c"))
     spills = sum(bool(re.search(r"\b(LDL|STL)\b", line)) for line in loop)
-    return Build(found["REG"], found["STACK"], compiled.metadata.shared, spills)
+    return Build(found["REG"], found["STACK"], made.metadata.shared, spills)
 
 
 Case = tuple[int, str, str, str, str, int]  # architecture, direction, kind, cell, options, missing

@@ -64,6 +64,12 @@ def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert "its cache cannot be written (" in said and "set TRITON_CACHE_DIR" in said
 
 
+def test_dtypes_that_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No call on a CPU asks in which the hardware's tanh may be taken."""
+    monkeypatch.setenv("GPU_RNN_APPROXIMATE", "fp8")
+    assert "settings GPU_RNN_APPROXIMATE is 'fp8' in the environment" in doctor.report(torch.device("cpu"))
+
+
 def test_a_deadline_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """No call on a CPU reads it."""
     assert "GPU_RNN_DEADLINE" not in doctor.report(torch.device("cpu"))

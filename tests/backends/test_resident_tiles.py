@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the resident kernel cuts a problem: the table of simulated builds, and what holds where it has no row."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from gpu_rnn import cells, devices
+from gpu_rnn.backends import resident_tiles
+from gpu_rnn.backends.problem import DIRECTIONS, Problem
+from gpu_rnn.backends.resident_tiles import Build, Schedule, Tile, available, build_of, shared_memory, tile
+
+LONGER = 1.05  # times the cycles of the table: more fails
+SIMULATED = [("lstm", "inference", 64), ("lstm", "backward", 32), ("lstm", "training", 64)]
+BARRIERS = 10  # of a step, at most; 14 while each saved gate took two
+
+
+def problem(hidden: int = 64, device: str = "H100", **changes: Any) -> Problem:
+    sizes = {"T": 8, "B": 16, "N": 1, "I": 8, "H": hidden}
+    plain = {"recurrence": cells.lstm(), "dtype": torch.bfloat16, "device": devices.describe(device)}
+    return Problem(**plain | sizes | {"device_type": "cuda"} | changes)
+
+
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch) -> dict[Build, Schedule]:
+    """A table of the test's own."""
+    rows: dict[Build, Schedule] = {}
+    monkeypatch.setattr(resident_tiles, "schedules", lambda: rows)
+    resident_tiles._nearest.cache_clear()
+    yield rows
+    resident_tiles._nearest.cache_clear()
+
+
+def test_every_row_can_be_launched() -> None:
+    rows = resident_tiles.schedules()
+    assert {build.direction for build in rows} == set(DIRECTIONS)
+    for build, choice in rows.items():
+        assert build.kind in ("16-bit", "tf32", "fp32")
+        assert build.width == resident_tiles.padded(build.width)
+        assert choice.warps in (1, 2, 4, 8)
+        assert choice.stages in (2, 3, 4)
+        assert choice.cycles > 0
+
+
+def test_a_build_takes_its_row(table: dict[Build, Schedule]) -> None:
+    table[build_of(problem())] = Schedule(8, 3, 1, "")
+    assert tile(problem(50)) == Tile(16, 64, 8, 3)
+    assert tile(replace(problem(), dtype=torch.float16)).stages == 3
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"hidden": 32},
+        {"recurrence": cells.gru()},
+        {"direction": "training"},
+        {"dtype": torch.float32},
+        {"dtype": torch.float32, "precision": "tf32"},
+    ],
+    ids=str,
+)
+def test_what_has_no_row_takes_the_rule(table: dict[Build, Schedule], other: dict[str, Any]) -> None:
+    table[build_of(problem())] = Schedule(1, 4, 1, "")
+    without = problem(**other)
+    assert tile(without) == Tile(16, resident_tiles.padded(without.H), resident_tiles.usual_warps(without), 2)
+
+
+def test_an_architecture_without_rows_takes_those_of_the_nearest(table: dict[Build, Schedule]) -> None:
+    table[build_of(problem())] = Schedule(8, 3, 1, "")
+    table[build_of(problem(device="A100"))] = Schedule(2, 2, 1, "")
+    assert [tile(problem(device=name)).warps for name in ("A100", "RTX 3090", "RTX 4090", "H100", "B200")] == [
+        2, 8, 8, 8, 8,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("device", ["A100", "RTX 4090", "H100", "B200", "RTX 5090"])
+@pytest.mark.parametrize("hidden", [32, 64, 96, 128])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_loads_under_way_fit_the_device(table: dict[Build, Schedule], device: str, hidden: int, direction: str) -> None:
+    """As many steps as the device's shared memory holds, and no more than the table says."""
+    given = problem(hidden, device, direction=direction)
+    table[build_of(problem(hidden, direction=direction))] = Schedule(8, 4, 1, "")
+    stages = tile(given).stages
+    assert stages == 1 or shared_memory(given, stages) <= available(given)
+    assert stages == 4 or shared_memory(given, stages + 1) > available(given)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize(("cell", "direction", "width"), SIMULATED)
+def test_no_time_loop_grew(cell: str, direction: str, width: int) -> None:
+    import triton
+
+    from benchmarks.simulating import resident
+
+    given = resident.problem(cell, "16-bit", direction, width)
+    written = resident_tiles.schedules()[build_of(given)]
+    if written.compiler != triton.__version__:
+        pytest.skip(f"the row was simulated with Triton {written.compiler}, and here is {triton.__version__}")
+    simulated = resident.simulate(given, written.warps, written.stages)
+    assert not simulated.spills
+    assert simulated.cycles <= LONGER * written.cycles
+    assert simulated.barriers <= BARRIERS
