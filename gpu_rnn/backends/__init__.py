@@ -55,8 +55,7 @@ class Entry(NamedTuple):
     wavefront: bool = False  # the layers of a stack side by side, as N
 
 
-# Of equals dispatch takes the first. The step loop runs no wavefronts: it would need a graph for each number of layers,
-# and run chunks of fewer steps than a graph has outside of graphs.
+# Of equals dispatch takes the first. The step loop runs no wavefronts: it would need graphs for each number of layers.
 TABLE = {
     "resident": Entry(resident, resident, wavefront=True),
     "group": Entry(group, group, wavefront=True),

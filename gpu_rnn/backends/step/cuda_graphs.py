@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chunks of steps as CUDA graphs over buffers of their own, so that one graph serves every number of steps.
+"""Chunks of steps as CUDA graphs over buffers of their own, so that a few graphs serve every number of steps.
 
-Steps left after the last full chunk run without a graph. The buffers belong to one stream, one shape and one cell.
-While the user captures a graph, the loop runs inside of it.
+Steps left after the last full chunk are graphs of 16, 8, 4, 2 and 1 over the same buffers. These belong to one stream,
+one shape and one cell. While the user captures a graph, the loop runs inside of it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import wraps
+from itertools import accumulate
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -21,7 +22,8 @@ from gpu_rnn.backends import triton_interpreter
 from gpu_rnn.backends.tensors import Call
 from gpu_rnn.forking import renewed
 
-CHUNK = 32  # steps a graph; capture takes CHUNK times the eager loop's launches, once per shape
+# Steps of a graph at most, a power of two; capture takes as many times the eager loop's launches, once per shape.
+CHUNK = 32
 GRAPHS, BYTES = 16, 1 << 30  # graphs that are kept, and what their buffers may take together besides the newest's
 
 _one_call = renewed(threading.RLock)
@@ -52,7 +54,7 @@ S = TypeVar("S", bound=Steps)
 
 
 class Chunks(Generic[S]):
-    """Runs steps in chunks: on a GPU full ones as a replayed graph, over buffers kept for the next call.
+    """Runs steps in chunks: on a GPU as replayed graphs, over buffers kept for the next call.
 
     The first call with a key runs without a graph over buffers of its own, and so loads every kernel that the graph
     has. From the second on there is one, if the first came to its end.
@@ -64,28 +66,29 @@ class Chunks(Generic[S]):
     )
 
     def __init__(self, loop: S, chunk: int, key: tuple[Any, ...] = (), place: _Place | None = None) -> None:
-        """`place`: where its graph is captured; without one there is none."""
+        """`chunk`: the steps that the buffers hold; `place`: where graphs are captured, without one there are none."""
         self.loop, self.chunk, self.key, self.place = loop, chunk, key, place
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by their steps
 
     @classmethod
     def get(cls, key: tuple[Any, ...], make: Callable[[int], S], like: Tensor) -> Chunks[S]:
         steps = like.shape[0]
-        if not like.is_cuda or steps < CHUNK or torch.cuda.is_current_stream_capturing():
+        if not like.is_cuda or 0 in like.shape or torch.cuda.is_current_stream_capturing():
             return cls(make(steps), steps)
+        chunk = min(CHUNK, 1 << (steps.bit_length() - 1))  # no more memory than a short call takes by itself
         stream = torch.cuda.current_stream(like.device).cuda_stream
         key = (*key, tuple(like.shape[1:]), like.dtype, like.device, stream)
         chunks = cls.kept.get(key)
-        if chunks is not None:
+        if chunks is not None and chunks.chunk >= chunk:
             cls.kept.move_to_end(key)
             return chunks
         place = None if key not in cls.kept or _in_a_lent_pool(like.device) else _place(like.device, stream)
         if place is None:
-            return cls(make(CHUNK), CHUNK, key)
+            return cls(make(chunk), chunk, key)
         del cls.kept[key]
         cls._make_room(BYTES)
         with torch.inference_mode(False), torch.no_grad():  # later calls may be in another mode
-            chunks = cls.kept[key] = cls(make(CHUNK), CHUNK, key, place)
+            chunks = cls.kept[key] = cls(make(chunk), chunk, key, place)
         return chunks
 
     @classmethod
@@ -95,19 +98,27 @@ class Chunks(Generic[S]):
         while len(kept) >= GRAPHS or sum(chunks.loop.nbytes() for chunks in kept.values() if chunks) > most:
             kept.popitem(last=False)
 
+    def parts(self, steps: int) -> list[slice]:
+        """So many steps as `run` takes them: full chunks, and of what is left each power of two in it."""
+        full, left = divmod(steps, self.chunk)
+        powers = [1 << bit for bit in reversed(range(left.bit_length())) if left >> bit & 1]
+        rest = powers if self.place is not None else [left] * (left > 0)
+        ends = list(accumulate([self.chunk] * full + rest))
+        return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
     def run(self, steps: int) -> None:
-        """The steps now in the buffers."""
+        """The steps now in the buffers, as many as one of `parts` has."""
         with triton_interpreter.arithmetic():
-            if self.place is None or steps < self.chunk:
+            if self.place is None:
                 self.loop.run(steps)
             else:
-                self.graph = self.graph or self._capture(self.place)
-                self.graph.replay()
-        if self.key and steps == self.chunk and self.key not in Chunks.kept:
+                graph = self.graphs[steps] = self.graphs.get(steps) or self._capture(steps, self.place)
+                graph.replay()
+        if self.key and self.key not in Chunks.kept:
             self._make_room()
             Chunks.kept[self.key] = None
 
-    def _capture(self, place: _Place) -> torch.cuda.CUDAGraph:
+    def _capture(self, steps: int, place: _Place) -> torch.cuda.CUDAGraph:
         """Capturing runs nothing: the buffers stay as they are. Other threads may go on with theirs.
 
         torch.cuda.graph would wait for the device and empty the process's caches first.
@@ -117,7 +128,7 @@ class Chunks(Generic[S]):
         with torch.cuda.stream(place.stream):
             graph.capture_begin(None if place.first is None else place.first.pool(), capture_error_mode="thread_local")
             try:
-                self.loop.run(self.chunk)
+                self.loop.run(steps)
             finally:
                 graph.capture_end()
         place.first = place.first or graph

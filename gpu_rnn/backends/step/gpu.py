@@ -17,7 +17,7 @@ from gpu_rnn.backends.problem import Problem
 from gpu_rnn.backends.step.controls import StepControls
 from gpu_rnn.backends.step.cuda_graphs import Chunks, alone
 from gpu_rnn.backends.step.gpu_buffers import BackwardSteps, ForwardSteps, Kind
-from gpu_rnn.backends.tensors import Call, LoopGradients, Result, parts, reorder, reorder_each, state_dtype
+from gpu_rnn.backends.tensors import Call, LoopGradients, Result, reorder, reorder_each, state_dtype
 from gpu_rnn.compiler.derivative import carried_values
 from gpu_rnn.compiler.program import Program, lookup
 
@@ -121,7 +121,7 @@ def forward(call: Call, gates: Tensor, save: bool, all_states: bool) -> Result:
     outputs = [(loop.of_h.y, y)]
     outputs += [] if loop.inner is None else zip(loop.inner, inner, strict=True)
     outputs += [(loop.gates, gates), (loop.recurrent, recurrent)] if save else []
-    for part in parts(steps, chunks.chunk):
+    for part in chunks.parts(steps):
         _fill(inputs, part)
         chunks.run(part.stop - part.start)
         _empty(outputs, part)
@@ -239,7 +239,7 @@ def backward(call: Call, saved: Result, d_y: Tensor, d_final: list[Tensor], d_in
     loop.load(call)
     loop.start(d_final)
     inputs, outputs = [*_backward_inputs(loop, ordered, controls, d_y, d_inner)], [*d.buffers(loop)]
-    for part in reversed(parts(len(d_y), chunks.chunk)):
+    for part in reversed(chunks.parts(len(d_y))):
         _fill(inputs, part)
         if kind.norm:
             loop.normalise([values[part] for values in ordered.entering])

@@ -113,22 +113,27 @@ def get(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setattr(cuda_graphs, "_places", {})
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *size, device=None, **rest: empty(*size, **rest))
-    like = SimpleNamespace(shape=(CHUNK, 2), is_cuda=True, device="cuda", dtype=torch.float32)
 
-    def found(key: Any, size: int = 1, fails: bool = False) -> cuda_graphs.Chunks:
+    def found(key: Any, size: int = 1, fails: bool = False, steps: int = CHUNK) -> cuda_graphs.Chunks:
+        like = SimpleNamespace(shape=(steps, 2), is_cuda=True, device="cuda", dtype=torch.float32)
         return cuda_graphs.Chunks.get((key,), lambda steps: Loop(size, fails), like)  # type: ignore[arg-type]
 
     yield found
     gpu_rnn.clear_caches()
 
 
-def called(get: Any, key: Any, size: int = 1, steps: tuple[int, ...] = (CHUNK, CHUNK, 3)) -> cuda_graphs.Chunks:
+def called(get: Any, key: Any, size: int = 1, steps: int = 2 * CHUNK) -> cuda_graphs.Chunks:
     """What a call used, and `Device.log` of this call alone."""
     Device.log.clear()
-    chunks: cuda_graphs.Chunks = get(key, size)
-    for count in steps:
-        chunks.run(count)
+    chunks: cuda_graphs.Chunks = get(key, size, steps=steps)
+    for part in chunks.parts(steps):
+        chunks.run(part.stop - part.start)
     return chunks
+
+
+def captured(*steps: int) -> list[str]:
+    """The log of graphs that are captured and replayed."""
+    return [line for count in steps for line in ("begin", f"run {count}", "end", "replay")]
 
 
 def warm(get: Any, key: Any, size: int = 1) -> cuda_graphs.Chunks:
@@ -138,43 +143,68 @@ def warm(get: Any, key: Any, size: int = 1) -> cuda_graphs.Chunks:
 
 
 def test_the_second_call_captures_and_later_ones_replay(get: Any) -> None:
-    called(get, 0)
+    called(get, 0, steps=2 * CHUNK + 3)
     assert Device.log == [f"run {CHUNK}", f"run {CHUNK}", "run 3"]
+    called(get, 0, steps=2 * CHUNK + 3)
+    assert Device.log == [*captured(CHUNK), "replay", *captured(2, 1)]
+    called(get, 0, steps=2 * CHUNK + 3)
+    assert Device.log == ["replay"] * 4
+
+
+def test_every_number_of_steps_is_graphs_of_a_few_sizes_over_the_same_buffers(get: Any) -> None:
     called(get, 0)
-    assert Device.log == ["begin", f"run {CHUNK}", "end", "replay", "replay", "run 3"]
-    called(get, 0)
-    assert Device.log == ["replay", "replay", "run 3"]
+    chunks = called(get, 0, steps=3 * CHUNK - 1)
+    for steps in range(1, 3 * CHUNK):
+        assert called(get, 0, steps=steps) is chunks
+        assert Device.log == ["replay"] * (steps // CHUNK + (steps % CHUNK).bit_count())
+        parts = chunks.parts(steps)
+        assert [t for part in parts for t in range(part.start, part.stop)] == list(range(steps))
+    assert sorted(chunks.graphs) == [1, 2, 4, 8, 16, CHUNK]
+
+
+def test_buffers_hold_no_more_steps_than_a_call_has_until_one_has_more(get: Any) -> None:
+    called(get, 0, steps=5)
+    short = called(get, 0, steps=5)
+    assert (short.chunk, Device.log) == (4, captured(4, 1))
+    long = called(get, 0, steps=9)
+    assert (long.chunk, Device.log) == (8, captured(8, 1))
+    assert called(get, 0, steps=5) is long
+
+
+def test_nothing_is_no_graph(get: Any) -> None:
+    """torch warns of a graph without kernels."""
+    like = SimpleNamespace(shape=(CHUNK, 0), is_cuda=True, device="cuda", dtype=torch.float32)
+    assert [cuda_graphs.Chunks.get(("empty",), lambda steps: Loop(1), like).key for _ in range(3)] == [()] * 3  # type: ignore[arg-type]
 
 
 def test_a_capture_neither_waits_nor_empties_the_caches(get: Any) -> None:
     """As torch.cuda.graph does. Graphs of a stream are captured on one other, and share their memory."""
-    pools = [warm(get, key).graph.pool() for key in range(5)]  # type: ignore[union-attr]
+    pools = [warm(get, key).graphs[CHUNK].pool() for key in range(5)]
     assert not {"emptied", "waited"} & set(Device.log)
     assert Device.streams == 1
     assert len(set(pools)) == 1
     with use(2):  # another stream's may be replayed at the same time
-        other = warm(get, 0).graph
-    assert other is not None
+        other = warm(get, 0).graphs[CHUNK]
     assert other.pool() not in pools
     assert Device.streams == 2
 
 
 def test_the_memory_of_a_stream_s_graphs_stays_when_all_have_gone(get: Any) -> None:
     """cuBLAS keeps a workspace in it, which graphs to come will use too."""
-    pool = warm(get, 0).graph.pool()  # type: ignore[union-attr]
+    pool = warm(get, 0).graphs[CHUNK].pool()
     cuda_graphs.Chunks.kept.clear()
     gc.collect()
     assert len(Graph.alive) == 1
-    assert warm(get, 1).graph.pool() is pool  # type: ignore[union-attr]
+    assert warm(get, 1).graphs[CHUNK].pool() is pool
 
 
 def test_no_two_streams_graphs_share_a_workspace(get: Any) -> None:
     """torch hands out 32 streams in turn: who would get one of another's has no graph."""
-    captured = []
+    graphs = []
     for number in range(cuda_graphs.STREAMS + 3):
         with use(number):
-            captured.append(warm(get, 0).graph is not None)
-    assert captured == [True] * cuda_graphs.STREAMS + [False] * 3
+            graphs.append(bool(warm(get, 0).graphs))
+    assert graphs == [True] * cuda_graphs.STREAMS + [False] * 3
     assert len({place.stream for place in cuda_graphs._places.values()}) == cuda_graphs.STREAMS
 
 
@@ -204,7 +234,7 @@ def test_nothing_is_kept_in_a_pool_of_somebody_else(get: Any, monkeypatch: pytes
     monkeypatch.setattr(Device, "segment", (0, 7))
     for _ in range(3):
         chunks = called(get, 0)
-        assert Device.log == [f"run {CHUNK}", f"run {CHUNK}", "run 3"]
+        assert Device.log == [f"run {CHUNK}", f"run {CHUNK}"]
     buffers = weakref.ref(chunks.loop)
     del chunks
     assert buffers() is None
