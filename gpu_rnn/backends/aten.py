@@ -30,7 +30,8 @@ def unsupported(problem: Problem) -> list[str]:
     reasons = []
     if problem.recurrence.aten is None:
         reasons.append(
-            f"ATen has LSTM, GRU and RNN with their standard activations only, not this {problem.recurrence.name}"
+            "ATen has LSTM, GRU and RNN with torch.nn's activations and without clip only, "
+            f"not this {problem.recurrence.name}"
         )
     if problem.transforms:
         reasons.append("ATen's recurrent kernels have no rules for torch.func transforms and forward-mode derivatives")
