@@ -109,7 +109,7 @@ PROBLEM = Problem(recurrence=cells.lstm(), T=5, B=2, N=1, I=3, H=4)
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"recurrence": cells.lstm("relu")}, "standard activations"),
+        ({"recurrence": cells.lstm("relu")}, "torch.nn's activations"),
         ({"transforms": True}, "torch.func"),
         ({"lengths": True}, "PackedSequence"),
         ({"dtype": torch.complex64}, "real"),

@@ -117,7 +117,7 @@ def test_in_training_both_passes_count(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 REASONS: list[tuple[str, Problem, list[str]]] = [
-    ("aten", problem(cells.lstm("relu")), ["standard activations"]),
+    ("aten", problem(cells.lstm("relu")), ["torch.nn's activations"]),
     (
         "aten",
         problem(cells.slstm(), transforms=True, lengths=True),
