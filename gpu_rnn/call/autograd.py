@@ -109,9 +109,9 @@ def _states(text: str) -> int:
 def _completed(d_outputs: Sequence[Tensor | None], likes: Sequence[Tensor]) -> list[Tensor]:
     """Zeros where an output has no gradient: one tensor for all that are alike, as nothing writes to them."""
     zeros: dict[Any, Tensor] = {}
-    transformed, completed = transforms.active(), []
+    each_its_own, completed = transforms.active() or onlookers.recorded(likes[0]), []  # symbols are no keys
     for place, (d, like) in enumerate(zip(d_outputs, likes, strict=True)):
-        alike = place if transformed else (like.shape, like.dtype)
+        alike = place if each_its_own else (like.shape, like.dtype)
         if d is None:
             d = zeros[alike] = zeros[alike] if alike in zeros else torch.zeros_like(like)
         completed.append(d)
