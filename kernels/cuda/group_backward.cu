@@ -155,7 +155,7 @@ DEVICE void add_product(Row (&rows)[OWNED], const Seat &seat,
                         const Spot (&spots)[OWNED], const Weights &weights,
                         Exchange &exchange, int number, int tile) {
   Accumulators sums;
-  Totals totals;
+  Totals totals = {};
   product(sums, weights, exchange, seat, number, tile);
   join(totals, sums, seat, spots, number * TILES + tile);
 #pragma unroll

@@ -125,7 +125,7 @@ DEVICE void advance(const Forward &f, const Seat &seat,
   for (int k = 0; k < OWNED; k++)
     prefetch(steps[k], f, seat, spots[k], rows[k], t);
   Accumulators sums;
-  Totals totals;
+  Totals totals = {};
   product(sums, weights, exchange, seat, number, tile);
   join(totals, sums, seat, spots, number * TILES + tile);
 #pragma unroll

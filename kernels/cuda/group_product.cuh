@@ -254,28 +254,66 @@ DEVICE void join_own(Totals &totals, const Results &results) {
   }
 }
 
+// A lane's sums of one spot lie together, so that they travel as vectors.
+constexpr int SPOT_FLOATS = 2 * RESULTS;
+constexpr int WIDE = SPOT_FLOATS % 4 ? 2 : 4;
+struct alignas(4 * WIDE) Vector {
+  float x[WIDE];
+};
+
+// Puts this warp's sums where the owners of its spots will look for them.
+DEVICE void share_sums(Vector *to, const Results &results) {
+#pragma unroll
+  for (int v = 0; v < SUM_FLOATS / WIDE; v++) {
+    Vector vector;
+#pragma unroll
+    for (int e = 0; e < WIDE; e++) {
+      const int spot = (v * WIDE + e) / SPOT_FLOATS;
+      const int item = (v * WIDE + e) % SPOT_FLOATS;
+      const int own = spot / PAIRS, pair = spot % PAIRS;
+      vector.x[e] = results[item / 2][own][pair / 2][pair % 2 + 2 * (item % 2)];
+    }
+    to[v * 32] = vector;
+  }
+}
+
+// Adds the shares of all warps for one spot. Even and odd ones are added apart:
+// the chain of additions is half as long.
+DEVICE void add_shares(float (&total)[RESULTS][2], const Vector *from) {
+  float sums[2][SPOT_FLOATS] = {};
+#pragma unroll
+  for (int along = 0; along < ALONG; along++)
+#pragma unroll
+    for (int v = 0; v < SPOT_FLOATS / WIDE; v++) {
+      const Vector share = from[(along * (SUM_FLOATS / WIDE) + v) * 32];
+#pragma unroll
+      for (int e = 0; e < WIDE; e++) {
+        float &sum = sums[along % 2][v * WIDE + e];
+        sum = along < 2 ? share.x[e] : sum + share.x[e];
+      }
+    }
+#pragma unroll
+  for (int item = 0; item < SPOT_FLOATS; item++)
+    total[item / 2][item % 2] = sums[0][item] + sums[1][item];
+}
+
 // Through shared memory. Two buffers take turns, so one barrier is enough: who
 // writes a buffer again has met everyone who read it at the barrier between.
+// Whether a spot is taken is asked once, for all lanes of a warp agree; the
+// totals of one that is not stay as they are.
 DEVICE void join_warps(Totals &totals, const Results &results, const Seat &seat,
                        const Spot (&spots)[OWNED], int pass) {
-  float *buffer = reinterpret_cast<float *>(shared_memory() + WEIGHT_BYTES) +
-                  lane() +
-                  ((pass & 1) * ACROSS + seat.across) * ALONG * SUM_FLOATS * 32;
-#pragma unroll
-  for (int k = 0; k < SUM_FLOATS; k++)
-    buffer[(seat.along * SUM_FLOATS + k) * 32] = (&results[0][0][0][0])[k];
+  constexpr int OF_A_WARP = SUM_FLOATS / WIDE * 32;
+  Vector *buffer = reinterpret_cast<Vector *>(shared_memory() + WEIGHT_BYTES) +
+                   lane() +
+                   ((pass & 1) * ACROSS + seat.across) * ALONG * OF_A_WARP;
+  share_sums(buffer + seat.along * OF_A_WARP, results);
   named_sync<JOIN>(1 + seat.across, 32 * ALONG);
 #pragma unroll
-  for (int item = 0; item < OWNED * RESULTS * 2; item++) {
-    const int spot = item / 2 / RESULTS, result = item / 2 % RESULTS;
-    const Spot &place = spots[spot];
-    const int column =
-        (result * OWN_BLOCKS + place.own) * COLUMNS + place.pair / 2;
-    const int from = 4 * column + place.pair % 2 + 2 * (item % 2);
-    float total = 0.0f;
-    for (int along = 0; place.taken && along < ALONG; along++)
-      total += buffer[(along * SUM_FLOATS + from) * 32];
-    totals[spot][result][item % 2] = total;
+  for (int k = 0; k < OWNED; k++) {
+    const int spot = seat.along * OWNED + k;
+    if (spots[k].taken)
+      add_shares(totals[k], buffer + spot * (SPOT_FLOATS / WIDE) * 32);
   }
 }
 
