@@ -105,18 +105,40 @@ template <class T> DEVICE void unpack_pair(float (&pair)[2], Word word) {
   }
 }
 
-// Two neighbouring units in memory, of which the first `count` exist.
-DEVICE void load_pair(float (&pair)[2], const Scalar *p, int count) {
-  pair[0] = pair[1] = 0.0f;
+// Two neighbouring units in memory, of which the first `count` exist, on their
+// way: no instruction looks at them before `unpack`, so none waits for them.
+struct RawPair {
+  Word word;
+  Scalar units[2]; // of which only these are used where pairs are not aligned
+};
+
+DEVICE void load_raw(RawPair &raw, const Scalar *p, int count) {
   if constexpr (PAIRED) {
+    raw.word = 0;
     if (count > 0)
-      unpack_pair<Scalar>(pair, *reinterpret_cast<const Word *>(p));
+      raw.word = *reinterpret_cast<const Word *>(p);
   } else {
+    raw.units[0] = raw.units[1] = from_float<Scalar>(0.0f);
     if (count > 0)
-      pair[0] = to_float(p[0]);
+      raw.units[0] = p[0];
     if (count > 1)
-      pair[1] = to_float(p[1]);
+      raw.units[1] = p[1];
   }
+}
+
+DEVICE void unpack(float (&pair)[2], const RawPair &raw) {
+  if constexpr (PAIRED) {
+    unpack_pair<Scalar>(pair, raw.word);
+  } else {
+    pair[0] = to_float(raw.units[0]);
+    pair[1] = to_float(raw.units[1]);
+  }
+}
+
+DEVICE void load_pair(float (&pair)[2], const Scalar *p, int count) {
+  RawPair raw;
+  load_raw(raw, p, count);
+  unpack(pair, raw);
 }
 
 DEVICE void store_pair(Scalar *p, const float (&pair)[2], int count) {

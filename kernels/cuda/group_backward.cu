@@ -28,6 +28,10 @@ typedef Backward::Pair Pair;
 
 // One step of one pair: what was saved, then the gradients.
 struct Step {
+  // As loaded: the states before the step as h, as the others in fp32, and as
+  // the initial ones, of which `unpack` picks.
+  RawPair raw_a[GATES], raw_r[ANY_SPLITS], raw_d_y, raw_h, raw_initial[STATES];
+  float inner[STATES][2];
   float a[GATES][2], r[ANY_SPLITS][2], before[STATES][2], d_y[2];
   float d_a[GATES][2], d_r[ANY_SPLITS][2], d_inner[STATES][2];
   long long time;
@@ -40,18 +44,35 @@ DEVICE void load_before(Step &step, const Backward &b, const Seat &seat,
                         const Spot &spot, const Row &row, int t) {
   const long long size = b.B * b.N * b.H;
   const long long unit = (row.batch * b.N + seat.n) * b.H + spot.unit;
-  if (t == 0) {
+  const long long place =
+      t ? time_of(t - 1, row.length, b.reversed) * size + unit : unit;
+  load_raw(step.raw_h, (t ? b.p_y : b.p_initial) + place, row.count);
 #pragma unroll
-    for (int s = 0; s < STATES; s++)
-      load_pair(step.before[s], b.p_initial + s * size + unit, row.count);
-    return;
+  for (int s = 1; s < STATES; s++) {
+    load_pair_f32(step.inner[s], b.p_inner + (s - 1) * b.T * size + place,
+                  t ? row.count : 0);
+    load_raw(step.raw_initial[s], b.p_initial + s * size + unit,
+             t ? 0 : row.count);
   }
-  const long long place = time_of(t - 1, row.length, b.reversed) * size + unit;
-  load_pair(step.before[0], b.p_y + place, row.count);
+}
+
+// What `prefetch` brought, as numbers.
+DEVICE void unpack(Step &step, int t) {
 #pragma unroll
-  for (int s = 1; s < STATES; s++)
-    load_pair_f32(step.before[s], b.p_inner + (s - 1) * b.T * size + place,
-                  row.count);
+  for (int gate = 0; gate < GATES; gate++)
+    unpack(step.a[gate], step.raw_a[gate]);
+#pragma unroll
+  for (int k = 0; k < SPLITS; k++)
+    unpack(step.r[k], step.raw_r[k]);
+  unpack(step.d_y, step.raw_d_y);
+  unpack(step.before[0], step.raw_h);
+#pragma unroll
+  for (int s = 1; s < STATES; s++) {
+    unpack(step.before[s], step.raw_initial[s]);
+#pragma unroll
+    for (int unit = 0; unit < 2; unit++)
+      step.before[s][unit] = t ? step.inner[s][unit] : step.before[s][unit];
+  }
 }
 
 // What the step needs, on its way before the wait for the others' words.
@@ -62,16 +83,16 @@ DEVICE void prefetch(Step &step, const Backward &b, const Seat &seat,
                     row.batch * b.stride_b + seat.n * b.stride_n + spot.unit;
 #pragma unroll
   for (int gate = 0; gate < GATES; gate++)
-    load_pair(step.a[gate], p + gate * b.stride_g, row.count);
+    load_raw(step.raw_a[gate], p + gate * b.stride_g, row.count);
   const long long place = (step.time * b.B + row.batch) * b.N + seat.n;
   const Scalar *p_recurrent = b.p_recurrent + place * SPLITS * b.H + spot.unit;
 #pragma unroll
   for (int k = 0; k < SPLITS; k++)
-    load_pair(step.r[k], p_recurrent + k * b.H, row.count);
-  load_pair(step.d_y,
-            b.p_d_y + step.time * b.d_y_stride_t + row.batch * b.d_y_stride_b +
-                seat.n * b.d_y_stride_n + spot.unit,
-            row.count);
+    load_raw(step.raw_r[k], p_recurrent + k * b.H, row.count);
+  load_raw(step.raw_d_y,
+           b.p_d_y + step.time * b.d_y_stride_t + row.batch * b.d_y_stride_b +
+               seat.n * b.d_y_stride_n + spot.unit,
+           row.count);
   if constexpr (INNER) {
     const long long size = b.B * b.N * b.H;
 #pragma unroll
@@ -84,7 +105,6 @@ DEVICE void prefetch(Step &step, const Backward &b, const Seat &seat,
   step.zone = zone_of(b, seat, spot, row, step.time);
   step.flags = flags_of(b, seat, row, t);
   load_before(step, b, seat, spot, row, t);
-  reset(step.before, step.flags, b, seat, spot, row, t);
 }
 
 DEVICE void differentiate(Step &step, Pair &pair, Row &row, int unit,
@@ -211,6 +231,8 @@ DEVICE void advance(const Backward &b, const Seat &seat,
     return;
 #pragma unroll
   for (int k = 0; k < OWNED; k++) {
+    unpack(steps[k], t);
+    reset(steps[k].before, steps[k].flags, b, seat, spots[k], rows[k], t);
 #pragma unroll
     for (int unit = 0; unit < 2; unit++)
       differentiate(steps[k], pairs[k], rows[k], unit, t < rows[k].length);

@@ -21,6 +21,7 @@ typedef Forward::Pair Pair;
 
 // One step of one pair: the projection, then what comes of it.
 struct Step {
+  RawPair projected[GATES];
   float a[GATES][2], r[ANY_SPLITS][2], y[2], fresh[2];
   long long time;
   int flags, next; // of this step and of the one after
@@ -35,7 +36,7 @@ DEVICE void prefetch(Step &step, const Forward &f, const Seat &seat,
                     row.batch * f.stride_b + seat.n * f.stride_n + spot.unit;
 #pragma unroll
   for (int gate = 0; gate < GATES; gate++)
-    load_pair(step.a[gate], p + gate * f.stride_g, row.count);
+    load_raw(step.projected[gate], p + gate * f.stride_g, row.count);
   step.zone = zone_of(f, seat, spot, row, step.time);
   step.flags = flags_of(f, seat, row, t);
   step.next = flags_of(f, seat, row, t + 1);
@@ -130,6 +131,9 @@ DEVICE void advance(const Forward &f, const Seat &seat,
   join(totals, sums, seat, spots, number * TILES + tile);
 #pragma unroll
   for (int k = 0; k < OWNED; k++) {
+#pragma unroll
+    for (int gate = 0; gate < GATES; gate++)
+      unpack(steps[k].a[gate], steps[k].projected[gate]);
 #pragma unroll
     for (int unit = 0; unit < 2; unit++)
       advance_unit(steps[k], pairs[k], rows[k], totals[k], unit,
