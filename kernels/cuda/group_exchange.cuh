@@ -204,20 +204,35 @@ struct Exchange {
         words[w] = watch.alive ? from[w * stride] : EMPTY;
       return;
     }
-    bool missing;
 #pragma unroll
     for (int w = 0; w < N; w++)
-      words[w] = EMPTY;
-    do {
-      missing = false;
+      words[w] = look(from + w * stride);
+    while (any_empty(words) && watch.alive) {
+      watch.poll(number);
 #pragma unroll
-      for (int w = 0; w < N; w++) {
+      for (int w = 0; w < N; w++)
         if (words[w] == EMPTY)
-          words[w] = load_relaxed<COLLECT>(from + w * stride);
-        missing |= words[w] == EMPTY;
-      }
-      if (missing)
-        watch.poll(number);
-    } while (missing && watch.alive);
+          words[w] = look(from + w * stride);
+    }
+  }
+
+  DEVICE static Word look(const Word *from) {
+    return load_relaxed<COLLECT>(from);
+  }
+
+  // As a tree of maxima, of which an empty word gives the largest: one
+  // comparison for all, and a short chain.
+  template <int N> DEVICE static bool any_empty(const Word (&words)[N]) {
+    unsigned most[N];
+#pragma unroll
+    for (int w = 0; w < N; w++)
+      most[w] =
+          HALF ? low_part(words[w]) : low_part(words[w]) & high_part(words[w]);
+#pragma unroll
+    for (int step = 1; step < N; step *= 2)
+#pragma unroll
+      for (int w = 0; w + step < N; w += 2 * step)
+        most[w] = max(most[w], most[w + step]);
+    return most[0] == ~0u;
   }
 };
