@@ -231,6 +231,8 @@ DEVICE void advance(const Backward &b, const Seat &seat,
     return;
 #pragma unroll
   for (int k = 0; k < OWNED; k++) {
+    if (!spots[k].taken)
+      continue;
     unpack(steps[k], t);
     reset(steps[k].before, steps[k].flags, b, seat, spots[k], rows[k], t);
 #pragma unroll
@@ -247,7 +249,8 @@ DEVICE void advance(const Backward &b, const Seat &seat,
   exchange.published(tile);
 #pragma unroll
   for (int k = 0; k < OWNED; k++)
-    store(steps[k], b, seat, spots[k], rows[k]);
+    if (spots[k].taken)
+      store(steps[k], b, seat, spots[k], rows[k]);
 }
 
 // The steps of TILES tiles that start at row `first`; their publications are

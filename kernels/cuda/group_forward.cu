@@ -131,6 +131,8 @@ DEVICE void advance(const Forward &f, const Seat &seat,
   join(totals, sums, seat, spots, number * TILES + tile);
 #pragma unroll
   for (int k = 0; k < OWNED; k++) {
+    if (!spots[k].taken)
+      continue;
 #pragma unroll
     for (int gate = 0; gate < GATES; gate++)
       unpack(steps[k].a[gate], steps[k].projected[gate]);
@@ -146,6 +148,8 @@ DEVICE void advance(const Forward &f, const Seat &seat,
     exchange.published(tile);
 #pragma unroll
   for (int k = 0; k < OWNED; k++) {
+    if (!spots[k].taken)
+      continue;
     store(steps[k], f, seat, spots[k], rows[k]);
     reset(rows[k].state, steps[k].next, f, seat, spots[k], rows[k], t + 1);
   }
