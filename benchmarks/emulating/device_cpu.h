@@ -193,3 +193,12 @@ DEVICE float to_tf32(float x) {
   unsigned bits = __float_as_uint(x);
   return std::isfinite(x) ? __uint_as_float((bits + 0x1000u) & ~0x1fffu) : x;
 }
+
+// ---- Special functions ----
+
+DEVICE float exp2_approximate(float x) {
+  return cpu::off_by(std::exp2(static_cast<double>(x)), x, 0x1p-22 - 0x1p-24);
+}
+DEVICE float reciprocal_approximate(float x) {
+  return cpu::off_by(1.0 / x, x, 0x1p-24);
+}

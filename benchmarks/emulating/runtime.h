@@ -106,6 +106,10 @@ float float_from_f16(uint16_t bits);
 uint16_t f16_from_float(float x);
 uint16_t bf16_from_float(float x);
 
+// A result as far from the exact one as `bound` allows, relative to it; this
+// way or that, by the last bit of x. Subnormal ones are 0.
+float off_by(double exact, float x, double bound);
+
 // ---- Entry points ----
 
 using Entry = void (*)(void *const *arguments);

@@ -4,6 +4,7 @@
 // mma".
 #include "internal.h"
 
+#include <cfloat>
 #include <cmath>
 #include <cstring>
 
@@ -163,6 +164,13 @@ uint16_t bf16_from_float(float x) {
     return 0x7fff; // the GPU's NaN
   unsigned bits = bit_cast<unsigned>(x);
   return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+float off_by(double exact, float x, double bound) {
+  const bool up = bit_cast<uint32_t>(x) & 1;
+  const float result =
+      static_cast<float>(exact * (1.0 + (up ? bound : -bound)));
+  return std::fabs(result) < FLT_MIN ? 0.0f * result : result;
 }
 
 } // namespace cpu

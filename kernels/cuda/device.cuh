@@ -262,6 +262,22 @@ DEVICE float to_tf32(float x) {
   return __uint_as_float(result);
 }
 
+// ---- Special functions, one instruction each; subnormal numbers are 0 ----
+
+// 2 to the power x, off by at most 2^-22 of it: PTX ISA, ex2.approx.
+DEVICE float exp2_approximate(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+// 1 / x, off by at most 2^-23 of it: PTX ISA, rcp.approx.
+DEVICE float reciprocal_approximate(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
 #endif
 
 // ---- What follows from the above ----

@@ -164,6 +164,7 @@ class Layout:
         return {
             "SCALAR": SCALARS[self.dtype],
             "PRECISION": self.precision.upper(),
+            "APPROXIMATE": int(self.half or self.precision == "tf32"),
             "GATES": self.gates,
             "SPLITS": len(program.split),
             "KEPT": "{" + ", ".join(map(str, split_numbers)) + "}",

@@ -225,6 +225,26 @@ def test_who_has_not_started_is_waited_for_longer(number: int, times: int) -> No
     assert times * limit <= took.item() <= times * limit + 2 * 1024 * 32 * 1_000
 
 
+SIGMOIDS = """
+extern "C" __global__ void sigmoids(const float *in, int count, float *out) {
+  for (int i = thread_index(); i < count; i += block_threads())
+    out[i] = sigmoidf(in[i]);
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("precision", "bound"), [("fp16", 2.7e-7), ("bf16", 2.7e-7), ("tf32", 2.7e-7), ("fp32", 1.2e-7)]
+)
+def test_sigmoid_is_near_float64(precision: str, bound: float) -> None:
+    """Special functions that are off by all that the PTX ISA allows; in full fp32 there are none."""
+    x = torch.cat([torch.linspace(-120, 120, 100_001), torch.linspace(-4, 4, 100_001)])
+    x, found = torch.cat([x, torch.tensor([torch.inf, -torch.inf, torch.nan])]), torch.zeros(len(x) + 3)
+    program = build.load(source(Case("lstm", precision, 1).layout(False)) + SIGMOIDS)
+    build.run(program, "sigmoids", 1, 32, 0, [x, len(x), found])
+    torch.testing.assert_close(found.double(), torch.sigmoid(x.double()), rtol=0, atol=bound, equal_nan=True)
+
+
 def missing_member(case: Case, **options) -> None:
     """One block is not there: the others leave in time, and say so."""
     with patch.dict(os.environ, GPU_RNN_DEADLINE=SHORT):

@@ -100,6 +100,14 @@ extern "C" __global__ void round_floats(const float *in, int count,
   }
 }
 
+extern "C" __global__ void approximate(const float *in, int count, float *exp2,
+                                       float *reciprocal) {
+  for (int i = thread_index(); i < count; i += block_threads()) {
+    exp2[i] = exp2_approximate(in[i]);
+    reciprocal[i] = reciprocal_approximate(in[i]);
+  }
+}
+
 // Of all 65536 words.
 extern "C" __global__ void widen(float *half, float *brain) {
   for (int i = thread_index(); i < 65536; i += block_threads()) {
