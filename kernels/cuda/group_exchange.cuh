@@ -132,7 +132,8 @@ struct Exchange {
   }
 
   DEVICE Word *slot(int number) const {
-    return slots + static_cast<long long>(number % RING) * SLOT;
+    return slots +
+           static_cast<unsigned>(number) % RING * static_cast<long long>(SLOT);
   }
 
   DEVICE void publish(const Seat &seat, const Spot &spot, int number, int tile,

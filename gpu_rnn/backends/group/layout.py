@@ -23,7 +23,7 @@ from gpu_rnn.once import once
 SCALARS = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "float"}
 LANES = 32
 UNITS = 16  # of a unit block: the rows of a tensor-core instruction's A operand
-PERIOD = 4  # publications between two fences; see group_exchange.cuh
+PERIOD = 5  # publications between two fences: of 16 slots a mask finds one; see group_exchange.cuh
 
 
 def switches(controls: Mapping[str, int], values: int) -> dict[str, Any]:
