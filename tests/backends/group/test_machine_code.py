@@ -16,12 +16,12 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from benchmarks.simulating.instructions import Instruction, disassemble, loops
+from benchmarks.simulating.tools import tool
 from gpu_rnn.backends.group import launch as group
 from gpu_rnn.backends.group import nvrtc
 from gpu_rnn.backends.group.choice import choose
 from gpu_rnn.backends.group.layout import source
 from tests.backends.group.test_builds import Case
-from tests.support.cuda.tools import tool
 
 pytestmark = pytest.mark.compile("nvrtc")
 BRANCHES = ("BRA", "BSSY", "CALL")
