@@ -7,8 +7,6 @@ code. No GPU measured them. ``python -m benchmarks.simulating.resident`` writes 
 
 from __future__ import annotations
 
-import csv
-from dataclasses import dataclass
 from importlib.resources import files
 from typing import NamedTuple
 
@@ -22,8 +20,7 @@ WARP_BYTES = 128  # of a row of pre-activations, for each warp: 8 values of each
 MOST_WARPS = 8  # with 16 a thread has 128 registers, and a GRU in tf32 spills
 
 
-@dataclass(frozen=True)
-class Tile:
+class Tile(NamedTuple):
     """How a problem is cut: rows of the batch, padded units, warps, and steps whose loads are under way together."""
 
     rows: int
@@ -107,6 +104,8 @@ def usual_warps(problem: Problem) -> int:
 @memoize(1, stays="it is read from a file of the package, which does not change")
 def schedules() -> dict[Build, Schedule]:
     """The table."""
+    import csv  # where a table is read, and not with the package
+
     rows = csv.DictReader((files(__package__) / SCHEDULES).read_text().splitlines())
     return {
         Build(int(row["architecture"]), int(row["gates"]), row["kind"], row["direction"], int(row["width"])): Schedule(

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -179,8 +179,7 @@ def _check_place(device: torch.device) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Run:
+class _Run(NamedTuple):
     """A call to measure."""
 
     problem: Problem
@@ -193,8 +192,7 @@ class _Run:
         return dict(answers)
 
 
-@dataclass(frozen=True)
-class _Measured:
+class _Measured(NamedTuple):
     """The times of a call on each backend, and what dispatch was asked meanwhile."""
 
     problem: Problem

@@ -6,7 +6,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import platform
-import shlex
 import shutil
 import subprocess
 from contextlib import suppress
@@ -76,6 +75,8 @@ def compiler() -> list[str]:
 
 @memoize(8)
 def _compiler(named: str) -> tuple[str, ...]:
+    import shlex  # where a compiler is looked for, and not with the package
+
     commands = [shlex.split(named)] if named else [[name] for name in COMPILERS]
     for name, *options in commands:
         path = shutil.which(name)

@@ -11,7 +11,7 @@ its projection then, which no control concerns: what the kernels keep of it is n
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -62,8 +62,7 @@ class Kind(NamedTuple):
         return Kind(False, self.flags, self.reset_values, self.of_states, 0, False)
 
 
-@dataclass(frozen=True)
-class _StageShape:
+class _StageShape(NamedTuple):
     """The compile-time part of a stage's launch."""
 
     number: int
