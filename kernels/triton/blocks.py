@@ -95,6 +95,31 @@ def zeros_like_each(blocks):
 
 
 @triton.jit
+def zero_blocks(COUNT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
+    """So many blocks of zeros."""
+    out = ()
+    for _ in tl.static_range(COUNT):
+        out = out + (tl.zeros((BLOCK_B, BLOCK_H), tl.float32),)
+    return out
+
+
+@triton.jit
+def add_where(condition, blocks, others):
+    """The others added where the condition holds; elsewhere they may hold anything."""
+    out = ()
+    for k in tl.static_range(len(blocks)):
+        out = out + (blocks[k] + tl.where(condition, others[k], 0.0),)
+    return out
+
+
+@triton.jit
+def store_sums(p, stride, blocks, mask):
+    """Stores each block's sum over its rows."""
+    for k in tl.static_range(len(blocks)):
+        tl.store(p + k * stride, tl.sum(blocks[k], axis=0)[None, :], mask=mask)
+
+
+@triton.jit
 def part(blocks, BEGIN: tl.constexpr, END: tl.constexpr):
     chosen = ()
     for i in tl.static_range(BEGIN, END):

@@ -14,14 +14,16 @@ from gpu_rnn.kernels.triton.blocks import (
     RESET_BIT,
     SKIP_BIT,
     add_each,
+    add_where,
     as_float,
     load_blocks,
     load_each,
     load_reset_values,
-    part,
     select,
     select_each,
     store_each,
+    store_sums,
+    zero_blocks,
     zeros_like_each,
 )
 from gpu_rnn.kernels.triton.tile import (
@@ -30,10 +32,12 @@ from gpu_rnn.kernels.triton.tile import (
     load_flags,
     load_weights,
     multiply,
+    of_new_states,
     place,
     pull_back,
     rows_at,
     store_summed,
+    through_both,
     time_of,
 )
 
@@ -197,7 +201,6 @@ def resident_backward(
     STAGES: tl.constexpr,  # steps whose loads are under way together
 ):
     G: tl.constexpr = len(KEPT)
-    S: tl.constexpr = len(p_initial)
     H = H * ALIGN
     at = place(p_lengths, T, B, H, reverse, period, BLOCK_B, BLOCK_H)
     stride_t, stride_g = stride_t.to(tl.int64) * ALIGN, stride_g.to(tl.int64) * ALIGN
@@ -207,9 +210,7 @@ def resident_backward(
     b_w = load_weights(p_w, at, H, H, 1, G, BLOCK_H)  # (output, input): W_hh as it is
     b_params = as_float(load_blocks(p_params + at.i_n * P * H + at.o_h, H, at.m_h, P)) if P else ()
     d_states = load_each(p_d_final, at.o_unit, at.m)
-    d_params = ()
-    for _ in tl.static_range(P):
-        d_params = d_params + (tl.zeros((BLOCK_B, BLOCK_H), tl.float32),)
+    d_params = zero_blocks(P, BLOCK_B, BLOCK_H)
     drop = load_blocks(p_drop + at.o_row * DROP * H + at.o_h, H, at.m, DROP) if DROP else ()
     if p_flags is not None:
         next_flags = load_flags(p_flags, time_of(T - 1, at), at, T, B)
@@ -230,37 +231,19 @@ def resident_backward(
             next_flags = load_flags(p_flags, o_t_before, at, T, B)
             values = load_reset_values(p_resets, o_y if PER_STEP else at.o_unit, at.m, INITIAL)
             before = select((flags & RESET_BIT) != 0, values, before)
-
-        if p_d_inner is not None:
-            d_inner = load_blocks(p_d_inner + o_y, at.N * T * B * H, at.m, S - 1)
-            d_states = d_states[:1] + add_each(d_states[1:], d_inner)
-        d = (d_states[0] + d_y,) + d_states[1:]
-        d_computed = d
-        if p_zone is not None:
-            zone = load_blocks(p_zone + o_y, at.N * T * B * H, at.m, S)
-            d_computed = select_each(zone, zeros_like_each(d), d)
-        if p_flags is not None:
-            runs = (flags & SKIP_BIT) == 0
-        else:
-            runs = (t < at.b_length)[:, None]
+        d_states, d, d_computed, zone = of_new_states(p_d_inner, p_zone, o_y, d_states, d_y, at.N * T * B * H, at.m)
+        runs = (flags & SKIP_BIT) == 0 if p_flags is not None else (t < at.b_length)[:, None]
         p_d_step, p_d_r = p_d_gates + o_gates + o_t * stride_t, p_d_recurrent + o_r
+        active = at.m & runs
         if FIRST is None:
             d_a, d_r, d_new, d_p, _nothing = STEP(a, r, before, b_params, (), d_computed)
         else:
-            early_a, early_r = part(a, 0, EARLY), part(r, 0, SPLIT)
-            handed = FIRST(early_a, early_r, before, b_params, ())
-            late_a, late_r = part(a, EARLY, G), part(r, SPLIT, R)
-            d_a, d_r, d_new, d_p, d_handed = STEP(late_a, late_r, before, b_params, handed[1:], d_computed)
-            d_entering = pull_back(
-                d_a, d_r, tl.zeros_like(d_y), at.m & runs, at.m, p_d_step, p_d_r, stride_g, H, b_w, drop,
-                EARLY, G, SPLIT, KEPT, DROP, PRECISION,
+            d_a, d_r, d_new, d_p = through_both(
+                a, r, before, b_params, d_computed, active, at.m, p_d_step, p_d_r, stride_g, H, b_w, drop,
+                STEP, FIRST, FIRST_BACKWARD, EARLY, SPLIT, R, KEPT, DROP, PRECISION,
             )  # fmt: skip
-            d_handed = (d_entering,) + d_handed
-            d_a, d_r, d_early, d_p_early, _nothing = FIRST_BACKWARD(early_a, early_r, before, b_params, (), d_handed)
-            d_new, d_p = add_each(d_new, d_early), add_each(d_p, d_p_early)
         if p_zone is not None:
             d_new = add_each(d_new, select_each(zone, d, zeros_like_each(d)))
-        active = at.m & runs
         # Beyond a row's length y is 0 and has no gradient; what a flag skips hands on that of y.
         d_states = select(runs, d_new, d if p_flags is not None else d_states)
         d_h = pull_back(
@@ -270,13 +253,9 @@ def resident_backward(
         d_states = (d_h,) + d_states[1:]
         if p_flags is not None:
             d_states, d_values = cut(d_states, d_values, (flags & RESET_BIT) != 0, p_d_resets, o_y, at.m, PER_STEP)
-        summed = ()
-        for k in tl.static_range(P):
-            summed = summed + (d_params[k] + tl.where(active, d_p[k], 0.0),)
-        d_params = summed
+        d_params = add_where(active, d_params, d_p)
     store_each(p_d_initial, at.o_unit, d_states, at.m)
     if p_d_resets is not None and not PER_STEP:
         store_each(p_d_resets, at.o_unit, d_values, at.m)
-    p_d_params_tile = (tl.program_id(0) * at.N + at.i_n) * P * H + at.o_h
-    for k in tl.static_range(P):
-        tl.store(p_d_params + p_d_params_tile + k * H, tl.sum(d_params[k], axis=0)[None, :], mask=at.m_h)
+    if P:
+        store_sums(p_d_params + (tl.program_id(0) * at.N + at.i_n) * P * H + at.o_h, H, d_params, at.m_h)

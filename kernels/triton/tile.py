@@ -14,6 +14,7 @@ from gpu_rnn.kernels.triton.blocks import (
     load_each,
     part,
     select,
+    select_each,
     store_each,
     store_joined,
     to_each,
@@ -177,6 +178,60 @@ def pull_back(
     if DROP == 1:
         odd = d_entering + (even + odd) * drop[0].to(tl.float32)
     return odd if DROP else even + odd
+
+
+@triton.jit
+def of_new_states(p_d_inner, p_keep, o_y, d_states, d_y, stride, m):
+    """Gradients: what comes from later steps, with y's, and of what the step computes; and where units keep a state."""
+    S: tl.constexpr = len(d_states)
+    if p_d_inner is not None:
+        d_states = d_states[:1] + add_each(d_states[1:], load_blocks(p_d_inner + o_y, stride, m, S - 1))
+    d = (d_states[0] + d_y,) + d_states[1:]
+    keep, d_computed = (), d
+    if p_keep is not None:
+        keep = load_blocks(p_keep + o_y, stride, m, S)
+        d_computed = select_each(keep, zeros_like_each(d), d)
+    return d_states, d, d_computed, keep
+
+
+@triton.jit
+def through_both(
+    a,
+    r,
+    before,
+    b_params,
+    d_computed,
+    active,
+    m,
+    p_d_gates,  # of this step
+    p_d_recurrent,
+    stride_g,
+    H,
+    b_w,
+    drop,
+    STEP: tl.constexpr,
+    FIRST: tl.constexpr,
+    FIRST_BACKWARD: tl.constexpr,
+    EARLY: tl.constexpr,
+    SPLIT: tl.constexpr,
+    R: tl.constexpr,
+    KEPT: tl.constexpr,
+    DROP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The derivative of a step of two products: stores the gradients of the second product's gates, and returns
+    those of the first's, of the states before and of the parameters."""
+    early_a, early_r = part(a, 0, EARLY), part(r, 0, SPLIT)
+    handed = FIRST(early_a, early_r, before, b_params, ())
+    late_a, late_r = part(a, EARLY, len(KEPT)), part(r, SPLIT, R)
+    d_a, d_r, d_new, d_p, d_handed = STEP(late_a, late_r, before, b_params, handed[1:], d_computed)
+    d_entering = pull_back(
+        d_a, d_r, tl.zeros_like(d_computed[0]), active, m, p_d_gates, p_d_recurrent, stride_g, H, b_w, drop,
+        EARLY, len(KEPT), SPLIT, KEPT, DROP, PRECISION,
+    )  # fmt: skip
+    d_handed = (d_entering,) + d_handed
+    d_a, d_r, d_early, d_p_early, _nothing = FIRST_BACKWARD(early_a, early_r, before, b_params, (), d_handed)
+    return d_a, d_r, add_each(d_new, d_early), add_each(d_p, d_p_early)
 
 
 @triton.jit
