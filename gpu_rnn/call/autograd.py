@@ -35,11 +35,12 @@ def layer(text: str, options: Options, inputs: Inputs) -> tuple[Tensor, list[Ten
         y, *rest = passes.pure(text, options, inputs)(*(p for p in inputs.primals if p is not None))
         return y, _turned(rest[:count]), rest[-1]  # the last is `inner` where all states are wanted
     if not wants_grad and not transformed:
-        result = _forward(text, options, inputs)
-        return result.y, _turned_in_place(result.final), result.inner
+        watched = onlookers.watched(inputs.row)  # a mode or a class of tensors may keep what it saw
+        result = _forward(text, options, inputs, watched)
+        return result.y, (_turned if watched else _turned_in_place)(result.final), result.inner
     options = options._replace(save=wants_grad or transformed)
     y, *rest = Forward.apply(text, options, *inputs.row)
-    return y, (_turned if transformed else _turned_in_place)(rest[:count]), rest[-1]
+    return y, _turned(rest[:count]), rest[-1]
 
 
 def _turned(states: Sequence[Tensor]) -> list[Tensor]:
@@ -78,9 +79,9 @@ def _registered(text: str, options: Options, inputs: Inputs, wants_grad: bool) -
     return list(torch.ops.gpu_rnn.rnn(*arguments))
 
 
-def _forward(text: str, options: Options, inputs: Inputs, keep: bool = False) -> Result:
+def _forward(text: str, options: Options, inputs: Inputs, watched: bool, keep: bool = False) -> Result:
     """The forward pass below all transforms: for those who look on, one operation."""
-    if not onlookers.watched(inputs.row):
+    if not watched:
         return passes.run(text, options, inputs, keep)
     choice.check_recorded(options.backend)
     with custom_ops.derived():
@@ -123,7 +124,8 @@ class Forward(torch.autograd.Function):
 
     @staticmethod
     def forward(text: str, options: Options, *tensors: Any) -> tuple[Tensor, ...]:
-        result = _forward(text, options, Inputs.flat(tensors, _states(text)), keep=options.save)
+        inputs = Inputs.flat(tensors, _states(text))
+        result = _forward(text, options, inputs, onlookers.watched(inputs.row), keep=options.save)
         return (result.y, *result.final, *result.saved)
 
     @staticmethod

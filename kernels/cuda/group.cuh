@@ -42,6 +42,9 @@ constexpr int DEPTH =
 constexpr int SHARE = (DEPTH + ALONG - 1) / ALONG; // of them, for a warp
 constexpr int OWN_BLOCKS = BLOCKS / ACROSS;        // unit blocks of a warp
 constexpr int ROWS = 8 * COLUMNS;                  // of the batch in a tile
+// Warps that own no unit skip the forward pass's pointwise work. In full fp32
+// the largest builds have no register left for the branch.
+constexpr bool OWNERS_ONLY = APPROXIMATE;
 constexpr int PAIRS = 2 * COLUMNS; // pairs of units of a thread in a unit block
 constexpr int OWNED = (OWN_BLOCKS * PAIRS + ALONG - 1) / ALONG; // after ALONG
 constexpr int THREADS = 32 * ACROSS * ALONG;

@@ -131,7 +131,7 @@ DEVICE void advance(const Forward &f, const Seat &seat,
   join(totals, sums, seat, spots, number * TILES + tile);
 #pragma unroll
   for (int k = 0; k < OWNED; k++) {
-    if (!spots[k].taken)
+    if (OWNERS_ONLY && !spots[k].taken)
       continue;
 #pragma unroll
     for (int gate = 0; gate < GATES; gate++)
@@ -148,7 +148,7 @@ DEVICE void advance(const Forward &f, const Seat &seat,
     exchange.published(tile);
 #pragma unroll
   for (int k = 0; k < OWNED; k++) {
-    if (!spots[k].taken)
+    if (OWNERS_ONLY && !spots[k].taken)
       continue;
     store(steps[k], f, seat, spots[k], rows[k]);
     reset(rows[k].state, steps[k].next, f, seat, spots[k], rows[k], t + 1);

@@ -92,7 +92,7 @@ def test_a_loop_over_a_cell_casts_its_weights_once() -> None:
     cell, kept = layer("LSTMCell"), set()
     x, states = torch.randn(STEPS, BATCH, INPUT), None
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.add((t.shape, t.data_ptr())), t)[1], lambda t: t):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=True):
             for step in x:
                 states = cell(step, states)
     assert sum(set(shape) == {4 * HIDDEN, HIDDEN} for shape, _ in kept) == 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import itertools
 import os
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -67,6 +66,6 @@ def test_a_wrong_derivative_is_found(operation: str, monkeypatch: pytest.MonkeyP
 
     drawn = (cases.draw(1, number) for number in itertools.count())
     case = next(c for c in drawn if operation in str(c.formula) and c.way == "first derivatives" and c.sizes.T > 2)
-    monkeypatch.setitem(OPERATIONS, operation, replace(OPERATIONS[operation], derivative=wrong))
+    monkeypatch.setitem(OPERATIONS, operation, OPERATIONS[operation]._replace(derivative=wrong))
     said = [said for _, said in cases.check(case) if said]
     assert len(said) == 1 and "step float64" in said[0]
