@@ -77,7 +77,7 @@ def forward(call: Call, gates: Tensor, save: bool, all_states: bool) -> Result:
     What comes in and goes out may have 16 bits; the loop computes in float32 then.
     """
     dtype = gates.dtype
-    gates = gates.to(state_dtype(dtype)).contiguous()
+    gates = _whole(gates, state_dtype(dtype))
     steps, batch, n, _, hidden = gates.shape
     y = gates.new_empty(steps, batch, n, hidden)
     final = [gates.new_empty(batch, n, hidden) for _ in call.states]
@@ -94,7 +94,7 @@ def backward(call: Call, saved: Result, d_y: Tensor, d_final: list[Tensor], d_in
     """From the gradients of all outputs those of the gates, the states before the first step and the parameters."""
     dtype, program = saved.gates.dtype, call.program
     wide = state_dtype(dtype)
-    gates = saved.gates.to(wide).contiguous()
+    gates = _whole(saved.gates, wide)
     batch, n, _, hidden = gates.shape[1:]
     d_gates, d_recurrent = torch.empty_like(gates), gates.new_empty(saved.recurrent.shape)
     d_states = [gates.new_empty(batch, n, hidden) for _ in call.states]
@@ -102,12 +102,12 @@ def backward(call: Call, saved: Result, d_y: Tensor, d_final: list[Tensor], d_in
     d_params = gates.new_zeros(batch, n, len(program.params), hidden)  # a share of each row: the same for all threads
     given = {
         "gates": gates,
-        "recurrent": saved.recurrent.to(wide).contiguous(),
-        "inner": saved.inner.to(wide).contiguous(),
-        "y": saved.y.to(wide).contiguous(),
-        "d_y": d_y.to(wide).contiguous(),
-        "d_inner": None if d_inner is None else d_inner.to(wide).contiguous(),
-        "d_final": [d.to(wide).contiguous() for d in d_final],
+        "recurrent": _whole(saved.recurrent, wide),
+        "inner": _whole(saved.inner, wide),
+        "y": _whole(saved.y, wide),
+        "d_y": _whole(d_y, wide),
+        "d_inner": None if d_inner is None else _whole(d_inner, wide),
+        "d_final": [_whole(d, wide) for d in d_final],
         "d_gates": d_gates,
         "d_recurrent": d_recurrent,
         "d_initial": d_states,
@@ -125,6 +125,11 @@ def _run(call: Call, gates: Tensor, backward: bool, given: dict[str, Any]) -> No
     library = _library(call.program.text, gates.dtype, backward)
     if library.run(ctypes.byref(arguments.filled(len(call.states), both))):
         raise MemoryError("the time loop in C has no memory for its weights and states")
+
+
+def _whole(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """As the loop reads it: without gaps, and numbers in its dtype; flags and lengths in their own."""
+    return (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
 
 
 def _shape(call: Call, gates: Tensor) -> dict[str, Any]:
@@ -147,19 +152,13 @@ def _shape(call: Call, gates: Tensor) -> dict[str, Any]:
 
 def _tensors(call: Call, dtype: torch.dtype) -> dict[str, Tensor | Sequence[Tensor] | None]:
     """What both directions read."""
-
-    def whole(tensor: Tensor | None) -> Tensor | None:
-        if tensor is None or not tensor.is_floating_point():
-            return None if tensor is None else tensor.contiguous()
-        return tensor.to(dtype).contiguous()
-
     weights = call.weights
     return {
         "reverse": torch.tensor([flag == "1" for flag in call.reverse], dtype=torch.uint8),
-        "w_hh": whole(weights.w_hh),
-        "b_hh": whole(weights.b_hh) if call.program.split else None,
-        "params": whole(weights.params),
-        **{name: whole(value) for name, value in call.controls.of_loops.items()},
-        "initial": [state.to(dtype).contiguous() for state in call.states],
-        "resets": [value.to(dtype).contiguous() for value in call.reset_values],
+        "w_hh": _whole(weights.w_hh, dtype),
+        "b_hh": None if weights.b_hh is None or not call.program.split else _whole(weights.b_hh, dtype),
+        "params": None if weights.params is None else _whole(weights.params, dtype),
+        **{name: None if value is None else _whole(value, dtype) for name, value in call.controls.of_loops.items()},
+        "initial": [_whole(state, dtype) for state in call.states],
+        "resets": [_whole(value, dtype) for value in call.reset_values],
     }
