@@ -26,16 +26,18 @@ import torch
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CUDA = ROOT / "kernels" / "cuda"
-RUNTIME = ("runtime.cpp", "memory.cpp", "warp.cpp", "main.cpp")
+RUNTIME = ("runtime.cpp", "memory.cpp", "clusters.cpp", "warp.cpp", "main.cpp")
 SOURCES = {".cpp", ".h", ".cu", ".cuh"}
-KERNEL = re.compile(r"__global__\s+(?:void\s+|__launch_bounds__\s*\([^()]*\)\s*){1,2}(\w+)\s*\(")
+KERNEL = re.compile(
+    r"__global__\s+(?:void\s+|CLUSTERED\s+|__(?:launch_bounds|cluster_dims)__\s*\([^()]*\)\s*)+(\w+)\s*\("
+)
 MOST_SITES = 1024  # internal.h
 
 Sanitizer = Literal["thread", "address"] | None
 Argument = int | float | torch.Tensor
 
 # CUDA's words; a define can say all that is left of them here.
-WORDS = ("__device__=", "__global__=", "__forceinline__=inline", "__launch_bounds__(...)=")
+WORDS = ("__device__=", "__global__=", "__forceinline__=inline", "__launch_bounds__(...)=", "__cluster_dims__(...)=")
 COMMON = ("-std=c++17", "-g1", "-Wno-unknown-pragmas", "-ffp-contract=off")
 FLAGS = {
     None: ("-O2",),
@@ -65,6 +67,7 @@ class Schedule:
     order: Literal["round_robin", "random", "starve"] = "round_robin"
     seed: int = 0
     starved: int = 0  # the block that runs only when nobody else can go on
+    patience: int = 2  # polls in vain of every other thread until then
     ns_per_poll: int = 1000  # virtual time that one poll of any thread takes
     latest: int = 0  # most thread switches that a relaxed store takes; 0: none, in order; -1: see hoarding()
 
@@ -85,9 +88,9 @@ def hoarding(seed: int) -> Schedule:
     return Schedule("random", seed, latest=-1)
 
 
-def starve(block: int) -> Schedule:
-    """Block `block` always comes too late."""
-    return Schedule("starve", starved=block)
+def starve(block: int, patience: int = 2) -> Schedule:
+    """Block `block` always comes too late: after `patience` polls in vain of every other thread."""
+    return Schedule("starve", starved=block, patience=patience)
 
 
 @dataclass(frozen=True)
@@ -175,6 +178,7 @@ def run(
     schedule: Schedule = ROUND_ROBIN,
     disabled_sites: Iterable[int] = (),
     timeout: float = 60,  # seconds
+    cluster: int = 1,  # blocks of a cluster
 ) -> set[int]:
     """Run one launch to its end; the sites that it reached.
 
@@ -187,10 +191,12 @@ def run(
     head = [
         grid,
         block,
+        cluster,
         shared_bytes,
         orders.index(schedule.order),
         schedule.seed,
         schedule.starved,
+        schedule.patience,
         schedule.ns_per_poll,
         schedule.latest,
     ]

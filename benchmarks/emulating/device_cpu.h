@@ -5,7 +5,8 @@
 // other threads is left to runtime.cpp, which no sanitizer watches.
 //
 // With its site disabled (see README.md) a barrier, fence or wait does nothing,
-// a copy never arrives, and any other function only moves its data.
+// a copy never arrives, bytes are not announced, or are counted before they are
+// there, and any other function only moves its data.
 #pragma once
 
 #include <cmath>
@@ -111,6 +112,51 @@ template <int SITE> DEVICE void fence() {
     return;
   cpu::finish_stores();
   cpu::fence();
+}
+
+// ---- Clusters ----
+
+template <int SITE> DEVICE void cluster_sync() {
+  if (!cpu::enabled(SITE))
+    return;
+  cpu::finish_stores();
+  cpu::meet_cluster(SITE);
+}
+
+struct alignas(8) Arrivals {
+  unsigned long long state; // only shows the sanitizer who comes before whom
+};
+
+DEVICE void arrivals_start(Arrivals *arrivals, int count) {
+  cpu::require(cpu::is_shared(arrivals, 8) && cpu::aligned(arrivals, 8),
+               "arrivals are counted in 8 aligned bytes of shared memory");
+  arrivals->state = 0;
+  cpu::start_arrivals(arrivals, count);
+}
+
+template <int SITE>
+DEVICE void arrive_expecting(Arrivals *arrivals, int bytes) {
+  __atomic_fetch_or(&arrivals->state, 0, __ATOMIC_RELAXED);
+  cpu::arrive(arrivals, cpu::enabled(SITE) ? bytes : 0);
+}
+
+template <int SITE> DEVICE bool arrived(Arrivals *arrivals, int parity) {
+  if (!cpu::enabled(SITE))
+    return true;
+  __atomic_fetch_or(&arrivals->state, 0, __ATOMIC_RELAXED);
+  return cpu::has_ended(arrivals, parity);
+}
+
+template <int SITE, class T>
+DEVICE void store_async(T *to, T value, Arrivals *arrivals, int rank) {
+  cpu::require(cpu::aligned(to, sizeof value),
+               "a word that is sent is aligned");
+  T *there = static_cast<T *>(cpu::in_block(to, rank));
+  Arrivals *counted = static_cast<Arrivals *>(cpu::in_block(arrivals, rank));
+  __atomic_fetch_or(&counted->state, 0, __ATOMIC_RELAXED);
+  __atomic_fetch_or(cpu::word(there), 0, __ATOMIC_RELAXED);
+  cpu::send(there, cpu::bit_cast<cpu::Word<T>>(value), sizeof value, counted,
+            cpu::enabled(SITE));
 }
 
 // ---- Waiting ----

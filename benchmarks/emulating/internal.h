@@ -54,6 +54,7 @@ struct Block {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   Barrier barriers[16];
+  int unfinished; // threads
 };
 
 enum class Order { round_robin, random, starve };
@@ -63,7 +64,8 @@ constexpr uint64_t NEVER = ~0ull; // unless somebody waits for it
 struct Schedule {
   Order order;
   uint64_t seed;
-  int starved; // a block
+  int starved;       // a block
+  uint64_t patience; // polls in vain of each other thread before that one moves
   uint64_t ns_per_poll;
   uint64_t latest; // most switches that a relaxed store may wait, or NEVER
 };
@@ -71,7 +73,7 @@ struct Schedule {
 struct Launch {
   const Kernel *kernel;
   void *const *arguments;
-  int blocks, threads;
+  int blocks, threads, cluster; // blocks of a cluster
   size_t shared_bytes;
 };
 
@@ -88,13 +90,28 @@ Fiber *running();
 void sleep_until_ready(); // the caller has noted what it waits for
 void make_ready(Fiber *fiber);
 
+bool has_left(int block);
+
+// What ThreadSanitizer takes for order, from whoever gives to whoever takes, in
+// the view of the thread that runs.
+void give_order(int &token);
+void take_order(int &token);
+void forget_order(int &token);
+
 extern bool disabled[], reached[];
 constexpr int MOST_SITES = 1024;
 
-// Memory that leaves a block late.
+// Memory that leaves a block late. No sanitizer sees the write.
+void write_word(void *p, uint64_t bits, size_t bytes);
 void start_stores(int blocks, uint64_t latest, uint64_t seed);
 void age_stores(uint64_t now); // in switches
 bool release_wanted();         // when nobody can go on; true: some left
 void finish_all_stores();
+
+// Words that another block sends.
+void start_sends(uint64_t latest, uint64_t seed);
+void age_sends(uint64_t now);
+bool deliver_wanted(); // as release_wanted
+void deliver_all();
 
 } // namespace cpu

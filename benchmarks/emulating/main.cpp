@@ -69,11 +69,13 @@ int main(int, char **argv) {
   launch.kernel = find(argv[1]);
   launch.blocks = static_cast<int>(number());
   launch.threads = static_cast<int>(number());
+  launch.cluster = static_cast<int>(number());
   launch.shared_bytes = number();
   Schedule schedule;
   schedule.order = static_cast<Order>(number());
   schedule.seed = number();
   schedule.starved = static_cast<int>(number());
+  schedule.patience = number();
   schedule.ns_per_poll = number();
   schedule.latest = number();
   for (int64_t count = number(); count > 0; --count)

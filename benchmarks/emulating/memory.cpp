@@ -29,12 +29,7 @@ std::unordered_set<const void *> wanted; // words read since nobody could go on
 uint64_t latest, now;
 std::minstd_rand random_bits;
 
-void write(void *p, LateStore store) { // little-endian, as the GPU
-  if (store.bytes == 4)
-    __atomic_store_n(static_cast<uint32_t *>(p), store.bits, __ATOMIC_RELAXED);
-  else
-    __atomic_store_n(static_cast<uint64_t *>(p), store.bits, __ATOMIC_RELAXED);
-}
+void write(void *p, LateStore store) { write_word(p, store.bits, store.bytes); }
 
 size_t late_stores() {
   size_t count = 0;
@@ -58,6 +53,13 @@ void finish(const Due &store) {
 }
 
 } // namespace
+
+void write_word(void *p, uint64_t bits, size_t bytes) {
+  if (bytes == 4) // little-endian, as the GPU
+    __atomic_store_n(static_cast<uint32_t *>(p), bits, __ATOMIC_RELAXED);
+  else
+    __atomic_store_n(static_cast<uint64_t *>(p), bits, __ATOMIC_RELAXED);
+}
 
 void start_stores(int blocks, uint64_t latest_, uint64_t seed) {
   late.resize(blocks);

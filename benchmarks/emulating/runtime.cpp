@@ -33,6 +33,15 @@ void *current_view() { return __tsan_get_current_fiber(); }
 void look_through(void *view) {
   __tsan_switch_to_fiber(view, __tsan_switch_to_fiber_no_sync);
 }
+#else
+void *new_view(int, int) { return nullptr; }
+void *current_view() { return nullptr; }
+void look_through(void *) {}
+#endif
+
+} // namespace
+
+#ifdef GPU_RNN_THREAD_SANITIZER
 void give_order(int &token) { __tsan_release(&token); }
 void take_order(int &token) { __tsan_acquire(&token); }
 void forget_order(int &token) {
@@ -40,13 +49,12 @@ void forget_order(int &token) {
   __tsan_atomic32_store(&token, 0, release); // replaces what the token held
 }
 #else
-void *new_view(int, int) { return nullptr; }
-void *current_view() { return nullptr; }
-void look_through(void *) {}
 void give_order(int &) {}
 void take_order(int &) {}
 void forget_order(int &) {}
 #endif
+
+namespace {
 
 // ---- State of the run ----
 
@@ -55,6 +63,7 @@ constexpr size_t STACK_BYTES = 256 * 1024;
 Launch launch;
 Schedule schedule;
 std::vector<Block> blocks;
+std::vector<Barrier> clusters;
 void *starter[5];
 void *starter_view;
 int unfinished;
@@ -108,9 +117,9 @@ bool enabled(int site) {
 namespace {
 
 const char *name(Kind kind) {
-  constexpr const char *names[] = {"nothing", "block barrier", "warp barrier",
-                                   "mma f16", "mma bf16",      "mma tf32",
-                                   "shuffle"};
+  constexpr const char *names[] = {
+      "nothing", "block barrier", "warp barrier", "cluster barrier",
+      "mma f16", "mma bf16",      "mma tf32",     "shuffle"};
   return names[static_cast<int>(kind)];
 }
 
@@ -138,10 +147,10 @@ Fiber *choose() {
     fail_deadlocked();
   if (schedule.order == Order::random)
     std::swap(ready.front(), ready[random_bits() % ready.size()]);
-  // The starved block moves only when all others have polled twice for nothing.
-  if (ready.empty() || polls_in_a_row > 2 * ready.size()) {
+  // The starved block moves only when all others have polled for nothing.
+  if (ready.empty() || polls_in_a_row > schedule.patience * ready.size()) {
     feeding = true;
-    if (release_wanted())
+    if (release_wanted() | deliver_wanted())
       polls_in_a_row = 0;
   }
   return feeding && !starved.empty() ? take_front(starved) : take_front(ready);
@@ -161,6 +170,7 @@ Fiber *choose() {
 // switch.
 void switch_from(void *(&resume)[5]) {
   age_stores(++switches);
+  age_sends(switches);
   Fiber *next = choose();
   if (next->started && &next->resume == &resume)
     return;
@@ -176,6 +186,7 @@ void live() { // the life of a fiber
   give_order(end_token);
   look_through(starter_view);
   running()->done = true;
+  --running()->home->unfinished;
   if (--unfinished == 0)
     end();
   switch_from(running()->resume);
@@ -251,6 +262,22 @@ void meet_warp(int site) {
   meet(running()->warp->barrier, 32, Kind::warp_barrier, site);
 }
 
+void meet_cluster(int site) {
+  meet(clusters[here->block / launch.cluster], launch.cluster * launch.threads,
+       Kind::cluster_barrier, site);
+}
+
+void *in_block(void *shared, int rank) {
+  require(is_shared(shared, 1), "what another block has lies in shared memory");
+  require(rank >= 0 && rank < launch.cluster,
+          "a rank is below the blocks of a cluster");
+  const int first = here->block - here->block % launch.cluster;
+  return blocks[first + rank].shared +
+         (static_cast<char *>(shared) - here->shared);
+}
+
+bool has_left(int block) { return blocks[block].unfinished == 0; }
+
 // One order over all fences: never less than PTX gives, and a lost fence is
 // seen.
 void fence() {
@@ -291,8 +318,12 @@ void run(const Launch &what, const Schedule &how) {
   random_bits.seed(how.seed + 1);
   if (launch.threads % 32 != 0 || launch.threads > 1024 || launch.threads < 32)
     fail("a block of %d threads is not one of whole warps", launch.threads);
+  if (launch.cluster < 1 || launch.blocks % launch.cluster != 0)
+    fail("%d blocks make no clusters of %d", launch.blocks, launch.cluster);
   unfinished = launch.blocks * launch.threads;
   start_stores(launch.blocks, how.latest, how.seed);
+  start_sends(how.latest, how.seed);
+  clusters.resize(launch.blocks / launch.cluster);
   blocks.resize(launch.blocks);
   for (int number = 0; number < launch.blocks; ++number) {
     Block &block = blocks[number];
@@ -304,12 +335,14 @@ void run(const Launch &what, const Schedule &how) {
     memset(block.shared, 0xff, launch.shared_bytes); // NaN in every format
     block.fibers.resize(launch.threads);
     block.warps.resize(launch.threads / 32);
+    block.unfinished = launch.threads;
     for (int thread = 0; thread < launch.threads; ++thread)
       prepare(block.fibers[thread], block, number, thread);
   }
   switch_from(starter);
   take_order(end_token);
   finish_all_stores();
+  deliver_all();
 }
 
 } // namespace cpu

@@ -74,6 +74,20 @@ template <class T> void store_late(T *p, T value) {
   queue_store(p, bit_cast<Word<T>>(value), sizeof value);
 }
 
+// ---- Clusters ----
+
+void meet_cluster(int site);
+void *in_block(void *shared, int rank); // what lies there in another block
+
+// Arrivals by the address of what counts them.
+void start_arrivals(void *arrivals, int count);
+void arrive(void *arrivals, long long bytes);
+bool has_ended(void *arrivals, int parity);
+
+// A word on its way to another block, late and in any order. Its bytes are
+// counted when it is there or, not `whole`, at once and in no order.
+void send(void *to, uint64_t bits, size_t bytes, void *arrivals, bool whole);
+
 // ---- Asynchronous copies of one thread ----
 
 struct Copy {
@@ -92,6 +106,7 @@ enum class Kind {
   none,
   block_barrier,
   warp_barrier,
+  cluster_barrier,
   mma_f16,
   mma_bf16,
   mma_tf32,

@@ -148,6 +148,93 @@ template <int SITE> DEVICE void fence() {
   asm volatile("fence.acq_rel.gpu;" ::: "memory");
 }
 
+// ---- Clusters: blocks that run at the same time and write into each other's
+// shared memory (sm_90 and later). A block's rank is block_index() modulo the
+// size of the cluster, which the kernel's `__cluster_dims__` says ----
+
+// For all threads of the cluster; what they did to shared memory before it is
+// seen by all after it.
+template <int SITE> DEVICE void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\n"
+               "barrier.cluster.wait.acquire.aligned;" ::
+                   : "memory");
+}
+
+// In shared memory: a phase ends when all arrivals that it counts and all bytes
+// that those announced are there, and the next begins. Bytes may come before
+// they are announced.
+struct alignas(8) Arrivals {
+  unsigned long long state;
+};
+
+DEVICE void arrivals_start(Arrivals *arrivals, int count) {
+  asm volatile(
+      "mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(arrivals)),
+      "r"(count)
+      : "memory");
+}
+
+// Arrives at this block's, and announces bytes.
+template <int SITE>
+DEVICE void arrive_expecting(Arrivals *arrivals, int bytes) {
+  asm volatile(
+      "{\n"
+      ".reg .b64 state;\n"
+      "mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 state, [%0], %1;\n"
+      "}" ::"r"(shared_address(arrivals)),
+      "r"(bytes)
+      : "memory");
+}
+
+// Whether the phase of that parity, 0 for the first, has ended; waits a while
+// for it. Then all its bytes are seen.
+template <int SITE> DEVICE bool arrived(Arrivals *arrivals, int parity) {
+  unsigned answer;
+  asm volatile(
+      "{\n"
+      ".reg .pred ended;\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 ended, "
+      "[%1], %2;\n"
+      "selp.u32 %0, 1, 0, ended;\n"
+      "}"
+      : "=r"(answer)
+      : "r"(shared_address(arrivals)), "r"(parity)
+      : "memory");
+  return answer;
+}
+
+// Stores a word of 32 or 64 bits where `to` lies in the block of that rank, and
+// counts its bytes at that block's `arrivals`, some time later. What this
+// thread did before is seen by whoever sees the phase end.
+template <int SITE, class T>
+DEVICE void store_async(T *to, T value, Arrivals *arrivals, int rank) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8, "one word of 32 or 64 bits");
+  union {
+    T value;
+    unsigned u32;
+    unsigned long long u64;
+  } word = {value};
+  unsigned there, counted;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(there)
+      : "r"(shared_address(to)), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(counted)
+      : "r"(shared_address(arrivals)), "r"(rank));
+  if constexpr (sizeof(T) == 4)
+    asm volatile(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 "
+        "[%0], %1, [%2];" ::"r"(there),
+        "r"(word.u32), "r"(counted)
+        : "memory");
+  else
+    asm volatile(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b64 "
+        "[%0], %1, [%2];" ::"r"(there),
+        "l"(word.u64), "r"(counted)
+        : "memory");
+}
+
 // ---- Waiting ----
 
 // In every polling loop. A pause would only lengthen the wait here.

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.emulating.build import CUDA, HERE
+from benchmarks.emulating.build import CUDA, HERE, load, run
 from gpu_rnn.backends.group import nvrtc
 from tests.support.cuda import relay
 from tests.support.cuda.machines import NEEDS_COMPILER, Machine, on_cpu, on_gpu
@@ -205,6 +205,22 @@ def test_relay(machine: Machine, kernel: str) -> None:
     grid, block, shared_bytes, arguments, h, expected = relay.problem(kernel)
     machine(relay.SOURCE, kernel, grid, block, shared_bytes, arguments)
     assert torch.equal(h, expected)
+
+
+@pytest.mark.cuda_cpu
+@NEEDS_COMPILER
+def test_words_of_both_sizes_go_to_the_next_block() -> None:
+    """On the CPU: a GPU's clusters are tested with the kernels that use them."""
+    data, wide = random(3, 64), torch.arange(192, dtype=torch.int64).reshape(3, 64) << 40
+    out, wide_out = torch.zeros(3, 64), torch.zeros(3, 64, dtype=torch.int64)
+    run(load(relay.CLUSTERS), "pass_on", 3, 64, 64 * 12 + 8, [data, out, wide, wide_out], cluster=3)
+    assert torch.equal(out, data.roll(1, 0)) and torch.equal(wide_out, wide.roll(1, 0))
+
+
+@pytest.mark.compile("nvrtc")
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100", "sm_120"])
+def test_clusters_compile_for(arch: str) -> None:
+    assert nvrtc.compile_cubin(relay.CLUSTERS.read_text(), arch)
 
 
 @pytest.mark.compile("nvrtc")

@@ -18,27 +18,29 @@ from benchmarks.emulating.build import (
     starve,
 )
 from tests.support.cuda.machines import NEEDS_COMPILER
-from tests.support.cuda.relay import BLOCKS, SOURCE, problem
+from tests.support.cuda.relay import BLOCKS, CLUSTERS, SOURCE, problem
 from tests.support.cuda.sites import read
 
 pytestmark = [pytest.mark.cuda_cpu, NEEDS_COMPILER]
 
 SITES = read(SOURCE.read_text()).sites
+OF_CLUSTERS = read(CLUSTERS.read_text()).sites
 SCHEDULES = [ROUND_ROBIN, shuffled(0), starve(0), hoarding(0)]
 
 
 def relay(kernel: str, sanitizer: Sanitizer, schedule: Schedule, disabled: Collection[int] = ()) -> set[int]:
-    """Run one kernel of relay.cu and assert its values; the sites that it reached."""
+    """Run one kernel of relay.cu or relay_cluster.cu and assert its values; the sites that it reached."""
     grid, block, shared_bytes, arguments, h, expected = problem(kernel)
-    program = load(SOURCE, sanitizer=sanitizer)
-    reached = run(program, kernel, grid, block, shared_bytes, arguments, schedule, disabled)
+    cluster = grid if kernel == "by_cluster" else 1
+    program = load(CLUSTERS if cluster > 1 else SOURCE, sanitizer=sanitizer)
+    reached = run(program, kernel, grid, block, shared_bytes, arguments, schedule, disabled, cluster=cluster)
     assert torch.equal(h, expected)
     return reached
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=["round_robin", "shuffled", "starve", "hoarding"])
 @pytest.mark.parametrize("sanitizer", ["thread", "address"])
-@pytest.mark.parametrize("kernel", BLOCKS)
+@pytest.mark.parametrize("kernel", [*BLOCKS, "by_cluster"])
 def test_correct_kernels_are_silent(kernel: str, sanitizer: Sanitizer, schedule: Schedule) -> None:
     relay(kernel, sanitizer, schedule)
 
@@ -72,6 +74,28 @@ def test_copies_arrive_at_the_wait_and_not_before(lost: str) -> None:
     assert not isinstance(raised.value, Failure)  # nothing but the values
 
 
+def test_thread_sanitizer_sees_bytes_that_are_counted_too_early() -> None:
+    for schedule in SCHEDULES[:2]:
+        with pytest.raises(Failure, match="data race") as raised:
+            relay("by_cluster", "thread", schedule, [OF_CLUSTERS["SEND"]])
+        assert raised.value.kind == "race"
+
+
+@pytest.mark.parametrize("schedule", [shuffled, hoarding])
+@pytest.mark.parametrize("lost", ["ARRIVED", "SEND", "EXPECT", "EXPECT_AGAIN"])
+def test_words_arrive_late_and_no_sooner_than_their_bytes_are_counted(
+    lost: str, schedule: Callable[[int], Schedule]
+) -> None:
+    with pytest.raises(AssertionError):
+        for seed in range(4):
+            relay("by_cluster", None, schedule(seed), [OF_CLUSTERS[lost]])
+
+
+def test_a_block_that_has_not_begun_counts_nothing() -> None:
+    with pytest.raises(Failure, match="before their start"):
+        relay("by_cluster", None, starve(0), [OF_CLUSTERS["BEGIN"]])
+
+
 def kernel(body: str, parameters: str = "float *out") -> str:
     return f"""#include "device.cuh"
 enum Site {{ A, B, C, D, E }};
@@ -86,10 +110,12 @@ def launch(
     schedule: Schedule = ROUND_ROBIN,
     grid: int = 1,
     block: int = 64,
+    cluster: int = 1,
     timeout: float = 60,
 ) -> torch.Tensor:
     out = torch.zeros(grid * block)
-    run(load(kernel(body), sanitizer=sanitizer), "kernel", grid, block, 256, [out], schedule, timeout=timeout)
+    program = load(kernel(body), sanitizer=sanitizer)
+    run(program, "kernel", grid, block, 256, [out], schedule, timeout=timeout, cluster=cluster)
     return out
 
 
@@ -256,6 +282,65 @@ def test_a_starved_block_is_late_for_those_who_do_not_wait() -> None:
         return bool((launch(body, schedule=schedule, grid=2)[64:].view(torch.int32) == 7).all())
 
     assert seen(ROUND_ROBIN) and seen(starve(1)) and not seen(starve(0))
+
+
+def test_the_patience_with_a_starved_block_can_be_chosen() -> None:
+    body = """
+    if (block_index() == 0) { out[thread_index()] = 1; return; }
+    for (int polls = 0; polls < 100; ++polls) poll_pause();
+    out[64 + thread_index()] = load_relaxed<A>(out + thread_index());
+    """
+    assert launch(body, schedule=starve(0), grid=2)[64:].all()
+    assert not launch(body, schedule=starve(0, patience=10_000), grid=2)[64:].any()
+
+
+SEND = """
+Arrivals *arrivals = reinterpret_cast<Arrivals *>(shared_memory());
+float *slots = reinterpret_cast<float *>(shared_memory() + 8);
+if (thread_index() == 0) arrivals_start(arrivals, 1);
+cluster_sync<A>();
+%s
+"""
+
+
+@pytest.mark.parametrize(
+    "body, rule",
+    [
+        ("store_async<B>(slots, 1.0f, arrivals, 2);", "below the blocks of a cluster"),
+        ("store_async<B>(out, 1.0f, arrivals, 0);", "shared memory"),
+        ("store_async<B>(slots, 1.0f, arrivals + 1, 0);", "before their start"),
+        ("arrive_expecting<B>(arrivals, 0); arrive_expecting<B>(arrivals, 8);", "more threads arrive"),
+        ("arrive_expecting<B>(arrivals, 1 << 20);", "can be counted"),
+        ("if (block_index()) { for (int k = 0; k < 9; ++k) poll_pause(); store_async<B>(slots, 1.0f, arrivals, 0); }",
+         "block 0, which has left"),
+        ("if (block_index()) cluster_sync<B>();", "deadlock: 64 threads wait"),
+    ],
+)  # fmt: skip
+def test_broken_rules_of_a_cluster_end_the_run(body: str, rule: str) -> None:
+    with pytest.raises(Failure, match=rule) as raised:
+        launch(SEND % body, grid=2, cluster=2)
+    assert raised.value.kind == "rule"
+
+
+def test_blocks_that_fill_no_cluster_are_not_launched() -> None:
+    with pytest.raises(Failure, match="3 blocks make no clusters of 2"):
+        launch("", grid=3, cluster=2)
+
+
+def test_who_waits_for_a_phase_sees_what_its_sender_did_before() -> None:
+    """In global memory too: who sends releases, and who has waited acquires."""
+    body = """
+    if (block_index() == 1) {
+      out[64 + thread_index()] = 7;
+      store_async<B>(slots + thread_index() % 32, 1.0f, arrivals, 0);
+    } else {
+      if (thread_index() == 0) arrive_expecting<C>(arrivals, 4 * 64);
+      while (!arrived<D>(arrivals, 0)) poll_pause();
+      out[thread_index()] = out[64 + thread_index()];
+    }
+    cluster_sync<E>();
+    """
+    assert (launch(SEND % body, sanitizer="thread", grid=2, cluster=2) == 7).all()
 
 
 def test_virtual_time_reaches_a_deadline() -> None:

@@ -12,7 +12,7 @@ import pytest
 from benchmarks.emulating.build import ROUND_ROBIN, Sanitizer, Schedule
 from tests.kernels.test_cuda_runtime import SITES, relay
 from tests.support.cuda.machines import NEEDS_COMPILER
-from tests.support.cuda.relay import BLOCKS, SOURCE
+from tests.support.cuda.relay import BLOCKS, CLUSTERS, SOURCE
 from tests.support.cuda.sites import Case, check, kernel_text, read
 
 pytestmark = [pytest.mark.cuda_cpu, NEEDS_COMPILER]
@@ -26,6 +26,13 @@ def test_every_site_of_the_relay_is_noticed() -> None:
     report = check(TEXT, CASES, RUNS)
     assert report.good, report
     assert str(report).endswith(f"sites {len(SITES)}, noticed {len(SITES)}")
+
+
+def test_every_site_of_a_cluster_is_noticed() -> None:
+    report = check(
+        CLUSTERS.read_text().split("// Word and word")[0], {"by_cluster": partial(relay, "by_cluster")}, RUNS
+    )
+    assert report.good, report
 
 
 def pretend(noticed: Collection[int], reached: Collection[int] = (0, 1)) -> Case:

@@ -40,6 +40,10 @@ FUNCTIONS = (
     "fence",
     "copy_async_16",
     "copy_async_wait",
+    "cluster_sync",
+    "arrive_expecting",
+    "arrived",
+    "store_async",
 )
 CALL = re.compile(rf"\b({'|'.join(FUNCTIONS)})\s*<([^<>;]*)>\s*\(")
 PAST_THE_HEADER = re.compile(
