@@ -4,7 +4,8 @@
 python benchmarks/run.py --quick                        a GPU: one problem of each kind, in under 4 minutes
 python benchmarks/run.py --set flashrnn,rl --dtype bf16
 python benchmarks/run.py --all --seconds 570 --resume all.csv      once and again, until nothing is left out
-python benchmarks/run.py --emulate                      no GPU: are the results right?
+python benchmarks/run.py --device cpu --set cpu         a CPU: torch.nn, loops by hand and ONNX Runtime beside ours
+python benchmarks/run.py --emulate                      no GPU: are the GPU's results right?
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ if not __package__:  # as a script, which knows its own folder only
 
 import torch
 
-from benchmarks.cases import comparison, peers
+from benchmarks.cases import comparison, peers, problems
 from benchmarks.cases.comparison import Comparison, Side
 from benchmarks.cases.names import PEERS, TORCH
 from benchmarks.cases.variants import Case, Inputs, Variant
@@ -68,7 +69,9 @@ def main(given: Sequence[str] | None = None) -> int:
         machine.check_nothing_chooses(device)
         facts = machine.columns(device, options.commit, options.emulate)
         cases = arguments.cases(options, device)
-        path = options.resume or options.out or machine.folder(device) / _file_name(options, cases, facts)
+        for_a_cpu = {case.set for case in cases} <= {*problems.FOR_A_CPU}
+        folder = machine.folder(device, for_a_cpu)
+        path = options.resume or options.out or folder / _file_name(options, cases, facts)
         done = table.finished(path, facts) if options.resume and path.exists() else set()
     except ValueError as error:
         print(f"run.py: {error}", file=sys.stderr)
@@ -76,16 +79,16 @@ def main(given: Sequence[str] | None = None) -> int:
     seconds = options.seconds or (arguments.QUICK_SECONDS if options.quick else None)
     settings = Settings(
         device,
-        options.backend or list(arguments.NAMES),
+        arguments.names(options, for_a_cpu),
         options.trials or (arguments.QUICK_TRIALS if options.quick else arguments.TRIALS),
         CASE_SECONDS["quick" if options.quick else "full"],
         torch.seed() % 2**31 if options.seed is None else options.seed,
         time.monotonic() + (seconds or float("inf")),
         options.emulate,
     )
-    left = [case for case in cases if case.key not in done]
+    left = [case for case in cases if case.key not in done][: options.limit]
     if done:
-        print(f"{len(cases) - len(left)} of {len(cases)} cases are in {path} already")
+        print(f"{sum(case.key in done for case in cases)} of {len(cases)} cases are in {path} already")
     return _write(left, settings, facts, path, "a" if options.resume else "w")
 
 
@@ -144,7 +147,7 @@ def _measure(case: Case, settings: Settings, rows: dict[str, Row], say: Callable
     """Fills `rows`, one for each variant."""
     device, problem = settings.device, case.problem
     torch.manual_seed(settings.seed)
-    with checking.products_as(case):
+    with checking.products_as(case), timing.threads(case.threads):
         compared = comparison.build(case, device, settings.names)
         _say_without(compared, settings, say)
         rows |= table.begin(case, compared, predictions=not settings.emulated)

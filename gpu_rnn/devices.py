@@ -148,8 +148,12 @@ def _memory_rate(properties: Any) -> float:
 
 def cpu_name() -> str:
     """The CPU at hand by a name that a person would use, with the number of torch's threads."""
+    return f"{cpu_model()}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+
+
+def cpu_model() -> str:
+    """The CPU at hand by a name that a person would use."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if sys.platform == "linux" and cpuinfo.exists() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    model = models[0] if models else platform.processor() or f"{platform.machine()} CPU with {os.cpu_count()} cores"
-    return f"{model}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+    return models[0] if models else platform.processor() or f"{platform.machine()} CPU with {os.cpu_count()} cores"

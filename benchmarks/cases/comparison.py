@@ -16,7 +16,9 @@ from torch.func import functional_call, vmap
 import gpu_rnn
 from benchmarks.cases import peers
 from benchmarks.cases.names import TORCH
+from benchmarks.cases.options import OPTIONS
 from benchmarks.cases.problems import Problem
+from benchmarks.cases.stepwise import Stepwise
 from benchmarks.cases.variants import DTYPES, Case, Inputs, Variant
 from gpu_rnn.diagnostics.explanation import Explanation
 from gpu_rnn.dispatch import choice
@@ -61,9 +63,7 @@ def build(case: Case, device: torch.device, names: list[str]) -> Comparison:
     """torch.nn, and those of the named backends and peers that can run the case."""
     problem, training = case.problem, case.direction == "training"
     theirs = [_layer(nn, problem, device, DTYPES[case.dtype]) for _ in range(problem.heads)]
-    for (
-        layer
-    ) in theirs:  # in training mode cuDNN and oneDNN keep what a backward pass needs, whether one follows or not
+    for layer in theirs:  # in training mode cuDNN and oneDNN keep what a backward pass needs, follow one or not
         layer.train(training)
     heads = (problem.heads,) if problem.heads > 1 else ()
     x = torch.randn(problem.T, problem.B, *heads, problem.I, device=device).to(DTYPES[case.dtype])
@@ -71,8 +71,8 @@ def build(case: Case, device: torch.device, names: list[str]) -> Comparison:
     call = case.option.arguments(problem.T, problem.B, device)
     explanation = explain(case, x, call)
     backends = [row.backend for row in explanation.rows if row.runs and row.backend in names]
-    found, left_out = peers.find(case, theirs, call, names)
     layers = [_with_option(case, theirs[0])] if problem.option else theirs
+    found, left_out = peers.find(case, layers, call, names)
     ours = [_ours(case, layers, backend, call) for backend in backends]
     side = Side(_inputs(case, x), [*ours, *found], _truth(case, layers, call))
     if not problem.option:
@@ -84,8 +84,9 @@ def build(case: Case, device: torch.device, names: list[str]) -> Comparison:
 
 
 def explain(case: Case, x: Tensor, call: Call) -> Explanation:
-    """Every backend's verdict on the case, and which is chosen."""
-    one = replace(case.problem, heads=1)
+    """Every backend's verdict on the case, and which is chosen; of a cell, that of a layer's one step."""
+    one = replace(case.problem, heads=1, stepwise=False)
+    x = x[:1] if case.problem.stepwise else x
     layer = _layer(gpu_rnn, one, torch.device("meta"), x.dtype, **case.option.layer)
     layer.train(case.direction == "training")
     with torch.set_grad_enabled(case.direction == "training"):
@@ -98,7 +99,11 @@ def explain(case: Case, x: Tensor, call: Call) -> Explanation:
 
 
 def _layer(library: Any, problem: Problem, device: torch.device, dtype: torch.dtype, **options: Any) -> nn.Module:
-    make = getattr(library, problem.cell)
+    recurrence = OPTIONS[problem.option].recurrence if problem.option and library is gpu_rnn else None
+    if problem.stepwise:
+        cell = getattr(library, f"{problem.cell}Cell")
+        return Stepwise(cell(problem.I, problem.H, device=device, dtype=dtype, **options))
+    make = partial(gpu_rnn.Recurrent, recurrence) if recurrence else getattr(library, problem.cell)
     sizes = (problem.I, problem.H, problem.layers)
     return make(*sizes, bidirectional=problem.bidirectional, device=device, dtype=dtype, **options)
 

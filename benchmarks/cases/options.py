@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gpu_rnn.layers import regularization
+from gpu_rnn.recurrence import Recurrence
 
 BOTH = ("forward", "training")
 TRAINING = ("training",)
@@ -30,12 +31,14 @@ class Option:
         call: keyword arguments of its call: a tensor drawn anew, or a value.
         cells: the layers that have it.
         directions: those in which it does something.
+        recurrence: a cell of a user's own that is run in the layer's place, of as many gates and states.
     """
 
     layer: dict[str, Any] = field(default_factory=dict)
     call: dict[str, Draw | bool] = field(default_factory=dict)
     cells: tuple[str, ...] = CELLS
     directions: tuple[str, ...] = BOTH
+    recurrence: Recurrence | None = None
 
     def on(self, cell: str) -> bool:
         return cell in self.cells
@@ -58,6 +61,15 @@ def _resets(steps: int, batch: int, device: torch.device) -> Tensor:
     return torch.rand(steps, batch, device=device) < 1 / min(steps, 50)
 
 
+def coupled_lstm(x: Any, r: Any, s: Any) -> Any:
+    """A cell that no library has: i fills what f leaves of c."""
+    f = torch.sigmoid(x.f + r.f)
+    c = f * s.c + (1 - f) * torch.sigmoid(x.i + r.i) * torch.tanh(x.g + r.g)
+    return torch.sigmoid(x.o + r.o) * torch.tanh(c), c
+
+
+COUPLED = Recurrence(coupled_lstm, gates=("i", "f", "g", "o"), states=("h", "c"))
+
 # Masks of probability 1/2: what is kept is then multiplied by 2, which every dtype holds exactly.
 OPTIONS = {
     "activation": Option({"activation": "softsign"}),
@@ -73,6 +85,7 @@ OPTIONS = {
     "peephole": Option({"peephole": True}, cells=("LSTM",)),
     "layer_norm": Option({"layer_norm": True}),
     "all_states": Option(call={"return_all_states": True}),
+    "own_cell": Option(cells=("LSTM",), recurrence=COUPLED),
     "reset_before": Option({"reset_after": False}, cells=("GRU",)),
 }
 NONE = Option()

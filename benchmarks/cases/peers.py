@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Other libraries' fused recurrent kernels beside ours, where they are installed and can take the case.
+"""What else people have, beside ours: other libraries, where they are installed and can take the case, and loops by
+hand.
 
-    pip install 'gpu-rnn[peers]'
+    pip install 'gpu-rnn[peers]'        # flashrnn and torchrl, on a GPU
+    pip install 'gpu-rnn[benchmark]'    # ONNX Runtime, on a CPU
 
 Each adapter gets torch.nn's layers and gives a variant with their weights: it brings them to the peer's layout inside
 the call, by views where it can, so that the check sees the gradients of torch.nn's own weights. What a user of the peer
@@ -19,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cases.names import FLASHRNN, PEERS, TORCHRL
+from benchmarks.cases import by_hand, onnx_runtime
+from benchmarks.cases.names import BY_HAND, COMPILED, FLASHRNN, LIBRARIES, ON_A_CPU, ONNXRUNTIME, PEERS, TORCHRL
 from benchmarks.cases.variants import DTYPES, Case, Variant
 
 Call = Mapping[str, Any]
@@ -32,7 +35,8 @@ def find(case: Case, layers: list[nn.Module], call: Call, names: list[str]) -> t
     found, left_out = [], {}
     for name in [name for name in PEERS if name in names]:
         refuse, build = ADAPTERS[name]
-        reason = _absent(name, layers) or refuse(case)
+        whole = "takes whole layers" if case.problem.stepwise and name in LIBRARIES else ""
+        reason = _absent(name, layers) or whole or refuse(case)
         if reason:
             left_out[name] = reason
             continue
@@ -44,14 +48,14 @@ def find(case: Case, layers: list[nn.Module], call: Call, names: list[str]) -> t
 
 
 def _absent(name: str, layers: list[nn.Module]) -> str:
-    if not runs_on(next(layers[0].parameters()).device):
-        return "needs an NVIDIA GPU"
-    return "" if find_spec(name) else f"not installed (pip install {name})"
+    if not runs_on(next(layers[0].parameters()).device, name):
+        return "is measured on a CPU" if name in ON_A_CPU else "needs an NVIDIA GPU"
+    return f"not installed (pip install {name})" if name in LIBRARIES and not find_spec(name) else ""
 
 
-def runs_on(device: torch.device) -> bool:
-    """Whether the peers' kernels run there."""
-    return device.type == "cuda"
+def runs_on(device: torch.device, name: str) -> bool:
+    """Whether a peer is measured there."""
+    return device.type == ("cpu" if name in ON_A_CPU else "cuda")
 
 
 def _stacked(layers: list[nn.Module]) -> dict[str, Tensor]:
@@ -152,4 +156,10 @@ def _torchrl(case: Case, layers: list[nn.Module], call: Call) -> Variant:
 
 NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 Adapter = tuple[Callable[[Case], str], Callable[[Case, list[nn.Module], Call], Variant]]
-ADAPTERS: dict[str, Adapter] = {FLASHRNN: (_flashrnn_refuses, _flashrnn), TORCHRL: (_torchrl_refuses, _torchrl)}
+ADAPTERS: dict[str, Adapter] = {
+    FLASHRNN: (_flashrnn_refuses, _flashrnn),
+    TORCHRL: (_torchrl_refuses, _torchrl),
+    BY_HAND: (by_hand.refuses, by_hand.by_hand),
+    COMPILED: (by_hand.refuses, by_hand.compiled),
+    ONNXRUNTIME: (onnx_runtime.refuses, onnx_runtime.variant),
+}

@@ -4,7 +4,7 @@ units."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from benchmarks.cases.options import BOTH, OPTIONS
 
@@ -23,8 +23,10 @@ class Problem:
         layers, bidirectional: as torch.nn has them.
         heads: independent recurrences side by side, each with weights and input features of its own: what a
             block-diagonal recurrent matrix is.
+        stepwise: the layer's cell is called for each step, as in a decoder.
         option: what ours runs with, of `options.OPTIONS`; torch.nn, which has none of them, runs without.
         dtypes: what the problem is measured in, by default; see `variants.DTYPES`.
+        threads: of the CPU, each a case of its own; () is as many as torch has.
         directions: "forward" is inference, "training" is forward and backward.
         note: where the shape comes from, and what of it is our choice.
     """
@@ -38,9 +40,11 @@ class Problem:
     layers: int = 1
     bidirectional: bool = False
     heads: int = 1
+    stepwise: bool = False
     option: str = ""
     dtypes: tuple[str, ...] = ALL
     directions: tuple[str, ...] = BOTH
+    threads: tuple[int, ...] = ()
     note: str = ""
 
 
@@ -48,7 +52,7 @@ def named(cell: str, *, T: int, B: int, H: int, I: int | None = None, **more: ob
     """A problem named after its sizes; as many input features as units unless I is given."""
     width = H if I is None else I
     parts = [
-        f"{cell}-H{H}",
+        f"{cell}{'Cell' * bool(more.get('stepwise'))}-H{H}",
         f"I{width}" * (width != H),
         f"x{more.get('heads')}" * (more.get("heads", 1) != 1),
     ]
@@ -185,6 +189,40 @@ SWEEP = (
 )
 
 
+CPU_SHAPES = [
+    *({"T": 100, "B": 1, "H": H} for H in (64, 128, 256)),
+    {"T": 100, "B": 32, "I": 64, "H": 128},
+    {"T": 50, "B": 32, "H": 256},
+    {"T": 25, "B": 64, "I": 12, "H": 112},
+    *({"T": 1, "B": 1, "H": H} for H in (64, 256)),
+    {"T": 1, "B": 32, "H": 128},
+]
+
+
+def _cpu() -> list[Problem]:
+    note = "small layers as a CPU serves and trains them: one row or a batch, a sequence or one step"
+    plain = [
+        named(cell, **shape, dtypes=("fp32",), threads=(1, 2), note=note)  # type: ignore[arg-type]
+        for shape in CPU_SHAPES
+        for cell in ("LSTM", "GRU", "RNN")
+    ]
+    optional = _options([CPU_SHAPES[k] for k in (3, 0, 6)], ("fp32",), note)
+    return [*plain, *(replace(p, threads=(1,)) for p in [*optional, *_decoders()] if p.option or p.stepwise)]
+
+
+def _decoders() -> list[Problem]:
+    """Cells: one step, and a decoder's loop of 20."""
+    note = "a decoder, which calls a cell for each step; its length is ours"
+    options = {"LSTM": ("", "activation", "peephole"), "GRU": ("", "activation", "reset_before"), "RNN": ("",)}
+    return [
+        named(cell, T=T, B=B, H=H, stepwise=True, option=option, dtypes=("fp32",), note=note)
+        for B, H in ((1, 64), (1, 256))
+        for cell, names in options.items()
+        for option in names
+        for T in (1, 20)
+    ]
+
+
 def _demo() -> list[Problem]:
     note = "the demo's layers at JapaneseVowels: batches of 27, 12 channels, the longest of 29 steps"
     return [
@@ -204,10 +242,13 @@ SETS: dict[str, tuple[Problem, ...]] = {
         "options": _options([{"T": 256, "B": 64, "H": H} for H in (128, 512)], ROUGH, SWEEP),
         "scaling": _scaling(),
         "demo": _demo(),
+        "cpu": _cpu(),
         "tiny": _tiny(),
         "tiny-options": _options([{"T": 6, "B": 3, "I": 5, "H": 16}], ("fp32",), "the set options, for a CPU"),
     }.items()
 }
+
+FOR_A_CPU = ("cpu",)  # what results of a CPU are about
 
 # What `--all` measures, most valuable first, because a run may be cut short: the real networks, then FlashRNN's
 # figures, options and scaling, then the large grids. Before them comes `quick`, in bf16 alone.

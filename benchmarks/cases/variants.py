@@ -21,20 +21,22 @@ Forward = Callable[[Tensor], tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Case:
-    """A problem in one dtype and direction: what its variants are compared on."""
+    """A problem in one dtype and direction: what its variants are compared on. `threads` are a CPU's."""
 
     set: str
     problem: Problem
     dtype: str
     direction: str
+    threads: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.set}/{self.problem.name} {self.dtype} {self.direction}"
+        words = f"{self.set}/{self.problem.name} {self.dtype} {self.direction}"
+        return words if self.threads is None else f"{words} threads {self.threads}"
 
     @property
-    def key(self) -> tuple[str, str, str, str]:
+    def key(self) -> tuple[str, str, str, str, str]:
         """The columns that name it."""
-        return self.set, self.problem.name, self.dtype, self.direction
+        return self.set, self.problem.name, self.dtype, self.direction, str(self.threads or "")
 
     @property
     def option(self) -> options.Option:

@@ -5,17 +5,28 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
+from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
 
 from benchmarks.cases import problems, variants
-from benchmarks.cases.names import PEERS
+from benchmarks.cases.names import COMPILED, PEERS
 from benchmarks.cases.variants import Case
 from gpu_rnn.cli import positive
 from gpu_rnn.dispatch import choice
 
 NAMES = (*choice.BACKENDS, *PEERS)
+
+
+def names(options: argparse.Namespace, on_a_cpu: bool) -> list[str]:
+    """What is measured beside torch.nn. By default Inductor, which takes seconds to compile for each case, is left out,
+    and for a CPU the reference, which is slow and never chosen there."""
+    left_out = {COMPILED, *["reference"] * on_a_cpu}
+    return options.backend or [name for name in NAMES if name not in left_out]
+
+
 QUICK_TRIALS, TRIALS = 7, 15
 QUICK_SECONDS = 180  # less than `make gpu-check` gives: importing and the case in hand come on top
 
@@ -42,18 +53,23 @@ def cases(options: argparse.Namespace, device: torch.device) -> list[Case]:
             found += _of(options, [name], problems.ALL)
     else:
         found = _of(options, sets, options.dtype or problems.ALL)
+    if options.only:
+        found = [case for case in found if fnmatch(str(case), f"*{options.only}*")]
     if not found:
-        raise ValueError("nothing to measure: the sets' problems are not meant for these dtypes and directions")
-    return found
+        raise ValueError("nothing to measure: no problem of these sets, dtypes, directions and names")
+    if device.type != "cpu":
+        return list(dict.fromkeys(replace(case, threads=None) for case in found))
+    return [replace(case, threads=case.threads or torch.get_num_threads()) for case in found]
 
 
 def _of(options: argparse.Namespace, sets: Iterable[str], dtypes: Iterable[str]) -> list[Case]:
     return [
-        Case(name, problem, dtype, direction)
+        Case(name, problem, dtype, direction, threads)
         for dtype in dtypes
         for name in sets
         for problem in problems.SETS[name]
         for direction in options.direction or problems.BOTH
+        for threads in options.threads or problem.threads or (None,)
         if direction in problem.directions and dtype in (options.dtype or problem.dtypes)
     ]
 
@@ -75,6 +91,10 @@ def _check_names(options: argparse.Namespace, sets: list[str]) -> None:
 
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _counts(text: str) -> list[int]:
+    return [positive(int)(name) for name in _names(text)]
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -102,7 +122,14 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
         "--backend",
         type=_names,
         metavar="NAME,...",
-        help=f"besides torch.nn, of {', '.join(NAMES)} (default: all that can run)",
+        help=f"besides torch.nn, of {', '.join(NAMES)} (default: all that can run, but for {COMPILED})",
+    )
+    parser.add_argument("--only", metavar="PATTERN", help="cases in whose names this stands, such as 'GRU*B1-T100*fo'")
+    parser.add_argument(
+        "--threads",
+        type=_counts,
+        metavar="N,...",
+        help="of a CPU, each a case of its own (default: each problem's, or torch's)",
     )
 
 
@@ -134,7 +161,7 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=Path,
         metavar="FILE",
-        help="default: benchmarks/results/<GPU>/, for a CPU build/benchmarks/",
+        help="default: benchmarks/results/<device>/; for what a CPU only tries, build/benchmarks/",
     )
     parser.add_argument(
         "--resume",
@@ -142,6 +169,7 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="append to FILE, without the cases that it has of this commit and device",
     )
+    parser.add_argument("--limit", type=positive(int), metavar="N", help="cases at most")
     parser.add_argument("--device", help="cpu, cuda or cuda:1 (default: the GPU if there is one)")
     parser.add_argument("--seed", type=int, help="of weights and inputs (default: a new one, written into the rows)")
     parser.add_argument("--commit", help="to write into the rows where the code is no git checkout")

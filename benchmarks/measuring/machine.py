@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 
 import gpu_rnn
-from benchmarks.cases.names import PEERS
+from benchmarks.cases.names import LIBRARIES
 from gpu_rnn import devices, environment
+from gpu_rnn.backends.native import building
 from gpu_rnn.diagnostics import doctor
 from gpu_rnn.dispatch import choice, measured
 
@@ -37,14 +38,15 @@ def columns(device: torch.device, commit: str | None, emulated: bool = False) ->
     gpu = device.type == "cuda"
     found, dirty = _commit()
     return {
-        "device": f"{'emulated GPU on ' * emulated}{doctor.device_name(device)}",
+        "device": f"{'emulated GPU on ' * emulated}{_name(device)}",
         "driver": doctor._driver() if gpu else "",
         "cuda": torch.version.cuda or "" if gpu else "",
         "cudnn": str(torch.backends.cudnn.version()) if gpu else "",
         "torch": torch.__version__,
         "triton": _version("triton"),
         "cupy": _version("cupy-cuda13x") or _version("cupy-cuda12x"),
-        **{name: _version(name) for name in PEERS},
+        **{name: _version(name) for name in LIBRARIES},
+        "compiler": "" if gpu else _compiler(),
         "gpu_rnn": gpu_rnn.__version__,
         "commit": found or commit or "",
         "dirty": dirty,
@@ -68,12 +70,24 @@ def check_nothing_chooses(device: torch.device) -> None:
         )
 
 
-def folder(device: torch.device) -> Path:
-    """Where results go: beside the code for a GPU, where git ignores them for a CPU."""
-    if device.type != "cuda":
+def _name(device: torch.device) -> str:
+    """Of a CPU without its threads, which are a case's."""
+    return doctor.device_name(device) if device.type == "cuda" else devices.cpu_model()
+
+
+def _compiler() -> str:
+    """The C compiler's version, as it says it, with the instructions that it is asked for."""
+    try:
+        return f"{building.version()}, {building.instruction_sets()[0].name}"
+    except building.CompilerError:
+        return ""
+
+
+def folder(device: torch.device, meant_for_it: bool = False) -> Path:
+    """Where results go: beside the code, but where git ignores them if a CPU only tries what is meant for a GPU."""
+    if device.type != "cuda" and not meant_for_it:
         return ROOT / "build" / "benchmarks"
-    name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
-    return ROOT / "benchmarks" / "results" / name
+    return ROOT / "benchmarks" / "results" / re.sub(r"[^a-z0-9]+", "-", _name(device).lower()).strip("-")
 
 
 # What builds kernels keeps them below the user's home unless it is told otherwise.

@@ -8,21 +8,35 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.cases.comparison import Comparison
-from benchmarks.cases.names import PEERS, TORCH
+from benchmarks.cases.names import LIBRARIES, PEERS, TORCH
 from benchmarks.cases.variants import Case
 from benchmarks.measuring import timing
 from gpu_rnn.diagnostics.explanation import Explanation
 
 Row = dict[str, object]
-SIZES = ("cell", "T", "B", "I", "H", "layers", "bidirectional", "heads", "option")
+SIZES = ("cell", "T", "B", "I", "H", "layers", "bidirectional", "heads", "stepwise", "option")
 COLUMNS = (
-    *("set", "problem", *SIZES, "dtype", "precision", "direction", "variant", "chosen", "status"),
+    *("set", "problem", *SIZES, "dtype", "precision", "direction", "threads", "variant", "chosen", "status"),
     *("median_us", "p20_us", "p80_us", "us_per_step", "floor_us", "of_floor", "predicted_us", "ratio"),
     *("trials", "calls", "timing", "peak_mib"),
     *("error", "worst", "tolerance", "checked_against", "detail", "seed"),
-    *("device", "driver", "cuda", "cudnn", "torch", "triton", "cupy", *PEERS, "gpu_rnn", "commit", "dirty", "date"),
+    *(
+        "device",
+        "driver",
+        "cuda",
+        "cudnn",
+        "torch",
+        "triton",
+        "cupy",
+        *LIBRARIES,
+        "compiler",
+        "gpu_rnn",
+        "commit",
+        "dirty",
+        "date",
+    ),
 )
-CASE = ("set", "problem", "dtype", "direction")  # what names a case, see `Case.key`
+CASE = ("set", "problem", "dtype", "direction", "threads")  # what names a case, see `Case.key`
 
 
 def empty(case: Case, variant: str = TORCH) -> Row:

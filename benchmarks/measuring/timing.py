@@ -3,16 +3,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 
 from gpu_rnn.diagnostics import timing
 from gpu_rnn.diagnostics.timing import FEWEST, WARM_UP, Timed, Timing
 
-__all__ = ["FEWEST", "WARM_UP", "Timed", "Timing", "interleave", "peak_memory"]
+__all__ = ["FEWEST", "WARM_UP", "Timed", "Timing", "interleave", "peak_memory", "threads"]
 
 GRAPH_CALLS = 20  # in one graph, so that launching the graph is a small part of its time
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """So many threads of torch on a CPU; None leaves them as they are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def interleave(

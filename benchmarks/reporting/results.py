@@ -18,9 +18,9 @@ OPTION_LIMIT = 1.10  # an option may take this many times the default's time; mo
 DTYPES = ("bf16", "fp16", "fp32", "ieee")
 DIRECTIONS = ("forward", "training")
 
-KEY = ("set", "problem", "dtype", "direction")
+KEY = ("set", "problem", "dtype", "direction", "threads")  # threads: of a CPU
 SHAPE = ("cell", "T", "B", "I", "H", "layers", "bidirectional", "heads")
-NEEDED = (*KEY, *SHAPE, "variant", "chosen", "status", "median_us", "ratio", "device", "date")
+NEEDED = (*KEY[:4], *SHAPE, "variant", "chosen", "status", "median_us", "ratio", "device", "date")
 
 Row = defaultdict[str, str]  # by column; empty where an older file lacks the column
 
@@ -36,7 +36,8 @@ class Case:
         return self.rows[0][column]
 
     def __str__(self) -> str:
-        return f"{self['set']}/{self['problem']} {self['dtype']} {self['direction']}"
+        threads = f" threads {self['threads']}" if self["threads"] else ""
+        return f"{self['set']}/{self['problem']} {self['dtype']} {self['direction']}{threads}"
 
     @cached_property
     def theirs(self) -> Row | None:
@@ -72,7 +73,9 @@ class Case:
 
     def shape(self, *without: str) -> tuple[str, ...]:
         """What else is measured at the same sizes, whatever the columns of `without` hold, has the same shape."""
-        return tuple(self[name] for name in (*SHAPE, "dtype", "direction") if name not in without)
+        return tuple(
+            self[name] for name in (*SHAPE, "stepwise", "dtype", "direction", "threads") if name not in without
+        )
 
 
 def timed(row: Row | None) -> bool:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import csv
 import sys
+from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from benchmarks import run
 from benchmarks.cases import comparison, peers, problems
-from benchmarks.cases.names import PEERS
+from benchmarks.cases.names import BY_HAND, ON_A_CPU, ON_A_GPU, ONNXRUNTIME
 from benchmarks.cases.variants import Case
 from benchmarks.measuring import checking
 
@@ -124,12 +125,12 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, "flashrnn", flashrnn=flashrnn)
     kernels = {"lstm_triton": lstm_triton, "gru_triton": gru_triton}
     install(monkeypatch, "torchrl.modules.tensordict_module._rnn_triton", **kernels)
-    monkeypatch.setattr(peers, "runs_on", lambda device: True)
+    monkeypatch.setattr(peers, "runs_on", lambda device, name: True)
     monkeypatch.setattr(peers, "_flashrnn_kernel", lambda: "cuda_fused")
 
 
 SIZES: dict[str, Any] = {"T": 9, "B": 3, "H": 16}
-BOTH = {*PEERS}
+BOTH = {*ON_A_GPU}
 CASES = [
     (problems.named("LSTM", **SIZES, I=7), "fp32", BOTH),
     (problems.named("LSTM", **SIZES, I=7), "ieee", {"torchrl"}),
@@ -153,7 +154,7 @@ def test_peers_compute_what_we_do_from_the_same_weights(
     problem: problems.Problem, dtype: str, taken: set[str], direction: str
 ) -> None:
     case = Case("tiny", problem, dtype, direction)
-    compared = comparison.build(case, CPU, list(PEERS))
+    compared = comparison.build(case, CPU, list(ON_A_GPU))
     side = compared.sides[-1]
     found = {variant.name: variant for variant in side.variants if variant.name != "torch.nn"}
     assert found.keys() == taken and compared.left_out.keys() == BOTH - taken
@@ -198,9 +199,10 @@ def test_what_a_peer_gets_wrong_is_a_row_and_no_failure_of_ours(
 def test_a_peer_that_is_not_there_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case("tiny", problems.named("LSTM", **SIZES), "fp32", "forward")
     nothing = {"flashrnn": "needs an NVIDIA GPU", "torchrl": "needs an NVIDIA GPU"}
-    assert comparison.build(case, CPU, list(PEERS)).left_out == nothing
+    assert comparison.build(case, CPU, list(ON_A_GPU)).left_out == nothing
+    assert all("measured on a CPU" in peers._absent(name, [torch.nn.LSTM(1, 1, device="meta")]) for name in ON_A_CPU)
     assert comparison.build(case, CPU, ["step"]).left_out == {}
-    monkeypatch.setattr(peers, "runs_on", lambda device: True)
+    monkeypatch.setattr(peers, "runs_on", lambda device, name: True)
     monkeypatch.setattr(peers, "find_spec", lambda name: None)
     assert "pip install flashrnn" in comparison.build(case, CPU, ["flashrnn"]).left_out["flashrnn"]
     install(monkeypatch, "torchrl.modules.tensordict_module")  # as before 0.13
@@ -208,12 +210,54 @@ def test_a_peer_that_is_not_there_says_why(monkeypatch: pytest.MonkeyPatch) -> N
     assert "cannot import name" in comparison.build(case, CPU, ["torchrl"]).left_out["torchrl"]
 
 
+BY_HAND_TOO = [problem for problem in problems.SETS["tiny-options"] if "per_gate" not in problem.option]
+
+
+@pytest.mark.parametrize("direction", problems.BOTH)
+@pytest.mark.parametrize("problem", BY_HAND_TOO, ids=lambda problem: problem.name)
+def test_a_loop_by_hand_computes_every_option(problem: problems.Problem, direction: str) -> None:
+    if direction not in problem.directions:
+        return
+    compared = comparison.build(Case("tiny-options", problem, "fp32", direction), CPU, [BY_HAND])
+    side = compared.sides[-1]
+    (variant,) = (each for each in side.variants if each.name == BY_HAND)
+    errors = checking.errors(variant, side.inputs, checking.exact(side.truth, side.inputs, 3), 3)
+    assert max(errors.values()) < 1e-4
+
+
+class Session:
+    """ONNX's own evaluator with the signature of onnxruntime 1.20's InferenceSession."""
+
+    def __init__(self, model: bytes, settings: Any, providers: list[str]) -> None:
+        from onnx import load_from_string
+        from onnx.reference import ReferenceEvaluator
+
+        assert settings.intra_op_num_threads == torch.get_num_threads() and providers == ["CPUExecutionProvider"]
+        self.evaluator = ReferenceEvaluator(load_from_string(model))
+
+    def run(self, names: None, given: dict[str, Any]) -> list[Any]:
+        return self.evaluator.run(names, given)
+
+
+@pytest.mark.parametrize("cell", ["GRU", "RNN"])  # of an LSTM the evaluator has no c at the end
+def test_onnx_runtime_computes_what_we_do(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnx", reason="ONNX is not installed: pip install onnx")
+    install(monkeypatch, "onnxruntime", InferenceSession=Session, SessionOptions=SimpleNamespace)
+    case = Case("tiny", problems.named(cell, **SIZES, I=7), "fp32", "forward", torch.get_num_threads())
+    (side,) = comparison.build(case, CPU, [ONNXRUNTIME]).sides
+    (variant,) = (each for each in side.variants if each.name == ONNXRUNTIME)
+    errors = checking.errors(variant, side.inputs, checking.exact(side.truth, side.inputs, 3), 3)
+    assert max(errors.values()) < 1e-5
+    left_out = comparison.build(replace(case, direction="training"), CPU, [ONNXRUNTIME]).left_out
+    assert left_out == {ONNXRUNTIME: "runs inference only"}
+
+
 @pytest.mark.parametrize(("width", "taken"), [(8, False), (16, True), (48, False), (64, True), (128, False)])
 def test_without_a_compiler_flashrnn_runs_its_triton_kernel(
     width: int, taken: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(monkeypatch, "flashrnn", flashrnn=flashrnn)
-    monkeypatch.setattr(peers, "runs_on", lambda device: True)
+    monkeypatch.setattr(peers, "runs_on", lambda device, name: True)
     monkeypatch.setattr(peers.shutil, "which", lambda name: None)
     monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", None)
     case = Case("flashrnn", problems.named("LSTM", T=3, B=2, H=width), "bf16", "forward")

@@ -261,12 +261,35 @@ def test_what_a_user_prefers_or_tuned_is_not_what_a_layer_takes_by_itself(
     assert "gpu_rnn.tuning.forget()" in capsys.readouterr().err
 
 
+def test_a_cpus_cases_have_each_number_of_threads(tmp_path: Path) -> None:
+    asked = ["--device", "cpu", "--set", "cpu", "--quick", "--trials", "1", "--backend", "native,step,by-hand"]
+    before = torch.get_num_threads()
+    status, rows = measured(tmp_path, *asked, "--only", "RNN-H64-B1-T1 *forward")
+    assert status == 0 and torch.get_num_threads() == before
+    names = ("torch.nn", "native", "step", "by-hand")
+    assert [(row["threads"], row["variant"]) for row in rows] == [(t, name) for t in "12" for name in names]
+    assert {row["device"] for row in rows} == {gpu_rnn.devices.cpu_model()} and all(row["compiler"] for row in rows)
+    _, rows = measured(tmp_path, *asked, "--only", "RNNCell-H64-B1-T20*", "--threads", "1", "--limit", "1")
+    assert {row["problem"] for row in rows} == {"RNNCell-H64-B1-T20"} and {row["status"] for row in rows} == {"ok"}
+    assert {row["direction"] for row in rows} == {"forward"}  # the first of two
+    for name, folder in ({"cpu"}, "results"), ({"tiny"}, "build"), ({"cpu", "tiny"}, "build"):
+        there = machine.folder(torch.device("cpu"), name <= {*problems.FOR_A_CPU})
+        assert there.relative_to(ROOT).parts[0] == {"results": "benchmarks"}.get(folder, folder)
+
+
+def test_the_reference_and_inductor_are_measured_where_they_are_asked_for() -> None:
+    parse = run.arguments.parser("").parse_args
+    assert {"reference", "torch.compile"}.isdisjoint(run.arguments.names(parse([]), on_a_cpu=True))
+    assert "reference" in run.arguments.names(parse([]), on_a_cpu=False)
+    assert run.arguments.names(parse(["--backend", "torch.compile"]), on_a_cpu=True) == ["torch.compile"]
+
+
 def test_all_sets_in_the_order_of_their_value() -> None:
     asked = run.arguments.parser("").parse_args(["--all"])
     cases = run.arguments.cases(asked, torch.device("cuda"))
     order = list(dict.fromkeys((case.set, case.dtype) for case in cases))
     assert order[:5] == [("quick", "bf16"), ("rl", "bf16"), ("rl", "fp16"), ("rl", "fp32"), ("rl", "ieee")]
-    assert {case.set for case in cases} == problems.SETS.keys() - {"tiny", "tiny-options"}
+    assert {case.set for case in cases} == problems.SETS.keys() - {"tiny", "tiny-options", "cpu"}
     assert len({case.key for case in cases}) == len(cases)
     with pytest.raises(ValueError, match="--all"):
         run.arguments.cases(run.arguments.parser("").parse_args(["--all", "--set", "rl"]), torch.device("cuda"))

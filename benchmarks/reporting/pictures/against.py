@@ -9,12 +9,13 @@ from typing import NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.cases.names import PEERS
+from benchmarks.cases.names import ON_A_CPU, ON_A_GPU
 from benchmarks.reporting.results import DIRECTIONS, Case, per_step, timed
 
 from . import style
 
-OF_PEER = dict(zip(PEERS, ((style.BLUE, "o"), (style.ORANGE, "^")), strict=True))
+LOOKS = ((style.BLUE, "o"), (style.ORANGE, "^"), (style.GREEN, "s"))
+OF_PEER = dict(zip(ON_A_GPU, LOOKS[:2], strict=True)) | dict(zip(ON_A_CPU, LOOKS, strict=True))
 MARGIN = 1.5  # between the outermost dot and the edge, on logarithmic axes
 
 
