@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Callable
 
-from mpmath import chebyfit, chop, exp, linspace, log, mp, mpf, polyval, sqrt
+from mpmath import chebyfit, chop, exp, linspace, log, mp, mpf, polyval, sqrt, tanh
 
 mp.dps = 60
 
@@ -28,11 +28,18 @@ def beyond_argument(z: mpf) -> mpf:
     return (log((1 + s) / (1 - s)) - 2 * s) / s**3 if s > mpf(10) ** -15 else mpf(2) / 3 + 2 * z / 5
 
 
+def beyond_slope(z: mpf) -> mpf:
+    """(tanh(x) - x) / x³, of z = x²."""
+    x = sqrt(z)
+    return (tanh(x) - x) / x**3 if x > mpf(10) ** -15 else -mpf(1) / 3 + 2 * z / 15
+
+
 LARGEST_Z = ((sqrt(2) - 1) / (sqrt(2) + 1)) ** 2
 # Name, function, where it is fitted (a little further than it is used), its degree for float and for double.
 FITS: list[tuple[str, Callable[[mpf], mpf], mpf, mpf, tuple[int, int]]] = [
     ("EXP", beyond_first_order, -HALF_LN_2 * mpf("1.01"), HALF_LN_2 * mpf("1.01"), (5, 10)),
     ("LOG", beyond_argument, mpf(0), LARGEST_Z * mpf("1.01"), (3, 7)),
+    ("TANH", beyond_slope, mpf(0), mpf("0.3") ** 2 * mpf("1.01"), (3, 7)),
 ]
 
 

@@ -80,115 +80,92 @@ static inline real power_of_two(truth n) {
   return (real)((n + BIAS) << MANTISSA);
 }
 
-// x as n ln 2 + r with |r| ≤ ln 2 / 2, |x| < 2000: e^x is 2^n (1 + r + tail).
-typedef struct {
-  truth n;
-  real r, tail;
-} reduced;
-
-static inline reduced reduced_argument(real x) {
-  const real shift = K(OF_TYPE(0x1.8p23, 0x1.8p52)); // ends in the unit's place
-  const real shifted = x * K(1.4426950408889634) + shift;
-  const real whole = shifted - shift;
-  const real near = x - whole * K(OF_TYPE(0x1.62e4p-1, 0x1.62e42feep-1));
-  const real low =
-      whole * K(OF_TYPE(1.4286068203094173e-06, 1.9082149292705877e-10));
-  const real r = near - low;
-  real p;
-  if (IS_DOUBLE) {
-    p = K(2.0915442297780116e-09) * r + K(2.5106274733573296e-08);
-    p = p * r + K(2.75572718102198e-07);
-    p = p * r + K(2.7557252833516911e-06);
-    p = p * r + K(2.4801587327007187e-05);
-    p = p * r + K(0.00019841269876864356);
-    p = p * r + K(0.0013888888888883327);
-    p = p * r + K(0.0083333333333255443);
-    p = p * r + K(0.041666666666666671);
-    p = p * r + K(0.16666666666666671);
-  } else {
-    p = K(0.000198919813) * r + K(0.00139345419);
-    p = p * r + K(0.00833331002);
-    p = p * r + K(0.0416664568);
-    p = p * r + K(0.166666667);
-  }
-  return (reduced){(truth)shifted - (truth)shift, r,
-                   r * r * (p * r + K(0.5)) + ((near - r) - low)};
-}
-
-// A number and what rounding took from it.
-typedef struct {
-  real value, rest;
-} pair;
-
-// a + b + c, of which |a| ≥ |b| or a = 0.
-static inline pair sum_pair(real a, real b, real c) {
-  const real sum = a + b, rest = (b - (sum - a)) + c, value = sum + rest;
-  return (pair){value, rest - (value - sum)};
-}
-
-// over / under, with what rounding took from both; `inverse` is about 1 /
-// under.
-static inline real divide_pairs(pair over, pair under, real inverse) {
-  const real q = over.value / under.value;
-  return q + (over.rest - q * under.rest) * inverse;
-}
-
 static inline real between(real low, real x, real high) {
   return where_(x > high, high, where_(x < low, low, x));
 }
 
+// e^x as 2^n (1 + p) with |p| < 0.42, |x| < 2000.
+typedef struct {
+  truth n;
+  real p;
+} power;
+
+static inline power power_of_e(real x) {
+  const real shift = K(OF_TYPE(0x1.8p23, 0x1.8p52)); // ends in the unit's place
+  const real shifted = x * K(1.4426950408889634) + shift;
+  const real whole = shifted - shift;
+  const real near = x - whole * K(OF_TYPE(0x1.62e4p-1, 0x1.62e42feep-1));
+  const real r = near - whole * K(OF_TYPE(1.4286068203094173e-06,
+                                          1.9082149292705877e-10));
+  real q;
+  if (IS_DOUBLE) {
+    q = K(2.0915442297780116e-09) * r + K(2.5106274733573296e-08);
+    q = q * r + K(2.75572718102198e-07);
+    q = q * r + K(2.7557252833516911e-06);
+    q = q * r + K(2.4801587327007187e-05);
+    q = q * r + K(0.00019841269876864356);
+    q = q * r + K(0.0013888888888883327);
+    q = q * r + K(0.0083333333333255443);
+    q = q * r + K(0.041666666666666671);
+    q = q * r + K(0.16666666666666671);
+  } else {
+    q = K(0.000198919813) * r + K(0.00139345419);
+    q = q * r + K(0.00833331002);
+    q = q * r + K(0.0416664568);
+    q = q * r + K(0.166666667);
+  }
+  return (power){(truth)shifted - (truth)shift, r * r * (q * r + K(0.5)) + r};
+}
+
 // Scaled in two steps: 2^n itself may be no normal number.
-static inline pair exp_pair(real x) {
-  const reduced of =
-      reduced_argument(between(K(OF_TYPE(-104, -746)), x, K(OF_TYPE(89, 710))));
-  const pair sum = sum_pair(K(1), of.r, of.tail);
-  const truth half = of.n >> 1;
-  const real first = power_of_two(half), second = power_of_two(of.n - half);
-  return (pair){sum.value * first * second, sum.rest * first * second};
+static inline real exp_(real x) {
+  const power e =
+      power_of_e(between(K(OF_TYPE(-104, -746)), x, K(OF_TYPE(89, 710))));
+  const truth half = e.n >> 1;
+  return (K(1) + e.p) * power_of_two(half) * power_of_two(e.n - half);
 }
 
-static inline real exp_(real x) { return exp_pair(x).value; }
-
-// (e^x - 1) / 2 as 2^(n - 1) - 1/2 + 2^(n - 1) (r + tail): 2^n may overflow
-// where e^x does not.
-static inline pair half_expm1(real x) {
-  const reduced of =
-      reduced_argument(between(K(OF_TYPE(-20, -40)), x, K(OF_TYPE(89, 710))));
-  const real half = power_of_two(of.n - 1);
-  return sum_pair(half - K(0.5), half * of.r, half * of.tail);
-}
-
-static inline truth is_tiny(real x) {
-  return abs_(x) < K(OF_TYPE(1e-8, 1e-17));
-}
-
+// 2^n - 1 + 2^n p, halved: 2^n may overflow where e^x does not.
 static inline real expm1_(real x) {
-  const pair y = half_expm1(x);
-  return where_(is_tiny(x), x, K(2) * y.value);
+  const power e =
+      power_of_e(between(K(OF_TYPE(-20, -40)), x, K(OF_TYPE(89, 710))));
+  const real half = power_of_two(e.n - 1);
+  return where_(abs_(x) < K(OF_TYPE(1e-8, 1e-17)), x,
+                K(2) * (half * e.p + (half - K(0.5))));
 }
 
-static inline pair where_pair(truth c, pair a, pair b) {
-  return (pair){where_(c, a.value, b.value), where_(c, a.rest, b.rest)};
-}
-
-// With e = e^-|x|, which is at most 1: e / (1 + e) below 0, else 1 / (1 + e).
+// 1 / (1 + 2^n (1 + p)), of e^-x. Over and under the line 2^(-n / 2) is taken
+// out: what is left are normal numbers.
 static inline real sigmoid_(real x) {
-  const pair e = exp_pair(-abs_(x)), one = {K(1), K(0)};
-  return divide_pairs(where_pair(x < K(0), e, one),
-                      sum_pair(K(1), e.value, e.rest), K(1) - K(0.5) * e.value);
+  const power e =
+      power_of_e(between(K(OF_TYPE(-90, -720)), -x, K(OF_TYPE(105, 747))));
+  const truth half = e.n >> 1;
+  const real over = power_of_two(-half), under = power_of_two(e.n - half);
+  return over / (under * e.p + over + under);
 }
 
-// With t = (e^2a - 1) / 2: 1 - 1 / (1 + t) of a ≥ 1/2, below t / (1 + t) of -a.
+// With t = e^2|x| - 1: t / (t + 2), which near 0 is less exact than a
+// polynomial.
 static inline real tanh_(real x) {
-  const real a = abs_(x);
-  const truth far = a >= K(0.5);
-  const pair t = half_expm1(where_(far, K(2) * a, K(-2) * a));
-  const pair one = {K(1), K(0)};
-  const real q = divide_pairs(
-      where_pair(far, one, t),
-      sum_pair(where_(far, t.value, K(1)), where_(far, K(1), t.value), t.rest),
-      where_(far, K(0), K(1) - t.value));
-  return where_(is_tiny(x), x, with_sign_of(x, abs_(where_(far, K(1) - q, q))));
+  const real z = x * x, a = abs_(x), largest = K(OF_TYPE(10, 20));
+  real q;
+  if (IS_DOUBLE) {
+    q = K(0.00051019992152539844) * z + K(-0.0014443765687810444);
+    q = q * z + K(0.0035912589556821679);
+    q = q * z + K(-0.0088631987904742391);
+    q = q * z + K(0.02186948769012043);
+    q = q * z + K(-0.05396825395866825);
+    q = q * z + K(0.13333333333329189);
+    q = q * z + K(-0.33333333333333331);
+  } else {
+    q = K(0.0203363594) * z + K(-0.0538824996);
+    q = q * z + K(0.133331784);
+    q = q * z + K(-0.333333329);
+  }
+  const power e = power_of_e(K(2) * where_(a > largest, largest, a));
+  const real scale = power_of_two(e.n);
+  const real t = scale * e.p + (scale - K(1));
+  return with_sign_of(x, where_(a < K(0.3), a * z * q + a, t / (t + K(2))));
 }
 
 // x as 2^e (1 + f) with 1 + f from sqrt(1/2) to sqrt(2). With s = f / (2 + f),

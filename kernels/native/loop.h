@@ -18,15 +18,23 @@
 
 enum { SKIP = 1, RESET = 2 }; // bits of flags, as gpu_rnn/backends/tensors.py
 enum { ALIGNMENT = 64 };      // bytes: the widest vector
+enum { TILE = ROWS > 1 ? ROWS : 2 }; // sums of VECTORS vectors each
 
+// A whole vector is one instruction; a size that is not known is a call.
 static inline real load(const scalar *from, long count) {
   real value = {0};
-  memcpy(&value, from, sizeof(scalar) * (count < LANES ? count : LANES));
+  if (__builtin_expect(count >= LANES, 1))
+    memcpy(&value, from, sizeof value);
+  else
+    memcpy(&value, from, sizeof(scalar) * count);
   return value;
 }
 
 static inline void store(scalar *to, real value, long count) {
-  memcpy(to, &value, sizeof(scalar) * (count < LANES ? count : LANES));
+  if (__builtin_expect(count >= LANES, 1))
+    memcpy(to, &value, sizeof value);
+  else
+    memcpy(to, &value, sizeof(scalar) * count);
 }
 
 static inline void add_to(scalar *to, real value, long count) {
@@ -155,51 +163,74 @@ static void pack(const layout *of, const scalar *matrix, scalar *packed) {
       }
 }
 
-// sums[row] = Σ_k input[row][k] weights[k], all in registers.
+// Σ_k input[row][k] weights[group][k] of each row and group, all in registers.
 static inline __attribute__((always_inline)) void
-multiply(const int rows, const scalar *const *input, long depth,
-         const scalar *weights, real (*sums)[VECTORS]) {
+multiply(const int rows, const int groups, const scalar *const *input,
+         long depth, const scalar *weights, real (*sums)[VECTORS]) {
   const real *from = (const real *)weights;
-  real each[ROWS][VECTORS] = {{{0}}};
+  real each[TILE][VECTORS] = {{{0}}};
   for (long k = 0; k < depth; k++, from += VECTORS) {
 #pragma GCC unroll 16
     for (int row = 0; row < rows; row++) {
       const real value = input[row][k] - (real){0};
 #pragma GCC unroll 16
-      for (int vector = 0; vector < VECTORS; vector++)
-        each[row][vector] += value * from[vector];
+      for (int group = 0; group < groups; group++)
+#pragma GCC unroll 16
+        for (int vector = 0; vector < VECTORS; vector++)
+          each[row * groups + group][vector] +=
+              value * from[group * depth * VECTORS + vector];
     }
   }
 #pragma GCC unroll 16
-  for (int row = 0; row < rows; row++)
+  for (int line = 0; line < rows * groups; line++)
 #pragma GCC unroll 16
     for (int vector = 0; vector < VECTORS; vector++)
-      sums[row][vector] = each[row][vector];
+      sums[line][vector] = each[line][vector];
 }
 
 // What is done with a row's sums, once they are there.
 typedef void use(void *context, long row, long group, const real *sums);
 
-// The product of all live rows of `input`, which lie `apart` from each other.
+// The product of all live rows of `input`, which lie `apart` from each other:
+// as many rows at once as registers hold, all tiles of about the same number;
+// of a single row two groups, whose sums do not wait for each other.
 static inline __attribute__((always_inline)) void
 product(const layout *of, const scalar *packed, const scalar *input, long apart,
         const long *live, long count, use *with, void *context) {
-  const long size = of->depth * VECTORS * LANES;
+  const long depth = of->depth, groups = groups_of(of);
+  const long tiles = divided_up(count, ROWS);
   packed += of->to;
-  for (long group = 0; group < groups_of(of); group++)
-    for (long done = 0; done < count; done += ROWS) {
-      real sums[ROWS][VECTORS];
-      const scalar *rows[ROWS];
-      const long left = count - done;
-      for (long row = 0; row < ROWS; row++) // one twice rather than a tail
-        rows[row] = input + live[done + (row < left ? row : left - 1)] * apart;
-      if (left == 1)
-        multiply(1, rows, of->depth, packed + group * size, sums);
-      else
-        multiply(ROWS, rows, of->depth, packed + group * size, sums);
-      for (long row = 0; row < ROWS && row < left; row++)
-        with(context, live[done + row], group, sums[row]);
+  for (long group = 0, width; group < groups; group += width) {
+    const scalar *weights = packed + group * depth * VECTORS * LANES;
+    width = count == 1 && group + 1 < groups ? 2 : 1;
+    for (long tile = 0, done = 0, rows; tile < tiles; tile++, done += rows) {
+      real sums[TILE][VECTORS];
+      const scalar *from[ROWS];
+      rows = divided_up(count - done, tiles - tile);
+      for (long row = 0; row < rows; row++)
+        from[row] = input + live[done + row] * apart;
+      switch (width == 2 ? 0 : rows) {
+#define OF_ROWS(number)                                                        \
+  case number:                                                                 \
+    if (number <= ROWS)                                                        \
+      multiply(number <= ROWS ? number : 1, 1, from, depth, weights, sums);    \
+    break;
+        OF_ROWS(1)
+        OF_ROWS(2)
+        OF_ROWS(3)
+        OF_ROWS(4)
+        OF_ROWS(5)
+        OF_ROWS(6)
+        OF_ROWS(7)
+        OF_ROWS(8)
+      default:
+        multiply(1, 2, from, depth, weights, sums);
+      }
+      for (long line = 0; line < rows * width; line++)
+        with(context, live[done + line / width], group + line % width,
+             sums[line]);
     }
+  }
 }
 
 // One thread's shares: every one of `threads` from `number` on.

@@ -35,14 +35,14 @@ class InstructionSet(NamedTuple):
     flags: tuple[str, ...]  # of the compiler
     bytes: int  # of a vector
     sums: int  # accumulators of a product that stay in registers beside what is multiplied
-    across: int  # of these in one row: as many as hide the latency of a sum, fewer where several rows would not fit
+    across: int  # of these in one row: twice as many hide the latency of a sum
 
 
 # The widest first. x86 has 32 vector registers with AVX-512 and 16 without, 64-bit ARM has 32.
 BASELINE = InstructionSet("plain", (), 16, 12, 4)
-NEON = InstructionSet("neon", (), 16, 24, 8)
+NEON = InstructionSet("neon", (), 16, 24, 4)
 OF_X86 = (
-    InstructionSet("avx512", ("-mavx512f", "-mavx512dq", "-mfma"), 64, 24, 8),
+    InstructionSet("avx512", ("-mavx512f", "-mavx512dq", "-mfma"), 64, 24, 4),
     InstructionSet("avx2", ("-mavx2", "-mfma"), 32, 12, 4),
 )
 

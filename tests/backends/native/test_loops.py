@@ -121,11 +121,15 @@ def test_results_do_not_depend_on_threads(lengths: tuple[int, ...] | None, monke
             assert torch.equal(value, alone[name]), (name, count)
 
 
-def test_a_row_does_not_depend_on_those_beside_it() -> None:
-    inputs = support.make(support.RECURRENCES["peephole_lstm"], T=4, B=9, H=21).to(torch.float32)
-    row = slice(4, 5)
-    whole, alone = both_passes("peephole_lstm", inputs), both_passes("peephole_lstm", inputs, row)
-    assert torch.equal(whole["y"][:, row], alone["y"]) and torch.equal(whole["d_gates"][:, row], alone["d_gates"])
+@pytest.mark.parametrize("cell", ["peephole_lstm", "gru"])
+def test_a_row_does_not_depend_on_those_beside_it(cell: str) -> None:
+    inputs = support.make(support.RECURRENCES[cell], T=4, B=18, H=37).to(torch.float32)
+    whole = both_passes(cell, inputs)
+    for count in range(1, 18):  # a product of each number of rows that registers hold
+        rows = slice(count, count + count)
+        some = both_passes(cell, inputs, rows)
+        for name in ("y", "d_gates"):
+            assert torch.equal(whole[name][:, rows], some[name]), (name, count)
 
 
 @pytest.mark.parametrize(("which", "padding"), [("lengths", float("nan")), ("mask", float("inf"))])
