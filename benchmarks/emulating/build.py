@@ -29,7 +29,7 @@ CUDA = ROOT / "kernels" / "cuda"
 RUNTIME = ("runtime.cpp", "memory.cpp", "clusters.cpp", "warp.cpp", "main.cpp")
 SOURCES = {".cpp", ".h", ".cu", ".cuh"}
 KERNEL = re.compile(
-    r"__global__\s+(?:void\s+|CLUSTERED\s+|__(?:launch_bounds|cluster_dims)__\s*\([^()]*\)\s*)+(\w+)\s*\("
+    r"__global__\s+(?:void\s+|LAUNCH_BOUNDS\s+|__(?:launch_bounds|cluster_dims)__\s*\([^()]*\)\s*)+(\w+)\s*\("
 )
 MOST_SITES = 1024  # internal.h
 

@@ -50,6 +50,7 @@ def run_on_cpu(launches: list[group.Launch], reached: set[int] | None = None, **
         layout = launch.layout
         program = build.load(source(layout), sanitizer=sanitizer)
         size = {"grid": launch.grid, "block": layout.threads, "shared_bytes": layout.shared_bytes}
+        size["cluster"] = layout.members if layout.cluster else 1
         found = build.run(program, layout.kernel, args=launch.ordered, **(size | options))
         if reached is not None:
             reached |= found

@@ -18,7 +18,8 @@
 // beyond in shared memory), BACKWARD, SAVE (forward: keep what the backward
 // direction needs), INNER (states other than h of all steps: forward, keep
 // them; backward, they have gradients), PAIRED (units lie in aligned pairs),
-// COUNTER, PERIOD, SHARED, and the options of group_options.cuh.
+// COUNTER, PERIOD, CLUSTER (a group is one cluster of blocks), SHARED, and the
+// options of group_options.cuh.
 #pragma once
 #include "device.cuh"
 
@@ -58,7 +59,7 @@ constexpr int DROPS = DROP == 2 ? GATES : DROP;
 constexpr int ANY_DROPS = DROPS ? DROPS : 1;
 
 // Shared memory: weights beyond the registers, two buffers of partial sums, and
-// the words of a group of one.
+// two slots of words, of a group of one or of a cluster, which counts them too.
 constexpr int SPILLED = GATES * OWN_BLOCKS * (SHARE - HELD); // fragments a warp
 constexpr int PARTS = BACKWARD || DROP == 2 ? GATES : 1;     // words of a unit
 constexpr int RESULTS = BACKWARD && DROP < 2 ? 1 : GATES;    // sums of a unit
@@ -66,9 +67,21 @@ constexpr int SUM_FLOATS = ALONG > 1 ? OWN_BLOCKS * RESULTS * COLUMNS * 4 : 0;
 constexpr int SLOT = TILES * PARTS * DEPTH * 2 * COLUMNS * 32; // words
 constexpr long long WEIGHT_BYTES = THREADS * 4LL * FRAGMENT * SPILLED;
 constexpr long long SUM_BYTES = 2 * THREADS * 4LL * SUM_FLOATS;
-constexpr long long WORD_BYTES = MEMBERS == 1 ? 2LL * sizeof(Word) * SLOT : 0;
-static_assert(WEIGHT_BYTES + SUM_BYTES + WORD_BYTES == SHARED,
+constexpr long long WORD_BYTES =
+    MEMBERS == 1 || CLUSTER ? 2LL * sizeof(Word) * SLOT : 0;
+constexpr int TILE_BYTES = SLOT / TILES * static_cast<int>(sizeof(Word));
+constexpr long long ARRIVAL_BYTES =
+    CLUSTER ? 2LL * sizeof(Arrivals) * TILES : 0;
+static_assert(WEIGHT_BYTES + SUM_BYTES + WORD_BYTES + ARRIVAL_BYTES == SHARED,
               "the launcher's count of shared memory");
+static_assert(!CLUSTER || (MEMBERS > 1 && MEMBERS <= 16), "a cluster's blocks");
+
+#if CLUSTER
+#define LAUNCH_BOUNDS                                                          \
+  __cluster_dims__(MEMBERS, 1, 1) __launch_bounds__(THREADS, 1)
+#else
+#define LAUNCH_BOUNDS __launch_bounds__(THREADS, 1)
+#endif
 
 struct alignas(16) Quad {
   unsigned x, y, z, w;

@@ -312,7 +312,7 @@ DEVICE void spoil_outputs(const Backward &b) {
     spoil(b.p_d_values, (VALUES == 2 ? b.T : 1) * STATES * units);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) group_backward(
+extern "C" __global__ void LAUNCH_BOUNDS group_backward(
     const Scalar *p_gates,        // (T, B, N, G, H) pre-activations
     const Scalar *p_recurrent,    // (T, B, N, R, H)
     const float *p_inner,         // (S - 1, T, B, N, H)

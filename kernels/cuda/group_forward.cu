@@ -213,7 +213,7 @@ DEVICE void spoil_outputs(const Forward &f) {
     spoil(f.p_inner, (STATES - 1) * f.T * units);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) group_forward(
+extern "C" __global__ void LAUNCH_BOUNDS group_forward(
     Scalar *p_gates,              // (T, B, N, G, H), overwritten with SAVE
     Scalar *p_recurrent,          // (T, B, N, R, H) out, with SAVE
     float *p_inner,               // (S - 1, T, B, N, H) out, with INNER

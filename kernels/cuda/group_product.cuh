@@ -6,8 +6,14 @@
 // weights as for tf32 and multiplies them with the columns of all lanes, which
 // a shuffle brings; four lanes then share a row's sums (`fold`).
 #pragma once
+#include "group_watch.cuh"
+#if CLUSTER
+#include "group_cluster.cuh"
+#else
 #include "group_exchange.cuh"
+#endif
 
+constexpr int CHUNK_WORDS = 32; // 32-bit registers of words under way at once
 constexpr bool FMA = !HALF && PRECISION == IEEE;
 constexpr int SUMS = FMA ? 16 : 4; // of a lane, for a 16 x 8 product
 

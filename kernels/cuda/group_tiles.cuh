@@ -28,6 +28,6 @@ DEVICE void run_tiles(const Pass &pass, const Seat &seat, Exchange &exchange,
     number += static_cast<int>(pass.T);
   }
   store_pairs(pass, seat, spots, pairs);
-  if (exchange.watch.spoils())
+  if (exchange.spoils())
     spoil_outputs(pass);
 }

@@ -47,6 +47,7 @@ class Case:
     lengths: bool = False
     reverse: str = "0"
     counter: bool = False
+    cluster: bool = False
     period: int = 1
     bias: bool = True
     save: bool = True
@@ -76,7 +77,7 @@ class Case:
         return Layout(
             RECURRENCES[self.cell].program.text, dtype, precision, backward, self.members, self.blocks, self.across,
             self.along, self.columns, self.tiles, math.ceil(share * self.held), self.save and not backward,
-            self.hidden % 2 == 0, self.counter, self.period, **options,
+            self.hidden % 2 == 0, self.counter, self.period, cluster=self.cluster, **options,
         )  # fmt: skip
 
     def choice(self, backward: bool) -> Choice:

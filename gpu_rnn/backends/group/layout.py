@@ -23,6 +23,7 @@ from gpu_rnn.once import once
 SCALARS = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "float"}
 LANES = 32
 UNITS = 16  # of a unit block: the rows of a tensor-core instruction's A operand
+ARRIVALS = 8  # bytes that count what arrives in a slot of a tile
 PERIOD = 5  # publications between two fences: of 16 slots a mask finds one; see group_exchange.cuh
 
 
@@ -50,6 +51,7 @@ class Layout:
         paired: units lie in aligned pairs: H and all strides are even.
         counter: exchange by counters instead of by the data itself.
         period: publications between two fences.
+        cluster: a group is one cluster of blocks, which exchange through each other's shared memory.
         inner: the states other than h of all steps: forward, they are kept; backward, they have gradients.
         flags: rows skip steps, or their states are reset before a step.
         values: to what: 0 the recurrence's initial values, 1 given ones, 2 given ones for each step.
@@ -77,6 +79,7 @@ class Layout:
     values: int = 0
     drop: int = 0
     of_states: tuple[str, ...] = ()
+    cluster: bool = False
 
     @once
     def parsed(self) -> Program:
@@ -147,15 +150,16 @@ class Layout:
     @property
     def ring(self) -> int:
         """Slots of a group in memory."""
-        return 0 if self.members == 1 else 2 if self.counter else 3 * self.period + 1
+        return 0 if self.members == 1 or self.cluster else 2 if self.counter else 3 * self.period + 1
 
     @property
     def shared_bytes(self) -> int:
-        """Shared memory: weights beyond the registers, two buffers of partial sums, and a lone block's words."""
+        """Shared memory: weights beyond the registers, two buffers of partial sums, and a lone block's or a cluster's
+        words, which the latter counts."""
         weights = self.threads * 4 * self.fragment * self.fragments * (self.share - self.held)
         sums = self.threads * 4 * self.blocks // self.across * self.results * self.columns * 4 if self.along > 1 else 0
-        words = 2 * self.word * self.slot if self.members == 1 else 0
-        return weights + 2 * sums + words
+        words = 2 * self.word * self.slot if self.members == 1 or self.cluster else 0
+        return weights + 2 * sums + words + 2 * ARRIVALS * self.tiles * self.cluster
 
     @property
     def defines(self) -> dict[str, object]:
@@ -182,6 +186,7 @@ class Layout:
             "PAIRED": int(self.paired),
             "COUNTER": int(self.counter),
             "PERIOD": self.period,
+            "CLUSTER": int(self.cluster),
             "SHARED": self.shared_bytes,
             "INNER": int(self.inner),
             "FLAGS": int(self.flags),

@@ -49,7 +49,20 @@ pytestmark = [
         shutil.which("g++") is None, reason="g++ is not installed; it builds the CUDA sources for the CPU"
     ),
 ]
-CASES = [*cases(), *steered_cases(), *(pytest.param(case, marks=pytest.mark.slow) for case in pairs_of_options())]
+CLUSTERS = [
+    Case("lstm", "fp16", 2, along=2, T=7, B=13, lengths=True, cluster=True),
+    Case("gru", "bf16", 3, along=3, tiles=2, B=33, groups=2, reverse="01", cluster=True),
+    Case("rnn", "tf32", 8, B=3, columns=2, held=0, cluster=True),
+    Case("peephole_lstm", "fp32", 2, across=2, blocks=2, tiles=2, B=40, cluster=True),  # rounds over the batch
+    Case("slstm", "fp16", 3, T=1, cluster=True),
+    Case("lstm", "bf16", 2, T=5, cluster=True, options=("mask", "reset_values", "drop_per_gate", "zone", "all_states")),
+]
+CASES = [
+    *cases(),
+    *steered_cases(),
+    *CLUSTERS,
+    *(pytest.param(case, marks=pytest.mark.slow) for case in pairs_of_options()),
+]
 WATCHED = [  # under ThreadSanitizer
     Case("lstm", "bf16", 1, across=2, blocks=2, along=2, T=4),
     Case("gru", "fp16", 3, along=3, tiles=2, B=12, T=6, lengths=True),
@@ -57,6 +70,7 @@ WATCHED = [  # under ThreadSanitizer
     Case("rnn", "tf32", 2, across=2, blocks=2, along=2, T=7, period=2),
     Case("gru", "bf16", 3, along=3, counter=True, T=6),
     Case("lstm", "bf16", 2, T=4, options=("mask", "reset_values", "drop_per_gate", "zone", "all_states")),
+    Case("lstm", "fp16", 3, along=3, tiles=2, B=12, T=6, cluster=True),
 ]
 
 
@@ -250,6 +264,14 @@ def missing_member(case: Case, **options) -> None:
     assert error.item() and result.y.isnan().all()
 
 
+def late_member(case: Case, **options) -> None:
+    """A block of a cluster comes too late, so all give up and say so, and none leaves before the others."""
+    options["schedule"] = starve(1, patience=5_000)
+    with patch.dict(os.environ, GPU_RNN_DEADLINE=SHORT):
+        result, error = forward(case, case.inputs(), **options)
+    assert error.item() and result.y.isnan().all()
+
+
 def site_cases():
     """What notices the loss of each synchronisation, for support/cuda/sites.py: case(sanitizer, schedule, disabled)."""
     kernels = {
@@ -258,6 +280,8 @@ def site_cases():
         "counter": (check_forward, Case("gru", "fp16", 2, along=2, T=4, counter=True)),
         "backward": (check_gradients, Case("rnn", "bf16", 2, along=2, T=6)),
         "missing": (missing_member, Case("lstm", "fp32", 4, T=2)),
+        "cluster": (check_forward, Case("gru", "fp16", 2, along=2, T=6, cluster=True)),
+        "late": (late_member, Case("rnn", "bf16", 2, T=4, B=3, cluster=True)),
     }
 
     def run(check, case, sanitizer, schedule, disabled) -> set[int]:
@@ -289,6 +313,19 @@ def test_data_that_never_comes_ends_in_an_error(cell, counter, monkeypatch):
     ):
         deadline.check()
     deadline.check()  # said once
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_a_cluster_that_waits_in_vain_leaves_together(backward, monkeypatch):
+    """A block is late beyond the deadline; those who gave up are there until it has sent its last word."""
+    case = Case("gru", "bf16", 3, T=5, along=3, tiles=2, B=16, cluster=True)
+    if not backward:
+        return late_member(case)
+    saved, _ = forward(case, case.inputs())
+    monkeypatch.setenv("GPU_RNN_DEADLINE", SHORT)
+    with pytest.raises(AssertionError) as raised:  # of the error word
+        gradients(case, case.inputs(), saved, schedule=starve(1, patience=5_000))
+    assert not isinstance(raised.value, build.Failure)
 
 
 @pytest.mark.parametrize("cell", ["gru", "peephole_lstm"])
