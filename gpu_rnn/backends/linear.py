@@ -120,7 +120,7 @@ def gradients(call: Call, x: Tensor, saved: Result, loop: LoopGradients) -> tupl
     weights, d_gates = call.weights, loop.d_gates
     d_b_ih = d_gates.sum((0, 1))
     parts_w, parts_b = [], []
-    for entering, rows in _entering(call, saved):
+    for entering, rows in entered_products(call, saved):
         for gates, gradient in runs(call.program, rows, d_gates, loop.d_recurrent):
             summed = call.program.gates[gates.start] in call.program.summed
             parts_b.append(d_b_ih[:, gates] if summed else gradient.sum((0, 1)))
@@ -198,7 +198,7 @@ def _of_weights(d_product: Tensor, entering: Tensor, drop: Tensor | None, gates:
     return torch.stack(parts, 1)
 
 
-def _entering(call: Call, saved: Result) -> Iterator[tuple[Tensor, slice]]:
+def entered_products(call: Call, saved: Result) -> Iterator[tuple[Tensor, slice]]:
     """For each stage: what entered its product at all steps, before any dropping, and the rows of its gates."""
     program = call.program
     yield entered(call, saved, 0), program.rows[0]

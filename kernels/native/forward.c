@@ -7,19 +7,45 @@ typedef struct {
   const share *mine;
   long padded, t;
   int stage;
-  layout weights[STAGES];
+  layout weights[PRODUCTS];
   scalar *states[STATES], *next, *entering;
   scalar *between, *carried[CARRIED + 1]; // what a stage makes for the next one
+  scalar *made;                           // h before its projection
+  scalar *sums; // (rows, GATES, padded), of gates that stand apart
+  int number;   // of the product whose sums go there
 } forward_loop;
+
+// Whether the sums of a unit's gates do not stay in registers from the product
+// to the step: all units of a gate are normalised together, and gates with
+// masks of their own have products of their own.
+static inline int gates_stand_apart(const arguments *a) {
+  return a->norm || a->masks > 1;
+}
+
+// State k of a row after the last stage of a step.
+static inline void put_state(forward_loop *loop, int k, long row, long place,
+                             long unit, real value) {
+  const arguments *a = loop->mine->of;
+  const long all = a->steps * a->batch * a->across;
+  const long at = row * loop->padded + unit, left = width_of(a, k) - unit;
+  const long of_unit = (k * all + place) * a->units + unit;
+  if (a->zone)
+    for (int lane = 0; lane < LANES && lane < left; lane++)
+      if (a->zone[of_unit + lane])
+        value[lane] = loop->states[k][at + lane];
+  store((k ? loop->states[k] : loop->next) + at, value, LANES);
+  if (!k)
+    store(a->y + place * a->width + unit, value, left);
+  else if (a->inner)
+    store(a->inner + of_unit - all * a->units, value, left);
+}
 
 // From the sums of one row and group of units the new states of these units.
 static void advance(void *context, long row, long group, const real *sums) {
   forward_loop *loop = context;
   const share *mine = loop->mine;
   const arguments *a = mine->of;
-  const long time = time_of(mine, row, loop->t);
-  const long place = place_of(mine, row, time);
-  const long all = a->steps * a->batch * a->across;
+  const long place = place_of(mine, row, time_of(mine, row, loop->t));
   const int stage = stage_of(loop->stage), of_stage = gates_of(stage);
   scalar *gates = a->gates + place * GATES * a->units;
   for (long block = 0; block < VECTORS / of_stage; block++, sums += of_stage) {
@@ -52,29 +78,103 @@ static void advance(void *context, long row, long group, const real *sums) {
       s[k] = load(loop->states[k] + at, LANES);
     for (int k = 0; k < PARAMS; k++)
       p[k] = load(a->params + (mine->n * PARAMS + k) * a->units + unit, left);
-    for (int k = 0; k < CARRIED * stage; k++)
+    for (int k = 0; k < CARRIED_OF[stage]; k++)
       v[k] = load(loop->carried[k] + at, LANES);
     step(stage, x + FIRST[stage], r + FIRST_SPLIT[stage], s, p, v, out);
     if (stage < STAGES - 1) {
-      if (a->drop)
-        out[0] *=
-            load(a->drop + place_of_row(mine, row) * a->units + unit, left);
+      if (a->masks == 1)
+        out[0] *= load(drop_of(mine, row, 0) + unit, left);
       store(loop->between + at, out[0], LANES);
-      for (int k = 0; k < CARRIED; k++)
+      for (int k = 0; k < CARRIED_OF[stage + 1]; k++)
         store(loop->carried[k] + at, out[k + 1], LANES);
       continue;
     }
-    for (int k = 0; k < STATES; k++) {
-      const long of_state = (k * all + place) * a->units + unit;
-      if (a->zone)
-        for (int lane = 0; lane < LANES && lane < left; lane++)
-          if (a->zone[of_state + lane])
-            out[k][lane] = s[k][lane];
-      store((k ? loop->states[k] : loop->next) + at, out[k], LANES);
-      if (k && a->inner)
-        store(a->inner + of_state - all * a->units, out[k], left);
+    for (int k = 0; k < STATES; k++)
+      if (!k && a->w_hr)
+        store(loop->made + at, out[0], LANES);
+      else
+        put_state(loop, k, row, place, unit, out[k]);
+  }
+}
+
+// Of the projection: h.
+static void project(void *context, long row, long group, const real *sums) {
+  forward_loop *loop = context;
+  const share *mine = loop->mine;
+  const long place = place_of(mine, row, time_of(mine, row, loop->t));
+  for (long vector = 0; vector < VECTORS; vector++) {
+    const long unit = (group * VECTORS + vector) * LANES;
+    if (unit < mine->of->width)
+      put_state(loop, 0, row, place, unit, sums[vector]);
+  }
+}
+
+static void put_sums(void *context, long row, long group, const real *sums) {
+  forward_loop *loop = context;
+  const layout *of = &loop->weights[loop->number];
+  const int by_gate = loop->mine->of->masks > 1;
+  const long first = by_gate ? loop->number : FIRST[loop->number];
+  const long blocks = VECTORS / of->parts;
+  for (long vector = 0; vector < blocks * of->parts; vector++) {
+    const long gate = first + vector % of->parts;
+    const long unit = (group * blocks + vector / of->parts) * LANES;
+    if (unit < of->units)
+      store(loop->sums + (row * GATES + gate) * loop->padded + unit,
+            sums[vector], LANES);
+  }
+}
+
+// Normalises and scales the products of a row's gate.
+static void scale_sums(forward_loop *loop, long row, int gate) {
+  const share *mine = loop->mine;
+  const arguments *a = mine->of;
+  const long place = place_of(mine, row, time_of(mine, row, loop->t));
+  const long of = place * GATES + gate;
+  const scalar *scale = a->norm + (mine->n * GATES + gate) * a->units;
+  scalar *sums = loop->sums + (row * GATES + gate) * loop->padded;
+  const scalar rstd = normalise(sums, a->units);
+  if (a->normal) {
+    memcpy(a->normal + of * a->units, sums, a->units * sizeof(scalar));
+    a->rstd[of] = rstd;
+  }
+  for (long unit = 0; unit < a->units; unit++)
+    sums[unit] *= scale[unit];
+}
+
+// A stage whose gates stand apart.
+static void advance_apart(forward_loop *loop, const scalar *input,
+                          const long *live, long count) {
+  const share *mine = loop->mine;
+  const arguments *a = mine->of;
+  const int stage = stage_of(loop->stage), by_gate = a->masks > 1;
+  const int first = FIRST[stage], gates = gates_of(stage);
+  for (int k = 0; k < (by_gate ? gates : 1); k++) {
+    loop->number = by_gate ? first + k : stage;
+    for (long next = 0; by_gate && next < count; next++) {
+      const scalar *drop = drop_of(mine, live[next], first + k);
+      const long at = live[next] * loop->padded;
+      for (long unit = 0; unit < a->width; unit++)
+        loop->entering[at + unit] = input[at + unit] * drop[unit];
     }
-    store(a->y + place * a->units + unit, out[0], left);
+    product_apart(&loop->weights[loop->number], mine->packed,
+                  by_gate ? loop->entering : input, loop->padded, live, count,
+                  put_sums, loop);
+  }
+  const long blocks = VECTORS / gates;
+  for (long next = 0; next < count; next++) {
+    const long row = live[next];
+    const scalar *sums = loop->sums + (row * GATES + first) * loop->padded;
+    for (int k = 0; a->norm && k < gates; k++)
+      scale_sums(loop, row, first + k);
+    for (long group = 0; group * blocks * LANES < a->units; group++) {
+      real together[VECTORS];
+      for (long k = 0; k < blocks * gates; k++) {
+        const long unit = (group * blocks + k / gates) * LANES;
+        if (unit < a->units)
+          together[k] = load(sums + k % gates * loop->padded + unit, LANES);
+      }
+      advance(loop, row, group, together);
+    }
   }
 }
 
@@ -87,13 +187,13 @@ static void enter(forward_loop *loop) {
     if (flags_of(mine, row, time) & RESET)
       for (int k = 0; k < STATES; k++) {
         const scalar *value = reset_value(mine, k, row, time);
-        for (long unit = 0; unit < a->units; unit++)
+        for (long unit = 0; unit < width_of(a, k); unit++)
           loop->states[k][at + unit] = value ? value[unit] : INITIAL[k];
       }
-    if (!a->drop)
+    if (a->masks != 1)
       continue;
-    const scalar *drop = a->drop + place_of_row(mine, row) * a->units;
-    for (long unit = 0; unit < a->units; unit++)
+    const scalar *drop = drop_of(mine, row, 0);
+    for (long unit = 0; unit < a->width; unit++)
       loop->entering[at + unit] = loop->states[0][at + unit] * drop[unit];
   }
 }
@@ -111,14 +211,19 @@ static void keep(forward_loop *loop) {
       continue;
     const long at = row * loop->padded, place = place_of(mine, row, time);
     const size_t bytes = a->units * sizeof(scalar);
-    memcpy(loop->next + at, loop->states[0] + at, bytes);
+    const size_t of_h = a->width * sizeof(scalar);
+    memcpy(loop->next + at, loop->states[0] + at, of_h);
     if (beyond)
-      memset(a->y + place * a->units, 0, bytes);
+      memset(a->y + place * a->width, 0, of_h);
     else
-      memcpy(a->y + place * a->units, loop->states[0] + at, bytes);
+      memcpy(a->y + place * a->width, loop->states[0] + at, of_h);
     for (int k = 1; k < STATES && a->inner; k++)
       memcpy(a->inner + ((k - 1) * all + place) * a->units,
              loop->states[k] + at, bytes);
+    if (a->normal) {
+      memset(a->normal + place * GATES * a->units, 0, GATES * bytes);
+      memset(a->rstd + place * GATES, 0, GATES * sizeof(scalar));
+    }
   }
 }
 
@@ -131,49 +236,70 @@ static void all_steps(forward_loop *loop, long *live) {
     const long count = live_rows(mine, loop->t, live);
     if (count < mine->rows)
       keep(loop);
-    const scalar *input = a->drop ? loop->entering : loop->states[0];
-    for (loop->stage = 0; loop->stage < STAGES; loop->stage++)
-      product(&loop->weights[stage_of(loop->stage)], mine->packed,
-              loop->stage ? loop->between : input, loop->padded, live, count,
-              advance, loop);
+    const scalar *first = a->masks == 1 ? loop->entering : loop->states[0];
+    for (loop->stage = 0; loop->stage < STAGES; loop->stage++) {
+      const scalar *input = loop->stage ? loop->between : first;
+      if (gates_stand_apart(a))
+        advance_apart(loop, input, live, count);
+      else
+        product(&loop->weights[stage_of(loop->stage)], mine->packed, input,
+                loop->padded, live, count, advance, loop);
+    }
+    if (a->w_hr)
+      product_apart(&loop->weights[PROJECTION], mine->packed, loop->made,
+                    loop->padded, live, count, project, loop);
     scalar *last = loop->states[0];
     loop->states[0] = loop->next;
     loop->next = last;
   }
 }
 
-static layout forward_layout(long units, int stage) {
-  return (layout){units, gates_of(stage), units, units, units * units, 1, 0, 0};
+static layout forward_layout(const arguments *a, int gates) {
+  if (!gates)
+    return (layout){.units = a->width,
+                    .parts = 1,
+                    .depth = a->units,
+                    .unit_apart = a->units,
+                    .depth_apart = 1};
+  return (layout){.units = a->units,
+                  .parts = gates,
+                  .depth = a->width,
+                  .unit_apart = a->width,
+                  .part_apart = a->units * a->width,
+                  .depth_apart = 1};
 }
 
 static int forward_share(const share *mine) {
   const arguments *a = mine->of;
-  enum { BUFFERS = STATES + 3 + CARRIED };
+  enum { BUFFERS = STATES + 4 + CARRIED };
   const long padded = whole(a->units), each = mine->rows * padded;
-  scalar *room = allocate(BUFFERS * each);
+  const long buffers = BUFFERS + (gates_stand_apart(a) ? GATES : 0);
+  scalar *room = allocate(buffers * each);
   long *live = malloc((mine->rows + 1) * sizeof(long));
   const int failed = !room || !live;
   if (!failed) {
-    memset(room, 0, BUFFERS * each * sizeof(scalar));
+    memset(room, 0, buffers * each * sizeof(scalar));
     forward_loop loop = {.mine = mine, .padded = padded};
     lay_out(a, forward_layout, loop.weights);
     for (int k = 0; k < STATES; k++)
       loop.states[k] = room + k * each;
     loop.next = room + STATES * each;
     loop.entering = loop.next + each;
-    loop.between = loop.entering + each;
+    loop.made = loop.entering + each;
+    loop.between = loop.made + each;
     for (int k = 0; k < CARRIED; k++)
       loop.carried[k] = loop.between + (k + 1) * each;
-    const size_t bytes = a->units * sizeof(scalar);
+    loop.sums = room + BUFFERS * each;
     for (int k = 0; k < STATES; k++)
       for (long row = 0; row < mine->rows; row++)
         memcpy(loop.states[k] + row * padded,
-               a->initial[k] + place_of_row(mine, row) * a->units, bytes);
+               a->initial[k] + place_of_row(mine, row) * width_of(a, k),
+               width_of(a, k) * sizeof(scalar));
     all_steps(&loop, live);
     for (int k = 0; k < STATES; k++)
       for (long row = 0; row < mine->rows; row++)
-        memcpy(a->final[k] + place_of_row(mine, row) * a->units,
-               loop.states[k] + row * padded, bytes);
+        memcpy(a->final[k] + place_of_row(mine, row) * width_of(a, k),
+               loop.states[k] + row * padded, width_of(a, k) * sizeof(scalar));
   }
   free(live);
   free(room);

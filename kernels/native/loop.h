@@ -5,9 +5,10 @@
 // Before it come functions.h, the generated step, and what
 // gpu_rnn/backends/native/text.py prints: `arguments`, STATES, PARAMS, GATES,
 // RECURRENT (split gates), PLACES (of each gate its place among those, else
-// -1), STAGES, FIRST (of each stage its first gate), FIRST_SPLIT, CARRIED (what
-// the first of two stages hands on beside what enters the next product),
-// VECTORS and ROWS, whose product is the accumulators in registers.
+// -1), STAGES, FIRST (of each stage its first gate), FIRST_SPLIT, CARRIED_OF
+// (of each stage how many values those before hand on beside what enters its
+// product), CARRIED (the most of these), EPSILON, VECTORS and ROWS, whose
+// product is the accumulators in registers.
 //
 // Every row is computed by the same operations in the same order, whatever rows
 // are computed beside it: results depend neither on the number of threads nor
@@ -109,14 +110,26 @@ static long live_rows(const share *mine, long t, long *live) {
   return count;
 }
 
-// What state k of a row is reset to: values (1 or T, B, N, units), or none.
+// The values of state k: a projected h is narrower than the units.
+static inline long width_of(const arguments *a, int k) {
+  return k ? a->units : a->width;
+}
+
+// Where a row's masks of what enters a product lie, (B, N, masks, width).
+static inline const scalar *drop_of(const share *mine, long row, int gate) {
+  const arguments *a = mine->of;
+  const long mask = place_of_row(mine, row) * a->masks;
+  return a->drop + (mask + (a->masks > 1 ? gate : 0)) * a->width;
+}
+
+// What state k of a row is reset to: values (1 or T, B, N, width), or none.
 static inline const scalar *reset_value(const share *mine, int k, long row,
                                         long time) {
   const arguments *a = mine->of;
   if (!a->resets[k])
     return 0;
   const long at = place_of(mine, row, a->reset_steps > 1 ? time : 0);
-  return a->resets[k] + at * a->units;
+  return a->resets[k] + at * width_of(a, k);
 }
 
 // A matrix whose rows are taken VECTORS * LANES at a time, "groups", along its
@@ -125,8 +138,15 @@ static inline const scalar *reset_value(const share *mine, int k, long row,
 typedef struct {
   long units, parts, depth;
   long unit_apart, part_apart, depth_apart; // in the matrix as it comes
-  long from, to; // where it starts there, and among the packed ones
+  const scalar *matrix;                     // of the first recurrence
+  long apart; // one recurrence's from the next one's
+  long to;    // where it starts among the packed ones
 } layout;
+
+// The products of a step: one of each stage or, where gates have masks of their
+// own, one of each gate; last the projection of h. Those that there are not
+// have no units.
+enum { PROJECTION = GATES, PRODUCTS };
 
 // A constant where there is one stage.
 static inline int stage_of(int stage) { return STAGES == 1 ? 0 : stage; }
@@ -147,15 +167,16 @@ static inline long packed_size(const layout *of) {
   return groups_of(of) * of->depth * VECTORS * LANES;
 }
 
-static void pack(const layout *of, const scalar *matrix, scalar *packed) {
+static void pack(const layout *of, long n, scalar *packed) {
   const long blocks = VECTORS / of->parts;
   for (long group = 0; group < groups_of(of); group++)
     for (long k = 0; k < of->depth; k++)
       for (long vector = 0; vector < VECTORS; vector++, packed += LANES) {
         const long block = vector / of->parts, part = vector % of->parts;
         const long unit = (group * blocks + block) * LANES;
-        const scalar *from = matrix + of->from + unit * of->unit_apart +
-                             part * of->part_apart + k * of->depth_apart;
+        const scalar *from = of->matrix + n * of->apart +
+                             unit * of->unit_apart + part * of->part_apart +
+                             k * of->depth_apart;
         for (long lane = 0; lane < LANES; lane++)
           packed[lane] = block < blocks && unit + lane < of->units
                              ? from[lane * of->unit_apart]
@@ -233,6 +254,14 @@ product(const layout *of, const scalar *packed, const scalar *input, long apart,
   }
 }
 
+// The same as a function of its own, for what is not in every step's way.
+static __attribute__((noinline)) void
+product_apart(const layout *of, const scalar *packed, const scalar *input,
+              long apart, const long *live, long count, use *with,
+              void *context) {
+  product(of, packed, input, apart, live, count, with, context);
+}
+
 // One thread's shares: every one of `threads` from `number` on.
 typedef struct {
   const arguments *of;
@@ -256,36 +285,46 @@ static void *work(void *given) {
   return 0;
 }
 
-// Of each stage the layout, one packed after the other; returns the size of
+// How the weights of some gates lie, or of no gates the projection's.
+typedef layout a_layout(const arguments *a, int gates);
+
+// The layouts of all products, one packed after the other; returns the size of
 // all.
-static long lay_out(const arguments *a, layout (*of_stage)(long, int),
-                    layout *stages) {
+static long lay_out(const arguments *a, a_layout *of_gates, layout *products) {
+  const long matrix = a->units * a->width;
   long size = 0;
-  for (int stage = 0; stage < STAGES; stage++) {
-    stages[stage] = of_stage(a->units, stage);
-    stages[stage].from = FIRST[stage] * a->units * a->units;
-    stages[stage].to = size;
-    size += packed_size(&stages[stage]);
+  for (int k = 0; k < PRODUCTS; k++) {
+    const int by_gate = a->masks > 1;
+    products[k] = (layout){.parts = 1};
+    if (k < (by_gate ? GATES : STAGES)) {
+      products[k] = of_gates(a, by_gate ? 1 : gates_of(k));
+      products[k].matrix = a->w_hh + (by_gate ? k : FIRST[k]) * matrix;
+      products[k].apart = GATES * matrix;
+    } else if (k == PROJECTION && a->w_hr) {
+      products[k] = of_gates(a, 0);
+      products[k].matrix = a->w_hr;
+      products[k].apart = matrix;
+    }
+    products[k].to = size;
+    size += packed_size(&products[k]);
   }
   return size;
 }
 
 // All shares of a call. A thread that cannot be started leaves its own to this
 // one. Returns 1 where memory is short.
-static int run_shares(const arguments *a, layout (*of_stage)(long, int),
+static int run_shares(const arguments *a, a_layout *of_gates,
                       int (*run)(const share *)) {
-  layout stages[STAGES];
-  const long size = lay_out(a, of_stage, stages);
+  layout products[PRODUCTS];
+  const long size = lay_out(a, of_gates, products);
   scalar *packed = allocate(size * a->across);
   pthread_t *threads = calloc(a->threads, sizeof(pthread_t));
   worker *workers = calloc(a->threads, sizeof(worker));
   int failed = !packed || !threads || !workers;
   if (!failed) {
-    const long matrix = GATES * a->units * a->units;
     for (long n = 0; n < a->across; n++)
-      for (int stage = 0; stage < STAGES; stage++)
-        pack(&stages[stage], a->w_hh + n * matrix,
-             packed + n * size + stages[stage].to);
+      for (int k = 0; k < PRODUCTS; k++)
+        pack(&products[k], n, packed + n * size + products[k].to);
     for (long k = a->threads - 1; k >= 0; k--) {
       workers[k] = (worker){a, packed, size, run, k, 0};
       if (k == 0 || pthread_create(&threads[k], 0, work, &workers[k])) {

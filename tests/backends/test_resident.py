@@ -17,6 +17,7 @@ from gpu_rnn.backends.problem import Problem
 from gpu_rnn.backends.reference import project
 from gpu_rnn.recurrence import Recurrence
 from tests.support import loops as support
+from tests.support.cells import of_three_products, two_products
 from tests.support.layer_options import with_options
 from tests.support.pairwise import pairwise
 from tests.support.profiling import operations
@@ -136,23 +137,6 @@ def test_nan_in_padded_units_does_not_spread() -> None:
     compare(recurrence, inputs_of(recurrence, (3, 2, 5), "0", True).to(torch.float32), "cpu")
 
 
-def two_products() -> Recurrence:
-    """Split gates, parameters and both states on either side of the second product."""
-
-    def first(x, r, s, p):  # type: ignore[no-untyped-def]
-        gate = torch.sigmoid(x.a + r.a + p.own * s.c)
-        return gate * s.h + p.own * torch.tanh(x.b + gate * r.b), gate * s.c, x.b
-
-    def second(x, r, s, p, values):  # type: ignore[no-untyped-def]
-        kept, b = values
-        c = kept + torch.tanh(x.d + p.other * r.d) * torch.sigmoid(x.e + r.e)
-        return torch.tanh(c + b) * p.own + s.h / 2, c
-
-    return Recurrence(
-        [(("a", "b"), first), (("d", "e"), second)], states=("h", "c"), params=("own", "other"), name="two"
-    )
-
-
 @pytest.mark.interpreter
 @pytest.mark.parametrize("options", [(), ("mask", "reset_values", "drop_per_gate", "zone", "all_states")])
 @pytest.mark.parametrize("bias", [True, False])
@@ -186,16 +170,6 @@ def test_a_users_recurrence_shows_in_the_profiler() -> None:
     inputs = inputs_of(recurrence, (3, 2, 4), "0", True).to(torch.float32)
     ran = operations(lambda: support.values_and_gradients(recurrence, inputs, "resident"))
     assert {"gpu_rnn::resident_forward", "gpu_rnn::resident_backward"} <= {*ran}
-
-
-def of_three_products() -> Recurrence:
-    def hand_on(x, r, s):  # type: ignore[no-untyped-def]
-        return x.a + r.a
-
-    def end(x, r, s):  # type: ignore[no-untyped-def]
-        return torch.tanh(x.c + r.c)
-
-    return Recurrence([(("a",), hand_on), (("b",), lambda x, r, s: x.b + r.b), (("c",), end)], name="three")
 
 
 REFUSED = {

@@ -24,9 +24,7 @@ from tests.support.group import pretend
 
 TIGHT, SINGLE = 1e-9, 2e-5  # float64 and float32, sums in another order
 
-NATIVE = frozenset({"layer_norm", "proj_size", "recurrent_dropout_per_gate"})
 WITHOUT = {
-    "native": set(NATIVE),
     "resident": {"layer_norm", "proj_size"},
     "group": {"layer_norm", "proj_size", "gru_reset_before"},
 }
@@ -117,7 +115,7 @@ def test_resident_in_the_interpreter(call: dict[str, Any]) -> None:
 
 @pytest.mark.slow  # each combination of a cell and its options is two builds
 @combinations(1000)
-@given(calls(without=NATIVE))
+@given(calls())
 def test_native(call: dict[str, Any]) -> None:
     native.any_compiler()
     compare(call, "native", torch.float64, TIGHT)

@@ -88,8 +88,7 @@ class Case:
             alone = not self.options & {"layer_norm", "proj_size"}
             if triton_interpreter.INTERPRETING and alone:
                 found.append(("resident", torch.float32))
-            without = self.options & {"layer_norm", "proj_size", "recurrent_dropout_per_gate"}
-            if self.number % NATIVE_EVERY == 0 and not without and len(self.recurrence.program.stages) < 3 and HAS_C:
+            if self.number % NATIVE_EVERY == 0 and HAS_C:
                 found += [("native", torch.float64), ("native", torch.float32)]
             if self.number % GROUP_EVERY == 0 and alone and len(self.recurrence.program.stages) == 1 and HAS_COMPILER:
                 found.append(("group", torch.float32))

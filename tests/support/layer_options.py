@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,21 +14,22 @@ from gpu_rnn.recurrence import Recurrence
 from tests.support import loops as support
 
 OPTIONS = ("mask", "resets", "reset_values", "reset_values_per_step", "drop", "drop_per_gate", "zone", "all_states")
+FURTHER = ("norm",)  # those that not every backend takes
 STEERING = ["", "lengths", "mask", "resets", "mask resets", "reset_values", "mask reset_values_per_step"]
-# A cell, four words of options, a dtype, T, B and H, directions, whether there are biases.
-Case = tuple[str, str, str, str, str, torch.dtype, tuple[int, int, int], str, bool]
+# A cell, some words of options, a dtype, T, B and H, directions, whether there are biases.
+Case = tuple[Any, ...]
 RATE = 0.3  # of the steps that are masked or reset, of the units that are dropped or kept
 
 
 def with_options(
     inputs: support.Inputs, recurrence: Recurrence, names: Collection[str], seed: int = 0
 ) -> support.Inputs:
-    """The same inputs with the options `names`, of `OPTIONS`. Reset values bring resets with them.
+    """The same inputs with the options `names`, of `OPTIONS` and `FURTHER`. Reset values bring resets with them.
 
     Every mask has both values where it has two elements or more, so that a kernel that ignores one is found out; with
     three rows the last is masked throughout.
     """
-    unknown = set(names) - set(OPTIONS)
+    unknown = set(names) - {*OPTIONS, *FURTHER}
     assert not unknown, unknown
     controls, states = inputs.controls, inputs.states
     steps, batch, n = inputs.x.shape[0], *states[0].shape[:2]
@@ -46,16 +48,21 @@ def with_options(
     if "zone" in names:
         hidden = inputs.weights.w_hh.shape[2]
         controls = controls._replace(zone=_drawn(len(states), steps, batch, n, hidden, seed=seed + 4))
+    if "norm" in names:
+        scales = (1 + support.draw(*inputs.weights.w_hh.shape[:3], seed=77, scale=0.3)).requires_grad_()
+        inputs = inputs._replace(weights=inputs.weights._replace(norm=scales))
     return inputs._replace(controls=controls, reset_values=reset_values, all_states="all_states" in names)
 
 
 def inputs_of(case: Case) -> tuple[Recurrence, support.Inputs]:
+    """Of the words of a case, `lengths` and `proj`, a projection of h to half of the units, are none of `OPTIONS`."""
     cell, *parts, dtype, (steps, batch, hidden), reverse, bias = case
     recurrence = support.RECURRENCES[cell]
     names = " ".join(parts).split()
     lengths = tuple((3 * row + 1) % (steps + 1) for row in range(batch)) if "lengths" in names else None
-    inputs = support.make(recurrence, steps, batch, H=hidden, reverse=reverse, bias=bias, lengths=lengths, scale=0.3)
-    return recurrence, with_options(inputs, recurrence, [name for name in names if name in OPTIONS]).to(dtype)
+    sizes = {"T": steps, "B": batch, "H": hidden, "proj": hidden // 2 * ("proj" in names)}
+    inputs = support.make(recurrence, **sizes, reverse=reverse, bias=bias, lengths=lengths, scale=0.3)
+    return recurrence, with_options(inputs, recurrence, set(names) - {"lengths", "proj"}).to(dtype)
 
 
 def _flags(steps: int, batch: int, n: int, mask: bool, resets: bool, seed: int) -> Tensor:

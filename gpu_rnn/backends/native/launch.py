@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from gpu_rnn import memo
-from gpu_rnn.backends import rates
+from gpu_rnn.backends import linear, rates
 from gpu_rnn.backends.native import arguments, building, text
 from gpu_rnn.backends.native.building import CompilerError
+from gpu_rnn.backends.normalisation import Normalised, normalise
 from gpu_rnn.backends.problem import CONTROL_FIELDS, Problem
+from gpu_rnn.backends.step.product import Product, masks
 from gpu_rnn.backends.tensors import Call, LoopGradients, Result, state_dtype
 
 OF_A_THREAD = 5e6  # floating-point operations that are worth starting a thread for: some 0.1 ms; predicted
@@ -32,12 +34,7 @@ def unsupported(problem: Problem) -> list[str]:
         reasons.append(f"runs on a CPU, not on {device.name if device.is_gpu else problem.device_type}")
     if state_dtype(problem.dtype) not in text.C_TYPES:
         reasons.append(f"takes real floating-point numbers, not {str(problem.dtype).removeprefix('torch.')}")
-    if len(problem.program.stages) > 2:
-        reasons.append(f"takes two products a step at most, {problem.program.name} has {len(problem.program.stages)}")
-    if problem.proj_size:
-        reasons.append("has no projection of h (proj_size)")
-    taken = [name for name in CONTROL_FIELDS if name != "drop" or problem.drop == 1]
-    return reasons + problem.without(*taken, "all_states") or _against_building(problem)
+    return reasons + problem.without(*CONTROL_FIELDS, "all_states", "norm") or _against_building(problem)
 
 
 def _against_building(problem: Problem) -> list[str]:
@@ -79,15 +76,18 @@ def forward(call: Call, gates: Tensor, save: bool, all_states: bool) -> Result:
     dtype = gates.dtype
     gates = _whole(gates, state_dtype(dtype))
     steps, batch, n, _, hidden = gates.shape
-    y = gates.new_empty(steps, batch, n, hidden)
-    final = [gates.new_empty(batch, n, hidden) for _ in call.states]
+    y = gates.new_empty(steps, batch, n, _width(call))
+    final = [gates.new_empty(state.shape) for state in call.states]
     inner = gates.new_empty((len(final) - 1) * (save or all_states), steps, batch, n, hidden)
     # Masked steps write no products.
     recurrent = gates.new_zeros(steps, batch, n, len(call.program.split) * save, hidden)
+    kept = call.kept if save else None
     given = {"gates": gates, "recurrent": recurrent, "inner": inner, "y": y, "final": final, "save": int(save)}
+    if kept is not None:
+        given |= {"normal": kept.values[1], "rstd": kept.rstd[1]}
     _run(call, gates, False, given)
     saved = gates.to(dtype) if save else gates.new_empty(0, dtype=dtype)
-    return Result(y.to(dtype), [state.to(dtype) for state in final], saved, recurrent.to(dtype), inner)
+    return Result(y.to(dtype), [state.to(dtype) for state in final], saved, recurrent.to(dtype), inner, kept)
 
 
 def backward(call: Call, saved: Result, d_y: Tensor, d_final: list[Tensor], d_inner: Tensor | None) -> LoopGradients:
@@ -95,11 +95,12 @@ def backward(call: Call, saved: Result, d_y: Tensor, d_final: list[Tensor], d_in
     dtype, program = saved.gates.dtype, call.program
     wide = state_dtype(dtype)
     gates = _whole(saved.gates, wide)
-    batch, n, _, hidden = gates.shape[1:]
+    steps, batch, n, _, hidden = gates.shape
     d_gates, d_recurrent = torch.empty_like(gates), gates.new_empty(saved.recurrent.shape)
-    d_states = [gates.new_empty(batch, n, hidden) for _ in call.states]
+    d_states = [gates.new_empty(state.shape) for state in call.states]
     d_resets = [gates.new_zeros(value.shape) for value in call.reset_values]
     d_params = gates.new_zeros(batch, n, len(program.params), hidden)  # a share of each row: the same for all threads
+    d_norm = d_normed = made = d_made = None
     given = {
         "gates": gates,
         "recurrent": _whole(saved.recurrent, wide),
@@ -114,9 +115,37 @@ def backward(call: Call, saved: Result, d_y: Tensor, d_final: list[Tensor], d_in
         "d_resets": d_resets,
         "d_params": d_params,
     }
+    if call.weights.norm is not None:
+        normal = _normal(call, saved)
+        d_norm, d_normed = torch.zeros_like(gates[0]), torch.empty_like(gates)
+        given |= {"normal": normal.values, "rstd": normal.rstd, "d_norm": d_norm, "d_normed": d_normed}
+    if call.weights.w_hr is not None:
+        made, d_made = gates.new_empty(steps, batch, n, hidden), gates.new_empty(steps, batch, n, _width(call))
+        given |= {"made": made, "d_made": d_made}
     _run(call, gates, True, given)
-    of_params = d_params.sum(0) if program.params else None
-    return LoopGradients(d_gates.to(dtype), d_recurrent.to(dtype), d_states, of_params, d_resets=d_resets)
+    return LoopGradients(
+        d_gates.to(dtype),
+        d_recurrent.to(dtype),
+        d_states,
+        d_params.sum(0) if program.params else None,
+        None if d_made is None else linear.over_steps(d_made.unsqueeze(3), made).squeeze(1),
+        None if d_norm is None else d_norm.sum(0),
+        None if d_normed is None else d_normed.to(dtype),
+        d_resets,
+    )
+
+
+def _normal(call: Call, saved: Result) -> Normalised:
+    """The recurrent products, normalised: as the forward pass kept them, else taken once more."""
+    wide = state_dtype(saved.gates.dtype)
+    if saved.kept is not None:
+        return Normalised(*(_whole(both[1], wide) for both in saved.kept))
+    weights, drop = call.weights.w_hh.to(wide), call.controls.drop
+    each = [
+        Product.of(weights[:, rows], masks(drop, rows)).over_time(entering)
+        for entering, rows in linear.entered_products(call, saved)
+    ]
+    return Normalised(*(values.contiguous() for values in normalise(torch.cat(each, 3))))
 
 
 def _run(call: Call, gates: Tensor, backward: bool, given: dict[str, Any]) -> None:
@@ -125,6 +154,11 @@ def _run(call: Call, gates: Tensor, backward: bool, given: dict[str, Any]) -> No
     library = _library(call.program.text, gates.dtype, backward)
     if library.run(ctypes.byref(arguments.filled(len(call.states), both))):
         raise MemoryError("the time loop in C has no memory for its weights and states")
+
+
+def _width(call: Call) -> int:
+    """Of h, which may be projected."""
+    return call.weights.w_hh.shape[3]
 
 
 def _whole(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -137,14 +171,16 @@ def _shape(call: Call, gates: Tensor) -> dict[str, Any]:
     operations = 2.0 * gates.numel() * hidden
     worth = max(1, int(operations / OF_A_THREAD))
     threads = min(torch.get_num_threads(), worth, max(1, batch * n))
-    flags, values = call.controls.flags, call.reset_values
+    flags, drop, values = call.controls.flags, call.controls.drop, call.reset_values
     return {
         "steps": steps,
         "batch": batch,
         "across": n,
         "units": hidden,
+        "width": _width(call),
         "threads": threads,
         "tiles": max(1, min(batch, -(-threads // max(1, n)))),
+        "masks": 0 if drop is None else drop.shape[2],
         "flags_across": 1 if flags is None else flags.shape[2],
         "reset_steps": len(values[0]) if values else 1,
     }
@@ -153,12 +189,12 @@ def _shape(call: Call, gates: Tensor) -> dict[str, Any]:
 def _tensors(call: Call, dtype: torch.dtype) -> dict[str, Tensor | Sequence[Tensor] | None]:
     """What both directions read."""
     weights = call.weights
+    also = {"params": weights.params, "w_hr": weights.w_hr, "norm": weights.norm, **call.controls.of_loops}
     return {
         "reverse": torch.tensor([flag == "1" for flag in call.reverse], dtype=torch.uint8),
         "w_hh": _whole(weights.w_hh, dtype),
         "b_hh": None if weights.b_hh is None or not call.program.split else _whole(weights.b_hh, dtype),
-        "params": None if weights.params is None else _whole(weights.params, dtype),
-        **{name: None if value is None else _whole(value, dtype) for name, value in call.controls.of_loops.items()},
+        **{name: None if value is None else _whole(value, dtype) for name, value in also.items()},
         "initial": [_whole(state, dtype) for state in call.states],
         "resets": [_whole(value, dtype) for value in call.reset_values],
     }

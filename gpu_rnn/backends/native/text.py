@@ -9,6 +9,7 @@ import torch
 
 from gpu_rnn.backends.native import arguments
 from gpu_rnn.backends.native.building import InstructionSet
+from gpu_rnn.backends.normalisation import EPSILON
 from gpu_rnn.compiler.codegen import C, source
 from gpu_rnn.compiler.derivative import carried_values
 from gpu_rnn.compiler.program import Program
@@ -31,6 +32,7 @@ def of(text: str, dtype: torch.dtype, backward: bool, target: InstructionSet) ->
         _switch("step", _ARGUMENTS, ("out",), len(program.stages)),
         _switch("step_backward", (*_ARGUMENTS, "d"), _GRADIENTS, len(program.stages)) if backward else "",
         _file("loop.h"),
+        _file("normalisation.h"),
         _file("backward.c" if backward else "forward.c"),
     ]
     return "\n".join(parts)
@@ -74,11 +76,17 @@ def _constants(program: Program, dtype: torch.dtype, backward: bool, target: Ins
         "GATES": len(program.gates),
         "RECURRENT": len(program.split),
         "STAGES": len(program.stages),
-        "CARRIED": len(carried_values(program, 1)) if len(program.stages) > 1 else 0,
+        "CARRIED": max(_carried(program)),
+        "EPSILON": EPSILON,
         "VECTORS": across,
         "ROWS": min(8, max(1, target.sums // across)),  # the most that loop.h has a case for
     }
     return "\n".join(f"#define {name} {value}" for name, value in values.items())
+
+
+def _carried(program: Program) -> list[int]:
+    """Of each stage, and of what comes after the last one, how many values it takes from those before."""
+    return [*(len(carried_values(program, number)) for number in range(len(program.stages))), 0]
 
 
 def _tables(program: Program) -> str:
@@ -89,6 +97,7 @@ def _tables(program: Program) -> str:
     return (
         f"static const int FIRST[] = {{{', '.join(map(str, first))}}};\n"
         f"static const int FIRST_SPLIT[] = {{{', '.join(map(str, split))}}};\n"
+        f"static const int CARRIED_OF[] = {{{', '.join(map(str, _carried(program)))}}};\n"
         f"static const int PLACES[] = {{{', '.join(map(str, places))}}};\n"
         f"static const scalar INITIAL[] = {{{initial}}};"
     )

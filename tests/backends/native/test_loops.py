@@ -19,19 +19,22 @@ from gpu_rnn.backends.reference import project
 from gpu_rnn.recurrence import Recurrence
 from tests.support import loops as support
 from tests.support import native, resident
-from tests.support.layer_options import OPTIONS, STEERING, Case, inputs_of
+from tests.support.cells import of_three_products, two_products
+from tests.support.layer_options import FURTHER, OPTIONS, STEERING, Case, inputs_of, with_options
 from tests.support.pairwise import pairwise
 from tests.support.resident import CELLS, errors, settings  # noqa: F401
 
-TAKEN = [name for name in OPTIONS if name != "drop_per_gate"]
+PROJECTED = ("lstm", "peephole_lstm", "coupled_lstm", "slstm")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1, 1), (5, 3, 20), (4, 17, 16), (3, 5, 33), (6, 2, 9), (2, 7, 130), (3, 4, 64)]  # T, B, H
 PAIRS = pairwise(
     CELLS,
     STEERING,
-    ["", "drop"],
+    ["", "drop", "drop_per_gate"],
     ["", "zone"],
     ["", "all_states"],
+    ["", "norm"],
+    ["", "proj"],
     DTYPES,
     SHAPES,
     ["0", "1", "01"],
@@ -53,21 +56,38 @@ def compare(recurrence: Recurrence, inputs: support.Inputs) -> None:
     assert max(wrong.values()) < 1e-12, wrong
 
 
-def slow_in_double(case: Case) -> Any:
-    """Each cell and dtype is two builds."""
-    slow = case[5] == torch.float64 and case[0] not in ("lstm", "gru")
+def that_there_is(case: Case) -> Any:
+    """Of some cells alone h can be projected. Each cell and dtype is two builds."""
+    cell, *words, dtype, shape, reverse, bias = case
+    case = (cell, *(word for word in words if word != "proj" or cell in PROJECTED), dtype, shape, reverse, bias)
+    slow = dtype == torch.float64 and cell not in ("lstm", "gru")
     return pytest.param(case, marks=pytest.mark.slow) if slow else case
 
 
-@pytest.mark.parametrize("case", [*map(slow_in_double, PAIRS)], ids=lambda case: "-".join(map(str, case)))
+@pytest.mark.parametrize("case", [*map(that_there_is, PAIRS)], ids=lambda case: "-".join(map(str, case)))
 def test_options_together(case: Case) -> None:
     compare(*inputs_of(case))
 
 
-@pytest.mark.parametrize("option", ["", "lengths", *TAKEN])
+@pytest.mark.parametrize("option", ["", "lengths", *OPTIONS, *FURTHER])
 @pytest.mark.parametrize("cell", CELLS)
 def test_each_option(cell: str, option: str) -> None:
-    compare(*inputs_of((cell, option, "", "", "", torch.float32, (4, 3, 5), "01", True)))
+    compare(*inputs_of((cell, option, torch.float32, (4, 3, 5), "01", True)))
+
+
+@pytest.mark.parametrize("option", ["", "lengths", *OPTIONS, *FURTHER])
+@pytest.mark.parametrize("cell", PROJECTED)
+def test_each_option_with_a_projection(cell: str, option: str) -> None:
+    compare(*inputs_of((cell, option, "proj", torch.float32, (4, 3, 21), "01", True)))
+
+
+@pytest.mark.parametrize("options", [(), ("mask", "reset_values", "drop_per_gate", "zone", "all_states", "norm")])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("make", [two_products, of_three_products])
+def test_products_after_one_another(make: Callable[[], Recurrence], bias: bool, options: tuple[str, ...]) -> None:
+    recurrence = make()
+    inputs = support.make(recurrence, T=4, B=3, H=21, reverse="01", bias=bias, scale=0.2)
+    compare(recurrence, with_options(inputs, recurrence, options).to(torch.float32))
 
 
 @pytest.mark.parametrize("target", building.instruction_sets(), ids=lambda target: target.name)
@@ -77,6 +97,7 @@ def test_every_instruction_set(
 ) -> None:
     monkeypatch.setattr(building, "instruction_sets", lambda: (target,))
     compare(*inputs_of(("minimal", "mask resets", "drop", "zone", "all_states", dtype, (5, 7, 33), "01", True)))
+    compare(*inputs_of(("lstm", "lengths", "drop_per_gate", "norm proj", dtype, (5, 7, 33), "01", True)))
 
 
 def test_more_gates_than_vectors_side_by_side() -> None:
@@ -134,7 +155,7 @@ def test_a_row_does_not_depend_on_those_beside_it(cell: str) -> None:
 
 @pytest.mark.parametrize(("which", "padding"), [("lengths", float("nan")), ("mask", float("inf"))])
 def test_what_is_not_computed_may_hold_anything(which: str, padding: float) -> None:
-    recurrence, inputs = inputs_of(("gru", which, "", "", "", torch.float32, (4, 3, 5), "01", True))
+    recurrence, inputs = inputs_of(("gru", which, torch.float32, (4, 3, 5), "01", True))
     plain = support.values_and_gradients(recurrence, inputs, "native")
     if which == "lengths":
         skipped = torch.arange(4)[:, None] >= inputs.lengths
@@ -165,9 +186,6 @@ def test_it_takes_no_less_than_it_says() -> None:
     assert launch.unsupported(lstm) == []
     refused = {
         "takes real floating-point numbers, not complex64": {"dtype": torch.complex64},
-        "has no projection of h (proj_size)": {"proj_size": 2},
-        "does not take layer normalisation": {"norm": True},
-        "does not take recurrent dropout with a mask for each gate": {"drop": 4},
         "runs on a CPU, not on mps": {"device_type": "mps"},
     }
     for reason, change in refused.items():

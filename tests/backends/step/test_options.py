@@ -19,7 +19,7 @@ from tests.support import layer_options
 from tests.support import loops as support
 
 EXACT, TIGHT = 1e-10, 1e-5  # float64, and float32 against float64 over a few steps
-ALL = (*layer_options.OPTIONS, "lengths", "norm")
+ALL = (*layer_options.OPTIONS, "lengths", *layer_options.FURTHER)
 STEERING = {"mask", "resets", "reset_values", "reset_values_per_step"}  # what never comes together with lengths
 EXCLUDED = [{"lengths", name} for name in STEERING] + [
     {"drop", "drop_per_gate"},
@@ -54,11 +54,7 @@ def make(name: str, options: Options, reverse: str = "01", **sizes: int) -> supp
     if "lengths" in options:
         lengths = torch.tensor([sizes.get("T", 5), 0, 3])[: sizes.get("B", 3)]
         inputs = inputs._replace(controls=inputs.controls._replace(lengths=lengths))
-    if "norm" in options:
-        n, gates, hidden, _ = inputs.weights.w_hh.shape
-        norm = (1 + support.draw(n, gates, hidden, seed=77, scale=0.3)).requires_grad_()
-        inputs = inputs._replace(weights=inputs.weights._replace(norm=norm))
-    return layer_options.with_options(inputs, recurrence, [o for o in options if o in layer_options.OPTIONS])
+    return layer_options.with_options(inputs, recurrence, set(options) - {"lengths"})
 
 
 def in_torch(name: str, options: Options, **sizes: int) -> None:
