@@ -128,7 +128,7 @@ def backward(call: Call, saved: Result, d_y: Tensor, d_final: list[Tensor], d_in
         d_recurrent.to(dtype),
         d_states,
         d_params.sum(0) if program.params else None,
-        None if d_made is None else linear.over_steps(d_made.unsqueeze(3), made).squeeze(1),
+        None if made is None or d_made is None else linear.over_steps(d_made.unsqueeze(3), made).squeeze(1),
         None if d_norm is None else d_norm.sum(0),
         None if d_normed is None else d_normed.to(dtype),
         d_resets,
