@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Words that blocks publish for each other through L2, as one block of many alike sees them.
+"""Words that blocks publish for each other through L2, or through the shared memory of a cluster, as one block of many
+alike sees them.
 
-A strong store publishes, a strong load waits. All blocks run the same code at the same time, so what arrives was
-published when this block published its own, a hop ago. In a step the tiles publish in turn: strong stores in a row are
-one publication, strong loads in a row wait for one.
+A strong store publishes and a strong load waits; in a cluster a store into other blocks' shared memory does, and the
+look whether all of them have come. All blocks run the same code at the same time, so what arrives was published when
+this block published its own, a hop ago. In a step the tiles publish in turn: such stores in a row are one publication,
+such loads in a row wait for one.
 """
 
 from __future__ import annotations
@@ -16,18 +18,22 @@ from benchmarks.simulating.instructions import Instruction
 
 
 class Word(NamedTuple):
-    """A strong load or store of a path: the publication that it belongs to, counted from the step's first."""
+    """What publishes or waits in a path: the publication that it belongs to, counted from the step's first."""
 
     stores: bool
     publication: int
 
 
-def strong(instruction: Instruction) -> bool:
-    return ".STRONG" in instruction.op and instruction.base in ("LDG", "STG")
+def publishes(instruction: Instruction) -> bool:
+    return instruction.base == "STAS" or (instruction.base == "STG" and ".STRONG" in instruction.op)
+
+
+def awaits(instruction: Instruction) -> bool:
+    return instruction.op.startswith("SYNCS.PHASECHK") or (instruction.base == "LDG" and ".STRONG" in instruction.op)
 
 
 def words(code: Sequence[Instruction], path: Sequence[int]) -> dict[int, Word]:
-    """The strong loads and stores of a path, by their place in it."""
+    """What publishes and what waits in a path, by its place."""
     return dict(_words(code, path))
 
 
@@ -36,8 +42,7 @@ def _words(code: Sequence[Instruction], path: Sequence[int]) -> Iterator[tuple[i
     for place, index in enumerate(path):
         if code[index].base == "BAR":
             fresh = {True: True, False: True}
-        elif strong(code[index]):
-            stores = code[index].base == "STG"
+        elif (stores := publishes(code[index])) or awaits(code[index]):
             counts[stores] += fresh[stores]
             fresh = {stores: False, not stores: True}
             yield place, Word(stores, counts[stores])
@@ -47,10 +52,10 @@ class Exchange:
     """When publications are there. `paths[w]` is what warp w executes in a step.
 
     Args:
-        hop: cycles from a store to its sight in another block.
+        hop: cycles from a store through L2 to its sight in another block.
     """
 
-    def __init__(self, code: Sequence[Instruction], paths: Sequence[Sequence[int]], hop: float) -> None:
+    def __init__(self, code: Sequence[Instruction], paths: Sequence[Sequence[int]], hop: float = 0.0) -> None:
         self.hop = hop
         self.words = [words(code, path) for path in paths]
         self._missing: dict[int, int] = defaultdict(int)  # stores of a step's publication that are to come
@@ -62,27 +67,26 @@ class Exchange:
         # A loop that begins with its stores waits for them within the same turn.
         self._behind = self.tiles - 1 if early else self.tiles
         self._stored: dict[int, int] = defaultdict(int)
-        self._there: dict[int, tuple[float, int]] = {}  # when each was published whole, and by which issue
+        self._latest: dict[int, tuple[float, int]] = {}  # when the last of its stores so far arrives, and its issue
+        self._there: dict[int, tuple[float, int]] = {}  # when each is there as a whole
 
     def wanted(self, warp: int, step: int, place: int) -> int:
-        """The number of the publication that a strong load waits for; below 0 it was there before the loop."""
+        """The number of the publication that is waited for; below 0 it was there before the loop."""
         return step * self.tiles + self.words[warp][place].publication - self._behind
 
     def arrival(self, number: int) -> tuple[float, int | None] | None:
         """When it arrives, and the issue that published it last; None: not yet known."""
         if number < 0:
             return 0.0, None
-        if number not in self._there:
-            return None
-        time, issue = self._there[number]
-        return time + self.hop, issue
+        return self._there.get(number)
 
-    def publish(self, warp: int, step: int, place: int, time: float, issue: int) -> int | None:
-        """Counts a strong store; the number of the publication if that was its last one."""
+    def publish(self, warp: int, step: int, place: int, arrival: float, issue: int) -> int | None:
+        """Counts a store that arrives then; the number of the publication if that was its last one."""
         publication = self.words[warp][place].publication
         number = step * self.tiles + publication
         self._stored[number] += 1
+        self._latest[number] = max(self._latest.get(number, (0.0, issue)), (arrival, issue))
         if self._stored[number] < self._missing[publication]:
             return None
-        self._there[number] = time, issue
+        self._there[number] = self._latest.pop(number)
         return number

@@ -8,6 +8,8 @@ Sources by letter:
        shuffles and operands of a V100. Nobody has published them for later ones.
     C: NVIDIA's whitepapers of A100, Ada and H100: lanes of units, clocks.
     D: published pointer chases on an H100 SXM.
+    E: Luo et al., "Dissecting the NVIDIA Hopper Architecture through Microbenchmarking and Multiple Level Analysis",
+       arXiv:2501.12084: shared memory of other blocks of a cluster, from 180 (A) to 213 cycles.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ class Machine:
         l2: of a load that L2 answers.
         l2_bytes: in a cycle that reach one multiprocessor while all read.
         hop: seconds from a store to its sight in another block.
+        remote: cycles from a store into another block's shared memory until that block has seen it.
+        remote_bytes: of such stores that leave one multiprocessor in a cycle.
     """
 
     load: float
@@ -50,6 +54,8 @@ class Machine:
     l2: float | None = None
     l2_bytes: float | None = None
     hop: float | None = None
+    remote: float | None = None
+    remote_bytes: float | None = None
 
 
 H100 = Machine(
@@ -69,6 +75,8 @@ H100 = Machine(
     l2=260,  # A, D
     l2_bytes=37,  # as gpu_rnn/backends/rates.py has it
     hop=6e-7,  # likewise
+    remote=213,  # E: of a load, there and back; a store goes one way, and nobody has published how long
+    remote_bytes=21,  # published by others, for stores
 )
 MACHINES: dict[str, Machine] = {
     "H100": H100,
@@ -81,6 +89,8 @@ MACHINES: dict[str, Machine] = {
         l2=262,  # A
         l2_bytes=None,
         hop=None,
+        remote=None,  # it has no clusters, as the RTX 4090
+        remote_bytes=None,
     ),
     "RTX 4090": replace(
         H100,
@@ -91,6 +101,8 @@ MACHINES: dict[str, Machine] = {
         l2=273,  # A
         l2_bytes=None,
         hop=None,
+        remote=None,
+        remote_bytes=None,
     ),
 }
 

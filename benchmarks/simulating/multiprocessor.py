@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from benchmarks.simulating.exchange import Exchange, strong
+from benchmarks.simulating.exchange import Exchange, awaits
 from benchmarks.simulating.instructions import BOARDS, NONE, Instruction
 from benchmarks.simulating.machines import Machine
 from benchmarks.simulating.units import BUSY, Unit, unit_of, waves
@@ -149,6 +149,7 @@ class Multiprocessor:
         self.warps = [_Warp(number, [decoded[index] for index in path]) for number, path in enumerate(paths)]
         self.free: dict[tuple[Unit, int], Event] = defaultdict(Event)  # by unit and sub-core
         self.l2 = 0.0  # when the way from L2 is free
+        self.network = 0.0  # and that to the other multiprocessors of a cluster
         self.arrived: dict[tuple[int, ...], list[_Warp]] = defaultdict(list)
         self.waiting: dict[int, list[tuple[_Warp, int, Event]]] = defaultdict(list)  # for a publication
         self.latest: list[_Warp | None] = [None] * SUB_CORES
@@ -228,14 +229,16 @@ class Multiprocessor:
         warp.look()
 
     def _exchange(self, warp: _Warp, decoded: _Decoded, where: tuple[int, int], there: Event) -> Event:
-        """A strong load has its word no sooner than that has arrived; a publication's last store brings it to all."""
+        """Who waits has a publication no sooner than it has arrived; its last store brings it to all."""
         assert self.exchange is not None and there.cause is not None
         (step, place), board = where, decoded.instruction.writes
-        if decoded.instruction.base == "STG":
-            time = self.issues[there.cause].time
-            published = self.exchange.publish(warp.number, step, place, time, there.cause)
-            if published is not None:
-                self._deliver(published, Event(time + self.exchange.hop, there.cause))
+        if decoded.instruction.base in ("STG", "STAS"):
+            sent = decoded.instruction.base == "STAS"
+            seen = there.time if sent else self.issues[there.cause].time + self.exchange.hop
+            published = self.exchange.publish(warp.number, step, place, seen, there.cause)
+            arrival = None if published is None else self.exchange.arrival(published)
+            if published is not None and arrival is not None:
+                self._deliver(published, Event(*arrival))
             return there
         number = self.exchange.wanted(warp.number, step, place)
         arrival = self.exchange.arrival(number)
@@ -277,14 +280,16 @@ class Multiprocessor:
         """Of a memory instruction, from when the unit takes it."""
         machine, more = self.machine, decoded.waves - 1
         match decoded.instruction.base:
-            case "LDS" | "ATOMS":
+            case "LDS" | "ATOMS" | "SYNCS":
                 return machine.shared - 2 + more
             case "LDSM":
                 return machine.matrix - 2 + more
             case "SHFL":
                 return machine.shuffle
-            case "LDG" if self.exchange is not None and strong(decoded.instruction):
+            case "LDG" if self.exchange is not None and awaits(decoded.instruction):
                 return self._from_l2(decoded.waves, begin)
+            case "STAS":
+                return self._to_others(decoded.waves, begin)
             case "LDG" | "LD" | "ATOM" | "ATOMG":
                 return machine.load
             case "LDC" | "LDCU" | "S2R":
@@ -299,6 +304,13 @@ class Multiprocessor:
         assert machine.l2 is not None and machine.l2_bytes is not None
         self.l2 = max(self.l2, begin) + count * LANES * 4 / machine.l2_bytes
         return max(begin, self.l2) - begin + machine.l2
+
+    def _to_others(self, count: int, begin: float) -> float:
+        """Of a store of so many words of 32 bits a thread into another block's shared memory."""
+        machine = self.machine
+        assert machine.remote is not None and machine.remote_bytes is not None
+        self.network = max(self.network, begin) + count * LANES * 4 / machine.remote_bytes
+        return self.network - begin + machine.remote
 
     def _meet(self, warp: _Warp, decoded: _Decoded, where: tuple[int, int], number: int) -> None:
         """At a barrier of so many threads as its last operand says, or of all; who comes last lets all go on."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from benchmarks.simulating.exchange import strong
+from benchmarks.simulating.exchange import awaits, publishes
 from benchmarks.simulating.instructions import Instruction, loops
 
 LONGEST = 50_000  # instructions of a step
@@ -126,6 +126,8 @@ def _taken(code: Sequence[Instruction], index: int, turn: Turn, met: bool) -> bo
     if branch.target > turn.loop[-1]:
         return False
     region = code[index + 1 : branch.target]
+    if any(each.op.startswith("SYNCS.PHASECHK") for each in region):
+        return False
     if _is_rare(region) or _polls_again(code, range(index + 1, branch.target)):
         return True
     bases = {each.base for each in region}
@@ -144,7 +146,7 @@ def _is_rare(region: Sequence[Instruction]) -> bool:
 
 def _polls_again(code: Sequence[Instruction], region: range) -> bool:
     """A loop that looks for words again: the first look had them, because it is taken to last until they are there."""
-    if _multiplies(code, region.start, region.stop) or not any(strong(code[k]) for k in region):
+    if _multiplies(code, region.start, region.stop) or not any(awaits(code[k]) for k in region):
         return False
     return any(code[k].base == "BRA" and (code[k].target or region.stop) < k + 1 for k in region)
 
@@ -162,7 +164,7 @@ def regions(code: Sequence[Instruction], path: Sequence[int]) -> Iterator[int]:
             branches = []
         elif base == "BRA" and branches is not None:
             branches.append(index)
-        elif base == "STG" and strong(code[index]) and branches is not None:
+        elif publishes(code[index]) and branches is not None:
             yield from branches
             branches = None
 
@@ -170,7 +172,7 @@ def regions(code: Sequence[Instruction], path: Sequence[int]) -> Iterator[int]:
 def early_waits(code: Sequence[Instruction], path: Sequence[int]) -> Iterator[int]:
     """Instructions that wait for a load of this step before the first look for the others' words."""
     loading: set[int] = set()
-    first = next((k for k, index in enumerate(path) if strong(code[index]) and code[index].base == "LDG"), 0)
+    first = next((k for k, index in enumerate(path) if awaits(code[index])), 0)
     for index in path[:first]:
         instruction = code[index]
         if loading & set(instruction.waits):

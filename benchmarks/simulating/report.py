@@ -52,9 +52,10 @@ def simulate(kernel: Kernel, machine: Machine) -> Simulation:
     """
     exchange = None
     if kernel.exchanges:
-        if machine.hop is None or machine.l2 is None or machine.l2_bytes is None:
+        remote = any(each.base == "STAS" for each in kernel.code)
+        if None in ((machine.remote, machine.remote_bytes) if remote else (machine.hop, machine.l2, machine.l2_bytes)):
             raise Lost("nobody has published how long a word takes from block to block on this device")
-        exchange = Exchange(kernel.code, kernel.paths, machine.hop * machine.clock * 1e9)
+        exchange = Exchange(kernel.code, kernel.paths, (machine.hop or 0.0) * machine.clock * 1e9)
     multiprocessor = Multiprocessor(kernel.code, kernel.paths, machine, exchange)
     try:
         return Simulation(kernel, machine, multiprocessor.run(STEPS if kernel.loops else 1))

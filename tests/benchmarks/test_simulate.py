@@ -135,6 +135,31 @@ def test_all_wait_for_who_publishes_last() -> None:
     assert len(used) == 3 and max(used) - min(used) <= 2
 
 
+SEND, COME = instruction("STAS"), instruction("SYNCS.PHASECHK.TRANS64.TRYWAIT", "P2, [R1+URZ], R2", writes=0)
+
+
+def test_a_word_to_a_clusters_blocks_takes_the_way_to_them() -> None:
+    """As often as there are blocks, one after another through the same door; then all of them have seen all."""
+    wave = 128 / H100.remote_bytes
+    for blocks in (1, 16):
+        program = [COME, USE, *[SEND] * blocks]
+        cycles = run(program, [[*range(len(program))]]).run(6).cycles
+        assert cycles == pytest.approx(H100.remote + blocks * wave, abs=6)
+
+
+def test_the_look_whether_words_have_come_is_not_skipped() -> None:
+    clock = instruction("CS2R", "R2, SR_GLOBALTIMERLO")
+    program = branch(5), COME, branch(5), clock, branch(1), ADD
+    assert through(*program) == [0, 1, 2, 5, 6]
+
+
+def test_no_cluster_on_a_device_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = [COME, USE, SEND]
+    with pytest.raises(Lost, match="from block to block"):
+        report.simulate(kernel(program), replace(H100, remote=None))
+    assert report.simulate(kernel(program), replace(H100, hop=None)).cycles < HOP
+
+
 def test_every_branch_between_barrier_and_publication_is_counted() -> None:
     program = [branch(1), instruction("BAR.SYNC"), branch(3), ADD, PUBLISH, branch(6), ADD]
     assert [*paths.regions(program, range(7))] == [2]
