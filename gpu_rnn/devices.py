@@ -7,7 +7,7 @@ import os
 import platform
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,12 +95,22 @@ def _bare(name: str) -> str:
     return "".join(name.split()).casefold()
 
 
-@memoize(16)
 def of(device: torch.device) -> Device:
     """The device that a tensor lies on: as described under its name, else as its driver says, and where that says
-    nothing as the nearest relative. The rate of tensor cores goes with the multiprocessors."""
+    nothing as the nearest relative. The rate of tensor cores goes with the multiprocessors. A CPU has as many cores
+    as torch has threads."""
     if device.type != "cuda" or torch.version.cuda is None:
-        return CPU
+        return _cpu(torch.get_num_threads())
+    return _gpu(device)
+
+
+@memoize(64)
+def _cpu(threads: int) -> Device:
+    return replace(CPU, sms=threads)
+
+
+@memoize(16)
+def _gpu(device: torch.device) -> Device:
     properties = torch.cuda.get_device_properties(device)
     capability = (properties.major, properties.minor)
     relatives = [DEVICES[key]] if (key := known_as(properties.name)) else []

@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import inspect
 import json
+import math
 import os
 import re
 import secrets
@@ -20,8 +21,12 @@ import torch
 from gpu_rnn import cache, memo
 from gpu_rnn.backends.group import cubin, nvrtc
 from gpu_rnn.backends.group import launch as group
+from gpu_rnn.backends.native import launch as native
+from gpu_rnn.backends.problem import Problem
+from gpu_rnn.backends.rates import Rates
 from gpu_rnn.diagnostics import tuning
 from gpu_rnn.dispatch import choice
+from tests.support import native as native_tools
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it at import: one kind a process
 
@@ -53,8 +58,19 @@ def pytest_configure() -> None:
     BUILD.mkdir(exist_ok=True)
     os.environ.setdefault("GPU_RNN_FUZZ_SEED", str(secrets.randbelow(2**31)))  # one for all workers, which inherit it
     tuning.forget()
+    native.cost = cost_where_wanted  # type: ignore[assignment]
     if INTERPRETING and importlib.util.find_spec("triton"):
         remember_builtins()
+
+
+NATIVE = os.environ.get("GPU_RNN_TEST_NATIVE") == "1"  # every test with what a CPU takes by itself
+_native_by_itself, _cost = [NATIVE], native.cost
+
+
+def cost_where_wanted(problem: Problem, constants: Rates | None = None) -> float:
+    """On a CPU "auto" is ATen or the step loop, as it is without a C compiler: else each test would build the C of its
+    layers first, which takes seconds. Tests of what is chosen take the fixture `native_by_itself`."""
+    return _cost(problem, constants) if _native_by_itself[0] else math.inf
 
 
 def remember_builtins() -> None:
@@ -185,6 +201,19 @@ def nothing_tuned() -> Iterator[None]:
     yield
     if any(cache.wanted().glob("tuned-*.json")):
         tuning.forget()
+
+
+@pytest.fixture
+def native_by_itself() -> Iterator[None]:
+    """What dispatch chooses is chosen: on a CPU often the loop in C."""
+    native_tools.any_compiler()
+    memo.clear("gpu_rnn.dispatch")
+    memo.clear("gpu_rnn.call")
+    _native_by_itself[0] = True
+    yield
+    _native_by_itself[0] = NATIVE
+    memo.clear("gpu_rnn.dispatch")
+    memo.clear("gpu_rnn.call")
 
 
 @pytest.fixture

@@ -30,11 +30,11 @@ def described(monkeypatch: pytest.MonkeyPatch) -> Iterator[Describe]:
         )
         monkeypatch.setattr(torch.version, "cuda", "13.0")
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-        devices.of.cache_clear()
+        devices._gpu.cache_clear()
         return devices.of(GPU)
 
     yield found
-    devices.of.cache_clear()
+    devices._gpu.cache_clear()
 
 
 @pytest.mark.parametrize(("name", "rate"), [("NVIDIA H200", 4800.0), ("NVIDIA H100 80GB HBM3", 3350.0)])

@@ -1,11 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PyTorch's own recurrent kernels (cuDNN, oneDNN) as a row of the table: whole stacks at standard options.
-
-What a step takes on a GPU is published by others. On an H100, an LSTM in fp16 with 768 units and 16 rows over 1,024
-steps takes cuDNN 1.96 µs a step forward and 5.07 in both passes (Pöppel, Beck, Hochreiter: FlashRNN, arXiv:2412.07752):
-that is taken wherever cuDNN keeps the weights on chip, which the rules of ATen's native/cudnn/RNN.cpp say. cuDNN takes
-bfloat16 since 9.13 (pytorch/pytorch#164411). Nobody has published a step outside those kernels; that is a model.
-"""
+"""PyTorch's own recurrent kernels (cuDNN, oneDNN) as a row of the table: whole stacks at standard options."""
 
 from __future__ import annotations
 
@@ -17,20 +11,15 @@ from torch import _VF as VF
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from gpu_rnn.backends import rates
+from gpu_rnn.backends import cpu_cost, rates
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.backends.throughput import products
-from gpu_rnn.devices import is_described
 from gpu_rnn.memo import memoize
 
 Output = tuple[Tensor, tuple[Tensor, ...]]
 
 EVERYWHERE = frozenset((torch.float32, torch.float64))
 """The dtypes that ATen has kernels for on every CPU."""
-
-# The most units of cuDNN's kernel for few, in inference and in training, by native/cudnn/RNN.cpp.
-MOST_SMALL = {"RNN": (384, 256), "gated": (192, 128)}
-FIRST_WITH_BFLOAT16 = 91300  # of cuDNN
 
 # cudnnRNNMode_t
 CUDNN_MODES = {"RNN_RELU": 0, "RNN_TANH": 1, "LSTM": 2, "GRU": 3}
@@ -79,14 +68,8 @@ def _tried(mode: str, dtype: torch.dtype, training: bool) -> str:
 
 def _persistent(problem: Problem) -> bool:
     """Where cuDNN keeps the weights on chip (the rules of ATen's native/cudnn/RNN.cpp, for sm_80 and later)."""
-    if problem.packed or problem.proj_size or problem.dtype == torch.float64 or not _cudnn_takes(problem):
-        return False
-    return problem.H <= MOST_SMALL["RNN" if problem.G == 1 else "gated"][problem.training] or _static(problem)
-
-
-def _static(problem: Problem) -> bool:
-    """Whether it is the kernel for many units, which what is published was measured with."""
-    return (
+    small = problem.H <= (128 if problem.training else 192)
+    static = (
         problem.dtype == torch.float16
         and problem.recurrence.aten == "LSTM"
         and problem.layers == problem.N == 1
@@ -94,30 +77,23 @@ def _static(problem: Problem) -> bool:
         and problem.H % 128 == problem.I % 128 == problem.B % 8 == 0
         and problem.B <= 128
     )
-
-
-def _cudnn_takes(problem: Problem) -> bool:
-    """Whether cuDNN runs a dtype: that of a described device is new enough."""
-    version = torch.backends.cudnn.version() or 0
-    return problem.dtype != torch.bfloat16 or is_described(problem.device) or version >= FIRST_WITH_BFLOAT16
+    return not problem.packed and not problem.proj_size and (small or static)
 
 
 def cost(problem: Problem, constants: rates.Rates | None = None) -> float:
-    """Seconds by the cost model; on a CPU the products alone, which every other row adds to."""
+    """Seconds by the cost model."""
+    every = constants or rates.of(problem.device)
     if not problem.device.is_gpu:
-        return products(problem)
-    known, backward = (constants or rates.of(problem.device)).aten, problem.direction == "backward"
-    if _persistent(problem):
-        step = known.persistent_backward if backward else known.persistent_step
-    else:
-        step = known.step * problem.N * (2.0 if backward else 1.0)
-    return problem.T * problem.layers * step + known.products * products(problem)
+        return cpu_cost.seconds(problem, getattr(every, cpu_model(problem)))
+    known = every.aten
+    step = known.persistent_step if _persistent(problem) else known.step * problem.N
+    passes = 2.0 if problem.direction == "backward" else 1.0
+    return passes * problem.T * problem.layers * step + known.products * products(problem)
 
 
-def source(problem: Problem) -> str:
-    """Where its time a step comes from: see `gpu_rnn.backends.Entry`."""
-    same = problem.device.capability == (9, 0) and _static(problem) and _persistent(problem)
-    return "published" if same else "modelled"
+def cpu_model(problem: Problem) -> str:
+    """The constants of a CPU's model: ATen's kernels differ as much as backends do, oneDNN has the LSTM's."""
+    return f"cpu_{(problem.recurrence.aten or '').partition('_')[0].lower()}"
 
 
 def prepare(problem: Problem) -> None:

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpu_rnn import environment
+from gpu_rnn import environment, memo
 from gpu_rnn.backends import aten
-from gpu_rnn.call import arguments, autocast, loops, onlookers, second_order, transforms
+from gpu_rnn.call import arguments, autocast, loops, onlookers, second_order, single_step, transforms
 from gpu_rnn.call.controls import NONE, StackControls
 from gpu_rnn.call.stack import Stack, States
 from gpu_rnn.dispatch import choice
@@ -39,10 +39,20 @@ def sequence(
     if autocasts and autocast.on(x):
         with autocast.off(x):
             return sequence(stack, x, hx, weights, batch_sizes, controls, alike)
-    _, batch = stack.sizes(x, batch_sizes)
+    steps, batch = stack.sizes(x, batch_sizes)
     if not onlookers.recorded(x):
-        if x.is_cpu and choice.only_predicted_on_cpu() and _takes_aten(stack, x, controls):
-            return *_aten(stack, x, hx or stack.initial(x, weights, batch), weights, batch_sizes), ()
+        if x.is_cpu:
+            if (
+                steps == 1
+                and stack.is_one_layer
+                and not (batch_sizes is not None or controls.given or transforms.active())
+            ):
+                found = _one_step_of_a_layer(stack, x, hx or stack.initial(x, weights, batch), weights)
+                if found is not None:
+                    return found
+            if choice.only_predicted_on_cpu() and _takes_aten(stack, x, controls):
+                if _predicted(stack, x, hx, weights, batch_sizes) == "aten":
+                    return *_aten(stack, x, hx or stack.initial(x, weights, batch), weights, batch_sizes), ()
         problem = stack.problem(x, hx, weights, batch_sizes, controls)
         if choice.select(problem, stack.backend) == "aten":
             states = hx or stack.initial(x, weights, batch)
@@ -56,12 +66,41 @@ def sequence(
     return loops.run(stack, x, hx or stack.initial(x, weights, batch), weights, batch_sizes, controls)
 
 
-def _takes_aten(stack: Stack, x: Tensor, controls: StackControls) -> bool:
-    """Whether dispatch would say ATen of a call on a CPU, where it is predicted cheapest wherever it runs.
+def _one_step_of_a_layer(
+    stack: Stack, x: Tensor, states: States, weights: Sequence[Tensor]
+) -> tuple[Tensor, States, States] | None:
+    final = single_step.run(stack, x.transpose(0, 1) if stack.batch_first else x, states, weights)
+    if final is None:
+        return None
+    y = final[0].clone()  # of its own: who changes one of both changes not the other
+    return y.transpose(0, 1) if stack.batch_first else y, final, ()
 
-    No Problem is needed for that, which takes 5 µs of a short call to make. The words of a refusal are
-    `aten.unsupported`'s.
-    """
+
+MOST_PREDICTIONS = 4096  # of calls whose backend is kept
+
+_predictions: dict[tuple[object, ...], str] = memo.hold(f"{__name__}: predictions", {}, MOST_PREDICTIONS)
+
+
+def _predicted(
+    stack: Stack, x: Tensor, hx: States | None, weights: Sequence[Tensor], batch_sizes: Tensor | None
+) -> str:
+    """The backend that is predicted the fastest on a CPU for a call without controls. A Problem, which takes 5 µs of a
+    short call to make, is made for the first of those that are alike."""
+    grad = torch.is_grad_enabled() and (
+        x.requires_grad or any(w.requires_grad for w in weights) or any(s.requires_grad for s in hx or ())
+    )
+    sizes = x.shape if batch_sizes is None else (*batch_sizes.shape, int(batch_sizes[0]), x.shape[-1])
+    kind = stack, sizes, x.dtype, weights[0].shape[0], grad, torch.get_num_threads(), batch_sizes is None
+    if kind not in _predictions:
+        if len(_predictions) >= MOST_PREDICTIONS:
+            _predictions.clear()
+        _predictions[kind] = choice.select(stack.problem(x, hx, weights, batch_sizes), stack.backend)
+    return _predictions[kind]
+
+
+def _takes_aten(stack: Stack, x: Tensor, controls: StackControls) -> bool:
+    """Whether ATen has what a call on a CPU wants, and nothing but predictions says whether it runs there. The words of
+    a refusal are `aten.unsupported`'s."""
     mode = stack.recurrence.aten
     return (
         mode is not None
@@ -153,20 +192,25 @@ def _aten(
 
 def one_step(stack: Stack, x: Tensor, hx: States | None, weights: Sequence[Tensor]) -> States:
     """`functional.cell` of arguments that are checked already."""
-    if torch._C._is_any_autocast_enabled():
+    autocasts = torch._C._is_any_autocast_enabled()
+    if autocasts:
         (x,), hx = autocast.cast((x,)), hx and autocast.cast(hx)
-    mode = stack.recurrence.aten
+    mode, recorded, transformed = stack.recurrence.aten, onlookers.recorded(x), transforms.active()
     if (
         mode
         and stack.backend in ("auto", "aten")
-        and (not onlookers.recorded(x) or _recorded_as_aten(stack.backend))
-        and not transforms.active()
+        and (not recorded or _recorded_as_aten(stack.backend))
+        and not transformed
     ):
         states = hx or tuple(state[0] for state in stack.initial(x[None], weights, x.shape[0]))
         biases = weights[2:] if stack.bias else (None, None)
         # Under autocast torch's own rule casts the weights: it keeps them for the next step of a loop.
         after = aten.STEPS[mode](x, states if len(states) > 1 else states[0], *weights[:2], *biases)
         return tuple(after) if len(states) > 1 else (after,)
+    if x.is_cpu and not (recorded or transformed or autocasts):
+        states = hx or tuple(state[0] for state in stack.initial(x[None], weights, x.shape[0]))
+        if (found := single_step.run(stack, x, states, weights)) is not None:
+            return found
     states = None if hx is None else tuple(state[None] for state in hx)
     _, final, _ = sequence(stack, x[None], states, weights, None)
     return tuple(state[0].clone() for state in final)  # no views: those cannot be detached in place

@@ -45,6 +45,11 @@ class Stack:
         plain = not (self.norm or self.all_states) and self.backend in ("auto", "aten")
         return plain and self.recurrence.aten is not None
 
+    @once
+    def is_one_layer(self) -> bool:
+        """Whether there is one, which runs forward in time."""
+        return self.num_layers == 1 and not self.bidirectional
+
     @property
     def reverse(self) -> str:
         """A character for each direction, "1" where time runs backwards."""

@@ -17,9 +17,12 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from gpu_rnn import devices, environment, memo
-from gpu_rnn.backends import BACKENDS, KERNELS, LOOPS, SOURCES, WAVEFRONTS, precision, rates
+from gpu_rnn.backends import BACKENDS, KERNELS, LOOPS, WAVEFRONTS, precision
 from gpu_rnn.backends.problem import Problem
+from gpu_rnn.backends.rates import Rates
 from gpu_rnn.dispatch import measured as choices
 from gpu_rnn.dispatch import wavefront_plan
 from gpu_rnn.dispatch.measured import Question, Times
@@ -41,9 +44,6 @@ class Row:
     """Microseconds per time step by the cost model."""
     measured_us: float | None = None
     """Microseconds per time step as `gpu_rnn.tune` measured them on this device; None where it did not."""
-    source: str = ""
-    """Where the figure comes from: "measured", a model "fitted" to results; else of the time loop "simulated" from
-    machine code, "published" by others, or "modelled". Empty where it cannot run."""
 
 
 def check_name(backend: str) -> None:
@@ -122,7 +122,7 @@ def forget() -> None:
 
 def only_predicted_on_cpu() -> bool:
     """Whether no measurement decides on a CPU: none is kept, and none is being made in this thread."""
-    return not (_trial.backend or choices.any_on_cpu())
+    return not (_trial.backend or choices.any_on_cpu(torch.get_num_threads()))
 
 
 @memoize(4096)
@@ -138,7 +138,7 @@ def _select(problem: Problem, backend: str, among: tuple[str, ...], preferred: s
                 f"backend={backend!r} cannot run this call:\n{listed}\nUse backend='auto', or remove the cause."
             )
         return backend
-    candidates = _candidates(replace(problem, T=1), among)
+    candidates = _candidates(replace(problem, T=min(problem.T, 2)), among)
     if preferred in candidates.able and candidates.runs(preferred):
         return preferred
     places = {name: place for place, name in enumerate(choices.find(problem, among))}
@@ -155,21 +155,24 @@ def _select(problem: Problem, backend: str, among: tuple[str, ...], preferred: s
 
 
 class _Line:
-    """Seconds of one pass: a model adds so much for each step to what a call takes however long it is."""
+    """Seconds of one pass: a model adds so much for each step to what a call takes however long it is. One step may be
+    a matter of its own."""
 
     def __init__(self, problem: Problem, name: str) -> None:
-        first, last = (BACKENDS[name].cost(replace(problem, T=steps), None) for steps in (1, 1 + FAR))
-        self.first, self.step = first, (last - first) / FAR if math.isfinite(first) else 0.0
+        self.start, cost = problem.T, BACKENDS[name].cost
+        self.first = cost(problem, None)
+        last = self.first if problem.T == 1 else cost(replace(problem, T=problem.T + FAR), None)
+        self.step = (last - self.first) / FAR if math.isfinite(self.first) else 0.0
 
     def at(self, steps: int) -> float:
-        return self.first + (steps - 1) * self.step
+        return self.first + (steps - self.start) * self.step
 
 
 FAR = 1024  # steps between the two points of a line: rounding is far below what models know
 
 
 class _Candidates:
-    """Those that can run a problem of any number of steps, and their cost models."""
+    """Those that can run a problem of one step, or of any larger number, and their cost models."""
 
     def __init__(self, problem: Problem, among: tuple[str, ...]) -> None:
         self.problem = problem
@@ -220,7 +223,7 @@ def _against(problem: Problem, name: str) -> list[str]:
 
 
 def total_cost(
-    problem: Problem, name: str, loops: Sequence[str] | None = None, constants: rates.Rates | None = None
+    problem: Problem, name: str, loops: Sequence[str] | None = None, constants: Rates | None = None
 ) -> float:
     """Seconds for a call and, in training, for its backward pass, which may run on another loop than the forward.
 
@@ -238,12 +241,12 @@ def total_cost(
     return cost + min(_cost(after, n, constants) for n in loops)
 
 
-def _cost(problem: Problem, name: str, constants: rates.Rates | None) -> float:
+def _cost(problem: Problem, name: str, constants: Rates | None) -> float:
     """Seconds for one pass; of a stack on a loop the less of layer after layer and of a wavefront."""
     return min(BACKENDS[name].cost(problem, constants), _staggered(problem, name, constants)[1])
 
 
-def _staggered(problem: Problem, name: str, constants: rates.Rates | None = None) -> tuple[int, float]:
+def _staggered(problem: Problem, name: str, constants: Rates | None = None) -> tuple[int, float]:
     """The best chunk of a wavefront on a loop and its seconds for one pass, infinitely many where it cannot run so."""
     backend = BACKENDS[name]
     if name not in WAVEFRONTS or not wavefront_plan.possible(problem):
@@ -347,28 +350,8 @@ def verdicts(problem: Problem, backend: str = "auto") -> list[Row]:
         if runs and problem.direction == "training" and name in LOOPS:
             against = each.unsupported(replace(problem, direction="backward"))
             reasons = [f"backward on another loop: {reason}" for reason in against]
-        us = measured.get(name) if runs else None
-        source = "" if not runs else "measured" if us is not None else _source(problem, name)
-        rows.append(Row(name, runs, name == chosen, tuple(reasons), predicted, us, source))
+        rows.append(Row(name, runs, name == chosen, tuple(reasons), predicted, measured.get(name) if runs else None))
     return rows
-
-
-def _source(problem: Problem, name: str) -> str:
-    """Where `total_cost` comes from: of two passes, or layers side by side, what is true of all."""
-    if rates.of(problem.device).fitted:
-        return "fitted"
-    if name in WAVEFRONTS and problem.layers > 1 and wavefront_plan.possible(problem):
-        return "modelled"
-    if problem.direction != "training":
-        return SOURCES[name](problem)
-    after, back = replace(problem, direction="backward"), name
-    if name in LOOPS:
-        back = min(
-            (loop for loop in LOOPS if not BACKENDS[loop].unsupported(after)),
-            key=lambda loop: _cost(after, loop, None),
-        )
-    both = {SOURCES[name](problem), SOURCES[back](after)}
-    return both.pop() if len(both) == 1 else "modelled"
 
 
 def described(problem: Problem, name: str) -> Problem:

@@ -16,10 +16,10 @@ from typing import NamedTuple
 
 import torch
 
-from gpu_rnn import cache
+from gpu_rnn import cache, devices
 from gpu_rnn._version import __version__
 from gpu_rnn.backends.problem import Problem
-from gpu_rnn.devices import CPU, Device, cpu_name
+from gpu_rnn.devices import Device, cpu_name
 from gpu_rnn.memo import memoize
 
 Question = tuple[Problem, tuple[str, ...]]  # what is to run, and the backends that may run it
@@ -37,10 +37,10 @@ def find(problem: Problem, among: tuple[str, ...]) -> Mapping[str, float]:
     return kept.get(_key(problem, among), {}) if kept else {}
 
 
-@memoize(1)
-def any_on_cpu() -> bool:
-    """Whether anything was measured on the CPU at hand."""
-    return bool(_kept(CPU))
+@memoize(64)
+def any_on_cpu(threads: int) -> bool:
+    """Whether anything was measured on the CPU at hand, with so many threads."""
+    return bool(_kept(devices.of(torch.device("cpu"))))
 
 
 def keep(device: Device, found: Mapping[Question, Times]) -> Path:

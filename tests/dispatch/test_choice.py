@@ -58,8 +58,7 @@ CHOICES: list[tuple[Problem, str]] = [
     (problem(cells.gru(reset_after=False), direction="training"), "step"),
     (problem(support.RECURRENCES["minimal"]), "step"),
     (problem(dtype=torch.complex64), "reference"),
-    (problem(device="H100", **half), "resident"),
-    (problem(device="H100", H=128, **half), "group"),
+    (problem(device="H100", **half), "group"),
     (problem(cells.lstm("relu"), "A100", direction="training", **half), "group"),
     (problem(support.RECURRENCES["minimal"], "RTX 4090", H=512, **half), "group"),
     (problem(device="H100", T=1500, H=1024, I=1024, direction="training", **half), "group"),
@@ -88,9 +87,12 @@ def test_the_cheapest_that_can_run(given: Problem, expected: str) -> None:
 def test_every_model_adds_so_much_for_each_step(
     device: str, cell: gpu_rnn.Recurrence, options: dict[str, Any], direction: str
 ) -> None:
-    """So a new T asks no model, and what can run does not depend on it."""
-    one, long = (problem(cell, device, T=steps, direction=direction, **options) for steps in (1, 777))
-    candidates = choice._Candidates(one, tuple(choice.BACKENDS))
+    """So a new T asks no model, and what can run does not depend on it. One step may be a matter of its own."""
+    one, two, long = (problem(cell, device, T=steps, direction=direction, **options) for steps in (1, 2, 777))
+    single, candidates = (choice._Candidates(each, tuple(choice.BACKENDS)) for each in (one, two))
+    assert single.able == candidates.able
+    for name in single.able:
+        assert single.seconds(1, name) == pytest.approx(choice.total_cost(one, name), rel=1e-9)
     assert candidates.able == [name for name, module in choice.BACKENDS.items() if not module.unsupported(long)]
     for name in candidates.able:
         assert candidates.seconds(777, name) == pytest.approx(choice.total_cost(long, name), rel=1e-9)
@@ -201,7 +203,7 @@ def test_a_kernel_that_does_not_build_is_a_reason(monkeypatch: pytest.MonkeyPatc
         raise nvrtc.CompileError(f"NVRTC 0.0 does not compile for {arch}:\nout of luck")
 
     monkeypatch.setattr(nvrtc, "compile_cubin", refuse)
-    given = problem(device="H100", H=128, **half)
+    given = problem(device="H100", **half)
     assert choice.select(given) == "resident"
     assert group.unsupported(given) == ["NVRTC 0.0 does not compile for sm_90a:\nout of luck"]
     with pytest.raises(ValueError, match=r"(?s)backend='group' cannot run.*out of luck"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import platform
 import shutil
 import subprocess
@@ -16,6 +17,8 @@ from typing import NamedTuple
 from gpu_rnn import cache, environment
 from gpu_rnn._version import __version__
 from gpu_rnn.memo import memoize
+
+log = logging.getLogger("gpu_rnn")
 
 COMPILERS = ("cc", "gcc", "clang")
 # Vectors wider than the target's are passed in memory (psabi); generated functions take what they do not need.
@@ -136,6 +139,7 @@ def library(text: str, flags: tuple[str, ...]) -> ctypes.CDLL:
 
 
 def _built(text: str, flags: tuple[str, ...]) -> bytes:
+    log.info("native: builds a library with %s, which is kept for later calls", compiler()[0])
     with TemporaryDirectory(prefix=cache.TEMPORARY) as folder:
         path = Path(folder) / "library.so"
         _run([*compiler(), *COMPILER_FLAGS, *flags, "-x", "c", "-", "-o", str(path), "-lm"], text)

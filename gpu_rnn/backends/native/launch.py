@@ -5,7 +5,6 @@ direction; options are asked of it while it runs, as each is a branch beside a p
 from __future__ import annotations
 
 import ctypes
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,8 +12,8 @@ import torch
 from torch import Tensor
 
 from gpu_rnn import memo
-from gpu_rnn.backends import linear, rates
-from gpu_rnn.backends.native import arguments, building, text
+from gpu_rnn.backends import cpu_cost, linear, rates
+from gpu_rnn.backends.native import arguments, building, one_step, text
 from gpu_rnn.backends.native.building import CompilerError
 from gpu_rnn.backends.normalisation import Normalised, normalise
 from gpu_rnn.backends.problem import CONTROL_FIELDS, Problem
@@ -51,14 +50,23 @@ def _key(problem: Problem) -> tuple[str, torch.dtype, bool]:
 
 
 def cost(problem: Problem, constants: rates.Rates | None = None) -> float:
-    """Infinite, so that it runs where it is asked for or `tune` measured it: no model is fitted to measurements yet."""
-    return math.inf
+    """Seconds by the cost model."""
+    every = constants or rates.of(problem.device)
+    return cpu_cost.seconds(problem, getattr(every, cpu_model(problem)))
+
+
+def cpu_model(problem: Problem) -> str:
+    """The constants of its model: one step has a way of its own."""
+    return "cpu_one" if one_step.takes(problem) else "cpu_native"
 
 
 def prepare(problem: Problem) -> None:
     """Builds and loads the library of a supported problem."""
     try:
-        _library(*_key(problem))
+        if one_step.takes(problem):
+            one_step.plan(problem.program.text, problem.dtype)
+        else:
+            _library(*_key(problem))
     except CompilerError as error:
         _failures[_key(problem)] = str(error)
 

@@ -21,22 +21,46 @@ C_TYPES = {torch.float32: "float", torch.float64: "double"}
 @memoize(256)
 def of(text: str, dtype: torch.dtype, backward: bool, target: InstructionSet) -> str:
     """Everything that is compiled for a program in one direction."""
+    parts = [*_before(text, dtype, backward, target), _file("normalisation.h")]
+    return "\n".join([*parts, _file("backward.c" if backward else "forward.c")])
+
+
+# One step's numbers and tensors, then one of each state; null where there is none. In Python they are packed in this
+# order, 8 bytes each.
+STEP_NUMBERS = ("rows", "features", "units", "save")
+STEP_WEIGHTS = ("w_ih", "w_hh", "b_ih", "b_hh", "params")
+STEP_POINTERS = {
+    "const scalar": ("x", *STEP_WEIGHTS),
+    "scalar": ("gates", "recurrent", "d_x", *(f"d_{weight}" for weight in STEP_WEIGHTS)),
+}
+STEP_STATES = {"states": "const scalar", "final": "scalar", "d_final": "const scalar", "d_states": "scalar"}
+STEP_FIELDS = len(STEP_NUMBERS) + sum(map(len, STEP_POINTERS.values()))
+
+
+@memoize(256)
+def of_step(text: str, dtype: torch.dtype, target: InstructionSet) -> str:
+    """Everything that is compiled for one step of a program, forward and backward."""
+    lines = [f"  int64_t {', '.join(STEP_NUMBERS)};"]
+    lines += [f"  {kind} {', '.join(f'*{name}' for name in names)};" for kind, names in STEP_POINTERS.items()]
+    lines += [f"  {kind} *{name}[STATES];" for name, kind in STEP_STATES.items()]
+    given = "\n".join(["typedef struct {", *lines, "} one_step;"])
+    return "\n".join([*_before(text, dtype, True, target), given, _file("step.c")])
+
+
+def _before(text: str, dtype: torch.dtype, backward: bool, target: InstructionSet) -> list[str]:
+    """What stands before the hand-written functions of a direction."""
     program = Program.parse(text)
-    parts = [
+    return [
         _constants(program, dtype, backward, target),
         _file("functions.h"),
         _tables(program),
-        _turns(target.bytes // dtype.itemsize),
         arguments.declared(),
         source(program, "c"),
         source(program, "c", backward=True) if backward else "",
         _switch("step", _ARGUMENTS, ("out",), len(program.stages)),
         _switch("step_backward", (*_ARGUMENTS, "d"), _GRADIENTS, len(program.stages)) if backward else "",
         _file("loop.h"),
-        _file("normalisation.h"),
-        _file("backward.c" if backward else "forward.c"),
     ]
-    return "\n".join(parts)
 
 
 def _file(name: str) -> str:
@@ -102,14 +126,3 @@ def _tables(program: Program) -> str:
         f"static const int PLACES[] = {{{', '.join(map(str, places))}}};\n"
         f"static const scalar INITIAL[] = {{{initial}}};"
     )
-
-
-def _turns(lanes: int) -> str:
-    """How a square of vectors is turned: in each step, lines so far apart exchange every other so many lanes. From
-    which lanes of both the upper one takes its own, and the lower one."""
-    steps = []
-    for apart in (1 << step for step in range(lanes.bit_length() - 1)):
-        upper = [lane + lanes - apart if lane & apart else lane for lane in range(lanes)]
-        lower = [lane + lanes if lane & apart else lane + apart for lane in range(lanes)]
-        steps.append(f"{{{{{', '.join(map(str, upper))}}}, {{{', '.join(map(str, lower))}}}}}")
-    return f"static const bits TURNS[][2][LANES] = {{{', '.join(steps)}}};"

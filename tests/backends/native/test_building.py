@@ -59,6 +59,16 @@ def needed() -> str:
     return building.compiler()[0]
 
 
+def test_a_build_is_said_once(compiler: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "gpu_rnn"):
+        for _ in range(2):
+            building.library(TEXT, ())
+            building.library.cache_clear()
+    assert [record.getMessage() for record in caplog.records] == [
+        f"native: builds a library with {compiler}, which is kept for later calls"
+    ]
+
+
 def builds(compiler: Path) -> int:
     asked = compiler.parent / "asked"
     return sum("-shared" in line for line in asked.read_text().splitlines()) if asked.exists() else 0

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a backend is predicted to take on a CPU: one model for all, with constants for each (`rates.CpuRates`).
+
+What a call costs however long it is, and for each step: something in any case, the weights that are read, the
+multiplications, and the operations of the program at each unit and row.
+"""
+
+from __future__ import annotations
+
+from gpu_rnn.backends.problem import Problem
+from gpu_rnn.backends.rates import CpuRates
+
+
+def seconds(problem: Problem, known: CpuRates, of_a_step: int = 1) -> float:
+    """Of one pass; `of_a_step` times what a step costs in any case."""
+    per = _backward(known) if problem.direction == "backward" else _forward(known)
+    start, step, weight, product, element = per
+    width = problem.proj_size or problem.H
+    weights = problem.N * problem.G * problem.H * width
+    products = problem.B * problem.N * problem.G * problem.H * (problem.I + width)
+    operations = problem.B * problem.N * problem.H * sum(len(stage.ops) for stage in problem.program.stages)
+    work = weight * weights + product * products + element * operations
+    shared = known.together * (1 - 1 / problem.device.sms)  # what other threads take off this one
+    return problem.layers * (start + problem.T * (step * of_a_step + work) * (1 - shared))
+
+
+def _forward(known: CpuRates) -> tuple[float, ...]:
+    return known.start, known.step, known.weight, known.product, known.element
+
+
+def _backward(known: CpuRates) -> tuple[float, ...]:
+    return known.back_start, known.back_step, known.back_weight, known.back_product, known.back_element

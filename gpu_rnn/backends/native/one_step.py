@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One step of one layer in C, both products in it, and its gradients (`kernels/native/step.c`).
+
+A step of a few rows costs little more than to call it: so tensors are read as they come, and what a call needs besides
+them is found once, in a `StepPlan`.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gpu_rnn.backends.native import building, text
+from gpu_rnn.backends.problem import Problem
+from gpu_rnn.compiler.program import Program
+from gpu_rnn.memo import memoize
+
+MOST_ROWS = 8  # at most: with more, products whose weights were packed before take less (an AMD EPYC, H 128)
+# Multiplications at most: with more, a second thread and a library's product gain more than a call costs.
+MOST_PRODUCTS = 1 << 23
+
+
+class StepPlan(NamedTuple):
+    """What every call of a cell in one dtype needs."""
+
+    forward: Callable[[bytes], int]
+    backward: Callable[[bytes], int]
+    packed: Callable[..., bytes]  # of every number and address, in the order of `text.one_step`
+    states: int
+    gates: int
+    split: int
+    params: int
+
+
+def takes(problem: Problem) -> bool:
+    """Whether a problem runs so where it runs at once: recorded calls and those with controls take the time loop."""
+    one = problem.T * problem.layers * problem.N == 1 and 0 < problem.B <= MOST_ROWS
+    work = problem.B * problem.G * problem.H * (problem.I + problem.H)
+    plain = not (problem.options or problem.proj_size or problem.transforms or problem.packed)
+    return (
+        one
+        and plain
+        and len(problem.program.stages) <= 2
+        and 0 < work <= MOST_PRODUCTS
+        and problem.dtype in text.C_TYPES
+    )
+
+
+@memoize(256)
+def plan(program: str, dtype: torch.dtype) -> StepPlan:
+    """Built or found.
+
+    Raises:
+        CompilerError: it cannot be built here.
+    """
+    best, parsed = building.instruction_sets()[0], Program.parse(program)
+    library = building.library(text.of_step(program, dtype, best), best.flags)
+    sizes = len(parsed.states), len(parsed.gates), len(parsed.split), len(parsed.params)
+    fields = struct.Struct(f"{text.STEP_FIELDS + len(text.STEP_STATES) * sizes[0]}q")
+    return StepPlan(library.forward, library.backward, fields.pack, *sizes)
+
+
+def forward(
+    plan: StepPlan, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor | None], save: bool
+) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
+    """x (B, I), states (B, H), w_ih (G·H, I), w_hh (G·H, H), b_ih, b_hh (G·H) and params (U, H) -> new states and, if
+    they are saved, pre-activations (B, G, H) and products of split gates (B, K, H).
+
+    All without gaps and of one dtype; x and the states may have dimensions of 1 before these.
+    """
+    (rows, features), units = x.shape[-2:], states[0].shape[-1]
+    final = [torch.empty_like(state) for state in states]
+    gates = x.new_empty(rows, plan.gates, units) if save else None
+    recurrent = x.new_empty(rows, plan.split, units) if save and plan.split else None
+    nothing = (0,) * plan.states
+    given = plan.packed(
+        *(rows, features, units, save, x.data_ptr()),
+        *(0 if weight is None else weight.data_ptr() for weight in weights),
+        *(0 if gates is None else gates.data_ptr(), 0 if recurrent is None else recurrent.data_ptr()),
+        *(0, 0, 0, 0, 0, 0),
+        *(state.data_ptr() for state in states),
+        *(state.data_ptr() for state in final),
+        *nothing,
+        *nothing,
+    )
+    _check(plan.forward(given))
+    return final, gates, recurrent
+
+
+def backward(
+    plan: StepPlan,
+    x: Tensor,
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    gates: Tensor,
+    recurrent: Tensor | None,
+    d_final: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients of x, the states and the weights; `wanted` says which, None stands for the others."""
+    (rows, features), units, count = x.shape[-2:], states[0].shape[-1], 1 + plan.states
+    d_x = torch.empty_like(x) if wanted[0] else None
+    d_states = [torch.empty_like(state) for state in states]
+    needed = [*wanted[count : count + 2], any(wanted[count + 2 : count + 4]), any(wanted[count + 2 : count + 4]), True]
+    d_weights = [
+        torch.empty_like(weight) if weight is not None and need else None
+        for weight, need in zip(weights, needed, strict=True)
+    ]
+    given = plan.packed(
+        *(rows, features, units, 0, x.data_ptr()),
+        *(0 if weight is None else weight.data_ptr() for weight in weights),
+        *(gates.data_ptr(), 0 if recurrent is None else recurrent.data_ptr()),
+        *(0 if d is None else d.data_ptr() for d in (d_x, *d_weights)),
+        *(state.data_ptr() for state in states),
+        *(0,) * plan.states,
+        *(0 if d is None else d.data_ptr() for d in d_final),
+        *(d.data_ptr() for d in d_states),
+    )
+    _check(plan.backward(given))
+    return [d_x, *d_states, *d_weights]
+
+
+def _check(short: int) -> None:
+    if short:
+        raise MemoryError("one step in C has no memory for its gradients")
