@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fits the constants of the cost models to results of one GPU, and says what the choices that follow from them lose.
+"""Fits the constants of the cost models to results of one GPU or CPU, and says what the choices that follow from them
+lose.
 
-python benchmarks/fit.py benchmarks/results/<gpu>/*.csv            prints errors, constants and regret, before and after
-python benchmarks/fit.py benchmarks/results/<gpu>/*.csv --write    and writes gpu_rnn/backends/rates.json
+python benchmarks/fit.py benchmarks/results/<device>/*.csv         prints errors, constants and regret, before and after
+python benchmarks/fit.py benchmarks/results/<device>/*.csv --write    and writes gpu_rnn/backends/rates.json
 
 Regret is the time of the backend that dispatch would choose by that of the fastest measured of ours, less 1.
 """
@@ -13,7 +14,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import groupby
 from pathlib import Path
@@ -32,7 +33,8 @@ from benchmarks.cases.problems import Problem as Layer
 from benchmarks.measuring.machine import ROOT
 from benchmarks.reporting import results
 from gpu_rnn import devices
-from gpu_rnn.backends import rates
+from gpu_rnn.backends import aten, rates
+from gpu_rnn.backends.native import launch as native
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.backends.rates import Rates
 from gpu_rnn.devices import Device
@@ -45,6 +47,13 @@ FARTHEST = 4.0  # times more or less than predicted; a fit that ends there says 
 DIGITS = 4  # of a constant that is written
 REGRET = 0.05  # that a choice may have
 WORST = 8  # rows that are listed
+# On a CPU a call lasts microseconds, and what it starts from is rough.
+CPU_REGRET, CPU_DOUBT, CPU_FARTHEST = 0.10, math.log(3), 50.0
+CPU_MODELS: dict[str, Callable[[Problem], str]] = {
+    "aten": aten.cpu_model,
+    "native": native.cpu_model,
+    "step": lambda problem: "cpu_step",
+}
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,13 @@ class Timed:
     backend: str
     problem: Problem
     seconds: float
+
+    @property
+    def model(self) -> str:
+        """The field of `Rates` with the constants that price it."""
+        if self.problem.device.is_gpu or self.backend not in CPU_MODELS:
+            return self.backend
+        return CPU_MODELS[self.backend](self.problem)
 
     def predicted(self, given: Rates) -> float:
         """Seconds by the model; a row asks for its backend by name, so that both passes run on it."""
@@ -76,9 +92,11 @@ class Decision:
 
     @property
     def ratio(self) -> float | None:
-        """torch.nn's time by that of the chosen; None where torch.nn has none."""
+        """torch.nn's time by that of the chosen; None where torch.nn has none, and on a CPU where it has no such
+        option."""
         theirs = self.case.theirs
-        return _seconds(theirs) / _seconds(self._row) if results.timed(theirs) else None
+        alike = results.timed(theirs) and not (self.case["threads"] and self.case["option"])
+        return _seconds(theirs) / _seconds(self._row) if alike else None
 
     @property
     def _row(self) -> results.Row:
@@ -87,9 +105,9 @@ class Decision:
     @property
     def complaint(self) -> str:
         """What is wrong with the choice; empty where it is right."""
-        if self.regret > REGRET:
+        if self.regret > (CPU_REGRET if self.case["threads"] else REGRET):
             return f"{self.case}: {self.chosen} is chosen, {100 * self.regret:.0f} % above {self.fastest}"
-        if self.ratio is not None and self.ratio < results.NOISE:
+        if self.ratio is not None and self.ratio < (1 - CPU_REGRET if self.case["threads"] else results.NOISE):
             return f"{self.case}: {self.chosen} is chosen, at {self.ratio:.2f} times torch.nn's speed"
         return ""
 
@@ -103,11 +121,11 @@ def read(files: Iterable[Path]) -> list[Timed]:
     """
     files = list(files)
     cases = results.read(files)
-    device = describe(cases[0]["device"])
     found = [
         Timed(case, row["variant"], problem, _seconds(row))
         for case in cases
-        for problem in [problem_of(case, device)]
+        if case["stepwise"] != "True"  # a cell asks no model
+        for problem in [problem_of(case, describe(case["device"], case["threads"]))]
         for row in case.rows
         if row["variant"] in choice.BACKENDS and results.timed(row)
     ]
@@ -120,12 +138,14 @@ def _seconds(row: results.Row) -> float:
     return float(row["median_us"]) / 1e6
 
 
-def describe(name: str) -> Device:
-    """The described device that a driver's name means, such as "NVIDIA H100 80GB HBM3".
+def describe(name: str, threads: str = "") -> Device:
+    """The described device that a driver's name means, such as "NVIDIA H100 80GB HBM3", or a CPU with so many threads.
 
     Raises:
         ValueError: there is none.
     """
+    if threads:
+        return replace(devices.CPU, sms=int(threads))
     key = devices.known_as(name)
     if key is None:
         listed = ", ".join(devices.DEVICES)
@@ -143,6 +163,8 @@ def problem_of(case: results.Case, device: Device) -> Problem:
     heads = (layer.heads,) if layer.heads > 1 else ()
     x = torch.empty(layer.T, layer.B, *heads, layer.I, dtype=variants.DTYPES[asked.dtype], device=meta)
     problem = comparison.explain(asked, x, asked.option.arguments(layer.T, layer.B, meta)).problem
+    if not device.is_gpu:
+        return replace(problem, device=device, device_type="cpu")
     precision = "ieee" if asked.dtype == "ieee" else "tf32"
     return replace(problem, device=device, device_type="cuda", precision=precision)
 
@@ -151,15 +173,16 @@ def fit(rows: Sequence[Timed]) -> dict[str, dict[str, float]]:
     """The constants of each backend that has rows: least squares of the logarithm of time, robust against single rows,
     held within `FARTHEST` and drawn towards what was predicted, so that few rows change little."""
     found = {}
-    for backend in rates.MODELS:
-        own = [row for row in rows if row.backend == backend]
+    for model in rates.MODELS:
+        own = [row for row in rows if row.model == model]
         if own:
-            found[backend] = _fit(backend, own)
+            found[model] = _fit(model, own)
     return found
 
 
-def _fit(backend: str, rows: Sequence[Timed]) -> dict[str, float]:
-    start = getattr(rates.PREDICTED, backend)
+def _fit(model: str, rows: Sequence[Timed]) -> dict[str, float]:
+    start, on_a_cpu = getattr(rates.PREDICTED, model), not rows[0].problem.device.is_gpu
+    doubt = CPU_DOUBT if on_a_cpu else DOUBT
     names = [each.name for each in fields(start)]
     predicted = np.array([getattr(start, name) for name in names])
 
@@ -167,13 +190,13 @@ def _fit(backend: str, rows: Sequence[Timed]) -> dict[str, float]:
         return dict(zip(names, (predicted * np.exp(logs)).tolist(), strict=True))
 
     def residuals(logs: np.ndarray) -> np.ndarray:
-        given = rates.PREDICTED.having({backend: constants(logs)}, "on trial")
+        given = rates.PREDICTED.having({model: constants(logs)}, "on trial")
         errors = np.array([row.error(given) for row in rows]) / SCATTER
         robust = np.sign(errors) * np.sqrt(2 * (np.hypot(1, errors) - 1))  # squared, the soft form of an absolute value
-        return np.concatenate([robust, logs / DOUBT])
+        return np.concatenate([robust, logs / doubt])
 
-    bound = math.log(FARTHEST)
-    best = least_squares(residuals, np.zeros(len(names)), bounds=(-bound, bound), x_scale=DOUBT)
+    bound = math.log(CPU_FARTHEST if on_a_cpu else FARTHEST)
+    best = least_squares(residuals, np.zeros(len(names)), bounds=(-bound, bound), x_scale=doubt)
     return {name: float(f"{value:.{DIGITS}g}") for name, value in constants(best.x).items()}
 
 
@@ -194,12 +217,13 @@ def report(rows: Sequence[Timed], before: Rates, after: Rates) -> str:
     """Errors, constants and choices, before and after."""
     lines = [f"{rows[0].case['device']}: {len(rows)} rows. Before: {before.source}. Errors: median, 90th percentile."]
     choices = [decisions(rows, given) for given in (before, after)]
-    for backend in rates.MODELS:
-        own = [row for row in rows if row.backend == backend]
+    for model in rates.MODELS:
+        own = [row for row in rows if row.model == model]
         if own:
             spreads = " → ".join(_spread([row.error(given) for row in own]) for given in (before, after))
-            lines += [f"{backend:10} {len(own):4} rows, error {spreads}", *_changes(backend, before, after)]
-            lines += ["  chosen in " + " → ".join(_regrets(found, backend) for found in choices)]
+            lines += [f"{model:10} {len(own):4} rows, error {spreads}", *_changes(model, before, after)]
+    for backend in dict.fromkeys(row.backend for row in rows):
+        lines += [f"{backend} is chosen in " + " → ".join(_regrets(found, backend) for found in choices)]
     worst = sorted(rows, key=lambda row: -abs(row.error(after)))[:WORST]
     lines += ["", "The worst rows after the fit:"]
     lines += [f"  {100 * (math.exp(row.error(after)) - 1):+4.0f} % {row.backend}, {row.case}" for row in worst]
@@ -222,8 +246,8 @@ def _spread(errors: Sequence[float]) -> str:
     return f"{100 * median(sizes):.0f} %, {100 * most:.0f} %"
 
 
-def _changes(backend: str, before: Rates, after: Rates) -> list[str]:
-    old, new = getattr(before, backend), getattr(after, backend)
+def _changes(model: str, before: Rates, after: Rates) -> list[str]:
+    old, new = getattr(before, model), getattr(after, model)
     pairs = {each.name: (getattr(old, each.name), getattr(new, each.name)) for each in fields(old)}
     return [f"  {name}: {was:g} → {now:g}" for name, (was, now) in pairs.items() if was != now]
 
@@ -260,7 +284,7 @@ def entry(rows: Sequence[Timed], files: Sequence[Path], constants: dict[str, dic
 def write(found: dict[str, Any]) -> None:
     """Puts an entry into rates.json, in the place of an older one of the same GPU."""
     path = rates.FILE
-    known = json.loads(path.read_text()) | {devices.known_as(found["device"]): found}
+    known = json.loads(path.read_text()) | {devices.known_as(found["device"]) or devices.CPU.name: found}
     path.write_text(json.dumps(dict(sorted(known.items())), indent=2) + "\n")
 
 

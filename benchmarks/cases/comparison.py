@@ -91,6 +91,9 @@ def explain(case: Case, x: Tensor, call: Call) -> Explanation:
     layer.train(case.direction == "training")
     with torch.set_grad_enabled(case.direction == "training"):
         asked = gpu_rnn.explain(layer, x if case.problem.heads == 1 else x[:, :, 0], **call)
+    if case.problem.stepwise and layer.recurrence.aten is not None:  # cells as torch.nn has them stay with its kernels
+        rows = tuple(replace(row, chosen=row.backend == "aten") for row in asked.rows)
+        return replace(asked, rows=rows)
     if case.problem.heads == 1:
         return asked
     # Heads run as vmap over the weights: one launch with a recurrence for each.

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 
 from benchmarks.cases.names import PEERS, TORCH
+from benchmarks.reporting import cpu
 from benchmarks.reporting.results import (
     DIRECTIONS,
     DTYPES,
@@ -25,7 +26,7 @@ COUNTED = ("ratio to torch.nn: geometric mean (lowest to highest)", "cases witho
 CERTIFIED = "The [certificate]({}/certificate.md) says what was checked on this GPU, and how that ended."
 UNCERTIFIED = "No certificate of this GPU is there: `make gpu-check` writes it."
 ON_A_CPU = "These are times on a CPU. They say nothing of a GPU."
-VERSIONS = ("driver", "cuda", "cudnn", "torch", "triton", "cupy")
+VERSIONS = ("driver", "cuda", "cudnn", "torch", "triton", "cupy", "onnxruntime", "compiler")
 
 
 def markdown(gpu: Measured, pictures: Mapping[str, tuple[str, list[str]]], certified: bool) -> str:
@@ -40,7 +41,7 @@ def markdown(gpu: Measured, pictures: Mapping[str, tuple[str, list[str]]], certi
         "",
         "## Summary",
         "",
-        *_summary(cases),
+        *(_summary(cases) if gpu.is_gpu else cpu.summary(cases)),
     ]
     lines += ["", "## Where it is slower", "", *_slower(gpu)]
     for title, (caption, paths) in pictures.items():
@@ -124,8 +125,7 @@ def _slower(gpu: Measured) -> list[str]:
     lines += _listed(["case", "backend", "ratio:"], [[c, c.ours["variant"], ratio(c.ratio)] for c in gpu.lost])
     lines += [
         "",
-        f"Than another library ({', '.join(PEERS)}), by more than noise: **{len(behind)} of {len(peers)}** "
-        "comparisons.",
+        f"Than something else ({', '.join(PEERS)}), by more than noise: **{len(behind)} of {len(peers)}** comparisons.",
     ]
     lines += _listed(["case", "library", "its time by ours:"], [[c, row["variant"], ratio(r)] for c, row, r in behind])
     lines += [
@@ -140,7 +140,17 @@ def _listed(heads: list[str], rows: list[list[object]]) -> list[str]:
 
 
 def _cases(cases: Sequence[Case]) -> list[str]:
-    heads = ["problem", "dtype", "direction", "backend", "ours, µs", "torch.nn, µs", "ratio:", "by the default's:"]
+    heads = [
+        "problem",
+        "dtype",
+        "direction",
+        "threads:",
+        "backend",
+        "ours, µs",
+        "torch.nn, µs",
+        "ratio:",
+        "by the default's:",
+    ]
     heads += ["floor, µs:", "of it:", "ours, MiB:", "torch.nn, MiB:", "others, µs"]
     costs = {id(case): cost for case, cost in against_default(cases)}
     return table(heads, [_line(case, costs.get(id(case))) for case in cases])
@@ -148,7 +158,7 @@ def _cases(cases: Sequence[Case]) -> list[str]:
 
 def _line(case: Case, cost: float | None) -> list[str]:
     ours, theirs = case.ours, case.theirs
-    line = [case["problem"], case["dtype"], case["direction"], ours["variant"] if ours else ""]
+    line = [case["problem"], case["dtype"], case["direction"], case["threads"], ours["variant"] if ours else ""]
     line += [time(ours), time(theirs), ratio(case.ratio), _cost(cost)]
     line += [number(float(ours["floor_us"])) if ours and ours["floor_us"] else "", _percent(ours)]
     line += [row["peak_mib"] if row else "" for row in (ours, theirs)]

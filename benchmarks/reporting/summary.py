@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import geometric_mean
 
+from benchmarks.reporting import cpu
 from benchmarks.reporting.results import DIRECTIONS, DTYPES, NOISE, Case
 from benchmarks.reporting.tables import ratio, table
 
@@ -20,7 +21,7 @@ HOW = "`python benchmarks/run.py` on a machine with an NVIDIA GPU, then `make re
 
 @dataclass(frozen=True)
 class Measured:
-    """The results of one GPU, or with --out of a CPU, and the name of its page."""
+    """The results of one GPU or CPU, and the name of its page."""
 
     name: str
     cases: Sequence[Case]
@@ -77,8 +78,24 @@ def by_dtype(cases: Iterable[Case]) -> list[str]:
 
 
 def block(gpus: Sequence[Measured], docs: str) -> list[str]:
-    """What README.md says: the GPU with the most cases in a table, the others in a line each. `docs` is the folder's
-    name."""
+    """What README.md says: the GPU with the most cases in a table, the others in a line each, then every CPU. `docs` is
+    the folder's name."""
+    on_a_cpu = [line for each in gpus if not each.is_gpu for line in _of_a_cpu(each, docs)]
+    return [*_of_gpus([each for each in gpus if each.is_gpu], docs), *on_a_cpu]
+
+
+def _of_a_cpu(measured: Measured, docs: str) -> list[str]:
+    return [
+        "",
+        f"On a CPU, **{measured.device}** ({measured.date}), one thread, fp32, how many times as fast as torch.nn: "
+        "geometric mean (lowest to",
+        f"highest) of [small layers]({docs}/performance/{measured.name}.md).",
+        "",
+        *cpu.summary(measured.cases),
+    ]
+
+
+def _of_gpus(gpus: Sequence[Measured], docs: str) -> list[str]:
     if not gpus:
         return [
             "**Nothing has been measured on a GPU yet.** Where the library is faster than torch.nn, by how much, and "
@@ -129,13 +146,16 @@ def inserted(text: str, lines: Sequence[str], path: Path) -> str:
 def index(gpus: Sequence[Measured]) -> str:
     """docs/performance.md."""
     lines = ["# Performance", ""]
+    if not any(gpu.is_gpu for gpu in gpus):
+        lines += [f"**Nothing has been measured on a GPU yet.** That is still to be done, by {HOW}.", ""]
     if gpus:
         lines += ["How many times as fast as torch.nn: geometric mean (lowest to highest) of all cases.", ""]
         rows = [[f"[{gpu.device}](performance/{gpu.name}.md)", gpu.date, figure(gpu.ratios)] for gpu in gpus]
-        lines += table(["GPU" if all(gpu.is_gpu for gpu in gpus) else "device", "measured", "times as fast"], rows)
-    else:
-        lines += ["**Nothing has been measured on a GPU yet.** All figures are still to be measured, by", f"{HOW}."]
-    return "\n".join([*lines, "", ABOUT])
+        lines += [
+            *table(["GPU" if all(gpu.is_gpu for gpu in gpus) else "device", "measured", "times as fast"], rows),
+            "",
+        ]
+    return "\n".join([*lines, ABOUT])
 
 
 ABOUT = f"""## What is measured

@@ -19,6 +19,7 @@ import torch
 
 import gpu_rnn
 from benchmarks import fit
+from benchmarks.cases import problems
 from benchmarks.cases.names import TORCH
 from benchmarks.reporting import results
 from gpu_rnn import devices, memo
@@ -28,6 +29,8 @@ from gpu_rnn.backends.group import nvrtc
 from gpu_rnn.dispatch import choice
 from tests.support import synthetic_costs as synthetic
 from tests.support.paths import ROOT
+
+pytestmark = pytest.mark.usefixtures("native_by_itself")  # as a user has it
 
 H100 = devices.DEVICES["H100"]
 FOLDERS = sorted({path.parent for path in (ROOT / "benchmarks" / "results").glob("*/*.csv")})
@@ -69,14 +72,61 @@ def test_what_says_fitted_names_results_that_are_here() -> None:
     """And what is predicted says so: all of it, as long as there are no results."""
     known = json.loads(rates.FILE.read_text())
     for key, entry in known.items():
-        assert devices.known_as(entry["device"]) == key
+        assert (devices.known_as(entry["device"]) or devices.CPU.name) == key
         assert entry["results"] and all((ROOT / path).parent in FOLDERS for path in entry["results"])
-    measured = {devices.DEVICES[key].capability for key in known}
+    measured = {devices.DEVICES[key].capability for key in known if key != devices.CPU.name}
     for key, device in devices.DEVICES.items():
         assert rates.of(device).fitted == (device.capability in measured)
         if key in known:
             assert rates.of(device).source == rates.source_of(known[key])
-    assert rates.of(devices.CPU) is rates.PREDICTED
+    assert rates.of(devices.CPU).fitted == (devices.CPU.name in known)
+    assert rates.of(replace(devices.CPU, sms=2)) is rates.of(devices.CPU)
+
+
+def on_a_cpu(tmp_path: Path, given: rates.Rates) -> Path:
+    """Made-up results of a CPU that is as the models say with these constants."""
+    path, device = tmp_path / "cpu.csv", replace(devices.CPU, sms=1)
+    columns = (*results.NEEDED, "option", "threads", "stepwise", "commit", "dirty")
+    facts = {"device": "Synthetic CPU", "date": "2000-01-01", "commit": "0" * 40, "dirty": "no", "threads": "1"}
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        writer.writeheader()
+        for problem in problems.SETS["cpu"]:
+            for direction in () if problem.stepwise or problem.option else problem.directions:
+                sizes = {name: getattr(problem, name) for name in (*results.SHAPE, "option", "stepwise")}
+                case = {
+                    **facts,
+                    **sizes,
+                    "set": "cpu",
+                    "problem": problem.name,
+                    "dtype": "fp32",
+                    "direction": direction,
+                }
+                asked = fit.problem_of(results.Case((defaultdict(str, {k: str(v) for k, v in case.items()}),)), device)
+                for backend in ("aten", "native", "step"):
+                    us = choice.total_cost(asked, backend, (backend,), given) * 1e6
+                    writer.writerow({**case, "variant": backend, "status": "ok", "median_us": us})
+    return path
+
+
+def test_a_cpus_constants_are_found_and_written_under_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    true = {"cpu_native": {"start": 4e-5, "product": 1.5e-11}, "cpu_lstm": {"back_step": 1e-5}}
+    rows = fit.read([on_a_cpu(tmp_path, rates.PREDICTED.having(true, "made up"))])
+    constants = fit.fit(rows)
+    fitted = rates.PREDICTED.having(constants, "fitted")
+    assert not complaints(rows, fitted) and complaints(rows, rates.PREDICTED)
+    assert constants["cpu_native"]["product"] == pytest.approx(1.5e-11, rel=0.2)
+    assert {row.model for row in rows} == {f"cpu_{name}" for name in ("lstm", "gru", "rnn", "native", "one", "step")}
+    assert max(abs(row.error(fitted)) for row in rows) < 0.1
+    monkeypatch.setattr(rates, "FILE", tmp_path / "rates.json")
+    (tmp_path / "rates.json").write_text("{}")
+    fit.write({"device": "Synthetic CPU", "results": [], "commits": [], "constants": constants})
+    rates._fitted.cache_clear()
+    try:
+        assert rates.of(replace(devices.CPU, sms=2)).cpu_native.product == constants["cpu_native"]["product"]
+    finally:
+        monkeypatch.undo()
+        rates._fitted.cache_clear()
 
 
 def test_a_fit_finds_the_constants_again(fitted: rates.Rates) -> None:
@@ -300,7 +350,7 @@ def test_devices_of_one_capability_have_each_their_own_constants(written: Callab
     assert [rates.of(each).step.step for each in (h200, H100, at_hand, sliced)] == [2e-6, 1e-6, 1e-6, 1e-6]
     written("NVIDIA H200", 3e-6)
     assert [rates.of(each).step.step for each in (h200, H100)] == [3e-6, 1e-6]
-    assert rates.of(devices.DEVICES["A100"]) is rates.of(devices.CPU) is rates.PREDICTED
+    assert rates.of(devices.DEVICES["A100"]) is rates.PREDICTED
 
 
 def test_what_no_commit_has_is_not_written(timed: list[fit.Timed], monkeypatch: pytest.MonkeyPatch) -> None:

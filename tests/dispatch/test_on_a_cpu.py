@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a CPU takes by itself: the fastest of native, aten and step, asked once for calls that are alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import gpu_rnn
+from gpu_rnn import cells, devices
+from gpu_rnn.backends import rates
+from gpu_rnn.backends.native import launch as native
+from gpu_rnn.backends.problem import Problem
+from gpu_rnn.call.stack import Stack
+from gpu_rnn.dispatch import choice
+
+pytestmark = pytest.mark.usefixtures("native_by_itself", "one_thread")
+
+
+@pytest.fixture
+def forwards(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The time loops in C that ran."""
+    found: list[str] = []
+    forward = native.forward
+
+    def run(*arguments: Any) -> Any:
+        found.append("native")
+        return forward(*arguments)
+
+    monkeypatch.setattr(native, "forward", run)
+    return found
+
+
+def problem(**sizes: Any) -> Problem:
+    return Problem(recurrence=cells.gru("softsign"), **{"T": 50, "B": 4, "N": 1, "I": 8, "H": 16} | sizes)
+
+
+@pytest.mark.parametrize("direction", ["inference", "training", "backward"])
+@pytest.mark.parametrize("name", ["native", "step"])
+def test_what_is_more_costs_more_and_threads_less(name: str, direction: str) -> None:
+    def cost(**sizes: Any) -> float:
+        return choice.BACKENDS[name].cost(problem(direction=direction, **sizes))
+
+    assert cost() < min(cost(T=51), cost(B=5), cost(I=9), cost(H=17), cost(N=2), cost(layers=2))
+    assert cost(device=replace(devices.CPU, sms=2)) < cost() < 2 * cost(device=replace(devices.CPU, sms=2))
+
+
+def test_it_is_the_least_by_the_models_and_threads_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = problem()
+    names = [name for name in ("native", "step") if not choice.BACKENDS[name].unsupported(asked)]
+    assert choice.select(asked) == min(names, key=lambda name: choice.total_cost(asked, name)) == "native"
+    assert devices.of(torch.device("cpu")).sms == 1
+    torch.set_num_threads(2)
+    assert devices.of(torch.device("cpu")).sms == 2
+    given = rates.PREDICTED.having({"cpu_native": {"start": 1.0}}, "slow")
+    monkeypatch.setattr(rates, "of", lambda device: given)
+    assert choice.select(replace(asked, device=devices.of(torch.device("cpu")))) == "step"
+
+
+def test_calls_that_are_alike_ask_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    described = Stack.problem
+
+    def counted(*arguments: Any, **more: Any) -> Problem:
+        asked.append(1)
+        return described(*arguments, **more)
+
+    monkeypatch.setattr(Stack, "problem", counted)
+    layer = gpu_rnn.LSTM(64, 128, num_layers=2)
+    x = torch.randn(30, 32, 64)
+    assert gpu_rnn.explain(layer, x).chosen == "aten"
+    asked.clear()
+    for _ in range(3):
+        layer(x)
+    assert len(asked) == 1
+    with torch.no_grad():
+        layer(x), layer(x)
+    assert len(asked) == 2
+    layer(x[:, :3]), layer(x[:, :3])
+    assert len(asked) == 3
+
+
+def exported(layer: torch.nn.Module, x: Tensor) -> Callable[..., Any]:
+    program = torch.export.export(layer, (x,))
+    assert "'auto 0" in str(program.graph_module.code)  # whoever runs it decides
+    return program.module()
+
+
+def compiled(layer: torch.nn.Module, x: Tensor) -> Callable[..., Any]:
+    return torch.compile(layer, backend="aot_eager", fullgraph=True)
+
+
+@pytest.mark.parametrize("record", [exported, compiled])
+def test_what_is_recorded_holds_no_choice(
+    record: Callable[..., Any], forwards: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, x = gpu_rnn.GRU(4, 6, zoneout=0.1).eval(), torch.randn(5, 2, 4)
+    with torch.no_grad():
+        program = record(layer, x)
+        program(x)
+        forwards.clear()
+        y = program(x)[0]
+        assert forwards == ["native"]
+        monkeypatch.setenv("GPU_RNN_BACKEND", "step")
+        torch.testing.assert_close(program(x)[0], y)
+        assert forwards == ["native"]
+
+
+def test_deterministic_algorithms_and_the_number_of_threads_change_nothing(forwards: list[str]) -> None:
+    layer, x = gpu_rnn.LSTM(16, 24, activation="softsign", bidirectional=True), torch.randn(40, 9, 16)
+    weights = list(layer.parameters())
+
+    def found() -> list[Tensor]:
+        y, (h, c) = layer(x)
+        return [y, h, c, *torch.autograd.grad(y.sum() + c.sum(), weights)]
+
+    first = found()
+    assert forwards == ["native"]
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert all(torch.equal(a, b) for a, b in zip(first, found(), strict=True))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(2)
+    y, (h, c) = layer(x)  # the gradients of weights are products of torch, which may depend on threads
+    assert all(torch.equal(a, b) for a, b in zip(first[:3], (y, h, c), strict=True))
