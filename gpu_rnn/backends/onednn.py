@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SMALL = 1 << 20  # multiplications; below, a call costs more than oneDNN saves (the same machine)
+SMALL = 1 << 23  # multiplications; below, MKL takes less (an AMD EPYC with AVX-512, one thread)
 # Uses of a factor; for fewer its order costs more than it gains. There, both passes of an LSTM of 128 units and 32 rows
 # took a ninth less without over 10 steps, a twenty-fifth over 60, the same over 100.
 MANY = 80

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gpu_rnn import environment, memo
 from gpu_rnn.backends import aten
-from gpu_rnn.call import arguments, autocast, loops, onlookers, second_order, single_step, transforms
+from gpu_rnn.call import arguments, autocast, direct, loops, onlookers, second_order, single_step, transforms
 from gpu_rnn.call.controls import NONE, StackControls
 from gpu_rnn.call.stack import Stack, States
 from gpu_rnn.dispatch import choice
@@ -53,6 +53,10 @@ def sequence(
             if choice.only_predicted_on_cpu() and _takes_aten(stack, x, controls):
                 if _predicted(stack, x, hx, weights, batch_sizes) == "aten":
                     return *_aten(stack, x, hx or stack.initial(x, weights, batch), weights, batch_sizes), ()
+            if batch_sizes is None and not controls.given:
+                answer = direct.run(stack, x, hx, weights)
+                if answer is not None:
+                    return *answer, ()
         problem = stack.problem(x, hx, weights, batch_sizes, controls)
         if choice.select(problem, stack.backend) == "aten":
             states = hx or stack.initial(x, weights, batch)

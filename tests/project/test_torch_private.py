@@ -40,6 +40,7 @@ PRIVATE: dict[str, str] = {
     "torch._C._functorch.peek_interpreter_stack": RUNS,
     "torch.autograd.forward_ad._current_level": RUNS,
     "torch.compiler._is_exporting_flag": RUNS,
+    "torch.autograd._profiler_enabled": "whether a profiler wants to be told of passes by name",
     "torch._C._functorch.is_legacy_batchedtensor": "whether gradients are batched, as is_grads_batched makes them",
     "torch._C._autograd._get_current_graph_task_keep_graph": "whether backward was called with retain_graph",
     "torch._VF": CALLS,

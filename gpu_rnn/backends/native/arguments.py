@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
-from typing import Any
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -58,3 +59,22 @@ def filled(states: int, given: dict[str, int | Tensor | Sequence[Tensor] | None]
             assert all(each.is_contiguous() for each in value), name
             getattr(structure, name)[: len(value)] = [each.data_ptr() for each in value]
     return structure
+
+
+class Packing(NamedTuple):
+    """How the structure is written without ctypes, which takes longer than a short call: 8 bytes a field."""
+
+    packed: Callable[..., bytes]  # of all fields in their order
+    places: dict[str, int]  # of each name, or of the first of each state's, among the fields
+    fields: int
+
+
+@memoize(32)
+def packing(states: int) -> Packing:
+    """For a recurrence with so many states."""
+    single = [*NUMBERS, *(name for names in POINTERS.values() for name in names)]
+    lists = [name for names in OF_EACH_STATE.values() for name in names]
+    places = {name: place for place, name in enumerate(single)}
+    places |= {name: len(single) + number * states for number, name in enumerate(lists)}
+    fields = len(single) + len(lists) * states
+    return Packing(struct.Struct(f"{fields}q").pack, places, fields)

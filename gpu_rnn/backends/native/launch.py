@@ -21,6 +21,7 @@ from gpu_rnn.backends.step.product import Product, masks
 from gpu_rnn.backends.tensors import Call, LoopGradients, Result, state_dtype
 
 OF_A_THREAD = 5e6  # floating-point operations that are worth starting a thread for: some 0.1 ms; predicted
+NO_MEMORY = "the time loop in C has no memory for its weights and states"
 
 _stays = "`unsupported` is asked after `prepare`, in whatever thread"
 _failures: dict[tuple[str, torch.dtype, bool], str] = memo.hold(f"{__name__}: failures", {}, None, stays=_stays)
@@ -66,12 +67,17 @@ def prepare(problem: Problem) -> None:
         if one_step.takes(problem):
             one_step.plan(problem.program.text, problem.dtype)
         else:
-            _library(*_key(problem))
+            library(*_key(problem))
     except CompilerError as error:
         _failures[_key(problem)] = str(error)
 
 
-def _library(program: str, dtype: torch.dtype, backward: bool) -> ctypes.CDLL:
+def library(program: str, dtype: torch.dtype, backward: bool) -> ctypes.CDLL:
+    """Built or found.
+
+    Raises:
+        CompilerError: it cannot be built here.
+    """
     best = building.instruction_sets()[0]
     return building.library(text.of(program, dtype, backward, best), best.flags)
 
@@ -159,9 +165,9 @@ def _normal(call: Call, saved: Result) -> Normalised:
 def _run(call: Call, gates: Tensor, backward: bool, given: dict[str, Any]) -> None:
     """Runs one direction. Raises MemoryError where the loop's own memory is not to be had."""
     both = _shape(call, gates) | _tensors(call, gates.dtype) | given
-    library = _library(call.program.text, gates.dtype, backward)
-    if library.run(ctypes.byref(arguments.filled(len(call.states), both))):
-        raise MemoryError("the time loop in C has no memory for its weights and states")
+    loop = library(call.program.text, gates.dtype, backward)
+    if loop.run(ctypes.byref(arguments.filled(len(call.states), both))):
+        raise MemoryError(NO_MEMORY)
 
 
 def _width(call: Call) -> int:
@@ -174,11 +180,14 @@ def _whole(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
 
 
+def threads(multiplications: int, rows: int) -> int:
+    """How many threads a call is worth: no more than torch was told."""
+    return min(torch.get_num_threads(), max(1, int(2.0 * multiplications / OF_A_THREAD)), max(1, rows))
+
+
 def _shape(call: Call, gates: Tensor) -> dict[str, Any]:
     steps, batch, n, _, hidden = gates.shape
-    operations = 2.0 * gates.numel() * hidden
-    worth = max(1, int(operations / OF_A_THREAD))
-    threads = min(torch.get_num_threads(), worth, max(1, batch * n))
+    count = threads(gates.numel() * hidden, batch * n)
     flags, drop, values = call.controls.flags, call.controls.drop, call.reset_values
     return {
         "steps": steps,
@@ -186,8 +195,8 @@ def _shape(call: Call, gates: Tensor) -> dict[str, Any]:
         "across": n,
         "units": hidden,
         "width": _width(call),
-        "threads": threads,
-        "tiles": max(1, min(batch, -(-threads // max(1, n)))),
+        "threads": count,
+        "tiles": max(1, min(batch, -(-count // max(1, n)))),
         "masks": 0 if drop is None else drop.shape[2],
         "flags_across": 1 if flags is None else flags.shape[2],
         "reset_steps": len(values[0]) if values else 1,

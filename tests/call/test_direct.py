@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The short way of plain layers that run as the time loop in C, beside the long one: values, gradients, who goes it."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import gpu_rnn
+from gpu_rnn.backends.native import direct as native
+from gpu_rnn.call import direct
+from tests.support import native as compilers
+
+Layer = Callable[..., Any]
+
+
+def peephole(size: int, hidden: int, **options: Any) -> gpu_rnn.LSTM:
+    return gpu_rnn.LSTM(size, hidden, peephole=True, **options)
+
+
+LAYERS: dict[str, Layer] = {
+    "LSTM": gpu_rnn.LSTM,
+    "GRU": gpu_rnn.GRU,
+    "RNN": gpu_rnn.RNN,
+    "peephole": peephole,
+}
+
+
+@pytest.fixture(autouse=True)
+def a_compiler() -> None:
+    compilers.any_compiler()
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What ran the short way."""
+    ran: list[str] = []
+    for name in ("forward", "backward"):
+        function = getattr(native, name)
+        monkeypatch.setattr(native, name, lambda *a, f=function, n=name: (ran.append(n), f(*a))[1])
+    return ran
+
+
+@contextmanager
+def the_long_way() -> Iterator[None]:
+    run = direct.run
+    direct.run = lambda *arguments: None
+    try:
+        yield
+    finally:
+        direct.run = run
+
+
+def made(name: str, **options: Any) -> tuple[Any, Tensor]:
+    torch.manual_seed(0)
+    options = {"backend": "native", "dtype": torch.float64, **options}
+    layer = LAYERS[name](3, 20, **options)
+    return layer, torch.randn(5, 4, 3, dtype=options["dtype"], requires_grad=True)
+
+
+def flat(output: Any) -> list[Tensor]:
+    y, hx = output
+    return [y, *(hx if isinstance(hx, tuple) else (hx,))]
+
+
+def differentiated(layer: Any, x: Tensor, *hx: Any) -> list[Tensor]:
+    outputs = flat(layer(x, *hx))
+    wanted = [t for t in (x, *layer.parameters()) if t.requires_grad]
+    return [*outputs, *torch.autograd.grad([out.sin().sum() for out in outputs], wanted)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    "options", [{}, {"bias": False}, {"batch_first": True}, {"num_layers": 3}], ids=lambda o: "-".join(o) or "plain"
+)
+@pytest.mark.parametrize("name", LAYERS)
+def test_both_ways_are_the_same(name: str, options: dict[str, Any], dtype: torch.dtype, calls: list[str]) -> None:
+    layer, x = made(name, dtype=dtype, **options)
+    short = differentiated(layer, x)
+    with torch.no_grad():
+        inference = flat(layer(x))
+    assert calls == ["forward"] * layer.num_layers + ["backward"] * layer.num_layers + ["forward"] * layer.num_layers
+    with the_long_way():
+        long = differentiated(layer, x)
+    for each, other in zip(short, long, strict=True):
+        torch.testing.assert_close(each, other, rtol=20 * torch.finfo(dtype).eps, atol=20 * torch.finfo(dtype).eps)
+    for each, other in zip(short, inference, strict=False):
+        assert torch.equal(each, other)
+
+
+def test_states_that_are_given_and_what_is_not_wanted(calls: list[str]) -> None:
+    layer, x = made("LSTM")
+    hx = tuple(torch.randn(1, 4, 20, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    layer.weight_hh_l0.requires_grad_(False)
+    layer.bias_ih_l0.requires_grad_(False)
+    x = x.detach()
+
+    def gradients() -> tuple[Tensor, ...]:
+        y, (h, _) = layer(x, hx)
+        return torch.autograd.grad(y[-1].sum() + h.sum(), [*hx, layer.weight_ih_l0, layer.bias_hh_l0])
+
+    short = gradients()
+    assert calls == ["forward", "backward"]
+    with the_long_way():
+        for each, other in zip(short, gradients(), strict=True):
+            torch.testing.assert_close(each, other, rtol=1e-14, atol=1e-14)
+
+
+def test_gradients_of_the_final_state_alone() -> None:
+    layer, x = made("GRU")
+    short = torch.autograd.grad(layer(x)[1].sum(), x)[0]
+    with the_long_way():
+        torch.testing.assert_close(short, torch.autograd.grad(layer(x)[1].sum(), x)[0], rtol=1e-14, atol=1e-14)
+
+
+def test_what_is_saved_serves_twice_and_notices_changes() -> None:
+    layer, x = made("LSTM")
+    y = layer(x)[0].sum()
+    first = torch.autograd.grad(y, x, retain_graph=True)[0]
+    assert torch.equal(first, torch.autograd.grad(y, x, retain_graph=True)[0])
+    with torch.no_grad():
+        layer.weight_hh_l0.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(y, x)
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU"])
+def test_second_derivatives(name: str) -> None:
+    layer, x = made(name)
+    assert torch.autograd.gradgradcheck(lambda x: layer(x)[0], [x])
+
+
+def test_gradients_of_a_batch_of_directions() -> None:
+    layer, x = made("GRU")
+    y = layer(x)[0]
+    directions = torch.randn(3, *y.shape, dtype=torch.float64)
+    together = torch.autograd.grad(y, x, directions, is_grads_batched=True, retain_graph=True)[0]
+    for direction, gradient in zip(directions, together, strict=True):
+        torch.testing.assert_close(gradient, torch.autograd.grad(y, x, direction, retain_graph=True)[0])
+
+
+@pytest.mark.parametrize("change", ["in place", "data", "swapped"])
+def test_changed_weights_are_seen(change: str) -> None:
+    layer, x = made("LSTM")
+    before = layer(x)[0]
+    with torch.no_grad():
+        weight = layer.weight_hh_l0
+        if change == "in place":
+            weight.mul_(2)
+        elif change == "data":
+            weight.data.mul_(2)
+        else:
+            weight.data = weight * 2
+    after = layer(x)[0]
+    with the_long_way():
+        assert not torch.equal(after, before) and torch.equal(after, layer(x)[0])
+
+
+def test_two_threads_at_once_and_another_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = made("LSTM", dtype=torch.float32)
+    alone, answers = differentiated(layer, x), []
+    several = [threading.Thread(target=lambda: answers.append(differentiated(layer, x))) for _ in range(4)]
+    for thread in several:
+        thread.start()
+    for thread in several:
+        thread.join()
+    monkeypatch.setattr(native.launch, "OF_A_THREAD", 1.0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    answers.append(differentiated(layer, x))
+    assert len(answers) == 5
+    for answer in answers:
+        assert all(torch.equal(*pair) for pair in zip(answer, alone, strict=True))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_after_a_fork() -> None:
+    layer, x = made("LSTM", dtype=torch.float32)
+    with torch.no_grad():
+        before = layer(x)[0]
+        child = os.fork()
+        if not child:
+            os._exit(0 if torch.equal(layer(x)[0], before) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_who_looks_on_or_transforms_goes_the_long_way(calls: list[str]) -> None:
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return function(*args, **(kwargs or {}))
+
+    layer, x = made("LSTM")
+    with Mode():
+        layer(x)
+    torch.func.grad(lambda x: layer(x)[0].sum())(x)
+    with torch.profiler.profile() as profile:
+        layer(x)
+    layer(x, lengths=[1, 2, 3, 4])
+    assert not calls and "gpu_rnn::native_forward" in {event.key for event in profile.key_averages()}
+    layer(x)
+    assert calls == ["forward"]
+
+
+def test_what_does_not_fit_goes_the_long_way(calls: list[str]) -> None:
+    layer, x = made("LSTM")
+    layer.weight_hh_l0.data = layer.weight_hh_l0.data[:, :10]
+    with pytest.raises((RuntimeError, ValueError)):
+        layer(x)
+    assert not calls
