@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import inspect
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from gpu_rnn._version import __version__
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     from gpu_rnn.layers.base import LayerBase
 
-__all__ = ["main", "positive"]
+__all__ = ["Parser", "main", "positive"]
 
 INTERRUPTED = 130  # 128 + SIGINT, what a shell reports for Ctrl-C
 DEVICE_HELP = "cpu, cuda or cuda:1 (default: the GPU if there is one)"
@@ -25,11 +26,29 @@ FLAGS = {"reset_after": "--reset-before", "proj_size": "--proj"}  # those that a
 DTYPE_NAMES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64"}
 
 
+class Parser(argparse.ArgumentParser):
+    """One that says which option was perhaps meant."""
+
+    def refuse(self, unknown: Sequence[str]) -> NoReturn:
+        """Leaves with what arguments nobody knows, and with what is spelt alike."""
+        known = [option for action in self._actions for option in action.option_strings]
+        words = (word.partition("=")[0] for word in unknown if word.startswith("--"))
+        meant = [near for word in words for near in difflib.get_close_matches(word, known, 1)]
+        advice = f"; did you mean {', '.join(meant)}?" if meant else ""
+        self.error(f"unrecognized arguments: {' '.join(unknown)}{advice}")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.refuse(unknown)
+        return parsed
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
     parsed, unknown = _parser().parse_known_args(arguments)
     if unknown:  # argparse itself would show the usage of gpu-rnn, which does not list a command's options
-        parsed.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        parsed.parser.refuse(unknown)
     try:
         return parsed.command(parsed)
     except KeyboardInterrupt:
@@ -80,7 +99,7 @@ def _explain(options: argparse.Namespace) -> int:
 
     # A described device needs no memory.
     device = "meta" if options.device else doctor.pick_device(None)
-    layer, x = _described_call(options, device, training=not options.inference)
+    layer, x = _described_call(options, device)
     print(gpu_rnn.explain(layer, x, device=options.device))
     return 0
 
@@ -89,7 +108,7 @@ def _tune(options: argparse.Namespace) -> int:
     import gpu_rnn
     from gpu_rnn.diagnostics import doctor
 
-    layer, x = _described_call(options, doctor.pick_device(options.device), options.training)
+    layer, x = _described_call(options, doctor.pick_device(options.device))
     able = sum(row.runs for row in gpu_rnn.explain(layer, x).rows)
     passes = ["forward", "then forward and backward"] if options.training else ["forward"]
     about = f"about {len(passes) * options.seconds:g} s"
@@ -103,15 +122,13 @@ def _tune(options: argparse.Namespace) -> int:
     return int(not tuned.lasting)  # what no other process finds was in vain
 
 
-def _described_call(
-    options: argparse.Namespace, device: torch.device | str, training: bool
-) -> tuple[LayerBase, torch.Tensor]:
+def _described_call(options: argparse.Namespace, device: torch.device | str) -> tuple[LayerBase, torch.Tensor]:
     """The layer that the options describe, and an input for it."""
     import torch
 
     dtype = getattr(torch, DTYPE_NAMES[options.dtype])
     with torch.device(device):
-        layer = _described_layer(options).to(dtype).train(training).requires_grad_(training)
+        layer = _described_layer(options).to(dtype).train(options.training).requires_grad_(options.training)
         return layer, torch.randn(options.steps, options.batch, options.input or options.hidden, dtype=dtype)
 
 
@@ -124,11 +141,13 @@ def _described_layer(options: argparse.Namespace) -> LayerBase:
         "reset_after": False if options.reset_before else None,
         "peephole": options.peephole or None,
         "proj_size": options.proj,
+        "clip": options.clip,
+        "zoneout": options.zoneout,
     }
     layer_options = {name: value for name, value in all_options.items() if value is not None}
     cell = options.cell.upper()
     make = getattr(gpu_rnn, cell)
-    known = set(inspect.signature(make).parameters) - (
+    known = {*inspect.signature(make).parameters, "zoneout"} - (
         {"proj_size"} if cell != "LSTM" else set()
     )  # there to be refused
     unknown = [FLAGS.get(name, f"--{name.replace('_', '-')}") for name in layer_options if name not in known]
@@ -139,14 +158,14 @@ def _described_layer(options: argparse.Namespace) -> LayerBase:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="gpu-rnn",
         description="LSTM, GRU and any other recurrence on the GPU, as drop-ins for torch.nn.",
         epilog="examples:\n"
         "  gpu-rnn demo                     train on real recordings beside torch.nn, and draw a picture\n"
         "  gpu-rnn doctor                   what is here, and which backends can run\n"
         "  gpu-rnn explain --hidden 512 --batch 64 --dtype bf16 --device H100\n"
-        "  gpu-rnn tune --hidden 512 --batch 64 --dtype bf16 --training",
+        "  gpu-rnn tune --hidden 512 --batch 64 --dtype bf16",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"gpu-rnn {__version__}")
@@ -219,7 +238,6 @@ def _add_explain(commands: argparse._SubParsersAction) -> None:
     explain.add_argument(
         "--device", metavar="NAME", help="one you need not have: H100, A100, RTX 4090 (default: this one)"
     )
-    explain.add_argument("--inference", action="store_true", help="without gradients (default: training)")
     explain.set_defaults(command=_explain, parser=explain)
 
 
@@ -229,11 +247,10 @@ def _add_tune(commands: argparse._SubParsersAction) -> None:
         help="measure every backend on a layer here, and have the fastest chosen from then on",
         description="Measures, for a layer described by its sizes, every backend that can run it on this device, "
         "and keeps the choice in the cache folder (GPU_RNN_CACHE), where every process on this machine finds it.",
-        epilog="examples:\n  gpu-rnn tune --cell lstm --hidden 512 --batch 64 --steps 100 --dtype bf16 --training",
+        epilog="examples:\n  gpu-rnn tune --cell lstm --hidden 512 --batch 64 --steps 100 --dtype bf16 --inference",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_description(tune)
-    tune.add_argument("--training", action="store_true", help="forward and backward too")
     tune.add_argument(
         "--seconds",
         type=positive(float),
@@ -259,6 +276,13 @@ def _add_description(command: argparse.ArgumentParser) -> None:
     command.add_argument("--recurrent-activation", metavar="NAME", help="such as hard_sigmoid")
     command.add_argument("--reset-before", action="store_true", help="GRU with the reset gate before the product")
     command.add_argument("--peephole", action="store_true", help="LSTM with peepholes")
+    command.add_argument("--clip", type=positive(float), metavar="X", help="cuts what enters the activations to ±X")
+    command.add_argument(
+        "--zoneout", type=float, metavar="P", help="probability that a unit keeps its state for a step"
+    )
+    passes = command.add_mutually_exclusive_group()
+    passes.add_argument("--training", action="store_true", default=True, help="forward and backward (default)")
+    passes.add_argument("--inference", dest="training", action="store_false", help="forward alone, without gradients")
 
 
 def positive(kind: type[int] | type[float]) -> Callable[[str], float]:

@@ -121,6 +121,8 @@ def test_mistakes_get_one_line(arguments: list[str], message: str, capsys: pytes
     ("arguments", "words"),
     [
         (["doctor", "--x"], "gpu-rnn doctor: error: unrecognized arguments: --x"),
+        (["explain", "--hidden", "4", "--zonout=0.1"], "arguments: --zonout=0.1; did you mean --zoneout?"),
+        (["tune", "--hidden", "4", "--bidirektional"], "arguments: --bidirektional; did you mean --bidirectional?"),
         (["explain", "--hidden", "abc"], "must be a whole number, not 'abc'"),
         (["explain", "--hidden", "-3"], "must be more than 0, not -3"),
         (["tune", "--hidden", "4", "--seconds", "0"], "must be more than 0, not 0"),
@@ -142,6 +144,19 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as leave:
         cli.main(["--version"])
     assert (leave.value.code, capsys.readouterr().out) == (0, f"gpu-rnn {gpu_rnn.__version__}\n")
+
+
+@pytest.mark.parametrize("command", ["explain", "tune"])
+def test_both_commands_mean_both_passes(command: str) -> None:
+    parser = cli._parser()
+    told = [["--hidden", "4", *more] for more in ([], ["--training"], ["--inference"])]
+    assert [parser.parse_args([command, *options]).training for options in told] == [True, True, False]
+
+
+def test_options_of_the_layers_reach_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["explain", "--hidden", "8", "--clip", "3", "--zoneout", "0.1", "--device", "H100"]) == 0
+    said = capsys.readouterr().out
+    assert ", zoneout, " in said and "without clip only, not this lstm" in said
 
 
 def test_devices_in_any_case_and_for_inference(capsys: pytest.CaptureFixture[str]) -> None:

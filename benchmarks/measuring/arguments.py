@@ -14,7 +14,7 @@ import torch
 from benchmarks.cases import problems, variants
 from benchmarks.cases.names import COMPILED, PEERS
 from benchmarks.cases.variants import Case
-from gpu_rnn.cli import positive
+from gpu_rnn.cli import Parser, positive
 from gpu_rnn.dispatch import choice
 
 NAMES = (*choice.BACKENDS, *PEERS)
@@ -99,9 +99,7 @@ def _counts(text: str) -> list[int]:
 
 def parser(description: str) -> argparse.ArgumentParser:
     """The options of run.py."""
-    found = argparse.ArgumentParser(
-        prog="run.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    found = Parser(prog="run.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     _add_what(found)
     _add_how(found)
     return found

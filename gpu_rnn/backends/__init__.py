@@ -6,13 +6,14 @@ To add one, write a module with these functions and enter it in `TABLE`. The typ
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from gpu_rnn.backends import aten, reference, resident
 from gpu_rnn.backends.group import launch as group
+from gpu_rnn.backends.group.choice import source_of_cost
 from gpu_rnn.backends.native import launch as native
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.backends.rates import Rates
@@ -46,6 +47,11 @@ class Loop(Backend, Protocol):
         wanted, of those (S - 1, T, B, N, H), the gradients that the loop makes."""
 
 
+def modelled(problem: Problem) -> str:
+    """The source of a cost that is a model alone."""
+    return "modelled"
+
+
 class Entry(NamedTuple):
     """A backend and what it runs."""
 
@@ -53,13 +59,16 @@ class Entry(NamedTuple):
     loop: Loop | None = None  # the same module, where it is one
     whole_stacks: bool = False  # a stack in one call, never a layer of one
     wavefront: bool = False  # the layers of a stack side by side, as N
+    source: Callable[[Problem], str] = modelled
+    """Where what its cost says of a problem's time loop comes from: "simulated" from the machine code of that very
+    build, "published" by others, or "modelled"."""
 
 
 # Of equals dispatch takes the first. The step loop runs no wavefronts: it would need graphs for each number of layers.
 TABLE = {
-    "resident": Entry(resident, resident, wavefront=True),
-    "group": Entry(group, group, wavefront=True),
-    "aten": Entry(aten, whole_stacks=True),
+    "resident": Entry(resident, resident, wavefront=True, source=resident.source),
+    "group": Entry(group, group, wavefront=True, source=source_of_cost),
+    "aten": Entry(aten, whole_stacks=True, source=aten.source),
     "native": Entry(native, native),
     "step": Entry(step, step),
     "reference": Entry(reference),
@@ -73,6 +82,7 @@ class Names(NamedTuple):
     KERNELS: dict[str, Loop]
     LOOPS: tuple[str, ...]
     WAVEFRONTS: tuple[str, ...]
+    SOURCES: dict[str, Callable[[Problem], str]]
 
     @staticmethod
     def of(table: Mapping[str, Entry]) -> Names:
@@ -81,8 +91,10 @@ class Names(NamedTuple):
             {name: entry.loop for name, entry in table.items() if entry.loop is not None},
             tuple(name for name, entry in table.items() if not entry.whole_stacks),
             tuple(name for name, entry in table.items() if entry.wavefront),
+            {name: entry.source for name, entry in table.items()},
         )
 
 
-BACKENDS, KERNELS, LOOPS, WAVEFRONTS = Names.of(TABLE)
-"""All; those that are a `Loop`; those that run one layer; those that run a stack's layers side by side."""
+BACKENDS, KERNELS, LOOPS, WAVEFRONTS, SOURCES = Names.of(TABLE)
+"""All; those that are a `Loop`; those that run one layer; those that run a stack's layers side by side; of each, where
+its cost comes from."""

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The constants of the backends' cost models that a fit may change, for each GPU.
+"""The constants of the backends' cost models: those that a fit may change, for each GPU, and those of arithmetic.
 
-Here they stand as predicted. `benchmarks/fit.py --write` puts those fitted to a results file into `rates.json` beside
-this file, under the name in `gpu_rnn.devices` of the GPU that was measured. A GPU that is not in there has those of one
-with the same compute capability or, where none was measured, the predicted ones.
+Steps are simulated (`chains.py`). What a fit may change stands here as predicted or published. `benchmarks/fit.py
+--write` puts constants fitted to a results file into `rates.json` beside this file, under the name in `gpu_rnn.devices`
+of the GPU that was measured. A GPU that is not in there has those of one with the same compute capability or, where
+none was measured, the predicted ones.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,43 +21,21 @@ from gpu_rnn.memo import memoize
 
 
 @dataclass(frozen=True)
-class ResidentRates:
-    """Of `backends/resident.py`."""
+class LoopRates:
+    """Of a kernel that holds the time loop: `backends/resident.py`, `backends/group/choice.py`."""
 
-    instructions: float = (
-        10.0  # for a unit and operation: the 90 a unit of an LSTM's time loop, built for sm_90, over 9
-    )
-    backward: float = 1.4  # times as many in the backward loop; likewise
-    latency: float = 700.0  # cycles that nothing hides: product, two barriers, exchange of h, activations in a row
-    start: float = 1e-5  # seconds: launches of projection and kernel
-    tensor_share: float = 0.6  # of the tensor cores' peak rate that 16-row instructions reach; by others, on an H100
+    start: float  # seconds: launches of projection and kernel, and of what clears an exchange
+    step: float = 1.0  # times what a step takes by simulation (`backends/chains.py`)
     projection: float = 1.0  # times what the projection takes at the peak rate, which is the least
 
 
 @dataclass(frozen=True)
-class GroupRates:
-    """Of `backends/group/choice.py`."""
-
-    # By others, on an H100; see kernels/README.md.
-    tensor_latency: float = 33.0  # cycles from one such instruction to the next that needs its sum
-    tensor_share: float = 0.6  # as the resident kernel's
-    l2_bytes: float = 37.0  # per cycle that reach one multiprocessor while all read
-    hop: float = 6e-7  # seconds from a store to its sight in another block, beside the words' own way
-    latency: float = 400.0  # cycles in a row that nothing hides: barrier, activations, rounding
-    instructions: float = 3.0  # for a unit and operation of the program
-    shuffled: float = 1.5  # full fp32: times the multiplications alone, for the shuffles beside them
-    start: float = 1.2e-5  # seconds: launches of projection, of the exchange's clearing and of the kernel
-    projection: float = 1.0  # as the resident kernel's
-
-
-@dataclass(frozen=True)
 class AtenRates:
-    """Of `backends/aten.py`."""
+    """Of `backends/aten.py`, which has the sources of what is published."""
 
-    # Seconds: two launches a step outside cuDNN's persistent kernels, and inside them the published 1.96 µs (fp16, H
-    # 768, B 16, T 1024 on an H100, FlashRNN's table).
-    step: float = 6e-6
-    persistent_step: float = 2e-6
+    step: float = 6e-6  # seconds: two launches a step outside cuDNN's persistent kernels
+    persistent_step: float = 1.96e-6  # published, forward
+    persistent_backward: float = 3.11e-6  # published, of 5.07 for both passes
     products: float = 1.0  # times what all products take at the peak rate
 
 
@@ -63,7 +43,9 @@ class AtenRates:
 class StepRates:
     """Of `backends/step/launch.py`."""
 
-    step: float = 8e-6  # seconds; above ATen's on purpose: while nothing is measured, what cuDNN can run stays there
+    # Seconds of two launches and a product's latency, as ATen's. What the pointwise kernel takes comes on top, so while
+    # nothing is measured, what cuDNN can run stays there.
+    step: float = 6e-6
     products: float = 1.0  # as ATen's
 
 
@@ -96,8 +78,8 @@ class Rates:
     """The constants of all models on one device. `source` says where from, in words for a user."""
 
     source: str = "predicted"
-    resident: ResidentRates = field(default_factory=ResidentRates)
-    group: GroupRates = field(default_factory=GroupRates)
+    resident: LoopRates = field(default_factory=partial(LoopRates, 1e-5))
+    group: LoopRates = field(default_factory=partial(LoopRates, 1.2e-5))
     aten: AtenRates = field(default_factory=AtenRates)
     step: StepRates = field(default_factory=StepRates)
     reference: ReferenceRates = field(default_factory=ReferenceRates)
@@ -123,6 +105,33 @@ class Rates:
         return replace(self, source=source, **changed)
 
 
+@dataclass(frozen=True)
+class ResidentModel:
+    """What bounds a step of `backends/resident.py`."""
+
+    instructions: float = (
+        10.0  # for a unit and operation: the 90 a unit of an LSTM's time loop, built for sm_90, over 9
+    )
+    backward: float = 1.4  # times as many in the backward loop; likewise
+    latency: float = 700.0  # cycles that nothing hides: product, two barriers, exchange of h, activations in a row
+    tensor_share: float = 0.6  # of the tensor cores' peak rate that 16-row instructions reach; by others, on an H100
+
+
+@dataclass(frozen=True)
+class GroupModel:
+    """What bounds a step of `backends/group/choice.py`, by which layouts are ranked."""
+
+    # By others, on an H100; see kernels/README.md.
+    tensor_latency: float = 33.0  # cycles from one such instruction to the next that needs its sum
+    tensor_share: float = 0.6  # as the resident kernel's
+    l2_bytes: float = 37.0  # per cycle that reach one multiprocessor while all read
+    hop: float = 6e-7  # seconds from a store to its sight in another block, beside the words' own way
+    latency: float = 400.0  # cycles in a row that nothing hides: barrier, activations, rounding
+    instructions: float = 3.0  # for a unit and operation of the program
+    shuffled: float = 1.5  # full fp32: times the multiplications alone, for the shuffles beside them
+
+
+RESIDENT, GROUP = ResidentModel(), GroupModel()
 PREDICTED = Rates()
 MODELS = tuple(each.name for each in fields(Rates) if each.name != "source")
 FILE = Path(__file__).with_name("rates.json")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -16,11 +17,11 @@ import torch
 from torch import Tensor
 
 from gpu_rnn import environment
-from gpu_rnn.backends import building, persistent, rates, triton_interpreter
+from gpu_rnn.backends import building, chains, persistent, rates, triton_interpreter
 from gpu_rnn.backends.building import TritonLaunch
 from gpu_rnn.backends.persistent import bits, even_rows, rows, whole
 from gpu_rnn.backends.problem import Problem
-from gpu_rnn.backends.resident_tiles import Tile, available, shared_memory, tile
+from gpu_rnn.backends.resident_tiles import available, shared_memory, tile
 from gpu_rnn.backends.tensors import Call, LoopGradients, Result
 from gpu_rnn.backends.throughput import (
     FP32_PER_CYCLE,
@@ -86,25 +87,42 @@ def cost(problem: Problem, constants: rates.Rates | None = None) -> float:
     steps = problem.T * problem.layers
     if not device.is_gpu:
         return steps * tiles * INTERPRETED
-    busy = _busy_cycles(problem, chosen, known)
     together = device.sms * max(1, available(problem) // shared_memory(problem, chosen.stages))
-    waits = known.latency * len(problem.program.stages)
-    step = max(busy * -(-tiles // device.sms), (busy + waits) * -(-tiles // together))
-    return known.start + steps * step / (device.clock * 1e9) + known.projection * projection(problem)
+    one = chains.step(_one_tile(problem), "resident", modelled)
+    step = known.step * max(min(one, _busy(problem)) * -(-tiles // device.sms), one * -(-tiles // together))
+    return known.start + steps * step + known.projection * projection(problem)
 
 
-def _busy_cycles(problem: Problem, chosen: Tile, known: rates.ResidentRates) -> float:
-    """Cycles of the busiest unit of a multiprocessor, for a step of one tile."""
-    program = problem.program
+def source(problem: Problem) -> str:
+    """Where its time a step comes from: see `gpu_rnn.backends.Entry`."""
+    alone = -(-problem.B // tile(problem).rows) * problem.N <= problem.device.sms
+    return "simulated" if alone and chains.simulated(_one_tile(problem), "resident") else "modelled"
+
+
+def _one_tile(problem: Problem) -> Problem:
+    """What a block does of a problem."""
+    chosen = tile(problem)
+    return replace(problem, B=chosen.rows, N=1, H=chosen.width)
+
+
+def modelled(problem: Problem) -> float:
+    """Seconds of a step of one tile by what its units have to do and what nothing hides."""
+    return _busy(problem) + rates.RESIDENT.latency * len(problem.program.stages) / (problem.device.clock * 1e9)
+
+
+def _busy(problem: Problem) -> float:
+    """Seconds of the busiest unit of a multiprocessor, for a step of one tile."""
+    program, chosen, known = problem.program, tile(problem), rates.RESIDENT
     units, weights = chosen.rows * chosen.width, len(program.gates) * chosen.width**2
     operations = [op for stage in program.stages for op in stage.ops]
     instructions = known.instructions * len(operations) * (known.backward if problem.direction == "backward" else 1.0)
-    return max(
+    cycles = max(
         chosen.rows * weights / multiplications(problem, known.tensor_share),
         weights * problem.dtype.itemsize / SHARED_BYTES_PER_CYCLE,
         units * special(operations) / SPECIAL_PER_CYCLE / (2 if functions(problem) == FAST_FUNCTIONS else 1),
         units * instructions / FP32_PER_CYCLE,
     )
+    return cycles / (problem.device.clock * 1e9)
 
 
 def functions(problem: Problem) -> str:

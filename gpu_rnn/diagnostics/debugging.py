@@ -38,13 +38,14 @@ class Difference:
         return f"layer {self.layer}: {self.backend} first differs from the reference at {self.where}"
 
 
-def debug(layer: LayerBase, x: Tensor, *, backend: str = "auto") -> list[Difference]:
+def debug(layer: LayerBase, x: Tensor, *, backend: str | None = None) -> list[Difference]:
     """Compares a layer's backend with the reference in float64, layer by layer, on x.
 
     Args:
         layer: a layer of this package.
         x: its input, (T, B, input_size) or with batch_first (B, T, input_size).
-        backend: the loop to look at: "resident" or "step"; "auto": the one that dispatch chooses among the loops.
+        backend: the loop to look at, such as "resident" or "step"; "auto": the one that dispatch chooses among the
+            loops; None: the layer's own, which stands for "auto" where it is no loop.
 
     Returns:
         One `Difference` per layer of the stack; print it. Each layer is given the reference's output of the one
@@ -78,6 +79,8 @@ def debug(layer: LayerBase, x: Tensor, *, backend: str = "auto") -> list[Differe
         x = x.unsqueeze(1)
     elif layer.batch_first:
         x = x.transpose(0, 1)
+    if backend is None:
+        backend = layer.backend if layer.backend in choice.LOOPS else "auto"
     program, stack, all_weights = layer.recurrence.program, layer._stack(), layer._flat_weights
     options = Options(backend, stack.reverse, save=True)
     differences = []

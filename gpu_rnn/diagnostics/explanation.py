@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from gpu_rnn import devices
+from gpu_rnn import devices, environment
 from gpu_rnn.backends import rates, triton_interpreter
 from gpu_rnn.backends.group import nvrtc
 from gpu_rnn.backends.group.choice import floor
@@ -25,6 +25,18 @@ from gpu_rnn.layers import options
 
 if TYPE_CHECKING:
     from gpu_rnn.layers.base import LayerBase
+
+
+LINES = 4  # of a reason that are printed
+SHOWN = 0.005  # microseconds: less would be printed as none
+BOUND = "no loop that keeps W_hh on chip takes less: its products and words, nothing else"
+IN_WORDS = {
+    "measured": "by tune on this device",
+    "fitted": "cost models",
+    "simulated": "of the time loop from its machine code, on no GPU",
+    "published": "by others of cuDNN with 768 units and 16 rows",
+    "modelled": "by each backend's arithmetic",
+}
 
 
 @dataclass(frozen=True)
@@ -54,7 +66,8 @@ class Explanation:
 
     @property
     def floor_us(self) -> float | None:
-        """The least microseconds per time step of one layer's loop with W_hh on chip; None where that does not fit."""
+        """The least microseconds per time step of one layer's loop with W_hh on chip: a bound, by what multiplying and
+        moving it takes, below which no kernel gets and which none may reach. None where W_hh does not fit."""
         if not self.problem.device.is_gpu:
             return None
         floors = [floor(replace(self.problem, direction=direction)) for direction in _passes(self.problem)]
@@ -63,25 +76,39 @@ class Explanation:
     def __str__(self) -> str:
         what = "forward and backward" if self.problem.training else "inference"
         head = f"{sizes(self.problem)}, {what}, on {self.problem.device.name}"
-        lines = [head, f"{'backend':10} {'verdict':8} {'µs/step':>8}  why not"]
+        lines = [head, f"{'backend':10} {'verdict':8} {'µs/step':>8}  {'which is':10} why not".rstrip()]
         for row in self.rows:
-            verdict = "chosen" if row.chosen else "can run" if row.runs else "no"
-            figure = row.predicted_us if row.measured_us is None else row.measured_us
-            notes = ("measured by tune on this device",) if row.measured_us is not None else ()
-            if figure == math.inf:
-                figure, notes = None, ("not predicted: runs where it is named, or where tune finds it the fastest",)
-            first, *further = (*notes, *row.reasons) or ("",)
-            lines.append(
-                f"{row.backend:10} {verdict:8} {'' if figure is None else f'{figure:.2f}':>8}  {first}".rstrip()
-            )
-            lines += [f"{'':30}{reason}" for reason in further]
+            lines += self._lines(row)
         if self.chunks:
             each = [str(steps) if steps < self.problem.T else "all" for steps in self.chunks]
             chunks = ", ".join(f"{steps} {way}" for steps, way in zip(each, ("forward", "backward"), strict=False))
             lines.append(f"layers run as a wavefront, steps at a time: {chunks}")
-        if self.floor_us is not None:
-            lines.append(f"{'floor':10} {'':8} {self.floor_us:8.2f}  of a layer's time loop, with W_hh on chip")
-        return "\n".join([*lines, f"µs/step: {self._origin}", *self._elsewhere])
+        if self.floor_us is not None and self.floor_us >= SHOWN:
+            lines.append(f"{'bound':10} {'':8} {self.floor_us:8.2f}  {BOUND}")
+        return "\n".join([*lines, *self._asked, f"µs/step: {self._origin}", *self._elsewhere])
+
+    def _lines(self, row: Row) -> list[str]:
+        """A backend's lines of the table."""
+        verdict = "chosen" if row.chosen else "can run" if row.runs else "no"
+        figure = row.predicted_us if row.measured_us is None else row.measured_us
+        notes = ("measured by tune on this device",) if row.measured_us is not None else ()
+        if figure == math.inf:
+            figure, notes = None, ("not predicted: runs where it is named, or where tune finds it the fastest",)
+        elif row.measured_us is None and not self.problem.device.is_gpu:
+            figure = None  # models of a CPU only rank
+        known = (f"{figure:.2f}", row.source) if figure is not None else ("", "")
+        first, *further = [line for reason in (*notes, *row.reasons) for line in _short(reason)] or [""]
+        start = f"{row.backend:10} {verdict:8} {known[0]:>8}  {known[1]:10} {first}"
+        return [start.rstrip(), *(f"{'':41}{line}" for line in further)]
+
+    @property
+    def _asked(self) -> list[str]:
+        """Whether one backend was asked for, and what a call does then."""
+        if self.backend == "auto":
+            preferred = environment.backend(choice.BACKENDS)
+            return [f"GPU_RNN_BACKEND prefers {preferred}, where it can run"] if preferred else []
+        does = "the call runs on it" if self.chosen else "the call raises ValueError"
+        return [f"backend={self.backend!r} was asked for: {does}"]
 
     @property
     def _elsewhere(self) -> list[str]:
@@ -95,12 +122,20 @@ class Explanation:
     @property
     def _origin(self) -> str:
         """Where the figures come from."""
-        known = rates.of(self.problem.device)
-        model = (
-            f"by cost models {known.source}" if known.fitted else "predicted by each backend's cost model, not measured"
-        )
-        but = ", unless a line says otherwise" * any(row.measured_us is not None for row in self.rows)
-        return model + but + "; on a CPU predictions only rank the backends" * (not self.problem.device.is_gpu)
+        if not self.problem.device.is_gpu:
+            return "cost models of a CPU only rank the backends, so they print none; gpu_rnn.tune measures"
+        known = rates.of(self.problem.device).source
+        sources = {row.source for row in self.rows if row.runs}
+        words = [f"{source} {IN_WORDS[source]}" for source in IN_WORDS if source in sources]
+        return "; ".join([*words, known if "fitted" in known else "products and launches beside a loop are modelled"])
+
+
+def _short(reason: str) -> list[str]:
+    """A reason in a few lines, as a compiler may give many."""
+    lines = [line.rstrip() for line in reason.splitlines() if line.strip()]
+    return (
+        [*lines[:LINES], f"… and {len(lines) - LINES} lines more in rows[…].reasons"] if len(lines) > LINES else lines
+    )
 
 
 def _passes(problem: Problem) -> tuple[str, ...]:

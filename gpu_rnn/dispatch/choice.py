@@ -20,9 +20,8 @@ from typing import NamedTuple
 import torch
 
 from gpu_rnn import devices, environment, memo
-from gpu_rnn.backends import BACKENDS, KERNELS, LOOPS, WAVEFRONTS, precision
+from gpu_rnn.backends import BACKENDS, KERNELS, LOOPS, SOURCES, WAVEFRONTS, precision, rates
 from gpu_rnn.backends.problem import Problem
-from gpu_rnn.backends.rates import Rates
 from gpu_rnn.dispatch import measured as choices
 from gpu_rnn.dispatch import wavefront_plan
 from gpu_rnn.dispatch.measured import Question, Times
@@ -44,6 +43,9 @@ class Row:
     """Microseconds per time step by the cost model."""
     measured_us: float | None = None
     """Microseconds per time step as `gpu_rnn.tune` measured them on this device; None where it did not."""
+    source: str = ""
+    """Where the figure comes from: "measured", a model "fitted" to results; else of the time loop "simulated" from
+    machine code, "published" by others, or "modelled". Empty where it cannot run."""
 
 
 def check_name(backend: str) -> None:
@@ -223,7 +225,7 @@ def _against(problem: Problem, name: str) -> list[str]:
 
 
 def total_cost(
-    problem: Problem, name: str, loops: Sequence[str] | None = None, constants: Rates | None = None
+    problem: Problem, name: str, loops: Sequence[str] | None = None, constants: rates.Rates | None = None
 ) -> float:
     """Seconds for a call and, in training, for its backward pass, which may run on another loop than the forward.
 
@@ -241,12 +243,12 @@ def total_cost(
     return cost + min(_cost(after, n, constants) for n in loops)
 
 
-def _cost(problem: Problem, name: str, constants: Rates | None) -> float:
+def _cost(problem: Problem, name: str, constants: rates.Rates | None) -> float:
     """Seconds for one pass; of a stack on a loop the less of layer after layer and of a wavefront."""
     return min(BACKENDS[name].cost(problem, constants), _staggered(problem, name, constants)[1])
 
 
-def _staggered(problem: Problem, name: str, constants: Rates | None = None) -> tuple[int, float]:
+def _staggered(problem: Problem, name: str, constants: rates.Rates | None = None) -> tuple[int, float]:
     """The best chunk of a wavefront on a loop and its seconds for one pass, infinitely many where it cannot run so."""
     backend = BACKENDS[name]
     if name not in WAVEFRONTS or not wavefront_plan.possible(problem):
@@ -350,8 +352,28 @@ def verdicts(problem: Problem, backend: str = "auto") -> list[Row]:
         if runs and problem.direction == "training" and name in LOOPS:
             against = each.unsupported(replace(problem, direction="backward"))
             reasons = [f"backward on another loop: {reason}" for reason in against]
-        rows.append(Row(name, runs, name == chosen, tuple(reasons), predicted, measured.get(name) if runs else None))
+        us = measured.get(name) if runs else None
+        source = "" if not runs else "measured" if us is not None else _source(problem, name)
+        rows.append(Row(name, runs, name == chosen, tuple(reasons), predicted, us, source))
     return rows
+
+
+def _source(problem: Problem, name: str) -> str:
+    """Where `total_cost` comes from: of two passes, or layers side by side, what is true of all."""
+    if rates.of(problem.device).fitted:
+        return "fitted"
+    if name in WAVEFRONTS and problem.layers > 1 and wavefront_plan.possible(problem):
+        return "modelled"
+    if problem.direction != "training":
+        return SOURCES[name](problem)
+    after, back = replace(problem, direction="backward"), name
+    if name in LOOPS:
+        back = min(
+            (loop for loop in LOOPS if not BACKENDS[loop].unsupported(after)),
+            key=lambda loop: _cost(after, loop, None),
+        )
+    both = {SOURCES[name](problem), SOURCES[back](after)}
+    return both.pop() if len(both) == 1 else "modelled"
 
 
 def described(problem: Problem, name: str) -> Problem:

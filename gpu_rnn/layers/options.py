@@ -75,8 +75,12 @@ def checked(
     """
     unknown = options.keys() - DEFAULTS.keys()
     if unknown:
+        import difflib  # where one is misspelt, and not with the package
+
         name, known = min(unknown), ", ".join((*others, *DEFAULTS))
         advice = f"besides torch.nn's it takes {known}"
+        if meant := difflib.get_close_matches(name, (*others, *DEFAULTS, *OF_TORCH), 1):
+            advice = f"did you mean {meant[0]}? {advice}"
         if name in OF_THE_CALL:
             advice = f"{name} is an argument of the call: layer(x, {name}=...)"
         raise TypeError(f"{layer} got an unexpected keyword argument {name!r}; {advice}")
@@ -131,6 +135,17 @@ OF_THE_RECURRENCE: dict[str, Any] = {  # the constructors' arguments that are, w
     "peephole": False,
     "clip": None,
 }
+OF_TORCH = (
+    "input_size",
+    "hidden_size",
+    "num_layers",
+    "bias",
+    "batch_first",
+    "dropout",
+    "bidirectional",
+    "device",
+    "dtype",
+)
 SIZES = ("input_size", "hidden_size", "num_layers", "bias", "bidirectional", "proj_size")
 ASSIGNED = frozenset((*DEFAULTS, *OF_THE_RECURRENCE, "nonlinearity", "dropout", "backend"))
 

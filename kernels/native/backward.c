@@ -195,14 +195,14 @@ static void multiply_back(backward_loop *loop, const long *live, long count) {
   if (a->masks < 2) {
     product(&loop->weights[stage], mine->packed,
             loop->d_products + FIRST[stage] * a->units, loop->width, live,
-            count, add_product, loop);
+            count, loop->t & 1, add_product, loop);
     return;
   }
   for (int gate = FIRST[stage]; gate < FIRST[stage + 1]; gate++) {
     loop->gate = gate;
     product_apart(&loop->weights[gate], mine->packed,
                   loop->d_products + gate * a->units, loop->width, live, count,
-                  add_product, loop);
+                  loop->t & 1, add_product, loop);
   }
 }
 
@@ -231,7 +231,7 @@ static void project_back(backward_loop *loop, const long *live, long count) {
       store(loop->d_states[0] + at, stays, LANES);
     }
   product_apart(&loop->weights[PROJECTION], mine->packed, loop->d_projected,
-                loop->padded, live, count, put_unprojected, loop);
+                loop->padded, live, count, loop->t & 1, put_unprojected, loop);
 }
 
 // Before the step: a row that was reset hands nothing on.

@@ -158,7 +158,7 @@ static void advance_apart(forward_loop *loop, const scalar *input,
     }
     product_apart(&loop->weights[loop->number], mine->packed,
                   by_gate ? loop->entering : input, loop->padded, live, count,
-                  put_sums, loop);
+                  loop->t & 1, put_sums, loop);
   }
   const long blocks = VECTORS / gates;
   for (long next = 0; next < count; next++) {
@@ -243,11 +243,11 @@ static void all_steps(forward_loop *loop, long *live) {
         advance_apart(loop, input, live, count);
       else
         product(&loop->weights[stage_of(loop->stage)], mine->packed, input,
-                loop->padded, live, count, advance, loop);
+                loop->padded, live, count, loop->t & 1, advance, loop);
     }
     if (a->w_hr)
       product_apart(&loop->weights[PROJECTION], mine->packed, loop->made,
-                    loop->padded, live, count, project, loop);
+                    loop->padded, live, count, loop->t & 1, project, loop);
     scalar *last = loop->states[0];
     loop->states[0] = loop->next;
     loop->next = last;

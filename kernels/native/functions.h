@@ -95,8 +95,8 @@ static inline power power_of_e(real x) {
   const real shifted = x * K(1.4426950408889634) + shift;
   const real whole = shifted - shift;
   const real near = x - whole * K(OF_TYPE(0x1.62e4p-1, 0x1.62e42feep-1));
-  const real r = near - whole * K(OF_TYPE(1.4286068203094173e-06,
-                                          1.9082149292705877e-10));
+  const real r =
+      near - whole * K(OF_TYPE(1.4286068203094173e-06, 1.9082149292705877e-10));
   real q;
   if (IS_DOUBLE) {
     q = K(2.0915442297780116e-09) * r + K(2.5106274733573296e-08);

@@ -8,7 +8,7 @@
 // -1), STAGES, FIRST (of each stage its first gate), FIRST_SPLIT, CARRIED_OF
 // (of each stage how many values those before hand on beside what enters its
 // product), CARRIED (the most of these), EPSILON, VECTORS and ROWS, whose
-// product is the accumulators in registers.
+// product is the accumulators in registers, and TURNS.
 //
 // Every row is computed by the same operations in the same order, whatever rows
 // are computed beside it: results depend neither on the number of threads nor
@@ -167,21 +167,69 @@ static inline long packed_size(const layout *of) {
   return groups_of(of) * of->depth * VECTORS * LANES;
 }
 
+// Lanes of a, or, from LANES on, of b.
+static inline real shuffled(real a, real b, truth from) {
+#ifdef __clang__
+  real value;
+  for (int lane = 0; lane < LANES; lane++)
+    value[lane] =
+        from[lane] < LANES ? a[from[lane] % LANES] : b[from[lane] % LANES];
+  return value;
+#else
+  return __builtin_shuffle(a, b, from);
+#endif
+}
+
+// Turns a square of LANES vectors.
+static inline __attribute__((always_inline)) void turn(real *square) {
+#pragma GCC unroll 8
+  for (int step = 0; 1 << step < LANES; step++) {
+    truth upper, lower;
+    memcpy(&upper, TURNS[step][0], sizeof upper);
+    memcpy(&lower, TURNS[step][1], sizeof lower);
+#pragma GCC unroll 64
+    for (int line = 0; line < LANES; line++) {
+      if (line >> step & 1)
+        continue;
+      const real above = square[line], below = square[line + (1 << step)];
+      square[line] = shuffled(above, below, upper);
+      square[line + (1 << step)] = shuffled(above, below, lower);
+    }
+  }
+}
+
+// Packs one vector of units, LANES of its depth at a time: in the matrix either
+// the depth or the units lie side by side.
+static void pack_vector(const layout *of, const scalar *from, long units,
+                        scalar *packed) {
+  for (long k = 0; k < of->depth; k += LANES) {
+    const long left = of->depth - k < LANES ? of->depth - k : LANES;
+    real square[LANES];
+    if (of->depth_apart == 1) {
+      for (long unit = 0; unit < LANES; unit++)
+        square[unit] =
+            load(from + unit * of->unit_apart + k, unit < units ? left : 0);
+      turn(square);
+    } else
+      for (long depth = 0; depth < left; depth++)
+        square[depth] = load(from + (k + depth) * of->depth_apart, units);
+    for (long depth = 0; depth < left; depth++)
+      store(packed + (k + depth) * VECTORS * LANES, square[depth], LANES);
+  }
+}
+
 static void pack(const layout *of, long n, scalar *packed) {
   const long blocks = VECTORS / of->parts;
   for (long group = 0; group < groups_of(of); group++)
-    for (long k = 0; k < of->depth; k++)
-      for (long vector = 0; vector < VECTORS; vector++, packed += LANES) {
-        const long block = vector / of->parts, part = vector % of->parts;
-        const long unit = (group * blocks + block) * LANES;
-        const scalar *from = of->matrix + n * of->apart +
-                             unit * of->unit_apart + part * of->part_apart +
-                             k * of->depth_apart;
-        for (long lane = 0; lane < LANES; lane++)
-          packed[lane] = block < blocks && unit + lane < of->units
-                             ? from[lane * of->unit_apart]
-                             : 0;
-      }
+    for (long vector = 0; vector < VECTORS; vector++) {
+      const long block = vector / of->parts, part = vector % of->parts;
+      const long unit = (group * blocks + block) * LANES;
+      const long left = block < blocks ? of->units - unit : 0;
+      const scalar *from = of->matrix + n * of->apart + unit * of->unit_apart +
+                           part * of->part_apart;
+      pack_vector(of, from, left > 0 ? left : 0,
+                  packed + (group * of->depth * VECTORS + vector) * LANES);
+    }
 }
 
 // Σ_k input[row][k] weights[group][k] of each row and group, all in registers.
@@ -214,16 +262,19 @@ typedef void use(void *context, long row, long group, const real *sums);
 
 // The product of all live rows of `input`, which lie `apart` from each other:
 // as many rows at once as registers hold, all tiles of about the same number;
-// of a single row two groups, whose sums do not wait for each other.
+// of a single row two groups, whose sums do not wait for each other. Every
+// other step takes the groups from the last to the first, `backwards`: what the
+// step before read last is in the nearest cache still.
 static inline __attribute__((always_inline)) void
 product(const layout *of, const scalar *packed, const scalar *input, long apart,
-        const long *live, long count, use *with, void *context) {
+        const long *live, long count, int backwards, use *with, void *context) {
   const long depth = of->depth, groups = groups_of(of);
   const long tiles = divided_up(count, ROWS);
   packed += of->to;
-  for (long group = 0, width; group < groups; group += width) {
+  for (long first = 0, width, group; first < groups; first += width) {
+    width = count == 1 && first + 1 < groups ? 2 : 1;
+    group = backwards ? groups - first - width : first;
     const scalar *weights = packed + group * depth * VECTORS * LANES;
-    width = count == 1 && group + 1 < groups ? 2 : 1;
     for (long tile = 0, done = 0, rows; tile < tiles; tile++, done += rows) {
       real sums[TILE][VECTORS];
       const scalar *from[ROWS];
@@ -257,9 +308,9 @@ product(const layout *of, const scalar *packed, const scalar *input, long apart,
 // The same as a function of its own, for what is not in every step's way.
 static __attribute__((noinline)) void
 product_apart(const layout *of, const scalar *packed, const scalar *input,
-              long apart, const long *live, long count, use *with,
-              void *context) {
-  product(of, packed, input, apart, live, count, with, context);
+              long apart, const long *live, long count, int backwards,
+              use *with, void *context) {
+  product(of, packed, input, apart, live, count, backwards, with, context);
 }
 
 // One thread's shares: every one of `threads` from `number` on.

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 import gpu_rnn
 from gpu_rnn import cells
-from gpu_rnn.backends import aten
+from gpu_rnn.backends import aten, throughput
 from gpu_rnn.backends.problem import Problem
+from gpu_rnn.dispatch import choice
 
 GAP = 5  # elements that the stand-in for cuDNN leaves between two weights
 
@@ -177,3 +178,42 @@ def test_dropout_on_a_gpu_beside_torch_nn(name: str) -> None:
     (first,) = torch.autograd.grad(ours(x)[0].sin().sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(first.square().sum(), x)
     assert second.abs().max() > 0
+
+
+def on_a_gpu(cell: gpu_rnn.Recurrence, device: str = "H100", **options: Any) -> Problem:
+    sizes = {"T": 1024, "B": 16, "N": 1, "I": options.get("H", 768), "H": 768, "dtype": torch.float16} | options
+    return choice.described(Problem(recurrence=cell, **sizes), device)
+
+
+def a_step(problem: Problem) -> float:
+    """µs without the products over all steps."""
+    return 1e6 * (aten.cost(problem) - throughput.products(problem)) / problem.T
+
+
+def test_a_step_of_cudnn_takes_what_is_published() -> None:
+    """FlashRNN, arXiv:2412.07752: 1.96 µs forward, 5.07 both passes."""
+    forward, backward = (on_a_gpu(cells.lstm(), direction=direction) for direction in ("training", "backward"))
+    assert a_step(forward) == pytest.approx(1.96)
+    assert a_step(forward) + a_step(backward) == pytest.approx(5.07)
+    assert aten.source(forward) == aten.source(backward) == "published"
+    assert aten.source(replace(forward, B=17)) == aten.source(on_a_gpu(cells.lstm(), "A100")) == "modelled"
+
+
+@pytest.mark.parametrize(
+    ("cell", "most"), [(cells.rnn(), (384, 256)), (cells.lstm(), (192, 128)), (cells.gru(), (192, 128))], ids=str
+)
+def test_cudnn_keeps_few_units_on_chip(cell: gpu_rnn.Recurrence, most: tuple[int, int]) -> None:
+    """native/cudnn/RNN.cpp, use_rnn_persist_small_h."""
+    for direction, units in zip(("inference", "training"), most, strict=True):
+        few, many = (on_a_gpu(cell, H=H, direction=direction, dtype=torch.float32) for H in (units, units + 1))
+        assert a_step(few) < 2 < a_step(many)
+
+
+def test_cudnn_has_bfloat16_since_9_13(monkeypatch: pytest.MonkeyPatch) -> None:
+    described = on_a_gpu(cells.lstm(), H=64, dtype=torch.bfloat16)
+    there = replace(described, device=replace(described.device, name="NVIDIA H100 80GB HBM3"))
+    for version, persistent in ((91300, True), (91002, False), (None, False)):
+        monkeypatch.setattr(torch.backends.cudnn, "version", lambda version=version: version)
+        assert (a_step(there) < 2) == persistent
+        assert a_step(described) < 2  # a described device has the newest
+        assert a_step(replace(there, dtype=torch.float16)) < 2

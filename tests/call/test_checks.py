@@ -25,6 +25,7 @@ from gpu_rnn.backends.tensors import (
 )
 from gpu_rnn.call import checks
 from gpu_rnn.call.passes import Options
+from tests.support import native
 from tests.support.op_calls import (
     CALLS,
     ROW,
@@ -186,7 +187,7 @@ def test_what_was_not_saved_is_computed_again() -> None:
         torch.testing.assert_close(own, other)
 
 
-BACKENDS = ["reference", "step", pytest.param("resident", marks=pytest.mark.interpreter)]
+BACKENDS = ["reference", "step", native.BACKEND, pytest.param("resident", marks=pytest.mark.interpreter)]
 
 
 @pytest.mark.parametrize("reverse", ["0", "1"])

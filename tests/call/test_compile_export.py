@@ -19,6 +19,7 @@ from gpu_rnn import cells
 from gpu_rnn.call import passes
 from gpu_rnn.recurrence import Recurrence
 from tests.support import loops as support
+from tests.support import native
 from tests.support.paths import ROOT
 
 STEPS, BATCH = torch.export.Dim("steps"), torch.export.Dim("batch")
@@ -45,13 +46,13 @@ def arguments_of(recurrence: Recurrence, inputs: support.Inputs, backend: str, s
     return x, *weights, *controls, states, resets, recurrence.text(), inputs.options(backend, save).encode()
 
 
-@pytest.mark.parametrize("backend", ["step", "reference"])
+@pytest.mark.parametrize("backend", ["step", native.SLOW_BACKEND, "reference"])
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_opcheck_forward(name: str, options: dict[str, Any], backend: str) -> None:
     torch.library.opcheck(torch.ops.gpu_rnn.rnn.default, op_arguments(name, options, backend, save=True))
 
 
-@pytest.mark.parametrize("backend", ["step", "reference"])
+@pytest.mark.parametrize("backend", ["step", native.BACKEND, "reference"])
 def test_opcheck_inference(backend: str) -> None:
     for name in ("lstm", "gru"):
         arguments = op_arguments(name, {"reverse": "01"}, backend, save=False)
@@ -62,9 +63,10 @@ def test_opcheck_inference(backend: str) -> None:
     ("name", "options"),
     [pytest.param(*case, marks=pytest.mark.slow if number > 1 else ()) for number, case in enumerate(CASES)],
 )
-def test_opcheck_backward(name: str, options: dict[str, Any]) -> None:
-    """Of the step loop: the reference's backward is torch.func.vjp, whose tensors opcheck's modes do not understand."""
-    arguments = op_arguments(name, options, "step", save=True)
+@pytest.mark.parametrize("backend", ["step", native.SLOW_BACKEND])
+def test_opcheck_backward(name: str, options: dict[str, Any], backend: str) -> None:
+    """Of the loops: the reference's backward is torch.func.vjp, whose tensors opcheck's modes do not understand."""
+    arguments = op_arguments(name, options, backend, save=True)
     count = len(support.RECURRENCES[name].states)
     with torch.no_grad():
         y, *rest = torch.ops.gpu_rnn.rnn(*arguments)
@@ -77,7 +79,7 @@ def test_opcheck_backward(name: str, options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("backend", ["step", "reference"])
+@pytest.mark.parametrize("backend", ["step", native.BACKEND, "reference"])
 def test_opcheck_in_lower_precision(backend: str, dtype: torch.dtype) -> None:
     recurrence = support.RECURRENCES["lstm"]
     arguments = arguments_of(recurrence, support.make(recurrence).to(dtype), backend, save=True)
@@ -109,7 +111,7 @@ def values_and_gradients(call: Any, layer: torch.nn.Module, x: Tensor) -> list[T
     return [*outputs, *torch.autograd.grad(total, [x, *layer.parameters()])]
 
 
-@pytest.mark.parametrize("backend", ["auto", "step", "reference"])
+@pytest.mark.parametrize("backend", ["auto", "step", native.SLOW_BACKEND, "reference"])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_compiled_values_and_gradients(kind: str, backend: str) -> None:
     layer = build(kind, backend)

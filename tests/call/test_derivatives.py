@@ -15,6 +15,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stac
 import gpu_rnn
 from gpu_rnn.backends.tensors import Weights
 from tests.support import loops as support
+from tests.support import native
 
 SIZES = {"T": 3, "B": 2, "I": 2, "H": 2}
 CLOSE = {"rtol": 1e-8, "atol": 1e-9}
@@ -22,7 +23,7 @@ CLOSE = {"rtol": 1e-8, "atol": 1e-9}
 # What torch itself does at the first use of forward mode.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is:DeprecationWarning")
 
-every_loop = pytest.mark.parametrize("backend", ["reference", "step"])
+every_loop = pytest.mark.parametrize("backend", ["reference", "step", native.SLOW_BACKEND])
 every_recurrence = pytest.mark.parametrize("name", support.RECURRENCES)
 
 
@@ -160,7 +161,7 @@ LAYERS: dict[str, Callable[[str], gpu_rnn.Recurrent]] = {
     "reset before": lambda backend: gpu_rnn.GRU(2, 3, reset_after=False, dtype=torch.float64, backend=backend),
 }
 every_layer = pytest.mark.parametrize("kind", LAYERS)
-every_way = pytest.mark.parametrize("backend", ["auto", "reference", "step"])
+every_way = pytest.mark.parametrize("backend", ["auto", "reference", "step", native.SLOW_BACKEND])
 
 
 def prepare(kind: str, backend: str) -> tuple[gpu_rnn.Recurrent, dict[str, Tensor], Tensor, Callable[..., Tensor]]:

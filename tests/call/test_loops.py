@@ -13,8 +13,9 @@ import gpu_rnn
 from gpu_rnn import Recurrence, cells
 from gpu_rnn.backends import linear, reference
 from gpu_rnn.backends.tensors import Weights
+from tests.support import native
 
-LOOPS = ("reference", "step")
+LOOPS = ("reference", "step", native.BACKEND)
 # Its second state is never changed, and its third is the first.
 ECHO = Recurrence(
     name="echo",

@@ -25,6 +25,7 @@ from torch import Tensor
 
 import gpu_rnn
 from gpu_rnn import cells, functional
+from tests.support import native
 from tests.support.op_calls import CALLS, ROW
 
 SWEEP = int(os.environ.get("MALFORMED_EXAMPLES", "0"))  # 0 outside of a sweep
@@ -32,7 +33,7 @@ PACKAGE = Path(gpu_rnn.__file__).parent
 TORCHS_CHECKS = Path("torch", "nn", "modules", "rnn.py")  # what nn.RNNBase says of an input, the layers say too
 T, B, I, H = 4, 3, 5, 2  # noqa: E741
 LOOPS = ["auto", "step", "reference"]
-MACHINES = [*LOOPS, pytest.param("resident", marks=pytest.mark.interpreter)]
+MACHINES = [*LOOPS, native.SLOW_BACKEND, pytest.param("resident", marks=pytest.mark.interpreter)]
 
 
 def drawn(test: Callable[..., None]) -> Callable[..., None]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from gpu_rnn.backends import persistent
+from tests.support import native
 from tests.support.cuda.machines import NEEDS_COMPILER
 from tests.support.group import pretend
 from tests.support.loops import RECURRENCES, make
@@ -50,7 +51,7 @@ def test_group(way: str, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("way", "case"), turns())
-@pytest.mark.parametrize("backend", [pytest.param("native", marks=pytest.mark.slow), "step", "reference"])
+@pytest.mark.parametrize("backend", [native.BACKEND, "step", "reference"])
 def test_in_torch(backend: str, way: str, case: str) -> None:
     assert_right(CASES[case], way, backend, torch.float64, 1e-9)
 

@@ -22,6 +22,9 @@ from gpu_rnn.compiler.jacobian import jacobian
 from gpu_rnn.compiler.operations import OPERATIONS
 from gpu_rnn.compiler.program import LIMITS, Program
 from tests.support import loops as support
+from tests.support import native
+
+KERNELS = [*(pytest.param(name, marks=pytest.mark.interpreter) for name in ("step", "resident")), native.BACKEND]
 
 TEXT = """program 1 two
 state h 0.0
@@ -201,8 +204,7 @@ def test_a_truth_value_is_handed_on_as_a_number() -> None:
     assert "const bool t0 = v[0] != 0.0f;" in codegen.source(program, "cuda", backward=True)
 
 
-@pytest.mark.interpreter
-@pytest.mark.parametrize("backend", ["step", "resident"])
+@pytest.mark.parametrize("backend", KERNELS)
 def test_kernels_take_a_truth_value_of_the_stage_before(backend: str) -> None:
     found = []
     for name in ("reference", backend):

@@ -13,7 +13,10 @@ import torch.nn.functional as F
 import gpu_rnn
 from gpu_rnn import Recurrence, TraceError
 from tests.support import loops as support
+from tests.support import native
 from tests.support.steps import Step, cell, lines
+
+KERNELS = [*(pytest.param(name, marks=pytest.mark.interpreter) for name in ("step", "resident")), native.SLOW_BACKEND]
 
 ALLOWED: dict[str, tuple[Step, list[str]]] = {
     "numbers of a closure": (lambda x, r, s: 2.5 * (x.f + r.f) + 3, ["mul a_f 2.5", "add t0 3.0"]),
@@ -190,9 +193,8 @@ ALONE: dict[str, Step] = {
 }
 
 
-@pytest.mark.interpreter
 @pytest.mark.parametrize("what", ALONE)
-@pytest.mark.parametrize("backend", ["step", "resident"])
+@pytest.mark.parametrize("backend", KERNELS)
 def test_kernels_take_a_parameter_alone_as_a_state(what: str, backend: str) -> None:
     cell = Recurrence(ALONE[what], gates=("f",), states=("h", "c"), params=("a", "b"), name="cell")
     found = []
@@ -206,7 +208,7 @@ def test_kernels_take_a_parameter_alone_as_a_state(what: str, backend: str) -> N
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["reference", "step"])
+@pytest.mark.parametrize("backend", ["reference", "step", native.SLOW_BACKEND])
 @pytest.mark.parametrize("function", [F.hardsigmoid, F.hardswish, F.softplus, F.elu])
 def test_torchs_functions_in_a_cell_have_second_derivatives(function: Step, backend: str) -> None:
     """ATen's own hardsigmoid has none."""
@@ -218,7 +220,8 @@ def test_torchs_functions_in_a_cell_have_second_derivatives(function: Step, back
 
 @pytest.mark.parametrize("layer_norm", [False, True])
 @pytest.mark.parametrize("state", ["h", "c"])
-def test_a_product_of_a_state_that_nothing_else_reads(state: str, layer_norm: bool) -> None:
+@pytest.mark.parametrize("loop", ["step", native.SLOW_BACKEND])
+def test_a_product_of_a_state_that_nothing_else_reads(loop: str, state: str, layer_norm: bool) -> None:
     def first(x: Any, r: Any, s: Any) -> Any:
         return getattr(s, state), torch.sigmoid(x.z + r.z)
 
@@ -228,9 +231,9 @@ def test_a_product_of_a_state_that_nothing_else_reads(state: str, layer_norm: bo
     cell = Recurrence([(("z",), first), (("n",), second)], states=("h", "c"))
     x = torch.randn(4, 2, 3, dtype=torch.float64)
     found = {}
-    for backend in ("reference", "step"):
+    for backend in ("reference", loop):
         torch.manual_seed(0)
         layer = gpu_rnn.Recurrent(cell, 3, 5, layer_norm=layer_norm, backend=backend, dtype=torch.float64)
         found[backend] = torch.autograd.grad(layer(x)[0].square().sum(), list(layer.parameters()))
-    for ours, truth in zip(found["step"], found["reference"], strict=True):
+    for ours, truth in zip(found[loop], found["reference"], strict=True):
         torch.testing.assert_close(ours, truth, rtol=1e-12, atol=1e-13)

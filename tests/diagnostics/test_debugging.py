@@ -32,6 +32,13 @@ def test_debug_finds_agreement(name: str) -> None:
         assert f"layer {difference.layer}: step agrees with the reference" in str(difference)
 
 
+@pytest.mark.parametrize(("own", "looked_at"), [("reference", "reference"), ("step", "step"), ("aten", "step")])
+def test_debug_looks_at_the_layers_own_backend(own: str, looked_at: str) -> None:
+    """Where that is a loop."""
+    (found,) = gpu_rnn.debug(gpu_rnn.GRU(2, 4, backend=own), torch.randn(6, 3, 2))
+    assert found.backend == looked_at
+
+
 FAULTS = [
     ("y", (4, 1, 0, 2), "step 4, sample 1, direction 0, unit 2: the output h is off by 1"),
     (

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -47,18 +48,19 @@ def test_explain_for_a_device(device: str | None) -> None:
     assert (
         head == f"lstm: T 100, B 32, input 64, hidden 64, layers 1, float32, forward and backward, on {expected.name}"
     )
-    assert "predicted" in foot and "µs/step" in columns
-    assert re.search(rf"^{explanation.chosen} +chosen +\d+\.\d\d", "\n".join(lines), re.M)
+    assert "µs/step" in foot and "µs/step" in columns
+    figure = r"\d+\.\d\d  (simulated|modelled)" if expected.is_gpu else ""  # a CPU's models only rank
+    assert re.search(rf"^{explanation.chosen} +chosen *{figure}$", "\n".join(lines), re.M)
     assert re.search(r"^aten +no +ATen has LSTM, GRU and RNN", "\n".join(lines), re.M)
 
 
-def test_explain_shows_the_floor_of_each_pass() -> None:
+def test_explain_shows_the_bound_of_each_pass() -> None:
     layer, x = gpu_rnn.LSTM(1024, 1024, dtype=torch.bfloat16), torch.empty(100, 64, 1024, device="meta")
     training = gpu_rnn.explain(layer, x, device="H100")
     with torch.no_grad():
         inference = gpu_rnn.explain(layer, x, device="H100")
     assert training.floor_us > inference.floor_us == pytest.approx(1.5, abs=0.05)
-    assert re.search(r"^floor +1\.5\d  of a layer's time loop", str(inference), re.M)
+    assert re.search(r"^bound +1\.5\d  no loop that keeps W_hh on chip takes less", str(inference), re.M)
     assert gpu_rnn.explain(layer, x).floor_us is None  # on a CPU
     assert gpu_rnn.explain(gpu_rnn.LSTM(8, 4096), torch.empty(9, 1, 8), device="H100").floor_us is None
 
@@ -92,3 +94,48 @@ def test_explain_takes_packed_input() -> None:
     assert (found.problem.T, found.problem.B, found.problem.packed) == (4, 2, True)
     assert found.chosen == "aten"
     assert gpu_rnn.explain(gpu_rnn.LSTM(3, 5, activation="relu"), packed).chosen == "step"
+
+
+def test_a_figure_says_what_it_is() -> None:
+    layer, x = gpu_rnn.LSTM(768, 768, dtype=torch.float16, device="meta"), torch.empty(1024, 16, 768, device="meta")
+    found = gpu_rnn.explain(layer, x.half(), device="H100")
+    sources = {row.backend: row.source for row in found.rows if row.runs}
+    assert sources == {"group": "simulated", "aten": "published", "step": "modelled", "reference": "modelled"}
+    predicted = {row.backend: row.predicted_us for row in found.rows}
+    assert 5.07 <= predicted["aten"] <= 5.07 * 1.1  # and what the products over all steps take
+    assert re.search(r"^group +chosen +\d\.\d\d  simulated$", str(found), re.M)
+    other = gpu_rnn.explain(gpu_rnn.LSTM(768, 768, clip=3.0, dtype=torch.float16), x.half(), device="H100")
+    assert {row.source for row in other.rows if row.runs} == {"modelled"}
+
+
+def test_what_a_backend_by_name_does_is_said() -> None:
+    x = torch.empty(9, 2, 8)
+    runs, raises = (str(gpu_rnn.explain(gpu_rnn.LSTM(8, 8, backend=name), x)) for name in ("step", "group"))
+    assert "backend='step' was asked for: the call runs on it" in runs
+    assert "backend='group' was asked for: the call raises ValueError" in raises
+    assert "was asked for" not in str(gpu_rnn.explain(gpu_rnn.LSTM(8, 8), x))
+
+
+def test_a_preference_of_the_environment_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPU_RNN_BACKEND", "step")
+    assert "GPU_RNN_BACKEND prefers step" in str(gpu_rnn.explain(gpu_rnn.LSTM(8, 8), torch.empty(9, 2, 8)))
+
+
+def test_many_lines_of_a_compiler_stay_in_the_table() -> None:
+    found = gpu_rnn.explain(gpu_rnn.LSTM(8, 8), torch.empty(9, 2, 8))
+    said = "\n".join(["it does not compile:", "", *(f"error {k}" for k in range(30))])
+    table = str(replace(found, rows=(replace(found.rows[0], reasons=(said, "another")), *found.rows[1:]))).splitlines()
+    start = next(k for k, line in enumerate(table) if line.startswith("resident"))
+    assert table[start].endswith("it does not compile:")
+    lines = table[start + 1 : start + 6]
+    assert all(line.startswith(" " * 41) for line in lines) and [line.strip() for line in lines] == [
+        "error 0", "error 1", "error 2", "… and 27 lines more in rows[…].reasons", "another",
+    ]  # fmt: skip
+    assert table[start + 6].startswith("group")
+
+
+def test_a_bound_of_nothing_is_not_printed() -> None:
+    layer = gpu_rnn.LSTM(8, 8, dtype=torch.bfloat16)
+    with torch.no_grad():
+        found = gpu_rnn.explain(layer, torch.empty(9, 2, 8), device="H100")
+    assert found.floor_us < 0.005 and "bound" not in str(found)

@@ -58,7 +58,8 @@ CHOICES: list[tuple[Problem, str]] = [
     (problem(cells.gru(reset_after=False), direction="training"), "step"),
     (problem(support.RECURRENCES["minimal"]), "step"),
     (problem(dtype=torch.complex64), "reference"),
-    (problem(device="H100", **half), "group"),
+    (problem(device="H100", **half), "resident"),
+    (problem(device="H100", H=128, **half), "group"),
     (problem(cells.lstm("relu"), "A100", direction="training", **half), "group"),
     (problem(support.RECURRENCES["minimal"], "RTX 4090", H=512, **half), "group"),
     (problem(device="H100", T=1500, H=1024, I=1024, direction="training", **half), "group"),
@@ -203,7 +204,7 @@ def test_a_kernel_that_does_not_build_is_a_reason(monkeypatch: pytest.MonkeyPatc
         raise nvrtc.CompileError(f"NVRTC 0.0 does not compile for {arch}:\nout of luck")
 
     monkeypatch.setattr(nvrtc, "compile_cubin", refuse)
-    given = problem(device="H100", **half)
+    given = problem(device="H100", H=128, **half)
     assert choice.select(given) == "resident"
     assert group.unsupported(given) == ["NVRTC 0.0 does not compile for sm_90a:\nout of luck"]
     with pytest.raises(ValueError, match=r"(?s)backend='group' cannot run.*out of luck"):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which stacks run as a wavefront, and in chunks of how many steps, by the cost models.
 
-``python -m tests.dispatch.test_wavefront_plan`` prints the table of predictions in kernels/README.md.
+``python -m tests.dispatch.test_wavefront_plan`` writes the table of kernels/README.md.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from gpu_rnn.backends import resident
 from gpu_rnn.backends.group import launch as group
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.dispatch import choice, wavefront_plan
+from tests.support import tables
 from tests.support.paths import ROOT
 
 
@@ -69,6 +70,7 @@ def test_explain_says_so() -> None:
     assert gpu_rnn.explain(layer, x).chunks == gpu_rnn.explain(layer, x, device="CPU").chunks == ()
 
 
+PAGE, COMMAND = ROOT / "kernels" / "README.md", "python -m tests.dispatch.test_wavefront_plan"
 # Of the applications in benchmarks/cases/problems.py: (input, hidden, layers, T, B), LSTM, fp16.
 STACKS = {
     "nanopore": (384, 384, 5, 1600, 64),
@@ -98,12 +100,12 @@ def table() -> str:
         way = "as a wavefront" if choice.staggers(problem) else "one by one"
         sizes = ", ".join(map(str, (features, hidden, layers, steps, batch)))
         lines.append(f"| {name} | {sizes} | {' | '.join(figures)} | {way} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, ""])
 
 
 def test_the_table_is_what_the_models_predict(with_cupy: None) -> None:
-    assert table() in (ROOT / "kernels" / "README.md").read_text()
+    assert tables.written(PAGE, COMMAND) == table()
 
 
 if __name__ == "__main__":
-    print(table())
+    tables.write(PAGE, COMMAND, table())

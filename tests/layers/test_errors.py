@@ -100,9 +100,13 @@ def test_a_call_s_unknown_argument_names_the_layer(name: str) -> None:
 
 def test_an_unknown_argument_is_answered_with_all_there_are() -> None:
     with pytest.raises(
-        TypeError, match=r"'peepholes'; besides torch.nn's it takes activation, .*peephole, .*layer_norm"
+        TypeError, match=r"'peepholes'; did you mean peephole\? besides torch.nn's it takes activation, .*layer_norm"
     ):
         gpu_rnn.LSTM(3, 5, peepholes=True)
+    with pytest.raises(TypeError, match=r"'num_layer'; did you mean num_layers\?"):
+        gpu_rnn.GRU(3, 5, num_layer=2)
+    with pytest.raises(TypeError, match=r"'wobble'; besides torch.nn's it takes activation"):
+        gpu_rnn.GRU(3, 5, wobble=2)
 
 
 @pytest.mark.filterwarnings("ignore:Complex modules are a new feature")

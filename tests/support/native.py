@@ -25,6 +25,19 @@ FLAGS += ["-Wno-unused-variable", "-Wno-unused-function", "-Wno-unused-parameter
 TARGETS = {"plain": ([], 16), "avx2": (["-mavx2", "-mfma"], 32), "avx512": (["-mavx512f", "-mavx512dq"], 64)}
 
 
+def _missing() -> str:
+    try:
+        building.compiler()
+    except building.CompilerError as error:
+        return str(error)
+    return ""
+
+
+NEEDS_C = pytest.mark.skipif(bool(_missing()), reason=_missing() or "a C compiler is here")
+BACKEND = pytest.param("native", marks=NEEDS_C)
+SLOW_BACKEND = pytest.param("native", marks=[NEEDS_C, pytest.mark.slow])
+
+
 def any_compiler() -> None:
     """Skips a test of the time loop in C on a machine that cannot build it."""
     try:

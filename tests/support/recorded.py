@@ -13,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 
 import gpu_rnn
+from tests.support import native
 
 T, B, I, H = 5, 3, 4, 6  # noqa: E741
 FORWARD, BACKWARD = torch.ops.gpu_rnn.rnn.default, torch.ops.gpu_rnn.rnn_backward.default
@@ -49,12 +50,15 @@ LAYERS: dict[str, Callable[[], Net]] = {
         gpu_rnn.RNN(I, H, activation="softsign", bidirectional=True), "mask", "resets", "return_all_states"
     ),
     "step": lambda: Net(gpu_rnn.LSTM(I, H, backend="step"), "return_all_states"),
+    "native": lambda: Net(gpu_rnn.LSTM(I, H, backend="native", layer_norm=True, proj_size=2), "mask"),
     "reference": lambda: Net(gpu_rnn.GRU(I, H, backend="reference")),
     "cell": lambda: Net(gpu_rnn.GRUCell(I, H, reset_after=False)),
     "lstm cell": lambda: Net(gpu_rnn.LSTMCell(I, H)),
 }
 SOME = ("lstm", "peephole", "softsign", "step")
-every_layer = pytest.mark.parametrize("name", LAYERS)
+every_layer = pytest.mark.parametrize(
+    "name", [native.BACKEND if name == native.BACKEND.values[0] else name for name in LAYERS]
+)
 some_layers = pytest.mark.parametrize("name", SOME)
 every_mode = pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
 

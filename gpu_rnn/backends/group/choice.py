@@ -2,8 +2,8 @@
 """Which layout of the group kernel a problem gets: what fits, and of that the fastest by a model of one step.
 
 The model adds up what kernels/README.md names: tensor cores, weights read from shared memory, words that come in, and
-what synchronisation takes. Layouts are ranked, and the floor is counted, by the predicted constants: a results file
-holds the times of the layouts so chosen, so constants fitted to it say what those take and nothing of any other.
+what synchronisation takes. Layouts are ranked by it. What a call takes is compared with other backends by the simulated
+step of the layout so chosen (`backends/chains.py`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import count, product
 from typing import Any
 
-from gpu_rnn.backends import rates
+from gpu_rnn.backends import chains, rates
 from gpu_rnn.backends.group.layout import UNITS, Layout, switches
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.backends.throughput import (
@@ -37,7 +37,7 @@ TILES = (1, 2, 4)
 
 WEIGHT_REGISTERS = 128 << 10  # bytes of weights in a multiprocessor's registers, half of them
 
-RANKING = rates.PREDICTED.group
+RANKING = rates.GROUP
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def _fitting(problem: Problem) -> Iterator[Choice]:
         yield Choice(layout, groups, at_once, _step(problem, layout, groups, at_once, RANKING))
 
 
-def _step(problem: Problem, layout: Layout, groups: int, at_once: int, known: rates.GroupRates) -> float:
+def _step(problem: Problem, layout: Layout, groups: int, at_once: int, known: rates.GroupModel) -> float:
     """Seconds for a step of all rows of all of N."""
     device = problem.device
     busy = _busy_cycles(problem, layout, known) / (device.clock * 1e9)
@@ -135,7 +135,7 @@ def _blocks_by_memory(device: Device, layout: Layout) -> int:
     return device.shared_memory // max(layout.shared_bytes, 1)
 
 
-def _busy_cycles(problem: Problem, layout: Layout, known: rates.GroupRates) -> float:
+def _busy_cycles(problem: Problem, layout: Layout, known: rates.GroupModel) -> float:
     """Cycles for one tile of a step, if nothing has to be waited for."""
     program = problem.program
     warps = layout.across * layout.along
@@ -200,6 +200,18 @@ def cost(problem: Problem, constants: rates.Rates | None = None) -> float:
     known = (constants or rates.of(device)).group
     gates = len(problem.recurrence.gates)
     weights = gates * (UNITS * choice.layout.blocks) * choice.layout.width * problem.dtype.itemsize
-    loading = weights / known.l2_bytes / (device.clock * 1e9)
-    step = _step(problem, choice.layout, choice.groups, choice.at_once, known)
+    loading = weights / RANKING.l2_bytes / (device.clock * 1e9)
+    step = known.step * chains.step(problem, "group", modelled)
     return known.start + loading + problem.layers * problem.T * step + known.projection * projection(problem)
+
+
+def source_of_cost(problem: Problem) -> str:
+    """Where its time a step comes from: see `gpu_rnn.backends.Entry`."""
+    return "simulated" if chains.simulated(problem, "group") else "modelled"
+
+
+def modelled(problem: Problem) -> float:
+    """Seconds of a step of all rows by the model that ranks layouts."""
+    choice = choose(problem)
+    assert choice is not None
+    return choice.step

@@ -54,6 +54,7 @@ def _before(text: str, dtype: torch.dtype, backward: bool, target: InstructionSe
         _constants(program, dtype, backward, target),
         _file("functions.h"),
         _tables(program),
+        _turns(target.bytes // dtype.itemsize),
         arguments.declared(),
         source(program, "c"),
         source(program, "c", backward=True) if backward else "",
@@ -126,3 +127,14 @@ def _tables(program: Program) -> str:
         f"static const int PLACES[] = {{{', '.join(map(str, places))}}};\n"
         f"static const scalar INITIAL[] = {{{initial}}};"
     )
+
+
+def _turns(lanes: int) -> str:
+    """How a square of vectors is turned: in each step, lines so far apart exchange every other so many lanes. From
+    which lanes of both the upper one takes its own, and the lower one."""
+    steps = []
+    for apart in (1 << step for step in range(lanes.bit_length() - 1)):
+        upper = [lane + lanes - apart if lane & apart else lane for lane in range(lanes)]
+        lower = [lane + lanes if lane & apart else lane + apart for lane in range(lanes)]
+        steps.append(f"{{{{{', '.join(map(str, upper))}}}, {{{', '.join(map(str, lower))}}}}}")
+    return f"static const bits TURNS[][2][LANES] = {{{', '.join(steps)}}};"

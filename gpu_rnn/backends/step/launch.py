@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from gpu_rnn.backends import building, cpu_cost, rates
+from gpu_rnn.backends import building, chains, cpu_cost, rates
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.backends.step import gpu, torch_backward, torch_forward
 from gpu_rnn.backends.tensors import Call, LoopGradients, Result
 from gpu_rnn.backends.throughput import products
+
+LOADED = 6e-7  # seconds until two loads in a row are there: the latency of an H100's memory
 
 _builds = building.Builds(gpu.launches)
 prepare = _builds.prepare
@@ -25,8 +27,8 @@ def unsupported(problem: Problem) -> list[str]:
 
 
 def cost(problem: Problem, constants: rates.Rates | None = None) -> float:
-    """Seconds by the cost model: the products, and two launches a stage, or on a CPU a torch operation for each of the
-    program's.
+    """Seconds by the cost model: the products, and two launches a stage with what the pointwise kernel takes, or on a
+    CPU a torch operation for each of the program's.
 
     On a GPU a projection of h takes two launches more.
     """
@@ -35,7 +37,15 @@ def cost(problem: Problem, constants: rates.Rates | None = None) -> float:
         return cpu_cost.seconds(problem, every.cpu_step, sum(len(stage.ops) + len(stage.gates) for stage in stages))
     steps = (2.0 if problem.direction == "backward" else 1.0) * problem.T * problem.layers
     pairs = len(stages) + bool(problem.proj_size)
-    return steps * pairs * every.step.step + every.step.products * products(problem)
+    pointwise = len(stages) * chains.step(problem, "step", pointwise_pass)
+    return steps * (pairs * every.step.step + pointwise) + every.step.products * products(problem)
+
+
+def pointwise_pass(problem: Problem) -> float:
+    """Seconds of the pointwise kernel by what it reads and writes: pre-activations, products and states."""
+    units = problem.B * problem.N * problem.H
+    moved = 2 * problem.G * problem.dtype.itemsize + 8 * len(problem.program.states)
+    return LOADED + units * moved / (problem.device.memory_rate * 1e9)
 
 
 def forward(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the group kernel's cost model predicts on an H100, beside the floor.
+"""What the group kernel's cost model predicts on an H100, beside the bound.
 
-``python -m tests.backends.group.test_choice``, where CuPy is, prints the table of predictions in kernels/README.md.
+``python -m tests.backends.group.test_choice``, where CuPy is, writes the table of kernels/README.md.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ import torch
 
 import gpu_rnn
 from gpu_rnn import cells
-from gpu_rnn.backends.group.choice import choose, floor
+from gpu_rnn.backends import SOURCES, chains
+from gpu_rnn.backends.group.choice import choose, floor, modelled
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.dispatch import choice
+from tests.support import tables
 from tests.support.paths import ROOT
 
+PAGE, COMMAND = ROOT / "kernels" / "README.md", "python -m tests.backends.group.test_choice"
 SHAPES = [(128, 32), (256, 64), (512, 64), (1024, 64), (1024, 1), (2048, 64)]  # H, B
 # Calculated by hand from data sheets, with the same rates; activations, rounding and the barrier left out of the first.
 FLOORS = [(0.2, 0.4), (0.5, 0.9), (0.7, 1.1), (1.4, 1.7), (0.8, 1.0), (4.0, 7.0)]  # µs a forward step
@@ -64,24 +67,24 @@ def test_more_recurrences_than_fit_at_once_take_turns() -> None:
 
 
 def table() -> str:
-    """Predicted µs a step of the time loop, and the floor of each, as a table in Markdown."""
+    """µs a step of the time loop, as dispatch takes it, and the bound of each, as a table in Markdown."""
     lines = [
-        "| H, B | S × groups, forward and backward | forward | floor | backward | floor | chosen |",
-        "|---" * 7 + "|",
+        "| H, B | S × groups, forward and backward | forward | bound | backward | bound | these are | chosen |",
+        "|---" * 8 + "|",
     ]
     for shape in SHAPES:
         problems = problem(*shape, "training"), problem(*shape, "backward")
         choices = [choose(p) for p in problems]
         layouts = ", ".join(f"{c.layout.members} × {c.groups}" for c in choices)
-        figures = [f"{s * 1e6:.1f}" for c, p in zip(choices, problems, strict=True) for s in (c.step, floor(p))]
-        chosen = choice.select(problems[0])
-        lines.append(" | ".join(["| " + ", ".join(map(str, shape)), layouts, *figures, chosen]) + " |")
-    return "\n".join(lines)
+        figures = [f"{s * 1e6:.1f}" for p in problems for s in (chains.step(p, "group", modelled), floor(p))]
+        source, chosen = "/".join(dict.fromkeys(map(SOURCES["group"], problems))), choice.select(problems[0])
+        lines.append(" | ".join(["| " + ", ".join(map(str, shape)), layouts, *figures, source, chosen]) + " |")
+    return "\n".join([*lines, ""])
 
 
-def test_the_table_is_what_the_model_predicts(with_cupy: None) -> None:
-    assert table() in (ROOT / "kernels" / "README.md").read_text()
+def test_the_table_is_what_dispatch_takes(with_cupy: None) -> None:
+    assert tables.written(PAGE, COMMAND) == table()
 
 
 if __name__ == "__main__":
-    print(table())
+    tables.write(PAGE, COMMAND, table())
