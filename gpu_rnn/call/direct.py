@@ -92,25 +92,13 @@ def _forward(
     """One layer: x, the states and the weights, all without gaps."""
     count = 1 + len(plan.program.states)
     x, *states = whole[:count]
-    w_ih, w_hh, b_ih, b_hh, params = _weights(plan, bias, whole[count:])
-    gates = onednn.linear(x, w_ih, _bias(plan, b_ih, b_hh))
-    return native.forward(plan, gates, states, w_hh, b_hh, params, save)
+    return native.forward(plan, x, states, *_weights(plan, bias, whole[count:]), save)
 
 
 def _weights(plan: native.LayerPlan, bias: bool, weights: Sequence[Any]) -> tuple[Any, Any, Any, Any, Any]:
     """w_ih, w_hh, b_ih, b_hh and params, None for those that the layer has not."""
     b_ih, b_hh = weights[2:4] if bias else (None, None)
     return weights[0], weights[1], b_ih, b_hh, weights[-1] if plan.program.params else None
-
-
-def _bias(plan: native.LayerPlan, b_ih: Tensor | None, b_hh: Tensor | None) -> Tensor | None:
-    """(G·H): b_ih, with b_hh added where a gate is a sum."""
-    if b_ih is None or b_hh is None:
-        return None
-    if not plan.program.split:
-        return b_ih + b_hh
-    rows = plan.summed * b_ih.shape[0] // len(plan.program.gates)
-    return torch.cat([b_ih[:rows] + b_hh[:rows], b_ih[rows:]])
 
 
 class _Layer(torch.autograd.Function):

@@ -298,7 +298,7 @@ static int backward_share(const share *mine) {
   const long padded = whole(a->units), each = mine->rows * padded;
   const long width = whole(GATES * a->units);
   const long size = BUFFERS * each + mine->rows * width;
-  scalar *room = allocate(size);
+  scalar *room = take(OF_STATES, size);
   long *live = malloc((mine->rows + 1) * sizeof(long));
   const int failed = !room || !live;
   if (!failed) {
@@ -325,7 +325,7 @@ static int backward_share(const share *mine) {
                width_of(a, k) * sizeof(scalar));
   }
   free(live);
-  free(room);
+  give(OF_STATES, room);
   return failed;
 }
 

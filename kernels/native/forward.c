@@ -13,6 +13,10 @@ typedef struct {
   scalar *made;                           // h before its projection
   scalar *sums; // (rows, GATES, padded), of gates that stand apart
   int number;   // of the product whose sums go there
+  // Of some steps at a time the input products, where they are taken here: the
+  // first of these steps, and its first row's.
+  long chunk, first_step;
+  scalar *inputs;
 } forward_loop;
 
 // Whether the sums of a unit's gates do not stay in registers from the product
@@ -20,6 +24,17 @@ typedef struct {
 // masks of their own have products of their own.
 static inline int gates_stand_apart(const arguments *a) {
   return a->norm || a->masks > 1;
+}
+
+// A row's input products, and then pre-activations, (GATES, units).
+static inline scalar *gates_of_row(const forward_loop *loop, long row,
+                                   long place) {
+  const share *mine = loop->mine;
+  const arguments *a = mine->of;
+  if (!a->x)
+    return a->gates + place * GATES * a->units;
+  const long at = (loop->t - loop->first_step) * a->batch + row * mine->apart;
+  return loop->inputs + at * GATES * a->units;
 }
 
 // State k of a row after the last stage of a step.
@@ -47,7 +62,7 @@ static void advance(void *context, long row, long group, const real *sums) {
   const arguments *a = mine->of;
   const long place = place_of(mine, row, time_of(mine, row, loop->t));
   const int stage = stage_of(loop->stage), of_stage = gates_of(stage);
-  scalar *gates = a->gates + place * GATES * a->units;
+  scalar *gates = gates_of_row(loop, row, place);
   for (long block = 0; block < VECTORS / of_stage; block++, sums += of_stage) {
     const long unit = (group * (VECTORS / of_stage) + block) * LANES;
     const long left = a->units - unit, at = row * loop->padded + unit;
@@ -227,10 +242,49 @@ static void keep(forward_loop *loop) {
   }
 }
 
+// The input product of one row at one time, `at` of those of a chunk.
+static void put_input(void *context, long at, long group, const real *sums) {
+  const forward_loop *loop = context;
+  const arguments *a = loop->mine->of;
+  const long blocks = VECTORS / GATES;
+  for (long k = 0; k < blocks * GATES; k++) {
+    const long gate = k % GATES, unit = (group * blocks + k / GATES) * LANES;
+    const long of = gate * a->units + unit, left = a->units - unit;
+    if (left <= 0)
+      return;
+    real value = sums[k];
+    if (a->b_ih)
+      value += load(a->b_ih + of, left);
+    if (a->b_ih && PLACES[gate] < 0)
+      value += load(a->b_hh + of, left);
+    store(loop->inputs + at * GATES * a->units + of, value, left);
+  }
+}
+
+// The input products of the next steps: there is one recurrence, which runs
+// forward in time.
+static void take_inputs(forward_loop *loop, long *live) {
+  const share *mine = loop->mine;
+  const arguments *a = mine->of;
+  const long left = a->steps - loop->t,
+             first = loop->t * a->batch + mine->first;
+  const long steps = left < loop->chunk ? left : loop->chunk;
+  for (long step = 0; step < steps; step++)
+    for (long row = 0; row < mine->rows; row++)
+      live[step * mine->rows + row] = step * a->batch + row * mine->apart;
+  loop->first_step = loop->t;
+  if (a->save)
+    loop->inputs = a->gates + first * GATES * a->units;
+  product_apart(&loop->weights[INPUT], mine->packed, a->x + first * a->features,
+                a->features, live, steps * mine->rows, 0, put_input, loop);
+}
+
 static void all_steps(forward_loop *loop, long *live) {
   const share *mine = loop->mine;
   const arguments *a = mine->of;
   for (loop->t = 0; loop->t < a->steps; loop->t++) {
+    if (a->x && loop->t % loop->chunk == 0)
+      take_inputs(loop, live);
     if (a->flags || a->drop)
       enter(loop);
     const long count = live_rows(mine, loop->t, live);
@@ -269,17 +323,29 @@ static layout forward_layout(const arguments *a, int gates) {
                   .depth_apart = 1};
 }
 
+// Steps whose input products are taken at once: enough rows for a product, few
+// enough values for the nearer caches.
+static long chunk_of(const share *mine) {
+  const arguments *a = mine->of;
+  const long chunk = (1 << 16) / (mine->rows * GATES * a->units + 1);
+  return chunk < 1 ? 1 : chunk < a->steps ? chunk : a->steps;
+}
+
 static int forward_share(const share *mine) {
   const arguments *a = mine->of;
   enum { BUFFERS = STATES + 4 + CARRIED };
   const long padded = whole(a->units), each = mine->rows * padded;
   const long buffers = BUFFERS + (gates_stand_apart(a) ? GATES : 0);
-  scalar *room = allocate(buffers * each);
-  long *live = malloc((mine->rows + 1) * sizeof(long));
+  const long chunk = a->x ? chunk_of(mine) : 1;
+  const long inputs =
+      a->x && !a->save ? chunk * a->batch * GATES * a->units : 0;
+  scalar *room = take(OF_STATES, buffers * each + inputs);
+  long *live = malloc((chunk * mine->rows + 1) * sizeof(long));
   const int failed = !room || !live;
   if (!failed) {
     memset(room, 0, buffers * each * sizeof(scalar));
-    forward_loop loop = {.mine = mine, .padded = padded};
+    forward_loop loop = {.mine = mine, .padded = padded, .chunk = chunk};
+    loop.inputs = room + buffers * each;
     lay_out(a, forward_layout, loop.weights);
     for (int k = 0; k < STATES; k++)
       loop.states[k] = room + k * each;
@@ -302,7 +368,7 @@ static int forward_share(const share *mine) {
                loop.states[k] + row * padded, width_of(a, k) * sizeof(scalar));
   }
   free(live);
-  free(room);
+  give(OF_STATES, room);
   return failed;
 }
 

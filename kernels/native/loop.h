@@ -2,7 +2,7 @@
 // What both time loops share: the rows and steps of a share of the work, the
 // product of a step, and the threads.
 //
-// Before it come functions.h, the generated step, and what
+// Before it come functions.h, memory.h, the generated step, and what
 // gpu_rnn/backends/native/text.py prints: `arguments`, STATES, PARAMS, GATES,
 // RECURRENT (split gates), PLACES (of each gate its place among those, else
 // -1), STAGES, FIRST (of each stage its first gate), FIRST_SPLIT, CARRIED_OF
@@ -14,47 +14,9 @@
 // are computed beside it: results depend neither on the number of threads nor
 // on the batch.
 #include <pthread.h>
-#include <stdlib.h>
-#include <string.h>
 
 enum { SKIP = 1, RESET = 2 }; // bits of flags, as gpu_rnn/backends/tensors.py
-enum { ALIGNMENT = 64 };      // bytes: the widest vector
 enum { TILE = ROWS > 1 ? ROWS : 2 }; // sums of VECTORS vectors each
-
-// A whole vector is one instruction; a size that is not known is a call.
-static inline real load(const scalar *from, long count) {
-  real value = {0};
-  if (__builtin_expect(count >= LANES, 1))
-    memcpy(&value, from, sizeof value);
-  else
-    memcpy(&value, from, sizeof(scalar) * count);
-  return value;
-}
-
-static inline void store(scalar *to, real value, long count) {
-  if (__builtin_expect(count >= LANES, 1))
-    memcpy(to, &value, sizeof value);
-  else
-    memcpy(to, &value, sizeof(scalar) * count);
-}
-
-static inline void add_to(scalar *to, real value, long count) {
-  store(to, load(to, count) + value, count);
-}
-
-static inline long divided_up(long number, long by) {
-  return (number + by - 1) / by;
-}
-
-// The whole vectors that hold so many values.
-static inline long whole(long count) {
-  return divided_up(count, LANES) * LANES;
-}
-
-static scalar *allocate(long count) {
-  const size_t bytes = (count + LANES) * sizeof(scalar);
-  return aligned_alloc(ALIGNMENT, (bytes + ALIGNMENT - 1) & -ALIGNMENT);
-}
 
 // Part of a call: of recurrence `n` the rows `first`, `first + apart`, ...
 typedef struct {
@@ -144,9 +106,9 @@ typedef struct {
 } layout;
 
 // The products of a step: one of each stage or, where gates have masks of their
-// own, one of each gate; last the projection of h. Those that there are not
-// have no units.
-enum { PROJECTION = GATES, PRODUCTS };
+// own, one of each gate; then the projection of h, and that of the input. Those
+// that there are not have no units.
+enum { PROJECTION = GATES, INPUT, PRODUCTS };
 
 // A constant where there is one stage.
 static inline int stage_of(int stage) { return STAGES == 1 ? 0 : stage; }
@@ -355,7 +317,14 @@ static long lay_out(const arguments *a, a_layout *of_gates, layout *products) {
       products[k] = of_gates(a, 0);
       products[k].matrix = a->w_hr;
       products[k].apart = matrix;
-    }
+    } else if (k == INPUT && a->x)
+      products[k] = (layout){.units = a->units,
+                             .parts = GATES,
+                             .depth = a->features,
+                             .unit_apart = a->features,
+                             .part_apart = a->units * a->features,
+                             .depth_apart = 1,
+                             .matrix = a->w_ih};
     products[k].to = size;
     size += packed_size(&products[k]);
   }
@@ -368,7 +337,7 @@ static int run_shares(const arguments *a, a_layout *of_gates,
                       int (*run)(const share *)) {
   layout products[PRODUCTS];
   const long size = lay_out(a, of_gates, products);
-  scalar *packed = allocate(size * a->across);
+  scalar *packed = take(OF_WEIGHTS, size * a->across);
   pthread_t *threads = calloc(a->threads, sizeof(pthread_t));
   worker *workers = calloc(a->threads, sizeof(worker));
   int failed = !packed || !threads || !workers;
@@ -391,6 +360,6 @@ static int run_shares(const arguments *a, a_layout *of_gates,
   }
   free(workers);
   free(threads);
-  free(packed);
+  give(OF_WEIGHTS, packed);
   return failed;
 }

@@ -67,8 +67,8 @@ static inline void meet(const one_step *a, const scalar *entering, long row,
   const long of = gate * a->units + unit;
   const int split = PLACES[gate];
   real sums[LANES] = {{0}};
-  accumulate(a->w_ih + of * a->features, a->features,
-             a->x + row * a->features, left, sums);
+  accumulate(a->w_ih + of * a->features, a->features, a->x + row * a->features,
+             left, sums);
   if (split >= 0) {
     x[gate] = totals(sums);
     memset(sums, 0, sizeof sums);

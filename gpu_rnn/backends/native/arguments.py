@@ -13,14 +13,17 @@ from torch import Tensor
 from gpu_rnn.memo import memoize
 
 NUMBERS = (
-    *("steps", "batch", "across", "units", "width"),  # `width` of h, which may be projected
+    *("steps", "batch", "across", "units", "width", "features"),  # `width` of h, which may be projected
     *("threads", "tiles", "save", "masks", "flags_across", "reset_steps"),
 )
 # Tensors, by what they hold; null where there is none. Their shapes are those of `gpu_rnn.backends.tensors`.
 POINTERS = {
     "const uint8_t": ("reverse", "flags", "zone"),
     "const int64_t": ("lengths",),
-    "const scalar": ("w_hh", "b_hh", "params", "w_hr", "norm", "drop", "d_y", "d_inner"),
+    "const scalar": (
+        *("w_hh", "b_hh", "params", "w_hr", "norm", "drop", "d_y", "d_inner"),
+        *("x", "w_ih", "b_ih"),  # where the loop takes the input products, too
+    ),
     "scalar": (
         *("gates", "recurrent", "inner", "y", "normal", "rstd"),
         *("d_gates", "d_recurrent", "d_params", "d_norm", "d_normed", "made", "d_made"),

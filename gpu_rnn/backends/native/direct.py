@@ -11,11 +11,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gpu_rnn.backends import onednn
 from gpu_rnn.backends.native import arguments, launch, text
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.compiler.program import Program
 from gpu_rnn.memo import memoize
 
+# Multiplications of the input products of all steps, below which they are the loop's own even if it has fewer threads
+# than torch.
+ALONE = 1 << 22
 _FORWARD_IN_TIME = ctypes.create_string_buffer(1)  # arguments.reverse of one recurrence
 
 
@@ -76,31 +80,46 @@ def plan(program: str, dtype: torch.dtype, derivative: bool) -> LayerPlan:
 
 def forward(
     plan: LayerPlan,
-    gates: Tensor,
+    x: Tensor,
     states: Sequence[Tensor],
+    w_ih: Tensor,
     w_hh: Tensor,
+    b_ih: Tensor | None,
     b_hh: Tensor | None,
     params: Tensor | None,
     save: bool,
 ) -> tuple[list[Tensor], Saved]:
-    """The final states and what is saved, from the input products (T, B, G·H), which become the saved ones; states (1,
-    B, H), w_hh (G·H, H), b_hh (G·H), params (U, H), all without gaps."""
-    steps, batch, _ = gates.shape
-    hidden = w_hh.shape[1]
-    y = gates.new_empty(steps, batch, hidden)
+    """The final states and what is saved, of x (T, B, I), states (1, B, H), w_ih (G·H, I), w_hh (G·H, H), biases (G·H)
+    and params (U, H), all without gaps."""
+    steps, batch, features = x.shape
+    of_gates, hidden = w_hh.shape
+    fields, places = _fields(plan, x, w_hh, params)
+    if fields[places["threads"]] == torch.get_num_threads() or x.numel() * of_gates <= ALONE:
+        gates = x.new_empty(steps, batch, of_gates * save)
+        for name, tensor in (("x", x), ("w_ih", w_ih), ("b_ih", b_ih)):
+            fields[places[name]] = 0 if tensor is None else tensor.data_ptr()
+    else:
+        gates = onednn.linear(x, w_ih, _input_bias(plan, b_ih, b_hh))
+    y = x.new_empty(steps, batch, hidden)
     final = [torch.empty_like(state) for state in states]
-    recurrent = gates.new_empty(steps, batch, len(plan.program.split) * save, hidden)
-    inner = gates.new_empty((len(states) - 1) * save, steps, batch, hidden)
-    fields, places = _fields(plan, gates, w_hh, params)
-    fields[places["save"]] = int(save)
-    if b_hh is not None and plan.program.split:
-        fields[places["b_hh"]] = b_hh.data_ptr()
+    recurrent = x.new_empty(steps, batch, len(plan.program.split) * save, hidden)
+    inner = x.new_empty((len(states) - 1) * save, steps, batch, hidden)
+    fields[places["features"]], fields[places["save"]] = features, int(save)
+    fields[places["b_hh"]] = 0 if b_hh is None else b_hh.data_ptr()
     for name, tensor in (("gates", gates), ("recurrent", recurrent), ("inner", inner), ("y", y)):
         fields[places[name]] = tensor.data_ptr() if tensor.numel() else 0
     for name, tensors in (("initial", states), ("final", final)):
         fields[places[name] : places[name] + len(states)] = [tensor.data_ptr() for tensor in tensors]
     _run(plan.forward, plan.packing.packed(*fields))
     return final, Saved(y, gates, recurrent, inner)
+
+
+def _input_bias(plan: LayerPlan, b_ih: Tensor | None, b_hh: Tensor | None) -> Tensor | None:
+    """(G·H): b_ih, with b_hh added where a gate is a sum."""
+    if b_ih is None or b_hh is None:
+        return None
+    rows = plan.summed * b_ih.shape[0] // len(plan.program.gates)
+    return torch.cat([b_ih[:rows] + b_hh[:rows], b_ih[rows:]])
 
 
 def backward(
@@ -130,11 +149,13 @@ def backward(
     return Gradients(d_gates, d_recurrent, d_states, None if d_params is None else d_params.sum(0))
 
 
-def _fields(plan: LayerPlan, gates: Tensor, w_hh: Tensor, params: Tensor | None) -> tuple[list[int], dict[str, int]]:
+def _fields(
+    plan: LayerPlan, over_time: Tensor, w_hh: Tensor, params: Tensor | None
+) -> tuple[list[int], dict[str, int]]:
     """What both directions are given alike, at its places."""
     places, fields = plan.packing.places, [0] * plan.packing.fields
-    steps, batch, _ = gates.shape
-    hidden, threads = w_hh.shape[1], launch.threads(gates.numel() * w_hh.shape[1], batch)
+    steps, batch, _ = over_time.shape
+    hidden, threads = w_hh.shape[1], launch.threads(steps * batch * w_hh.numel(), batch)
     numbers = {"steps": steps, "batch": batch, "across": 1, "units": hidden, "width": hidden, "threads": threads}
     for name, value in numbers.items():
         fields[places[name]] = value
