@@ -195,9 +195,9 @@ def kept(key: str, suffix: str) -> bytes | None:
     return next((content for _, content in _each_kept(key, suffix)), None)
 
 
-def kept_file(key: str, suffix: str) -> Path | None:
-    """The file that `keep` wrote, for who must have a path; None where `kept` finds nothing."""
-    return next((path for path, _ in _each_kept(key, suffix)), None)
+def kept_files(key: str, suffix: str) -> Iterator[Path]:
+    """The files that `keep` wrote, for who must have a path."""
+    return (path for path, _ in _each_kept(key, suffix))
 
 
 def _each_kept(key: str, suffix: str) -> Iterator[tuple[Path, bytes]]:

@@ -6,15 +6,18 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import logging
+import os
 import platform
 import shutil
+import signal
 import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-from gpu_rnn import cache, environment
+from gpu_rnn import cache, environment, memo
 from gpu_rnn._version import __version__
 from gpu_rnn.memo import memoize
 
@@ -24,6 +27,7 @@ COMPILERS = ("cc", "gcc", "clang")
 # Vectors wider than the target's are passed in memory (psabi); generated functions take what they do not need.
 COMPILER_FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread", "-w")
 SECONDS = 60.0  # for a build; the largest program that there may be takes a third
+TO_ANSWER = 10.0  # seconds for a compiler to say what it is
 SHARED_LIBRARY = ".so"
 
 
@@ -67,21 +71,26 @@ def _processor_flags() -> set[str]:
     return set()
 
 
+_unanswered: dict[tuple[str, ...], str] = memo.hold(
+    f"{__name__}: compilers that do not end", {}, None, stays="nobody waits for one twice"
+)
+
+
 def compiler() -> list[str]:
     """The command of the C compiler: what CC names, else the first of `COMPILERS` that is there.
 
     Raises:
-        CompilerError: there is none.
+        CompilerError: there is none, or it did not end when it was run before.
     """
-    return list(_compiler(environment.c_compiler()))
+    command = _compiler(environment.c_compiler())
+    if command in _unanswered:
+        raise CompilerError(_unanswered[command])
+    return list(command)
 
 
 @memoize(8)
 def _compiler(named: str) -> tuple[str, ...]:
-    import shlex  # where a compiler is looked for, and not with the package
-
-    commands = [shlex.split(named)] if named else [[name] for name in COMPILERS]
-    for name, *options in commands:
+    for name, *options in _commands(named):
         path = shutil.which(name)
         if path:
             return (path, *options)
@@ -90,6 +99,18 @@ def _compiler(named: str) -> tuple[str, ...]:
         if named
         else f"needs a C compiler: none of {', '.join(COMPILERS)} is found; install gcc, or name one in CC"
     )
+
+
+def _commands(named: str) -> list[list[str]]:
+    """CC is a command with its options, as "ccache gcc", or a path, in which there may be spaces."""
+    import shlex  # where a compiler is looked for, and not with the package
+
+    if not named:
+        return [[name] for name in COMPILERS]
+    try:
+        return [[named], shlex.split(named)]
+    except ValueError as error:
+        raise CompilerError(f"needs a C compiler: CC is {named!r} in the environment: {error}") from error
 
 
 def version() -> str:
@@ -103,24 +124,46 @@ def version() -> str:
 
 @memoize(8)
 def _version(command: tuple[str, ...]) -> str:
-    said = _run([*command, "--version"], "").splitlines()
+    said = _run([*command, "--version"], "", TO_ANSWER, command).splitlines()
     return said[0].strip() if said else command[0]
 
 
-def _run(command: list[str], text: str) -> str:
+def _run(command: list[str], text: str, seconds: float, compiler: tuple[str, ...]) -> str:
+    """What a command says. It ends with its children when this does: after so many seconds, or by Ctrl-C."""
+    pipe = subprocess.PIPE
     try:
-        done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=SECONDS, check=False)
-    except (OSError, subprocess.SubprocessError) as error:
+        process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, errors="replace", start_new_session=True
+        )
+    except OSError as error:
         raise CompilerError(f"the C compiler {command[0]} cannot be run: {error}") from error
-    if done.returncode:
-        said = done.stderr.strip()[:1000] or f"it ends with {done.returncode}"
-        raise CompilerError(f"the C compiler {command[0]} fails: {said}")
-    return done.stdout
+    with process:
+        try:
+            said, complaint = process.communicate(text, seconds)
+        except subprocess.TimeoutExpired as error:
+            _unanswered[compiler] = f"the C compiler {command[0]} does not end within {seconds:g} s"
+            raise CompilerError(_unanswered[compiler]) from error
+        finally:
+            if process.returncode is None:
+                _end(process)
+    if process.returncode:
+        complaint = complaint.strip()[:1000] or f"it ends with {process.returncode}"
+        raise CompilerError(f"the C compiler {command[0]} fails: {complaint}")
+    return said
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Ends a process, and its children with it where there are sessions."""
+    with suppress(ProcessLookupError):
+        if sys.platform == "win32":
+            process.kill()
+        else:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 @memoize(256, stays="a library that was loaded stays so")
-def library(text: str, flags: tuple[str, ...]) -> ctypes.CDLL:
-    """The library of a C text, from the cache or built now.
+def library(text: str, flags: tuple[str, ...], entries: tuple[str, ...] = ("run",)) -> ctypes.CDLL:
+    """The library of a C text with these functions, from the cache or built now.
 
     Raises:
         CompilerError: it cannot be built or loaded here.
@@ -129,8 +172,11 @@ def library(text: str, flags: tuple[str, ...]) -> ctypes.CDLL:
     key = "native-" + hashlib.sha256(words.encode()).hexdigest()[:32]
     try:
         with cache.alone(key):  # who waited finds what the other built
-            path = cache.kept_file(key, SHARED_LIBRARY) or cache.keep(key, SHARED_LIBRARY, _built(text, flags))
-        return ctypes.CDLL(str(path))
+            for path in cache.kept_files(key, SHARED_LIBRARY):
+                with suppress(OSError):  # of another machine, whose C library is another
+                    return _loaded(path, entries)
+            path = cache.keep(key, SHARED_LIBRARY, _built(text, flags))
+            return _loaded(path, entries)
     except OSError as error:
         raise CompilerError(
             f"a compiled library cannot be kept or loaded ({error}): set GPU_RNN_CACHE to a folder that can be "
@@ -138,9 +184,22 @@ def library(text: str, flags: tuple[str, ...]) -> ctypes.CDLL:
         ) from error
 
 
+def _loaded(path: Path, entries: tuple[str, ...]) -> ctypes.CDLL:
+    """Raises OSError where a file is no library, or not one with these functions."""
+    found = ctypes.CDLL(str(path))
+    missing = [name for name in entries if getattr(found, name, None) is None]
+    if missing:
+        raise OSError(f"{path} lacks {', '.join(missing)}")
+    return found
+
+
 def _built(text: str, flags: tuple[str, ...]) -> bytes:
-    log.info("native: builds a library with %s, which is kept for later calls", compiler()[0])
+    command = compiler()
+    log.info("native: builds a library with %s, which is kept for later calls", command[0])
     with TemporaryDirectory(prefix=cache.TEMPORARY) as folder:
         path = Path(folder) / "library.so"
-        _run([*compiler(), *COMPILER_FLAGS, *flags, "-x", "c", "-", "-o", str(path), "-lm"], text)
+        whole = [*command, *COMPILER_FLAGS, *flags, "-x", "c", "-", "-o", str(path), "-lm"]
+        said = _run(whole, text, SECONDS, tuple(command))
+        if not path.exists():
+            raise CompilerError(f"the C compiler {command[0]} makes no library: {said.strip()[:1000] or 'no word'}")
         return path.read_bytes()

@@ -58,7 +58,7 @@ def plan(program: str, dtype: torch.dtype) -> StepPlan:
         CompilerError: it cannot be built here.
     """
     best, parsed = building.instruction_sets()[0], Program.parse(program)
-    library = building.library(text.of_step(program, dtype, best), best.flags)
+    library = building.library(text.of_step(program, dtype, best), best.flags, ("forward", "backward"))
     sizes = len(parsed.states), len(parsed.gates), len(parsed.split), len(parsed.params)
     fields = struct.Struct(f"{text.STEP_FIELDS + len(text.STEP_STATES) * sizes[0]}q")
     return StepPlan(library.forward, library.backward, fields.pack, *sizes)
