@@ -17,7 +17,7 @@ import torch
 
 import gpu_rnn
 from gpu_rnn import cache, memo
-from gpu_rnn.backends.native import building, launch, one_step
+from gpu_rnn.backends.native import building, launch
 from gpu_rnn.diagnostics import doctor
 from tests.support import native
 from tests.support.paths import ROOT
@@ -35,15 +35,12 @@ with torch.no_grad():
 @pytest.fixture(autouse=True)
 def forgotten(cache_folder: Path) -> Iterator[None]:
     """Nothing is built, kept or known to fail."""
-    remembered = (
-        *(building.library, building._compiler, building._version, building._unanswered),
-        *(launch._failures, one_step.plan),
-    )
+    remembered = (building.library, building._compiler, building._version, building._unanswered, launch._failures)
 
     def clear() -> None:
         for each in remembered:
             each.clear() if isinstance(each, dict) else each.cache_clear()
-        memo.clear("gpu_rnn.dispatch")
+        memo.clear()
 
     clear()
     yield
@@ -237,6 +234,7 @@ def test_machines_with_other_instructions_share_a_cache(compiler: Path, monkeypa
     for targets in [*((each,) for each in every), *((each,) for each in every)]:
         monkeypatch.setattr(building, "instruction_sets", lambda targets=targets: targets)
         building.library.cache_clear()
+        memo.clear()
         with torch.no_grad():
             gpu_rnn.RNN(2, 3, backend="native")(x)
     assert builds(compiler) == len(every) == len({*loaded})
