@@ -42,21 +42,9 @@ def sequence(
     steps, batch = stack.sizes(x, batch_sizes)
     if not onlookers.recorded(x):
         if x.is_cpu:
-            if (
-                steps == 1
-                and stack.is_one_layer
-                and not (batch_sizes is not None or controls.given or transforms.active())
-            ):
-                found = _one_step_of_a_layer(stack, x, hx or stack.initial(x, weights, batch), weights)
-                if found is not None:
-                    return found
-            if choice.only_predicted_on_cpu() and _takes_aten(stack, x, controls):
-                if _predicted(stack, x, hx, weights, batch_sizes) == "aten":
-                    return *_aten(stack, x, hx or stack.initial(x, weights, batch), weights, batch_sizes), ()
-            if batch_sizes is None and not controls.given:
-                answer = direct.run(stack, x, hx, weights)
-                if answer is not None:
-                    return *answer, ()
+            found = _on_a_cpu(stack, x, hx, weights, batch_sizes, controls, steps, batch)
+            if found is not None:
+                return found
         problem = stack.problem(x, hx, weights, batch_sizes, controls)
         if choice.select(problem, stack.backend) == "aten":
             states = hx or stack.initial(x, weights, batch)
@@ -68,6 +56,35 @@ def sequence(
     if not alike:
         arguments.check_alike(x, weights, hx or ())
     return loops.run(stack, x, hx or stack.initial(x, weights, batch), weights, batch_sizes, controls)
+
+
+def _on_a_cpu(
+    stack: Stack,
+    x: Tensor,
+    hx: States | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    controls: StackControls,
+    steps: int,
+    batch: int,
+) -> tuple[Tensor, States, States] | None:
+    """The ways of a CPU that ask for little; None where a call takes none of them."""
+    plain = batch_sizes is None and not controls.given
+    if steps == 1 and plain and stack.is_one_layer and not transforms.active():
+        found = _one_step_of_a_layer(stack, x, hx or stack.initial(x, weights, batch), weights)
+        if found is not None:
+            return found
+    if choice.only_predicted_on_cpu() and _takes_aten(stack, x, controls):
+        if _predicted(stack, x, hx, weights, batch_sizes) == "aten":
+            return *_aten(stack, x, hx or stack.initial(x, weights, batch), weights, batch_sizes), ()
+    if plain:
+        answer = direct.run(stack, x, hx, weights)
+        return None if answer is None else (*answer, ())
+    if batch_sizes is not None and steps * batch == len(x):  # packed, and all rows of one length
+        stack, x = replace(stack, batch_first=False), x.reshape(steps, batch, -1)
+        found = _on_a_cpu(stack, x, hx, weights, None, controls, steps, batch)
+        return None if found is None else (found[0].flatten(0, 1), *found[1:])
+    return None
 
 
 def _one_step_of_a_layer(

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from gpu_rnn.demo.timing import CaseTiming
+from gpu_rnn.demo.timing import SAME, CaseTiming
 from gpu_rnn.demo.train import Run
 
 if TYPE_CHECKING:
@@ -40,21 +40,23 @@ def draw(runs: Sequence[Run], timings: Sequence[CaseTiming], *, data: str, timed
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, and no global state of pyplot
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(17, 3.5 + 0.75 * len(timings)), dpi=110, layout="constrained")
+    figure = Figure(figsize=(17, 2.5 + 0.65 * len(timings)), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(f"gpu-rnn on {device}", fontsize=15, weight="bold")
     left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(1.2, 1.6), wspace=0.03)[0]
     bands = "\nlines: mean of the seeds; bands: from the lowest to the highest" if len(runs[0].seeds) > 1 else ""
     left.suptitle(f"Accuracy on {data}{bands}", fontsize=11)
-    right.suptitle(f"Time of {timed}\n×: their time over gpu_rnn's, above 1 gpu_rnn is the faster", fontsize=11)
+    right.suptitle(
+        f"Time of {timed}\ntheirs by gpu_rnn's: above 1× gpu_rnn is the faster; {SAME}: both run torch.nn's kernels",
+        fontsize=11,
+    )
     _draw_accuracy(left.subplots(), runs)
     forward, training = right.subplots(1, 2, sharey=True)
-    _draw_times(forward, [timing.forward for timing in timings], "forward")
-    _draw_times(training, [timing.training for timing in timings], "forward and backward")
+    for number, (axes, title) in enumerate(((forward, "forward"), (training, "forward and backward"))):
+        _draw_times(axes, [timing.each[number] for timing in timings], title)
     labels = [f"{t.case.label.replace(', ', chr(10), 1)}\nbeside {t.case.theirs_label}" for t in timings]
     forward.set_yticks(range(len(timings)), labels, fontsize=10)
     left.legend(loc="outside lower center", fontsize=8.5, frameon=False, ncols=2)
-    right.legend(*forward.get_legend_handles_labels(), loc="outside lower center", frameon=False, ncols=2)
     _save(figure, path)
 
 
@@ -79,34 +81,28 @@ def _draw_accuracy(axes: Axes, runs: Sequence[Run]) -> None:
     axes.grid(alpha=0.25)
 
 
-def _draw_times(axes: Axes, pairs: Sequence[tuple[float, float]], title: str) -> None:
-    """One row a case: two dots on a logarithmic axis, the ratio above and the times below."""
+def _draw_times(axes: Axes, cells: Sequence[tuple[float, float, str]], title: str) -> None:
+    """A bar a case, as long as ours is faster; from 1 on, where both take the same time."""
     from matplotlib.ticker import LogLocator
 
-    rows = range(len(pairs))
-    milliseconds = [(1e3 * ours, 1e3 * theirs) for ours, theirs in pairs]
-    for row, (ours, theirs) in zip(rows, milliseconds, strict=True):
-        axes.plot([ours, theirs], [row, row], color="0.75", lw=3, zorder=1)
-        centre = ((ours * theirs) ** 0.5, row)
-        place: dict[str, Any] = {"textcoords": "offset points", "ha": "center"}
-        axes.annotate(f"{theirs / ours:.2f}×", centre, (0, 9), weight="bold", **place)
-        axes.annotate(
-            f"{_milliseconds(ours)} / {_milliseconds(theirs)} ms",
-            centre,
-            (0, -19),
-            fontsize=9,
-            color="0.3",
-            **place,
-        )
-    ours, theirs = zip(*milliseconds, strict=True)
-    axes.scatter(ours, rows, color=COLOURS[0], s=70, label="gpu_rnn", zorder=3)
-    axes.scatter(theirs, rows, color="0.55", s=120, label="what it stands beside", zorder=2)
-    axes.set(title=title, xlabel="ms a call, logarithmic", xscale="log", ylim=(len(pairs) - 0.5, -0.5))
+    for row, (ours, theirs, words) in enumerate(cells):
+        times = 1.0 if words == SAME else theirs / ours
+        colour = "0.6" if words == SAME else COLOURS[0] if times >= 1 else COLOURS[1]
+        axes.barh(row, times - 1, left=1, height=0.5, color=colour)
+        end = max(times, 1.0)
+        axes.annotate(words, (end, row), (5, 1), textcoords="offset points", weight="bold", va="bottom")
+        beside = f"{_milliseconds(1e3 * ours)} ms, theirs {_milliseconds(1e3 * theirs)}"
+        axes.annotate(beside, (end, row), (5, -1), textcoords="offset points", va="top", fontsize=8.5, color="0.35")
+    ratios = [theirs / ours for ours, theirs, words in cells if words != SAME]
+    axes.axvline(1, color="0.3", lw=1)
+    axes.set(title=title, xlabel="times as fast, logarithmic", xscale="log", ylim=(len(cells) - 0.5, -0.5))
+    axes.set_xlim(min([0.9, *(0.9 * ratio for ratio in ratios)]), 4 * max([1.0, *ratios]))  # room for the words
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_major_formatter("{x:g}×")
     axes.xaxis.set_minor_formatter("")
-    axes.margins(x=0.3)
     axes.grid(axis="x", alpha=0.25)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _milliseconds(value: float) -> str:

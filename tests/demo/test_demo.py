@@ -118,20 +118,27 @@ def test_the_python_loop_computes_the_option_layers(variant: Variant, vowels: da
 
 def test_a_wrong_result_is_not_timed(vowels: datasets.Dataset) -> None:
     layer, other = (STANDARD[1].layer(nn, vowels.channels) for _ in range(2))
-    case = Case("GRU", layer, other, "another GRU", vowels.train.packed(torch.arange(4)), "reference")
+    case = Case("GRU", layer, other, "another GRU", vowels.train.packed(torch.arange(4)), ("reference",) * 2)
     with pytest.raises(RuntimeError, match=r"GRU differs from another GRU by .* not timed"):
         measure(case, seconds=0.1)
 
 
-def test_the_table_gives_their_time_over_ours() -> None:
-    case = Case("GRU", nn.Identity(), nn.Identity(), "torch.nn.GRU", None, "aten")
-    lines = table([CaseTiming(case, forward=(0.002, 0.003), training=(0.004, 0.002))]).splitlines()
-    assert lines[-3].split() == ["GRU", "2.00", "3.00", "1.50x", "4.00", "2.00", "0.50x"]
-    assert lines[-2].split() == "beside torch.nn.GRU; backend aten".split()
-    assert "theirs divided by ours" in lines[-1]
+def test_the_table_gives_their_time_over_ours(vowels: datasets.Dataset) -> None:
+    case = Case(
+        "GRU", nn.Identity(), nn.Identity(), "torch.nn.GRU", vowels.train.packed(torch.arange(2)), ("native", "step")
+    )
+    timing = CaseTiming(case, forward=(0.002, 0.003), training=(0.004, 0.002))
+    lines = table([timing]).splitlines()
+    assert lines[-4].split() == ["GRU", "2.00", "3.00", "1.50×", "4.00", "2.00", "0.50×"]
+    assert lines[-3].split() == "beside torch.nn.GRU; backend native and step".split()
+    assert "theirs divided by ours" in lines[-2] and "a C compiler" in lines[-1]
+    both = replace(case, backends=("aten", "native"))  # where torch.nn's kernels run on both sides, a ratio is noise
+    lines = table([replace(timing, case=both)]).splitlines()
+    assert lines[-4].split() == ["GRU", "2.00", "3.00", "same", "4.00", "2.00", "0.50×"]
+    assert lines[-1].startswith("same: ours are the kernels of torch.nn")
     longer = replace(case, label=60 * "x")
     rows = table([CaseTiming(each, (0.002, 0.003), (0.004, 0.002)) for each in (case, longer)]).splitlines()
-    assert len({len(line) for line in rows[1:-1:2]}) == 1  # the heads and the figures line up
+    assert len({len(line) for line in rows[1:-2:2]}) == 1  # the heads and the figures line up
 
 
 def test_the_verdict_compares_with_the_range_of_torch() -> None:
@@ -148,7 +155,7 @@ def _draw(path: Path) -> None:
         Run(STANDARD[0], library, [[Epoch(1.0, 0.5), Epoch(0.5, end)] for end in (0.9, 0.95)])
         for library in ("torch.nn", "gpu_rnn")
     ]
-    case = SimpleNamespace(label="GRU", theirs_label="torch.nn.GRU")
+    case = SimpleNamespace(label="GRU", theirs_label="torch.nn.GRU", backends=("native", "aten"))
     picture.draw(
         runs, [CaseTiming(case, (1e-3, 2e-3), (2e-3, 4e-3))], data="D", timed="T", device="a device", path=path
     )

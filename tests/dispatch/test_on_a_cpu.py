@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import gpu_rnn
 from gpu_rnn import cells, devices
@@ -129,3 +129,17 @@ def test_deterministic_algorithms_and_the_number_of_threads_change_nothing(forwa
     torch.set_num_threads(2)
     y, (h, c) = layer(x)  # the gradients of weights are products of torch, which may depend on threads
     assert all(torch.equal(a, b) for a, b in zip(first[:3], (y, h, c), strict=True))
+
+
+@pytest.mark.parametrize("make", [gpu_rnn.GRU, gpu_rnn.LSTM])
+def test_rows_packed_of_one_length_run_as_a_batch(make: Any) -> None:
+    layer, x = make(5, 6, 2, activation="softsign"), torch.randn(7, 3, 5)
+    packed = nn.utils.rnn.pack_sequence(list(x.unbind(1)))
+    dense, found = layer(x), layer(packed)
+    assert found[0].batch_sizes.tolist() == [3] * 7
+    assert torch.equal(found[0].data, dense[0].flatten(0, 1))
+    states = [[final] if isinstance(final, Tensor) else final for final in (found[1], dense[1])]
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+    weights = list(layer.parameters())
+    grads = [torch.autograd.grad(y.sum(), weights) for y in (found[0].data, dense[0])]
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
