@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from gpu_rnn.demo.timing import SAME, CaseTiming
+from gpu_rnn.demo.timing import SAME_KERNELS, CaseTiming
 from gpu_rnn.demo.train import Run
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def draw(runs: Sequence[Run], timings: Sequence[CaseTiming], *, data: str, timed
     bands = "\nlines: mean of the seeds; bands: from the lowest to the highest" if len(runs[0].seeds) > 1 else ""
     left.suptitle(f"Accuracy on {data}{bands}", fontsize=11)
     right.suptitle(
-        f"Time of {timed}\ntheirs by gpu_rnn's: above 1× gpu_rnn is the faster; {SAME}: both run torch.nn's kernels",
+        f"Time of {timed}\ntheirs by gpu_rnn's: above 1× gpu_rnn is the faster; {SAME_KERNELS}: both run torch.nn's kernels",
         fontsize=11,
     )
     _draw_accuracy(left.subplots(), runs)
@@ -86,14 +86,14 @@ def _draw_times(axes: Axes, cells: Sequence[tuple[float, float, str]], title: st
     from matplotlib.ticker import LogLocator
 
     for row, (ours, theirs, words) in enumerate(cells):
-        times = 1.0 if words == SAME else theirs / ours
-        colour = "0.6" if words == SAME else COLOURS[0] if times >= 1 else COLOURS[1]
+        times = 1.0 if words == SAME_KERNELS else theirs / ours
+        colour = "0.6" if words == SAME_KERNELS else COLOURS[0] if times >= 1 else COLOURS[1]
         axes.barh(row, times - 1, left=1, height=0.5, color=colour)
         end = max(times, 1.0)
         axes.annotate(words, (end, row), (5, 1), textcoords="offset points", weight="bold", va="bottom")
         beside = f"{_milliseconds(1e3 * ours)} ms, theirs {_milliseconds(1e3 * theirs)}"
         axes.annotate(beside, (end, row), (5, -1), textcoords="offset points", va="top", fontsize=8.5, color="0.35")
-    ratios = [theirs / ours for ours, theirs, words in cells if words != SAME]
+    ratios = [theirs / ours for ours, theirs, words in cells if words != SAME_KERNELS]
     axes.axvline(1, color="0.3", lw=1)
     axes.set(title=title, xlabel="times as fast, logarithmic", xscale="log", ylim=(len(cells) - 0.5, -0.5))
     axes.set_xlim(min([0.9, *(0.9 * ratio for ratio in ratios)]), 4 * max([1.0, *ratios]))  # room for the words

@@ -14,7 +14,7 @@ from gpu_rnn.diagnostics.timing import TRIALS, interleave
 
 __all__ = ["Case", "CaseTiming", "measure", "table"]
 
-SAME = "same"  # what stands for a ratio where both sides are one kernel
+SAME_KERNELS = "same"  # what stands for a ratio where both sides are one kernel
 # Of the largest output. The CPU computes in full fp32. A GPU in tf32 or bf16: over PLAID's steps plain bf16 is off by
 # 1.4 % from fp32 (this demo's layers, on a CPU), and both sides may be.
 AGREEMENT = {"cpu": 1e-4, "cuda": 5e-2}
@@ -45,7 +45,7 @@ class CaseTiming:
         """Of both: ours, theirs, and the ratio in words. Where ours are the kernels of torch.nn, the two differ by
         noise."""
         pairs = zip((self.forward, self.training), self.case.backends, strict=True)
-        return [(*pair, SAME if backend == "aten" else f"{pair[1] / pair[0]:.2f}×") for pair, backend in pairs]
+        return [(*pair, SAME_KERNELS if backend == "aten" else f"{pair[1] / pair[0]:.2f}×") for pair, backend in pairs]
 
 
 def measure(case: Case, *, seconds: float) -> CaseTiming:
@@ -91,7 +91,7 @@ def table(timings: Sequence[CaseTiming]) -> str:
     lines.append("ratio: theirs divided by ours, so above 1.00× gpu_rnn is the faster")
     used = {backend for timing in timings for backend in timing.case.backends}
     if "aten" in used:
-        lines.append(f"{SAME}: ours are the kernels of torch.nn there, so what differs is noise")
+        lines.append(f"{SAME_KERNELS}: ours are the kernels of torch.nn there, so what differs is noise")
     if "step" in used and any(not timing.case.inputs.data.is_cuda for timing in timings):
         lines.append("step is a loop of torch operations: with a C compiler (gcc or clang) `native` runs these, in C")
     return "\n".join(lines)
