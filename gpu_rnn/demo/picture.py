@@ -46,10 +46,8 @@ def draw(runs: Sequence[Run], timings: Sequence[CaseTiming], *, data: str, timed
     left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(1.2, 1.6), wspace=0.03)[0]
     bands = "\nlines: mean of the seeds; bands: from the lowest to the highest" if len(runs[0].seeds) > 1 else ""
     left.suptitle(f"Accuracy on {data}{bands}", fontsize=11)
-    right.suptitle(
-        f"Time of {timed}\ntheirs by gpu_rnn's: above 1× gpu_rnn is the faster; {SAME_KERNELS}: both run torch.nn's kernels",
-        fontsize=11,
-    )
+    same = f"{SAME_KERNELS}: both run torch.nn's kernels"
+    right.suptitle(f"Time of {timed}\ntheirs by gpu_rnn's: above 1× gpu_rnn is the faster; {same}", fontsize=11)
     _draw_accuracy(left.subplots(), runs)
     forward, training = right.subplots(1, 2, sharey=True)
     for number, (axes, title) in enumerate(((forward, "forward"), (training, "forward and backward"))):
