@@ -42,7 +42,9 @@ def by_hand(case: Case, layers: list[nn.Module], call: Mapping[str, Any]) -> Var
 
 
 def compiled(case: Case, layers: list[nn.Module], call: Mapping[str, Any]) -> Variant:
-    """The same with the formula of a step compiled."""
+    """The same with the formula of a step compiled, as if it were the process's first: Dynamo compiles a function for
+    few kinds of call only."""
+    torch._dynamo.reset()
     return _variant(COMPILED, case, layers[0], call, torch.compile(_step(case)))
 
 
