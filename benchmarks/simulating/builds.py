@@ -33,7 +33,7 @@ class Kernel:
         code: its instructions.
         paths: what each warp of a block executes in a step; first of all one that has units of its own.
         rounds: of the loop, one after another, that make a step of all rows.
-        exchanges: blocks tell each other their words.
+        hops: exchanges of words between blocks in a step of a tile; 0 where blocks do not talk.
         loops: it holds the time loop; else it is launched once a step.
     """
 
@@ -41,7 +41,7 @@ class Kernel:
     code: Sequence[Instruction]
     paths: Sequence[Sequence[int]]
     rounds: int = 1
-    exchanges: bool = False
+    hops: int = 0
     loops: bool = True
 
 
@@ -121,8 +121,8 @@ def _group(problem: Problem) -> list[Kernel]:
         _alone(choice.groups * problem.N, problem)
     code = code_of(nvrtc.compile_cubin(source(layout), nvrtc.architecture(problem.device.capability)))
     rounds = -(-problem.B // (layout.rows * choice.groups)) * -(-problem.N // choice.at_once)
-    rounds = 1 if layout.members == 1 else rounds
-    return [Kernel(layout.kernel, code, through_group(code, layout), rounds, layout.members > 1)]
+    rounds, hops = (1, 0) if layout.members == 1 else (rounds, layout.stages)
+    return [Kernel(layout.kernel, code, through_group(code, layout), rounds, hops)]
 
 
 def through_group(code: Sequence[Instruction], layout: Layout) -> list[list[int]]:

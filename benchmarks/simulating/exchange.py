@@ -4,8 +4,8 @@ alike sees them.
 
 A strong store publishes and a strong load waits; in a cluster a store into other blocks' shared memory does, and the
 look whether all of them have come. All blocks run the same code at the same time, so what arrives was published when
-this block published its own, a hop ago. In a step the tiles publish in turn: such stores in a row are one publication,
-such loads in a row wait for one.
+this block published its own, a hop ago. In a step the tiles publish in turn, once for each product: such stores in a
+row are one publication, such loads in a row wait for one.
 """
 
 from __future__ import annotations
@@ -53,26 +53,30 @@ class Exchange:
 
     Args:
         hop: cycles from a store through L2 to its sight in another block.
+        hops: publications of a tile in a step, each of which waits for the one before.
     """
 
-    def __init__(self, code: Sequence[Instruction], paths: Sequence[Sequence[int]], hop: float = 0.0) -> None:
+    def __init__(
+        self, code: Sequence[Instruction], paths: Sequence[Sequence[int]], hop: float = 0.0, hops: int = 1
+    ) -> None:
         self.hop = hop
         self.words = [words(code, path) for path in paths]
         self._missing: dict[int, int] = defaultdict(int)  # stores of a step's publication that are to come
         for each in self.words:
             for word in each.values():
                 self._missing[word.publication] += word.stores
-        self.tiles = sum(count > 0 for count in self._missing.values())
+        self.publications = sum(count > 0 for count in self._missing.values())
+        tiles = self.publications // hops
         early = any(next(iter(each.values())).stores for each in self.words if each)
         # A loop that begins with its stores waits for them within the same turn.
-        self._behind = self.tiles - 1 if early else self.tiles
+        self._behind = tiles - 1 if early else tiles
         self._stored: dict[int, int] = defaultdict(int)
         self._latest: dict[int, tuple[float, int]] = {}  # when the last of its stores so far arrives, and its issue
         self._there: dict[int, tuple[float, int]] = {}  # when each is there as a whole
 
     def wanted(self, warp: int, step: int, place: int) -> int:
         """The number of the publication that is waited for; below 0 it was there before the loop."""
-        return step * self.tiles + self.words[warp][place].publication - self._behind
+        return step * self.publications + self.words[warp][place].publication - self._behind
 
     def arrival(self, number: int) -> tuple[float, int | None] | None:
         """When it arrives, and the issue that published it last; None: not yet known."""
@@ -83,7 +87,7 @@ class Exchange:
     def publish(self, warp: int, step: int, place: int, arrival: float, issue: int) -> int | None:
         """Counts a store that arrives then; the number of the publication if that was its last one."""
         publication = self.words[warp][place].publication
-        number = step * self.tiles + publication
+        number = step * self.publications + publication
         self._stored[number] += 1
         self._latest[number] = max(self._latest.get(number, (0.0, issue)), (arrival, issue))
         if self._stored[number] < self._missing[publication]:

@@ -51,11 +51,11 @@ def simulate(kernel: Kernel, machine: Machine) -> Simulation:
             do not fit together.
     """
     exchange = None
-    if kernel.exchanges:
+    if kernel.hops:
         remote = any(each.base == "STAS" for each in kernel.code)
         if None in ((machine.remote, machine.remote_bytes) if remote else (machine.hop, machine.l2, machine.l2_bytes)):
             raise Lost("nobody has published how long a word takes from block to block on this device")
-        exchange = Exchange(kernel.code, kernel.paths, (machine.hop or 0.0) * machine.clock * 1e9)
+        exchange = Exchange(kernel.code, kernel.paths, (machine.hop or 0.0) * machine.clock * 1e9, kernel.hops)
     multiprocessor = Multiprocessor(kernel.code, kernel.paths, machine, exchange)
     try:
         return Simulation(kernel, machine, multiprocessor.run(STEPS if kernel.loops else 1))
@@ -128,7 +128,7 @@ def lines(simulation: Simulation) -> Iterator[str]:
 
 
 def _regions(simulation: Simulation) -> str:
-    if not simulation.kernel.exchanges:
+    if not simulation.kernel.hops:
         return ""
     path, code = simulation.kernel.paths[0], simulation.kernel.code
     regions, early = len(list(paths.regions(code, path))), len(list(paths.early_waits(code, path)))

@@ -13,13 +13,13 @@
 //
 // Given by the launcher: Scalar as SCALAR, PRECISION (of fp32: IEEE or TF32),
 // GATES, SPLITS (gates whose product is kept apart), KEPT (per gate: its number
-// among those, or -1), STATES, PARAMS, MEMBERS, BLOCKS, ACROSS, ALONG, COLUMNS,
-// TILES, HELD (of each warp's blocks of the depth: weights in registers, those
-// beyond in shared memory), BACKWARD, SAVE (forward: keep what the backward
-// direction needs), INNER (states other than h of all steps: forward, keep
-// them; backward, they have gradients), PAIRED (units lie in aligned pairs),
-// COUNTER, PERIOD, CLUSTER (a group is one cluster of blocks), SHARED, and the
-// options of group_options.cuh.
+// among those, or -1), STAGES and what they share (`Stage`), STATES, PARAMS,
+// MEMBERS, BLOCKS, ACROSS, ALONG, COLUMNS, TILES, HELD (of each warp's blocks
+// of the depth: weights in registers, those beyond in shared memory), BACKWARD,
+// SAVE (forward: keep what the backward direction needs), INNER (states other
+// than h of all steps: forward, keep them; backward, they have gradients),
+// PAIRED (units lie in aligned pairs), COUNTER, PERIOD, CLUSTER (a group is one
+// cluster of blocks), SHARED, and the options of group_options.cuh.
 #pragma once
 #include "device.cuh"
 
@@ -57,19 +57,51 @@ constexpr int ANY_SPLITS = SPLITS ? SPLITS : 1;
 constexpr int ANY_PARAMS = PARAMS ? PARAMS : 1;
 constexpr int DROPS = DROP == 2 ? GATES : DROP;
 constexpr int ANY_DROPS = DROPS ? DROPS : 1;
+constexpr int ANY_HANDED = HANDED ? HANDED : 1;
+
+// A step takes one product or, with STAGES = 2, two: of the first EARLY gates,
+// then, with what the first part of the step hands on, of the others. Each has
+// a publication of its own; numbers count on through both.
+template <int NUMBER> struct Stage {
+  static constexpr bool LAST = NUMBER == STAGES - 1;
+  static constexpr int START = NUMBER ? EARLY : 0; // its gates
+  static constexpr int STOP = NUMBER ? GATES : EARLY;
+  static constexpr int COUNT = STOP - START;
+  static constexpr int BEFORE = NUMBER ? EARLY_SPLITS : 0; // split gates
+  static constexpr int PARTS = BACKWARD || DROP == 2 ? COUNT : 1;
+  static constexpr int RESULTS = BACKWARD && DROP < 2 ? 1 : COUNT;
+};
+typedef Stage<0> First;
+typedef Stage<STAGES - 1> Last;
+constexpr int MOST = First::COUNT > Last::COUNT ? First::COUNT : Last::COUNT;
 
 // Shared memory: weights beyond the registers, two buffers of partial sums, and
 // two slots of words, of a group of one or of a cluster, which counts them too.
 constexpr int SPILLED = GATES * OWN_BLOCKS * (SHARE - HELD); // fragments a warp
-constexpr int PARTS = BACKWARD || DROP == 2 ? GATES : 1;     // words of a unit
-constexpr int RESULTS = BACKWARD && DROP < 2 ? 1 : GATES;    // sums of a unit
+constexpr int PARTS = BACKWARD || DROP == 2 ? MOST : 1;      // words of a unit
+constexpr int RESULTS = BACKWARD && DROP < 2 ? 1 : MOST;     // sums of a unit
 constexpr int SUM_FLOATS = ALONG > 1 ? OWN_BLOCKS * RESULTS * COLUMNS * 4 : 0;
 constexpr int SLOT = TILES * PARTS * DEPTH * 2 * COLUMNS * 32; // words
+
+// Of a lane's words in a slot the w-th that the stage uses: of each block of
+// the depth those of its parts.
+template <class S> DEVICE constexpr int word_offset(int w) {
+  constexpr int used = S::PARTS * 2 * COLUMNS, all = PARTS * 2 * COLUMNS;
+  return w / used * all + w % used;
+}
+
 constexpr long long WEIGHT_BYTES = THREADS * 4LL * FRAGMENT * SPILLED;
 constexpr long long SUM_BYTES = 2 * THREADS * 4LL * SUM_FLOATS;
 constexpr long long WORD_BYTES =
     MEMBERS == 1 || CLUSTER ? 2LL * sizeof(Word) * SLOT : 0;
-constexpr int TILE_BYTES = SLOT / TILES * static_cast<int>(sizeof(Word));
+
+// Of a tile's words in a publication. Of two stages one has the even numbers.
+DEVICE constexpr int tile_bytes(int number) {
+  constexpr int part = SLOT / TILES / PARTS * static_cast<int>(sizeof(Word));
+  const bool last = (number & 1) != BACKWARD;
+  return part * (STAGES == 2 && last ? Last::PARTS : First::PARTS);
+}
+
 constexpr long long ARRIVAL_BYTES =
     CLUSTER ? 2LL * sizeof(Arrivals) * TILES : 0;
 static_assert(WEIGHT_BYTES + SUM_BYTES + WORD_BYTES + ARRIVAL_BYTES == SHARED,
@@ -254,6 +286,7 @@ struct Common {
 // gradients. Beyond B nothing is loaded or stored, and no step is active.
 struct Row {
   float state[STATES][2], drop[ANY_DROPS][2];
+  float handed[ANY_HANDED][2]; // by the first part of a step to the second
   long long batch, length;
   int count;
 };

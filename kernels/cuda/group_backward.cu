@@ -2,191 +2,47 @@
 // The backward time loop beside group_forward.cu; sizes and grid as there. The
 // weights stand transposed: a unit's d_h takes the d_gates of all units, which
 // are what the members exchange. A step's gradients are computed, published and
-// only then multiplied, so that one exchange a step is enough. The gradients of
-// weights, biases and input are products over all steps, made elsewhere.
-#include "group_tiles.cuh"
-
-struct Backward : Common {
-  // What a thread keeps of its pair of units for all rows.
-  struct Pair {
-    float params[ANY_PARAMS][2], d_params[ANY_PARAMS][2];
-  };
-  const Scalar *p_gates;     // (T, B, N, G, H) pre-activations
-  const Scalar *p_recurrent; // (T, B, N, R, H)
-  const float *p_inner;      // (S - 1, T, B, N, H)
-  const Scalar *p_y;         // (T, B, N, H)
-  const Scalar *p_initial;   // (S, B, N, H)
-  const Scalar *p_d_y;       // (T, B, N, H)
-  Scalar *p_d_gates;         // (T, B, N, G, H) out
-  const float *p_d_inner;    // (S - 1, T, B, N, H), with INNER
-  Scalar *p_d_recurrent;     // (T, B, N, R, H) out
-  float *p_d_values;         // (S, 1 or T, B, N, H) sums, with VALUES
-  float *p_d_params;         // (shares, N, P, H) sums
-  long long shares, d_y_stride_t, d_y_stride_b, d_y_stride_n;
-};
-typedef Backward::Pair Pair;
-
-// One step of one pair: what was saved, then the gradients.
-struct Step {
-  // As loaded: the states before the step as h, as the others in fp32, and as
-  // the initial ones, of which `unpack` picks.
-  RawPair raw_a[GATES], raw_r[ANY_SPLITS], raw_d_y, raw_h, raw_initial[STATES];
-  float inner[STATES][2];
-  float a[GATES][2], r[ANY_SPLITS][2], before[STATES][2], d_y[2];
-  float d_a[GATES][2], d_r[ANY_SPLITS][2], d_inner[STATES][2];
-  long long time;
-  int flags;
-  unsigned zone;
-};
-
-// The states that the step before left, or the initial ones.
-DEVICE void load_before(Step &step, const Backward &b, const Seat &seat,
-                        const Spot &spot, const Row &row, int t) {
-  const long long size = b.B * b.N * b.H;
-  const long long unit = (row.batch * b.N + seat.n) * b.H + spot.unit;
-  const long long place =
-      t ? time_of(t - 1, row.length, b.reversed) * size + unit : unit;
-  load_raw(step.raw_h, (t ? b.p_y : b.p_initial) + place, row.count);
-#pragma unroll
-  for (int s = 1; s < STATES; s++) {
-    load_pair_f32(step.inner[s], b.p_inner + (s - 1) * b.T * size + place,
-                  t ? row.count : 0);
-    load_raw(step.raw_initial[s], b.p_initial + s * size + unit,
-             t ? 0 : row.count);
-  }
-}
-
-// What `prefetch` brought, as numbers.
-DEVICE void unpack(Step &step, int t) {
-#pragma unroll
-  for (int gate = 0; gate < GATES; gate++)
-    unpack(step.a[gate], step.raw_a[gate]);
-#pragma unroll
-  for (int k = 0; k < SPLITS; k++)
-    unpack(step.r[k], step.raw_r[k]);
-  unpack(step.d_y, step.raw_d_y);
-  unpack(step.before[0], step.raw_h);
-#pragma unroll
-  for (int s = 1; s < STATES; s++) {
-    unpack(step.before[s], step.raw_initial[s]);
-#pragma unroll
-    for (int unit = 0; unit < 2; unit++)
-      step.before[s][unit] = t ? step.inner[s][unit] : step.before[s][unit];
-  }
-}
-
-// What the step needs, on its way before the wait for the others' words.
-DEVICE void prefetch(Step &step, const Backward &b, const Seat &seat,
-                     const Spot &spot, const Row &row, int t) {
-  step.time = time_of(t, row.length, b.reversed);
-  const Scalar *p = b.p_gates + step.time * b.stride_t +
-                    row.batch * b.stride_b + seat.n * b.stride_n + spot.unit;
-#pragma unroll
-  for (int gate = 0; gate < GATES; gate++)
-    load_raw(step.raw_a[gate], p + gate * b.stride_g, row.count);
-  const long long place = (step.time * b.B + row.batch) * b.N + seat.n;
-  const Scalar *p_recurrent = b.p_recurrent + place * SPLITS * b.H + spot.unit;
-#pragma unroll
-  for (int k = 0; k < SPLITS; k++)
-    load_raw(step.raw_r[k], p_recurrent + k * b.H, row.count);
-  load_raw(step.raw_d_y,
-           b.p_d_y + step.time * b.d_y_stride_t + row.batch * b.d_y_stride_b +
-               seat.n * b.d_y_stride_n + spot.unit,
-           row.count);
-  if constexpr (INNER) {
-    const long long size = b.B * b.N * b.H;
-#pragma unroll
-    for (int s = 1; s < STATES; s++)
-      load_pair_f32(step.d_inner[s],
-                    b.p_d_inner + ((s - 1) * b.T * b.B * b.N + place) * b.H +
-                        spot.unit,
-                    row.count);
-  }
-  step.zone = zone_of(b, seat, spot, row, step.time);
-  step.flags = flags_of(b, seat, row, t);
-  load_before(step, b, seat, spot, row, t);
-}
-
-DEVICE void differentiate(Step &step, Pair &pair, Row &row, int unit,
-                          bool active) {
-  float a[GATES], r[ANY_SPLITS], s[STATES], p[ANY_PARAMS], none[1], d[STATES];
-  float whole[STATES]; // gradients after the step
-  float d_a[GATES], d_r[ANY_SPLITS], d_s[STATES], d_p[ANY_PARAMS], d_none[1];
-#pragma unroll
-  for (int gate = 0; gate < GATES; gate++)
-    a[gate] = step.a[gate][unit];
-#pragma unroll
-  for (int k = 0; k < SPLITS; k++)
-    r[k] = step.r[k][unit];
-#pragma unroll
-  for (int k = 0; k < PARAMS; k++)
-    p[k] = pair.params[k][unit];
-#pragma unroll
-  for (int k = 0; k < STATES; k++) {
-    s[k] = step.before[k][unit];
-    whole[k] = row.state[k][unit];
-    if (k == 0)
-      whole[k] += step.d_y[unit];
-    if (INNER && k > 0)
-      whole[k] += step.d_inner[k][unit];
-    d[k] = step.zone >> (2 * k + unit) & 1 ? 0.0f : whole[k];
-  }
-  step_0_backward(a, r, s, p, none, d, d_a, d_r, d_s, d_p, d_none);
-  // Steps that a row has not may give anything: it is selected away.
-  active = active && !(step.flags & SKIP);
-#pragma unroll
-  for (int gate = 0; gate < GATES; gate++)
-    step.d_a[gate][unit] = active ? d_a[gate] : 0.0f;
-#pragma unroll
-  for (int k = 0; k < SPLITS; k++)
-    step.d_r[k][unit] = active ? d_r[k] : 0.0f;
-#pragma unroll
-  for (int k = 0; k < PARAMS; k++)
-    pair.d_params[k][unit] += active ? d_p[k] : 0.0f;
-#pragma unroll
-  for (int k = 0; k < STATES; k++) {
-    float d_before = d_s[k];
-    if (step.zone >> (2 * k + unit) & 1)
-      d_before += whole[k];
-    if (k > 0 || FLAGS) // else y is 0 beyond a row's length, whatever h is
-      row.state[k][unit] = whole[k];
-    row.state[k][unit] = active ? d_before : row.state[k][unit];
-  }
-}
-
-DEVICE void store(const Step &step, const Backward &b, const Seat &seat,
-                  const Spot &spot, const Row &row) {
-  Scalar *p = b.p_d_gates + step.time * b.stride_t + row.batch * b.stride_b +
-              seat.n * b.stride_n + spot.unit;
-#pragma unroll
-  for (int gate = 0; gate < GATES; gate++)
-    store_pair(p + gate * b.stride_g, step.d_a[gate], row.count);
-  const long long place = (step.time * b.B + row.batch) * b.N + seat.n;
-  Scalar *p_recurrent = b.p_d_recurrent + place * SPLITS * b.H + spot.unit;
-#pragma unroll
-  for (int k = 0; k < SPLITS; k++)
-    store_pair(p_recurrent + k * b.H, step.d_r[k], row.count);
-}
+// only then multiplied, so that one exchange a product is enough. Of two
+// products the last comes first. The gradients of weights, biases and input are
+// products over all steps, made elsewhere.
+#include "group_derivative.cuh"
 
 DEVICE void prepare(Pair &, const Backward &, const Seat &, const Spot &) {}
 
-// Adds to a tile's d_h what its d_gates of publication `number` give.
-DEVICE void add_product(Row (&rows)[OWNED], const Seat &seat,
-                        const Spot (&spots)[OWNED], const Weights &weights,
-                        Exchange &exchange, int number, int tile) {
-  Accumulators sums;
-  Totals totals = {};
-  product(sums, weights, exchange, seat, number, tile);
-  join(totals, sums, seat, spots, number * TILES + tile);
+// What the stage's d_gates of publication `number` give in a tile.
+template <class S>
+DEVICE void take_product(Totals &totals, const Seat &seat,
+                         const Spot (&spots)[OWNED], const Weights &weights,
+                         Exchange &exchange, int number, int tile) {
+  Accumulators<S> sums;
+  product<S>(sums, weights, exchange, seat, number, tile);
+  join<S>(totals, sums, seat, spots, number * TILES + tile);
+}
+
+// Adds it to the gradient of what entered the product.
+template <class S>
+DEVICE void add_total(float (&d)[2], const float (&total)[RESULTS][2],
+                      const Row &row) {
 #pragma unroll
-  for (int k = 0; k < OWNED; k++)
+  for (int unit = 0; unit < 2; unit++)
 #pragma unroll
-    for (int unit = 0; unit < 2; unit++)
+    for (int r = 0; r < S::RESULTS; r++)
+      d[unit] +=
+          DROPS ? total[r][unit] * row.drop[DROP == 2 ? S::START + r : 0][unit]
+                : total[r][unit];
+}
+
+// Sends the gradients of the stage's products to all members.
+template <class S>
+DEVICE void publish_gradients(Exchange &exchange, const Seat &seat,
+                              const Spot &spot, const Step &step, int number,
+                              int tile) {
 #pragma unroll
-      for (int r = 0; r < RESULTS; r++)
-        rows[k].state[0][unit] +=
-            DROPS ? totals[k][r][unit] * rows[k].drop[r][unit]
-                  : totals[k][r][unit];
+  for (int gate = S::START; gate < S::STOP; gate++) {
+    const int kept = KEPT_OF[gate];
+    exchange.publish(seat, spot, number, tile, gate - S::START,
+                     kept < 0 ? step.d_a[gate] : step.d_r[kept < 0 ? 0 : kept]);
+  }
 }
 
 // Before step t the states were set anew: their gradients go to what they were
@@ -209,12 +65,12 @@ DEVICE void cut(Row &row, int flags, const Backward &b, const Seat &seat,
 }
 
 // One tile's step: multiplies the publication before `number`, unless it is the
-// first, and publishes `number`, unless all steps are done (t < 0).
-DEVICE void advance(const Backward &b, const Seat &seat,
+// first, and publishes `number`, unless all steps are done (t < 0). Of two
+// products this is the last's part.
+DEVICE void advance(Step (&steps)[OWNED], const Backward &b, const Seat &seat,
                     const Spot (&spots)[OWNED], Pair (&pairs)[OWNED],
                     Row (&rows)[OWNED], const Weights &weights,
                     Exchange &exchange, int t, int number, int tile) {
-  Step steps[OWNED];
   int later[OWNED];
 #pragma unroll
   for (int k = 0; k < OWNED; k++)
@@ -222,8 +78,14 @@ DEVICE void advance(const Backward &b, const Seat &seat,
 #pragma unroll
   for (int k = 0; k < OWNED && t >= 0; k++)
     prefetch(steps[k], b, seat, spots[k], rows[k], t);
-  if (t + 1 < b.T)
-    add_product(rows, seat, spots, weights, exchange, number - 1, tile);
+  if (t + 1 < b.T) {
+    Totals totals = {};
+    take_product<First>(totals, seat, spots, weights, exchange, number - 1,
+                        tile);
+#pragma unroll
+    for (int k = 0; k < OWNED; k++)
+      add_total<First>(rows[k].state[0], totals[k], rows[k]);
+  }
 #pragma unroll
   for (int k = 0; k < OWNED; k++)
     cut(rows[k], later[k], b, seat, spots[k], t + 1);
@@ -235,22 +97,70 @@ DEVICE void advance(const Backward &b, const Seat &seat,
       continue;
     unpack(steps[k], t);
     reset(steps[k].before, steps[k].flags, b, seat, spots[k], rows[k], t);
-#pragma unroll
-    for (int unit = 0; unit < 2; unit++)
-      differentiate(steps[k], pairs[k], rows[k], unit, t < rows[k].length);
-#pragma unroll
-    for (int gate = 0; gate < GATES; gate++) {
-      const int kept = KEPT_OF[gate];
-      exchange.publish(seat, spots[k], number, tile, gate,
-                       kept < 0 ? steps[k].d_a[gate]
-                                : steps[k].d_r[kept < 0 ? 0 : kept]);
-    }
+    differentiate<Last>(steps[k], pairs[k], rows[k], t < rows[k].length);
+    publish_gradients<Last>(exchange, seat, spots[k], steps[k], number, tile);
   }
   exchange.published(tile);
 #pragma unroll
   for (int k = 0; k < OWNED; k++)
     if (spots[k].taken)
-      store(steps[k], b, seat, spots[k], rows[k]);
+      store<Last>(steps[k], b, seat, spots[k], rows[k]);
+}
+
+// The first product's part of the same step: multiplies publication `number`,
+// and publishes the next.
+DEVICE void advance_first(Step (&steps)[OWNED], const Backward &b,
+                          const Seat &seat, const Spot (&spots)[OWNED],
+                          Pair (&pairs)[OWNED], Row (&rows)[OWNED],
+                          const Weights &weights, Exchange &exchange, int t,
+                          int number, int tile) {
+  Totals totals = {};
+  take_product<Last>(totals, seat, spots, weights, exchange, number, tile);
+#pragma unroll
+  for (int k = 0; k < OWNED; k++) {
+    if (!spots[k].taken)
+      continue;
+    float d_entering[2] = {};
+    add_total<Last>(d_entering, totals[k], rows[k]);
+    steps[k].d_handed[0][0] = d_entering[0];
+    steps[k].d_handed[0][1] = d_entering[1];
+    differentiate<First>(steps[k], pairs[k], rows[k], t < rows[k].length);
+    publish_gradients<First>(exchange, seat, spots[k], steps[k], number + 1,
+                             tile);
+  }
+  exchange.published(tile);
+#pragma unroll
+  for (int k = 0; k < OWNED; k++)
+    if (spots[k].taken)
+      store<First>(steps[k], b, seat, spots[k], rows[k]);
+}
+
+// One step of all tiles.
+DEVICE void step_back(const Backward &b, const Seat &seat,
+                      const Spot (&spots)[OWNED], Pair (&pairs)[OWNED],
+                      Row (&rows)[TILES][OWNED], const Weights &weights,
+                      Exchange &exchange, int t, int number) {
+  if constexpr (STAGES == 1) {
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++) {
+      Step steps[OWNED];
+      advance(steps, b, seat, spots, pairs, rows[tile], weights, exchange, t,
+              number, tile);
+    }
+  } else {
+    Step steps[TILES][OWNED];
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++)
+      advance(steps[tile], b, seat, spots, pairs, rows[tile], weights, exchange,
+              t, number, tile);
+    if (t < 0)
+      return;
+    exchange.retire(seat, spots, number);
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++)
+      advance_first(steps[tile], b, seat, spots, pairs, rows[tile], weights,
+                    exchange, t, number, tile);
+  }
 }
 
 // The steps of TILES tiles that start at row `first`; their publications are
@@ -268,11 +178,9 @@ DEVICE void run(const Backward &b, const Seat &seat, const Spot (&spots)[OWNED],
   }
   for (int i = 0; i <= b.T; i++) {
     if (i > 0)
-      exchange.retire(seat, spots, number + i - 1);
-#pragma unroll
-    for (int tile = 0; tile < TILES; tile++)
-      advance(b, seat, spots, pairs, rows[tile], weights, exchange,
-              static_cast<int>(b.T) - 1 - i, number + i, tile);
+      exchange.retire(seat, spots, number + STAGES * i - 1);
+    step_back(b, seat, spots, pairs, rows, weights, exchange,
+              static_cast<int>(b.T) - 1 - i, number + STAGES * i);
   }
 #pragma unroll
   for (int tile = 0; tile < TILES; tile++)

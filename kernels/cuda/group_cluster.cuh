@@ -41,7 +41,7 @@ struct Exchange {
         0,      true};
     for (int k = 0; k < 2 * TILES && thread_index() == 0; k++) {
       arrivals_start(arrivals + k, 1);
-      arrive_expecting<EXPECT>(arrivals + k, TILE_BYTES);
+      arrive_expecting<EXPECT>(arrivals + k, tile_bytes(k / TILES));
     }
     cluster_sync<BEGIN>();
   }
@@ -78,15 +78,15 @@ struct Exchange {
            !arrived<ARRIVED>(phase(number, tile), number >> 1 & 1))
       watch.poll(number);
     if (thread_index() == THREADS - 1 && watch.alive)
-      arrive_expecting<EXPECT_AGAIN>(phase(number, tile), TILE_BYTES);
+      arrive_expecting<EXPECT_AGAIN>(phase(number, tile), tile_bytes(number));
   }
 
   // N words of this lane, `stride` apart: its column of the B operand.
-  template <int N>
+  template <class S, int N>
   DEVICE void collect(Word (&words)[N], const Word *from, int stride, int) {
 #pragma unroll
     for (int w = 0; w < N; w++)
-      words[w] = watch.alive ? from[w * stride] : EMPTY;
+      words[w] = watch.alive ? from[word_offset<S>(w) * stride] : EMPTY;
   }
 
   // After this thread's last store: do these threads spoil the outputs?

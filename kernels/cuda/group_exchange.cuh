@@ -115,25 +115,26 @@ struct Exchange {
     }
   }
 
-  // N words of this lane, `stride` apart: its column of the B operand.
-  template <int N>
+  // N words of this lane: its column of the B operand. Of each block of the
+  // depth those of the stage's parts, which are `stride` apart.
+  template <class S, int N>
   DEVICE void collect(Word (&words)[N], const Word *from, int stride,
                       int number) {
     if constexpr (MEMBERS == 1 || COUNTER) {
 #pragma unroll
       for (int w = 0; w < N; w++)
-        words[w] = watch.alive ? from[w * stride] : EMPTY;
+        words[w] = watch.alive ? from[word_offset<S>(w) * stride] : EMPTY;
       return;
     }
 #pragma unroll
     for (int w = 0; w < N; w++)
-      words[w] = look(from + w * stride);
+      words[w] = look(from + word_offset<S>(w) * stride);
     while (any_empty(words) && watch.alive) {
       watch.poll(number);
 #pragma unroll
       for (int w = 0; w < N; w++)
         if (words[w] == EMPTY)
-          words[w] = look(from + w * stride);
+          words[w] = look(from + word_offset<S>(w) * stride);
     }
   }
 

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// The forward time loop of any recurrence with one product a step, by groups of
-// blocks. Sizes: T time, B batch, N independent recurrences, G gates, R split
-// gates, S states, P per-unit parameters, H hidden units. `step_0` is generated
-// from the recurrence, so nothing in here knows any cell. The grid is (N of
-// this launch) x (groups of each) x MEMBERS blocks, all of which are resident.
+// The forward time loop of any recurrence with one product a step, or two, by
+// groups of blocks. Sizes: T time, B batch, N independent recurrences, G gates,
+// R split gates, S states, P per-unit parameters, H hidden units. STEP, what
+// follows the last product, and `step_0`, what follows the first of two, are
+// generated from the recurrence, so nothing in here knows any cell. The grid is
+// (N of this launch) x (groups of each) x MEMBERS blocks, all of which are
+// resident.
 #include "group_tiles.cuh"
 
 struct Forward : Common {
@@ -23,83 +25,138 @@ typedef Forward::Pair Pair;
 struct Step {
   RawPair projected[GATES];
   float a[GATES][2], r[ANY_SPLITS][2], y[2], fresh[2];
+  float entering[2]; // the second product
   long long time;
   int flags, next; // of this step and of the one after
-  unsigned zone;
+  unsigned keeps;  // bits: units that keep a state
 };
 
-// The step's projection, on its way before the wait for the others' words.
+// The stage's projection, on its way before the wait for the others' words.
+template <class S>
 DEVICE void prefetch(Step &step, const Forward &f, const Seat &seat,
                      const Spot &spot, const Row &row, int t) {
   step.time = time_of(t, row.length, f.reversed);
   const Scalar *p = f.p_gates + step.time * f.stride_t +
                     row.batch * f.stride_b + seat.n * f.stride_n + spot.unit;
 #pragma unroll
-  for (int gate = 0; gate < GATES; gate++)
+  for (int gate = S::START; gate < S::STOP; gate++)
     load_raw(step.projected[gate], p + gate * f.stride_g, row.count);
-  step.zone = zone_of(f, seat, spot, row, step.time);
+  if constexpr (!S::LAST)
+    return;
+  step.keeps = keeps_of(f, seat, spot, row, step.time);
   step.flags = flags_of(f, seat, row, t);
   step.next = flags_of(f, seat, row, t + 1);
   if constexpr (FLAGS)
     load_value(step.fresh, f, seat, spot, row, t + 1 < f.T ? t + 1 : t, 0);
 }
 
-DEVICE void advance_unit(Step &step, const Pair &pair, Row &row,
-                         const float (&products)[RESULTS][2], int unit,
-                         bool active) {
-  float a[GATES], r[ANY_SPLITS], s[STATES], p[ANY_PARAMS], none[1], out[STATES];
+// What the generated step takes of one unit.
+struct Unit {
+  float a[GATES], r[ANY_SPLITS], s[STATES], p[ANY_PARAMS], v[ANY_HANDED];
+};
+
+template <class S>
+DEVICE void gather(Unit &at, const Step &step, const Pair &pair, const Row &row,
+                   const float (&products)[RESULTS][2], int unit) {
 #pragma unroll
-  for (int gate = 0; gate < GATES; gate++) {
-    const int kept = KEPT_OF[gate];
-    a[gate] = step.a[gate][unit];
+  for (int gate = S::START; gate < S::STOP; gate++) {
+    const int kept = KEPT_OF[gate], own = gate - S::START;
+    at.a[own] = step.a[gate][unit];
     if (kept < 0)
-      a[gate] += products[gate][unit];
+      at.a[own] += products[own][unit];
     else
-      r[kept] = products[gate][unit] + pair.bias[kept][unit];
+      at.r[kept - S::BEFORE] = products[own][unit] + pair.bias[kept][unit];
   }
 #pragma unroll
   for (int k = 0; k < STATES; k++)
-    s[k] = row.state[k][unit];
+    at.s[k] = row.state[k][unit];
 #pragma unroll
   for (int k = 0; k < PARAMS; k++)
-    p[k] = pair.params[k][unit];
-  step_0(a, r, s, p, none, out);
+    at.p[k] = pair.params[k][unit];
 #pragma unroll
-  for (int gate = 0; gate < GATES; gate++)
-    step.a[gate][unit] = a[gate];
+  for (int k = 0; S::START > 0 && k < HANDED; k++)
+    at.v[k] = row.handed[k][unit];
+}
+
+// What the stage's gates were, to be saved.
+template <class S> DEVICE void keep(Step &step, const Unit &at, int unit) {
 #pragma unroll
-  for (int k = 0; k < SPLITS; k++)
-    step.r[k][unit] = r[k];
+  for (int gate = S::START; gate < S::STOP; gate++) {
+    const int kept = KEPT_OF[gate];
+    step.a[gate][unit] = at.a[gate - S::START];
+    if (kept >= 0)
+      step.r[kept][unit] = at.r[kept - S::BEFORE];
+  }
+}
+
+// The first of two parts of a step: what enters the second product.
+DEVICE void hand_on(Step &step, const Pair &pair, Row &row,
+                    const float (&products)[RESULTS][2], int unit) {
+  Unit at;
+  float out[1 + HANDED];
+  gather<First>(at, step, pair, row, products, unit);
+  step_0(at.a, at.r, at.s, at.p, at.v, out);
+  keep<First>(step, at, unit);
+  step.entering[unit] = out[0];
+#pragma unroll
+  for (int k = 0; k < HANDED; k++)
+    row.handed[k][unit] = out[1 + k];
+}
+
+DEVICE void advance_unit(Step &step, const Pair &pair, Row &row,
+                         const float (&products)[RESULTS][2], int unit,
+                         bool active) {
+  Unit at;
+  float out[STATES];
+  gather<Last>(at, step, pair, row, products, unit);
+  STEP(at.a, at.r, at.s, at.p, at.v, out);
+  keep<Last>(step, at, unit);
 #pragma unroll
   for (int k = 0; k < STATES; k++) {
-    const bool kept = step.flags & SKIP || step.zone >> (2 * k + unit) & 1;
-    row.state[k][unit] = active && !kept ? out[k] : s[k];
+    const bool kept = step.flags & SKIP || step.keeps >> (2 * k + unit) & 1;
+    row.state[k][unit] = active && !kept ? out[k] : at.s[k];
   }
   step.y[unit] = active ? row.state[0][unit] : 0.0f;
 }
 
+template <class S>
 DEVICE void store(const Step &step, const Forward &f, const Seat &seat,
                   const Spot &spot, const Row &row) {
   const long long place = (step.time * f.B + row.batch) * f.N + seat.n;
-  store_pair(f.p_y + place * f.H + spot.unit, step.y, row.count);
+  if constexpr (S::LAST)
+    store_pair(f.p_y + place * f.H + spot.unit, step.y, row.count);
   if constexpr (SAVE) {
     Scalar *p_gates = f.p_gates + step.time * f.stride_t +
                       row.batch * f.stride_b + seat.n * f.stride_n + spot.unit;
 #pragma unroll
-    for (int gate = 0; gate < GATES; gate++)
+    for (int gate = S::START; gate < S::STOP; gate++)
       if (KEPT_OF[gate] < 0)
         store_pair(p_gates + gate * f.stride_g, step.a[gate], row.count);
     Scalar *p_recurrent = f.p_recurrent + place * SPLITS * f.H + spot.unit;
 #pragma unroll
-    for (int k = 0; k < SPLITS; k++)
-      store_pair(p_recurrent + k * f.H, step.r[k], row.count);
+    for (int gate = S::START; gate < S::STOP; gate++)
+      if (KEPT_OF[gate] >= 0)
+        store_pair(p_recurrent + KEPT_OF[gate] * f.H, step.r[KEPT_OF[gate]],
+                   row.count);
   }
-  if constexpr (INNER) {
+  if constexpr (INNER && S::LAST) {
     float *p_inner = f.p_inner + place * f.H + spot.unit;
 #pragma unroll
     for (int k = 1; k < STATES; k++)
       store_pair_f32(p_inner + (k - 1) * f.T * f.B * f.N * f.H, row.state[k],
                      row.count);
+  }
+}
+
+template <class S>
+DEVICE void compute(Step &step, const Pair &pair, Row &row,
+                    const float (&products)[RESULTS][2], bool active) {
+#pragma unroll
+  for (int unit = 0; unit < 2; unit++) {
+    if constexpr (S::LAST)
+      advance_unit(step, pair, row, products, unit, active);
+    else
+      hand_on(step, pair, row, products, unit);
   }
 }
 
@@ -113,10 +170,12 @@ DEVICE void publish_next(Exchange &exchange, const Seat &seat, const Spot &spot,
   for (int unit = 0; unit < 2; unit++)
     h[unit] =
         FLAGS && step.next & RESET ? step.fresh[unit] : row.state[0][unit];
-  publish_entering(exchange, seat, spot, row, number, tile, h);
+  publish_entering<First>(exchange, seat, spot, row, number, tile, h);
 }
 
-// One tile's step: collects publication `number`, and publishes the next.
+// One tile's stage of a step: collects publication `number`, and publishes the
+// next.
+template <class S>
 DEVICE void advance(const Forward &f, const Seat &seat,
                     const Spot (&spots)[OWNED], const Pair (&pairs)[OWNED],
                     Row (&rows)[OWNED], const Weights &weights,
@@ -124,35 +183,48 @@ DEVICE void advance(const Forward &f, const Seat &seat,
   Step steps[OWNED];
 #pragma unroll
   for (int k = 0; k < OWNED; k++)
-    prefetch(steps[k], f, seat, spots[k], rows[k], t);
-  Accumulators sums;
+    prefetch<S>(steps[k], f, seat, spots[k], rows[k], t);
+  Accumulators<S> sums;
   Totals totals = {};
-  product(sums, weights, exchange, seat, number, tile);
-  join(totals, sums, seat, spots, number * TILES + tile);
+  product<S>(sums, weights, exchange, seat, number, tile);
+  join<S>(totals, sums, seat, spots, number * TILES + tile);
 #pragma unroll
   for (int k = 0; k < OWNED; k++) {
     if (OWNERS_ONLY && !spots[k].taken)
       continue;
 #pragma unroll
-    for (int gate = 0; gate < GATES; gate++)
+    for (int gate = S::START; gate < S::STOP; gate++)
       unpack(steps[k].a[gate], steps[k].projected[gate]);
-#pragma unroll
-    for (int unit = 0; unit < 2; unit++)
-      advance_unit(steps[k], pairs[k], rows[k], totals[k], unit,
-                   t < rows[k].length);
-    if (t + 1 < f.T)
+    compute<S>(steps[k], pairs[k], rows[k], totals[k], t < rows[k].length);
+    if (!S::LAST)
+      publish_entering<Last>(exchange, seat, spots[k], rows[k], number + 1,
+                             tile, steps[k].entering);
+    else if (t + 1 < f.T)
       publish_next(exchange, seat, spots[k], steps[k], rows[k], number + 1,
                    tile);
   }
-  if (t + 1 < f.T)
+  if (!S::LAST || t + 1 < f.T)
     exchange.published(tile);
 #pragma unroll
   for (int k = 0; k < OWNED; k++) {
     if (OWNERS_ONLY && !spots[k].taken)
       continue;
-    store(steps[k], f, seat, spots[k], rows[k]);
-    reset(rows[k].state, steps[k].next, f, seat, spots[k], rows[k], t + 1);
+    store<S>(steps[k], f, seat, spots[k], rows[k]);
+    if constexpr (S::LAST)
+      reset(rows[k].state, steps[k].next, f, seat, spots[k], rows[k], t + 1);
   }
+}
+
+template <class S>
+DEVICE void
+advance_tiles(const Forward &f, const Seat &seat, const Spot (&spots)[OWNED],
+              const Pair (&pairs)[OWNED], Row (&rows)[TILES][OWNED],
+              const Weights &weights, Exchange &exchange, int t, int number) {
+  exchange.retire(seat, spots, number);
+#pragma unroll
+  for (int tile = 0; tile < TILES; tile++)
+    advance<S>(f, seat, spots, pairs, rows[tile], weights, exchange, t, number,
+               tile);
 }
 
 DEVICE void prepare(Pair &pair, const Forward &f, const Seat &seat,
@@ -181,17 +253,17 @@ DEVICE void run(const Forward &f, const Seat &seat, const Spot (&spots)[OWNED],
       Row &row = rows[tile][k];
       load_drop(row, f, seat, spots[k]);
       reset(row.state, flags_of(f, seat, row, 0), f, seat, spots[k], row, 0);
-      publish_entering(exchange, seat, spots[k], row, number, tile,
-                       row.state[0]);
+      publish_entering<First>(exchange, seat, spots[k], row, number, tile,
+                              row.state[0]);
     }
     exchange.published(tile);
   }
   for (int t = 0; t < f.T; t++) {
-    exchange.retire(seat, spots, number + t);
-#pragma unroll
-    for (int tile = 0; tile < TILES; tile++)
-      advance(f, seat, spots, pairs, rows[tile], weights, exchange, t,
-              number + t, tile);
+    advance_tiles<First>(f, seat, spots, pairs, rows, weights, exchange, t,
+                         number + STAGES * t);
+    if constexpr (STAGES == 2)
+      advance_tiles<Last>(f, seat, spots, pairs, rows, weights, exchange, t,
+                          number + STAGES * t + 1);
   }
 #pragma unroll
   for (int tile = 0; tile < TILES; tile++)

@@ -55,8 +55,8 @@ DEVICE void reset(float (&states)[STATES][2], int flags, const Common &common,
 }
 
 // Bit 2 k + unit: that unit keeps state k in the step at `time`.
-DEVICE unsigned zone_of(const Common &common, const Seat &seat,
-                        const Spot &spot, const Row &row, long long time) {
+DEVICE unsigned keeps_of(const Common &common, const Seat &seat,
+                         const Spot &spot, const Row &row, long long time) {
   unsigned zone = 0;
   if constexpr (ZONE) {
 #pragma unroll
@@ -85,7 +85,9 @@ DEVICE void load_drop(Row &row, const Common &common, const Seat &seat,
               row.count);
 }
 
-// h, as it enters a step, goes to all members.
+// What enters a stage's product, as h enters a step's first, goes to all
+// members.
+template <class S>
 DEVICE void publish_entering(Exchange &exchange, const Seat &seat,
                              const Spot &spot, const Row &row, int number,
                              int tile, const float (&h)[2]) {
@@ -93,8 +95,9 @@ DEVICE void publish_entering(Exchange &exchange, const Seat &seat,
     exchange.publish(seat, spot, number, tile, 0, h);
   } else {
 #pragma unroll
-    for (int k = 0; k < DROPS; k++) {
-      const float dropped[2] = {h[0] * row.drop[k][0], h[1] * row.drop[k][1]};
+    for (int k = 0; k < S::PARTS; k++) {
+      const float (&drop)[2] = row.drop[DROP == 2 ? S::START + k : 0];
+      const float dropped[2] = {h[0] * drop[0], h[1] * drop[1]};
       exchange.publish(seat, spot, number, tile, k, dropped);
     }
   }

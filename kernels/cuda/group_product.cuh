@@ -190,21 +190,24 @@ struct Weights {
   }
 };
 
-typedef float Accumulators[GATES][OWN_BLOCKS][COLUMNS][SUMS];
+// Of a stage's gates.
+template <class S>
+using Accumulators = float[S::COUNT][OWN_BLOCKS][COLUMNS][SUMS];
 
 // Adds one chunk of the depth; `words` as `Spot::word` orders them.
-DEVICE void multiply_chunk(Accumulators &sums, const Weights &weights,
+template <class S>
+DEVICE void multiply_chunk(Accumulators<S> &sums, const Weights &weights,
                            int first,
-                           const Word (&words)[CHUNK * PARTS * 2 * COLUMNS],
+                           const Word (&words)[CHUNK * S::PARTS * 2 * COLUMNS],
                            int j, bool spilled_only) {
 #pragma unroll
   for (int k = 0; k < CHUNK; k++)
 #pragma unroll
-    for (int tile = 0; tile < GATES * OWN_BLOCKS; tile++) {
+    for (int tile = 0; tile < S::COUNT * OWN_BLOCKS; tile++) {
       const int gate = tile / OWN_BLOCKS, own = tile % OWN_BLOCKS;
-      const int w = 2 * COLUMNS * (k * PARTS + (PARTS > 1 ? gate : 0));
+      const int w = 2 * COLUMNS * (k * S::PARTS + (S::PARTS > 1 ? gate : 0));
       unsigned a[FRAGMENT];
-      weights.get(first + k, gate, own, a, spilled_only);
+      weights.get(first + k, S::START + gate, own, a, spilled_only);
 #pragma unroll
       for (int c = 0; c < COLUMNS; c++)
         multiply<Scalar>(sums[gate][own][c], a, words[w + c],
@@ -213,45 +216,50 @@ DEVICE void multiply_chunk(Accumulators &sums, const Weights &weights,
 }
 
 // Blocks `first` to `first` + CHUNK - 1 of this warp's part of the depth.
-DEVICE void collect_and_multiply(Accumulators &sums, const Weights &weights,
+template <class S>
+DEVICE void collect_and_multiply(Accumulators<S> &sums, const Weights &weights,
                                  Exchange &exchange, const Seat &seat,
                                  int number, int tile, int first,
                                  bool spilled_only) {
   const int depth = seat.along * SHARE + first;
   if (SHARE * ALONG != DEPTH && depth >= DEPTH)
     return;
-  Word words[CHUNK * PARTS * 2 * COLUMNS];
+  Word words[CHUNK * S::PARTS * 2 * COLUMNS];
   const Word *from = exchange.slot(number) + lane() +
                      (tile * DEPTH + depth) * PARTS * 2 * COLUMNS * 32;
-  exchange.collect(words, from, 32, number);
-  multiply_chunk(sums, weights, first, words, seat.j, spilled_only);
+  exchange.collect<S>(words, from, 32, number);
+  multiply_chunk<S>(sums, weights, first, words, seat.j, spilled_only);
 }
 
 // A tile's product with publication `number`: the share of it that lies in this
 // warp's part of the depth.
-DEVICE void product(Accumulators &sums, const Weights &weights,
+template <class S>
+DEVICE void product(Accumulators<S> &sums, const Weights &weights,
                     Exchange &exchange, const Seat &seat, int number,
                     int tile) {
 #pragma unroll
-  for (int k = 0; k < GATES * OWN_BLOCKS * COLUMNS * SUMS; k++)
+  for (int k = 0; k < S::COUNT * OWN_BLOCKS * COLUMNS * SUMS; k++)
     (&sums[0][0][0][0])[k] = 0.0f;
   exchange.await(number, tile);
   constexpr int UNROLLED = (HELD + CHUNK - 1) / CHUNK * CHUNK;
 #pragma unroll
   for (int k = 0; k < UNROLLED; k += CHUNK)
-    collect_and_multiply(sums, weights, exchange, seat, number, tile, k, false);
+    collect_and_multiply<S>(sums, weights, exchange, seat, number, tile, k,
+                            false);
 #pragma unroll 1
   for (int k = UNROLLED; k < SHARE; k += CHUNK)
-    collect_and_multiply(sums, weights, exchange, seat, number, tile, k, true);
+    collect_and_multiply<S>(sums, weights, exchange, seat, number, tile, k,
+                            true);
 }
 
-typedef float Results[RESULTS][OWN_BLOCKS][COLUMNS][4];
+template <class S> using Results = float[S::RESULTS][OWN_BLOCKS][COLUMNS][4];
 typedef float Totals[OWNED][RESULTS][2];
 
-DEVICE void join_own(Totals &totals, const Results &results) {
+template <class S>
+DEVICE void join_own(Totals &totals, const Results<S> &results) {
 #pragma unroll
-  for (int item = 0; item < OWNED * RESULTS; item++) {
-    const int spot = item / RESULTS, result = item % RESULTS;
+  for (int item = 0; item < OWNED * S::RESULTS; item++) {
+    const int spot = item / S::RESULTS, result = item % S::RESULTS;
     const int own = spot / PAIRS, pair = spot % PAIRS;
 #pragma unroll
     for (int unit = 0; unit < 2; unit++)
@@ -261,21 +269,23 @@ DEVICE void join_own(Totals &totals, const Results &results) {
 }
 
 // A lane's sums of one spot lie together, so that they travel as vectors.
-constexpr int SPOT_FLOATS = 2 * RESULTS;
-constexpr int WIDE = SPOT_FLOATS % 4 ? 2 : 4;
-struct alignas(4 * WIDE) Vector {
-  float x[WIDE];
+template <class S> struct Vector {
+  static constexpr int OF_A_SPOT = 2 * S::RESULTS; // floats
+  static constexpr int WIDE = OF_A_SPOT % 4 ? 2 : 4;
+  alignas(4 * WIDE) float x[WIDE];
 };
 
 // Puts this warp's sums where the owners of its spots will look for them.
-DEVICE void share_sums(Vector *to, const Results &results) {
+template <class S>
+DEVICE void share_sums(Vector<S> *to, const Results<S> &results) {
+  constexpr int WIDE = Vector<S>::WIDE, OF_A_SPOT = Vector<S>::OF_A_SPOT;
 #pragma unroll
-  for (int v = 0; v < SUM_FLOATS / WIDE; v++) {
-    Vector vector;
+  for (int v = 0; v < OWN_BLOCKS * PAIRS * OF_A_SPOT / WIDE; v++) {
+    Vector<S> vector;
 #pragma unroll
     for (int e = 0; e < WIDE; e++) {
-      const int spot = (v * WIDE + e) / SPOT_FLOATS;
-      const int item = (v * WIDE + e) % SPOT_FLOATS;
+      const int spot = (v * WIDE + e) / OF_A_SPOT;
+      const int item = (v * WIDE + e) % OF_A_SPOT;
       const int own = spot / PAIRS, pair = spot % PAIRS;
       vector.x[e] = results[item / 2][own][pair / 2][pair % 2 + 2 * (item % 2)];
     }
@@ -285,13 +295,15 @@ DEVICE void share_sums(Vector *to, const Results &results) {
 
 // Adds the shares of all warps for one spot. Even and odd ones are added apart:
 // the chain of additions is half as long.
-DEVICE void add_shares(float (&total)[RESULTS][2], const Vector *from) {
-  float sums[2][SPOT_FLOATS] = {};
+template <class S>
+DEVICE void add_shares(float (&total)[RESULTS][2], const Vector<S> *from) {
+  constexpr int WIDE = Vector<S>::WIDE, OF_A_SPOT = Vector<S>::OF_A_SPOT;
+  float sums[2][OF_A_SPOT] = {};
 #pragma unroll
   for (int along = 0; along < ALONG; along++)
 #pragma unroll
-    for (int v = 0; v < SPOT_FLOATS / WIDE; v++) {
-      const Vector share = from[(along * (SUM_FLOATS / WIDE) + v) * 32];
+    for (int v = 0; v < OF_A_SPOT / WIDE; v++) {
+      const Vector<S> share = from[(along * (SUM_FLOATS / WIDE) + v) * 32];
 #pragma unroll
       for (int e = 0; e < WIDE; e++) {
         float &sum = sums[along % 2][v * WIDE + e];
@@ -299,7 +311,7 @@ DEVICE void add_shares(float (&total)[RESULTS][2], const Vector *from) {
       }
     }
 #pragma unroll
-  for (int item = 0; item < SPOT_FLOATS; item++)
+  for (int item = 0; item < OF_A_SPOT; item++)
     total[item / 2][item % 2] = sums[0][item] + sums[1][item];
 }
 
@@ -307,42 +319,46 @@ DEVICE void add_shares(float (&total)[RESULTS][2], const Vector *from) {
 // writes a buffer again has met everyone who read it at the barrier between.
 // Whether a spot is taken is asked once, for all lanes of a warp agree; the
 // totals of one that is not stay as they are.
-DEVICE void join_warps(Totals &totals, const Results &results, const Seat &seat,
-                       const Spot (&spots)[OWNED], int pass) {
-  constexpr int OF_A_WARP = SUM_FLOATS / WIDE * 32;
-  Vector *buffer = reinterpret_cast<Vector *>(shared_memory() + WEIGHT_BYTES) +
-                   lane() +
-                   ((pass & 1) * ACROSS + seat.across) * ALONG * OF_A_WARP;
-  share_sums(buffer + seat.along * OF_A_WARP, results);
+template <class S>
+DEVICE void join_warps(Totals &totals, const Results<S> &results,
+                       const Seat &seat, const Spot (&spots)[OWNED], int pass) {
+  constexpr int WIDE = Vector<S>::WIDE;
+  constexpr int OF_A_WARP = SUM_FLOATS / WIDE * 32; // of any stage's
+  Vector<S> *buffer =
+      reinterpret_cast<Vector<S> *>(shared_memory() + WEIGHT_BYTES) + lane() +
+      ((pass & 1) * ACROSS + seat.across) * ALONG * OF_A_WARP;
+  share_sums<S>(buffer + seat.along * OF_A_WARP, results);
   named_sync<JOIN>(1 + seat.across, 32 * ALONG);
 #pragma unroll
   for (int k = 0; k < OWNED; k++) {
     const int spot = seat.along * OWNED + k;
     if (spots[k].taken)
-      add_shares(totals[k], buffer + spot * (SPOT_FLOATS / WIDE) * 32);
+      add_shares<S>(totals[k],
+                    buffer + spot * (Vector<S>::OF_A_SPOT / WIDE) * 32);
   }
 }
 
 // The shares of all warps along the depth, for this thread's spots. In the
 // backward direction the products of all gates enter one sum, unless each has
 // factors of its own.
-DEVICE void join(Totals &totals, Accumulators &sums, const Seat &seat,
+template <class S>
+DEVICE void join(Totals &totals, Accumulators<S> &sums, const Seat &seat,
                  const Spot (&spots)[OWNED], int pass) {
-  Results results;
+  Results<S> results;
 #pragma unroll
   for (int tile = 0; tile < OWN_BLOCKS * COLUMNS; tile++) {
     const int own = tile / COLUMNS, c = tile % COLUMNS;
 #pragma unroll
-    for (int gate = RESULTS; gate < GATES; gate++)
+    for (int gate = S::RESULTS; gate < S::COUNT; gate++)
 #pragma unroll
       for (int k = 0; k < SUMS; k++)
         sums[0][own][c][k] += sums[gate][own][c][k];
 #pragma unroll
-    for (int result = 0; result < RESULTS; result++)
+    for (int result = 0; result < S::RESULTS; result++)
       fold(results[result][own][c], sums[result][own][c], seat.j);
   }
   if constexpr (ALONG == 1)
-    join_own(totals, results);
+    join_own<S>(totals, results);
   else
-    join_warps(totals, results, seat, spots, pass);
+    join_warps<S>(totals, results, seat, spots, pass);
 }

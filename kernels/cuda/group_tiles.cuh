@@ -25,7 +25,7 @@ DEVICE void run_tiles(const Pass &pass, const Seat &seat, Exchange &exchange,
   for (long long first = seat.group * TOGETHER; first < pass.B;
        first += groups * TOGETHER) {
     run(pass, seat, spots, pairs, weights, exchange, first, number);
-    number += static_cast<int>(pass.T);
+    number += STAGES * static_cast<int>(pass.T);
   }
   store_pairs(pass, seat, spots, pairs);
   if (exchange.spoils())

@@ -70,7 +70,7 @@ struct Watch {
   DEVICE unsigned long long report(int number) const {
     return static_cast<unsigned long long>(launch) << 48 |
            static_cast<unsigned long long>(group & 0xffff) << 32 |
-           static_cast<unsigned>(number);
+           static_cast<unsigned>(number / STAGES);
   }
 
   // After a thread's last store: are these the threads that spoil the outputs?

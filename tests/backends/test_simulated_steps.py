@@ -59,12 +59,13 @@ STEPS = [
     *(Step("group", "lstm", "fp16", direction, 1024, 64) for direction in ("training", "backward")),
     Step("group", "lstm", "fp16", "training", 2048, 64),
     Step("group", "gru", "fp16", "backward", 512, 64),
+    *(Step("group", "gru_reset_before", "fp16", direction, 512, 64) for direction in ("training", "backward")),
     *(Step("group", "lstm", "fp16", "training", hidden, 16, 12) for hidden in (64, 128)),
     *(Step("resident", "lstm", "bf16", "inference", hidden, 16) for hidden in (32, 64, 128)),
     *(Step("resident", "lstm", "bf16", "training", hidden, 16) for hidden in (64, 128)),
     *(Step("resident", "lstm", "bf16", "backward", hidden, 16) for hidden in (64, 128)),
 ]
-FEW = [STEPS[0], STEPS[10]]
+FEW = [STEPS[0], next(step for step in STEPS if step.backend == "resident")]
 
 
 def measure(step: Step) -> Chain:
@@ -76,7 +77,7 @@ def measure(step: Step) -> Chain:
     kernel = found.kernel
     code, path = kernel.code, kernel.paths[0]
     assert found.spills == 0
-    if not kernel.exchanges:
+    if not kernel.hops:
         return Chain(round(found.cycles), 0, 0)
     return Chain(round(found.cycles), len(list(paths.regions(code, path))), len(list(paths.early_waits(code, path))))
 

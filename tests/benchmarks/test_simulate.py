@@ -95,8 +95,8 @@ def test_lost_where_no_rule_speaks() -> None:
         paths.straight([ADD, ADD, branch(1), branch(0)], range(4))
 
 
-def run(program: list[Instruction], warps: list[list[int]]) -> Multiprocessor:
-    return Multiprocessor(program, warps, replace(H100, l2=100), Exchange(program, warps, HOP))
+def run(program: list[Instruction], warps: list[list[int]], hops: int = 1) -> Multiprocessor:
+    return Multiprocessor(program, warps, replace(H100, l2=100), Exchange(program, warps, HOP, hops))
 
 
 def test_a_word_takes_a_hop() -> None:
@@ -108,7 +108,7 @@ def test_a_word_takes_a_hop() -> None:
 
 
 def kernel(program: list[Instruction]) -> builds.Kernel:
-    return builds.Kernel("test", program, [range(len(program))], exchanges=True)
+    return builds.Kernel("test", program, [range(len(program))], hops=1)
 
 
 @pytest.mark.parametrize("busy", [1, 400])
@@ -120,6 +120,15 @@ def test_tiles_take_turns(busy: int) -> None:
     result = run(program, [[*range(len(program))]]).run(8)
     wanted = max(HOP + 10 * busy, 2 * 10 * busy)
     assert wanted <= result.cycles <= wanted + 300  # two loads from L2 and two barriers
+
+
+@pytest.mark.parametrize("tiles", [1, 2])
+def test_a_second_product_waits_for_the_first_ones_words(tiles: int) -> None:
+    """Two hops a step, though each tile's words may travel while another is worked on."""
+    tile = [LOOK, USE, PUBLISH, instruction("BAR.SYNC", "0x0")]
+    program = 2 * tiles * tile
+    result = run(program, [[*range(len(program))]], hops=2).run(8)
+    assert 2 * HOP <= result.cycles <= 2 * HOP + 200 * tiles
 
 
 def test_a_loop_may_begin_with_its_stores() -> None:

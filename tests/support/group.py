@@ -19,10 +19,30 @@ from gpu_rnn.backends.group import launch as group
 from gpu_rnn.backends.group.choice import Choice
 from gpu_rnn.backends.group.layout import PERIOD, Layout
 from gpu_rnn.backends.tensors import OF_STATES, LoopGradients, Result, state_dtype
+from gpu_rnn.recurrence import Recurrence
 from tests.support.layer_options import OPTIONS, with_options
-from tests.support.loops import RECURRENCES, Inputs, draw, make, values_and_gradients
+from tests.support.loops import RECURRENCES as EVERY
+from tests.support.loops import Inputs, draw, make, values_and_gradients
 from tests.support.pairwise import pairwise
 
+
+def twofold() -> Recurrence:
+    """Two products a step, split gates and summed ones in both, two states, parameters, values handed on."""
+
+    def first(x: Any, r: Any, s: Any, p: Any) -> Any:
+        kept = torch.sigmoid(x.a + p.q * r.a)
+        return s.h * kept + torch.tanh(x.b + r.b), kept, s.c * r.a
+
+    def second(x: Any, r: Any, s: Any, p: Any, values: Any) -> Any:
+        kept, mixed = values
+        c = kept * s.c + torch.tanh(x.d + r.d) * torch.sigmoid(x.e * r.e)
+        return torch.tanh(c + p.q * x.f + r.f) * kept, c + 0.1 * mixed
+
+    stages = [(("a", "b"), first), (("d", "e", "f"), second)]
+    return Recurrence(stages, states={"h": 0.0, "c": 0.5}, params=("q",), name="twofold")
+
+
+RECURRENCES = {**EVERY, "twofold": twofold()}  # by the name in a case
 KINKS = {"abs", "sign", "floor", "relu", "clamp", "minimum", "maximum", "where"}  # operations whose derivative jumps
 
 
@@ -242,7 +262,7 @@ GEOMETRIES: list[dict[str, Any]] = [
     {"along": 3, "tiles": 2, "groups": 2, "B": 33},
 ]
 SETS: list[tuple[str, ...]] = [*((name,) for name in OPTIONS), ("mask", "resets", "drop"), tuple(OPTIONS)]
-STEERED = ("lstm", "gru", "rnn", "minimal", "slstm")
+STEERED = ("lstm", "gru", "rnn", "minimal", "slstm", "gru_reset_before")
 
 
 def cases() -> list[Case]:
@@ -265,6 +285,14 @@ def cases() -> list[Case]:
                 option = options[(3 * m + c + 2 * p) % len(options)]
                 found.append(Case(cell, precision, members, **{**geometry, **option}))
     found += [replace(found[0], cell=cell, precision="bf16", members=2) for cell in ("peephole_lstm", "coupled_lstm")]
+    found += [  # two products a step
+        Case("gru_reset_before", "bf16", 3, T=2 * PERIOD, period=PERIOD, **GEOMETRIES[4]),
+        Case(
+            "twofold", "fp32", 2, T=9, along=2, options=("mask", "reset_values", "drop_per_gate", "zone", "all_states")
+        ),
+        Case("twofold", "tf32", 2, bias=False, counter=True, **GEOMETRIES[2]),
+        Case("twofold", "fp16", 3, cluster=True, along=3, columns=2),
+    ]
     return found
 
 

@@ -32,6 +32,7 @@ REGISTERS = 255  # of a thread: CUDA C++ programming guide, table of compute cap
 # Registers beside weights, sums, words and the pairs of units, so that no build needs a stack: forward, backward in 16
 # bits, where NVRTC keeps more addresses, and backward in fp32.
 WORKING = (90, 112, 100)
+WORKING_OF_TWO = 8  # more of them where a step has two products
 COLUMNS = (1, 2)
 TILES = (1, 2, 4)
 
@@ -56,10 +57,15 @@ def _held(layout: Layout) -> int:
     states, gates = len(layout.parsed.states), layout.gates
     sums = layout.fragments * layout.columns * (4 if layout.half or layout.precision == "tf32" else 16)
     pairs = owned * 2 * (gates + len(layout.parsed.split) + states) * (2 if layout.backward else 1)  # and gradients
+    between = (
+        owned * layout.tiles * 2 * (layout.handed + states * layout.backward) + WORKING_OF_TWO
+        if layout.stages > 1
+        else 0
+    )
     words = 2 * layout.columns * layout.parts * layout.word // 4  # of a block of the depth
     rows = owned * layout.tiles * (2 * states + 4 + 2 * layout.drops)
     working = WORKING[2 - layout.half] if layout.backward else WORKING[0]
-    free = REGISTERS - working - sums - pairs - rows - min(32, layout.share * words)
+    free = REGISTERS - working - sums - pairs - between - rows - min(32, layout.share * words)
     return min(layout.share, free // (layout.fragments * layout.fragment))
 
 
@@ -79,12 +85,14 @@ def _layouts(problem: Problem) -> Iterator[Layout]:
     """Every layout worth a look, whatever it needs."""
     precision = "ieee" if problem.dtype.itemsize == 2 else problem.precision
     backward = problem.direction == "backward"
+    # Between two products the tiles' second part would wait for memory: simulated, one tile takes less in all builds.
+    tiles_of_a_group = (1,) if len(problem.program.stages) > 1 else TILES
     options: dict[str, Any] = {
         "inner": problem.direction == "training" or problem.all_states,
         **switches(problem.controls, int(problem.reset_values)),
     }
     for members, blocks, across, along in _shapes(-(-problem.H // UNITS)):
-        for columns, tiles in product(COLUMNS, TILES if members > 1 else (1,)):
+        for columns, tiles in product(COLUMNS, tiles_of_a_group if members > 1 else (1,)):
             sizes = (members, blocks, across, along, columns, tiles)
             bare = Layout(problem.program.text, problem.dtype, precision, backward, *sizes, **options)
             held = _held(bare)
@@ -121,7 +129,7 @@ def _step(problem: Problem, layout: Layout, groups: int, at_once: int, known: ra
     """Seconds for a step of all rows of all of N."""
     device = problem.device
     busy = _busy_cycles(problem, layout, known) / (device.clock * 1e9)
-    waiting = known.latency / (device.clock * 1e9) + (known.hop if layout.members > 1 else 0.0)
+    waiting = layout.stages * (known.latency / (device.clock * 1e9) + (known.hop if layout.members > 1 else 0.0))
     one = max(layout.tiles * busy, busy + waiting)
     rounds = -(-problem.B // (layout.rows * groups)) * -(-problem.N // at_once)
     if layout.members == 1:  # blocks that wait for nobody; several may share a multiprocessor
@@ -144,11 +152,11 @@ def _busy_cycles(problem: Problem, layout: Layout, known: rates.GroupModel) -> f
     multiplying = warps * instructions * 16 * 8 * 16 / multiplications(problem, known.tensor_share, known.shuffled)
     chained = instructions / min(chains, 4) * known.tensor_latency / 2
     spilled = layout.threads * 4 * layout.fragment * layout.fragments * (layout.share - layout.held)
-    sums = 2 * layout.threads * 16 * layout.results * layout.blocks // layout.across * layout.columns
+    sums = 2 * layout.threads * 16 * layout.stages * layout.results * layout.blocks // layout.across * layout.columns
     shared = (spilled + (sums if layout.along > 1 else 0)) / SHARED_BYTES_PER_CYCLE
-    words = layout.slot // layout.tiles * layout.word * layout.across
+    words = layout.collected * layout.word * layout.across
     arriving = words / (known.l2_bytes if layout.members > 1 else SHARED_BYTES_PER_CYCLE)
-    operations = program.stages[0].ops
+    operations = [op for stage in program.stages for op in stage.ops]
     units = UNITS * layout.blocks * 8 * layout.columns
     passes = 2 if layout.backward else 1
     pointwise = units * max(
@@ -161,11 +169,13 @@ def floor(problem: Problem) -> float | None:
     """Seconds that a step's time loop takes at least with W_hh on chip, whoever wrote it; None where it does not fit.
 
     Of tensor cores, weights read from shared memory and h (backward: d_gates) read from L2 the slowest, and a hop
-    where a tile's blocks are more than one; the best over all ways to share multiprocessors between tiles.
+    for each product where a tile's blocks are more than one; the best over all ways to share multiprocessors between
+    tiles.
     """
     device, gates = problem.device, problem.G
     weights = gates * problem.H**2 * problem.dtype.itemsize
-    parts = gates if problem.direction == "backward" else 1
+    stages = len(problem.program.stages)
+    parts = gates if problem.direction == "backward" else stages
     per_cycle = multiplications(problem, RANKING.tensor_share, RANKING.shuffled)
     seconds = []
     for groups in range(1, min(-(-problem.B // 8), device.sms) + 1):
@@ -178,7 +188,7 @@ def floor(problem: Problem) -> float | None:
             arriving = parts * problem.H * rows * problem.dtype.itemsize / RANKING.l2_bytes if members > 1 else 0.0
             rounds = -(-problem.N // max(1, device.sms // (groups * members)))
             busy = max(multiplying, reading, arriving) / (device.clock * 1e9)
-            seconds.append(rounds * (busy + (RANKING.hop if members > 1 else 0.0)))
+            seconds.append(rounds * (busy + (stages * RANKING.hop if members > 1 else 0.0)))
     return min(seconds, default=None)
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Groups of blocks share a tile of the batch and keep W_hh on chip between them (`kernels/cuda/group_*.cu`).
 
-Any recurrence with one product a step; `choose` and `cost` are those of `group_choice`. The members of a group wait for
-each other, so all blocks of a launch are resident at once, unless a group has one member only.
+Any recurrence with one product a step, or two; `choose` and `cost` are those of `choice`. The members of a group wait
+for each other, so all blocks of a launch are resident at once, unless a group has one member only.
 """
 
 from __future__ import annotations
@@ -325,12 +325,12 @@ def unsupported(problem: Problem) -> list[str]:
     elif device.capability >= persistent.OLDEST and not devices.is_described(device):
         missing = nvrtc.no_driver() if torch.cuda.is_available() else nvrtc.unavailable()
         reasons += [missing] if missing else []
-    if len(program.stages) > 1:
-        reasons.append(f"takes one product a step, {program.name} has {len(program.stages)}")
+    if len(program.stages) > 2:
+        reasons.append(f"takes two products a step at most, {program.name} has {len(program.stages)}")
     reasons += persistent.unsupported(problem)
     if bits(problem.reverse)[1] > LONGEST_PATTERN:
         reasons.append(f"takes directions that repeat within {LONGEST_PATTERN} recurrences")
-    if device.is_gpu and problem.dtype in persistent.DTYPES and len(program.stages) == 1 and choose(problem) is None:
+    if device.is_gpu and problem.dtype in persistent.DTYPES and len(program.stages) <= 2 and choose(problem) is None:
         reasons.append(
             f"keeps W_hh on chip: on {device.name}, {program.name} fits up to H = {largest(problem)} in this dtype and "
             f"direction, not {problem.H}"

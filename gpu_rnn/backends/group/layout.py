@@ -16,6 +16,7 @@ import torch
 
 from gpu_rnn.backends.tensors import OF_STATES
 from gpu_rnn.compiler import codegen
+from gpu_rnn.compiler.derivative import carried_values
 from gpu_rnn.compiler.program import Program
 from gpu_rnn.memo import memoize
 from gpu_rnn.once import once
@@ -104,6 +105,21 @@ class Layout:
         return len(self.parsed.gates)
 
     @property
+    def stages(self) -> int:
+        """Products of a step, one after another, each with an exchange of its own."""
+        return len(self.parsed.stages)
+
+    @property
+    def handed(self) -> int:
+        """Values of a unit that the first part of a step hands on to the second, besides what enters its product."""
+        return len(carried_values(self.parsed, 1)) if self.stages > 1 else 0
+
+    @property
+    def most(self) -> int:
+        """Gates of the larger of a step's products."""
+        return max(len(stage.gates) for stage in self.parsed.stages)
+
+    @property
     def half(self) -> bool:
         return self.dtype.itemsize == 2
 
@@ -125,12 +141,12 @@ class Layout:
     @property
     def parts(self) -> int:
         """Words that enter a unit: h alone, or one for each gate, dropped h or d_gates."""
-        return self.gates if self.backward or self.drop == 2 else 1
+        return self.most if self.backward or self.drop == 2 else 1
 
     @property
     def results(self) -> int:
         """Sums of a unit and row: of each gate, or, backward, one of all."""
-        return 1 if self.backward and self.drop < 2 else self.gates
+        return 1 if self.backward and self.drop < 2 else self.most
 
     @property
     def fragments(self) -> int:
@@ -141,6 +157,12 @@ class Layout:
     def slot(self) -> int:
         """Words of one publication of a group."""
         return self.tiles * self.parts * self.members * self.blocks * 2 * self.columns * LANES
+
+    @property
+    def collected(self) -> int:
+        """Words that a block needs for a step of a tile."""
+        parts = self.gates if self.backward or self.drop == 2 else self.stages
+        return parts * self.members * self.blocks * 2 * self.columns * LANES
 
     @property
     def word(self) -> int:
@@ -172,6 +194,7 @@ class Layout:
             "GATES": self.gates,
             "SPLITS": len(program.split),
             "KEPT": "{" + ", ".join(map(str, split_numbers)) + "}",
+            **self._shared,
             "STATES": len(program.states),
             "PARAMS": len(program.params),
             "MEMBERS": self.members,
@@ -197,6 +220,20 @@ class Layout:
         }
 
     @property
+    def _shared(self) -> dict[str, object]:
+        """What a step's products share, and what follows the last."""
+        program, last = self.parsed, self.stages - 1
+        first = program.stages[0]
+        return {
+            "STAGES": self.stages,
+            "EARLY": len(first.gates),
+            "EARLY_SPLITS": len(set(first.gates) - program.summed),
+            "HANDED": self.handed,
+            "STEP": f"step_{last}",
+            "STEP_BACKWARD": f"step_{last}_backward",
+        }
+
+    @property
     def kernel(self) -> str:
         return "group_backward" if self.backward else "group_forward"
 
@@ -209,13 +246,14 @@ def _literal(value: float) -> str:
 @memoize(256)
 def source(layout: Layout) -> str:
     """The CUDA C++ text of a kernel: the layout, the generated step, then the kernel that both serve."""
-    step = codegen.source(layout.parsed, "cuda", backward=layout.backward)
+    directions = (False, True) if layout.backward else (False,)
+    steps = [codegen.source(layout.parsed, "cuda", backward=backward) for backward in directions]
     return "\n".join(
         [
             *(f"#define {name} {value}" for name, value in layout.defines.items()),
             '#include "device.cuh"',
             '#include "pointwise.cuh"',
-            step,
+            *steps,
             (files("gpu_rnn.kernels.cuda") / f"{layout.kernel}.cu").read_text(),
         ]
     )

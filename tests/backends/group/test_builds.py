@@ -43,7 +43,7 @@ KINDS = {
     "tf32": (torch.float32, "tf32"),
     "fp32": (torch.float32, "ieee"),
 }
-CELLS = [name for name, recurrence in support.RECURRENCES.items() if len(recurrence.stage_gates) == 1]
+CELLS = [name for name, recurrence in support.RECURRENCES.items() if len(recurrence.stage_gates) <= 2]
 
 
 class Case(NamedTuple):
@@ -84,11 +84,14 @@ class Case(NamedTuple):
 
 PAIRS = [Case(*case) for case in pairwise(list(DEVICES), DIRECTIONS, list(KINDS), CELLS, [0, 128])]
 EVERY = [
-    Case(*case) for case in product(DEVICES, ("training", "backward"), ("bf16", "tf32", "fp32"), ("lstm", "gru"), [0])
+    Case(*case)
+    for case in product(
+        DEVICES, ("training", "backward"), ("bf16", "tf32", "fp32"), ("lstm", "gru", "gru_reset_before"), [0]
+    )
 ]
 
 STEERED = [  # with every option
-    Case(arch, direction, list(KINDS)[(i + k) % 4], ("lstm", "gru")[(i + k) % 2], 0, True)
+    Case(arch, direction, list(KINDS)[(i + k) % 4], ("lstm", "gru", "gru_reset_before")[(i + k) % 3], 0, True)
     for i, arch in enumerate(DEVICES)
     for k, direction in enumerate(["training", "backward"])
 ]

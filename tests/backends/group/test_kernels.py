@@ -23,6 +23,7 @@ from tests.support import group as support
 from tests.support.cuda import sites
 from tests.support.group import (
     PRECISIONS,
+    RECURRENCES,
     SETS,
     Case,
     assert_close,
@@ -41,7 +42,6 @@ from tests.support.group import (
     steered_cases,
     truth_and_plain,
 )
-from tests.support.loops import RECURRENCES
 
 pytestmark = [
     pytest.mark.cuda_cpu,
@@ -69,6 +69,7 @@ WATCHED = [  # under ThreadSanitizer
     Case("lstm", "fp32", 2, T=7, reverse="01"),
     Case("rnn", "tf32", 2, across=2, blocks=2, along=2, T=7, period=2),
     Case("gru", "bf16", 3, along=3, counter=True, T=6),
+    Case("gru_reset_before", "bf16", 2, along=2, tiles=2, B=12, T=5),
     Case("lstm", "bf16", 2, T=4, options=("mask", "reset_values", "drop_per_gate", "zone", "all_states")),
     Case("lstm", "fp16", 3, along=3, tiles=2, B=12, T=6, cluster=True),
 ]
