@@ -32,7 +32,7 @@ REGISTERS = 255  # of a thread: CUDA C++ programming guide, table of compute cap
 # Registers beside weights, sums, words and the pairs of units, so that no build needs a stack: forward, backward in 16
 # bits, where NVRTC keeps more addresses, and backward in fp32.
 WORKING = (90, 112, 100)
-WORKING_OF_TWO = 8  # more of them where a step has two products
+WORKING_OF_TWO = 24  # more of them where a step has two products
 COLUMNS = (1, 2)
 TILES = (1, 2, 4)
 
