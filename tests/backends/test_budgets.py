@@ -64,7 +64,9 @@ SHIPPED = [
     *(Build("resident", *rest) for rest in product(
         ("lstm", "gru", "rnn"), KINDS, DIRECTIONS, map(str, resident_builds.ARCHITECTURES)
     )),
-    *(Build("group", *rest) for rest in product(("lstm", "gru", "gru_reset_before"), KINDS, DIRECTIONS, GROUP_ARCHITECTURES)),
+    *(Build("group", *rest) for rest in product(
+        ("lstm", "gru", "gru_reset_before"), KINDS, DIRECTIONS, GROUP_ARCHITECTURES
+    )),
 ]  # fmt: skip
 FEW = [SHIPPED[k] for k in (3, 32, 64, 111, 138, 171)]  # of both kernels, each on another architecture
 
