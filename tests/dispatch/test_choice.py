@@ -63,7 +63,7 @@ CHOICES: list[tuple[Problem, str]] = [
     (problem(cells.lstm("relu"), "A100", direction="training", **half), "group"),
     (problem(support.RECURRENCES["minimal"], "RTX 4090", H=512, **half), "group"),
     (problem(device="H100", T=1500, H=1024, I=1024, direction="training", **half), "group"),
-    (problem(cells.gru(reset_after=False), "H100", **half), "group"),
+    (problem(cells.gru(reset_after=False), "H100", **half), "resident"),
     (problem(cells.gru(reset_after=False), "H100", H=512, **half), "group"),
     (problem(cells.lstm("relu"), "H100", H=4096, **half), "step"),
     (problem(device="H100", H=4096, direction="training"), "aten"),
