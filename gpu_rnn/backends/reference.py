@@ -40,11 +40,18 @@ def unsupported(problem: Problem) -> list[str]:
 
 
 def cost(problem: Problem, constants: rates.Rates | None = None) -> float:
-    """Seconds by the cost model: every operation of every step is one torch call, and autograd records each."""
+    """Seconds by the cost model: every operation of every step is one torch call, and autograd records each.
+
+    On a CPU a call starts as the step loop's does, so that what torch takes for a step is what tells them apart.
+    """
     operations = sum(len(stage.ops) + 4 * len(stage.gates) for stage in problem.program.stages)
     steps = problem.T * problem.layers * (3 if problem.training else 1)
-    of_operation = (constants or rates.of(problem.device)).reference.operation
-    return steps * operations * of_operation + problem.flops / product_rate(problem)
+    every, start = constants or rates.of(problem.device), 0.0
+    if not problem.device.is_gpu:
+        start = problem.layers * (
+            every.cpu_step.back_start if problem.direction == "backward" else every.cpu_step.start
+        )
+    return start + steps * operations * every.reference.operation + problem.flops / product_rate(problem)
 
 
 def prepare(problem: Problem) -> None:

@@ -143,3 +143,11 @@ def test_rows_packed_of_one_length_run_as_a_batch(make: Any) -> None:
     weights = list(layer.parameters())
     grads = [torch.autograd.grad(y.sum(), weights) for y in (found[0].data, dense[0])]
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("direction", ["inference", "training", "backward"])
+@pytest.mark.parametrize("steps", [1, 2, 50])
+def test_the_reference_is_what_is_left(steps: int, direction: str) -> None:
+    """However short a call: it is there to be right."""
+    asked = problem(T=steps, B=1, direction=direction)
+    assert choice.BACKENDS["reference"].cost(asked) > choice.BACKENDS["step"].cost(asked)
