@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Container
+from collections.abc import Collection, Mapping
+from typing import Any
 
 DEADLINE = 10.0  # seconds: long beside time slicing, short beside a hang
 SHORTEST, LONGEST = 1e-3, 1e6  # s: shorter is no wait for another block, longer is eleven days
@@ -23,13 +24,21 @@ def _refused(name: str, value: str, allowed: str) -> ValueError:
 
 # os.environ answers by an exception, which takes as long as the rest of a short call's questions; what it keeps does
 # not.
-_VALUES: Container[object] = getattr(os.environ, "_data", os.environ)
-_BACKEND = os.environ.encodekey("GPU_RNN_BACKEND") if _VALUES is not os.environ else "GPU_RNN_BACKEND"
+_VALUES: Mapping[Any, object] = getattr(os.environ, "_data", os.environ)
+_BACKEND, _APPROXIMATE = (
+    os.environ.encodekey(name) if _VALUES is not os.environ else name
+    for name in ("GPU_RNN_BACKEND", "GPU_RNN_APPROXIMATE")
+)
 
 
 def names_a_backend() -> bool:
     """Whether a backend may be preferred; for calls that are too short for more."""
     return _BACKEND in _VALUES
+
+
+def of_calls() -> tuple[object, object]:
+    """What a call goes by, unread: the same as long as nobody changes it."""
+    return _VALUES.get(_BACKEND), _VALUES.get(_APPROXIMATE)
 
 
 def unchecked_backend() -> str:

@@ -29,6 +29,12 @@ class Store(NamedTuple):
 _stores: dict[str, Store] = {}
 
 
+class Age:
+    """How often something was cleared: what an object keeps by itself holds for one age."""
+
+    now = 0
+
+
 def memoize(
     bound: int | None, *, stays: str = "", name: str = ""
 ) -> Callable[[Callable[..., T]], _lru_cache_wrapper[T]]:
@@ -68,6 +74,7 @@ def stores() -> list[Store]:
 
 def clear(within: str = "gpu_rnn") -> None:
     """Clears what modules keep whose name begins so, but for what stays."""
+    Age.now += 1
     for store in stores():
         if not store.stays and store.name.startswith(within):
             store.clear()

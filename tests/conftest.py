@@ -25,7 +25,7 @@ from gpu_rnn.backends.native import launch as native
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.backends.rates import Rates
 from gpu_rnn.diagnostics import tuning
-from gpu_rnn.dispatch import choice
+from gpu_rnn.dispatch import choice, lines
 from tests.support import native as native_tools
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it at import: one kind a process
@@ -256,7 +256,7 @@ def fresh_choices(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(nvrtc, "compile_cubin", lambda source, arch: b"")
     monkeypatch.setattr(cubin, "usage", lambda code: cubin.Usage(255, 0))
     monkeypatch.setattr(group, "_failures", {})
-    caches = (choice._select, choice._candidates, choice._say_once, group.fit)
+    caches = (choice._select, choice._candidates, choice._say_once, lines.way, group.fit)
     for cached in caches:
         cached.cache_clear()
     yield

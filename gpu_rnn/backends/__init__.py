@@ -6,7 +6,7 @@ To add one, write a module with these functions and enter it in `TABLE`. The typ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -18,7 +18,7 @@ from gpu_rnn.backends.native import launch as native
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.backends.rates import Rates
 from gpu_rnn.backends.step import launch as step
-from gpu_rnn.backends.tensors import Call, LoopGradients, Result
+from gpu_rnn.backends.tensors import Call, LoopGradients, Result, Weights
 
 
 class Backend(Protocol):
@@ -52,6 +52,13 @@ def modelled(problem: Problem) -> str:
     return "modelled"
 
 
+class Repeated(Protocol):
+    """A forward pass in inference that was made before; all tensors lie as those of `persistent.whole`."""
+
+    def __call__(self, gates: Tensor, states: Iterable[Tensor], weights: Weights) -> tuple[Tensor, list[Tensor]]:
+        """y (T, B, N, H) and the final states (B, N, H)."""
+
+
 class Entry(NamedTuple):
     """A backend and what it runs."""
 
@@ -59,6 +66,8 @@ class Entry(NamedTuple):
     loop: Loop | None = None  # the same module, where it is one
     whole_stacks: bool = False  # a stack in one call, never a layer of one
     wavefront: bool = False  # the layers of a stack side by side, as N
+    again: Callable[[Call, Tensor], Repeated] | None = None
+    """Makes of a call in inference and its gates what runs the same once more (`gpu_rnn.call.plans`)."""
     source: Callable[[Problem], str] = modelled
     """Where what its cost says of a problem's time loop comes from: "simulated" from the machine code of that very
     build, "published" by others, or "modelled"."""
@@ -66,7 +75,7 @@ class Entry(NamedTuple):
 
 # Of equals dispatch takes the first. The step loop runs no wavefronts: it would need graphs for each number of layers.
 TABLE = {
-    "resident": Entry(resident, resident, wavefront=True, source=resident.source),
+    "resident": Entry(resident, resident, wavefront=True, again=resident.Again, source=resident.source),
     "group": Entry(group, group, wavefront=True, source=source_of_cost),
     "aten": Entry(aten, whole_stacks=True, source=aten.source),
     "native": Entry(native, native),
@@ -83,6 +92,7 @@ class Names(NamedTuple):
     LOOPS: tuple[str, ...]
     WAVEFRONTS: tuple[str, ...]
     SOURCES: dict[str, Callable[[Problem], str]]
+    AGAIN: dict[str, Callable[[Call, Tensor], Repeated]]
 
     @staticmethod
     def of(table: Mapping[str, Entry]) -> Names:
@@ -92,9 +102,10 @@ class Names(NamedTuple):
             tuple(name for name, entry in table.items() if not entry.whole_stacks),
             tuple(name for name, entry in table.items() if entry.wavefront),
             {name: entry.source for name, entry in table.items()},
+            {name: entry.again for name, entry in table.items() if entry.again is not None},
         )
 
 
-BACKENDS, KERNELS, LOOPS, WAVEFRONTS, SOURCES = Names.of(TABLE)
+BACKENDS, KERNELS, LOOPS, WAVEFRONTS, SOURCES, AGAIN = Names.of(TABLE)
 """All; those that are a `Loop`; those that run one layer; those that run a stack's layers side by side; of each, where
-its cost comes from."""
+its cost comes from; of those that can repeat a call, what makes it once more."""

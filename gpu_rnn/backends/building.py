@@ -42,6 +42,40 @@ class TritonLaunch(NamedTuple):
             self.kernel[self.grid](**self.arguments)
 
 
+class Relaunch:
+    """A launch that is made again and again with other tensors in some places, each as large and as well aligned: what
+    the kernel was compiled for is looked up at the first."""
+
+    def __init__(self, launch: TritonLaunch) -> None:
+        self.launch, self.compiled = launch, None
+        self.values: list[Any] = []
+        self.places: dict[str, int] = {}
+
+    def __call__(self, like: Tensor, **changed: Any) -> None:
+        """Runs it on the current stream of the device of `like`; each call changes the same."""
+        if like.is_cuda and torch.cuda.current_device() != like.device.index:
+            with torch.cuda.device_of(like):
+                return self(like, **changed)
+        if self.compiled is None:
+            return self._first(changed)
+        values = self.values.copy()  # other threads may be here
+        for name, value in changed.items():
+            values[self.places[name]] = value
+        self.compiled[(*self.launch.grid, 1)](*values)
+        return None
+
+    def _first(self, changed: dict[str, Any]) -> None:
+        kernel, grid, arguments = self.launch
+        with triton_interpreter.arithmetic():
+            compiled = kernel[grid](**arguments | changed)
+        if compiled is not None:  # by the interpreter it is
+            names = [name for name in kernel.arg_names if name in arguments]
+            self.places = {name: place for place, name in enumerate(names)}
+            self.values = [None if name in changed else arguments[name] for name in names]
+            self.launch = self.launch._replace(arguments={})  # whose tensors would stay
+            self.compiled = compiled
+
+
 class Example(NamedTuple):
     """A problem's tensors, all without memory: what it is called with, its pre-activations, what its forward pass
     gives."""

@@ -43,6 +43,20 @@ def input_bias(weights: Weights, program: Program) -> Tensor | None:
     return bias
 
 
+def flat_bias(weights: Weights, program: Program) -> Tensor | None:
+    """`input_bias` of one recurrence, (G·H), from a layer's own weights, (G·H) each."""
+    if weights.b_ih is None or weights.b_hh is None:
+        return None
+    bias = weights.b_ih + weights.b_hh
+    if program.split:
+        hidden = len(bias) // len(program.gates)
+        for is_sum, gates in _alike(program, range(len(program.gates))):
+            if not is_sum:
+                rows = slice(gates.start * hidden, gates.stop * hidden)
+                bias[rows] = weights.b_ih[rows]
+    return bias
+
+
 def _normalised(x: Tensor, weights: Weights, bias: Tensor | None, program: Program, kept: Normalised | None) -> Tensor:
     assert weights.norm_ih is not None
     gates, normalise = _bare(x, weights, program)
@@ -115,8 +129,10 @@ def inputs_over_time(call: Call, saved: Result) -> dict[str, Tensor]:
     return values
 
 
-def gradients(call: Call, x: Tensor, saved: Result, loop: LoopGradients) -> tuple[Tensor, Weights]:
-    """The gradients of x, (T, B, I) or (T, B, N, I), and of the weights."""
+def gradients(
+    call: Call, x: Tensor, saved: Result, loop: LoopGradients, of_x: bool = True
+) -> tuple[Tensor | None, Weights]:
+    """The gradients of x, (T, B, I) or (T, B, N, I), where it is wanted, and of the weights."""
     weights, d_gates = call.weights, loop.d_gates
     d_b_ih = d_gates.sum((0, 1))
     parts_w, parts_b = [], []
@@ -128,7 +144,7 @@ def gradients(call: Call, x: Tensor, saved: Result, loop: LoopGradients) -> tupl
             parts_w.append(_of_weights(of_product, entering.to(gradient.dtype), call.controls.drop, gates))
     of_layers = None if weights.w_between is None else _of_layers(call, saved.y, d_gates)
     d_norm_ih = None if weights.norm_ih is None else _through_norm(call, x, saved.kept, d_gates)
-    d_x, d_w_ih = _projection(x, weights, d_gates[:, :, : len(weights.w_ih)])
+    d_x, d_w_ih = _projection(x, weights, d_gates[:, :, : len(weights.w_ih)], of_x)
     has_bias = weights.b_ih is not None
     return d_x, Weights(
         d_w_ih,
@@ -160,13 +176,14 @@ def _through_norm(call: Call, x: Tensor, kept: Normalised | None, d_gates: Tenso
     return d_scale
 
 
-def _projection(x: Tensor, weights: Weights, d_gates: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of x and w_ih."""
+def _projection(x: Tensor, weights: Weights, d_gates: Tensor, of_x: bool) -> tuple[Tensor | None, Tensor]:
+    """The gradients of x, where it is wanted, and w_ih."""
     if x.dim() == 3:  # one input for all recurrences
         d_flat, w_flat = d_gates.flatten(0, 1).flatten(1), weights.w_ih.flatten(0, 2)
         d_w_ih = onednn.bmm(d_flat.T[None], x.flatten(0, 1)[None]).view_as(weights.w_ih)
-        return onednn.bmm(d_flat[None], w_flat[None]).view_as(x), d_w_ih
-    return torch.einsum("tbngh,nghi->tbni", d_gates, weights.w_ih), over_steps(d_gates, x)
+        return onednn.bmm(d_flat[None], w_flat[None]).view_as(x) if of_x else None, d_w_ih
+    d_x = torch.einsum("tbngh,nghi->tbni", d_gates, weights.w_ih) if of_x else None
+    return d_x, over_steps(d_gates, x)
 
 
 def _of_layers(call: Call, y: Tensor, d_gates: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from gpu_rnn.backends.building import TritonLaunch
 from gpu_rnn.backends.persistent import bits, even_rows, rows, whole
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.backends.resident_tiles import available, shared_memory, tile
-from gpu_rnn.backends.tensors import Call, LoopGradients, Result
+from gpu_rnn.backends.tensors import Call, LoopGradients, Result, Weights
 from gpu_rnn.backends.throughput import (
     FP32_PER_CYCLE,
     SHARED_BYTES_PER_CYCLE,
@@ -323,6 +323,22 @@ def forward(call: Call, gates: Tensor, save: bool, all_states: bool) -> Result:
     launch, result = prepare_forward(call, gates, save, all_states)
     launch(gates)
     return result
+
+
+class Again:
+    """A forward pass in inference once more, of other gates, states and weights."""
+
+    def __init__(self, call: Call, gates: Tensor) -> None:
+        launch, result = prepare_forward(call, gates, save=False)
+        self.launch, self.y, self.final = building.Relaunch(launch), result.y.shape, [s.shape for s in result.final]
+        self.split = bool(call.program.split)
+
+    def __call__(self, gates: Tensor, states: Iterable[Tensor], weights: Weights) -> tuple[Tensor, list[Tensor]]:
+        y, final = gates.new_empty(self.y), [gates.new_empty(shape) for shape in self.final]
+        of_call = {"p_gates": gates, "p_initial": tuple(states), "p_y": y, "p_final": tuple(final)}
+        b_hh = weights.b_hh if self.split else None
+        self.launch(gates, **of_call, p_w=weights.w_hh, p_b_hh=b_hh, p_params=weights.params)
+        return y, final
 
 
 def backward(call: Call, saved: Result, d_y: Tensor, d_final: list[Tensor], d_inner: Tensor | None) -> LoopGradients:

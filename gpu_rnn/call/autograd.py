@@ -8,7 +8,7 @@ make_fx, is shown each pass as the op. First derivatives run on the chosen backe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -94,13 +94,21 @@ def _backward(
 ) -> list[Tensor | None]:
     """Likewise the backward pass."""
     if not onlookers.watched((*inputs.row, *d_outputs)):
-        return passes.run_backward(text, options, d_outputs, inputs, saved)
+        grads = passes.run_backward(text, options, d_outputs, inputs, saved)
+        return grads if options.of_x else [None, *grads[1:]]  # the reference, too, may have found that of x
     tensors = [saved.y, saved.gates, saved.recurrent, saved.inner]
     with custom_ops.derived():
         grads = torch.ops.gpu_rnn.rnn_backward(
             list(d_outputs), tensors, *custom_ops.in_order(inputs), text, options.encode()
         )
-    return [None if primal is None else d for primal, d in zip(inputs.primals, grads, strict=True)]
+    given = [None if primal is None else d for primal, d in zip(inputs.primals, grads, strict=True)]
+    return given if options.of_x else [None, *given[1:]]
+
+
+def _of_those(grads: Iterator[Tensor], primals: Sequence[Tensor | None], options: Options) -> list[Tensor | None]:
+    """The gradients that `Backward` gives, each in the place of its primal."""
+    wanted = [options.of_x, *(p is not None for p in primals[1:])]
+    return [next(grads) if each else None for each in wanted]
 
 
 def _states(text: str) -> int:
@@ -148,8 +156,10 @@ class Forward(torch.autograd.Function):
         if any(torch._C._functorch.is_legacy_batchedtensor(g) for g in d_outputs):  # is_grads_batched: no rule is asked
             d = passes.vjp(ctx.text, ctx.options, Inputs.flat(tensors, _states(ctx.text)), d_outputs)
             return None, None, *like_row(d)
-        d_primals = iter(Backward.apply(ctx.text, ctx.options, *tensors, y, *saved, *d_outputs))
-        return None, None, *like_row([next(d_primals) if t is not None else None for t in primals(tensors)])
+        # A rule of a transform has the gradients of all primals.
+        options = ctx.options._replace(of_x=ctx.needs_input_grad[2] or transforms.active())
+        d_primals = iter(Backward.apply(ctx.text, options, *tensors, y, *saved, *d_outputs))
+        return None, None, *like_row(_of_those(d_primals, primals(tensors), options))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -191,7 +201,7 @@ class Backward(torch.autograd.Function):
         row, saved, d_outputs = batching.split(ctx.text, ctx.options, ctx.saved_tensors)
         inputs = Inputs.flat(row, _states(ctx.text))
         incoming = iter(grads)
-        dd = [next(incoming) if p is not None else None for p in inputs.primals]
+        dd = _of_those(incoming, inputs.primals, ctx.options)
         of_d_outputs, of_primals = passes.second_vjp(ctx.text, ctx.options, inputs, d_outputs, dd)
         return None, None, *like_row(of_primals), *[None] * len(saved), *of_d_outputs
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpu_rnn import environment, memo
-from gpu_rnn.backends import aten
-from gpu_rnn.call import arguments, autocast, direct, loops, onlookers, second_order, single_step, transforms
+from gpu_rnn.backends import AGAIN, aten
+from gpu_rnn.call import arguments, autocast, direct, loops, onlookers, plans, second_order, single_step, transforms
 from gpu_rnn.call.controls import NONE, StackControls
 from gpu_rnn.call.stack import Stack, States
 from gpu_rnn.dispatch import choice
@@ -45,12 +45,18 @@ def sequence(
             found = _on_a_cpu(stack, x, hx, weights, batch_sizes, controls, steps, batch)
             if found is not None:
                 return found
+        plain = batch_sizes is None and controls is NONE and not autocasts
+        if plain and stack.plans and (planned := plans.run(stack, x, hx, weights)) is not None:
+            return planned
         problem = stack.problem(x, hx, weights, batch_sizes, controls)
-        if choice.select(problem, stack.backend) == "aten":
+        chosen = choice.select(problem, stack.backend)
+        if chosen == "aten":
             states = hx or stack.initial(x, weights, batch)
             if x.is_cuda:
                 return *_aten_on_gpu(stack, x, states, weights, batch_sizes, problem.training), ()
             return *_aten(stack, x, states, weights, batch_sizes), ()
+        if plain and chosen in AGAIN and not problem.training:
+            plans.learn(stack, x, hx or stack.initial(x, weights, batch), weights)
     elif _recorded_as_aten(stack.backend) and _takes_aten(stack, x, controls):
         return *_aten(stack, x, hx or stack.initial(x, weights, batch), weights, batch_sizes, recorded=True), ()
     if not alike:

@@ -50,6 +50,11 @@ class Stack:
         """Whether there is one, which runs forward in time."""
         return self.num_layers == 1 and not self.bidirectional
 
+    @once
+    def plans(self) -> dict[torch.Size, object]:
+        """Kept by `gpu_rnn.call.plans`."""
+        return {}
+
     @property
     def reverse(self) -> str:
         """A character for each direction, "1" where time runs backwards."""

@@ -13,7 +13,6 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +23,7 @@ from gpu_rnn.backends import BACKENDS, KERNELS, LOOPS, SOURCES, WAVEFRONTS, prec
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.dispatch import measured as choices
 from gpu_rnn.dispatch import wavefront_plan
+from gpu_rnn.dispatch.lines import Way, like, way
 from gpu_rnn.dispatch.measured import Question, Times
 from gpu_rnn.memo import memoize
 
@@ -105,6 +105,11 @@ def trial(backend: str) -> Iterator[dict[Question, str]]:
         vars(_trial).update(before)
 
 
+def on_trial() -> bool:
+    """Whether a backend is being measured in this thread."""
+    return bool(_trial.backend)
+
+
 def remember(device: devices.Device, found: Mapping[Question, Times]) -> Path:
     """Keeps what was measured on a device: `select` goes by it from now on. Returns the file.
 
@@ -140,14 +145,13 @@ def _select(problem: Problem, backend: str, among: tuple[str, ...], preferred: s
                 f"backend={backend!r} cannot run this call:\n{listed}\nUse backend='auto', or remove the cause."
             )
         return backend
-    candidates = _candidates(replace(problem, T=min(problem.T, 2)), among)
+    candidates = _candidates(like(problem), among)
     if preferred in candidates.able and candidates.runs(preferred):
         return preferred
     places = {name: place for place, name in enumerate(choices.find(problem, among))}
-    seconds = (
-        partial(total_cost, problem) if wavefront_plan.possible(problem) else partial(candidates.seconds, problem.T)
+    order = sorted(
+        candidates.able, key=lambda name: (places.get(name, len(places)), candidates.seconds(problem.T, name))
     )
-    order = sorted(candidates.able, key=lambda name: (places.get(name, len(places)), seconds(name)))
     chosen = next(filter(candidates.runs, order))
     if chosen == "reference":
         against = [(name, reason) for name in among for reason in BACKENDS[name].unsupported(problem)]
@@ -156,44 +160,27 @@ def _select(problem: Problem, backend: str, among: tuple[str, ...], preferred: s
     return chosen
 
 
-class _Line:
-    """Seconds of one pass: a model adds so much for each step to what a call takes however long it is. One step may be
-    a matter of its own."""
-
-    def __init__(self, problem: Problem, name: str) -> None:
-        self.start, cost = problem.T, BACKENDS[name].cost
-        self.first = cost(problem, None)
-        last = self.first if problem.T == 1 else cost(replace(problem, T=problem.T + FAR), None)
-        self.step = (last - self.first) / FAR if math.isfinite(self.first) else 0.0
-
-    def at(self, steps: int) -> float:
-        return self.first + (steps - self.start) * self.step
-
-
-FAR = 1024  # steps between the two points of a line: rounding is far below what models know
-
-
 class _Candidates:
     """Those that can run a problem of one step, or of any larger number, and their cost models."""
 
     def __init__(self, problem: Problem, among: tuple[str, ...]) -> None:
         self.problem = problem
         self.able = [name for name in among if not BACKENDS[name].unsupported(problem)]
-        self.there = {name: _Line(problem, name) for name in self.able}
+        self.there = {name: way(problem, name).seconds for name in self.able}
         after, self.back = replace(problem, direction="backward"), {}
         if problem.direction == "training":
             named = {*(name for name in self.able if name not in LOOPS), *LOOPS}
-            self.back = {name: _Line(after, name) for name in named if not BACKENDS[name].unsupported(after)}
+            self.back = {name: way(after, name).seconds for name in named if not BACKENDS[name].unsupported(after)}
         self.refused: dict[str, bool] = {}
 
     def seconds(self, steps: int, name: str) -> float:
-        """As `total_cost`, for what is no wavefront."""
-        seconds = self.there[name].at(steps)
+        """As `total_cost`."""
+        seconds = self.there[name](steps)
         if not self.back:
             return seconds
         if name not in LOOPS:
-            return seconds + self.back[name].at(steps)
-        return seconds + min(self.back[loop].at(steps) for loop in LOOPS if loop in self.back)
+            return seconds + self.back[name](steps)
+        return seconds + min([self.back[loop](steps) for loop in LOOPS if loop in self.back])
 
     def runs(self, name: str) -> bool:
         """Whether one that is about to be taken can run the problem after all."""
@@ -245,17 +232,8 @@ def total_cost(
 
 def _cost(problem: Problem, name: str, constants: rates.Rates | None) -> float:
     """Seconds for one pass; of a stack on a loop the less of layer after layer and of a wavefront."""
-    return min(BACKENDS[name].cost(problem, constants), _staggered(problem, name, constants)[1])
-
-
-def _staggered(problem: Problem, name: str, constants: rates.Rates | None = None) -> tuple[int, float]:
-    """The best chunk of a wavefront on a loop and its seconds for one pass, infinitely many where it cannot run so."""
-    backend = BACKENDS[name]
-    if name not in WAVEFRONTS or not wavefront_plan.possible(problem):
-        return problem.T, math.inf
-    if backend.unsupported(wavefront_plan.launched(problem, problem.T, problem.layers)):
-        return problem.T, math.inf
-    return wavefront_plan.plan(problem, lambda part: backend.cost(part, constants))
+    one = like(problem)
+    return (way(one, name) if constants is None else Way(one, name, constants)).seconds(problem.T)
 
 
 def wavefront(problem: Problem, backend: str = "auto") -> tuple[str, int]:
@@ -324,14 +302,21 @@ class _Plan(NamedTuple):
 @memoize(1024)
 def _plan(problem: Problem, loop: str) -> _Plan:
     """For a loop, or the best of them."""
-    one, named = replace(problem, layers=1), [name for name in KERNELS if loop in ("auto", name)]
-    each = [BACKENDS[name].cost(one) for name in named if not BACKENDS[name].unsupported(one)]
-    alone = problem.layers * min(each, default=0.0)
-    plans = (_staggered(problem, name) for name in named)
-    chunk, seconds = min(plans, key=lambda plan: plan[1], default=(0, math.inf))
+    single, ways = _ways(like(problem), loop)
+    alone = problem.layers * min((each.alone.at(problem.T) for each in single), default=0.0)
+    chunk, seconds = min((each.plan(problem.T) for each in ways), key=lambda plan: plan[1], default=(0, math.inf))
     if seconds < alone:
         return _Plan(alone - seconds, chunk, wavefront_plan.launched(problem, chunk, problem.layers))
     return _Plan(alone - seconds, problem.T, wavefront_plan.launched(problem, problem.T, 1))
+
+
+@memoize(1024)
+def _ways(problem: Problem, loop: str) -> tuple[list[Way], list[Way]]:
+    """Of one layer, and of the stack, on a loop or all of them."""
+    one, named = replace(problem, layers=1), [name for name in KERNELS if loop in ("auto", name)]
+    return [way(one, name) for name in named if not BACKENDS[name].unsupported(one)], [
+        way(problem, name) for name in named
+    ]
 
 
 @memoize(1024, stays="what was said once is not said again")

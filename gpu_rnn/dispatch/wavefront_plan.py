@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Protocol
 
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.devices import Device
@@ -30,28 +31,42 @@ def idles(device: Device) -> bool:
 def launched(problem: Problem, steps: int, layers: int) -> Problem:
     """What a launch of so many steps and layers of a stack is to a backend."""
     flags = problem.flags or problem.lengths
-    one = replace(problem, T=steps, N=layers, layers=1, reverse="0" * layers)
-    return replace(one, flags=flags, lengths=False, packed=False)
+    return replace(problem, T=steps, N=layers, layers=1, reverse="0" * layers, flags=flags, lengths=False, packed=False)
 
 
-def plan(problem: Problem, cost: Callable[[Problem], float]) -> tuple[int, float]:
-    """The chunk that takes least by a cost model, and the seconds that it predicts.
+class OfSteps(Protocol):
+    """What some cost model says of a problem: so many seconds more for each step."""
+
+    step: float
+
+    def at(self, steps: int) -> float:
+        """Seconds."""
+
+
+class Staggered:
+    """A stack as a wavefront on one backend, for any number of steps.
 
     A launch takes a + b·steps, so K chunks take (K + L - 1)(a + b·T/K), which is least at K = √(b·T·(L - 1)/a).
     """
-    layers, total = problem.layers, problem.T
-    single = replace(problem, layers=1)
-    bare = replace(problem, I=0)  # the products of the input are the same, however they are cut
-    products = layers * (cost(single) - cost(replace(single, I=0)))
-    one, whole = (cost(launched(bare, steps, layers)) for steps in (1, total + 1))
-    step = (whole - one) / total
-    start = BETWEEN + max(one - step, 0.0)
-    count = round(math.sqrt(step * total * (layers - 1) / start))
-    if start + step < HOST:
-        count = min(count, int(step * total / (HOST - start)))
-    chunk = total // min(max(1, count), total)
-    odd, count = total % chunk, total // chunk
-    seconds = products + (count + layers - 1) * max(HOST, start + step * chunk)
-    if odd:
-        seconds += layers * max(HOST, BETWEEN + cost(launched(bare, odd, 1)))
-    return chunk, seconds
+
+    def __init__(self, problem: Problem, line: Callable[[Problem], OfSteps]) -> None:
+        single = replace(problem, T=2, layers=1)
+        bare = replace(problem, I=0)  # the products of the input are the same, however they are cut
+        self.layers = problem.layers
+        self.single, self.loop = line(single), line(replace(single, I=0))
+        self.together, self.alone = (line(launched(bare, 2, layers)) for layers in (problem.layers, 1))
+
+    def plan(self, total: int) -> tuple[int, float]:
+        """The chunk that takes least, and its seconds."""
+        layers, step = self.layers, self.together.step
+        products = layers * (self.single.at(total) - self.loop.at(total))
+        start = BETWEEN + max(self.together.at(1) - step, 0.0)
+        count = round(math.sqrt(step * total * (layers - 1) / start))
+        if start + step < HOST:
+            count = min(count, int(step * total / (HOST - start)))
+        chunk = total // min(max(1, count), total)
+        odd, count = total % chunk, total // chunk
+        seconds = products + (count + layers - 1) * max(HOST, start + step * chunk)
+        if odd:
+            seconds += layers * max(HOST, BETWEEN + self.alone.at(odd))
+        return chunk, seconds

@@ -12,11 +12,11 @@ import gpu_rnn
 from gpu_rnn import backends
 from gpu_rnn.call import passes
 from gpu_rnn.diagnostics import debugging, tuning
-from gpu_rnn.dispatch import choice
+from gpu_rnn.dispatch import choice, lines
 from tests.support import toy_backend
 from tests.support.profiling import operations
 
-READERS = (backends, choice, passes, debugging, tuning)
+READERS = (backends, choice, lines, passes, debugging, tuning)
 
 
 @pytest.fixture
@@ -30,6 +30,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(module, field, value)
     for name in ("_select", "_candidates"):
         monkeypatch.setattr(choice, name, getattr(choice, name).__wrapped__)
+    monkeypatch.setattr(choice, "way", lines.Way)
 
 
 def test_what_follows_from_the_table() -> None:

@@ -319,7 +319,7 @@ def test_what_is_written_is_what_dispatch_counts_with(
         assert "; fitted to tests/data/costs_synthetic.csv (Synthetic H100 (made-up" in text
     finally:
         rates._fitted.cache_clear()
-        memo.clear(choice.__name__)
+        memo.clear("gpu_rnn.dispatch")
 
 
 @pytest.fixture
@@ -337,7 +337,7 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
 
     yield write
     rates._fitted.cache_clear()
-    memo.clear(choice.__name__)
+    memo.clear("gpu_rnn.dispatch")
 
 
 def test_devices_of_one_capability_have_each_their_own_constants(written: Callable[[str, float], None]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
 
 import gpu_rnn
+from gpu_rnn.backends import linear
 from gpu_rnn.backends.tensors import Weights
 from tests.support import loops as support
 from tests.support import native
@@ -303,3 +304,25 @@ def test_only_what_wants_a_gradient_gets_one(name: str, backend: str) -> None:
         grads = {other: tensor.grad for other, tensor in inputs.named().items()}
         torch.testing.assert_close(grads.pop(wanted), expected[f"d {wanted}"], **CLOSE)
         assert all(g is None for g in grads.values())
+
+
+@pytest.mark.parametrize("backend", ["step", "reference"])
+@pytest.mark.parametrize("twice", [False, True])
+def test_an_input_that_wants_no_gradient_costs_no_product(
+    twice: bool, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first layer of a model: a third of the products over all steps. Those of the weights are the same bits."""
+    wanted: list[bool] = []
+    project = linear._projection
+    monkeypatch.setattr(linear, "_projection", lambda *given: wanted.append(given[-1]) or project(*given))
+    layer, x = gpu_rnn.GRU(2, 3, reset_after=False, backend=backend), torch.randn(4, 2, 2)
+    weights = list(layer.parameters())
+
+    def gradients(x: Tensor) -> list[Tensor]:
+        grads = torch.autograd.grad(layer(x)[0].square().sum(), weights, create_graph=twice)
+        return list(torch.autograd.grad([g.square().sum() for g in grads], weights)) if twice else list(grads)
+
+    without, with_it = gradients(x), gradients(x.clone().requires_grad_())
+    assert all(map(torch.equal, without, with_it))
+    passes = len(wanted) // 2
+    assert wanted == [False] * passes + [True] * passes and bool(passes) == (backend == "step")

@@ -19,7 +19,7 @@ from gpu_rnn.backends.group import nvrtc
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.backends.step import launch as step
 from gpu_rnn.diagnostics import explanation
-from gpu_rnn.dispatch import choice
+from gpu_rnn.dispatch import choice, lines
 from tests.support import loops as support
 
 COMPILE = nvrtc.compile_cubin
@@ -97,13 +97,15 @@ def test_every_model_adds_so_much_for_each_step(
     assert candidates.able == [name for name, module in choice.BACKENDS.items() if not module.unsupported(long)]
     for name in candidates.able:
         assert candidates.seconds(777, name) == pytest.approx(choice.total_cost(long, name), rel=1e-9)
+        asked = lines.way(lines.like(long), name).alone.at(777)
+        assert asked == pytest.approx(choice.BACKENDS[name].cost(long), rel=1e-9)
 
 
 def test_the_choice_follows_costs_and_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     given = problem()
     monkeypatch.setattr(step, "cost", lambda problem, constants: 0.0)
     assert choice.select(given) == "step"
-    memo.clear(choice.__name__)
+    memo.clear("gpu_rnn.dispatch")
     monkeypatch.setattr(step, "unsupported", lambda problem: ["broken"])
     assert choice.select(given) == "aten"
     assert choice.select(given, among=choice.LOOPS) == "reference"
@@ -170,7 +172,7 @@ def test_a_described_device_has_what_is_not_installed_here(monkeypatch: pytest.M
     everything = gpu_rnn.explain(layer, x, device="H100")
     said = str(everything)
     assert everything.chosen == "group" and "Here" not in said
-    memo.clear(choice.__name__)
+    memo.clear("gpu_rnn.dispatch")
     monkeypatch.setattr(nvrtc, "unavailable", lambda: f"CuPy is not installed: {nvrtc.INSTALL}")
     monkeypatch.setattr(nvrtc, "compile_cubin", lambda source, arch: pytest.fail("there is nothing to compile with"))
     group.fit.cache_clear()
@@ -266,10 +268,10 @@ def test_environment_names_a_preference(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("GPU_RNN_BACKEND", "reference")
     assert choice.select(problem()) == "reference"
     assert choice.select(problem(), "step") == "step"
-    memo.clear(choice.__name__)
+    memo.clear("gpu_rnn.dispatch")
     monkeypatch.setenv("GPU_RNN_BACKEND", "resident")  # cannot run here: only a preference
     assert choice.select(problem()) == "aten"
-    memo.clear(choice.__name__)
+    memo.clear("gpu_rnn.dispatch")
     monkeypatch.setenv("GPU_RNN_BACKEND", "fastest")
     with pytest.raises(ValueError, match="GPU_RNN_BACKEND is 'fastest'"):
         choice.select(problem())

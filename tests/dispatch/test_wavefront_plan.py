@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from gpu_rnn.backends import resident
 from gpu_rnn.backends.group import launch as group
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.dispatch import choice, wavefront_plan
+from gpu_rnn.dispatch.lines import Line
 from tests.support import tables
 from tests.support.paths import ROOT
 
@@ -33,7 +35,7 @@ def test_the_chunk_is_the_best_by_the_model() -> None:
     def cost(part: Problem) -> float:  # a launch of 10 µs, 1 µs a step; nothing for input products
         return 1e-5 + 1e-6 * part.T
 
-    chunk, seconds = wavefront_plan.plan(problem, cost)
+    chunk, seconds = wavefront_plan.Staggered(problem, partial(Line, cost)).plan(1600)
     assert 1600 % chunk == 0  # no odd steps, so that the formula is exact
 
     def total(count: int) -> float:
@@ -56,7 +58,8 @@ def test_where_a_stack_is_staggered() -> None:
     inference = replace(described(), direction="inference")
     name, chunk = choice.wavefront(inference)
     assert 1 < chunk < 1600 and name in choice.KERNELS
-    assert choice.total_cost(inference, name) == wavefront_plan.plan(inference, choice.BACKENDS[name].cost)[1]
+    staggered = wavefront_plan.Staggered(inference, partial(Line, choice.BACKENDS[name].cost))
+    assert choice.total_cost(inference, name) == staggered.plan(1600)[1]
 
 
 def test_explain_says_so() -> None:
@@ -94,7 +97,8 @@ def table() -> str:
         for direction in ("training", "backward"):
             of_pass = replace(problem, direction=direction)
             loops = [loop for loop in (group, resident) if not loop.unsupported(of_pass)]
-            chunk, seconds = min((wavefront_plan.plan(of_pass, loop.cost) for loop in loops), key=lambda plan: plan[1])
+            ways = (wavefront_plan.Staggered(of_pass, partial(Line, loop.cost)).plan(steps) for loop in loops)
+            chunk, seconds = min(ways, key=lambda plan: plan[1])
             one_by_one = layers * min(loop.cost(replace(of_pass, layers=1)) for loop in loops)
             figures += [f"{1e6 * one_by_one / steps:.2f}", f"{1e6 * seconds / steps:.2f}, {chunk}"]
         way = "as a wavefront" if choice.staggers(problem) else "one by one"
