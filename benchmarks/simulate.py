@@ -31,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--hidden", type=positive(int), required=True, metavar="H", help="units")
     found.add_argument("--batch", type=positive(int), required=True, metavar="B", help="rows")
     found.add_argument("--heads", type=positive(int), default=1, metavar="N", help="recurrences side by side")
+    found.add_argument("--layer-norm", action="store_true", help="the products are normalised")
     found.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="fp32 multiplies in tf32, ieee in full")
     found.add_argument("--device", default="H100", metavar="NAME", help=f"of {', '.join(machines.MACHINES)}")
     found.add_argument("--pass", dest="direction", choices=DIRECTIONS, default="inference")
@@ -56,6 +57,7 @@ def problem_of(options: argparse.Namespace) -> Problem:
         device_type="cuda",
         device=devices.describe(options.device),
         direction=options.direction,
+        norm=options.layer_norm,
         precision="tf32" if options.dtype == "fp32" else "ieee",
     )
 

@@ -121,7 +121,7 @@ def _group(problem: Problem) -> list[Kernel]:
         _alone(choice.groups * problem.N, problem)
     code = code_of(nvrtc.compile_cubin(source(layout), nvrtc.architecture(problem.device.capability)))
     rounds = -(-problem.B // (layout.rows * choice.groups)) * -(-problem.N // choice.at_once)
-    rounds, hops = (1, 0) if layout.members == 1 else (rounds, layout.stages)
+    rounds, hops = (1, 0) if layout.members == 1 else (rounds, layout.hops)
     return [Kernel(layout.kernel, code, through_group(code, layout), rounds, hops)]
 
 

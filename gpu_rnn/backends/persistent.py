@@ -16,8 +16,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 OLDEST = (8, 0)
 
 
-def unsupported(problem: Problem) -> list[str]:
-    """What speaks against both kernels."""
+def unsupported(problem: Problem, *more: str) -> list[str]:
+    """What speaks against both kernels; `more`: options that one of them takes."""
     device, reasons = problem.device, []
     if device.is_gpu and device.capability < OLDEST:
         reasons.append(f"needs compute capability {OLDEST[0]}.{OLDEST[1]} or newer, which {device.name} has not")
@@ -25,7 +25,7 @@ def unsupported(problem: Problem) -> list[str]:
         reasons.append("has no projection of h (proj_size)")
     if problem.dtype not in DTYPES:
         reasons.append(f"takes float16, bfloat16 and float32, not {str(problem.dtype).removeprefix('torch.')}")
-    return reasons + problem.without(*CONTROL_FIELDS, "all_states")
+    return reasons + problem.without(*CONTROL_FIELDS, "all_states", *more)
 
 
 def summed(call: Call, grads: LoopGradients) -> LoopGradients:

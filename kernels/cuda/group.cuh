@@ -75,6 +75,16 @@ typedef Stage<0> First;
 typedef Stage<STAGES - 1> Last;
 constexpr int MOST = First::COUNT > Last::COUNT ? First::COUNT : Last::COUNT;
 
+// Publications of a step. With NORM, layer normalisation (group_norm.cuh), each
+// product has one of sums as well, before the words of the backward direction
+// and behind those of the forward one: of two neighbours one is of sums.
+constexpr int OF_A_PRODUCT = NORM ? 2 : 1;
+constexpr int HOPS = STAGES * OF_A_PRODUCT;
+DEVICE constexpr bool of_sums(int number) {
+  return NORM && (number & 1) != BACKWARD;
+}
+constexpr int ANY_NORM = NORM ? GATES : 1;
+
 // Shared memory: weights beyond the registers, two buffers of partial sums, and
 // two slots of words, of a group of one or of a cluster, which counts them too.
 constexpr int SPILLED = GATES * OWN_BLOCKS * (SHARE - HELD); // fragments a warp
@@ -82,6 +92,10 @@ constexpr int PARTS = BACKWARD || DROP == 2 ? MOST : 1;      // words of a unit
 constexpr int RESULTS = BACKWARD && DROP < 2 ? 1 : MOST;     // sums of a unit
 constexpr int SUM_FLOATS = ALONG > 1 ? OWN_BLOCKS * RESULTS * COLUMNS * 4 : 0;
 constexpr int SLOT = TILES * PARTS * DEPTH * 2 * COLUMNS * 32; // words
+constexpr int SLOT_SUMS =
+    NORM ? TILES * DEPTH * MOST * ROWS : 0; // pairs of fp32
+constexpr int WHOLE_SLOT =
+    SLOT + SLOT_SUMS * 8 / static_cast<int>(sizeof(Word));
 
 // Of a lane's words in a slot the w-th that the stage uses: of each block of
 // the depth those of its parts.
@@ -93,7 +107,8 @@ template <class S> DEVICE constexpr int word_offset(int w) {
 constexpr long long WEIGHT_BYTES = THREADS * 4LL * FRAGMENT * SPILLED;
 constexpr long long SUM_BYTES = 2 * THREADS * 4LL * SUM_FLOATS;
 constexpr long long WORD_BYTES =
-    MEMBERS == 1 || CLUSTER ? 2LL * sizeof(Word) * SLOT : 0;
+    MEMBERS == 1 || CLUSTER ? sizeof(Word) * (NORM ? WHOLE_SLOT : 2LL * SLOT)
+                            : 0;
 
 // Of a tile's words in a publication. Of two stages one has the even numbers.
 DEVICE constexpr int tile_bytes(int number) {
@@ -273,6 +288,7 @@ struct Common {
   long long stride_t, stride_b, stride_n, stride_g; // of gates and d_gates
   const Scalar *p_w;                                // (N, G, H, H)
   const Scalar *p_params;                           // (N, P, H) or null
+  const Scalar *p_norm;                             // (N, G, H) with NORM
   const long long *p_lengths;                       // (B,) or null
   const unsigned char *p_flags;                     // (T, B, N) with FLAGS
   const Scalar *p_values;      // (S, 1 or T, B, N, H) with VALUES
@@ -324,6 +340,18 @@ DEVICE void finish(const Row (&rows)[OWNED], const Common &common,
       store_pair(p + s * common.B * common.N * common.H, rows[k].state[s],
                  rows[k].count);
   }
+}
+
+// Of each gate's normalised products; 0 beyond the last unit.
+DEVICE void load_scale(float (&scale)[ANY_NORM][2], const Common &common,
+                       const Seat &seat, const Spot &spot) {
+#pragma unroll
+  for (int gate = 0; NORM && gate < GATES; gate++)
+    load_pair(scale[gate],
+              common.p_norm +
+                  (seat.n * static_cast<long long>(GATES) + gate) * common.H +
+                  spot.unit,
+              spot.count);
 }
 
 DEVICE void load_params(float (&params)[ANY_PARAMS][2], const Common &common,

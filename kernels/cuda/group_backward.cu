@@ -7,7 +7,11 @@
 // products over all steps, made elsewhere.
 #include "group_derivative.cuh"
 
-DEVICE void prepare(Pair &, const Backward &, const Seat &, const Spot &) {}
+DEVICE void prepare(Pair &pair, const Backward &b, const Seat &seat,
+                    const Spot &spot) {
+  if constexpr (!FMA)
+    load_scale(pair.scale, b, seat, spot);
+}
 
 // What the stage's d_gates of publication `number` give in a tile.
 template <class S>
@@ -16,7 +20,7 @@ DEVICE void take_product(Totals &totals, const Seat &seat,
                          Exchange &exchange, int number, int tile) {
   Accumulators<S> sums;
   product<S>(sums, weights, exchange, seat, number, tile);
-  join<S>(totals, sums, seat, spots, number * TILES + tile);
+  join<S>(totals, sums, seat, spots, number / OF_A_PRODUCT * TILES + tile);
 }
 
 // Adds it to the gradient of what entered the product.
@@ -41,7 +45,44 @@ DEVICE void publish_gradients(Exchange &exchange, const Seat &seat,
   for (int gate = S::START; gate < S::STOP; gate++) {
     const int kept = KEPT_OF[gate];
     exchange.publish(seat, spot, number, tile, gate - S::START,
-                     kept < 0 ? step.d_a[gate] : step.d_r[kept < 0 ? 0 : kept]);
+                     NORM       ? step.normal.d[gate]
+                     : kept < 0 ? step.d_a[gate]
+                                : step.d_r[kept < 0 ? 0 : kept]);
+  }
+}
+
+// The gradients of the stage's normalised products become those of the products
+// themselves; `number` is the publication of their sums.
+template <class S>
+DEVICE void through_sums(Step (&steps)[OWNED], const Backward &b,
+                         const Seat &seat, const Spot (&spots)[OWNED],
+                         const Pair (&pairs)[OWNED], const Row (&rows)[OWNED],
+                         Exchange &exchange, int t, int number, int tile) {
+#pragma unroll
+  for (int k = 0; k < OWNED; k++) {
+    if (!spots[k].taken)
+      continue;
+    if constexpr (FMA) {
+      load_normal<S::START, S::STOP>(steps[k], b, seat, spots[k], rows[k]);
+      float scale[ANY_NORM][2];
+      load_scale(scale, b, seat, spots[k]);
+      scale_gradients<S>(steps[k], scale);
+    } else {
+      scale_gradients<S>(steps[k], pairs[k].scale);
+    }
+    publish_gradient_sums<S>(steps[k].normal, seat, spots[k], exchange, number);
+  }
+  exchange.published(tile);
+  exchange.retire(seat, spots, number);
+  exchange.await(number, tile);
+#pragma unroll
+  for (int k = 0; k < OWNED; k++) {
+    if (!spots[k].taken)
+      continue;
+    through_norm<S>(steps[k].normal, seat, spots[k], exchange, number,
+                    static_cast<int>(b.H),
+                    t < rows[k].length && !(steps[k].flags & SKIP));
+    publish_gradients<S>(exchange, seat, spots[k], steps[k], number + 1, tile);
   }
 }
 
@@ -98,8 +139,12 @@ DEVICE void advance(Step (&steps)[OWNED], const Backward &b, const Seat &seat,
     unpack(steps[k], t);
     reset(steps[k].before, steps[k].flags, b, seat, spots[k], rows[k], t);
     differentiate<Last>(steps[k], pairs[k], rows[k], t < rows[k].length);
-    publish_gradients<Last>(exchange, seat, spots[k], steps[k], number, tile);
+    if (!NORM)
+      publish_gradients<Last>(exchange, seat, spots[k], steps[k], number, tile);
   }
+  if constexpr (NORM)
+    through_sums<Last>(steps, b, seat, spots, pairs, rows, exchange, t, number,
+                       tile);
   exchange.published(tile);
 #pragma unroll
   for (int k = 0; k < OWNED; k++)
@@ -125,9 +170,13 @@ DEVICE void advance_first(Step (&steps)[OWNED], const Backward &b,
     steps[k].d_handed[0][0] = d_entering[0];
     steps[k].d_handed[0][1] = d_entering[1];
     differentiate<First>(steps[k], pairs[k], rows[k], t < rows[k].length);
-    publish_gradients<First>(exchange, seat, spots[k], steps[k], number + 1,
-                             tile);
+    if (!NORM)
+      publish_gradients<First>(exchange, seat, spots[k], steps[k], number + 1,
+                               tile);
   }
+  if constexpr (NORM)
+    through_sums<First>(steps, b, seat, spots, pairs, rows, exchange, t,
+                        number + 1, tile);
   exchange.published(tile);
 #pragma unroll
   for (int k = 0; k < OWNED; k++)
@@ -155,11 +204,12 @@ DEVICE void step_back(const Backward &b, const Seat &seat,
               t, number, tile);
     if (t < 0)
       return;
-    exchange.retire(seat, spots, number);
+    const int words = number + OF_A_PRODUCT - 1;
+    exchange.retire(seat, spots, words);
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++)
       advance_first(steps[tile], b, seat, spots, pairs, rows[tile], weights,
-                    exchange, t, number, tile);
+                    exchange, t, words, tile);
   }
 }
 
@@ -178,9 +228,9 @@ DEVICE void run(const Backward &b, const Seat &seat, const Spot (&spots)[OWNED],
   }
   for (int i = 0; i <= b.T; i++) {
     if (i > 0)
-      exchange.retire(seat, spots, number + STAGES * i - 1);
+      exchange.retire(seat, spots, number + HOPS * i - 1);
     step_back(b, seat, spots, pairs, rows, weights, exchange,
-              static_cast<int>(b.T) - 1 - i, number + STAGES * i);
+              static_cast<int>(b.T) - 1 - i, number + HOPS * i);
   }
 #pragma unroll
   for (int tile = 0; tile < TILES; tile++)
@@ -214,6 +264,8 @@ DEVICE void spoil_outputs(const Backward &b) {
   const long long units = b.B * b.N * b.H;
   spoil_gates(b.p_d_gates, b);
   spoil(b.p_d_recurrent, b.T * SPLITS * units);
+  if constexpr (NORM)
+    spoil(b.p_d_products, b.T * GATES * units);
   spoil(b.p_end, STATES * units);
   spoil(b.p_d_params, b.shares * b.N * PARAMS * b.H);
   if constexpr (VALUES > 0)
@@ -228,6 +280,9 @@ extern "C" __global__ void LAUNCH_BOUNDS group_backward(
     const Scalar *p_initial,      // (S, B, N, H)
     const Scalar *p_w,            // (N, G, H, H)
     const Scalar *p_params,       // (N, P, H) or null
+    const Scalar *p_norm,         // (N, G, H), with NORM
+    const Scalar *p_normal,       // (T, B, N, G, H), with NORM
+    const float *p_rstd,          // (T, B, N, G), with NORM
     const long long *p_lengths,   // (B,) or null
     const unsigned char *p_flags, // (T, B, N), with FLAGS
     const Scalar *p_values,       // (S, 1 or T, B, N, H), with VALUES
@@ -238,6 +293,7 @@ extern "C" __global__ void LAUNCH_BOUNDS group_backward(
     const Scalar *p_d_final,      // (S, B, N, H)
     Scalar *p_d_gates,            // (T, B, N, G, H) out
     Scalar *p_d_recurrent,        // (T, B, N, R, H) out
+    Scalar *p_d_products,         // (T, B, N, G, H) out, with NORM
     Scalar *p_d_initial,          // (S, B, N, H) out
     float *p_d_params,            // (groups x ALONG, N, P, H) zeros, out
     float *p_d_values,           // (S, 1 or T, B, N, H) zeros, out, with VALUES
@@ -255,17 +311,20 @@ extern "C" __global__ void LAUNCH_BOUNDS group_backward(
   const Seat seat(first_n, groups);
   const bool reversed = reverse >> (seat.n % period) & 1;
   const Backward b = {{T, B, N, H, reversed, stride_t, stride_b, stride_n,
-                       stride_g, p_w, p_params, p_lengths, p_flags, p_values,
-                       p_drop, p_zone, p_d_final, p_d_initial},
+                       stride_g, p_w, p_params, p_norm, p_lengths, p_flags,
+                       p_values, p_drop, p_zone, p_d_final, p_d_initial},
                       p_gates,
                       p_recurrent,
                       p_inner,
                       p_y,
                       p_initial,
+                      p_normal,
+                      p_rstd,
                       p_d_y,
                       p_d_gates,
                       p_d_inner,
                       p_d_recurrent,
+                      p_d_products,
                       p_d_values,
                       p_d_params,
                       static_cast<long long>(groups) * ALONG,

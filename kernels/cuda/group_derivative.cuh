@@ -7,17 +7,20 @@
 struct Backward : Common {
   // What a thread keeps of its pair of units for all rows.
   struct Pair {
-    float params[ANY_PARAMS][2], d_params[ANY_PARAMS][2];
+    float params[ANY_PARAMS][2], d_params[ANY_PARAMS][2], scale[ANY_NORM][2];
   };
   const Scalar *p_gates;     // (T, B, N, G, H) pre-activations
   const Scalar *p_recurrent; // (T, B, N, R, H)
   const float *p_inner;      // (S - 1, T, B, N, H)
   const Scalar *p_y;         // (T, B, N, H)
   const Scalar *p_initial;   // (S, B, N, H)
+  const Scalar *p_normal;    // (T, B, N, G, H) normalised products, with NORM
+  const float *p_rstd;       // (T, B, N, G) 1 over their deviations
   const Scalar *p_d_y;       // (T, B, N, H)
   Scalar *p_d_gates;         // (T, B, N, G, H) out
   const float *p_d_inner;    // (S - 1, T, B, N, H), with INNER
   Scalar *p_d_recurrent;     // (T, B, N, R, H) out
+  Scalar *p_d_products;      // (T, B, N, G, H) out, with NORM
   float *p_d_values;         // (S, 1 or T, B, N, H) sums, with VALUES
   float *p_d_params;         // (shares, N, P, H) sums
   long long shares, d_y_stride_t, d_y_stride_b, d_y_stride_n;
@@ -35,6 +38,7 @@ struct Step {
   // Of what the first of two parts hands on: what entered the second product,
   // then the others; and of the states before, as far as the second part goes.
   float d_handed[1 + HANDED][2], d_before[STATES][2];
+  Normal normal; // with NORM
   long long time;
   int flags;
   unsigned keeps; // bits: units that keep a state
@@ -76,6 +80,21 @@ DEVICE void unpack(Step &step, int t) {
   }
 }
 
+// The normalised products of some gates. In full fp32, which has no registers
+// for them and their scales meanwhile, both are loaded when they are needed.
+template <int FROM, int TO>
+DEVICE void load_normal(Step &step, const Backward &b, const Seat &seat,
+                        const Spot &spot, const Row &row) {
+  const long long place = (step.time * b.B + row.batch) * b.N + seat.n;
+#pragma unroll
+  for (int gate = FROM; gate < TO; gate++) {
+    const long long at = place * GATES + gate;
+    load_raw(step.normal.raw[gate], b.p_normal + at * b.H + spot.unit,
+             row.count);
+    step.normal.rstd[gate] = row.count > 0 ? b.p_rstd[at] : 0.0f;
+  }
+}
+
 // What the step needs, on its way before the wait for the others' words.
 DEVICE void prefetch(Step &step, const Backward &b, const Seat &seat,
                      const Spot &spot, const Row &row, int t) {
@@ -90,6 +109,8 @@ DEVICE void prefetch(Step &step, const Backward &b, const Seat &seat,
 #pragma unroll
   for (int k = 0; k < SPLITS; k++)
     load_raw(step.raw_r[k], p_recurrent + k * b.H, row.count);
+  if constexpr (NORM && !FMA)
+    load_normal<0, GATES>(step, b, seat, spot, row);
   load_raw(step.raw_d_y,
            b.p_d_y + step.time * b.d_y_stride_t + row.batch * b.d_y_stride_b +
                seat.n * b.d_y_stride_n + spot.unit,
@@ -238,6 +259,21 @@ DEVICE void differentiate(Step &step, Pair &pair, Row &row, bool active) {
   }
 }
 
+// From the gradients of the scaled products to those of the normalised ones.
+template <class S>
+DEVICE void scale_gradients(Step &step, const float (&scale)[ANY_NORM][2]) {
+#pragma unroll
+  for (int gate = S::START; gate < S::STOP; gate++) {
+    const int kept = KEPT_OF[gate];
+    unpack(step.normal.values[gate], step.normal.raw[gate]);
+#pragma unroll
+    for (int unit = 0; unit < 2; unit++)
+      step.normal.d[gate][unit] =
+          scale[NORM ? gate : 0][unit] *
+          (kept < 0 ? step.d_a[gate] : step.d_r[kept < 0 ? 0 : kept])[unit];
+  }
+}
+
 template <class S>
 DEVICE void store(const Step &step, const Backward &b, const Seat &seat,
                   const Spot &spot, const Row &row) {
@@ -253,4 +289,10 @@ DEVICE void store(const Step &step, const Backward &b, const Seat &seat,
     if (KEPT_OF[gate] >= 0)
       store_pair(p_recurrent + KEPT_OF[gate] * b.H, step.d_r[KEPT_OF[gate]],
                  row.count);
+  if constexpr (NORM) {
+    Scalar *p_products = b.p_d_products + place * GATES * b.H + spot.unit;
+#pragma unroll
+    for (int gate = S::START; gate < S::STOP; gate++)
+      store_pair(p_products + gate * b.H, step.normal.d[gate], row.count);
+  }
 }

@@ -31,6 +31,7 @@
 #pragma once
 #include "group_watch.cuh"
 
+constexpr unsigned long long EMPTY_SUMS = ~0ULL;
 constexpr Word CALM = EMPTY >> 1; // the same NaNs to a reader, and not empty
 constexpr int RING = MEMBERS == 1 || COUNTER ? 2 : 3 * PERIOD + 1;
 
@@ -43,7 +44,7 @@ struct Exchange {
                   unsigned long long *p_error, unsigned long long limit,
                   int launch) {
     const int group = block_index() / MEMBERS;
-    slots = p_words + static_cast<long long>(group) * RING * SLOT;
+    slots = p_words + static_cast<long long>(group) * RING * WHOLE_SLOT;
     if constexpr (MEMBERS == 1)
       slots =
           reinterpret_cast<Word *>(shared_memory() + WEIGHT_BYTES + SUM_BYTES);
@@ -52,8 +53,62 @@ struct Exchange {
   }
 
   DEVICE Word *slot(int number) const {
-    return slots +
-           static_cast<unsigned>(number) % RING * static_cast<long long>(SLOT);
+    if constexpr (MEMBERS == 1 && NORM) // its words and sums have one slot each
+      return slots;
+    return slots + static_cast<unsigned>(number) % RING *
+                       static_cast<long long>(WHOLE_SLOT);
+  }
+
+  // (DEPTH, MOST, ROWS) pairs of numbers, of which EMPTY_SUMS is none.
+  DEVICE unsigned long long *sums(int number) const {
+    return reinterpret_cast<unsigned long long *>(slot(number) + SLOT);
+  }
+
+  // Of the spot's block of units, its row and a gate, from one of eight lanes.
+  DEVICE void publish_sums(const Seat &seat, const Spot &spot, int number,
+                           int gate, float first, float second) {
+    if (seat.i)
+      return;
+    const unsigned long long pair =
+        __float_as_uint(first) |
+        static_cast<unsigned long long>(__float_as_uint(second)) << 32;
+    unsigned long long *to =
+        sums(number) + (spot.block * MOST + gate) * ROWS + spot.row;
+    if constexpr (MEMBERS == 1 || COUNTER)
+      *to = pair;
+    else
+      store_relaxed<SEND_SUMS>(to, pair == EMPTY_SUMS ? EMPTY_SUMS >> 1 : pair);
+  }
+
+  // N / EACH gates' of every eighth block of the depth, from this lane's on.
+  template <int EACH, int N>
+  DEVICE void collect_sums(unsigned long long (&pairs)[N],
+                           const unsigned long long *from, const Seat &seat,
+                           int number) {
+#pragma unroll
+    for (int w = 0; w < N; w++)
+      pairs[w] = EMPTY_SUMS;
+    watch.start();
+    bool missing = true;
+    while (missing) {
+      missing = false;
+#pragma unroll
+      for (int w = 0; w < N; w++) {
+        if (pairs[w] != EMPTY_SUMS || seat.i + w % EACH * 8 >= DEPTH)
+          continue;
+        const unsigned long long *at =
+            from + w % EACH * 8 * MOST * ROWS + w / EACH * ROWS;
+        if constexpr (MEMBERS == 1 || COUNTER)
+          pairs[w] = watch.alive ? *at : EMPTY_SUMS;
+        else
+          pairs[w] = load_relaxed<COLLECT_SUMS>(at);
+        missing |= pairs[w] == EMPTY_SUMS;
+      }
+      if (MEMBERS == 1 || COUNTER || !watch.alive)
+        return;
+      if (missing)
+        watch.poll(number);
+    }
   }
 
   DEVICE void publish(const Seat &seat, const Spot &spot, int number, int tile,
@@ -89,7 +144,8 @@ struct Exchange {
       return;
     for (int old = number - 1 - PERIOD; old <= number - 2; old++)
       for (int spot = 0; spot < OWNED; spot++)
-        empty(seat, spots[spot], slot(old));
+        of_sums(old) ? empty_sums(seat, spots[spot], sums(old))
+                     : empty(seat, spots[spot], slot(old));
     fence<EMPTIED>();
   }
 
@@ -99,6 +155,13 @@ struct Exchange {
     for (int tile = 0; tile < TILES; tile++)
       for (int part = 0; part < PARTS; part++)
         store_relaxed<EMPTYING>(from + spot.word(seat, tile, part), EMPTY);
+  }
+
+  DEVICE void empty_sums(const Seat &seat, const Spot &spot,
+                         unsigned long long *from) {
+    for (int gate = 0; gate < MOST && spot.taken && seat.i == 0; gate++)
+      store_relaxed<EMPTYING_SUMS>(
+          from + (spot.block * MOST + gate) * ROWS + spot.row, EMPTY_SUMS);
   }
 
   // Before `collect`: with COUNTER the wait for a tile's words.

@@ -11,7 +11,7 @@
 struct Forward : Common {
   // What a thread keeps of its pair of units for all rows.
   struct Pair {
-    float bias[ANY_SPLITS][2], params[ANY_PARAMS][2];
+    float bias[ANY_SPLITS][2], params[ANY_PARAMS][2], scale[ANY_NORM][2];
   };
   Scalar *p_gates;      // (T, B, N, G, H) in: projection; out: pre-activations
   Scalar *p_recurrent;  // (T, B, N, R, H) out, with SAVE
@@ -173,6 +173,27 @@ DEVICE void publish_next(Exchange &exchange, const Seat &seat, const Spot &spot,
   publish_entering<First>(exchange, seat, spot, row, number, tile, h);
 }
 
+// Publication `number` of sums, and what comes of it.
+template <class S>
+DEVICE void normalise_totals(Totals &totals, const Forward &f, const Seat &seat,
+                             const Spot (&spots)[OWNED],
+                             const Pair (&pairs)[OWNED], Exchange &exchange,
+                             int number, int tile) {
+  const int H = static_cast<int>(f.H);
+#pragma unroll
+  for (int k = 0; k < OWNED; k++)
+    if (spots[k].taken)
+      publish_moments<S>(totals[k], seat, spots[k], exchange, number, H);
+  exchange.published(tile);
+  exchange.retire(seat, spots, number);
+  exchange.await(number, tile);
+#pragma unroll
+  for (int k = 0; k < OWNED; k++)
+    if (spots[k].taken)
+      normalise<S>(totals[k], pairs[k].scale, seat, spots[k], exchange, number,
+                   H);
+}
+
 // One tile's stage of a step: collects publication `number`, and publishes the
 // next.
 template <class S>
@@ -187,7 +208,10 @@ DEVICE void advance(const Forward &f, const Seat &seat,
   Accumulators<S> sums;
   Totals totals = {};
   product<S>(sums, weights, exchange, seat, number, tile);
-  join<S>(totals, sums, seat, spots, number * TILES + tile);
+  join<S>(totals, sums, seat, spots, number / OF_A_PRODUCT * TILES + tile);
+  if constexpr (NORM)
+    normalise_totals<S>(totals, f, seat, spots, pairs, exchange, ++number,
+                        tile);
 #pragma unroll
   for (int k = 0; k < OWNED; k++) {
     if (OWNERS_ONLY && !spots[k].taken)
@@ -237,6 +261,7 @@ DEVICE void prepare(Pair &pair, const Forward &f, const Seat &seat,
                     (static_cast<long long>(seat.n) * GATES + gate) * f.H +
                     spot.unit,
                 f.p_b_hh ? spot.count : 0);
+  load_scale(pair.scale, f, seat, spot);
 }
 
 // The steps of TILES tiles that start at row `first`; their publications are
@@ -260,10 +285,10 @@ DEVICE void run(const Forward &f, const Seat &seat, const Spot (&spots)[OWNED],
   }
   for (int t = 0; t < f.T; t++) {
     advance_tiles<First>(f, seat, spots, pairs, rows, weights, exchange, t,
-                         number + STAGES * t);
+                         number + HOPS * t);
     if constexpr (STAGES == 2)
       advance_tiles<Last>(f, seat, spots, pairs, rows, weights, exchange, t,
-                          number + STAGES * t + 1);
+                          number + HOPS * t + OF_A_PRODUCT);
   }
 #pragma unroll
   for (int tile = 0; tile < TILES; tile++)
@@ -295,6 +320,7 @@ extern "C" __global__ void LAUNCH_BOUNDS group_forward(
     const Scalar *p_w,            // (N, G, H, H)
     const Scalar *p_b_hh,         // (N, G, H), of which split gates' are read
     const Scalar *p_params,       // (N, P, H) or null
+    const Scalar *p_norm,         // (N, G, H), with NORM
     const long long *p_lengths,   // (B,) or null
     const unsigned char *p_flags, // (T, B, N), with FLAGS
     const Scalar *p_values,       // (S, 1 or T, B, N, H), with VALUES
@@ -313,8 +339,8 @@ extern "C" __global__ void LAUNCH_BOUNDS group_forward(
   const Seat seat(first_n, groups);
   const bool reversed = reverse >> (seat.n % period) & 1;
   const Forward f = {{T, B, N, H, reversed, stride_t, stride_b, stride_n,
-                      stride_g, p_w, p_params, p_lengths, p_flags, p_values,
-                      p_drop, p_zone, p_initial, p_final},
+                      stride_g, p_w, p_params, p_norm, p_lengths, p_flags,
+                      p_values, p_drop, p_zone, p_initial, p_final},
                      p_gates,
                      p_recurrent,
                      p_inner,

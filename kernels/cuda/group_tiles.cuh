@@ -3,7 +3,7 @@
 // Forward or Backward; for it there are `prepare` of what a thread keeps of a
 // pair of units, `run` of TILES tiles, `store_pairs` and `spoil_outputs`.
 #pragma once
-#include "group_options.cuh"
+#include "group_norm.cuh"
 
 template <class Pass>
 DEVICE void run_tiles(const Pass &pass, const Seat &seat, Exchange &exchange,
@@ -25,7 +25,7 @@ DEVICE void run_tiles(const Pass &pass, const Seat &seat, Exchange &exchange,
   for (long long first = seat.group * TOGETHER; first < pass.B;
        first += groups * TOGETHER) {
     run(pass, seat, spots, pairs, weights, exchange, first, number);
-    number += STAGES * static_cast<int>(pass.T);
+    number += HOPS * static_cast<int>(pass.T);
   }
   store_pairs(pass, seat, spots, pairs);
   if (exchange.spoils())

@@ -18,6 +18,9 @@ enum Site {
   COLLECT,
   EMPTYING,
   EMPTIED,
+  SEND_SUMS,
+  COLLECT_SUMS,
+  EMPTYING_SUMS,
   COUNT_BLOCK,
   COUNT_ADD,
   COUNT_WAIT,
@@ -70,7 +73,7 @@ struct Watch {
   DEVICE unsigned long long report(int number) const {
     return static_cast<unsigned long long>(launch) << 48 |
            static_cast<unsigned long long>(group & 0xffff) << 32 |
-           static_cast<unsigned>(number / STAGES);
+           static_cast<unsigned>(number / HOPS);
   }
 
   // After a thread's last store: are these the threads that spoil the outputs?

@@ -30,7 +30,7 @@ FEW_BUILDS = frozenset({"lstm", "gru", "gru_reset_before", "rnn"})
 WITHOUT = {
     "native": {"clip", *CELLS - FEW_BUILDS},
     "resident": {"layer_norm", "proj_size"},
-    "group": {"layer_norm", "proj_size"},
+    "group": {"proj_size"},
 }
 
 counted: dict[str, Counter[str]] = defaultdict(Counter)  # of each backend

@@ -139,7 +139,7 @@ REASONS: list[tuple[str, Problem, list[str]]] = [
     ("resident", problem(device="H100", H=1024), ["with 1024 units of lstm"]),
     ("group", problem(cells.gru(reset_after=False), proj_size=3), ["NVIDIA GPU", "proj_size"]),
     ("group", problem(device="H100", H=4096), ["fits up to H = "]),
-    ("group", problem(device="H100", norm=True), ["does not take layer normalisation"]),
+    ("resident", problem(device="H100", norm=True), ["does not take layer normalisation"]),
     ("resident", problem(device="A100", dtype=torch.float64), ["not float64"]),
     ("step", problem(dtype=torch.complex128), ["complex numbers run on the reference only"]),
 ]

@@ -93,6 +93,7 @@ class Case:
             "values": 2 if "reset_values_per_step" in values else len(values),
             "drop": 2 if "drop_per_gate" in self.options else int("drop" in self.options),
             "of_states": OF_STATES if "zone" in self.options else (),
+            "norm": "norm" in self.options,
         }
         return Layout(
             RECURRENCES[self.cell].program.text, dtype, precision, backward, self.members, self.blocks, self.across,
@@ -164,7 +165,7 @@ def gradients(case: Case, inputs: Inputs, saved: Result | None = None, **options
         tensor.fill_(math.nan)
     run_on_cpu(launches, **options)
     assert not error.item()
-    return _of_inputs(case, low, saved, loop._replace(d_params=loop.d_params.sum(0) if call.program.params else None))
+    return _of_inputs(case, low, saved, group.complete(call, loop, launches))
 
 
 def _of_outputs(inputs: Inputs, saved: Result) -> tuple[Tensor, list[Tensor], Tensor | None]:
@@ -292,6 +293,11 @@ def cases() -> list[Case]:
         ),
         Case("twofold", "tf32", 2, bias=False, counter=True, **GEOMETRIES[2]),
         Case("twofold", "fp16", 3, cluster=True, along=3, columns=2),
+    ]
+    found += [  # layer normalisation
+        Case("lstm", "fp32", 1, across=2, blocks=2, along=2, lengths=True, reverse="01", options=("norm",)),
+        Case("gru", "bf16", 3, along=3, columns=2, B=35, T=2 * PERIOD, period=PERIOD, options=("norm", "drop")),
+        Case("twofold", "tf32", 2, counter=True, options=("norm", "drop_per_gate", "mask", "resets")),
     ]
     return found
 

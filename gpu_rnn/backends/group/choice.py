@@ -32,7 +32,7 @@ REGISTERS = 255  # of a thread: CUDA C++ programming guide, table of compute cap
 # Registers beside weights, sums, words and the pairs of units, so that no build needs a stack: forward, backward in 16
 # bits, where NVRTC keeps more addresses, and backward in fp32.
 WORKING = (90, 112, 100)
-WORKING_OF_TWO = 24  # more of them where a step has two products
+WORKING_OF_TWO = 24  # more of them for a second exchange of a step: of another product, or of sums
 COLUMNS = (1, 2)
 TILES = (1, 2, 4)
 
@@ -51,21 +51,26 @@ class Choice:
     step: float
 
 
+def _between(layout: Layout, owned: int) -> int:
+    """Registers of a thread that a step of more than one exchange needs besides, for so many pairs of units."""
+    two, norm, states = layout.stages > 1, layout.norm, len(layout.parsed.states)
+    handed = owned * layout.tiles * 2 * (layout.handed + states * layout.backward) + WORKING_OF_TWO
+    normal = owned * layout.gates * (2 + 6 * layout.backward) + WORKING_OF_TWO
+    if layout.full:  # sums of one gate at a time
+        normal = 2 * owned * (layout.gates + states)
+    return handed * two + normal * norm
+
+
 def _held(layout: Layout) -> int:
     """The blocks of the depth whose weights fit in registers beside all else; negative where not even that does."""
     owned = -(-(layout.blocks // layout.across) * 2 * layout.columns // layout.along)
     states, gates = len(layout.parsed.states), layout.gates
-    sums = layout.fragments * layout.columns * (4 if layout.half or layout.precision == "tf32" else 16)
+    sums = layout.fragments * layout.columns * (16 if layout.full else 4)
     pairs = owned * 2 * (gates + len(layout.parsed.split) + states) * (2 if layout.backward else 1)  # and gradients
-    between = (
-        owned * layout.tiles * 2 * (layout.handed + states * layout.backward) + WORKING_OF_TWO
-        if layout.stages > 1
-        else 0
-    )
     words = 2 * layout.columns * layout.parts * layout.word // 4  # of a block of the depth
     rows = owned * layout.tiles * (2 * states + 4 + 2 * layout.drops)
     working = WORKING[2 - layout.half] if layout.backward else WORKING[0]
-    free = REGISTERS - working - sums - pairs - between - rows - min(32, layout.share * words)
+    free = REGISTERS - working - sums - pairs - _between(layout, owned) - rows - min(32, layout.share * words)
     return min(layout.share, free // (layout.fragments * layout.fragment))
 
 
@@ -85,9 +90,10 @@ def _layouts(problem: Problem) -> Iterator[Layout]:
     """Every layout worth a look, whatever it needs."""
     precision = "ieee" if problem.dtype.itemsize == 2 else problem.precision
     backward = problem.direction == "backward"
-    # Between two products the tiles' second part would wait for memory: simulated, one tile takes less in all builds.
-    tiles_of_a_group = (1,) if len(problem.program.stages) > 1 else TILES
+    # Between two exchanges the tiles' second part would wait for memory: simulated, one tile takes less in all builds.
+    tiles_of_a_group = (1,) if len(problem.program.stages) > 1 or problem.norm else TILES
     options: dict[str, Any] = {
+        "norm": problem.norm,
         "inner": problem.direction == "training" or problem.all_states,
         **switches(problem.controls, int(problem.reset_values)),
     }
@@ -129,7 +135,7 @@ def _step(problem: Problem, layout: Layout, groups: int, at_once: int, known: ra
     """Seconds for a step of all rows of all of N."""
     device = problem.device
     busy = _busy_cycles(problem, layout, known) / (device.clock * 1e9)
-    waiting = layout.stages * (known.latency / (device.clock * 1e9) + (known.hop if layout.members > 1 else 0.0))
+    waiting = layout.hops * (known.latency / (device.clock * 1e9) + (known.hop if layout.members > 1 else 0.0))
     one = max(layout.tiles * busy, busy + waiting)
     rounds = -(-problem.B // (layout.rows * groups)) * -(-problem.N // at_once)
     if layout.members == 1:  # blocks that wait for nobody; several may share a multiprocessor

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gpu_rnn import devices, environment, memo
 from gpu_rnn.backends import persistent
-from gpu_rnn.backends.group import cubin, nvrtc, signature
+from gpu_rnn.backends.group import cubin, normalising, nvrtc, signature
 from gpu_rnn.backends.group.choice import Choice, choose, cost, largest
 from gpu_rnn.backends.group.deadline import check, error_word, number_of
 from gpu_rnn.backends.group.layout import Layout, source, switches
@@ -113,7 +113,7 @@ def exchange(layout: Layout, groups: int, left: Tensor, error: Tensor) -> Argume
     """What the members of `groups` groups talk through: empty slots, `left`, counters, and the word for a failure."""
     words = torch.int32 if layout.half else torch.int64
     return {
-        "p_words": torch.full((groups * layout.ring * layout.slot,), -1, dtype=words, device=left.device),
+        "p_words": torch.full((groups * layout.ring * layout.whole_slot,), -1, dtype=words, device=left.device),
         "p_left": left,
         "p_counters": left.new_zeros(1 + groups * layout.tiles),
         "p_error": error,
@@ -206,6 +206,7 @@ def prepare_forward(
         "p_w": whole(weights.w_hh),
         "p_b_hh": _pointer(weights.b_hh),
         "p_params": _pointer(weights.params),
+        "p_norm": _pointer(weights.norm),
         **_controls(call),
         **_sizes(gates, call.reverse),
     }
@@ -228,6 +229,7 @@ def prepare_backward(
     _, batch, n, _, hidden = saved.gates.shape
     (gates, d_gates), d_y = persistent.beside(call, saved.gates), even_rows(d_y)
     d_recurrent = gates.new_empty(saved.recurrent.shape)
+    of_norm = normalising.arguments(call, saved)
     d_initial = gates.new_empty(len(states), batch, n, hidden)
     shares = choice.groups * choice.layout.along if program.params else 0
     d_params = gates.new_zeros(shares, n, len(program.params), hidden, dtype=torch.float32)
@@ -241,6 +243,8 @@ def prepare_backward(
         "p_initial": torch.stack(states),
         "p_w": whole(weights.w_hh),
         "p_params": _pointer(weights.params),
+        "p_norm": _pointer(weights.norm),
+        **of_norm,
         **_controls(call),
         "p_d_inner": _pointer(None if d_inner is None else d_inner.float()),
         "p_d_y": d_y,
@@ -255,7 +259,25 @@ def prepare_backward(
     }
     layout = _built(choice.layout, call, arguments, save=False, inner=d_inner is not None)
     launches = _launches(replace(choice, layout=layout), arguments, gates, error)
-    return launches, LoopGradients(d_gates, d_recurrent, list(d_initial), d_params, d_resets=list(d_values))
+    d_products = of_norm["p_d_products"]
+    return launches, LoopGradients(
+        d_gates,
+        d_recurrent,
+        list(d_initial),
+        d_params,
+        d_resets=list(d_values),
+        d_products=d_products if isinstance(d_products, Tensor) else None,
+    )
+
+
+def complete(call: Call, gradients: LoopGradients, launches: list[Launch]) -> LoopGradients:
+    """With what is summed once the launches are through: the gradients of per-unit parameters and of scales."""
+    gradients = persistent.summed(call, gradients)
+    if call.weights.norm is None:
+        return gradients
+    normal = launches[0].arguments["p_normal"]
+    assert isinstance(normal, Tensor)
+    return gradients._replace(d_norm=normalising.of_scales(call, gradients, normal))
 
 
 def forward(call: Call, gates: Tensor, save: bool, all_states: bool) -> Result:
@@ -285,7 +307,7 @@ def backward(call: Call, saved: Result, d_y: Tensor, d_final: list[Tensor], d_in
     launches, gradients = prepare_backward(call, saved, d_y, d_final, d_inner, choice, error_word(d_y.device))
     for launch in launches:
         launch(d_y.device)
-    return persistent.summed(call, gradients)
+    return complete(call, gradients, launches)
 
 
 _failures: dict[tuple[Choice, devices.Device], str] = memo.hold(
@@ -327,7 +349,7 @@ def unsupported(problem: Problem) -> list[str]:
         reasons += [missing] if missing else []
     if len(program.stages) > 2:
         reasons.append(f"takes two products a step at most, {program.name} has {len(program.stages)}")
-    reasons += persistent.unsupported(problem)
+    reasons += persistent.unsupported(problem, "norm")
     if bits(problem.reverse)[1] > LONGEST_PATTERN:
         reasons.append(f"takes directions that repeat within {LONGEST_PATTERN} recurrences")
     if device.is_gpu and problem.dtype in persistent.DTYPES and len(program.stages) <= 2 and choose(problem) is None:

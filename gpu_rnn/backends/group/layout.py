@@ -58,6 +58,7 @@ class Layout:
         values: to what: 0 the recurrence's initial values, 1 given ones, 2 given ones for each step.
         drop: factors of what enters the products: 0 none, 1 for all gates, 2 for each gate.
         of_states: `tensors.OF_STATES` that there are.
+        norm: products are layer-normalised.
     """
 
     program: str
@@ -81,6 +82,7 @@ class Layout:
     drop: int = 0
     of_states: tuple[str, ...] = ()
     cluster: bool = False
+    norm: bool = False
 
     @once
     def parsed(self) -> Program:
@@ -110,6 +112,11 @@ class Layout:
         return len(self.parsed.stages)
 
     @property
+    def hops(self) -> int:
+        """Exchanges of a step, one after another: of words for each product, and of sums where it is normalised."""
+        return self.stages * (2 if self.norm else 1)
+
+    @property
     def handed(self) -> int:
         """Values of a unit that the first part of a step hands on to the second, besides what enters its product."""
         return len(carried_values(self.parsed, 1)) if self.stages > 1 else 0
@@ -122,6 +129,11 @@ class Layout:
     @property
     def half(self) -> bool:
         return self.dtype.itemsize == 2
+
+    @property
+    def full(self) -> bool:
+        """Products in full fp32, without tensor cores."""
+        return not self.half and self.precision != "tf32"
 
     @property
     def share(self) -> int:
@@ -159,6 +171,12 @@ class Layout:
         return self.tiles * self.parts * self.members * self.blocks * 2 * self.columns * LANES
 
     @property
+    def whole_slot(self) -> int:
+        """With the place of sums, two numbers in fp32 for each unit block, gate and row."""
+        sums = self.rows * self.most * self.members * self.blocks if self.norm else 0
+        return self.slot + 8 * sums // self.word
+
+    @property
     def collected(self) -> int:
         """Words that a block needs for a step of a tile."""
         parts = self.gates if self.backward or self.drop == 2 else self.stages
@@ -180,7 +198,8 @@ class Layout:
         words, which the latter counts."""
         weights = self.threads * 4 * self.fragment * self.fragments * (self.share - self.held)
         sums = self.threads * 4 * self.blocks // self.across * self.results * self.columns * 4 if self.along > 1 else 0
-        words = 2 * self.word * self.slot if self.members == 1 or self.cluster else 0
+        words = self.word * (self.whole_slot if self.norm else 2 * self.slot)
+        words = words if self.members == 1 or self.cluster else 0
         return weights + 2 * sums + words + 2 * ARRIVALS * self.tiles * self.cluster
 
     @property
@@ -190,7 +209,7 @@ class Layout:
         return {
             "SCALAR": SCALARS[self.dtype],
             "PRECISION": self.precision.upper(),
-            "APPROXIMATE": int(self.half or self.precision == "tf32"),
+            "APPROXIMATE": int(not self.full),
             "GATES": self.gates,
             "SPLITS": len(program.split),
             "KEPT": "{" + ", ".join(map(str, split_numbers)) + "}",
@@ -226,6 +245,7 @@ class Layout:
         first = program.stages[0]
         return {
             "STAGES": self.stages,
+            "NORM": int(self.norm),
             "EARLY": len(first.gates),
             "EARLY_SPLITS": len(set(first.gates) - program.summed),
             "HANDED": self.handed,

@@ -15,9 +15,8 @@ from gpu_rnn import memo
 from gpu_rnn.backends import cpu_cost, linear, rates
 from gpu_rnn.backends.native import arguments, building, one_step, text
 from gpu_rnn.backends.native.building import CompilerError
-from gpu_rnn.backends.normalisation import Normalised, normalise
 from gpu_rnn.backends.problem import CONTROL_FIELDS, Problem
-from gpu_rnn.backends.step.product import Product, masks
+from gpu_rnn.backends.step.product import normalised_products
 from gpu_rnn.backends.tensors import Call, LoopGradients, Result, state_dtype
 
 OF_A_THREAD = 5e6  # floating-point operations that are worth starting a thread for: some 0.1 ms; predicted
@@ -130,7 +129,7 @@ def backward(call: Call, saved: Result, d_y: Tensor, d_final: list[Tensor], d_in
         "d_params": d_params,
     }
     if call.weights.norm is not None:
-        normal = _normal(call, saved)
+        normal = normalised_products(call, saved)
         d_norm, d_normed = torch.zeros_like(gates[0]), torch.empty_like(gates)
         given |= {"normal": normal.values, "rstd": normal.rstd, "d_norm": d_norm, "d_normed": d_normed}
     if call.weights.w_hr is not None:
@@ -147,19 +146,6 @@ def backward(call: Call, saved: Result, d_y: Tensor, d_final: list[Tensor], d_in
         None if d_normed is None else d_normed.to(dtype),
         d_resets,
     )
-
-
-def _normal(call: Call, saved: Result) -> Normalised:
-    """The recurrent products, normalised: as the forward pass kept them, else taken once more."""
-    wide = state_dtype(saved.gates.dtype)
-    if saved.kept is not None:
-        return Normalised(*(_whole(both[1], wide) for both in saved.kept))
-    weights, drop = call.weights.w_hh.to(wide), call.controls.drop
-    each = [
-        Product.of(weights[:, rows], masks(drop, rows)).over_time(entering)
-        for entering, rows in linear.entered_products(call, saved)
-    ]
-    return Normalised(*(values.contiguous() for values in normalise(torch.cat(each, 3))))
 
 
 def _run(call: Call, gates: Tensor, backward: bool, given: dict[str, Any]) -> None:

@@ -9,7 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gpu_rnn.backends import onednn
+from gpu_rnn.backends import linear, onednn
+from gpu_rnn.backends.normalisation import Normalised, normalise
+from gpu_rnn.backends.tensors import Call, Result, state_dtype
 from gpu_rnn.once import once
 
 
@@ -201,3 +203,17 @@ class MaskByGate(Product):
         dropped = entering.to(self.dtype).permute(2, 0, 1, 3)[:, None] * self.drop[:, :, None]  # (N, gates, T, B, P)
         product = torch.bmm(dropped.flatten(2, 3).flatten(0, 1), self.transposed)
         return product.view(*dropped.shape[:4], product.shape[-1]).permute(2, 3, 0, 1, 4)
+
+
+def normalised_products(call: Call, saved: Result) -> Normalised:
+    """The recurrent products of all steps, normalised, in the dtype of states: as the forward pass kept them, or
+    taken once more."""
+    wide = state_dtype(saved.gates.dtype)
+    if saved.kept is not None:
+        return Normalised(*(both[1].to(wide).contiguous() for both in saved.kept))
+    weights, drop = call.weights.w_hh.to(wide), call.controls.drop
+    each = [
+        Product.of(weights[:, rows], masks(drop, rows)).over_time(entering)
+        for entering, rows in linear.entered_products(call, saved)
+    ]
+    return Normalised(*(values.contiguous() for values in normalise(torch.cat(each, 3))))

@@ -35,7 +35,7 @@ def test_every_parameter_of_a_kernel_is_given(backward: bool) -> None:
     launch = launch_of(backward)
     names = signature.shipped(launch.layout.kernel)
     assert names[:2] == ("p_gates", "p_recurrent") and names[-2:] == ("groups", "launch")
-    assert len(names) == (41 if backward else 32) == len(launch.ordered)
+    assert len(names) == (45 if backward else 33) == len(launch.ordered)
     for name, value in zip(names, launch.ordered, strict=True):
         assert value is launch.arguments[name], name
 

@@ -53,6 +53,7 @@ class Case(NamedTuple):
     cell: str
     H: int  # 0: the largest
     options: bool = False
+    norm: bool = False
 
     @property
     def problem(self) -> Problem:
@@ -71,6 +72,7 @@ class Case(NamedTuple):
             direction=self.direction,
             precision=precision,
         )
+        given = replace(given, norm=self.norm)
         if self.options:
             given = replace(given, flags=True, reset_values=True, drop=given.G, zone=True, all_states=True)
         return given if self.H else replace(given, H=largest(given))
@@ -96,6 +98,13 @@ STEERED = [  # with every option
     for k, direction in enumerate(["training", "backward"])
 ]
 
+NORMALISED = [
+    Case(arch, direction, kind, cell, hidden, norm=True)
+    for arch, direction, kind, cell, hidden in pairwise(
+        list(DEVICES), ["training", "backward"], list(KINDS), ["lstm", "gru", "gru_reset_before"], [0, 256]
+    )
+]
+
 
 def check(case: Case, folder: Path, disassemble: bool = False) -> None:
     layout = group.fit(case.choice.layout, case.arch)  # what ships
@@ -114,7 +123,7 @@ def check(case: Case, folder: Path, disassemble: bool = False) -> None:
 
 
 @pytest.mark.compile("nvrtc")
-@pytest.mark.parametrize("case", [*PAIRS, *STEERED], ids=lambda case: "-".join(map(str, case)))
+@pytest.mark.parametrize("case", [*PAIRS, *STEERED, *NORMALISED], ids=lambda case: "-".join(map(str, case)))
 def test_builds(case: Case, tmp_path: Path) -> None:
     check(case, tmp_path, disassemble=case in STEERED[::2])  # once an architecture: it takes more than a second
 

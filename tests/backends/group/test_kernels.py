@@ -70,6 +70,7 @@ WATCHED = [  # under ThreadSanitizer
     Case("rnn", "tf32", 2, across=2, blocks=2, along=2, T=7, period=2),
     Case("gru", "bf16", 3, along=3, counter=True, T=6),
     Case("gru_reset_before", "bf16", 2, along=2, tiles=2, B=12, T=5),
+    Case("gru", "fp16", 2, along=2, T=4, options=("norm",)),
     Case("lstm", "bf16", 2, T=4, options=("mask", "reset_values", "drop_per_gate", "zone", "all_states")),
     Case("lstm", "fp16", 3, along=3, tiles=2, B=12, T=6, cluster=True),
 ]
@@ -280,6 +281,7 @@ def site_cases():
         "words": (check_forward, Case("gru", "fp16", 3, along=3, T=12, tiles=2, B=12)),
         "counter": (check_forward, Case("gru", "fp16", 2, along=2, T=4, counter=True)),
         "backward": (check_gradients, Case("rnn", "bf16", 2, along=2, T=6)),
+        "sums": (check_forward, Case("lstm", "fp16", 2, along=2, T=6, options=("norm",))),
         "missing": (missing_member, Case("lstm", "fp32", 4, T=2)),
         "cluster": (check_forward, Case("gru", "fp16", 2, along=2, T=6, cluster=True)),
         "late": (late_member, Case("rnn", "bf16", 2, T=4, B=3, cluster=True)),
