@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cells of several products a step."""
+"""Cells of several products a step, which hand values on from one to the next."""
 
 from __future__ import annotations
 
@@ -27,9 +27,13 @@ def two_products() -> Recurrence:
 
 def of_three_products() -> Recurrence:
     def hand_on(x, r, s):  # type: ignore[no-untyped-def]
-        return x.a + r.a
+        return x.a + r.a, torch.sigmoid(x.a)
 
-    def end(x, r, s):  # type: ignore[no-untyped-def]
-        return torch.tanh(x.c + r.c)
+    def once_more(x, r, s, p, values):  # type: ignore[no-untyped-def]
+        return (x.b + r.b) * values[0], torch.tanh(x.b + r.b) - values[0]
 
-    return Recurrence([(("a",), hand_on), (("b",), lambda x, r, s: x.b + r.b), (("c",), end)], name="three")
+    def end(x, r, s, p, values):  # type: ignore[no-untyped-def]
+        return torch.tanh(x.c + r.c * values[0])
+
+    stages = [(("a",), hand_on), (("b",), once_more), (("c",), end)]
+    return Recurrence(stages, states=("h",), name="three")

@@ -16,6 +16,7 @@ from gpu_rnn.backends import tensors
 from gpu_rnn.backends.native import building, launch
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.backends.reference import project
+from gpu_rnn.call import passes
 from gpu_rnn.recurrence import Recurrence
 from tests.support import loops as support
 from tests.support import native, resident
@@ -90,11 +91,15 @@ def test_products_after_one_another(make: Callable[[], Recurrence], bias: bool, 
     compare(recurrence, with_options(inputs, recurrence, options).to(torch.float32))
 
 
+@pytest.mark.parametrize("compiler", ["cc", pytest.param("gcc", marks=pytest.mark.slow), "clang"])
 @pytest.mark.parametrize("target", building.instruction_sets(), ids=lambda target: target.name)
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)])
-def test_every_instruction_set(
-    target: building.InstructionSet, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+def test_every_compiler_and_instruction_set(
+    target: building.InstructionSet, dtype: torch.dtype, compiler: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    native.needs(compiler, "plain")
+    monkeypatch.setenv("CC", compiler)
+    building.library.cache_clear()
     monkeypatch.setattr(building, "instruction_sets", lambda: (target,))
     compare(*inputs_of(("minimal", "mask resets", "drop", "zone", "all_states", dtype, (5, 7, 33), "01", True)))
     compare(*inputs_of(("lstm", "lengths", "drop_per_gate", "norm proj", dtype, (5, 7, 33), "01", True)))
@@ -179,6 +184,24 @@ def test_nothing_to_do(steps: int, batch: int) -> None:
     y, h = layer(x)
     y.sum().backward()
     assert y.shape == (steps, batch, 4) and h.shape == (1, batch, 4) and x.grad is not None
+
+
+@pytest.mark.parametrize("word", ["mask", "lengths"])
+def test_another_loop_goes_back(word: str) -> None:
+    """Dispatch chooses anew for the backward pass: what one loop kept is whole for another."""
+    recurrence, inputs = inputs_of(("gru", word, "norm", torch.float32, (4, 3, 21), "01", True))
+    text, options, given = recurrence.text(), inputs.options("native", save=True), inputs.detached().layer
+    weights = given.weights._replace(norm_ih=torch.ones_like(given.weights.norm))  # type: ignore[arg-type]
+    given = given._replace(weights=weights)
+    saved = passes.run(text, options, given, keep=True)
+    d_outputs = [saved.y.sin(), *(state.cos() for state in saved.final)]
+    found, expected = (
+        passes.run_backward(text, options._replace(backend=name), d_outputs, given, saved)
+        for name in ("step", "reference")
+    )
+    assert saved.kept is not None
+    for value, truth in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, truth, rtol=1e-4, atol=1e-4)
 
 
 def test_it_takes_no_less_than_it_says() -> None:
