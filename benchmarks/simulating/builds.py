@@ -5,14 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from typing import Any
 
 from benchmarks.simulating import paths
 from benchmarks.simulating.instructions import Instruction, disassemble
+from benchmarks.simulating.multiprocessor import LANES
 from benchmarks.simulating.no_device import NoDevice
 from benchmarks.simulating.paths import Lost, Turn
-from benchmarks.simulating.tools import tool
+from benchmarks.simulating.tools import needed, registers_of, written
 from gpu_rnn.backends import resident
 from gpu_rnn.backends.building import TritonLaunch
 from gpu_rnn.backends.group import launch as group
@@ -22,6 +22,10 @@ from gpu_rnn.backends.group.layout import UNITS, Layout, source
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.backends.step import gpu
 from gpu_rnn.devices import Device
+
+REGISTERS = 65536  # of a multiprocessor; a warp takes them in units of so many for each thread
+REGISTER_UNIT = 8
+SYSTEM_BYTES = 1024  # of shared memory, that the system takes for each block
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class Kernel:
         paths: what each warp of a block executes in a step; first of all one that has units of its own.
         rounds: of the loop, one after another, that make a step of all rows.
         hops: exchanges of words between blocks in a step of a tile; 0 where blocks do not talk.
+        blocks: that share a multiprocessor.
         loops: it holds the time loop; else it is launched once a step.
     """
 
@@ -43,6 +48,7 @@ class Kernel:
     rounds: int = 1
     hops: int = 0
     loops: bool = True
+    blocks: int = 1
 
 
 def kernels(problem: Problem, backend: str) -> list[Kernel]:
@@ -62,21 +68,34 @@ def code_of(cubin: bytes) -> list[Instruction]:
     Raises:
         FileNotFoundError: nvdisasm is not there.
     """
-    nvdisasm = tool("nvdisasm")
-    if nvdisasm is None:
-        raise FileNotFoundError("not found: nvdisasm, which is in Triton's wheel and in CUDA's toolkit")
-    with TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.cubin"
-        file.write_bytes(cubin)
-        return disassemble(file, nvdisasm)
+    with written(cubin) as file:
+        return disassemble(file, needed("nvdisasm"))
 
 
 def _resident(problem: Problem) -> list[Kernel]:
+    """As many blocks on a multiprocessor as it holds; what is then left comes after them, and is taken to last as long
+    as they do."""
     (launch,) = resident._launches(problem)
-    _alone(launch.grid[0] * launch.grid[1], problem)
-    code, warps = compiled(launch, problem.device)
+    binary = built(launch, problem.device)
+    code, warps = code_of(binary.asm["cubin"]), binary.metadata.num_warps
     path = paths.straight(code, paths.time_loop(code))
-    return [Kernel(launch.kernel.__name__, code, [path] * warps)]
+    each = -(-launch.grid[0] * launch.grid[1] // problem.device.sms)
+    blocks = min(each, together(binary.asm["cubin"], warps, binary.metadata.shared, problem.device))
+    return [Kernel(launch.kernel.__name__, code, [path] * (warps * blocks), -(-each // blocks), blocks=blocks)]
+
+
+def together(cubin: bytes, warps: int, shared: int, device: Device) -> int:
+    """Blocks that a multiprocessor holds at once, by registers, shared memory and threads: CUDA C++ programming guide,
+    compute capabilities.
+
+    Raises:
+        FileNotFoundError: cuobjdump is not there.
+    """
+    with written(cubin) as file:
+        registers = -(-registers_of(file) // REGISTER_UNIT) * REGISTER_UNIT * warps * LANES
+    threads = 2048 if device.capability in ((8, 0), (9, 0), (10, 0)) else 1536
+    memory = device.shared_memory + SYSTEM_BYTES
+    return max(1, min(REGISTERS // registers, memory // (shared + SYSTEM_BYTES), threads // (warps * LANES)))
 
 
 def _step(problem: Problem) -> list[Kernel]:
@@ -91,15 +110,20 @@ def _step(problem: Problem) -> list[Kernel]:
 
 def compiled(launch: TritonLaunch, device: Device) -> tuple[list[Instruction], int]:
     """The machine code of a launch of Triton's for a device, and the warps of a block."""
+    binary = built(launch, device)
+    return code_of(binary.asm["cubin"]), binary.metadata.num_warps
+
+
+def built(launch: TritonLaunch, device: Device) -> Any:
+    """What Triton makes of a launch for a device."""
     from triton.runtime.driver import driver
 
     before = driver._active
     driver.set_active(NoDevice(10 * device.capability[0] + device.capability[1]))
     try:
-        built = launch.kernel.warmup(grid=launch.grid, **launch.arguments)
+        return launch.kernel.warmup(grid=launch.grid, **launch.arguments)
     finally:
         driver._active = before
-    return code_of(built.asm["cubin"]), built.metadata.num_warps
 
 
 def layout_of(problem: Problem) -> tuple[Choice, Layout]:

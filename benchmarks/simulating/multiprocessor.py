@@ -135,7 +135,10 @@ class _Warp:
 
 
 class Multiprocessor:
-    """`paths[w]` is what warp w executes in a step, as indices into the code; `exchange` is with the other blocks."""
+    """`paths[w]` is what warp w executes in a step, as indices into the code; `exchange` is with the other blocks.
+
+    The warps are those of `blocks` blocks, one after the other.
+    """
 
     def __init__(
         self,
@@ -143,8 +146,10 @@ class Multiprocessor:
         paths: Sequence[Sequence[int]],
         machine: Machine,
         exchange: Exchange | None = None,
+        blocks: int = 1,
     ) -> None:
         self.machine, self.exchange = machine, exchange
+        self.together = len(paths) // blocks  # warps of a block
         decoded = {index: _decoded(code, index) for path in paths for index in path}
         self.warps = [_Warp(number, [decoded[index] for index in path]) for number, path in enumerate(paths)]
         self.free: dict[tuple[Unit, int], Event] = defaultdict(Event)  # by unit and sub-core
@@ -314,7 +319,7 @@ class Multiprocessor:
 
     def _meet(self, warp: _Warp, decoded: _Decoded, where: tuple[int, int], number: int) -> None:
         """At a barrier of so many threads as its last operand says, or of all; who comes last lets all go on."""
-        members = decoded.members or len(self.warps)
+        members = decoded.members or self.together
         waiting = self.arrived[warp.number // members, where[0], decoded.index]
         waiting.append(warp)
         if len(waiting) < members:

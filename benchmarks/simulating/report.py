@@ -56,7 +56,7 @@ def simulate(kernel: Kernel, machine: Machine) -> Simulation:
         if None in ((machine.remote, machine.remote_bytes) if remote else (machine.hop, machine.l2, machine.l2_bytes)):
             raise Lost("nobody has published how long a word takes from block to block on this device")
         exchange = Exchange(kernel.code, kernel.paths, (machine.hop or 0.0) * machine.clock * 1e9, kernel.hops)
-    multiprocessor = Multiprocessor(kernel.code, kernel.paths, machine, exchange)
+    multiprocessor = Multiprocessor(kernel.code, kernel.paths, machine, exchange, kernel.blocks)
     try:
         return Simulation(kernel, machine, multiprocessor.run(STEPS if kernel.loops else 1))
     except RuntimeError as error:
@@ -112,7 +112,10 @@ def lines(simulation: Simulation) -> Iterator[str]:
     code, path, other = kernel.code, kernel.paths[0], kernel.paths[-1]
     what = "a step" if kernel.loops else "a pass, without the launch"
     rounds = f", in {kernel.rounds} rounds" if kernel.rounds > 1 else ""
+    rounds += f", {kernel.blocks} blocks on a multiprocessor" if kernel.blocks > 1 else ""
     yield f"{kernel.name}: {simulation.cycles:.0f} cycles {what}{rounds}, {simulation.us:.2f} µs at {machine.clock} GHz"
+    if kernel.hops and machine.hop and "hop" in machine.predicted:
+        yield f"  the hop between blocks, {machine.hop * 1e6:.2f} µs, is predicted for this device and not published"
     if simulation.spills:
         yield f"  {simulation.spills} accesses to local memory: it takes longer than this, and nobody knows how much"
     one = f", {len(other)} of one that owns no units" if len(other) != len(path) else ""

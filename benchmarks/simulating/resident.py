@@ -1,23 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Warps and stages of the resident kernel's builds, by simulation: writes gpu_rnn/backends/resident_tiles.csv.
+"""Warps, stages and registers of the resident kernel's builds, by simulation: writes
+gpu_rnn/backends/resident_tiles.csv.
 
-python -m benchmarks.simulating.resident                                    all rows; needs Triton and no GPU
-python -m benchmarks.simulating.resident --kind 16-bit --cell lstm          these rows; the others stay
+python -m benchmarks.simulating.resident                                         all rows; needs Triton and no GPU
+python -m benchmarks.simulating.resident --device H100 --kind bf16 --cell lstm   these rows; the others stay
 
-Each plain build (no options, 16 rows of a batch) is compiled with every number of warps and stages that its shared
-memory holds and that leaves nothing in local memory. Its time loop runs eight times on the model of a multiprocessor,
-and the shortest is chosen, but for one of fewer stages that takes at most 3 % longer.
+Each plain build (no options, 16 rows of a batch) is compiled with three steps' loads under way, on some numbers of
+warps, with its weights in shared memory and in registers; the shortest of these also with more and fewer steps and with
+a limit of registers, with which the compiler orders a loop's loads otherwise. Its time loop runs eight times on the
+model of a multiprocessor. What leaves something in local memory is left out, and of the others the shortest is chosen,
+but for one before it that takes at most 3 % longer.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -28,12 +32,27 @@ from gpu_rnn.backends import resident, resident_tiles
 from gpu_rnn.backends.problem import DIRECTIONS, Problem
 from gpu_rnn.backends.resident_tiles import Build, Schedule
 
-CELLS = {"lstm": cells.lstm(), "gru": cells.gru(), "rnn": cells.rnn()}
-KINDS = {"16-bit": (torch.bfloat16, "ieee"), "tf32": (torch.float32, "tf32")}
+CELLS = ("lstm", "gru", "rnn", "gru_reset_before")
+KINDS = {
+    "bf16": (torch.bfloat16, "ieee"),
+    "fp16": (torch.float16, "ieee"),
+    "tf32": (torch.float32, "tf32"),
+    "fp32": (torch.float32, "ieee"),
+}
 WIDTHS = (16, 32, 64, 128, 256)
 STAGES = (2, 3, 4)
-DEVICE = "H100"  # whose constants are published
+REGISTERS = 168  # the limit of a thread: room for 8 warps, or three blocks of 4
+DEVICES = ("H100", "A100", "RTX 4090")  # whose constants are published
 NEAR = 0.97  # times the cycles of a loop that is not worth another choice
+
+
+class Choice(NamedTuple):
+    """What a build is compiled with."""
+
+    warps: int
+    stages: int
+    registers: int = 0
+    held: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,10 +65,10 @@ class Simulated:
     spills: int
 
 
-def problem(cell: str, kind: str, direction: str, width: int) -> Problem:
+def problem(cell: str, kind: str, direction: str, width: int, device: str = "H100") -> Problem:
     dtype, precision = KINDS[kind]
     return Problem(
-        recurrence=CELLS[cell],
+        recurrence=cells.CELLS[cell](),
         T=1024,
         B=resident_tiles.ROWS,
         N=1,
@@ -57,47 +76,55 @@ def problem(cell: str, kind: str, direction: str, width: int) -> Problem:
         H=width,
         dtype=dtype,
         device_type="cuda",
-        device=devices.describe(DEVICE),
+        device=devices.describe(device),
         direction=direction,
         precision=precision,
     )
 
 
-def simulate(given: Problem, warps: int, stages: int) -> Simulated:
-    """What the launcher would launch, with other warps and stages."""
+def simulate(given: Problem, choice: Choice) -> Simulated:
+    """What the launcher would launch, with other warps, stages and registers."""
     (launch,) = resident._launches(given)
-    launch = launch._replace(arguments=launch.arguments | {"num_warps": warps, "STAGES": stages})
-    code, _ = builds.compiled(launch, given.device)
+    changed = {"num_warps": choice.warps, "STAGES": choice.stages, "HELD": choice.held}
+    changed |= {"maxnreg": choice.registers or None}
+    code, _ = builds.compiled(launch._replace(arguments=launch.arguments | changed), given.device)
     path = paths.straight(code, paths.time_loop(code))
     names = [code[index].base for index in path]
-    cycles = Multiprocessor(code, [path] * warps, machines.of(DEVICE)).run().cycles
+    machine = machines.of(devices.known_as(given.device.name) or given.device.name)
+    cycles = Multiprocessor(code, [path] * choice.warps, machine).run().cycles
     return Simulated(cycles, len(path), names.count("BAR"), names.count("LDL") + names.count("STL"))
 
 
-def simulations(given: Problem) -> Iterator[tuple[int, int, Simulated]]:
-    """Warps, stages and what they give: first those without a table, then the fewest stages and the most warps."""
-    usual = resident_tiles.usual_warps(given)
-    choices = product(STAGES, sorted({usual, resident_tiles.MOST_WARPS}, reverse=True))
-    for stages, warps in sorted(choices, key=lambda choice: choice != (STAGES[0], usual)):
-        if resident_tiles.shared_memory(given, stages) > given.device.shared_memory:
+def runs(given: Problem, choices: Iterable[Choice]) -> dict[Choice, Simulated]:
+    """What the choices give that fit, without those that leave something in local memory."""
+    results = {}
+    for choice in choices:
+        if resident_tiles.shared_memory(given, choice.stages, choice.held) > given.device.shared_memory:
             continue
-        simulated = simulate(given, warps, stages)
-        print(f"  {warps} warps, {stages} stages: {simulated}", flush=True)
+        simulated = simulate(given, choice)
+        print(f"  {choice}: {simulated}", flush=True)
         if not simulated.spills:
-            yield warps, stages, simulated
+            results[choice] = simulated
+    return results
 
 
 def best(given: Problem) -> Schedule | None:
     """The first that is nearly the shortest; None where nothing may run."""
     import triton
 
-    runs = list(simulations(given))
-    shortest = min((simulated.cycles for *_, simulated in runs), default=0.0)
-    near = [run for run in runs if run[2].cycles * NEAR <= shortest]
-    if not near:
-        return None
-    warps, stages, simulated = near[0]
-    return Schedule(warps, stages, round(simulated.cycles), triton.__version__)
+    warps = dict.fromkeys((resident_tiles.usual_warps(given), resident_tiles.MOST_WARPS))
+    helds = (0,) if given.precision == "ieee" and given.dtype == torch.float32 else (0, given.G)
+    results = runs(given, (Choice(count, STAGES[1], held=held) for count, held in product(warps, helds)))
+    if helds[-1] and not any(choice.held for choice in results):
+        results |= runs(given, (Choice(count, STAGES[1], held=given.G - 1) for count in warps))
+    first = min(results, key=lambda choice: results[choice].cycles) if results else Choice(next(iter(warps)), STAGES[1])
+    others = [first._replace(stages=stages) for stages in STAGES if stages != first.stages]
+    results |= runs(given, [*others, first._replace(registers=REGISTERS)])
+    shortest = min((simulated.cycles for simulated in results.values()), default=0.0)
+    for choice, simulated in results.items():
+        if simulated.cycles * NEAR <= shortest:
+            return Schedule(*choice, round(simulated.cycles), triton.__version__)
+    return None
 
 
 def write(rows: dict[Build, Schedule]) -> None:
@@ -110,20 +137,26 @@ def write(rows: dict[Build, Schedule]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cell", nargs="*", choices=CELLS, default=list(CELLS))
+    parser.add_argument("--device", nargs="*", choices=DEVICES, default=DEVICES)
+    parser.add_argument("--cell", nargs="*", choices=CELLS, default=CELLS)
     parser.add_argument("--kind", nargs="*", choices=KINDS, default=list(KINDS))
     parser.add_argument("--width", nargs="*", type=int, choices=WIDTHS, default=WIDTHS)
     asked = parser.parse_args()
-    rows = dict(resident_tiles.schedules())
-    for cell, kind, width, direction in product(asked.cell, asked.kind, asked.width, DIRECTIONS):
-        given = problem(cell, kind, direction, width)
-        if resident.unsupported(given):
-            continue
-        print(cell, kind, width, direction, flush=True)
-        choice = best(given)
-        if choice is not None:
-            rows[resident_tiles.build_of(given)] = choice
-        write(rows)
+    for device, cell, kind, width in product(asked.device, asked.cell, asked.kind, asked.width):
+        for direction in DIRECTIONS:
+            given = problem(cell, kind, direction, width, device)
+            if resident.unsupported(given):
+                continue
+            print(device, cell, kind, width, direction, flush=True)
+            choice = best(given)
+            if choice is not None:
+                enter(resident_tiles.build_of(given), choice)
+
+
+def enter(build: Build, choice: Schedule) -> None:
+    """Adds a row to the table as it is on disk, which another process may be adding to."""
+    resident_tiles.schedules.cache_clear()
+    write({**resident_tiles.schedules(), build: choice})
 
 
 if __name__ == "__main__":

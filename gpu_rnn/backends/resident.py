@@ -87,7 +87,7 @@ def cost(problem: Problem, constants: rates.Rates | None = None) -> float:
     steps = problem.T * problem.layers
     if not device.is_gpu:
         return steps * tiles * INTERPRETED
-    together = device.sms * max(1, available(problem) // shared_memory(problem, chosen.stages))
+    together = device.sms * max(1, available(problem) // shared_memory(problem, chosen.stages, chosen.held))
     one = chains.step(_one_tile(problem), "resident", modelled)
     step = known.step * max(min(one, _busy(problem)) * -(-tiles // device.sms), one * -(-tiles // together))
     return known.start + steps * step + known.projection * projection(problem)
@@ -212,7 +212,9 @@ def _launch(
         "BLOCK_B": chosen.rows,
         "BLOCK_H": chosen.width,
         "STAGES": chosen.stages,
+        "HELD": chosen.held,
         "num_warps": chosen.warps,
+        "maxnreg": chosen.registers or None,
         "enable_fp_fusion": True,  # Triton is about to change its default, and 3.9 warns of it
     }
     return TritonLaunch(kernel, (-(-batch // chosen.rows), n), both | _controls(call) | arguments)

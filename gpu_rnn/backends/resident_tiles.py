@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the resident kernel cuts a problem: rows, padded units, warps, and steps whose loads are under way together.
 
-Warps and steps of a build stand in `resident_tiles.csv`: those of the shortest time loop, by a simulation of machine
-code. No GPU measured them. ``python -m benchmarks.simulating.resident`` writes that table and says how.
+Warps, steps, registers and what they hold of W_hh stand in `resident_tiles.csv`: for each build those of the shortest
+time loop, by a simulation of machine code. No GPU measured them. ``python -m benchmarks.simulating.resident`` writes
+that table and says how.
 """
 
 from __future__ import annotations
 
 from importlib.resources import files
 from typing import NamedTuple
+
+import torch
 
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.devices import DEVICES
@@ -18,22 +21,29 @@ SCHEDULES = "resident_tiles.csv"
 ROWS = 16  # of the batch in a tile: what a tensor-core instruction takes; fewer would be computed all the same
 WARP_BYTES = 128  # of a row of pre-activations, for each warp: 8 values of each of an LSTM's gates for a thread
 MOST_WARPS = 8  # with 16 a thread has 128 registers, and a GRU in tf32 spills
+ROW_BYTES = 16  # bytes: rows that begin at a multiple of them are addressed together
+HALVES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 class Tile(NamedTuple):
-    """How a problem is cut: rows of the batch, padded units, warps, and steps whose loads are under way together."""
+    """How a problem is cut: rows of the batch, padded units, warps, steps whose loads are under way together, the most
+    registers of a thread (0: what the compiler takes by itself), and gates whose weights stay in registers."""
 
     rows: int
     width: int
     warps: int
     stages: int
+    registers: int = 0
+    held: int = 0
 
 
 class Build(NamedTuple):
-    """What a row of the table is for. `kind`: "16-bit", "tf32" or "fp32"."""
+    """What a row of the table is for. `kind`: "bf16", "fp16", "tf32" or "fp32"; `products`: of a step."""
 
     architecture: int
     gates: int
+    states: int
+    products: int
     kind: str
     direction: str
     width: int
@@ -44,6 +54,8 @@ class Schedule(NamedTuple):
 
     warps: int
     stages: int
+    registers: int
+    held: int
     cycles: int
     compiler: str
 
@@ -53,12 +65,15 @@ def padded(hidden: int) -> int:
     return max(16, 1 << (hidden - 1).bit_length())
 
 
-def shared_memory(problem: Problem, stages: int) -> int:
-    """Bytes of a block's shared memory, at most: W_hh, the loads under way, and fp32 blocks to exchange values: two,
-    and a third where what comes back through the products is dropped."""
-    gates, width, itemsize = problem.G, padded(problem.H), problem.dtype.itemsize
+def shared_memory(problem: Problem, stages: int, held: int = 0) -> int:
+    """Bytes of a block's shared memory, at most: what registers do not hold of W_hh, the loads under way, and fp32
+    blocks to exchange values: two, and a third where what comes back through the products is dropped. What registers
+    hold goes through it once, before the loop."""
+    width = padded(problem.H)
+    gate = width**2 * problem.dtype.itemsize
     exchanged = 3 if problem.drop and problem.direction == "backward" else 2
-    return gates * width**2 * itemsize + ROWS * width * ((stages - 1) * _loaded(problem) + 4 * exchanged)
+    loop = ROWS * width * ((stages - 1) * _loaded(problem) + 4 * exchanged)
+    return (problem.G - held) * gate + max(loop, gate if held else 0)
 
 
 def _loaded(problem: Problem) -> int:
@@ -66,7 +81,7 @@ def _loaded(problem: Problem) -> int:
     program, itemsize = problem.program, problem.dtype.itemsize
     states, loaded = len(program.states), len(program.gates) * itemsize
     if problem.direction == "backward":  # also products, d_y and y, the other states, and all initial ones
-        loaded += (len(program.split) + 2) * itemsize + 4 * (2 * states - 1)
+        loaded += (len(program.split) + 2 + states) * itemsize + 4 * (states - 1)
         loaded += 4 * (states - 1) * problem.all_states
     return loaded + states * problem.control_bytes
 
@@ -79,18 +94,28 @@ def available(problem: Problem) -> int:
 def build_of(problem: Problem) -> Build:
     """The row for a problem, which the table need not have."""
     major, minor = problem.device.capability if problem.device.is_gpu else DEVICES["H100"].capability
-    kind = "16-bit" if problem.dtype.itemsize == 2 else "fp32" if problem.precision == "ieee" else "tf32"
-    return Build(10 * major + minor, problem.G, kind, problem.direction, padded(problem.H))
+    kind = HALVES.get(problem.dtype) or ("fp32" if problem.precision == "ieee" else "tf32")
+    program = problem.program
+    sizes = problem.G, len(program.states), len(program.stages)
+    return Build(10 * major + minor, *sizes, kind, problem.direction, padded(problem.H))
 
 
 def tile(problem: Problem) -> Tile:
     """How a problem is cut on its device, with as many steps under way as its shared memory holds."""
     build = build_of(problem)
-    simulated = schedules().get(build._replace(architecture=_nearest(build.architecture)))
-    warps, stages = (simulated.warps, simulated.stages) if simulated else (usual_warps(problem), 2)
-    while stages > 1 and shared_memory(problem, stages) > available(problem):
+    alike = _nearest(build)
+    warps, stages, registers, held, *_ = schedules()[alike] if alike else (usual_warps(problem), 2, 0, 0)
+    if alike != build or not _is_plain(problem):
+        registers = held = 0
+    while stages > 1 and shared_memory(problem, stages, held) > available(problem):
         stages -= 1
-    return Tile(ROWS, build.width, warps, stages)
+    return Tile(ROWS, build.width, warps, stages, registers, held)
+
+
+def _is_plain(problem: Problem) -> bool:
+    """Whether a problem's build takes no more registers than the one that was simulated."""
+    more = problem.options or problem.lengths or problem.program.params
+    return not more and problem.H * problem.dtype.itemsize % ROW_BYTES == 0
 
 
 def usual_warps(problem: Problem) -> int:
@@ -106,17 +131,26 @@ def schedules() -> dict[Build, Schedule]:
     """The table."""
     import csv  # where a table is read, and not with the package
 
-    rows = csv.DictReader((files(__package__) / SCHEDULES).read_text().splitlines())
-    return {
-        Build(int(row["architecture"]), int(row["gates"]), row["kind"], row["direction"], int(row["width"])): Schedule(
-            int(row["warps"]), int(row["stages"]), int(row["cycles"]), row["compiler"]
-        )
-        for row in rows
-    }
+    rows = csv.reader((files(__package__) / SCHEDULES).read_text().splitlines()[1:])
+    return dict(map(_entry, rows))
 
 
-@memoize(64)
-def _nearest(architecture: int) -> int:
-    """Of the architectures in the table, the one whose number is nearest, of two the newer."""
-    there = {build.architecture for build in schedules()}
-    return min(there, key=lambda each: (abs(each - architecture), -each), default=architecture)
+def _entry(row: list[str]) -> tuple[Build, Schedule]:
+    fields = [int(field) if field.isdecimal() else field for field in row]
+    parts = len(Build._fields)
+    return Build(*fields[:parts]), Schedule(*fields[parts:])  # type: ignore[arg-type]
+
+
+@memoize(256)
+def _nearest(build: Build) -> Build | None:
+    """The row that is like a build: of as many gates and units, of another 16-bit dtype, cell or architecture if need
+    be, of two architectures as near the newer."""
+
+    def likeness(each: Build) -> tuple[bool, int, int, int]:
+        apart = abs(each.states - build.states) + abs(each.products - build.products)
+        return each.kind != build.kind, apart, abs(each.architecture - build.architecture), -each.architecture
+
+    def cut(each: Build) -> tuple[object, ...]:
+        return each.gates, each.direction, each.width, "16-bit" if each.kind in HALVES.values() else each.kind
+
+    return min((each for each in schedules() if cut(each) == cut(build)), key=likeness, default=None)

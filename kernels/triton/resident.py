@@ -28,6 +28,7 @@ from gpu_rnn.kernels.triton.blocks import (
 )
 from gpu_rnn.kernels.triton.tile import (
     cut,
+    hold,
     load_before,
     load_flags,
     load_weights,
@@ -88,13 +89,14 @@ def resident_forward(
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
     STAGES: tl.constexpr,  # steps whose loads are under way together
+    HELD: tl.constexpr,  # gates whose weights stay in registers
 ):
     G: tl.constexpr = len(KEPT)
     H = H * ALIGN
     at = place(p_lengths, T, B, H, reverse, period, BLOCK_B, BLOCK_H)
     stride_t, stride_g = stride_t.to(tl.int64) * ALIGN, stride_g.to(tl.int64) * ALIGN
     p_gates += (at.i_n * stride_n + at.o_b * stride_b)[:, None] * ALIGN + at.o_h
-    b_w = load_weights(p_w, at, H, 1, H, G, BLOCK_H)  # (input, output): W_hh transposed
+    b_w = hold(load_weights(p_w, at, H, 1, H, G, BLOCK_H), HELD)  # (input, output): W_hh transposed
     b_params = as_float(load_blocks(p_params + at.i_n * P * H + at.o_h, H, at.m_h, P)) if P else ()
     b_bias = ()
     for g in tl.static_range(G):
@@ -199,6 +201,7 @@ def resident_backward(
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
     STAGES: tl.constexpr,  # steps whose loads are under way together
+    HELD: tl.constexpr,  # gates whose weights stay in registers
 ):
     G: tl.constexpr = len(KEPT)
     H = H * ALIGN
@@ -207,7 +210,7 @@ def resident_backward(
     d_y_stride_t = d_y_stride_t.to(tl.int64) * ALIGN
     o_gates = (at.i_n * stride_n + at.o_b * stride_b)[:, None] * ALIGN + at.o_h
     p_d_y += (at.i_n * d_y_stride_n + at.o_b * d_y_stride_b)[:, None] * ALIGN + at.o_h
-    b_w = load_weights(p_w, at, H, H, 1, G, BLOCK_H)  # (output, input): W_hh as it is
+    b_w = hold(load_weights(p_w, at, H, H, 1, G, BLOCK_H), HELD)  # (output, input): W_hh as it is
     b_params = as_float(load_blocks(p_params + at.i_n * P * H + at.o_h, H, at.m_h, P)) if P else ()
     d_states = load_each(p_d_final, at.o_unit, at.m)
     d_params = zero_blocks(P, BLOCK_B, BLOCK_H)

@@ -82,6 +82,20 @@ def load_weights(p_w, at, H, row_stride, column_stride, G: tl.constexpr, BLOCK_H
 
 
 @triton.jit
+def hold(b_w, HELD: tl.constexpr):
+    """The first `HELD` blocks as operands that stay in registers. Triton otherwise moves an operand's way through
+    shared memory into the loop, and reads it again each step; it does not look for one that was turned and turned
+    back, for which there is no instruction."""
+    held = ()
+    for g in tl.static_range(len(b_w)):
+        block = b_w[g]
+        if g < HELD:
+            block = tl.reshape(tl.reshape(block, (block.shape[0] * block.shape[1],))[None, :], block.shape)
+        held = held + (block,)
+    return held
+
+
+@triton.jit
 def load_before(p_y, p_inner, p_initial, t, o_t_before, at, T, B, H):
     """The states before step `t`: what the step before it left at `o_t_before`, or the initial ones."""
     S: tl.constexpr = len(p_initial)

@@ -183,8 +183,8 @@ def check(case: Case, folder: Path) -> None:
     found, most = build(given, folder), spills(kind, cell, options, missing)
     assert found.spills <= most
     assert found.stack <= STACK or most > SPILLS
-    stages = resident.tile(given).stages
-    assert found.shared <= resident.shared_memory(given, stages) <= SHARED_MEMORY[architecture]
+    tile = resident.tile(given)
+    assert found.shared <= resident.shared_memory(given, tile.stages, tile.held) <= SHARED_MEMORY[architecture]
 
 
 @pytest.mark.compile

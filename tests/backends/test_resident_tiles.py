@@ -3,19 +3,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from gpu_rnn import cells, devices
-from gpu_rnn.backends import resident_tiles
+from gpu_rnn.backends import resident, resident_tiles
 from gpu_rnn.backends.problem import DIRECTIONS, Problem
 from gpu_rnn.backends.resident_tiles import Build, Schedule, Tile, available, build_of, shared_memory, tile
+from tests.support import loops as support
+from tests.support.resident import compare, settings  # noqa: F401
 
 LONGER = 1.05  # times the cycles of the table: more fails
-SIMULATED = [("lstm", "inference", 64), ("lstm", "backward", 32), ("lstm", "training", 64)]
+SIMULATED = [("lstm", "inference", 128), ("lstm", "backward", 32), ("lstm", "training", 64)]
 BARRIERS = 10  # of a step, at most; 14 while each saved gate took two
 
 
@@ -39,17 +40,54 @@ def test_every_row_can_be_launched() -> None:
     rows = resident_tiles.schedules()
     assert {build.direction for build in rows} == set(DIRECTIONS)
     for build, choice in rows.items():
-        assert build.kind in ("16-bit", "tf32", "fp32")
+        assert build.kind in ("bf16", "fp16", "tf32", "fp32")
         assert build.width == resident_tiles.padded(build.width)
         assert choice.warps in (1, 2, 4, 8)
         assert choice.stages in (2, 3, 4)
+        assert choice.registers in (0, 168)
+        assert choice.held in (0, build.gates, build.gates - 1)
         assert choice.cycles > 0
 
 
 def test_a_build_takes_its_row(table: dict[Build, Schedule]) -> None:
-    table[build_of(problem())] = Schedule(8, 3, 1, "")
-    assert tile(problem(50)) == Tile(16, 64, 8, 3)
-    assert tile(replace(problem(), dtype=torch.float16)).stages == 3
+    table[build_of(problem())] = Schedule(8, 3, 168, 4, 1, "")
+    assert tile(problem(56)) == Tile(16, 64, 8, 3, 168, 4)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"hidden": 50},  # whose rows have an address each
+        {"flags": True},
+        {"lengths": True, "packed": True},
+        {"drop": 1},
+        {"recurrence": cells.lstm(peephole=True)},
+        {"recurrence": cells.slstm()},
+        {"dtype": torch.float16},
+        {"device": "B200"},
+    ],
+    ids=str,
+)
+def test_what_is_like_a_build_takes_its_row_but_for_its_registers(
+    table: dict[Build, Schedule], other: dict[str, Any]
+) -> None:
+    table[build_of(problem())] = Schedule(8, 3, 168, 4, 1, "")
+    assert tile(problem(**other)) == Tile(16, 64, 8, 3)
+
+
+def test_the_row_most_like_a_build(table: dict[Build, Schedule]) -> None:
+    """Of its dtype first, then of its cell, then of its architecture."""
+    ours = build_of(problem())
+    rows = [
+        ours._replace(kind="fp16"),
+        ours._replace(states=4),
+        ours._replace(architecture=89),
+        ours,
+    ]
+    for build in rows:
+        table[build] = Schedule(8, 3, 0, 0, 1, "")
+        resident_tiles._nearest.cache_clear()
+        assert resident_tiles._nearest(ours) == build
 
 
 @pytest.mark.parametrize(
@@ -64,14 +102,14 @@ def test_a_build_takes_its_row(table: dict[Build, Schedule]) -> None:
     ids=str,
 )
 def test_what_has_no_row_takes_the_rule(table: dict[Build, Schedule], other: dict[str, Any]) -> None:
-    table[build_of(problem())] = Schedule(1, 4, 1, "")
+    table[build_of(problem())] = Schedule(1, 4, 0, 0, 1, "")
     without = problem(**other)
     assert tile(without) == Tile(16, resident_tiles.padded(without.H), resident_tiles.usual_warps(without), 2)
 
 
 def test_an_architecture_without_rows_takes_those_of_the_nearest(table: dict[Build, Schedule]) -> None:
-    table[build_of(problem())] = Schedule(8, 3, 1, "")
-    table[build_of(problem(device="A100"))] = Schedule(2, 2, 1, "")
+    table[build_of(problem())] = Schedule(8, 3, 0, 0, 1, "")
+    table[build_of(problem(device="A100"))] = Schedule(2, 2, 0, 0, 1, "")
     assert [tile(problem(device=name)).warps for name in ("A100", "RTX 3090", "RTX 4090", "H100", "B200")] == [
         2, 8, 8, 8, 8,
     ]  # fmt: skip
@@ -83,10 +121,41 @@ def test_an_architecture_without_rows_takes_those_of_the_nearest(table: dict[Bui
 def test_loads_under_way_fit_the_device(table: dict[Build, Schedule], device: str, hidden: int, direction: str) -> None:
     """As many steps as the device's shared memory holds, and no more than the table says."""
     given = problem(hidden, device, direction=direction)
-    table[build_of(problem(hidden, direction=direction))] = Schedule(8, 4, 1, "")
+    table[build_of(problem(hidden, direction=direction))] = Schedule(8, 4, 0, 0, 1, "")
     stages = tile(given).stages
     assert stages == 1 or shared_memory(given, stages) <= available(given)
     assert stages == 4 or shared_memory(given, stages + 1) > available(given)
+
+
+@pytest.mark.interpreter
+def test_what_registers_hold_are_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resident, "tile", lambda problem: Tile(16, 16, 4, 2, held=problem.G))
+    inputs = support.make(cells.lstm(), T=5, B=2, H=12, reverse="01", bias=True, lengths=None, scale=0.3)
+    compare(cells.lstm(), inputs.to(torch.bfloat16), "cpu")
+
+
+def test_what_registers_hold_of_the_weights_leaves_shared_memory() -> None:
+    """But for one gate at a time before the loop."""
+    given, gate = problem(128), 2 * 128**2
+    assert shared_memory(given, 3) - shared_memory(given, 3, held=3) == 3 * gate
+    assert shared_memory(given, 1, held=4) == gate
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("held", [0, 3, 4])
+def test_weights_in_registers_are_not_read_again(held: int) -> None:
+    """A warp reads its columns of a gate by eight loads of four matrices, besides h and what the step loads."""
+    from benchmarks.simulating import builds, paths
+
+    given = problem(128)
+    (launch,) = resident._launches(given)
+    launch = launch._replace(arguments=launch.arguments | {"HELD": held, "num_warps": 8, "STAGES": 3, "maxnreg": None})
+    binary = builds.built(launch, given.device)
+    code = builds.code_of(binary.asm["cubin"])
+    names = [code[index].base for index in paths.straight(code, paths.time_loop(code))]
+    assert names.count("LDSM") == 12 + 8 * (4 - held)
+    assert binary.metadata.shared <= shared_memory(given, 3, held)
+    assert not {"LDL", "STL"} & set(names)
 
 
 @pytest.mark.compile
@@ -94,13 +163,13 @@ def test_loads_under_way_fit_the_device(table: dict[Build, Schedule], device: st
 def test_no_time_loop_grew(cell: str, direction: str, width: int) -> None:
     import triton
 
-    from benchmarks.simulating import resident
+    from benchmarks.simulating import resident as simulating
 
-    given = resident.problem(cell, "16-bit", direction, width)
+    given = simulating.problem(cell, "bf16", direction, width)
     written = resident_tiles.schedules()[build_of(given)]
     if written.compiler != triton.__version__:
         pytest.skip(f"the row was simulated with Triton {written.compiler}, and here is {triton.__version__}")
-    simulated = resident.simulate(given, written.warps, written.stages)
+    simulated = simulating.simulate(given, simulating.Choice(*written[:4]))
     assert not simulated.spills
     assert simulated.cycles <= LONGER * written.cycles
     assert simulated.barriers <= BARRIERS

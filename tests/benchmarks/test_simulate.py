@@ -16,6 +16,7 @@ from benchmarks.simulating.instructions import NONE, Instruction
 from benchmarks.simulating.multiprocessor import Multiprocessor
 from benchmarks.simulating.paths import Lost, Turn
 from benchmarks.simulating.tools import tool
+from gpu_rnn import devices
 from tests.support.paths import ROOT
 
 H100 = machines.of("H100")
@@ -201,6 +202,19 @@ def test_figures_are_entered_for_devices_that_are_described() -> None:
     assert {each.name for each in fields(H100)} >= {"clock", "hop"} and None not in vars(H100).values()
 
 
+@pytest.mark.parametrize("device", ["A100", "RTX 4090"])
+def test_a_hop_that_nobody_published_is_called_predicted(device: str) -> None:
+    """As many latencies of L2 as an H100's."""
+    machine = machines.of(device)
+    assert machine.hop and machine.l2 and H100.hop and H100.l2
+    assert machine.hop * machine.clock / machine.l2 == pytest.approx(H100.hop * H100.clock / H100.l2)
+    program = [LOOK, USE, PUBLISH]
+    exchange = Exchange(program, [[0, 1, 2]], machine.hop * machine.clock * 1e9)
+    result = Multiprocessor(program, [[0, 1, 2]], machine, exchange).run(6)
+    said = [[*report.lines(report.Simulation(kernel(program), each, result))] for each in (machine, H100)]
+    assert ["is predicted for this device" in " ".join(lines) for lines in said] == [True, False]
+
+
 def asked(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", ["simulate.py", *arguments])
     simulate.main()
@@ -235,6 +249,32 @@ def test_the_command_reports(
     asked(monkeypatch, *arguments, "--csv")
     *_, last = capsys.readouterr().out.strip().split(",")
     assert (last == "") == (backend == "step") and (backend == "step" or 0.5 < float(last) < 10)
+
+
+@pytest.mark.compile
+def test_blocks_side_by_side(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """As many as fit work side by side, in less time than one after the other; the rest comes after them."""
+    if tool("nvdisasm") is None:
+        pytest.skip("not found: nvdisasm, which is in Triton's wheel and in CUDA's toolkit")
+    arguments = ("--hidden", "32", "--backend", "resident", "--batch")
+    asked(monkeypatch, *arguments, str(16 * 132), "--csv")
+    alone = float(capsys.readouterr().out.strip().rpartition(",")[2])
+    asked(monkeypatch, *arguments, str(16 * 132 * 3))
+    said = capsys.readouterr().out
+    assert "3 blocks on a multiprocessor" in said
+    beside = float(re.search(r"([0-9.]+) µs at", said)[1])  # type: ignore[index]
+    assert alone < beside < 3 * alone
+
+
+def test_how_many_blocks_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By registers in units of eight, by shared memory and what the system takes of it, by threads."""
+    monkeypatch.setattr(builds, "registers_of", lambda file: 123)
+    h100, ada = devices.describe("H100"), devices.describe("RTX 4090")
+    assert builds.together(b"", 8, 1000, h100) == 65536 // (128 * 256)
+    assert builds.together(b"", 4, 50 << 10, h100) == 4
+    monkeypatch.setattr(builds, "registers_of", lambda file: 16)
+    assert [builds.together(b"", 8, 1000, device) for device in (h100, ada)] == [8, 6]
+    assert builds.together(b"", 8, 99 << 10, ada) == 1
 
 
 @pytest.mark.compile("nvrtc")

@@ -126,6 +126,15 @@ def test_who_comes_last_to_a_barrier_lets_all_go_on(warps: int) -> None:
     assert waited.reason == "barrier" and result.issues[waited.cause].warp == 1
 
 
+def test_blocks_that_share_a_multiprocessor_meet_at_barriers_of_their_own() -> None:
+    program = [instruction("FADD", 15), instruction("BAR.SYNC", 1, "0x0"), instruction("FADD", 1)]
+    paths = [range(1, 3), range(1, 3), range(3), range(3)]
+    assert [times(Multiprocessor(program, paths, MACHINE, blocks=2).run(2), warp)[-1] for warp in range(4)] == [
+        25, 25, 40, 40,
+    ]  # fmt: skip
+    assert [times(Multiprocessor(program, paths, MACHINE).run(2), warp)[-1] for warp in range(4)] == [40] * 4
+
+
 def test_a_named_barrier_is_its_own_warps() -> None:
     program = [instruction("FADD", 15), instruction("BAR.SYNC", 1, "R1, 0x40"), instruction("FADD", 1)]
     paths = [range(1, 3), range(1, 3), range(3), range(3)]
