@@ -331,8 +331,38 @@ static long lay_out(const arguments *a, a_layout *of_gates, layout *products) {
   return size;
 }
 
-// All shares of a call. A thread that cannot be started leaves its own to this
-// one. Returns 1 where memory is short.
+// Workers that the threads of a team take one by one, however many come.
+typedef struct {
+  worker *workers;
+  long next, count;
+} team_work;
+
+typedef void start_team(void (*run)(void *), void *, unsigned threads,
+                        unsigned flags); // GOMP_parallel
+
+static void work_in_team(void *given) {
+  team_work *all = given;
+  for (;;) {
+    const long k = __atomic_fetch_add(&all->next, 1, __ATOMIC_RELAXED);
+    if (k >= all->count)
+      return;
+    work(&all->workers[k]);
+  }
+}
+
+// A thread that cannot be started leaves its own to this one.
+static void work_in_threads(worker *workers, pthread_t *threads, long count) {
+  for (long k = count - 1; k >= 0; k--)
+    if (k == 0 || pthread_create(&threads[k], 0, work, &workers[k])) {
+      work(&workers[k]);
+      workers[k].number = -1;
+    }
+  for (long k = 0; k < count; k++)
+    if (workers[k].number >= 0)
+      pthread_join(threads[k], 0);
+}
+
+// All shares of a call. Returns 1 where memory is short.
 static int run_shares(const arguments *a, a_layout *of_gates,
                       int (*run)(const share *)) {
   layout products[PRODUCTS];
@@ -345,18 +375,15 @@ static int run_shares(const arguments *a, a_layout *of_gates,
     for (long n = 0; n < a->across; n++)
       for (int k = 0; k < PRODUCTS; k++)
         pack(&products[k], n, packed + n * size + products[k].to);
-    for (long k = a->threads - 1; k >= 0; k--) {
+    for (long k = 0; k < a->threads; k++)
       workers[k] = (worker){a, packed, size, run, k, 0};
-      if (k == 0 || pthread_create(&threads[k], 0, work, &workers[k])) {
-        work(&workers[k]);
-        workers[k].number = -1;
-      }
-    }
-    for (long k = 0; k < a->threads; k++) {
-      if (workers[k].number >= 0)
-        pthread_join(threads[k], 0);
+    team_work all = {workers, 0, a->threads};
+    if (a->team && a->threads > 1)
+      ((start_team *)a->team)(work_in_team, &all, a->threads, 0);
+    else
+      work_in_threads(workers, threads, a->threads);
+    for (long k = 0; k < a->threads; k++)
       failed |= workers[k].failed;
-    }
   }
   free(workers);
   free(threads);

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpu_rnn
 from gpu_rnn.backends.native import direct as native
+from gpu_rnn.backends.native import team
 from gpu_rnn.call import direct
 from tests.support import native as compilers
 
@@ -183,14 +185,31 @@ def test_two_threads_at_once_and_another_number_of_threads(monkeypatch: pytest.M
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_after_a_fork() -> None:
+def test_after_a_fork(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's threads, which the loop has, are the parent's alone."""
     layer, x = made("LSTM", dtype=torch.float32)
+    monkeypatch.setattr(native.launch, "OF_A_THREAD", 1.0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     with torch.no_grad():
         before = layer(x)[0]
         child = os.fork()
         if not child:
+            signal.alarm(60)
             os._exit(0 if torch.equal(layer(x)[0], before) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.parametrize("address", [0, None], ids=["threads of its own", "torch's"])
+def test_either_threads_compute_the_same(address: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = made("GRU", dtype=torch.float32)
+    alone = differentiated(layer, x)
+    monkeypatch.setattr(native.launch, "OF_A_THREAD", 1.0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    if address is not None:
+        monkeypatch.setattr(team, "address", lambda: address)
+    elif not team.address():
+        pytest.skip("this build of torch has no libgomp of its own")
+    assert all(torch.equal(*pair) for pair in zip(differentiated(layer, x), alone, strict=True))
 
 
 def test_who_looks_on_or_transforms_goes_the_long_way(calls: list[str]) -> None:

@@ -14,7 +14,7 @@ from gpu_rnn.memo import memoize
 
 NUMBERS = (
     *("steps", "batch", "across", "units", "width", "features"),  # `width` of h, which may be projected
-    *("threads", "tiles", "save", "masks", "flags_across", "reset_steps"),
+    *("threads", "team", "tiles", "save", "masks", "flags_across", "reset_steps"),
 )
 # Tensors, by what they hold; null where there is none. Their shapes are those of `gpu_rnn.backends.tensors`.
 POINTERS = {

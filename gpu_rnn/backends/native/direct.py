@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gpu_rnn.backends import onednn
-from gpu_rnn.backends.native import arguments, launch, text
+from gpu_rnn.backends.native import arguments, launch, team, text
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.compiler.program import Program
 from gpu_rnn.memo import memoize
@@ -159,7 +159,7 @@ def _fields(
     numbers = {"steps": steps, "batch": batch, "across": 1, "units": hidden, "width": hidden, "threads": threads}
     for name, value in numbers.items():
         fields[places[name]] = value
-    fields[places["tiles"]] = threads
+    fields[places["tiles"]], fields[places["team"]] = threads, team.address()
     fields[places["reset_steps"]] = 1
     fields[places["flags_across"]] = 1
     fields[places["reverse"]] = ctypes.addressof(_FORWARD_IN_TIME)

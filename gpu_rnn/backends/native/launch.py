@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gpu_rnn import memo
 from gpu_rnn.backends import cpu_cost, linear, rates
-from gpu_rnn.backends.native import arguments, building, one_step, text
+from gpu_rnn.backends.native import arguments, building, one_step, team, text
 from gpu_rnn.backends.native.building import CompilerError
 from gpu_rnn.backends.problem import CONTROL_FIELDS, Problem
 from gpu_rnn.backends.step.product import normalised_products
@@ -182,6 +182,7 @@ def _shape(call: Call, gates: Tensor) -> dict[str, Any]:
         "units": hidden,
         "width": _width(call),
         "threads": count,
+        "team": team.address(),
         "tiles": max(1, min(batch, -(-count // max(1, n)))),
         "masks": 0 if drop is None else drop.shape[2],
         "flags_across": 1 if flags is None else flags.shape[2],
