@@ -114,10 +114,15 @@ CUresult cuFuncSetAttribute(CUfunction, CUfunction_attribute, int) {
 
 CUresult cuFuncSetCacheConfig(CUfunction, CUfunc_cache) { return CUDA_SUCCESS; }
 
+// On an H200 as its whitepaper has it: 8 parts of 16 multiprocessors or more.
 CUresult cuOccupancyMaxActiveClusters(int *count, CUfunction,
-                                      const CUlaunchConfig *) {
-  *count = 1;
-  return CUDA_SUCCESS;
+                                      const CUlaunchConfig *config) {
+  unsigned blocks = 1;
+  for (unsigned k = 0; k < config->numAttrs; ++k)
+    if (config->attrs[k].id == CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION)
+      blocks = config->attrs[k].value.clusterDim.x;
+  *count = blocks > 16 ? 0 : 8 * (16 / blocks);
+  return CUresult(stub_launch_status);
 }
 
 CUresult cuPointerGetAttribute(void *value, CUpointer_attribute,

@@ -126,6 +126,8 @@ class GroupModel:
     tensor_share: float = 0.6  # as the resident kernel's
     l2_bytes: float = 37.0  # per cycle that reach one multiprocessor while all read
     hop: float = 6e-7  # seconds from a store to its sight in another block, beside the words' own way
+    remote: float = 213.0  # cycles from a store into another block's shared memory to its sight there
+    remote_bytes: float = 21.0  # of such stores that leave a multiprocessor in a cycle
     latency: float = 400.0  # cycles in a row that nothing hides: barrier, activations, rounding
     instructions: float = 3.0  # for a unit and operation of the program
     shuffled: float = 1.5  # full fp32: times the multiplications alone, for the shuffles beside them

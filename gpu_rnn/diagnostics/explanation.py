@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from gpu_rnn import devices, environment
 from gpu_rnn.backends import rates, triton_interpreter
-from gpu_rnn.backends.group import nvrtc
+from gpu_rnn.backends.group import clusters, nvrtc
 from gpu_rnn.backends.group.choice import floor
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.call import autocast
@@ -85,6 +85,8 @@ class Explanation:
             lines.append(f"layers run as a wavefront, steps at a time: {chunks}")
         if self.floor_us is not None and self.floor_us >= SHOWN:
             lines.append(f"{'bound':10} {'':8} {self.floor_us:8.2f}  {BOUND}")
+        refusal = clusters.refusal(self.problem.device)
+        lines += [f"group exchanges through L2, not in clusters: {refusal.splitlines()[0]}"] if refusal else []
         return "\n".join([*lines, *self._asked, f"µs/step: {self._origin}", *self._elsewhere])
 
     def _lines(self, row: Row) -> list[str]:

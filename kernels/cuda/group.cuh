@@ -233,6 +233,7 @@ DEVICE void store_pair_f32(float *p, const float (&pair)[2], int count) {
 // A thread's place. Blocks are numbered (recurrence, group, member).
 struct Seat {
   int n, group, member, across, along, i, j; // lane = 4 i + j
+  int place;                                 // of the words that it reads
 
   DEVICE Seat(int first_n, int groups) {
     const int whole = block_index() / MEMBERS;
@@ -264,12 +265,24 @@ struct Spot {
     count = !taken || unit >= H ? 0 : unit + 1 < H ? 2 : 1;
   }
 
-  // Of its word, within a slot.
+  // Of its word, within a slot: 32 words of 8 rows are what a warp reads at
+  // once. A cluster has them as rows of one warp, so that a store is 64 bytes
+  // in a row.
   DEVICE int word(const Seat &seat, int tile, int part) const {
     const int half = 2 * ((tile * DEPTH + block) * PARTS + part) + seat.i / 4;
-    return (half * COLUMNS + pair / 2) * 32 + 4 * (row % 8) + seat.i % 4;
+    const int first = (half * COLUMNS + pair / 2) * 32;
+    if constexpr (CLUSTER)
+      return first + 16 * (pair % 2) + 4 * seat.j + seat.i % 4;
+    return first + 4 * (row % 8) + seat.i % 4;
   }
 };
+
+// Which of 32 words a lane reads: that of row `lane() / 4`.
+DEVICE int read_by_lane() {
+  if constexpr (CLUSTER)
+    return (lane() & 4) << 2 | lane() >> 3 << 2 | (lane() & 3);
+  return lane();
+}
 
 // The time at which a row's step lies: a reversed row starts at its last step.
 DEVICE long long time_of(int step, long long length, bool reversed) {

@@ -225,7 +225,7 @@ DEVICE void collect_and_multiply(Accumulators<S> &sums, const Weights &weights,
   if (SHARE * ALONG != DEPTH && depth >= DEPTH)
     return;
   Word words[CHUNK * S::PARTS * 2 * COLUMNS];
-  const Word *from = exchange.slot(number) + lane() +
+  const Word *from = exchange.slot(number) + read_by_lane() +
                      (tile * DEPTH + depth) * PARTS * 2 * COLUMNS * 32;
   exchange.collect<S>(words, from, 32, number);
   multiply_chunk<S>(sums, weights, first, words, seat.j, spilled_only);

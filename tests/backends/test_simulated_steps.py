@@ -55,6 +55,8 @@ class Chain(NamedTuple):
 
 STEPS = [
     *(Step("group", "lstm", "fp16", direction, 768, 16) for direction in ("training", "backward")),
+    *(Step("group", "lstm", "fp16", direction, 256, 64) for direction in ("training", "backward")),
+    *(Step("group", "lstm", "fp16", direction, 512, 16) for direction in ("training", "backward")),
     *(Step("group", "lstm", "fp16", direction, 512, 64) for direction in ("training", "backward")),
     *(Step("group", "lstm", "fp16", direction, 1024, 64) for direction in ("training", "backward")),
     Step("group", "lstm", "fp16", "training", 2048, 64),
@@ -65,7 +67,7 @@ STEPS = [
     *(Step("resident", "lstm", "bf16", "training", hidden, 16) for hidden in (64, 128)),
     *(Step("resident", "lstm", "bf16", "backward", hidden, 16) for hidden in (64, 128)),
 ]
-FEW = [STEPS[0], next(step for step in STEPS if step.backend == "resident")]
+FEW = [STEPS[0], STEPS[2], next(step for step in STEPS if step.backend == "resident")]
 
 
 def measure(step: Step) -> Chain:

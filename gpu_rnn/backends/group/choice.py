@@ -8,12 +8,14 @@ step of the layout so chosen (`backends/chains.py`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import count, product
 from typing import Any
 
 from gpu_rnn.backends import chains, rates
+from gpu_rnn.backends.group import clusters
 from gpu_rnn.backends.group.layout import UNITS, Layout, switches
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.backends.throughput import (
@@ -35,6 +37,10 @@ WORKING = (90, 112, 100)
 WORKING_OF_TWO = 24  # more of them for a second exchange of a step: of another product, or of sums
 COLUMNS = (1, 2)
 TILES = (1, 2, 4)
+
+# To be taken, clusters have to be predicted this much shorter: nobody has run them beside words through L2.
+SHORTER = 0.94
+SENDING = 5.0  # cycles of a warp to send a word to a member: two addresses and the store
 
 WEIGHT_REGISTERS = 128 << 10  # bytes of weights in a multiprocessor's registers, half of them
 
@@ -63,14 +69,15 @@ def _between(layout: Layout, owned: int) -> int:
 
 def _held(layout: Layout) -> int:
     """The blocks of the depth whose weights fit in registers beside all else; negative where not even that does."""
-    owned = -(-(layout.blocks // layout.across) * 2 * layout.columns // layout.along)
     states, gates = len(layout.parsed.states), layout.gates
     sums = layout.fragments * layout.columns * (16 if layout.full else 4)
-    pairs = owned * 2 * (gates + len(layout.parsed.split) + states) * (2 if layout.backward else 1)  # and gradients
+    pairs = (
+        layout.owned * 2 * (gates + len(layout.parsed.split) + states) * (2 if layout.backward else 1)
+    )  # and gradients
     words = 2 * layout.columns * layout.parts * layout.word // 4  # of a block of the depth
-    rows = owned * layout.tiles * (2 * states + 4 + 2 * layout.drops)
+    rows = layout.owned * layout.tiles * (2 * states + 4 + 2 * layout.drops)
     working = WORKING[2 - layout.half] if layout.backward else WORKING[0]
-    free = REGISTERS - working - sums - pairs - _between(layout, owned) - rows - min(32, layout.share * words)
+    free = REGISTERS - working - sums - pairs - _between(layout, layout.owned) - rows - min(32, layout.share * words)
     return min(layout.share, free // (layout.fragments * layout.fragment))
 
 
@@ -100,34 +107,39 @@ def _layouts(problem: Problem) -> Iterator[Layout]:
     for members, blocks, across, along in _shapes(-(-problem.H // UNITS)):
         for columns, tiles in product(COLUMNS, tiles_of_a_group if members > 1 else (1,)):
             sizes = (members, blocks, across, along, columns, tiles)
-            bare = Layout(problem.program.text, problem.dtype, precision, backward, *sizes, **options)
-            held = _held(bare)
-            if held >= 0:
-                yield replace(bare, held=held)
+            alone = Layout(problem.program.text, problem.dtype, precision, backward, *sizes, **options)
+            # In a cluster words are not long on their way, so tiles take no turns; and there is one hop a step.
+            both = 1 < members <= clusters.LARGEST and tiles == 1 and alone.hops == 1
+            for bare in [alone, replace(alone, cluster=True)][: 1 + both]:
+                held = _held(bare)
+                if held >= 0:
+                    yield replace(bare, held=held)
 
 
 def choose(problem: Problem) -> Choice | None:
     """The fastest layout that fits on the problem's device, or None. The number of steps does not matter."""
-    return _choose(replace(problem, T=1, I=1, layers=1))
+    return _choose(replace(problem, T=1, I=1, layers=1), bool(clusters.at_once(problem.device, 2)))
 
 
 @memoize(1024)
-def _choose(problem: Problem) -> Choice | None:
-    return min(_fitting(problem), key=lambda choice: choice.step, default=None)
+def _choose(problem: Problem, in_clusters: bool) -> Choice | None:
+    layouts = (choice for choice in _fitting(problem) if in_clusters or not choice.layout.cluster)
+    return min(layouts, key=lambda choice: choice.step / (SHORTER if choice.layout.cluster else 1.0), default=None)
 
 
 def _fitting(problem: Problem) -> Iterator[Choice]:
     """Every layout that fits on the problem's device."""
     device = problem.device
     for layout in _layouts(problem):
-        if layout.shared_bytes > device.shared_memory or layout.members > device.sms:
+        together = clusters.at_once(device, layout.members) if layout.cluster else device.sms // layout.members
+        if layout.shared_bytes > device.shared_memory or not together:
             continue
         wanted = max(1, -(-problem.B // layout.rows))
         if layout.members == 1:
             at_once, groups = problem.N, wanted
         else:
-            at_once = min(problem.N, device.sms // layout.members)
-            groups = min(wanted, device.sms // (layout.members * at_once))
+            at_once = min(problem.N, together)
+            groups = min(wanted, together // at_once)
         yield Choice(layout, groups, at_once, _step(problem, layout, groups, at_once, RANKING))
 
 
@@ -135,7 +147,8 @@ def _step(problem: Problem, layout: Layout, groups: int, at_once: int, known: ra
     """Seconds for a step of all rows of all of N."""
     device = problem.device
     busy = _busy_cycles(problem, layout, known) / (device.clock * 1e9)
-    waiting = layout.hops * (known.latency / (device.clock * 1e9) + (known.hop if layout.members > 1 else 0.0))
+    hop = known.remote / (device.clock * 1e9) if layout.cluster else known.hop if layout.members > 1 else 0.0
+    waiting = layout.hops * (known.latency / (device.clock * 1e9) + hop)
     one = max(layout.tiles * busy, busy + waiting)
     rounds = -(-problem.B // (layout.rows * groups)) * -(-problem.N // at_once)
     if layout.members == 1:  # blocks that wait for nobody; several may share a multiprocessor
@@ -161,7 +174,10 @@ def _busy_cycles(problem: Problem, layout: Layout, known: rates.GroupModel) -> f
     sums = 2 * layout.threads * 16 * layout.stages * layout.results * layout.blocks // layout.across * layout.columns
     shared = (spilled + (sums if layout.along > 1 else 0)) / SHARED_BYTES_PER_CYCLE
     words = layout.collected * layout.word * layout.across
-    arriving = words / (known.l2_bytes if layout.members > 1 else SHARED_BYTES_PER_CYCLE)
+    arriving = words / (known.l2_bytes if layout.members > 1 and not layout.cluster else SHARED_BYTES_PER_CYCLE)
+    if layout.cluster:  # each member sends as many bytes as it gets
+        arriving += words / layout.across / known.remote_bytes
+        arriving += SENDING * layout.members * layout.parts * layout.owned
     operations = [op for stage in program.stages for op in stage.ops]
     units = UNITS * layout.blocks * 8 * layout.columns
     passes = 2 if layout.backward else 1
@@ -174,9 +190,9 @@ def _busy_cycles(problem: Problem, layout: Layout, known: rates.GroupModel) -> f
 def floor(problem: Problem) -> float | None:
     """Seconds that a step's time loop takes at least with W_hh on chip, whoever wrote it; None where it does not fit.
 
-    Of tensor cores, weights read from shared memory and h (backward: d_gates) read from L2 the slowest, and a hop
-    for each product where a tile's blocks are more than one; the best over all ways to share multiprocessors between
-    tiles.
+    Of tensor cores, weights read from shared memory and h (backward: d_gates) read from L2 or sent in a cluster the
+    slowest, and a hop for each product where a tile's blocks are more than one; the best over all ways to share
+    multiprocessors between tiles.
     """
     device, gates = problem.device, problem.G
     weights = gates * problem.H**2 * problem.dtype.itemsize
@@ -191,11 +207,22 @@ def floor(problem: Problem) -> float | None:
                 continue
             multiplying = gates * problem.H**2 * rows / members / per_cycle
             reading = max(weights / members - WEIGHT_REGISTERS, 0) / SHARED_BYTES_PER_CYCLE
-            arriving = parts * problem.H * rows * problem.dtype.itemsize / RANKING.l2_bytes if members > 1 else 0.0
+            words = parts * problem.H * rows * problem.dtype.itemsize
             rounds = -(-problem.N // max(1, device.sms // (groups * members)))
-            busy = max(multiplying, reading, arriving) / (device.clock * 1e9)
-            seconds.append(rounds * (busy + (stages * RANKING.hop if members > 1 else 0.0)))
+            for rate, hop in _ways(device, members):
+                busy = max(multiplying, reading, words / rate) / (device.clock * 1e9)
+                seconds.append(rounds * (busy + stages * hop))
     return min(seconds, default=None)
+
+
+def _ways(device: Device, members: int) -> Iterator[tuple[float, float]]:
+    """How words can travel between so many blocks: bytes in a cycle, and the seconds of a hop."""
+    if members == 1:
+        yield math.inf, 0.0
+        return
+    yield RANKING.l2_bytes, RANKING.hop
+    if clusters.at_once(device, members):
+        yield RANKING.remote_bytes, RANKING.remote / (device.clock * 1e9)
 
 
 def largest(problem: Problem) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gpu_rnn import devices, environment, memo
 from gpu_rnn.backends import persistent
-from gpu_rnn.backends.group import cubin, normalising, nvrtc, signature
+from gpu_rnn.backends.group import clusters, cubin, normalising, nvrtc, signature
 from gpu_rnn.backends.group.choice import Choice, choose, cost, largest
 from gpu_rnn.backends.group.deadline import check, error_word, number_of
 from gpu_rnn.backends.group.layout import Layout, source, switches
@@ -77,7 +77,9 @@ def _refusal(layout: Layout, blocks: int, device: torch.device) -> str:
 @memoize(256, stays="a graph that the user captured may launch them")
 def _function(layout: Layout, arch: str) -> nvrtc.Function:
     fitted = fit(layout, arch)
-    return nvrtc.Function(source(fitted), fitted.kernel, arch, fitted.shared_bytes, cooperative=fitted.members > 1)
+    cluster = fitted.members if fitted.cluster else 1  # of which the driver itself has all blocks run at once
+    cooperative = fitted.members > 1 and not fitted.cluster
+    return nvrtc.Function(source(fitted), fitted.kernel, arch, fitted.shared_bytes, cooperative, cluster)
 
 
 @memoize(256)
@@ -324,18 +326,29 @@ def _wanted(problem: Problem) -> tuple[Choice, str]:
 
 
 def prepare(problem: Problem) -> None:
-    """Builds the kernel of a problem that is supported so far; where that fails, `unsupported` has a reason more."""
+    """Builds the kernel of a problem that is supported so far; where that fails, `unsupported` has a reason more.
+
+    Where one whose groups are clusters fails, the device is taken to have none, and another is built.
+    """
     if devices.is_described(problem.device) and nvrtc.unavailable():
         return
+    choice, failure = _built_for(problem)
+    if failure and choice.layout.cluster:
+        clusters.refuse(problem.device, failure)
+        choice, failure = _built_for(problem)
+    if failure:
+        _failures[choice, problem.device] = failure
+
+
+def _built_for(problem: Problem) -> tuple[Choice, str]:
+    """What a problem is compiled for, and why that cannot run; empty where it can."""
     choice, arch = _wanted(problem)
     try:
         fit(choice.layout, arch)
         blocks = choice.layout.members * choice.groups * choice.at_once
-        failure = "".join(_refusal(choice.layout, blocks, device) for device in devices.at_hand(problem.device))
+        return choice, "".join(_refusal(choice.layout, blocks, device) for device in devices.at_hand(problem.device))
     except nvrtc.CompileError as error:
-        failure = str(error)
-    if failure:
-        _failures[choice, problem.device] = failure
+        return choice, str(error)
 
 
 def unsupported(problem: Problem) -> list[str]:

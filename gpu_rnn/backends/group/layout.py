@@ -141,6 +141,11 @@ class Layout:
         return -(-self.members * self.blocks // self.along)
 
     @property
+    def owned(self) -> int:
+        """Pairs of units of a thread."""
+        return -(-(self.blocks // self.across) * 2 * self.columns // self.along)
+
+    @property
     def fragment(self) -> int:
         """Registers of 16 x 16 weights."""
         return 4 if self.half else 8

@@ -20,7 +20,7 @@ import torch
 
 from gpu_rnn import cache
 from gpu_rnn._version import __version__
-from gpu_rnn.backends.group import cubin
+from gpu_rnn.backends.group import clusters, cubin
 from gpu_rnn.memo import memoize
 
 OPTIONS = ("--std=c++17",)
@@ -160,11 +160,13 @@ class _Stream(NamedTuple):
 
 
 class Function:
-    """A kernel of a compiled text, on every device that it is called on."""
+    """A kernel of a compiled text, on every device that it is called on. `cluster` is what its text says."""
 
-    def __init__(self, source: str, name: str, arch: str, shared_bytes: int = 0, cooperative: bool = False) -> None:
+    def __init__(
+        self, source: str, name: str, arch: str, shared_bytes: int = 0, cooperative: bool = False, cluster: int = 1
+    ) -> None:
         self.name, self.arch = name, arch
-        self.shared_bytes, self.cooperative = shared_bytes, cooperative
+        self.shared_bytes, self.cooperative, self.cluster = shared_bytes, cooperative, cluster
         self._code = compile_cubin(source, arch)
         self._kernels: dict[int, Any] = {}  # by the device's index: a module is loaded into one device's context
 
@@ -185,6 +187,8 @@ class Function:
             kernel = module.get_function(self.name)
             attribute = cupy.cuda.driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             cupy.cuda.driver.funcSetAttribute(kernel.ptr, attribute, self.shared_bytes)
+            if self.cluster > clusters.PORTABLE:
+                cupy.cuda.driver.funcSetAttribute(kernel.ptr, clusters.NON_PORTABLE_ALLOWED, 1)
         except (cupy.cuda.driver.CUDADriverError, cupy.cuda.runtime.CUDARuntimeError) as error:
             raise CompileError(f"the driver does not load {self.name} for {self.arch} on {device}: {error}") from error
         self._kernels[index] = kernel
@@ -201,10 +205,12 @@ class Function:
         try:
             with _current(device):
                 kernel = self._kernel(device)
+                if self.cluster > 1:
+                    return self.cluster * clusters.resident(kernel.ptr, self.cluster, threads, self.shared_bytes)
                 count = cupy.cuda.driver.occupancyMaxActiveBlocksPerMultiprocessor(
                     kernel.ptr, threads, self.shared_bytes
                 )
-        except (cupy.cuda.driver.CUDADriverError, cupy.cuda.runtime.CUDARuntimeError) as error:
+        except (cupy.cuda.driver.CUDADriverError, cupy.cuda.runtime.CUDARuntimeError, OSError) as error:
             raise CompileError(f"{device} does not take {self.name}: {error}") from error
         return count * torch.cuda.get_device_properties(device).multi_processor_count
 

@@ -92,6 +92,17 @@ EVERY = [
     )
 ]
 
+CLUSTERS = [
+    Case(arch, direction, kind, cell, H)
+    for k, arch in enumerate(["sm_90a", "sm_100"])
+    for direction, kind, cell, H in [
+        ("training", ("fp16", "bf16")[k], "lstm", 256),
+        ("inference", ("bf16", "fp16")[k], "lstm", 512),
+        ("training", "tf32", ("gru", "lstm")[k], 256),
+        ("training", "fp32", ("lstm", "gru")[k], 128),
+        ("backward", ("bf16", "tf32")[k], "gru", (256, 128)[k]),
+    ]
+]
 STEERED = [  # with every option
     Case(arch, direction, list(KINDS)[(i + k) % 4], ("lstm", "gru", "gru_reset_before")[(i + k) % 3], 0, True)
     for i, arch in enumerate(DEVICES)
@@ -126,6 +137,16 @@ def check(case: Case, folder: Path, disassemble: bool = False) -> None:
 @pytest.mark.parametrize("case", [*PAIRS, *STEERED, *NORMALISED], ids=lambda case: "-".join(map(str, case)))
 def test_builds(case: Case, tmp_path: Path) -> None:
     check(case, tmp_path, disassemble=case in STEERED[::2])  # once an architecture: it takes more than a second
+
+
+@pytest.mark.compile("nvrtc")
+@pytest.mark.parametrize("case", CLUSTERS, ids=lambda case: "-".join(map(str, case)))
+def test_clusters_build(case: Case, tmp_path: Path) -> None:
+    """With room for as many as are taken to run at once; the machine code sends, counts, and names the blocks."""
+    assert case.choice.layout.cluster
+    check(case, tmp_path)
+    said = opened(tmp_path / "kernel.cubin", "nvdisasm", "-c")
+    assert "STAS" in said and "SYNCS.PHASECHK" in said and "UCGABAR_WAIT" in said
 
 
 @pytest.mark.compile("nvrtc")

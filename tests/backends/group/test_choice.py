@@ -23,7 +23,7 @@ from tests.support.paths import ROOT
 PAGE, COMMAND = ROOT / "kernels" / "README.md", "python -m tests.backends.group.test_choice"
 SHAPES = [(128, 32), (256, 64), (512, 64), (1024, 64), (1024, 1), (2048, 64)]  # H, B
 # Calculated by hand from data sheets, with the same rates; activations, rounding and the barrier left out of the first.
-FLOORS = [(0.2, 0.4), (0.5, 0.9), (0.7, 1.1), (1.4, 1.7), (0.8, 1.0), (4.0, 7.0)]  # µs a forward step
+FLOORS = [(0.1, 0.3), (0.2, 0.4), (0.3, 0.6), (1.4, 1.7), (0.8, 1.0), (4.0, 7.0)]  # µs a forward step
 STEPS = 1000
 
 
