@@ -25,6 +25,8 @@
 #pragma once
 #include "group_watch.cuh"
 
+static_assert(!NORM, "a cluster has one hop a product");
+
 struct Exchange {
   Word *slots;        // (2, SLOT)
   Arrivals *arrivals; // (2, TILES)
@@ -88,6 +90,14 @@ struct Exchange {
     for (int w = 0; w < N; w++)
       words[w] = watch.alive ? from[word_offset<S>(w) * stride] : EMPTY;
   }
+
+  // Sums of layer normalisation go through L2: no cluster is built with them.
+  DEVICE unsigned long long *sums(int) const { return nullptr; }
+  DEVICE void publish_sums(const Seat &, const Spot &, int, int, float, float) {
+  }
+  template <int EACH, int N>
+  DEVICE void collect_sums(unsigned long long (&)[N],
+                           const unsigned long long *, const Seat &, int) {}
 
   // After this thread's last store: do these threads spoil the outputs?
   DEVICE bool spoils() const {
