@@ -85,30 +85,31 @@ struct Exchange {
   DEVICE void collect_sums(unsigned long long (&pairs)[N],
                            const unsigned long long *from, const Seat &seat,
                            int number) {
+    watch.start();
 #pragma unroll
     for (int w = 0; w < N; w++)
-      pairs[w] = EMPTY_SUMS;
-    watch.start();
-    bool missing = true;
-    while (missing) {
-      missing = false;
+      pairs[w] = look_for_sums<EACH>(from, seat, w);
+    if constexpr (MEMBERS == 1 || COUNTER)
+      return;
+    while (any_empty(pairs) && watch.alive) {
+      watch.poll(number);
 #pragma unroll
-      for (int w = 0; w < N; w++) {
-        if (pairs[w] != EMPTY_SUMS || seat.i + w % EACH * 8 >= DEPTH)
-          continue;
-        const unsigned long long *at =
-            from + w % EACH * 8 * MOST * ROWS + w / EACH * ROWS;
-        if constexpr (MEMBERS == 1 || COUNTER)
-          pairs[w] = watch.alive ? *at : EMPTY_SUMS;
-        else
-          pairs[w] = load_relaxed<COLLECT_SUMS>(at);
-        missing |= pairs[w] == EMPTY_SUMS;
-      }
-      if (MEMBERS == 1 || COUNTER || !watch.alive)
-        return;
-      if (missing)
-        watch.poll(number);
+      for (int w = 0; w < N; w++)
+        if (pairs[w] == EMPTY_SUMS)
+          pairs[w] = look_for_sums<EACH>(from, seat, w);
     }
+  }
+
+  template <int EACH>
+  DEVICE unsigned long long look_for_sums(const unsigned long long *from,
+                                          const Seat &seat, int w) const {
+    if (seat.i + w % EACH * 8 >= DEPTH)
+      return 0;
+    from += w % EACH * 8 * MOST * ROWS + w / EACH * ROWS;
+    if constexpr (MEMBERS == 1 || COUNTER)
+      return watch.alive ? *from : EMPTY_SUMS;
+    else
+      return load_relaxed<COLLECT_SUMS>(from);
   }
 
   DEVICE void publish(const Seat &seat, const Spot &spot, int number, int tile,
@@ -207,12 +208,12 @@ struct Exchange {
 
   // As a tree of maxima, of which an empty word gives the largest: one
   // comparison for all, and a short chain.
-  template <int N> DEVICE static bool any_empty(const Word (&words)[N]) {
+  template <class T, int N> DEVICE static bool any_empty(const T (&words)[N]) {
     unsigned most[N];
 #pragma unroll
     for (int w = 0; w < N; w++)
-      most[w] =
-          HALF ? low_part(words[w]) : low_part(words[w]) & high_part(words[w]);
+      most[w] = sizeof(T) == 4 ? low_part(words[w])
+                               : low_part(words[w]) & high_part(words[w]);
 #pragma unroll
     for (int step = 1; step < N; step *= 2)
 #pragma unroll
