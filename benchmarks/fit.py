@@ -92,11 +92,11 @@ class Decision:
 
     @property
     def ratio(self) -> float | None:
-        """torch.nn's time by that of the chosen; None where torch.nn has none, and on a CPU where it has no such
-        option."""
+        """torch.nn's time by that of the chosen; None where torch.nn has none, and on a CPU, where its kernels are a
+        choice."""
         theirs = self.case.theirs
-        alike = results.timed(theirs) and not (self.case["threads"] and self.case["option"])
-        return _seconds(theirs) / _seconds(self._row) if alike else None
+        compared = results.timed(theirs) and not self.case["threads"]
+        return _seconds(theirs) / _seconds(self._row) if compared else None
 
     @property
     def _row(self) -> results.Row:
@@ -107,7 +107,7 @@ class Decision:
         """What is wrong with the choice; empty where it is right."""
         if self.regret > (CPU_REGRET if self.case["threads"] else REGRET):
             return f"{self.case}: {self.chosen} is chosen, {100 * self.regret:.0f} % above {self.fastest}"
-        if self.ratio is not None and self.ratio < (1 - CPU_REGRET if self.case["threads"] else results.NOISE):
+        if self.ratio is not None and self.ratio < results.NOISE:
             return f"{self.case}: {self.chosen} is chosen, at {self.ratio:.2f} times torch.nn's speed"
         return ""
 

@@ -88,8 +88,10 @@ class Rates:
     cpu_gru: CpuRates = CpuRates(3e-5, 9e-6, 9e-11, 2e-11, 7e-10, 1e-4, 9e-5, 4e-10, 4e-11, 2e-9)
     cpu_rnn: CpuRates = CpuRates(2e-5, 4e-6, 5e-11, 2e-11, 2e-9, 5e-5, 3e-5, 4e-10, 4e-11, 2e-9)
     cpu_step: CpuRates = CpuRates(3e-4, 1.5e-6, 2e-10, 2e-11, 1.6e-9, 1e-3, 2.5e-6, 3e-10, 4e-11, 4e-9)
-    cpu_native: CpuRates = CpuRates(2e-4, 2e-7, 4e-11, 2e-11, 5e-10, 8e-4, 4e-7, 1e-10, 4e-11, 1e-9)
-    cpu_one: CpuRates = CpuRates(2e-5, 1e-6, 3e-11, 3e-11, 1e-9, 4e-5, 1e-6, 2e-10, 6e-11, 2e-9)  # native's one step
+    cpu_native: CpuRates = CpuRates(3e-4, 1e-7, 1e-11, 2e-11, 3e-10, 1e-3, 2e-7, 4e-11, 3e-11, 5e-10)
+    # native's short ways: plain layers, one step
+    cpu_plain: CpuRates = CpuRates(4e-5, 1e-7, 1e-11, 2e-11, 3e-10, 1e-4, 2e-7, 4e-11, 3e-11, 5e-10)
+    cpu_one: CpuRates = CpuRates(2e-5, 1e-6, 3e-11, 3e-11, 1e-9, 4e-5, 1e-6, 2e-10, 6e-11, 2e-9)
 
     @property
     def fitted(self) -> bool:

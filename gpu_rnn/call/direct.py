@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gpu_rnn import environment, memo
 from gpu_rnn.backends import onednn
-from gpu_rnn.backends.native import building
+from gpu_rnn.backends.native import building, limits
 from gpu_rnn.backends.native import direct as native
 from gpu_rnn.call import loops, onlookers, second_order, transforms
 from gpu_rnn.call.stack import Stack, States
@@ -75,7 +75,7 @@ def _chosen(
     stack: Stack, x: Tensor, hx: States | None, weights: Sequence[Tensor], grad: bool
 ) -> native.LayerPlan | None:
     problem = stack.problem(x, hx, weights, None)
-    if not native.takes(problem) or choice.select(problem, stack.backend) != "native":
+    if not limits.plain_layer(problem) or choice.select(problem, stack.backend) != "native":
         return None
     shapes = [*(stack.state_shapes(weights, problem.B) if hx else ()), *stack.weight_shapes(problem.I, problem.H)]
     if [t.shape for t in (*(hx or ()), *weights)] != shapes:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gpu_rnn import environment, memo
 from gpu_rnn.backends import AGAIN, aten
+from gpu_rnn.backends.native import limits
 from gpu_rnn.call import arguments, autocast, direct, loops, onlookers, plans, second_order, single_step, transforms
 from gpu_rnn.call.controls import NONE, StackControls
 from gpu_rnn.call.stack import Stack, States
@@ -75,14 +76,14 @@ def _on_a_cpu(
     batch: int,
 ) -> tuple[Tensor, States, States] | None:
     """The ways of a CPU that ask for little; None where a call takes none of them."""
-    plain = batch_sizes is None and not controls.given
-    if steps == 1 and plain and stack.is_one_layer and not transforms.active():
-        found = _one_step_of_a_layer(stack, x, hx or stack.initial(x, weights, batch), weights)
-        if found is not None:
-            return found
     if choice.only_predicted_on_cpu() and _takes_aten(stack, x, controls):
         if _predicted(stack, x, hx, weights, batch_sizes) == "aten":
             return *_aten(stack, x, hx or stack.initial(x, weights, batch), weights, batch_sizes), ()
+    plain = batch_sizes is None and not controls.given
+    if steps == 1 and plain and stack.is_one_layer and batch <= limits.MOST_ROWS and not transforms.active():
+        found = _one_step_of_a_layer(stack, x, hx or stack.initial(x, weights, batch), weights)
+        if found is not None:
+            return found
     if plain:
         answer = direct.run(stack, x, hx, weights)
         return None if answer is None else (*answer, ())

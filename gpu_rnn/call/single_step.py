@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gpu_rnn import environment, memo
+from gpu_rnn.backends.native import limits
 from gpu_rnn.backends.native import one_step as native
 from gpu_rnn.call import loops, onlookers, second_order
 from gpu_rnn.call.stack import Stack, States
@@ -59,7 +60,7 @@ def _plan(stack: Stack, x: Tensor, states: States, weights: Sequence[Tensor], gr
 
 def _chosen(stack: Stack, x: Tensor, states: States, weights: Sequence[Tensor]) -> native.StepPlan | None:
     problem = replace(stack, batch_first=False).problem(x.view(1, *x.shape[-2:]), states, weights, None)
-    if not native.takes(problem) or choice.select(problem, stack.backend) != "native":
+    if not limits.single_step(problem) or choice.select(problem, stack.backend) != "native":
         return None
     return native.plan(problem.program.text, problem.dtype)
 

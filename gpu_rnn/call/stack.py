@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -38,6 +38,14 @@ class Stack:
     backend: str = "auto"
     norm: bool = False
     all_states: bool = False
+
+    @once
+    def _as_key(self) -> int:
+        return hash(tuple(getattr(self, each.name) for each in fields(self)))
+
+    def __hash__(self) -> int:
+        """Computed once: calls that are alike find what they go by under their stack."""
+        return self._as_key
 
     @once
     def is_atens(self) -> bool:

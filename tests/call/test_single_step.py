@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpu_rnn
 from gpu_rnn import functional, memo
-from gpu_rnn.backends.native import one_step
+from gpu_rnn.backends.native import limits, one_step
 from gpu_rnn.cells import CELLS
 from gpu_rnn.recurrence import Recurrence
 from tests.support import native
@@ -172,7 +172,7 @@ def test_who_looks_on_transforms_or_records_sees_the_operation(runs: list[str]) 
     torch.testing.assert_close(exported.module()(x, h), right)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cell(x, h)
-    cell(torch.randn(one_step.MOST_ROWS + 1, 3))
+    cell(torch.randn(limits.MOST_ROWS + 1, 3))
     assert runs == ["forward"]
 
 

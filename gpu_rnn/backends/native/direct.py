@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from gpu_rnn.backends import onednn
-from gpu_rnn.backends.native import arguments, launch, team, text
-from gpu_rnn.backends.problem import Problem
+from gpu_rnn.backends.native import arguments, launch, team
 from gpu_rnn.compiler.program import Program
 from gpu_rnn.memo import memoize
 
@@ -50,14 +49,6 @@ class Gradients(NamedTuple):
     recurrent: Tensor
     states: list[Tensor]
     params: Tensor | None
-
-
-def takes(problem: Problem) -> bool:
-    """Whether a problem runs so where it runs at once."""
-    plain = not (problem.options or problem.proj_size or problem.transforms or problem.packed)
-    program = problem.program
-    in_order = len(program.stages) == 1 and program.summed == {*program.gates[: len(program.summed)]}
-    return plain and in_order and problem.N == 1 and problem.B > 0 and problem.dtype in text.C_TYPES
 
 
 @memoize(256)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gpu_rnn import memo
 from gpu_rnn.backends import cpu_cost, linear, rates
-from gpu_rnn.backends.native import arguments, building, one_step, team, text
+from gpu_rnn.backends.native import arguments, building, limits, one_step, team, text
 from gpu_rnn.backends.native.building import CompilerError
 from gpu_rnn.backends.problem import CONTROL_FIELDS, Problem
 from gpu_rnn.backends.step.product import normalised_products
@@ -56,14 +56,16 @@ def cost(problem: Problem, constants: rates.Rates | None = None) -> float:
 
 
 def cpu_model(problem: Problem) -> str:
-    """The constants of its model: one step has a way of its own."""
-    return "cpu_one" if one_step.takes(problem) else "cpu_native"
+    """The constants of its model: the short ways have their own."""
+    if limits.single_step(problem):
+        return "cpu_one"
+    return "cpu_plain" if limits.plain_layer(problem) else "cpu_native"
 
 
 def prepare(problem: Problem) -> None:
     """Builds and loads the library of a supported problem."""
     try:
-        if one_step.takes(problem):
+        if limits.single_step(problem):
             one_step.plan(problem.program.text, problem.dtype)
         else:
             library(*_key(problem))

@@ -15,13 +15,8 @@ import torch
 from torch import Tensor
 
 from gpu_rnn.backends.native import building, text
-from gpu_rnn.backends.problem import Problem
 from gpu_rnn.compiler.program import Program
 from gpu_rnn.memo import memoize
-
-MOST_ROWS = 8  # at most: with more, products whose weights were packed before take less (an AMD EPYC, H 128)
-# Multiplications at most: with more, a second thread and a library's product gain more than a call costs.
-MOST_PRODUCTS = 1 << 23
 
 
 class StepPlan(NamedTuple):
@@ -34,20 +29,6 @@ class StepPlan(NamedTuple):
     gates: int
     split: int
     params: int
-
-
-def takes(problem: Problem) -> bool:
-    """Whether a problem runs so where it runs at once: recorded calls and those with controls take the time loop."""
-    one = problem.T * problem.layers * problem.N == 1 and 0 < problem.B <= MOST_ROWS
-    work = problem.B * problem.G * problem.H * (problem.I + problem.H)
-    plain = not (problem.options or problem.proj_size or problem.transforms or problem.packed)
-    return (
-        one
-        and plain
-        and len(problem.program.stages) <= 2
-        and 0 < work <= MOST_PRODUCTS
-        and problem.dtype in text.C_TYPES
-    )
 
 
 @memoize(256)
