@@ -63,7 +63,7 @@ def _plan(stack: Stack, x: Tensor, hx: States | None, weights: Sequence[Tensor],
     """What the calls of a kind need in C; None where that is not what dispatch chooses."""
     if environment.names_a_backend() or not choice.only_predicted_on_cpu():
         return _chosen(stack, x, hx, weights, grad)
-    kind = stack, x.dtype, grad, torch.get_num_threads(), *[t.shape for t in (x, *(hx or ()), *weights)]
+    kind = stack.as_key, x.dtype, grad, torch.get_num_threads(), *[t.shape for t in (x, *(hx or ()), *weights)]
     if kind not in _plans:
         if len(_plans) >= MOST_LAYER_PLANS:
             _plans.clear()

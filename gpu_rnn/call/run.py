@@ -13,6 +13,7 @@ from torch import Tensor
 from gpu_rnn import environment, memo
 from gpu_rnn.backends import AGAIN, aten
 from gpu_rnn.backends.native import limits
+from gpu_rnn.backends.problem import Problem
 from gpu_rnn.call import arguments, autocast, direct, loops, onlookers, plans, second_order, single_step, transforms
 from gpu_rnn.call.controls import NONE, StackControls
 from gpu_rnn.call.stack import Stack, States
@@ -43,6 +44,13 @@ def sequence(
     steps, batch = stack.sizes(x, batch_sizes)
     if not onlookers.recorded(x):
         if x.is_cpu:
+            if choice.only_predicted_on_cpu() and _takes_aten(stack, x, controls):
+                wanting = torch.is_grad_enabled() and _any_wants_grad((x, *weights, *(hx or ())))
+                sizes = x.shape if batch_sizes is None else (x.shape, steps, batch)
+                kind = stack.as_key, sizes, weights[0].shape[0], x.dtype, wanting, torch.get_num_threads()
+                name = _predictions.get(kind) or _predicted(kind, stack.problem(x, hx, weights, batch_sizes), stack)
+                if name == "aten":
+                    return *_aten(stack, x, hx or stack.initial(x, weights, batch), weights, batch_sizes), ()
             found = _on_a_cpu(stack, x, hx, weights, batch_sizes, controls, steps, batch)
             if found is not None:
                 return found
@@ -76,9 +84,6 @@ def _on_a_cpu(
     batch: int,
 ) -> tuple[Tensor, States, States] | None:
     """The ways of a CPU that ask for little; None where a call takes none of them."""
-    if choice.only_predicted_on_cpu() and _takes_aten(stack, x, controls):
-        if _predicted(stack, x, hx, weights, batch_sizes) == "aten":
-            return *_aten(stack, x, hx or stack.initial(x, weights, batch), weights, batch_sizes), ()
     plain = batch_sizes is None and not controls.given
     if steps == 1 and plain and stack.is_one_layer and batch <= limits.MOST_ROWS and not transforms.active():
         found = _one_step_of_a_layer(stack, x, hx or stack.initial(x, weights, batch), weights)
@@ -109,21 +114,17 @@ MOST_PREDICTIONS = 4096  # of calls whose backend is kept
 _predictions: dict[tuple[object, ...], str] = memo.hold(f"{__name__}: predictions", {}, MOST_PREDICTIONS)
 
 
-def _predicted(
-    stack: Stack, x: Tensor, hx: States | None, weights: Sequence[Tensor], batch_sizes: Tensor | None
-) -> str:
+def _predicted(kind: tuple[object, ...], problem: Problem, stack: Stack) -> str:
     """The backend that is predicted the fastest on a CPU for a call without controls. A Problem, which takes 5 µs of a
     short call to make, is made for the first of those that are alike."""
-    grad = torch.is_grad_enabled() and (
-        x.requires_grad or any(w.requires_grad for w in weights) or any(s.requires_grad for s in hx or ())
-    )
-    sizes = x.shape if batch_sizes is None else (*batch_sizes.shape, int(batch_sizes[0]), x.shape[-1])
-    kind = stack, sizes, x.dtype, weights[0].shape[0], grad, torch.get_num_threads(), batch_sizes is None
-    if kind not in _predictions:
-        if len(_predictions) >= MOST_PREDICTIONS:
-            _predictions.clear()
-        _predictions[kind] = choice.select(stack.problem(x, hx, weights, batch_sizes), stack.backend)
+    if len(_predictions) >= MOST_PREDICTIONS:
+        _predictions.clear()
+    _predictions[kind] = choice.select(problem, stack.backend)
     return _predictions[kind]
+
+
+def _any_wants_grad(tensors: Sequence[Tensor]) -> bool:
+    return any(tensor.requires_grad for tensor in tensors)
 
 
 def _takes_aten(stack: Stack, x: Tensor, controls: StackControls) -> bool:

@@ -50,7 +50,7 @@ def _plan(stack: Stack, x: Tensor, states: States, weights: Sequence[Tensor], gr
     """What the call needs in C; None where it is not what dispatch chooses."""
     if environment.names_a_backend() or not choice.only_predicted_on_cpu():
         return _chosen(stack, x, states, weights)
-    kind = (stack, x.shape, x.dtype, weights[1].shape[1], grad, torch.get_num_threads())
+    kind = (stack.as_key, x.shape, x.dtype, weights[1].shape[1], grad, torch.get_num_threads())
     if kind not in _plans:
         if len(_plans) >= MOST_PLANS:
             _plans.clear()

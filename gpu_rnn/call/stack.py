@@ -40,12 +40,10 @@ class Stack:
     all_states: bool = False
 
     @once
-    def _as_key(self) -> int:
-        return hash(tuple(getattr(self, each.name) for each in fields(self)))
-
-    def __hash__(self) -> int:
-        """Computed once: calls that are alike find what they go by under their stack."""
-        return self._as_key
+    def as_key(self) -> tuple[object, ...]:
+        """What is alike for stacks that are, of values that hash at once."""
+        others = (getattr(self, each.name) for each in fields(self) if each.name != "recurrence")
+        return self.recurrence.key, *others
 
     @once
     def is_atens(self) -> bool:

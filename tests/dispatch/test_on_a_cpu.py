@@ -57,7 +57,7 @@ def test_it_is_the_least_by_the_models_and_threads_are_asked_for(monkeypatch: py
     assert devices.of(torch.device("cpu")).sms == 1
     torch.set_num_threads(2)
     assert devices.of(torch.device("cpu")).sms == 2
-    given = rates.PREDICTED.having({"cpu_native": {"start": 1.0}}, "slow")
+    given = rates.PREDICTED.having({"cpu_plain": {"start": 1.0}}, "slow")
     monkeypatch.setattr(rates, "of", lambda device: given)
     assert choice.select(replace(asked, device=devices.of(torch.device("cpu")))) == "step"
 
@@ -71,18 +71,28 @@ def test_calls_that_are_alike_ask_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return described(*arguments, **more)
 
     monkeypatch.setattr(Stack, "problem", counted)
-    layer = gpu_rnn.LSTM(64, 128, num_layers=2)
-    x = torch.randn(30, 32, 64)
+    layer, x = gpu_rnn.LSTM(12, 112, num_layers=2), torch.randn(25, 64, 12)
     assert gpu_rnn.explain(layer, x).chosen == "aten"
-    asked.clear()
-    for _ in range(3):
-        layer(x)
-    assert len(asked) == 1
-    with torch.no_grad():
-        layer(x), layer(x)
-    assert len(asked) == 2
-    layer(x[:, :3]), layer(x[:, :3])
-    assert len(asked) == 3
+    once_asked(asked, layer, x)
+    once_asked(asked, gpu_rnn.GRU(8, 8), x[:, :, :8])
+
+
+def once_asked(asked: list[int], layer: torch.nn.Module, x: Tensor) -> None:
+    for grad in (True, False):
+        for given in (x, x[:, :3]):
+            for expected in (True, False):
+                asked.clear()
+                with torch.set_grad_enabled(grad):
+                    layer(given)
+                assert bool(asked) == expected
+
+
+def test_the_reference_is_taken_where_nothing_else_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "cost", lambda problem, constants=None: float("inf"))
+    for cell in (cells.rnn(), cells.rnn("softsign"), cells.gru("softsign")):
+        for sizes in ({"T": 1, "B": 1, "I": 1, "H": 1}, {"T": 9}, {"H": 512}):
+            for direction in ("inference", "training", "backward"):
+                assert choice.select(replace(problem(direction=direction, **sizes), recurrence=cell)) != "reference"
 
 
 def exported(layer: torch.nn.Module, x: Tensor) -> Callable[..., Any]:
