@@ -144,7 +144,7 @@ VERSION = 'case "$*" in *--version*) echo version; exit 0;; esac; '
 FAILURES = [
     ("echo it cannot >&2; exit 3", "fails: it cannot"),
     (VERSION + "exit 3", "fails: it ends with 3"),
-    (r"printf '\\377\\376 no text' >&2; exit 3", "fails: .* no text"),
+    (r"printf '\377\376 no text' >&2; exit 3", "fails: .* no text"),
     ("exec /nowhere/at/all", "fails: "),
     (VERSION + "exit 0", "makes no library: no word"),
     (VERSION + OUT + 'echo nonsense > "$out"', "cannot be kept or loaded"),
