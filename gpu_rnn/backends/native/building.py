@@ -132,7 +132,9 @@ def _run(command: list[str], text: str, seconds: float, compiler: tuple[str, ...
     """What a command says. It ends with its children when this does: after so many seconds, or by Ctrl-C."""
     pipe = subprocess.PIPE
     try:
-        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, errors="replace", start_new_session=True
+        )
     except OSError as error:
         raise CompilerError(f"the C compiler {command[0]} cannot be run: {error}") from error
     with process:
