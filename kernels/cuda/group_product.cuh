@@ -22,7 +22,13 @@ constexpr int SUMS = FMA ? 16 : 4; // of a lane, for a 16 x 8 product
 DEVICE constexpr int chunk() {
   constexpr int words =
       PARTS * 2 * COLUMNS * static_cast<int>(sizeof(Word)) / 4;
-  int blocks = SHARE * ALONG == DEPTH ? CHUNK_WORDS / words : 1;
+  // Backward in 16 bits no sums are kept: all are looked for at once, if there
+  // are registers for them beside the weights.
+  constexpr int all = SHARE * words;
+  constexpr bool fits =
+      all <= 64 && all + HELD * GATES * OWN_BLOCKS * FRAGMENT <= 128;
+  constexpr int most = BACKWARD && HALF && fits ? 64 : CHUNK_WORDS;
+  int blocks = SHARE * ALONG == DEPTH ? most / words : 1;
   blocks = blocks < 1 ? 1 : blocks > SHARE ? SHARE : blocks;
   while (SHARE % blocks)
     blocks--;
