@@ -214,6 +214,19 @@ class LoopGradients(NamedTuple):
     d_resets: Sequence[Tensor] = ()  # of the reset values, like them
 
 
+def in_memory(tensor: Tensor) -> Tensor:
+    """With its values where its address says: torch keeps a negation, as of a conjugate's imaginary part, and zeros
+    that nobody wrote as a flag."""
+    return tensor.clone() if tensor.is_neg() or torch._is_zerotensor(tensor) else tensor
+
+
+def dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """As a loop reads it by its address: in memory, without gaps, of one dtype."""
+    if tensor.dtype == dtype and tensor.is_contiguous() and not (tensor.is_neg() or torch._is_zerotensor(tensor)):
+        return tensor
+    return in_memory(tensor.to(dtype)).contiguous()
+
+
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which states live and sums are taken: fp32 for 16-bit storage."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

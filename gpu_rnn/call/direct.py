@@ -19,6 +19,7 @@ from gpu_rnn import environment, memo
 from gpu_rnn.backends import onednn
 from gpu_rnn.backends.native import building, limits
 from gpu_rnn.backends.native import direct as native
+from gpu_rnn.backends.tensors import dense
 from gpu_rnn.call import loops, onlookers, second_order, transforms
 from gpu_rnn.call.stack import Stack, States
 from gpu_rnn.dispatch import choice
@@ -38,7 +39,7 @@ def run(stack: Stack, x: Tensor, hx: States | None, weights: Sequence[Tensor]) -
         return None
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     plan = _plan(stack, x, hx, weights, grad)
-    if plan is None or not all(t.dtype == x.dtype and t.is_cpu for t in tensors):
+    if plan is None or not all(t.dtype == x.dtype and t.is_cpu and not t.is_neg() for t in tensors):
         return None
     states = hx or stack.initial(x, weights, x.shape[0 if stack.batch_first else 1])
     y = x.transpose(0, 1) if stack.batch_first else x
@@ -107,7 +108,7 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: native.LayerPlan, stack: Stack, *tensors: Tensor) -> tuple[Tensor, ...]:
         final, saved = _forward(plan, stack.bias, [t.contiguous() for t in tensors], True)
-        ctx.plan, ctx.stack = plan, stack
+        ctx.plan, ctx.stack, ctx.dtype = plan, stack, tensors[0].dtype
         ctx.save_for_backward(*tensors, *saved)
         ctx.set_materialize_grads(False)
         return (saved.y, *final)
@@ -116,10 +117,13 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         plan, stack, every = ctx.plan, ctx.stack, ctx.saved_tensors
         tensors, saved = every[: -len(native.Saved._fields)], native.Saved(*every[-len(native.Saved._fields) :])
-        batched = any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in grads)
-        if torch.is_grad_enabled() or batched:
+        if second_order.needs_operations(grads):
             return None, None, *_again(stack, tensors, len(plan.program.states), grads)
-        return None, None, *_backward(plan, stack.bias, tensors, saved, grads, ctx.needs_input_grad[2:])
+        dtype = ctx.dtype  # a hook of saved tensors may have changed theirs, and how they lie
+        tensors = [dense(t, dtype) for t in tensors]
+        saved = native.Saved(*(dense(t, dtype) for t in saved))
+        incoming = [None if d is None else dense(d, dtype) for d in grads]
+        return None, None, *_backward(plan, stack.bias, tensors, saved, incoming, ctx.needs_input_grad[2:])
 
 
 def _backward(
@@ -130,11 +134,12 @@ def _backward(
     grads: Sequence[Tensor | None],
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
-    """The gradients of x, the states and the weights, None for those that are not wanted."""
+    """The gradients of x, the states and the weights, None for those that are not wanted; all that is given is
+    dense."""
     count = 1 + len(plan.program.states)
-    x, *states = (t.contiguous() for t in tensors[:count])
-    w_ih, w_hh, _, _, params = _weights(plan, bias, [t.contiguous() for t in tensors[count:]])
-    d_y, *d_final = (None if d is None else d.contiguous() for d in grads)
+    x, *states = tensors[:count]
+    w_ih, w_hh, _, _, params = _weights(plan, bias, tensors[count:])
+    d_y, *d_final = grads
     zeros = torch.zeros_like(states[0]) if any(d is None for d in d_final) else None
     d = native.backward(plan, saved, states, w_hh, params, d_y, [zeros if g is None else g for g in d_final])  # type: ignore[misc]
     d_gates, d_split = d.gates.flatten(0, 1), d.recurrent.flatten(0, 1)
@@ -181,6 +186,4 @@ def _again(stack: Stack, tensors: Sequence[Tensor], count: int, grads: Sequence[
         views = [t.view_as(t) for t in tensors]
         plain = replace(stack, backend="reference", batch_first=False, num_layers=1, dropout=0.0)
         y, final, _ = loops.run(plain, views[0], tuple(views[1 : 1 + count]), views[1 + count :], None)
-        pairs = [(out, d) for out, d in zip((y, *final), grads, strict=True) if d is not None]
-        outputs, incoming = zip(*pairs, strict=True)
-        return second_order.gradient(outputs, views, incoming, retain_graph=True, create_graph=twice)
+        return second_order.gradient_of((y, *final), views, grads, twice)

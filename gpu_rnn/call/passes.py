@@ -17,7 +17,7 @@ from gpu_rnn import cells
 from gpu_rnn.backends import KERNELS, LOOPS, linear, precision, reference
 from gpu_rnn.backends.normalisation import Normalised
 from gpu_rnn.backends.problem import Problem
-from gpu_rnn.backends.tensors import Call, Inputs, Result
+from gpu_rnn.backends.tensors import Call, Inputs, Result, in_memory
 from gpu_rnn.call import autocast, wavefront
 from gpu_rnn.call.description import describe
 from gpu_rnn.compiler.program import Program
@@ -115,6 +115,7 @@ def run(text: str, options: Options, inputs: Inputs, keep: bool = False) -> Resu
 
     `keep`: `Result.kept` is wanted, where it makes the backward pass faster.
     """
+    inputs = _readable(inputs)
     problem = problem_of(text, options, inputs, "training" if options.save else "inference")
     call, (name, chunk) = call_of(text, options, inputs, problem), _chosen(problem, options.backend)
     if chunk:
@@ -130,6 +131,14 @@ def run(text: str, options: Options, inputs: Inputs, keep: bool = False) -> Resu
         gates = linear.project(inputs.x, inputs.weights, call.program, call.kept).contiguous()
         with named(f"gpu_rnn::{name}_forward"):
             return KERNELS[name].forward(call, gates, options.save, options.all_states)
+
+
+def _readable(inputs: Inputs) -> Inputs:
+    """The same call, its tensors as a loop reads them by their addresses."""
+    primals = inputs.primals
+    if not any(primal is not None and primal.is_neg() for primal in primals):
+        return inputs
+    return inputs.with_primals([None if primal is None else in_memory(primal) for primal in primals])
 
 
 def _chosen(problem: Problem, backend: str) -> tuple[str, int]:
@@ -152,6 +161,7 @@ def run_backward(
     if name == "reference":
         with autocast.off(inputs.x), named("gpu_rnn::reference_backward"):
             return vjp(text, options, inputs, d_outputs)
+    inputs, d_outputs = _readable(inputs), [in_memory(d) for d in d_outputs]
     if not saved.gates.numel():
         saved = run(text, options._replace(save=True), inputs, keep=True)
     call = call_of(text, options, inputs, problem)

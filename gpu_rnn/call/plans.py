@@ -60,7 +60,7 @@ class Plan:
 
     def _lies_well(self, tensor: Tensor) -> bool:
         alike = tensor.dtype == self.dtype and tensor.device == self.device
-        return alike and tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0
+        return alike and tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0 and not tensor.is_neg()
 
     def __call__(self, x: Tensor, hx: States | None) -> tuple[Tensor, States]:
         """y (T, B, H) and the final states (1, B, H)."""

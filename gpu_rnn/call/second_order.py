@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Second derivatives of a call whose backward pass has none, as cuDNN's: the gradient is taken again on another
-path."""
+"""Second derivatives of a call whose backward pass has none, as cuDNN's or a loop's in C: the gradient is taken again
+on another path."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from gpu_rnn.call import onlookers, transforms
 
 TensorFunction = Callable[..., tuple[Tensor, ...]]
 
@@ -49,6 +51,29 @@ def gradient(
     wanted = [t for t in inputs if t.requires_grad]
     results = iter(torch.autograd.grad(outputs, wanted, grads, allow_unused=True, **graph))
     return [next(results) if t.requires_grad else None for t in inputs]
+
+
+def needs_operations(grads: Sequence[Tensor | None]) -> bool:
+    """Whether a backward pass must be torch's operations, which have derivatives, rules for transforms, and are seen:
+    under create_graph, inside torch.func's transforms and forward-mode differentiation, of batched gradients or those
+    of a class of their own, and where a mode looks on."""
+    return (
+        torch.is_grad_enabled()
+        or transforms.active()
+        or onlookers.watched(grads)
+        or any(d is not None and torch._C._functorch.is_legacy_batchedtensor(d) for d in grads)
+    )
+
+
+def gradient_of(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], grads: Sequence[Tensor | None], create_graph: bool
+) -> list[Tensor | None]:
+    """`gradient` where some outputs, or all, have none that comes in; what comes in may have another shape."""
+    pairs = [(out.view_as(d), d) for out, d in zip(outputs, grads, strict=True) if d is not None]
+    if not pairs:
+        return [None] * len(inputs)
+    reached, incoming = zip(*pairs, strict=True)
+    return gradient(reached, inputs, incoming, retain_graph=True, create_graph=create_graph)
 
 
 def differentiable(fast: TensorFunction, exact: TensorFunction, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from gpu_rnn import environment, memo
 from gpu_rnn.backends.native import limits
 from gpu_rnn.backends.native import one_step as native
+from gpu_rnn.backends.tensors import dense
 from gpu_rnn.call import loops, onlookers, second_order
 from gpu_rnn.call.stack import Stack, States
 from gpu_rnn.dispatch import choice
@@ -32,7 +33,7 @@ def run(stack: Stack, x: Tensor, states: States, weights: Sequence[Tensor]) -> S
     It is not recorded, nor under a transform or autocast.
     """
     tensors = (x, *states, *weights)
-    if onlookers.watched(tensors) or not all(t.dtype == x.dtype and t.is_cpu for t in tensors):
+    if onlookers.watched(tensors) or not all(t.dtype == x.dtype and t.is_cpu and not t.is_neg() for t in tensors):
         return None
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     plan = _plan(stack, x, states, weights, grad)
@@ -80,7 +81,7 @@ class _SingleStep(torch.autograd.Function):
         x, *rest = (t.contiguous() for t in tensors)
         weights = _in_order(stack, rest[plan.states :])
         final, gates, recurrent = native.forward(plan, x, rest[: plan.states], weights, True)
-        ctx.plan, ctx.stack = plan, stack
+        ctx.plan, ctx.stack, ctx.dtype = plan, stack, x.dtype
         ctx.save_for_backward(*tensors, gates, recurrent)
         ctx.set_materialize_grads(False)
         return tuple(final)
@@ -89,12 +90,12 @@ class _SingleStep(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         plan, stack = ctx.plan, ctx.stack
         *tensors, gates, recurrent = ctx.saved_tensors
-        if torch.is_grad_enabled() or any(
-            torch._C._functorch.is_legacy_batchedtensor(g) for g in grads if g is not None
-        ):
+        if second_order.needs_operations(grads):
             return None, None, *_again(stack, tensors, plan.states, grads)
-        x, *rest = (t.contiguous() for t in tensors)
-        incoming = [None if d is None else d.to(x.dtype).contiguous() for d in grads]
+        dtype = ctx.dtype  # a hook of saved tensors may have changed theirs, and how they lie
+        x, *rest = (dense(t, dtype) for t in tensors)
+        gates, recurrent = dense(gates, dtype), None if recurrent is None else dense(recurrent, dtype)
+        incoming = [None if d is None else dense(d, dtype) for d in grads]
         weights, needed = rest[plan.states :], ctx.needs_input_grad[2:]
         wanted = needed[: 1 + plan.states], _in_order(stack, needed[1 + plan.states :])
         d = native.backward(
@@ -123,6 +124,4 @@ def _again(stack: Stack, tensors: Sequence[Tensor], count: int, grads: Sequence[
         x, *states = (view.view(1, *view.shape[-2:]) for view in views[: 1 + count])
         plain = replace(stack, backend="reference", batch_first=False)
         _, final, _ = loops.run(plain, x, tuple(states), views[1 + count :], None)
-        pairs = [(state.view_as(d), d) for state, d in zip(final, grads, strict=True) if d is not None]
-        outputs, incoming = zip(*pairs, strict=True)
-        return second_order.gradient(outputs, views, incoming, retain_graph=True, create_graph=twice)
+        return second_order.gradient_of(final, views, grads, twice)

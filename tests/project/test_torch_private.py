@@ -42,6 +42,7 @@ PRIVATE: dict[str, str] = {
     "torch.compiler._is_exporting_flag": RUNS,
     "torch.autograd._profiler_enabled": "whether a profiler wants to be told of passes by name",
     "torch._C._functorch.is_legacy_batchedtensor": "whether gradients are batched, as is_grads_batched makes them",
+    "torch._is_zerotensor": "whether a tensor is of zeros that lie nowhere, as a gradient may be",
     "torch._C._autograd._get_current_graph_task_keep_graph": "whether backward was called with retain_graph",
     "torch._VF": CALLS,
     "torch._cudnn_rnn": "cuDNN with its buffer of weights, which torch.nn's layers alone keep",
