@@ -125,7 +125,9 @@ class Explanation:
     def _origin(self) -> str:
         """Where the figures come from."""
         if not self.problem.device.is_gpu:
-            return "cost models of a CPU only rank the backends, so they print none; gpu_rnn.tune measures"
+            measured = any(row.measured_us is not None for row in self.rows)
+            models = "cost models of a CPU only rank the backends, so they print none"
+            return f"measured {IN_WORDS['measured']}; {models}" if measured else f"{models}; gpu_rnn.tune measures"
         known = rates.of(self.problem.device).source
         sources = {row.source for row in self.rows if row.runs}
         words = [f"{source} {IN_WORDS[source]}" for source in IN_WORDS if source in sources]
@@ -192,11 +194,17 @@ def explain(
 def problem_of(layer: LayerBase, x: Tensor | PackedSequence | None, call: dict[str, Any], asker: str) -> Problem:
     """``layer(x, **call)`` as dispatch sees it; arguments and errors as those of `explain`, in the asker's name."""
     from gpu_rnn.layers.base import LayerBase
+    from gpu_rnn.layers.cell import CellBase
 
     if not isinstance(layer, LayerBase):
         kind = type(layer)
         place = kind.__module__.partition(".modules.")[0]  # torch.nn.modules.rnn: as users write it
-        raise TypeError(f"{asker} takes a layer of this package, such as gpu_rnn.LSTM, not {place}.{kind.__name__}")
+        advice = ""
+        if isinstance(layer, CellBase):
+            place, advice = "gpu_rnn", ": a cell runs as its layer does with one step, so give it that layer"
+        raise TypeError(
+            f"{asker} takes a layer of this package, such as gpu_rnn.LSTM, not {place}.{kind.__name__}{advice}"
+        )
     if not isinstance(x, Tensor | PackedSequence | None):
         raise TypeError(NO_INPUT.format(asker, type(x).__name__))
     weights = layer._flat_weights

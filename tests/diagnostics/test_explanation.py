@@ -84,6 +84,8 @@ def test_explain_refuses() -> None:
         gpu_rnn.explain(gpu_rnn.LSTM(2, 3), device="H1000")
     with pytest.raises(TypeError, match=r"such as gpu_rnn.LSTM, not torch.nn.LSTM"):
         gpu_rnn.explain(torch.nn.LSTM(2, 3))
+    with pytest.raises(TypeError, match=r"not gpu_rnn.LSTMCell: a cell runs as its layer does with one step"):
+        gpu_rnn.explain(gpu_rnn.LSTMCell(2, 3))
     with pytest.raises(RuntimeError, match="Expected 2, got 5"):
         gpu_rnn.explain(gpu_rnn.LSTM(2, 3), torch.empty(4, 1, 5, device="meta"), device="H100")
 

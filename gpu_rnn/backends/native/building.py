@@ -201,5 +201,6 @@ def _built(text: str, flags: tuple[str, ...]) -> bytes:
         whole = [*command, *COMPILER_FLAGS, *flags, "-x", "c", "-", "-o", str(path), "-lm"]
         said = _run(whole, text, SECONDS, tuple(command))
         if not path.exists():
-            raise CompilerError(f"the C compiler {command[0]} makes no library: {said.strip()[:1000] or 'no word'}")
+            said = said.strip()[:1000] or "it says nothing"
+            raise CompilerError(f"the C compiler {command[0]} makes no library: {said}")
         return path.read_bytes()

@@ -146,7 +146,7 @@ FAILURES = [
     (VERSION + "exit 3", "fails: it ends with 3"),
     (r"printf '\377\376 no text' >&2; exit 3", "fails: .* no text"),
     ("exec /nowhere/at/all", "fails: "),
-    (VERSION + "exit 0", "makes no library: no word"),
+    (VERSION + "exit 0", "makes no library: it says nothing"),
     (VERSION + OUT + 'echo nonsense > "$out"', "cannot be kept or loaded"),
     (VERSION + OUT + 'exec {true} -shared -x c /dev/null -o "$out"', "cannot be kept or loaded .* lacks run"),
 ]
