@@ -25,7 +25,10 @@ from benchmarks.reporting.tables import number, ratio, table, time
 COUNTED = ("ratio to torch.nn: geometric mean (lowest to highest)", "cases without a ratio:")
 CERTIFIED = "The [certificate]({}/certificate.md) says what was checked on this GPU, and how that ended."
 UNCERTIFIED = "No certificate of this GPU is there: `make gpu-check` writes it."
-ON_A_CPU = "These are times on a CPU. They say nothing of a GPU."
+ON_A_CPU = (
+    "These are times on a CPU. They say nothing of a GPU. The backend of a case is the one that a layer took in that\n"
+    "run; cost models that were fitted to these results since may take another."
+)
 VERSIONS = ("driver", "cuda", "cudnn", "torch", "triton", "cupy", "onnxruntime", "compiler")
 
 
@@ -45,6 +48,8 @@ def markdown(gpu: Measured, pictures: Mapping[str, tuple[str, list[str]]], certi
     ]
     lines += ["", "## Where it is slower", "", *_slower(gpu)]
     for title, (caption, paths) in pictures.items():
+        if not (paths or gpu.is_gpu):  # a CPU has no floor, and its memory is not counted
+            continue
         lines += ["", f"## {title}", "", caption]
         for path in paths:
             lines += ["", f"![{title}: {path.rpartition('/')[2]}]({path})"]
@@ -70,10 +75,13 @@ def of_set(gpu: Measured, name: str, cases: Sequence[Case]) -> str:
         "torch.nn below",
         f"{NOISE}, an option that takes more than {OPTION_LIMIT:.2f} times the default's time, or another variant "
         "that is faster.",
-        'The floor is the least that a GPU allows a step, whoever writes the kernel, and "of it" that by our time. '
-        "MiB are the",
-        "most that a call takes on top of its input and weights.",
     ]
+    if gpu.is_gpu:
+        about += [
+            'The floor is the least that a GPU allows a step, whoever writes the kernel, and "of it" that by our time. '
+            "MiB are the",
+            "most that a call takes on top of its input and weights.",
+        ]
     return "\n".join([f"# The set {name}", "", *about, "", *_cases(cases)]) + "\n"
 
 
@@ -117,6 +125,7 @@ def _slower(gpu: Measured) -> list[str]:
     peers = [
         (case, row, per_step(row) / per_step(case.ours)) for case in gpu.cases if timed(case.ours) for row in case.peers
     ]
+    measured = [name for name in PEERS if any(row["variant"] == name for _, row, _ in peers)]
     behind = sorted((item for item in peers if item[2] < NOISE), key=lambda item: item[2])
     options = against_default(gpu.cases)
     dear = sorted((item for item in options if item[1] > OPTION_LIMIT), key=lambda item: -item[1])
@@ -125,7 +134,8 @@ def _slower(gpu: Measured) -> list[str]:
     lines += _listed(["case", "backend", "ratio:"], [[c, c.ours["variant"], ratio(c.ratio)] for c in gpu.lost])
     lines += [
         "",
-        f"Than something else ({', '.join(PEERS)}), by more than noise: **{len(behind)} of {len(peers)}** comparisons.",
+        f"Than something else ({', '.join(measured or PEERS)}), by more than noise: **{len(behind)} of {len(peers)}** "
+        "comparisons.",
     ]
     lines += _listed(["case", "library", "its time by ours:"], [[c, row["variant"], ratio(r)] for c, row, r in behind])
     lines += [

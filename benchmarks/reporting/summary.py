@@ -89,7 +89,8 @@ def _of_a_cpu(measured: Measured, docs: str) -> list[str]:
         "",
         f"On a CPU, **{measured.device}** ({measured.date}), one thread, fp32, how many times as fast as torch.nn: "
         "geometric mean (lowest to",
-        f"highest) of [small layers]({docs}/performance/{measured.name}.md).",
+        f"highest) of [small layers]({docs}/performance/{measured.name}.md), each on the backend that it "
+        "took in that run.",
         "",
         *cpu.summary(measured.cases),
     ]

@@ -43,9 +43,8 @@ PICTURES: dict[str, tuple[str, dict[str, Callable[[Sequence[Case]], Figure | Non
         {"options": options.draw},
     ),
     "Other libraries": (
-        "Ours against the kernels of FlashRNN and torchrl, in the same run. The lines are multiples of the other "
-        "library's\n"
-        "time: below 1× ours is the faster.",
+        "Ours against what others run, as the legend names it, in the same turns. The lines are multiples of the\n"
+        "other's time: below 1× ours is the faster.",
         {"peers": against.peers},
     ),
 }
