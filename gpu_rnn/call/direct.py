@@ -65,11 +65,12 @@ def _plan(stack: Stack, x: Tensor, hx: States | None, weights: Sequence[Tensor],
     if environment.names_a_backend() or not choice.only_predicted_on_cpu():
         return _chosen(stack, x, hx, weights, grad)
     kind = stack.as_key, x.dtype, grad, torch.get_num_threads(), *[t.shape for t in (x, *(hx or ()), *weights)]
-    if kind not in _plans:
+    plan = _plans.get(kind, memo.ABSENT)  # at once: another thread may clear what is kept
+    if plan is memo.ABSENT:
         if len(_plans) >= MOST_LAYER_PLANS:
             _plans.clear()
-        _plans[kind] = _chosen(stack, x, hx, weights, grad)
-    return _plans[kind]
+        plan = _plans[kind] = _chosen(stack, x, hx, weights, grad)
+    return plan
 
 
 def _chosen(

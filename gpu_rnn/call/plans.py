@@ -90,11 +90,12 @@ def learn(stack: Stack, x: Tensor, states: States, weights: Sequence[Tensor]) ->
         return
     x = x.transpose(0, 1) if stack.batch_first else x
     plans = stack.plans
-    if x.shape not in plans:
+    known = plans.get(x.shape, plans)  # at once: another thread may clear them
+    if known is plans:
         if len(plans) >= MOST_SHAPES:
             plans.clear()
         plans[x.shape] = None
-    elif plans[x.shape] != memo.Age.now:  # which says that there is none, until something is cleared
+    elif known != memo.Age.now:  # which says that there is none, until something is cleared
         plan = Plan(stack, x, states, weights)
         plans[x.shape] = plan if plan.fits(x, None, weights) else memo.Age.now
 

@@ -119,8 +119,8 @@ def _predicted(kind: tuple[object, ...], problem: Problem, stack: Stack) -> str:
     short call to make, is made for the first of those that are alike."""
     if len(_predictions) >= MOST_PREDICTIONS:
         _predictions.clear()
-    _predictions[kind] = choice.select(problem, stack.backend)
-    return _predictions[kind]
+    name = _predictions[kind] = choice.select(problem, stack.backend)
+    return name
 
 
 def _any_wants_grad(tensors: Sequence[Tensor]) -> bool:

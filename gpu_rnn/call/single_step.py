@@ -52,11 +52,12 @@ def _plan(stack: Stack, x: Tensor, states: States, weights: Sequence[Tensor], gr
     if environment.names_a_backend() or not choice.only_predicted_on_cpu():
         return _chosen(stack, x, states, weights)
     kind = (stack.as_key, x.shape, x.dtype, weights[1].shape[1], grad, torch.get_num_threads())
-    if kind not in _plans:
+    plan = _plans.get(kind, memo.ABSENT)  # at once: another thread may clear what is kept
+    if plan is memo.ABSENT:
         if len(_plans) >= MOST_PLANS:
             _plans.clear()
-        _plans[kind] = _chosen(stack, x, states, weights)
-    return _plans[kind]
+        plan = _plans[kind] = _chosen(stack, x, states, weights)
+    return plan
 
 
 def _chosen(stack: Stack, x: Tensor, states: States, weights: Sequence[Tensor]) -> native.StepPlan | None:

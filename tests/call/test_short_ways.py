@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpu_rnn
+from gpu_rnn.call import direct, run, single_step
 from tests.support import native
 
 Measure = Callable[[gpu_rnn.GRU, Tensor], Tensor]
@@ -143,3 +144,18 @@ def test_hooks_that_change_how_saved_tensors_lie(agree: Any) -> None:
 
 def _plain(layer: gpu_rnn.GRU, x: Tensor) -> Tensor:
     return torch.autograd.grad(layer(x)[0].sum(), x)[0]
+
+
+class Forgets(dict[Any, Any]):
+    """What another thread clears as soon as there is something in it."""
+
+    def __setitem__(self, key: Any, value: Any) -> None: ...
+
+
+@pytest.mark.parametrize("module, name", [(direct, "_plans"), (single_step, "_plans"), (run, "_predictions")])
+def test_caches_that_another_thread_clears(module: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, name, Forgets())
+    x = torch.randn(1, 2, 3)
+    for backend in ("native", "auto"):
+        layer = gpu_rnn.GRU(3, 4, backend=backend)
+        assert layer(x)[0].shape == (1, 2, 4) and layer(x.expand(5, -1, -1))[0].shape == (5, 2, 4)
