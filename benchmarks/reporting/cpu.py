@@ -23,14 +23,15 @@ def summary(cases: Sequence[Case]) -> list[str]:
     ]
     heads = [f"{WORDS[direction]}, {name}:" for direction, name in columns]
     lines = table(["layer", *heads], [row for row in rows if any(row[1:])])
-    return [*lines, "", *table(["beside", "times as fast:", "cases:"], _others(one))]
+    others = table(["beside", "times as fast:", "cases:"], _others(one))
+    return [*lines, *[""] * bool(lines and others), *others] or ["Not measured on one thread."]
 
 
 def _kinds(cases: Sequence[Case]) -> dict[str, list[Case]]:
     """By what is measured: layers as torch.nn has them, and single cells with and without options."""
     plain = [case for case in cases if not case["option"] and case["stepwise"] != "True"]
     layers = {name: [case for case in plain if case["cell"] == name] for name in ("LSTM", "GRU", "RNN")}
-    return layers | {"a cell a step, options too": [case for case in cases if case["stepwise"] == "True"]}
+    return layers | {"a cell called for each step": [case for case in cases if case["stepwise"] == "True"]}
 
 
 def _within(cases: Iterable[Case], direction: str, batch: str) -> list[Case]:

@@ -27,7 +27,7 @@ CERTIFIED = "The [certificate]({}/certificate.md) says what was checked on this 
 UNCERTIFIED = "No certificate of this GPU is there: `make gpu-check` writes it."
 ON_A_CPU = (
     "These are times on a CPU. They say nothing of a GPU. The backend of a case is the one that a layer took in that\n"
-    "run; cost models that were fitted to these results since may take another."
+    "run; cost models fitted later may take another."
 )
 VERSIONS = ("driver", "cuda", "cudnn", "torch", "triton", "cupy", "onnxruntime", "compiler")
 

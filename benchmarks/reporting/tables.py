@@ -9,9 +9,11 @@ from benchmarks.reporting.results import NOISE, Row, per_step, timed
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
-    """A table without the columns that are empty throughout; a head that ends with ":" is of a column of numbers."""
+    """A table without the columns that are empty throughout, or nothing; a head that ends with ":" is of numbers."""
     cells = [[str(cell) for cell in row] for row in rows]
     kept = [k for k in range(len(heads)) if any(row[k] for row in cells)]
+    if not kept:
+        return []
     lines = [[heads[k].removesuffix(":") for k in kept], ["--:" if heads[k].endswith(":") else "---" for k in kept]]
     return [f"| {' | '.join(line)} |" for line in lines + [[row[k] for k in kept] for row in cells]]
 

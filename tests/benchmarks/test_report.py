@@ -119,6 +119,13 @@ def test_results_of_a_cpu_speak_of_no_gpu(tmp_path: Path) -> None:
     assert "| device | measured |" in (tmp_path / "docs" / "performance.md").read_text()
 
 
+@pytest.mark.parametrize(("threads", "said"), [("1", "| layer |"), ("2", "Not measured on one thread.")])
+def test_a_cpu_of_which_little_was_measured_has_no_empty_table(threads: str, said: str, tmp_path: Path) -> None:
+    rows = [row | {"driver": "", "threads": threads} for row in synthetic_rows() if not row["option"]]
+    page = publish(tmp_path, {"cpu": [row for row in rows if row["variant"] == "torch.nn" or row["chosen"]]})
+    assert said in page and not re.search(r"^\| +\|", page, re.M)
+
+
 def test_the_same_results_make_the_same_bytes(made: Path, tmp_path: Path) -> None:
     before = files(made)
     report.publish([made / "results"], made / "docs", made / "README.md")
