@@ -169,6 +169,11 @@ PAIRS = pairwise(list(ARCHITECTURES), DIRECTIONS, list(KINDS), CELLS, list(OPTIO
 EVERY = list(product(ARCHITECTURES, DIRECTIONS, KINDS, ("lstm", "gru", "minimal"), ["plain", "everything"], [0]))
 
 
+def every_second_slow(cases: list[Case]) -> list[Any]:
+    """A default run builds half of them: each takes a second or two."""
+    return [pytest.param(case, marks=[pytest.mark.slow] * (number % 2)) for number, case in enumerate(cases)]
+
+
 def spills(kind: str, cell: str, options: str, missing: int) -> int:
     """The most accesses to local memory in a step."""
     if missing == 1 or (kind == "fp32" and options in ("gates", "everything")):
@@ -188,7 +193,7 @@ def check(case: Case, folder: Path) -> None:
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("case", PAIRS, ids=lambda case: "-".join(map(str, case)))
+@pytest.mark.parametrize("case", every_second_slow(PAIRS), ids=lambda case: "-".join(map(str, case)))
 def test_builds_at_the_limit(case: Case, tmp_path: Path) -> None:
     check(case, tmp_path)
 
