@@ -116,8 +116,8 @@ print(gpu_rnn.explain(layer, x).chosen, *sorted(ours))
 
 
 def fresh() -> list[str]:
-    """The backend that a new process chooses, and what runs there."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    """The backend that a new process chooses without a C compiler, as tests do, and what runs there."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CC": "no-compiler"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", FRESH], env=environment, capture_output=True, text=True
     )
@@ -378,7 +378,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "forward and backward" in said.out
     assert said.err.splitlines()[0] == "measuring 4 backends, forward, then forward and backward, about 2e-09 s"
     assert gpu_rnn.explain(GRU(I, 4), x()).rows[2].measured_us
-    assert cli.main(["tune", *sizes, "--seconds", "1e-9"]) == 0
+    assert cli.main(["tune", *sizes, "--inference", "--seconds", "1e-9"]) == 0
     assert "forward and backward" not in "".join(capsys.readouterr())
 
 
