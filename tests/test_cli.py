@@ -26,11 +26,11 @@ needs_extras = pytest.mark.skipif(
 )
 
 
-def _run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def _run(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*COMMAND, *arguments],
         cwd=cwd,
-        env=ENVIRONMENT,
+        env=ENVIRONMENT | environment,
         capture_output=True,
         text=True,
         timeout=120,
@@ -60,12 +60,13 @@ def test_the_command_line_loads_nothing_before_it_is_asked() -> None:
 
 
 def test_doctor_reports_versions_and_every_backend(tmp_path: Path) -> None:
-    done = _run("doctor", cwd=tmp_path)
+    done = _run("doctor", cwd=tmp_path, CC="no-compiler")
     assert done.returncode == 0, done.stderr
     assert f"torch {torch.__version__}" in done.stdout
     rows = {line.split()[0]: line for line in done.stdout.splitlines() if line.split()[:1]}
     assert choice.BACKENDS.keys() <= rows.keys()
     assert "needs an NVIDIA GPU" in rows["resident"]
+    assert "CC is 'no-compiler' in the environment, which is not found" in rows["native"]
     assert "chosen" in rows["aten"]
 
 
