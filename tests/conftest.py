@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from gpu_rnn import cache, memo
-from gpu_rnn.backends.group import cubin, nvrtc
+from gpu_rnn.backends.group import clusters, cubin, nvrtc
 from gpu_rnn.backends.group import launch as group
 from gpu_rnn.backends.native import launch as native
 from gpu_rnn.backends.problem import Problem
@@ -256,6 +256,7 @@ def fresh_choices(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(nvrtc, "compile_cubin", lambda source, arch: b"")
     monkeypatch.setattr(cubin, "usage", lambda code: cubin.Usage(255, 0))
     monkeypatch.setattr(group, "_failures", {})
+    monkeypatch.setattr(clusters, "_refused", {})
     caches = (choice._select, choice._candidates, choice._say_once, lines.way, group.fit)
     for cached in caches:
         cached.cache_clear()
