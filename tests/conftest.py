@@ -63,6 +63,11 @@ def pytest_configure() -> None:
         remember_builtins()
 
 
+def pytest_unconfigure() -> None:
+    """A run within this process, as tests/project/test_collection.py starts some, leaves the outer one's cost."""
+    native.cost = _cost
+
+
 NATIVE = os.environ.get("GPU_RNN_TEST_NATIVE") == "1"  # every test with what a CPU takes by itself
 _native_by_itself, _cost = [NATIVE], native.cost
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from gpu_rnn.backends.native import launch as native
 from tests.support.paths import ROOT, TESTS
 
 pytest_plugins = ["pytester"]
@@ -84,6 +85,13 @@ def test_a_marker_from_another_file_is_refused(checkout: pytest.Pytester) -> Non
     done = checkout.runpytest(".")
     assert done.ret == pytest.ExitCode.USAGE_ERROR
     done.stderr.fnmatch_lines("*test_far.py::test has the marker gpu from another file: name it in its own")
+
+
+def test_a_run_within_this_process_leaves_the_cost_of_native(checkout: pytest.Pytester) -> None:
+    cost = native.cost
+    checkout.makepyfile("def test(): pass")
+    checkout.runpytest(".").assert_outcomes(passed=1)
+    assert native.cost is cost
 
 
 MARKS = ("gpu(alone=True)", "interpreter", "alone", "gpu", "slow")
