@@ -23,7 +23,7 @@ from gpu_rnn.backends import BACKENDS, KERNELS, LOOPS, SOURCES, WAVEFRONTS, prec
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.dispatch import measured as choices
 from gpu_rnn.dispatch import wavefront_plan
-from gpu_rnn.dispatch.lines import Way, like, way
+from gpu_rnn.dispatch.lines import Way, can_stagger, like, way
 from gpu_rnn.dispatch.measured import Question, Times
 from gpu_rnn.memo import memoize
 
@@ -315,7 +315,7 @@ def _ways(problem: Problem, loop: str) -> tuple[list[Way], list[Way]]:
     """Of one layer, and of the stack, on a loop or all of them."""
     one, named = replace(problem, layers=1), [name for name in KERNELS if loop in ("auto", name)]
     return [way(one, name) for name in named if not BACKENDS[name].unsupported(one)], [
-        way(problem, name) for name in named
+        way(problem, name) for name in named if can_stagger(problem, name)
     ]
 
 

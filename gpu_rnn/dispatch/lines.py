@@ -35,6 +35,13 @@ def like(problem: Problem) -> Problem:
     return replace(problem, T=min(problem.T, 2))
 
 
+def can_stagger(problem: Problem, name: str) -> bool:
+    """Whether a backend can run a stack as a wavefront."""
+    if name not in WAVEFRONTS or not wavefront_plan.possible(problem):
+        return False
+    return not BACKENDS[name].unsupported(wavefront_plan.launched(problem, 1, problem.layers))
+
+
 class Way:
     """One pass on a backend: the layers of a stack one after the other, or as a wavefront where that takes less."""
 
@@ -42,9 +49,8 @@ class Way:
         backend = BACKENDS[name]
         line = partial(Line, lambda part: backend.cost(part, constants))
         self.alone, self.staggered = line(problem), None
-        if name in WAVEFRONTS and wavefront_plan.possible(problem):
-            if not backend.unsupported(wavefront_plan.launched(problem, 1, problem.layers)):
-                self.staggered = wavefront_plan.Staggered(problem, line)
+        if can_stagger(problem, name):
+            self.staggered = wavefront_plan.Staggered(problem, line)
 
     @property
     def seconds(self) -> Callable[[int], float]:
