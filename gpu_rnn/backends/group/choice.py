@@ -35,6 +35,9 @@ REGISTERS = 255  # of a thread: CUDA C++ programming guide, table of compute cap
 # bits, where NVRTC keeps more addresses, and backward in fp32.
 WORKING = (90, 112, 100)
 WORKING_OF_TWO = 24  # more of them for a second exchange of a step: of another product, or of sums
+# Of a thread's weights, in 16 bits, where a pass keeps what the next one needs and loops over weights in shared memory:
+# with more of them NVRTC's builds need a stack.
+WEIGHTS_OF_A_LOOP = 96
 COLUMNS = (1, 2)
 TILES = (1, 2, 4)
 
@@ -78,6 +81,9 @@ def _held(layout: Layout) -> int:
     rows = layout.owned * layout.tiles * (2 * states + 4 + 2 * layout.drops)
     working = WORKING[2 - layout.half] if layout.backward else WORKING[0]
     free = REGISTERS - working - sums - pairs - _between(layout, layout.owned) - rows - min(32, layout.share * words)
+    if layout.half and layout.inner and not (layout.backward or layout.cluster):
+        weights = layout.fragments * layout.fragment
+        return layout.share if layout.share <= free // weights else min(free, WEIGHTS_OF_A_LOOP) // weights
     return min(layout.share, free // (layout.fragments * layout.fragment))
 
 

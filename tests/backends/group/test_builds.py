@@ -158,7 +158,8 @@ def test_builds_everywhere(case: Case, tmp_path: Path) -> None:
 
 @pytest.mark.compile("nvrtc")
 def test_weights_that_do_not_fit_in_registers_go_to_shared_memory() -> None:
-    full = replace(Case("sm_90a", "training", "bf16", "lstm", 128).choice.layout, held=8)
+    layout = Case("sm_90a", "training", "bf16", "lstm", 1024).choice.layout
+    full = replace(layout, held=layout.share)
     assert cubin.usage(nvrtc.compile_cubin(source(full), "sm_90a")).stack
     fitted = group.fit(full, "sm_90a")
     assert fitted.held < full.held and fitted.shared_bytes > full.shared_bytes
