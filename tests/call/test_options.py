@@ -143,6 +143,8 @@ BUILDS = (
     ("peephole_lstm", {"mask", "recurrent_dropout_per_gate", "bidirectional", "num_layers"}),
     ("rnn", {"resets", "reset_state_per_step", "mask", "all_states"}),
     ("lstm", {"clip", "lengths", "all_states"}),
+    ("gru_reset_before", {"mask", "all_states"}),
+    ("lstm", {"layer_norm", "lengths"}),
 )
 
 
