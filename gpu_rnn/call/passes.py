@@ -136,7 +136,7 @@ def run(text: str, options: Options, inputs: Inputs, keep: bool = False) -> Resu
 def _readable(inputs: Inputs) -> Inputs:
     """The same call, its tensors as a loop reads them by their addresses."""
     primals = inputs.primals
-    if not any(primal is not None and primal.is_neg() for primal in primals):
+    if True not in [primal.is_neg() for primal in primals if primal is not None]:  # a generator calls for each
         return inputs
     return inputs.with_primals([None if primal is None else in_memory(primal) for primal in primals])
 
