@@ -68,6 +68,15 @@ def hold(
     return container
 
 
+def put(container: dict[Any, Any], key: Any, value: T, bound: int) -> T:
+    """Enters a value, which it returns; a container that is full forgets all others first. Look up by one
+    ``get(key, ABSENT)``: another thread may clear what is kept."""
+    if len(container) >= bound:
+        container.clear()
+    container[key] = value
+    return value
+
+
 def stores() -> list[Store]:
     """All that are registered by the modules imported so far."""
     return list(_stores.values())

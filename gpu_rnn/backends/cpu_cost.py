@@ -13,8 +13,7 @@ from gpu_rnn.backends.rates import CpuRates
 
 def seconds(problem: Problem, known: CpuRates, of_a_step: int = 1) -> float:
     """Of one pass; `of_a_step` times what a step costs in any case."""
-    per = _backward(known) if problem.direction == "backward" else _forward(known)
-    start, step, weight, product, element = per
+    start, step, weight, product, element = of_pass(problem, known)
     width = problem.proj_size or problem.H
     weights = problem.N * problem.G * problem.H * width
     products = problem.B * problem.N * problem.G * problem.H * (problem.I + width)
@@ -24,9 +23,8 @@ def seconds(problem: Problem, known: CpuRates, of_a_step: int = 1) -> float:
     return problem.layers * (start + problem.T * (step * of_a_step + work) * (1 - shared))
 
 
-def _forward(known: CpuRates) -> tuple[float, ...]:
+def of_pass(problem: Problem, known: CpuRates) -> tuple[float, float, float, float, float]:
+    """The constants of the pass that is asked for."""
+    if problem.direction == "backward":
+        return known.back_start, known.back_step, known.back_weight, known.back_product, known.back_element
     return known.start, known.step, known.weight, known.product, known.element
-
-
-def _backward(known: CpuRates) -> tuple[float, ...]:
-    return known.back_start, known.back_step, known.back_weight, known.back_product, known.back_element

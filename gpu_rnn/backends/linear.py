@@ -34,26 +34,20 @@ def project(x: Tensor, weights: Weights, program: Program, kept: Normalised | No
 
 def input_bias(weights: Weights, program: Program) -> Tensor | None:
     """(N, G, H): b_ih, with b_hh added where a gate is a sum."""
-    if weights.b_ih is None or weights.b_hh is None:
-        return None
-    bias = weights.b_ih + weights.b_hh
-    for is_sum, gates in _alike(program, range(len(program.gates))):
-        if not is_sum:
-            bias[:, gates] = weights.b_ih[:, gates]
-    return bias
+    return joined_bias(weights.b_ih, weights.b_hh, program, 1)
 
 
-def flat_bias(weights: Weights, program: Program) -> Tensor | None:
-    """`input_bias` of one recurrence, (G·H), from a layer's own weights, (G·H) each."""
-    if weights.b_ih is None or weights.b_hh is None:
+def joined_bias(b_ih: Tensor | None, b_hh: Tensor | None, program: Program, across: int = 0) -> Tensor | None:
+    """`input_bias` of biases whose gates lie along that dimension: of a layer's own, (G·H) each, along the first."""
+    if b_ih is None or b_hh is None:
         return None
-    bias = weights.b_ih + weights.b_hh
+    bias = b_ih + b_hh
     if program.split:
-        hidden = len(bias) // len(program.gates)
+        each = bias.shape[across] // len(program.gates)
         for is_sum, gates in _alike(program, range(len(program.gates))):
             if not is_sum:
-                rows = slice(gates.start * hidden, gates.stop * hidden)
-                bias[rows] = weights.b_ih[rows]
+                rows = (across, gates.start * each, (gates.stop - gates.start) * each)
+                bias.narrow(*rows).copy_(b_ih.narrow(*rows))
     return bias
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpu_rnn.backends import rates
+from gpu_rnn.backends import cpu_cost, rates
 from gpu_rnn.backends.normalisation import normalised
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.backends.tensors import (
@@ -46,11 +46,8 @@ def cost(problem: Problem, constants: rates.Rates | None = None) -> float:
     """
     operations = sum(len(stage.ops) + 4 * len(stage.gates) for stage in problem.program.stages)
     steps = problem.T * problem.layers * (3 if problem.training else 1)
-    every, start = constants or rates.of(problem.device), 0.0
-    if not problem.device.is_gpu:
-        start = problem.layers * (
-            every.cpu_step.back_start if problem.direction == "backward" else every.cpu_step.start
-        )
+    every = constants or rates.of(problem.device)
+    start = 0.0 if problem.device.is_gpu else problem.layers * cpu_cost.of_pass(problem, every.cpu_step)[0]
     return start + steps * operations * every.reference.operation + problem.flops / product_rate(problem)
 
 

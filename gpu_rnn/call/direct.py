@@ -8,7 +8,6 @@ the way of `gpu_rnn.call.loops`, which computes the same; so do second derivativ
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from gpu_rnn.backends import onednn
 from gpu_rnn.backends.native import building, limits
 from gpu_rnn.backends.native import direct as native
 from gpu_rnn.backends.tensors import dense
-from gpu_rnn.call import loops, onlookers, second_order, transforms
+from gpu_rnn.call import onlookers, second_order, transforms
 from gpu_rnn.call.stack import Stack, States
 from gpu_rnn.dispatch import choice
 
@@ -65,11 +64,9 @@ def _plan(stack: Stack, x: Tensor, hx: States | None, weights: Sequence[Tensor],
     if environment.names_a_backend() or not choice.only_predicted_on_cpu():
         return _chosen(stack, x, hx, weights, grad)
     kind = stack.as_key, x.dtype, grad, torch.get_num_threads(), *[t.shape for t in (x, *(hx or ()), *weights)]
-    plan = _plans.get(kind, memo.ABSENT)  # at once: another thread may clear what is kept
+    plan = _plans.get(kind, memo.ABSENT)
     if plan is memo.ABSENT:
-        if len(_plans) >= MOST_LAYER_PLANS:
-            _plans.clear()
-        plan = _plans[kind] = _chosen(stack, x, hx, weights, grad)
+        plan = memo.put(_plans, kind, _chosen(stack, x, hx, weights, grad), MOST_LAYER_PLANS)
     return plan
 
 
@@ -119,7 +116,7 @@ class _Layer(torch.autograd.Function):
         plan, stack, every = ctx.plan, ctx.stack, ctx.saved_tensors
         tensors, saved = every[: -len(native.Saved._fields)], native.Saved(*every[-len(native.Saved._fields) :])
         if second_order.needs_operations(grads):
-            return None, None, *_again(stack, tensors, len(plan.program.states), grads)
+            return None, None, *second_order.of_a_layer(stack, tensors, len(plan.program.states), grads)
         dtype = ctx.dtype  # a hook of saved tensors may have changed theirs, and how they lie
         tensors = [dense(t, dtype) for t in tensors]
         saved = native.Saved(*(dense(t, dtype) for t in saved))
@@ -177,14 +174,3 @@ def _joined(plan: native.LayerPlan, d_b_ih: Tensor, d_b_split: Tensor) -> Tensor
     """The gradient of b_hh, of its own: gradients that share memory are scaled twice."""
     rows = plan.summed * d_b_ih.shape[0] // len(plan.program.gates)
     return torch.cat([d_b_ih[:rows], d_b_split])
-
-
-def _again(stack: Stack, tensors: Sequence[Tensor], count: int, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The gradients as the reference has them, which have derivatives of their own and rules for vmap."""
-    twice = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # Views: what one input owes to another, or to itself at another place, is not this call's to count.
-        views = [t.view_as(t) for t in tensors]
-        plain = replace(stack, backend="reference", batch_first=False, num_layers=1, dropout=0.0)
-        y, final, _ = loops.run(plain, views[0], tuple(views[1 : 1 + count]), views[1 + count :], None)
-        return second_order.gradient_of((y, *final), views, grads, twice)

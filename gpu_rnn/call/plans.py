@@ -65,7 +65,7 @@ class Plan:
     def __call__(self, x: Tensor, hx: States | None) -> tuple[Tensor, States]:
         """y (T, B, H) and the final states (1, B, H)."""
         assert self.again is not None
-        bias = linear.flat_bias(self.named, self.program)
+        bias = linear.joined_bias(self.named.b_ih, self.named.b_hh, self.program)
         with precision.of_products(self.precision, x) if x.dtype == torch.float32 and x.is_cuda else passes.NOTHING:
             gates = onednn.linear(x, self.named.w_ih, bias)
         with passes.named(self.name):
@@ -90,11 +90,9 @@ def learn(stack: Stack, x: Tensor, states: States, weights: Sequence[Tensor]) ->
         return
     x = x.transpose(0, 1) if stack.batch_first else x
     plans = stack.plans
-    known = plans.get(x.shape, plans)  # at once: another thread may clear them
-    if known is plans:
-        if len(plans) >= MOST_SHAPES:
-            plans.clear()
-        plans[x.shape] = None
+    known = plans.get(x.shape, memo.ABSENT)
+    if known is memo.ABSENT:
+        memo.put(plans, x.shape, None, MOST_SHAPES)
     elif known != memo.Age.now:  # which says that there is none, until something is cleared
         plan = Plan(stack, x, states, weights)
         plans[x.shape] = plan if plan.fits(x, None, weights) else memo.Age.now

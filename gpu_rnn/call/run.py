@@ -117,10 +117,7 @@ _predictions: dict[tuple[object, ...], str] = memo.hold(f"{__name__}: prediction
 def _predicted(kind: tuple[object, ...], problem: Problem, stack: Stack) -> str:
     """The backend that is predicted the fastest on a CPU for a call without controls. A Problem, which takes 5 µs of a
     short call to make, is made for the first of those that are alike."""
-    if len(_predictions) >= MOST_PREDICTIONS:
-        _predictions.clear()
-    name = _predictions[kind] = choice.select(problem, stack.backend)
-    return name
+    return memo.put(_predictions, kind, choice.select(problem, stack.backend), MOST_PREDICTIONS)
 
 
 def _any_wants_grad(tensors: Sequence[Tensor]) -> bool:

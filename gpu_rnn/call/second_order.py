@@ -5,12 +5,14 @@ on another path."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gpu_rnn.call import onlookers, transforms
+from gpu_rnn.call import loops, onlookers, transforms
+from gpu_rnn.call.stack import Stack
 
 TensorFunction = Callable[..., tuple[Tensor, ...]]
 
@@ -74,6 +76,23 @@ def gradient_of(
         return [None] * len(inputs)
     reached, incoming = zip(*pairs, strict=True)
     return gradient(reached, inputs, incoming, retain_graph=True, create_graph=create_graph)
+
+
+def of_a_layer(
+    stack: Stack,
+    tensors: Sequence[Tensor],  # x (T, B, I), or of one step (B, I), the states, and the weights of one layer
+    count: int,  # of states
+    grads: Sequence[Tensor | None],  # of y and the final states
+) -> list[Tensor | None]:
+    """The gradients of one layer as the reference has them, which have derivatives of their own and rules for vmap."""
+    twice = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views: what one input owes to another, or to itself at another place, is not this call's to count.
+        views = [t.view_as(t) for t in tensors]
+        x, *states = (view if view.dim() == 3 else view.unsqueeze(0) for view in views[: 1 + count])
+        plain = replace(stack, backend="reference", batch_first=False, num_layers=1, dropout=0.0)
+        y, final, _ = loops.run(plain, x, tuple(states), views[1 + count :], None)
+        return gradient_of((y, *final), views, grads, twice)
 
 
 def differentiable(fast: TensorFunction, exact: TensorFunction, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -18,7 +18,7 @@ from gpu_rnn import environment, memo
 from gpu_rnn.backends.native import limits
 from gpu_rnn.backends.native import one_step as native
 from gpu_rnn.backends.tensors import dense
-from gpu_rnn.call import loops, onlookers, second_order
+from gpu_rnn.call import onlookers, second_order
 from gpu_rnn.call.stack import Stack, States
 from gpu_rnn.dispatch import choice
 
@@ -52,11 +52,9 @@ def _plan(stack: Stack, x: Tensor, states: States, weights: Sequence[Tensor], gr
     if environment.names_a_backend() or not choice.only_predicted_on_cpu():
         return _chosen(stack, x, states, weights)
     kind = (stack.as_key, x.shape, x.dtype, weights[1].shape[1], grad, torch.get_num_threads())
-    plan = _plans.get(kind, memo.ABSENT)  # at once: another thread may clear what is kept
+    plan = _plans.get(kind, memo.ABSENT)
     if plan is memo.ABSENT:
-        if len(_plans) >= MOST_PLANS:
-            _plans.clear()
-        plan = _plans[kind] = _chosen(stack, x, states, weights)
+        plan = memo.put(_plans, kind, _chosen(stack, x, states, weights), MOST_PLANS)
     return plan
 
 
@@ -92,7 +90,11 @@ class _SingleStep(torch.autograd.Function):
         plan, stack = ctx.plan, ctx.stack
         *tensors, gates, recurrent = ctx.saved_tensors
         if second_order.needs_operations(grads):
-            return None, None, *_again(stack, tensors, plan.states, grads)
+            return (
+                None,
+                None,
+                *second_order.of_a_layer(stack, tensors, plan.states, (None, *grads)),
+            )  # y is a final state
         dtype = ctx.dtype  # a hook of saved tensors may have changed theirs, and how they lie
         x, *rest = (dense(t, dtype) for t in tensors)
         gates, recurrent = dense(gates, dtype), None if recurrent is None else dense(recurrent, dtype)
@@ -115,14 +117,3 @@ class _SingleStep(torch.autograd.Function):
             if weight is not None
         ]
         return None, None, *d[: 1 + plan.states], *d_weights
-
-
-def _again(stack: Stack, tensors: Sequence[Tensor], count: int, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The gradients as the reference has them, which have derivatives of their own and rules for vmap."""
-    twice = torch.is_grad_enabled()
-    with torch.enable_grad():
-        views = [t.view_as(t) for t in tensors]
-        x, *states = (view.view(1, *view.shape[-2:]) for view in views[: 1 + count])
-        plain = replace(stack, backend="reference", batch_first=False)
-        _, final, _ = loops.run(plain, x, tuple(states), views[1 + count :], None)
-        return second_order.gradient_of(final, views, grads, twice)

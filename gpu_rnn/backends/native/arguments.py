@@ -1,83 +1,111 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a time loop in C is given: one structure, declared in C and in ctypes from the same names."""
+"""What functions in C are given: a structure each, which C declares and Python packs from the same names."""
 
 from __future__ import annotations
 
-import ctypes
 import struct
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
 from gpu_rnn.memo import memoize
 
-NUMBERS = (
-    *("steps", "batch", "across", "units", "width", "features"),  # `width` of h, which may be projected
-    *("threads", "team", "tiles", "save", "masks", "flags_across", "reset_steps"),
-)
-# Tensors, by what they hold; null where there is none. Their shapes are those of `gpu_rnn.backends.tensors`.
-POINTERS = {
-    "const uint8_t": ("reverse", "flags", "zone"),
-    "const int64_t": ("lengths",),
-    "const scalar": (
-        *("w_hh", "b_hh", "params", "w_hr", "norm", "drop", "d_y", "d_inner"),
-        *("x", "w_ih", "b_ih"),  # where the loop takes the input products, too
-    ),
-    "scalar": (
-        *("gates", "recurrent", "inner", "y", "normal", "rstd"),
-        *("d_gates", "d_recurrent", "d_params", "d_norm", "d_normed", "made", "d_made"),
-    ),
-}
-# One of each state.
-OF_EACH_STATE = {"const scalar": ("initial", "resets", "d_final"), "scalar": ("final", "d_initial", "d_resets")}
+
+class Structure(NamedTuple):
+    """8 bytes a field: numbers, then addresses of tensors by what these hold, then one of each state's tensors. A null
+    stands for none."""
+
+    name: str
+    numbers: tuple[str, ...]
+    pointers: Mapping[str, tuple[str, ...]]
+    of_each_state: Mapping[str, tuple[str, ...]]
+
+    def declared(self) -> str:
+        """In C."""
+        lines = [f"  int64_t {', '.join(self.numbers)};"]
+        lines += [f"  {kind} {_listed(names)};" for kind, names in self.pointers.items()]
+        lines += [f"  {kind} {_listed(names, '[STATES]')};" for kind, names in self.of_each_state.items()]
+        return "\n".join(["typedef struct {", *lines, f"}} {self.name};"])
+
+    def packing(self, states: int) -> Packing:
+        """For a recurrence with so many states."""
+        single = [*self.numbers, *(name for names in self.pointers.values() for name in names)]
+        lists = [name for names in self.of_each_state.values() for name in names]
+        places = {name: place for place, name in enumerate(single)}
+        places |= {name: len(single) + number * states for number, name in enumerate(lists)}
+        fields = len(single) + len(lists) * states
+        return Packing(struct.Struct(f"{fields}q").pack, places, fields)
 
 
-def declared() -> str:
-    """The structure in C."""
-    lines = [f"  int64_t {', '.join(NUMBERS)};"]
-    lines += [f"  {kind} {', '.join(f'*{name}' for name in names)};" for kind, names in POINTERS.items()]
-    lines += [f"  {kind} {', '.join(f'*{name}[STATES]' for name in names)};" for kind, names in OF_EACH_STATE.items()]
-    return "\n".join(["typedef struct {", *lines, "} arguments;"])
-
-
-@memoize(32)
-def _structure(states: int) -> type[ctypes.Structure]:
-    sizes = [(name, ctypes.c_int64) for name in NUMBERS]
-    pointers = [(name, ctypes.c_void_p) for names in POINTERS.values() for name in names]
-    lists = [(name, ctypes.c_void_p * states) for names in OF_EACH_STATE.values() for name in names]
-    return type("Arguments", (ctypes.Structure,), {"_fields_": [*sizes, *pointers, *lists]})
-
-
-def filled(states: int, given: dict[str, int | Tensor | Sequence[Tensor] | None]) -> Any:
-    """The structure for a recurrence with so many states; what is not given is 0 or null."""
-    structure = _structure(states)()
-    for name, value in given.items():
-        if isinstance(value, Tensor):
-            assert value.is_contiguous(), name
-            setattr(structure, name, value.data_ptr() if value.numel() else None)
-        elif isinstance(value, int):
-            setattr(structure, name, value)
-        elif value is not None:
-            assert all(each.is_contiguous() for each in value), name
-            getattr(structure, name)[: len(value)] = [each.data_ptr() for each in value]
-    return structure
+def _listed(names: Sequence[str], after: str = "") -> str:
+    return ", ".join(f"*{name}{after}" for name in names)
 
 
 class Packing(NamedTuple):
-    """How the structure is written without ctypes, which takes longer than a short call: 8 bytes a field."""
+    """How a structure is written. ctypes would take longer than a short call."""
 
     packed: Callable[..., bytes]  # of all fields in their order
     places: dict[str, int]  # of each name, or of the first of each state's, among the fields
     fields: int
 
 
+# A time loop's. The tensors' shapes are those of `gpu_rnn.backends.tensors`.
+LOOP = Structure(
+    "arguments",
+    (
+        *("steps", "batch", "across", "units", "width", "features"),  # `width` of h, which may be projected
+        *("threads", "team", "tiles", "save", "masks", "flags_across", "reset_steps"),
+    ),
+    {
+        "const uint8_t": ("reverse", "flags", "zone"),
+        "const int64_t": ("lengths",),
+        "const scalar": (
+            *("w_hh", "b_hh", "params", "w_hr", "norm", "drop", "d_y", "d_inner"),
+            *("x", "w_ih", "b_ih"),  # where the loop takes the input products, too
+        ),
+        "scalar": (
+            *("gates", "recurrent", "inner", "y", "normal", "rstd"),
+            *("d_gates", "d_recurrent", "d_params", "d_norm", "d_normed", "made", "d_made"),
+        ),
+    },
+    {"const scalar": ("initial", "resets", "d_final"), "scalar": ("final", "d_initial", "d_resets")},
+)
+
+# Of one step, which `one_step` packs in this order.
+_WEIGHTS = ("w_ih", "w_hh", "b_ih", "b_hh", "params")
+STEP = Structure(
+    "one_step",
+    ("rows", "features", "units", "save"),
+    {
+        "const scalar": ("x", *_WEIGHTS),
+        "scalar": ("gates", "recurrent", "d_x", *(f"d_{weight}" for weight in _WEIGHTS)),
+    },
+    {"const scalar": ("states", "d_final"), "scalar": ("final", "d_states")},
+)
+
+
 @memoize(32)
-def packing(states: int) -> Packing:
-    """For a recurrence with so many states."""
-    single = [*NUMBERS, *(name for names in POINTERS.values() for name in names)]
-    lists = [name for names in OF_EACH_STATE.values() for name in names]
-    places = {name: place for place, name in enumerate(single)}
-    places |= {name: len(single) + number * states for number, name in enumerate(lists)}
-    fields = len(single) + len(lists) * states
-    return Packing(struct.Struct(f"{fields}q").pack, places, fields)
+def of_a_loop(states: int) -> Packing:
+    """A time loop's arguments for a recurrence with so many states."""
+    return LOOP.packing(states)
+
+
+def filled(states: int, given: Mapping[str, int | Tensor | Sequence[Tensor] | None]) -> bytes:
+    """The arguments of a time loop; what is not given is 0 or null."""
+    packed, places, count = of_a_loop(states)
+    fields = [0] * count
+    for name, value in given.items():
+        at = places[name]
+        if isinstance(value, int):
+            fields[at] = value
+        elif isinstance(value, Tensor):
+            fields[at] = _address(name, value)
+        elif value is not None:
+            fields[at : at + len(value)] = [_address(name, each) for each in value]
+    return packed(*fields)
+
+
+def _address(name: str, tensor: Tensor) -> int:
+    assert tensor.is_contiguous(), name
+    return tensor.data_ptr() if tensor.numel() else 0

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gpu_rnn.backends import onednn
+from gpu_rnn.backends import linear, onednn
 from gpu_rnn.backends.native import arguments, launch, team
 from gpu_rnn.compiler.program import Program
 from gpu_rnn.memo import memoize
@@ -64,7 +64,7 @@ def plan(program: str, dtype: torch.dtype, derivative: bool) -> LayerPlan:
         parsed,
         launch.library(program, dtype, False).run,
         backward,
-        arguments.packing(len(parsed.states)),
+        arguments.of_a_loop(len(parsed.states)),
         len(parsed.summed),
     )
 
@@ -90,7 +90,7 @@ def forward(
         for name, tensor in (("x", x), ("w_ih", w_ih), ("b_ih", b_ih)):
             fields[places[name]] = 0 if tensor is None else tensor.data_ptr()
     else:
-        gates = onednn.linear(x, w_ih, _input_bias(plan, b_ih, b_hh))
+        gates = onednn.linear(x, w_ih, linear.joined_bias(b_ih, b_hh, plan.program))
     y = x.new_empty(steps, batch, hidden)
     final = [torch.empty_like(state) for state in states]
     recurrent = x.new_empty(steps, batch, len(plan.program.split) * save, hidden)
@@ -103,14 +103,6 @@ def forward(
         fields[places[name] : places[name] + len(states)] = [tensor.data_ptr() for tensor in tensors]
     _run(plan.forward, plan.packing.packed(*fields))
     return final, Saved(y, gates, recurrent, inner)
-
-
-def _input_bias(plan: LayerPlan, b_ih: Tensor | None, b_hh: Tensor | None) -> Tensor | None:
-    """(G·H): b_ih, with b_hh added where a gate is a sum."""
-    if b_ih is None or b_hh is None:
-        return None
-    rows = plan.summed * b_ih.shape[0] // len(plan.program.gates)
-    return torch.cat([b_ih[:rows] + b_hh[:rows], b_ih[rows:]])
 
 
 def backward(

@@ -17,7 +17,7 @@ from gpu_rnn.backends.native import arguments, building, limits, one_step, team,
 from gpu_rnn.backends.native.building import CompilerError
 from gpu_rnn.backends.problem import CONTROL_FIELDS, Problem
 from gpu_rnn.backends.step.product import normalised_products
-from gpu_rnn.backends.tensors import Call, LoopGradients, Result, state_dtype
+from gpu_rnn.backends.tensors import Call, LoopGradients, Result, dense, state_dtype
 
 OF_A_THREAD = 5e6  # floating-point operations that are worth starting a thread for: some 0.1 ms; predicted
 NO_MEMORY = "the time loop in C has no memory for its weights and states"
@@ -154,7 +154,7 @@ def _run(call: Call, gates: Tensor, backward: bool, given: dict[str, Any]) -> No
     """Runs one direction. Raises MemoryError where the loop's own memory is not to be had."""
     both = _shape(call, gates) | _tensors(call, gates.dtype) | given
     loop = library(call.program.text, gates.dtype, backward)
-    if loop.run(ctypes.byref(arguments.filled(len(call.states), both))):
+    if loop.run(arguments.filled(len(call.states), both)):
         raise MemoryError(NO_MEMORY)
 
 
@@ -164,8 +164,8 @@ def _width(call: Call) -> int:
 
 
 def _whole(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """As the loop reads it: without gaps, and numbers in its dtype; flags and lengths in their own."""
-    return (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
+    """As the loop reads it: numbers in its dtype, flags and lengths in their own."""
+    return dense(tensor, dtype if tensor.is_floating_point() else tensor.dtype)
 
 
 def threads(multiplications: int, rows: int) -> int:

@@ -7,14 +7,13 @@ them is found once, in a `StepPlan`.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from gpu_rnn.backends.native import building, text
+from gpu_rnn.backends.native import arguments, building, text
 from gpu_rnn.compiler.program import Program
 from gpu_rnn.memo import memoize
 
@@ -24,7 +23,7 @@ class StepPlan(NamedTuple):
 
     forward: Callable[[bytes], int]
     backward: Callable[[bytes], int]
-    packed: Callable[..., bytes]  # of every number and address, in the order of `text.one_step`
+    packed: Callable[..., bytes]  # of every number and address, in the order of `arguments.STEP`
     states: int
     gates: int
     split: int
@@ -41,8 +40,8 @@ def plan(program: str, dtype: torch.dtype) -> StepPlan:
     best, parsed = building.instruction_sets()[0], Program.parse(program)
     library = building.library(text.of_step(program, dtype, best), best.flags, ("forward", "backward"))
     sizes = len(parsed.states), len(parsed.gates), len(parsed.split), len(parsed.params)
-    fields = struct.Struct(f"{text.STEP_FIELDS + len(text.STEP_STATES) * sizes[0]}q")
-    return StepPlan(library.forward, library.backward, fields.pack, *sizes)
+    packed = arguments.STEP.packing(sizes[0]).packed
+    return StepPlan(library.forward, library.backward, packed, *sizes)
 
 
 def forward(
@@ -64,8 +63,8 @@ def forward(
         *(0 if gates is None else gates.data_ptr(), 0 if recurrent is None else recurrent.data_ptr()),
         *(0, 0, 0, 0, 0, 0),
         *(state.data_ptr() for state in states),
-        *(state.data_ptr() for state in final),
         *nothing,
+        *(state.data_ptr() for state in final),
         *nothing,
     )
     _check(plan.forward(given))
@@ -97,8 +96,8 @@ def backward(
         *(gates.data_ptr(), 0 if recurrent is None else recurrent.data_ptr()),
         *(0 if d is None else d.data_ptr() for d in (d_x, *d_weights)),
         *(state.data_ptr() for state in states),
-        *(0,) * plan.states,
         *(0 if d is None else d.data_ptr() for d in d_final),
+        *(0,) * plan.states,
         *(d.data_ptr() for d in d_states),
     )
     _check(plan.backward(given))

@@ -25,26 +25,10 @@ def of(text: str, dtype: torch.dtype, backward: bool, target: InstructionSet) ->
     return "\n".join([*parts, _file("backward.c" if backward else "forward.c")])
 
 
-# One step's numbers and tensors, then one of each state; null where there is none. In Python they are packed in this
-# order, 8 bytes each.
-STEP_NUMBERS = ("rows", "features", "units", "save")
-STEP_WEIGHTS = ("w_ih", "w_hh", "b_ih", "b_hh", "params")
-STEP_POINTERS = {
-    "const scalar": ("x", *STEP_WEIGHTS),
-    "scalar": ("gates", "recurrent", "d_x", *(f"d_{weight}" for weight in STEP_WEIGHTS)),
-}
-STEP_STATES = {"states": "const scalar", "final": "scalar", "d_final": "const scalar", "d_states": "scalar"}
-STEP_FIELDS = len(STEP_NUMBERS) + sum(map(len, STEP_POINTERS.values()))
-
-
 @memoize(256)
 def of_step(text: str, dtype: torch.dtype, target: InstructionSet) -> str:
     """Everything that is compiled for one step of a program, forward and backward."""
-    lines = [f"  int64_t {', '.join(STEP_NUMBERS)};"]
-    lines += [f"  {kind} {', '.join(f'*{name}' for name in names)};" for kind, names in STEP_POINTERS.items()]
-    lines += [f"  {kind} *{name}[STATES];" for name, kind in STEP_STATES.items()]
-    given = "\n".join(["typedef struct {", *lines, "} one_step;"])
-    return "\n".join([*_before(text, dtype, True, target), given, _file("step.c")])
+    return "\n".join([*_before(text, dtype, True, target), arguments.STEP.declared(), _file("step.c")])
 
 
 def _before(text: str, dtype: torch.dtype, backward: bool, target: InstructionSet) -> list[str]:
@@ -55,7 +39,7 @@ def _before(text: str, dtype: torch.dtype, backward: bool, target: InstructionSe
         _file("functions.h"),
         _tables(program),
         _turns(target.bytes // dtype.itemsize),
-        arguments.declared(),
+        arguments.LOOP.declared(),
         source(program, "c"),
         source(program, "c", backward=True) if backward else "",
         _switch("step", _ARGUMENTS, ("out",), len(program.stages)),
