@@ -70,13 +70,16 @@ template <int SITE> DEVICE void warp_sync(unsigned mask) {
 // Naturally aligned words of 32 or 64 bits. Never const, __restrict__ or .nc
 // data: the compiler would load it before the wait.
 
-template <int SITE, class T> DEVICE T load_relaxed(const T *p) {
+// A word as the integer that an instruction takes.
+template <class T> union Bits {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8, "one word of 32 or 64 bits");
-  union {
-    unsigned u32;
-    unsigned long long u64;
-    T value;
-  } word;
+  T value;
+  unsigned u32;
+  unsigned long long u64;
+};
+
+template <int SITE, class T> DEVICE T load_relaxed(const T *p) {
+  Bits<T> word;
   if constexpr (sizeof(T) == 4)
     asm volatile("ld.relaxed.gpu.global.b32 %0, [%1];"
                  : "=r"(word.u32)
@@ -91,12 +94,7 @@ template <int SITE, class T> DEVICE T load_relaxed(const T *p) {
 }
 
 template <int SITE, class T> DEVICE void store_relaxed(T *p, T value) {
-  static_assert(sizeof(T) == 4 || sizeof(T) == 8, "one word of 32 or 64 bits");
-  union {
-    T value;
-    unsigned u32;
-    unsigned long long u64;
-  } word = {value};
+  const Bits<T> word = {value};
   if constexpr (sizeof(T) == 4)
     asm volatile("st.relaxed.gpu.global.b32 [%0], %1;" ::"l"(
                      __cvta_generic_to_global(p)),
@@ -208,12 +206,7 @@ template <int SITE> DEVICE bool arrived(Arrivals *arrivals, int parity) {
 // thread did before is seen by whoever sees the phase end.
 template <int SITE, class T>
 DEVICE void store_async(T *to, T value, Arrivals *arrivals, int rank) {
-  static_assert(sizeof(T) == 4 || sizeof(T) == 8, "one word of 32 or 64 bits");
-  union {
-    T value;
-    unsigned u32;
-    unsigned long long u64;
-  } word = {value};
+  const Bits<T> word = {value};
   unsigned there, counted;
   asm("mapa.shared::cluster.u32 %0, %1, %2;"
       : "=r"(there)

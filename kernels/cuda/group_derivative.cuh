@@ -85,7 +85,7 @@ DEVICE void unpack(Step &step, int t) {
 template <int FROM, int TO>
 DEVICE void load_normal(Step &step, const Backward &b, const Seat &seat,
                         const Spot &spot, const Row &row) {
-  const long long place = (step.time * b.B + row.batch) * b.N + seat.n;
+  const long long place = place_of(b, seat, row, step.time);
 #pragma unroll
   for (int gate = FROM; gate < TO; gate++) {
     const long long at = place * GATES + gate;
@@ -99,12 +99,11 @@ DEVICE void load_normal(Step &step, const Backward &b, const Seat &seat,
 DEVICE void prefetch(Step &step, const Backward &b, const Seat &seat,
                      const Spot &spot, const Row &row, int t) {
   step.time = time_of(t, row.length, b.reversed);
-  const Scalar *p = b.p_gates + step.time * b.stride_t +
-                    row.batch * b.stride_b + seat.n * b.stride_n + spot.unit;
+  const Scalar *p = b.p_gates + gates_of(b, seat, spot, row, step.time);
 #pragma unroll
   for (int gate = 0; gate < GATES; gate++)
     load_raw(step.raw_a[gate], p + gate * b.stride_g, row.count);
-  const long long place = (step.time * b.B + row.batch) * b.N + seat.n;
+  const long long place = place_of(b, seat, row, step.time);
   const Scalar *p_recurrent = b.p_recurrent + place * SPLITS * b.H + spot.unit;
 #pragma unroll
   for (int k = 0; k < SPLITS; k++)
@@ -277,12 +276,11 @@ DEVICE void scale_gradients(Step &step, const float (&scale)[ANY_NORM][2]) {
 template <class S>
 DEVICE void store(const Step &step, const Backward &b, const Seat &seat,
                   const Spot &spot, const Row &row) {
-  Scalar *p = b.p_d_gates + step.time * b.stride_t + row.batch * b.stride_b +
-              seat.n * b.stride_n + spot.unit;
+  Scalar *p = b.p_d_gates + gates_of(b, seat, spot, row, step.time);
 #pragma unroll
   for (int gate = S::START; gate < S::STOP; gate++)
     store_pair(p + gate * b.stride_g, step.d_a[gate], row.count);
-  const long long place = (step.time * b.B + row.batch) * b.N + seat.n;
+  const long long place = place_of(b, seat, row, step.time);
   Scalar *p_recurrent = b.p_d_recurrent + place * SPLITS * b.H + spot.unit;
 #pragma unroll
   for (int gate = S::START; gate < S::STOP; gate++)

@@ -36,8 +36,7 @@ template <class S>
 DEVICE void prefetch(Step &step, const Forward &f, const Seat &seat,
                      const Spot &spot, const Row &row, int t) {
   step.time = time_of(t, row.length, f.reversed);
-  const Scalar *p = f.p_gates + step.time * f.stride_t +
-                    row.batch * f.stride_b + seat.n * f.stride_n + spot.unit;
+  const Scalar *p = f.p_gates + gates_of(f, seat, spot, row, step.time);
 #pragma unroll
   for (int gate = S::START; gate < S::STOP; gate++)
     load_raw(step.projected[gate], p + gate * f.stride_g, row.count);
@@ -122,12 +121,11 @@ DEVICE void advance_unit(Step &step, const Pair &pair, Row &row,
 template <class S>
 DEVICE void store(const Step &step, const Forward &f, const Seat &seat,
                   const Spot &spot, const Row &row) {
-  const long long place = (step.time * f.B + row.batch) * f.N + seat.n;
+  const long long place = place_of(f, seat, row, step.time);
   if constexpr (S::LAST)
     store_pair(f.p_y + place * f.H + spot.unit, step.y, row.count);
   if constexpr (SAVE) {
-    Scalar *p_gates = f.p_gates + step.time * f.stride_t +
-                      row.batch * f.stride_b + seat.n * f.stride_n + spot.unit;
+    Scalar *p_gates = f.p_gates + gates_of(f, seat, spot, row, step.time);
 #pragma unroll
     for (int gate = S::START; gate < S::STOP; gate++)
       if (KEPT_OF[gate] < 0)

@@ -10,6 +10,7 @@
 // product knows any option.
 #pragma once
 #include "group_product.cuh"
+#include "group_rows.cuh"
 
 constexpr int SKIP = 1, RESET = 2;
 
@@ -21,7 +22,7 @@ DEVICE int flags_of(const Common &common, const Seat &seat, const Row &row,
   if (t < 0 || t >= common.T)
     return 0;
   const long long time = time_of(t, row.length, common.reversed);
-  return common.p_flags[(time * common.B + row.batch) * common.N + seat.n];
+  return common.p_flags[place_of(common, seat, row, time)];
 }
 
 // Where the values for a reset of state k before step t lie, of this pair.
@@ -29,8 +30,7 @@ DEVICE long long value_at(const Common &common, const Seat &seat,
                           const Spot &spot, const Row &row, int t, int k) {
   const long long first =
       VALUES == 2 ? k * common.T + time_of(t, row.length, common.reversed) : k;
-  return ((first * common.B + row.batch) * common.N + seat.n) * common.H +
-         spot.unit;
+  return place_of(common, seat, row, first) * common.H + spot.unit;
 }
 
 DEVICE void load_value(float (&pair)[2], const Common &common, const Seat &seat,
@@ -63,8 +63,7 @@ DEVICE unsigned keeps_of(const Common &common, const Seat &seat,
     for (int k = 0; k < STATES; k++) {
       const unsigned char *p =
           common.p_zone +
-          (((k * common.T + time) * common.B + row.batch) * common.N + seat.n) *
-              common.H +
+          place_of(common, seat, row, k * common.T + time) * common.H +
           spot.unit;
       zone |= row.count > 0 && p[0] ? 1u << 2 * k : 0u;
       zone |= row.count > 1 && p[1] ? 2u << 2 * k : 0u;
