@@ -13,7 +13,7 @@ from gpu_rnn.diagnostics import tuning
 from gpu_rnn.diagnostics.debugging import debug
 from gpu_rnn.diagnostics.explanation import explain
 from gpu_rnn.diagnostics.tuning import Tuned, tune
-from gpu_rnn.layers import GRU, LSTM, RNN, GRUCell, LSTMCell, Recurrent, RNNCell, cell
+from gpu_rnn.layers import GRU, LSTM, RNN, Conversion, GRUCell, LSTMCell, Recurrent, RNNCell, cell, convert
 from gpu_rnn.memo import clear_caches
 from gpu_rnn.recurrence import Recurrence
 
@@ -24,6 +24,7 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "Conversion",
     "GRUCell",
     "LSTMCell",
     "RNNCell",
@@ -36,6 +37,7 @@ __all__ = [
     "cells",
     "check",
     "clear_caches",
+    "convert",
     "debug",
     "explain",
     "tune",

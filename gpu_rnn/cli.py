@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gpu-rnn command: doctor, explain, tune, demo, bench. Each command imports what it needs when it runs."""
+"""The gpu-rnn command: doctor, explain, tune, convert, demo, bench. Each command imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -122,6 +122,13 @@ def _tune(options: argparse.Namespace) -> int:
     return int(not tuned.lasting)  # what no other process finds was in vain
 
 
+def _convert(options: argparse.Namespace) -> int:
+    from gpu_rnn.diagnostics import conversion_preview
+
+    print(conversion_preview.report(options.file, options.trust))
+    return 0
+
+
 def _described_call(options: argparse.Namespace, device: torch.device | str) -> tuple[LayerBase, torch.Tensor]:
     """The layer that the options describe, and an input for it."""
     import torch
@@ -176,6 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.set_defaults(command=_doctor, parser=doctor)
     _add_explain(commands)
     _add_tune(commands)
+    _add_convert(commands)
     _add_bench(commands)
     return parser
 
@@ -259,6 +267,23 @@ def _add_tune(commands: argparse._SubParsersAction) -> None:
     )
     tune.add_argument("--device", help=DEVICE_HELP)
     tune.set_defaults(command=_tune, parser=tune)
+
+
+def _add_convert(commands: argparse._SubParsersAction) -> None:
+    convert = commands.add_parser(
+        "convert",
+        help="what gpu_rnn.convert would replace in a model, and what it would leave and why",
+        description="Reads a model that torch.save wrote, or a Python source, and says what gpu_rnn.convert(model) "
+        "would do with it. Nothing is written: convert where the model is made. A source is read, not run.",
+        epilog="examples:\n  gpu-rnn convert --dry-run model.py\n  gpu-rnn convert --dry-run --trust model.pt",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    convert.add_argument("file", metavar="FILE", type=Path, help="what torch.save wrote, or a .py file")
+    convert.add_argument("--dry-run", action="store_true", required=True, help="say what would be done")
+    convert.add_argument(
+        "--trust", action="store_true", help="load a whole model, which runs the code that the file names"
+    )
+    convert.set_defaults(command=_convert, parser=convert)
 
 
 def _add_description(command: argparse.ArgumentParser) -> None:

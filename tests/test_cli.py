@@ -38,7 +38,7 @@ def _run(*arguments: str, cwd: Path, **environment: str) -> subprocess.Completed
     )
 
 
-@pytest.mark.parametrize("command", ["doctor", "explain", "tune", "demo", "bench"])
+@pytest.mark.parametrize("command", ["doctor", "explain", "tune", "convert", "demo", "bench"])
 def test_each_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as leave:
         cli.main([command, "--help"])
@@ -49,7 +49,7 @@ def test_each_command_has_help(command: str, capsys: pytest.CaptureFixture[str])
 def test_help_names_every_command_and_gives_examples(tmp_path: Path) -> None:
     done = _run("--help", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert all(word in done.stdout for word in ("doctor", "explain", "tune", "demo", "bench", "examples:"))
+    assert all(word in done.stdout for word in ("doctor", "explain", "tune", "convert", "demo", "bench", "examples:"))
 
 
 def test_the_command_line_loads_nothing_before_it_is_asked() -> None:
@@ -139,6 +139,47 @@ def test_mistakes_in_options_show_the_usage_of_the_command(
     assert leave.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith(f"usage: gpu-rnn {arguments[0]} ") and words in error
+
+
+SOURCE = """
+import torch
+import torch.nn as layers
+from torch.nn import GRU as Gated
+
+class Own(layers.LSTM): ...
+
+def make(size):
+    return torch.nn.Sequential(torch.nn.LSTM(4, size, num_layers=2, batch_first=True, bidirectional=True), Gated(4, 4))
+"""
+
+
+def test_convert_says_what_it_would_do_with_a_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, other = tmp_path / "model.py", tmp_path / "other.py"
+    file.write_text(SOURCE)
+    other.write_text("raise SystemExit('this was run')")
+    assert cli.main(["convert", "--dry-run", str(file)]) == cli.main(["convert", "--dry-run", str(other)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"{file}:6: class Own is left: a subclass, change its base class",
+        f"{file}:9: torch.nn.LSTM(4, size, num_layers=2, batch_first=True, bidir… becomes gpu_rnn.LSTM",
+        f"{file}:9: Gated(4, 4) becomes gpu_rnn.GRU",
+        f"{other} makes none of torch.nn's recurrent layers",
+    ]
+
+
+def test_convert_loads_a_whole_model_only_if_told_to_trust_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, weights, text = (tmp_path / name for name in ("model.pt", "weights.pt", "text.pt"))
+    torch.save(torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.LSTM(8, 16)), model)
+    torch.save(torch.nn.LSTM(8, 16).state_dict(), weights)
+    text.write_text("no pickle")
+    assert cli.main(["convert", "--dry-run", "--trust", str(model)]) == 0
+    assert capsys.readouterr().out == "1 of 1 recurrent modules would be gpu_rnn's\n  1: LSTM(8, 16)\n"
+    assert cli.main(["convert", "--dry-run", str(weights)]) == 0
+    assert "holds weights and no modules" in capsys.readouterr().out
+    for file, words in ((model, "if you trust it, add --trust"), (text, "trust"), (tmp_path / "none", "no file")):
+        assert cli.main(["convert", "--dry-run", str(file)]) == 1
+        assert words in capsys.readouterr().err
 
 
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,21 @@ before the call, so that every pass and every backend sees the same masks.
 """
 
 from gpu_rnn.layers.cell import GRUCell, LSTMCell, RNNCell
+from gpu_rnn.layers.conversion import Conversion, LeftAlone, Replaced, convert
 from gpu_rnn.layers.options import LayerOptions
 from gpu_rnn.layers.sequence import GRU, LSTM, RNN, Recurrent
 
-__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "LayerOptions", "RNNCell", "Recurrent"]
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "Conversion",
+    "GRUCell",
+    "LSTMCell",
+    "LayerOptions",
+    "LeftAlone",
+    "RNNCell",
+    "Recurrent",
+    "Replaced",
+    "convert",
+]

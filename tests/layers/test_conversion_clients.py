@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models of libraries that build on torch.nn's layers: the same outputs after `gpu_rnn.convert`, and all converted.
+
+docs/torch.md has their versions. None of the libraries is needed for `make test`: pip install 'gpu-rnn[clients]'.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import gpu_rnn
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # their imports warn of each other
+
+
+def library(name: str, installs: str) -> Any:
+    return pytest.importorskip(name, reason=f"needs {installs}: pip install 'gpu-rnn[clients]'", exc_type=ImportError)
+
+
+def kinds(report: gpu_rnn.Conversion) -> list[str]:
+    assert not report.left
+    return [type(each.module).__name__ for each in report.replaced]
+
+
+def test_a_policy_of_sb3_contrib_learns_on() -> None:
+    library("gymnasium", "gymnasium")
+    ppo = library("sb3_contrib", "sb3-contrib").RecurrentPPO(
+        "MlpLstmPolicy", "CartPole-v1", n_steps=16, seed=0, device="cpu"
+    )
+    seen = ppo.env.reset()
+    _, states = ppo.predict(seen, deterministic=True)
+    assert kinds(gpu_rnn.convert(ppo.policy)) == ["LSTM", "LSTM"]
+    _, after = ppo.predict(seen, deterministic=True)
+    for before, now in zip(states, after, strict=True):
+        torch.testing.assert_close(torch.as_tensor(now), torch.as_tensor(before))
+    weights = ppo.policy.lstm_actor.weight_hh_l0.clone()
+    ppo.learn(64)
+    assert not torch.equal(weights, ppo.policy.lstm_actor.weight_hh_l0)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_a_module_of_torchrl_over_trajectories_of_several_lengths(kind: str) -> None:
+    modules = library("torchrl.modules", "torchrl")
+    module = getattr(modules, f"{kind}Module")(input_size=4, hidden_size=8, in_key="x", out_key="y", device="cpu")
+    begins = torch.zeros(3, 5, 1, dtype=torch.bool)
+    begins[0, 2] = begins[2, 4] = True
+    data = library("tensordict", "torchrl").TensorDict({"x": torch.randn(3, 5, 4), "is_init": begins}, [3, 5])
+    with modules.set_recurrent_mode(True):
+        expected = module(data.clone())
+        assert kinds(gpu_rnn.convert(module)) == [kind]
+        torch.testing.assert_close(module(data.clone())["y"], expected["y"])
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_a_memory_of_rsl_rl(kind: str) -> None:
+    memory = library("rsl_rl.modules", "rsl-rl-lib").RNN(4, 8, 2, kind.lower())
+    x = torch.randn(3, 4)
+    expected = memory(x)
+    memory.reset()
+    assert kinds(gpu_rnn.convert(memory)) == [kind]
+    torch.testing.assert_close(memory(x), expected)
+
+
+def test_a_language_model_of_flair() -> None:
+    models, data = library("flair.models", "flair"), library("flair.data", "flair")
+    dictionary = data.Dictionary()
+    for letter in "abc def":
+        dictionary.add_item(letter)
+    model = models.LanguageModel(dictionary, True, 16, 2).eval()
+    expected = model.get_representation(["abc def"], "", "")
+    assert kinds(gpu_rnn.convert(model)) == ["LSTM"]
+    torch.testing.assert_close(model.get_representation(["abc def"], "", ""), expected)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_a_layer_of_speechbrain(kind: str) -> None:
+    layer = getattr(library("speechbrain.nnet.RNN", "speechbrain"), kind)(hidden_size=8, input_shape=(2, 5, 4))
+    x, lengths = torch.randn(2, 5, 4), torch.tensor([1.0, 0.6])
+    expected = layer(x, lengths=lengths)
+    assert kinds(gpu_rnn.convert(layer)) == [kind]
+    torch.testing.assert_close(layer(x, lengths=lengths), expected)
