@@ -49,12 +49,12 @@ static inline real incoming(const backward_loop *loop, int k, long row,
   if (outer)
     d += load(outer + ((k ? k - 1 : 0) * all + place) * width + unit, left);
   *stays = K(0);
-  for (int lane = 0; a->zone && lane < LANES && lane < left; lane++)
-    if (a->zone[(k * all + place) * a->units + unit + lane]) {
-      (*stays)[lane] = d[lane];
-      d[lane] = 0;
-    }
-  return d;
+  if (!a->zone)
+    return d;
+  const uint8_t *zone = a->zone + (k * all + place) * a->units + unit;
+  const truth keeps = set_lanes(zone, left);
+  *stays = where_(keeps, d, K(0));
+  return where_(keeps, K(0), d);
 }
 
 // The gradients through a step's pointwise part, of one row and vector of
@@ -194,15 +194,15 @@ static void multiply_back(backward_loop *loop, const long *live, long count) {
   const int stage = stage_of(loop->stage);
   if (a->masks < 2) {
     product(&loop->weights[stage], mine->packed,
-            loop->d_products + FIRST[stage] * a->units, loop->width, live,
+            loop->d_products + FIRST[stage] * a->units, loop->width, live, live,
             count, loop->t & 1, add_product, loop);
     return;
   }
   for (int gate = FIRST[stage]; gate < FIRST[stage + 1]; gate++) {
     loop->gate = gate;
     product_apart(&loop->weights[gate], mine->packed,
-                  loop->d_products + gate * a->units, loop->width, live, count,
-                  loop->t & 1, add_product, loop);
+                  loop->d_products + gate * a->units, loop->width, live, live,
+                  count, loop->t & 1, add_product, loop);
   }
 }
 
@@ -231,7 +231,8 @@ static void project_back(backward_loop *loop, const long *live, long count) {
       store(loop->d_states[0] + at, stays, LANES);
     }
   product_apart(&loop->weights[PROJECTION], mine->packed, loop->d_projected,
-                loop->padded, live, count, loop->t & 1, put_unprojected, loop);
+                loop->padded, live, live, count, loop->t & 1, put_unprojected,
+                loop);
 }
 
 // Before the step: a row that was reset hands nothing on.
@@ -312,17 +313,11 @@ static int backward_share(const share *mine) {
     loop.d_products = room + BUFFERS * each;
     for (int k = 0; k < STATES; k++) {
       loop.d_states[k] = room + k * each;
-      for (long row = 0; row < mine->rows; row++)
-        memcpy(loop.d_states[k] + row * padded,
-               a->d_final[k] + place_of_row(mine, row) * width_of(a, k),
-               width_of(a, k) * sizeof(scalar));
+      copy_in(mine, k, a->d_final, loop.d_states[k], padded);
     }
     all_steps(&loop, live);
     for (int k = 0; k < STATES; k++)
-      for (long row = 0; row < mine->rows; row++)
-        memcpy(a->d_initial[k] + place_of_row(mine, row) * width_of(a, k),
-               loop.d_states[k] + row * padded,
-               width_of(a, k) * sizeof(scalar));
+      copy_out(mine, k, loop.d_states[k], padded, a->d_initial);
   }
   free(live);
   give(OF_STATES, room);

@@ -31,9 +31,9 @@ static inline scalar *gates_of_row(const forward_loop *loop, long row,
                                    long place) {
   const share *mine = loop->mine;
   const arguments *a = mine->of;
-  if (!a->x)
+  if (!a->x || a->save)
     return a->gates + place * GATES * a->units;
-  const long at = (loop->t - loop->first_step) * a->batch + row * mine->apart;
+  const long at = (loop->t - loop->first_step) * mine->rows + row;
   return loop->inputs + at * GATES * a->units;
 }
 
@@ -45,9 +45,8 @@ static inline void put_state(forward_loop *loop, int k, long row, long place,
   const long at = row * loop->padded + unit, left = width_of(a, k) - unit;
   const long of_unit = (k * all + place) * a->units + unit;
   if (a->zone)
-    for (int lane = 0; lane < LANES && lane < left; lane++)
-      if (a->zone[of_unit + lane])
-        value[lane] = loop->states[k][at + lane];
+    value = where_(set_lanes(a->zone + of_unit, left),
+                   load(loop->states[k] + at, LANES), value);
   store((k ? loop->states[k] : loop->next) + at, value, LANES);
   if (!k)
     store(a->y + place * a->width + unit, value, left);
@@ -172,8 +171,8 @@ static void advance_apart(forward_loop *loop, const scalar *input,
         loop->entering[at + unit] = input[at + unit] * drop[unit];
     }
     product_apart(&loop->weights[loop->number], mine->packed,
-                  by_gate ? loop->entering : input, loop->padded, live, count,
-                  loop->t & 1, put_sums, loop);
+                  by_gate ? loop->entering : input, loop->padded, live, live,
+                  count, loop->t & 1, put_sums, loop);
   }
   const long blocks = VECTORS / gates;
   for (long next = 0; next < count; next++) {
@@ -242,11 +241,11 @@ static void keep(forward_loop *loop) {
   }
 }
 
-// The input product of one row at one time, `at` of those of a chunk.
+// The input product of one row at one time, whose place among `inputs` is `at`.
 static void put_input(void *context, long at, long group, const real *sums) {
   const forward_loop *loop = context;
   const arguments *a = loop->mine->of;
-  const long blocks = VECTORS / GATES;
+  const long blocks = VECTORS / GATES, first = loop->mine->n * GATES * a->units;
   for (long k = 0; k < blocks * GATES; k++) {
     const long gate = k % GATES, unit = (group * blocks + k / GATES) * LANES;
     const long of = gate * a->units + unit, left = a->units - unit;
@@ -254,29 +253,33 @@ static void put_input(void *context, long at, long group, const real *sums) {
       return;
     real value = sums[k];
     if (a->b_ih)
-      value += load(a->b_ih + of, left);
+      value += load(a->b_ih + first + of, left);
     if (a->b_ih && PLACES[gate] < 0)
-      value += load(a->b_hh + of, left);
+      value += load(a->b_hh + first + of, left);
     store(loop->inputs + at * GATES * a->units + of, value, left);
   }
 }
 
-// The input products of the next steps: there is one recurrence, which runs
-// forward in time.
+// The input products of the next steps, of those that are computed: `live` has
+// room for two numbers of each.
 static void take_inputs(forward_loop *loop, long *live) {
   const share *mine = loop->mine;
   const arguments *a = mine->of;
-  const long left = a->steps - loop->t,
-             first = loop->t * a->batch + mine->first;
+  const long left = a->steps - loop->t;
   const long steps = left < loop->chunk ? left : loop->chunk;
-  for (long step = 0; step < steps; step++)
-    for (long row = 0; row < mine->rows; row++)
-      live[step * mine->rows + row] = step * a->batch + row * mine->apart;
+  long *at = live + loop->chunk * mine->rows, count = 0;
   loop->first_step = loop->t;
-  if (a->save)
-    loop->inputs = a->gates + first * GATES * a->units;
-  product_apart(&loop->weights[INPUT], mine->packed, a->x + first * a->features,
-                a->features, live, steps * mine->rows, 0, put_input, loop);
+  for (long step = 0; step < steps; step++)
+    for (long row = 0; row < mine->rows; row++) {
+      const long t = loop->t + step, time = time_of(mine, row, t);
+      if (!is_live(mine, row, t))
+        continue;
+      at[count] = time * a->batch + batch_row(mine, row);
+      live[count++] =
+          a->save ? place_of(mine, row, time) : step * mine->rows + row;
+    }
+  product_apart(&loop->weights[INPUT], mine->packed, a->x, a->features, at,
+                live, count, 0, put_input, loop);
 }
 
 static void all_steps(forward_loop *loop, long *live) {
@@ -297,11 +300,12 @@ static void all_steps(forward_loop *loop, long *live) {
         advance_apart(loop, input, live, count);
       else
         product(&loop->weights[stage_of(loop->stage)], mine->packed, input,
-                loop->padded, live, count, loop->t & 1, advance, loop);
+                loop->padded, live, live, count, loop->t & 1, advance, loop);
     }
     if (a->w_hr)
       product_apart(&loop->weights[PROJECTION], mine->packed, loop->made,
-                    loop->padded, live, count, loop->t & 1, project, loop);
+                    loop->padded, live, live, count, loop->t & 1, project,
+                    loop);
     scalar *last = loop->states[0];
     loop->states[0] = loop->next;
     loop->next = last;
@@ -338,17 +342,19 @@ static int forward_share(const share *mine) {
   const long buffers = BUFFERS + (gates_stand_apart(a) ? GATES : 0);
   const long chunk = a->x ? chunk_of(mine) : 1;
   const long inputs =
-      a->x && !a->save ? chunk * a->batch * GATES * a->units : 0;
+      a->x && !a->save ? chunk * mine->rows * GATES * a->units : 0;
   scalar *room = take(OF_STATES, buffers * each + inputs);
-  long *live = malloc((chunk * mine->rows + 1) * sizeof(long));
+  long *live = malloc((2 * chunk * mine->rows + 1) * sizeof(long));
   const int failed = !room || !live;
   if (!failed) {
     memset(room, 0, buffers * each * sizeof(scalar));
     forward_loop loop = {.mine = mine, .padded = padded, .chunk = chunk};
-    loop.inputs = room + buffers * each;
+    loop.inputs = a->save ? a->gates : room + buffers * each;
     lay_out(a, forward_layout, loop.weights);
-    for (int k = 0; k < STATES; k++)
+    for (int k = 0; k < STATES; k++) {
       loop.states[k] = room + k * each;
+      copy_in(mine, k, a->initial, loop.states[k], padded);
+    }
     loop.next = room + STATES * each;
     loop.entering = loop.next + each;
     loop.made = loop.entering + each;
@@ -356,16 +362,9 @@ static int forward_share(const share *mine) {
     for (int k = 0; k < CARRIED; k++)
       loop.carried[k] = loop.between + (k + 1) * each;
     loop.sums = room + BUFFERS * each;
-    for (int k = 0; k < STATES; k++)
-      for (long row = 0; row < mine->rows; row++)
-        memcpy(loop.states[k] + row * padded,
-               a->initial[k] + place_of_row(mine, row) * width_of(a, k),
-               width_of(a, k) * sizeof(scalar));
     all_steps(&loop, live);
     for (int k = 0; k < STATES; k++)
-      for (long row = 0; row < mine->rows; row++)
-        memcpy(a->final[k] + place_of_row(mine, row) * width_of(a, k),
-               loop.states[k] + row * padded, width_of(a, k) * sizeof(scalar));
+      copy_out(mine, k, loop.states[k], padded, a->final);
   }
   free(live);
   give(OF_STATES, room);

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// What both time loops share: the rows and steps of a share of the work, the
-// product of a step, and the threads.
+// What both time loops share: the product of a step, and the threads.
 //
-// Before it come functions.h, memory.h, the generated step, and what
+// Before it come functions.h, memory.h, share.h, the generated step, and what
 // gpu_rnn/backends/native/text.py prints: `arguments`, STATES, PARAMS, GATES,
 // RECURRENT (split gates), PLACES (of each gate its place among those, else
 // -1), STAGES, FIRST (of each stage its first gate), FIRST_SPLIT, CARRIED_OF
@@ -15,84 +14,7 @@
 // on the batch.
 #include <pthread.h>
 
-enum { SKIP = 1, RESET = 2 }; // bits of flags, as gpu_rnn/backends/tensors.py
 enum { TILE = ROWS > 1 ? ROWS : 2 }; // sums of VECTORS vectors each
-
-// Part of a call: of recurrence `n` the rows `first`, `first + apart`, ...
-typedef struct {
-  const arguments *of;
-  const scalar *packed;
-  long n, first, apart, rows;
-} share;
-
-static inline long batch_row(const share *mine, long row) {
-  return mine->first + row * mine->apart;
-}
-
-static inline long length_of(const share *mine, long row) {
-  const arguments *a = mine->of;
-  return a->lengths ? a->lengths[batch_row(mine, row)] : a->steps;
-}
-
-// The time at which a row's step number t lies: a reversed row starts at its
-// own last step, and what is beyond it stays where it is.
-static inline long time_of(const share *mine, long row, long t) {
-  const long length = length_of(mine, row);
-  return mine->of->reverse[mine->n] && t < length ? length - 1 - t : t;
-}
-
-// Of a row at a time its place among (T, B, N).
-static inline long place_of(const share *mine, long row, long time) {
-  const arguments *a = mine->of;
-  return (time * a->batch + batch_row(mine, row)) * a->across + mine->n;
-}
-
-// Its place among (B, N).
-static inline long place_of_row(const share *mine, long row) {
-  return place_of(mine, row, 0);
-}
-
-static inline int flags_of(const share *mine, long row, long time) {
-  const arguments *a = mine->of;
-  if (!a->flags)
-    return 0;
-  const long of = time * a->batch + batch_row(mine, row);
-  return a->flags[of * a->flags_across + (a->flags_across > 1) * mine->n];
-}
-
-// The rows that a step computes: those that are not masked, within their
-// lengths.
-static long live_rows(const share *mine, long t, long *live) {
-  long count = 0;
-  for (long row = 0; row < mine->rows; row++) {
-    const int masked = flags_of(mine, row, time_of(mine, row, t)) & SKIP;
-    if (t < length_of(mine, row) && !masked)
-      live[count++] = row;
-  }
-  return count;
-}
-
-// The values of state k: a projected h is narrower than the units.
-static inline long width_of(const arguments *a, int k) {
-  return k ? a->units : a->width;
-}
-
-// Where a row's masks of what enters a product lie, (B, N, masks, width).
-static inline const scalar *drop_of(const share *mine, long row, int gate) {
-  const arguments *a = mine->of;
-  const long mask = place_of_row(mine, row) * a->masks;
-  return a->drop + (mask + (a->masks > 1 ? gate : 0)) * a->width;
-}
-
-// What state k of a row is reset to: values (1 or T, B, N, width), or none.
-static inline const scalar *reset_value(const share *mine, int k, long row,
-                                        long time) {
-  const arguments *a = mine->of;
-  if (!a->resets[k])
-    return 0;
-  const long at = place_of(mine, row, a->reset_steps > 1 ? time : 0);
-  return a->resets[k] + at * width_of(a, k);
-}
 
 // A matrix whose rows are taken VECTORS * LANES at a time, "groups", along its
 // depth: [group][depth][VECTORS][LANES]. A group holds `parts` parts, such as
@@ -222,14 +144,16 @@ multiply(const int rows, const int groups, const scalar *const *input,
 // What is done with a row's sums, once they are there.
 typedef void use(void *context, long row, long group, const real *sums);
 
-// The product of all live rows of `input`, which lie `apart` from each other:
-// as many rows at once as registers hold, all tiles of about the same number;
-// of a single row two groups, whose sums do not wait for each other. Every
-// other step takes the groups from the last to the first, `backwards`: what the
-// step before read last is in the nearest cache still.
+// The product of so many rows of `input`, which lie `apart` from each other, at
+// the places `at`; they are used by the numbers in `live`. As many rows at once
+// as registers hold, all tiles of about the same number; of a single row two
+// groups, whose sums do not wait for each other. Every other step takes the
+// groups from the last to the first, `backwards`: what the step before read
+// last is in the nearest cache still.
 static inline __attribute__((always_inline)) void
 product(const layout *of, const scalar *packed, const scalar *input, long apart,
-        const long *live, long count, int backwards, use *with, void *context) {
+        const long *at, const long *live, long count, int backwards, use *with,
+        void *context) {
   const long depth = of->depth, groups = groups_of(of);
   const long tiles = divided_up(count, ROWS);
   packed += of->to;
@@ -242,7 +166,7 @@ product(const layout *of, const scalar *packed, const scalar *input, long apart,
       const scalar *from[ROWS];
       rows = divided_up(count - done, tiles - tile);
       for (long row = 0; row < rows; row++)
-        from[row] = input + live[done + row] * apart;
+        from[row] = input + at[done + row] * apart;
       switch (width == 2 ? 0 : rows) {
 #define OF_ROWS(number)                                                        \
   case number:                                                                 \
@@ -270,9 +194,9 @@ product(const layout *of, const scalar *packed, const scalar *input, long apart,
 // The same as a function of its own, for what is not in every step's way.
 static __attribute__((noinline)) void
 product_apart(const layout *of, const scalar *packed, const scalar *input,
-              long apart, const long *live, long count, int backwards,
-              use *with, void *context) {
-  product(of, packed, input, apart, live, count, backwards, with, context);
+              long apart, const long *at, const long *live, long count,
+              int backwards, use *with, void *context) {
+  product(of, packed, input, apart, at, live, count, backwards, with, context);
 }
 
 // One thread's shares: every one of `threads` from `number` on.
@@ -324,7 +248,8 @@ static long lay_out(const arguments *a, a_layout *of_gates, layout *products) {
                              .unit_apart = a->features,
                              .part_apart = a->units * a->features,
                              .depth_apart = 1,
-                             .matrix = a->w_ih};
+                             .matrix = a->w_ih,
+                             .apart = GATES * a->units * a->features};
     products[k].to = size;
     size += packed_size(&products[k]);
   }

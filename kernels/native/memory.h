@@ -26,6 +26,17 @@ static inline void add_to(scalar *to, real value, long count) {
   store(to, load(to, count) + value, count);
 }
 
+// The lanes whose bytes, 0 or 1, are 1.
+static inline truth set_lanes(const uint8_t *from, long count) {
+  typedef uint8_t each __attribute__((vector_size(LANES)));
+  each value = {0};
+  if (__builtin_expect(count >= LANES, 1))
+    memcpy(&value, from, sizeof value);
+  else
+    memcpy(&value, from, count);
+  return -__builtin_convertvector(value, truth);
+}
+
 static inline long divided_up(long number, long by) {
   return (number + by - 1) / by;
 }

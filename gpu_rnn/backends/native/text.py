@@ -45,6 +45,7 @@ def _before(text: str, dtype: torch.dtype, backward: bool, target: InstructionSe
         _switch("step", _ARGUMENTS, ("out",), len(program.stages)),
         _switch("step_backward", (*_ARGUMENTS, "d"), _GRADIENTS, len(program.stages)) if backward else "",
         _file("memory.h"),
+        _file("share.h"),
         _file("loop.h"),
     ]
 
