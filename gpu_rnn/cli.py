@@ -150,11 +150,12 @@ def _described_layer(options: argparse.Namespace) -> LayerBase:
         "proj_size": options.proj,
         "clip": options.clip,
         "zoneout": options.zoneout,
+        "heads": options.heads,
     }
     layer_options = {name: value for name, value in all_options.items() if value is not None}
     cell = options.cell.upper()
     make = getattr(gpu_rnn, cell)
-    known = {*inspect.signature(make).parameters, "zoneout"} - (
+    known = {*inspect.signature(make).parameters, "zoneout", "heads"} - (
         {"proj_size"} if cell != "LSTM" else set()
     )  # there to be refused
     unknown = [FLAGS.get(name, f"--{name.replace('_', '-')}") for name in layer_options if name not in known]
@@ -296,6 +297,7 @@ def _add_description(command: argparse.ArgumentParser) -> None:
     command.add_argument("--layers", type=positive(int), default=1, metavar="L", help="(default: %(default)s)")
     command.add_argument("--bidirectional", action="store_true")
     command.add_argument("--proj", type=positive(int), metavar="P", help="proj_size, LSTM only")
+    command.add_argument("--heads", type=positive(int), metavar="K", help="blocks on the diagonal of W_hh")
     command.add_argument("--dtype", choices=tuple(DTYPE_NAMES), default="fp32", help="(default: %(default)s)")
     command.add_argument("--activation", metavar="NAME", help="such as relu or softsign")
     command.add_argument("--recurrent-activation", metavar="NAME", help="such as hard_sigmoid")

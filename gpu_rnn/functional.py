@@ -37,6 +37,7 @@ def rnn(
     zone: Tensor | None = None,
     norm: bool = False,
     all_states: bool = False,
+    heads: int = 1,
 ) -> tuple[Tensor, States] | tuple[Tensor, States, States]:
     """Runs a stack of recurrent layers.
 
@@ -65,6 +66,8 @@ def rnn(
         norm: layer-normalise the products, gate by gate: LN(W_ih x)·g_ih + b_ih and LN(W_hh h)·g_hh + b_hh
             (Ba et al., arXiv:1607.06450).
         all_states: return all states of all steps as well.
+        heads: k blocks on the diagonal of W_hh: each direction is k recurrences of H/k units that read one x. Each
+            weight has k in front, the rest as of a layer of H/k units: w_ih (k, G·H/k, I), w_hh (k, G·H/k, P/k), ...
 
     Returns:
         The h of every step, like x with D·P features, and the final states, shaped like hx; with `all_states` also the
@@ -96,6 +99,7 @@ def rnn(
         backend=backend,
         norm=norm,
         all_states=all_states,
+        heads=heads,
     )
     arguments.check(stack, x, hx, weights, batch_sizes)
     arguments.flag("training", training)
@@ -121,8 +125,9 @@ def cell(
     *,
     bias: bool = True,
     backend: str = "auto",
+    heads: int = 1,
 ) -> States:
     """One step: x (B, I) and states (B, H) -> new states (B, H). Arguments and errors as `rnn`'s."""
-    stack = Stack(recurrence=recurrence, bias=bias, backend=backend)
+    stack = Stack(recurrence=recurrence, bias=bias, backend=backend, heads=heads)
     arguments.check_cell(stack, x, hx, weights)
     return run.one_step(stack, x, hx, weights)

@@ -197,12 +197,14 @@ def apply(
     recurrent: str | Initializer | None = None,
     bias: str | Initializer | None = None,
     unit_forget_bias: bool = False,
+    heads: int = 1,
 ) -> None:
     """Fill the weights of a layer or cell that an initializer is given for; the others keep the values they have.
 
     Args:
         parameters: names and tensors, as ``layer.named_parameters()`` gives them: weight_ih* (G*H, I), weight_hh*
-            (G*H, H), bias_ih* and bias_hh* (G*H). Others (weight_hr, peepholes) are left alone.
+            (G*H, H), bias_ih* and bias_hh* (G*H). Others (weight_hr, peepholes) are left alone. Those of a layer with
+            heads have k in front.
         recurrence: the layer's, for its gates.
         kernel, recurrent: for weight_ih and weight_hh.
         bias: for bias_ih. bias_hh is filled with it where Keras has a second row of biases too, in a cell of which
@@ -210,6 +212,8 @@ def apply(
             what the initializer gives.
         unit_forget_bias: make the sum of the forget gate's biases 1, whatever `bias` says (Jozefowicz et al., ICML
             2015).
+        heads: the layer's. An initializer sees each block of weight_hh by itself, (G*H/k, H/k), and of the others the
+            whole, (G*H, I) and (G*H), head after head.
 
     Raises:
         ValueError: an unknown name, one that needs a matrix as `bias`, or unit_forget_bias without a gate f.
@@ -221,8 +225,10 @@ def apply(
     chosen = {"weight_ih": kernel, "weight_hh": recurrent, "bias_ih": bias, "bias_hh": second_bias}
     for name, tensor in parameters:
         initializer = chosen.get(name.split("_l")[0])
-        if initializer is not None:
+        if initializer is not None and heads == 1:
             fill_(tensor, initializer)
+        elif initializer is not None:
+            _fill_heads(tensor, initializer, each=name.startswith("weight_hh"))
         if unit_forget_bias and name.startswith("bias_"):
             _fill_gate(tensor, recurrence, "f", float(name.startswith("bias_ih")))
 
@@ -230,5 +236,22 @@ def apply(
 @torch.no_grad()
 def _fill_gate(bias: Tensor, recurrence: Recurrence, gate: str, value: float) -> None:
     whole = _whole(bias)
-    whole.chunk(len(recurrence.gates))[recurrence.gates.index(gate)].fill_(value)
+    whole.chunk(len(recurrence.gates), -1)[recurrence.gates.index(gate)].fill_(value)
     _write(bias, whole)
+
+
+@torch.no_grad()
+def _fill_heads(weight: Tensor, initializer: str | Initializer, each: bool) -> None:
+    """(k, ·, ·): each head's part by itself, or all of them as one matrix."""
+    whole = _whole(weight)
+    for part in whole if each else [whole.flatten(0, 1)]:
+        fill_(part, initializer)
+    _write(weight, whole)
+
+
+def uniform_blocks(parameters: Iterable[tuple[str, Tensor]], heads: int) -> None:
+    """The blocks (k, G·H/k, H/k) of W_hh uniform in ±1/sqrt(H/k): as many units enter a product."""
+    for name, weight in parameters:
+        if heads > 1 and name.startswith("weight_hh"):
+            bound = weight.shape[-1] ** -0.5
+            init.uniform_(weight, -bound, bound)

@@ -196,9 +196,12 @@ def test_both_commands_mean_both_passes(command: str) -> None:
 
 
 def test_options_of_the_layers_reach_them(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["explain", "--hidden", "8", "--clip", "3", "--zoneout", "0.1", "--device", "H100"]) == 0
+    assert (
+        cli.main(["explain", "--hidden", "8", "--clip", "3", "--zoneout", "0.1", "--heads", "2", "--device", "H100"])
+        == 0
+    )
     said = capsys.readouterr().out
-    assert ", zoneout, " in said and "without clip only, not this lstm" in said
+    assert ", zoneout, " in said and "without clip only, not this lstm" in said and "hidden 8 in 2 heads" in said
 
 
 def test_devices_in_any_case_and_for_inference(capsys: pytest.CaptureFixture[str]) -> None:

@@ -35,7 +35,9 @@ OPTIONS = (
     "no_bias",
     "batch_first",
     "clip",
+    "heads",
 )
+HEADS = 2
 CLIP = 0.3  # about half of what enters the activations is cut
 
 
@@ -52,8 +54,10 @@ class Sizes(NamedTuple):
 
 
 def fitting(sizes: Sizes, options: Collection[str]) -> Sizes:
-    """The sizes, large enough for these options: a projection is smaller than the layer."""
-    return sizes._replace(H=max(sizes.H, 2)) if "proj_size" in options else sizes
+    """The sizes, large enough for these options: a projection is smaller than the layer, and heads are equal."""
+    least = 1 + ("proj_size" in options)
+    heads = HEADS if "heads" in options else 1
+    return sizes._replace(H=max(-(-sizes.H // heads), least) * heads)
 
 
 def sensible(chosen: Collection[str]) -> frozenset[str]:
@@ -100,12 +104,16 @@ def tensors(
     T, B, I, H = sizes  # noqa: E741
     gates = len(recurrence.gates)
     directions, layers = 1 + ("bidirectional" in options), 1 + ("num_layers" in options)
-    P = H - 1 if "proj_size" in options else H
+    heads = HEADS if "heads" in options else 1
+    P = H - heads if "proj_size" in options else H
+    front = (heads,) * (heads > 1)
     weights = []
     for index in range(layers * directions):
-        shapes = _shapes(recurrence, directions * P if index >= directions else I, H, P, options)
-        own = {name: weight(*shape) for name, shape in shapes.items()}
-        weights.append(own | {name: normal(gates * H) for name in ("norm_ih", "norm_hh") if "layer_norm" in options})
+        features = directions * P if index >= directions else I
+        shapes = _shapes(recurrence, features, H // heads, P // heads, options)
+        own = {name: weight(*front, *shape) for name, shape in shapes.items()}
+        scales = ("norm_ih", "norm_hh") if "layer_norm" in options else ()
+        weights.append(own | {name: normal(*front, gates * H // heads) for name in scales})
     rows = layers * directions
     steps = (T,) if "reset_state_per_step" in options else ()
     resetting = options & {"reset_state", "reset_state_per_step"}
@@ -123,6 +131,7 @@ def tensors(
         reset_state=states(*steps, rows, B) if resetting else None,
         recurrent_mask=chance(rows, B, masks, P, p=0.6).double() / 0.6 if dropping else None,
         clip=CLIP if "clip" in options else math.inf,
+        heads=heads,
         zone=chance(len(recurrence.states), T, rows, B, H) if "zoneout" in options else None,
     )
 
@@ -204,6 +213,7 @@ def call(made: Given, recurrence: Recurrence, options: Collection[str], backend:
         zone=made.zone,
         norm="layer_norm" in options,
         all_states="all_states" in options,
+        heads=made.heads,
     )
     return [laid(y), *(state for parts in states for state in parts)]  # type: ignore[list-item]
 

@@ -44,6 +44,8 @@ def unsupported(problem: Problem) -> list[str]:
             "ATen has LSTM, GRU and RNN with torch.nn's activations and without clip only, "
             f"not this {problem.recurrence.name}"
         )
+    if problem.heads > 1:
+        reasons.append("ATen has no block-diagonal W_hh (heads)")
     if problem.transforms:
         reasons.append("ATen's recurrent kernels have no rules for torch.func transforms and forward-mode derivatives")
     if problem.lengths and not problem.packed:

@@ -27,7 +27,8 @@ class Problem:
 
     Attributes:
         recurrence: the cell.
-        T, B, N, I, H: steps, batch, independent recurrences (directions, members), input features, hidden units.
+        T, B, N, I, H: steps, batch, independent recurrences (directions, heads, members), input features, hidden units
+            of each recurrence.
         dtype: of input, weights and output.
         device_type: "cuda", "cpu", "mps", ...
         device: the device's rates and limits.
@@ -82,6 +83,11 @@ class Problem:
     def G(self) -> int:
         """Gates."""
         return len(self.recurrence.gates)
+
+    @property
+    def heads(self) -> int:
+        """Recurrences of each direction, side by side: the blocks of a block-diagonal W_hh; under vmap the members."""
+        return self.N // (1 + ("1" in self.reverse))
 
     @property
     def flops(self) -> float:

@@ -94,10 +94,29 @@ def _options(stack: Stack) -> None:
             raise TypeError(f"{name} should be an integer, got: {value!r}")
         if value < least:
             raise ValueError(f"{name} should be {least} or more, got: {value}")
+    heads(stack.heads, None, stack.proj_size)
     probability("dropout", stack.dropout)
     choice.check_name(stack.backend)
     if stack.proj_size:
         _projected(stack.recurrence)
+
+
+def heads(value: Any, hidden: int | None, proj_size: int) -> None:
+    """A number of heads, for so many units if they are known.
+
+    Raises:
+        TypeError: no integer.
+        ValueError: below 1, or one that does not divide the widths.
+    """
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"heads should be an integer, got: {value!r}")
+    if value < 1:
+        raise ValueError(f"heads should be 1 or more, got: {value}")
+    for name, width in (("hidden_size", hidden), ("proj_size", proj_size)):
+        if width and width % value:
+            raise ValueError(
+                f"heads has to divide {name}, of which each head has an equal part, got: heads={value}, {name}={width}"
+            )
 
 
 def _projected(recurrence: Recurrence) -> None:
@@ -200,11 +219,14 @@ def _weights(stack: Stack, x: Tensor, weights: Any) -> None:
             tensor("weights", weight, number)  # raises
     gates, features, shapes = len(stack.recurrence.gates), x.shape[-1], [weight.shape for weight in weights]
     w_ih: tuple[int, ...] = shapes[0] if shapes else ()
-    has_hidden = len(w_ih) == 2 and w_ih[0] > 0 and w_ih[0] % gates == 0
-    hidden = w_ih[0] // gates if has_hidden else 0
+    several = stack.heads > 1
+    has_hidden = len(w_ih) == 2 + several and w_ih[-2] > 0 and w_ih[-2] % gates == 0
+    hidden = stack.heads * (w_ih[-2] // gates) if has_hidden else 0
     expected = stack.weight_shapes(features, hidden) if has_hidden else []
     if not has_hidden or shapes != expected:
-        wanted = expected if has_hidden else f"in a row w_ih ({gates}·H, {features}), w_hh ({gates}·H, H), and so on"
+        front, units = (f"{stack.heads}, ", f"H/{stack.heads}") if several else ("", "H")
+        rows = f"{front}{gates}·{units}"
+        wanted = expected if has_hidden else f"in a row w_ih ({rows}, {features}), w_hh ({rows}, {units}), and so on"
         raise RuntimeError(
             f"for an input of {features} features the weights are {wanted}, got {[tuple(s) for s in shapes]}"
         )

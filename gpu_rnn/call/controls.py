@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from gpu_rnn.backends.tensors import RESET, SKIP, LayerControls
-from gpu_rnn.call import autocast, onlookers, transforms
+from gpu_rnn.call import autocast, heads, onlookers, transforms
 from gpu_rnn.call.transfer import to_device
 
 
@@ -159,17 +159,25 @@ class StackControls(NamedTuple):
         return _flags(self.valid(steps), self.resets, self.lengths, reverse) if self.flagged(all_states) else None
 
     def of_layer(
-        self, rows: slice, reverse: str, steps: int, flags: Tensor | None
+        self, rows: slice, reverse: str, steps: int, flags: Tensor | None, k: int = 1
     ) -> tuple[LayerControls, list[Tensor]]:
-        """The part of one layer, whose directions stand in `rows` of the states, and its reset values."""
-        drop = None if self.recurrent_mask is None else self.recurrent_mask[rows].transpose(0, 1)
-        zone = None if self.zone is None else self.zone[:, :, rows].transpose(2, 3)
+        """The part of one layer, whose directions of `k` heads stand in `rows` of the states, and its reset values.
+
+        `reverse` has a character for each direction.
+        """
+        drop, zone = self.recurrent_mask, self.zone
+        if drop is not None:
+            drop = heads.masks_apart(drop[rows].transpose(0, 1), k)
+        if zone is not None:
+            zone = heads.apart(zone[:, :, rows].transpose(2, 3), k)
         if flags is None:
             return LayerControls(self.lengths, None, drop, zone), []
         values = self.reset_state or ()
         if any(value.dim() == 4 for value in values):
             values = tuple(value if value.dim() == 4 else value.expand(steps, *value.shape) for value in values)
-        return LayerControls(None, flags, drop, zone), [_reset_values(value, rows, reverse) for value in values]
+        return LayerControls(None, flags, drop, zone), [
+            heads.apart(_reset_values(value, rows, reverse), k) for value in values
+        ]
 
 
 NONE = StackControls()

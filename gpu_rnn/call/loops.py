@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gpu_rnn import environment
 from gpu_rnn.backends.tensors import Inputs, Weights
-from gpu_rnn.call import autograd, onlookers
+from gpu_rnn.call import autograd, heads, onlookers
 from gpu_rnn.call.controls import NONE, StackControls
 from gpu_rnn.call.passes import Options
 from gpu_rnn.call.stack import Stack, States
@@ -59,19 +59,25 @@ def _layers(
     final: list[list[Tensor]] = []
     every: list[list[Tensor]] = []
     for number in range(stack.num_layers):
-        rows = slice(number * len(stack.reverse), (number + 1) * len(stack.reverse))
-        entering = [state[rows].transpose(0, 1) for state in states]  # (B, N, ·)
-        layer_controls, reset_values = controls.of_layer(rows, stack.reverse, x.shape[0], flags)
+        rows = slice(number * stack.directions, (number + 1) * stack.directions)
+        entering = [heads.apart(state[rows].transpose(0, 1), stack.heads) for state in states]  # (B, N, ·)
+        layer_controls, reset_values = controls.of_layer(rows, "01"[: stack.directions], x.shape[0], flags, stack.heads)
         inputs = stack.inputs(x, weights, number, entering, layer_controls, reset_values)
         y, after, inner = autograd.layer(text, options, inputs)
-        final.append(after)
+        final.append(after if stack.heads == 1 else [_of_directions(state, stack.heads) for state in after])
         if stack.all_states:
-            every.append([state.transpose(1, 2) for state in (y, *_other_states(inner, y, states))])
+            in_steps = (y, *_other_states(inner, y, states))
+            every.append([heads.together(state, stack.heads).transpose(1, 2) for state in in_steps])
         x = y.flatten(2)
         if stack.dropout and number < stack.num_layers - 1:
             x = F.dropout(x, stack.dropout)
     leaving = tuple(map(_joined, zip(*final, strict=True)))
     return x, leaving, tuple(torch.cat(parts, 1) for parts in zip(*every, strict=True))
+
+
+def _of_directions(state: Tensor, k: int) -> Tensor:
+    """(N, B, ·) -> (D, B, ·), all heads of a direction in a row."""
+    return heads.together(state.transpose(0, 1), k).transpose(0, 1)
 
 
 def _joined(parts: tuple[Tensor, ...]) -> Tensor:
@@ -84,7 +90,7 @@ def _joined(parts: tuple[Tensor, ...]) -> Tensor:
 
 def _staggered(stack: Stack, x: Tensor, states: States, weights: Sequence[Tensor], controls: StackControls) -> bool:
     """Whether the layers run as a wavefront. What is recorded decides as it runs: its T may be any."""
-    if stack.num_layers == 1 or stack.bidirectional or stack.norm or stack.proj_size:
+    if stack.num_layers == 1 or stack.bidirectional or stack.norm or stack.proj_size or stack.heads > 1:
         return False
     lowest, wanting = weights[: len(weights) // stack.num_layers], (x, *states, *weights)
     frozen = not any(t.requires_grad for t in (x, *lowest)) and any(t.requires_grad for t in wanting)

@@ -85,7 +85,7 @@ def run(stack: Stack, x: Tensor, hx: States | None, weights: Sequence[Tensor]) -
 
 def learn(stack: Stack, x: Tensor, states: States, weights: Sequence[Tensor]) -> None:
     """Makes a plan of a call that ran, where its shape ran before and its weights will be those of the next."""
-    one = stack.num_layers == 1 and not (stack.bidirectional or stack.norm or stack.proj_size or stack.all_states)
+    one = stack.is_one_layer and not (stack.norm or stack.proj_size or stack.all_states)
     if not one or any(type(weight) is not nn.Parameter for weight in weights) or _wants_more((x, *states), weights):
         return
     x = x.transpose(0, 1) if stack.batch_first else x

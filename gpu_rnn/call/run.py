@@ -161,7 +161,7 @@ def _layer_by_layer(
 ) -> tuple[Tensor, States]:
     """`_aten_on_gpu` of each layer, with dropout between them."""
     alone, final = replace(stack, num_layers=1, dropout=0.0), []
-    rows, count = len(stack.reverse), len(weights) // stack.num_layers
+    rows, count = stack.directions, len(weights) // stack.num_layers
     for number in range(stack.num_layers):
         if number:
             x = F.dropout(x, stack.dropout)
@@ -224,6 +224,7 @@ def one_step(stack: Stack, x: Tensor, hx: States | None, weights: Sequence[Tenso
     mode, recorded, transformed = stack.recurrence.aten, onlookers.recorded(x), transforms.active()
     if (
         mode
+        and stack.heads == 1
         and stack.backend in ("auto", "aten")
         and (not recorded or _recorded_as_aten(stack.backend))
         and not transformed
@@ -233,7 +234,7 @@ def one_step(stack: Stack, x: Tensor, hx: States | None, weights: Sequence[Tenso
         # Under autocast torch's own rule casts the weights: it keeps them for the next step of a loop.
         after = aten.STEPS[mode](x, states if len(states) > 1 else states[0], *weights[:2], *biases)
         return tuple(after) if len(states) > 1 else (after,)
-    if x.is_cpu and not (recorded or transformed or autocasts):
+    if x.is_cpu and stack.heads == 1 and not (recorded or transformed or autocasts):
         states = hx or tuple(state[0] for state in stack.initial(x[None], weights, x.shape[0]))
         if (found := single_step.run(stack, x, states, weights)) is not None:
             return found

@@ -25,7 +25,8 @@ class Stack:
     """What does not change between the calls of a layer. `dropout` is 0 outside training.
 
     With `norm`, each layer and direction has two weights more, the scales of the normalised input products and of the
-    normalised recurrent products, (G·H) each.
+    normalised recurrent products, (G·H) each. With `heads`, k of them, W_hh is block-diagonal: each direction is k
+    recurrences of H/k units side by side (`gpu_rnn.call.heads`), and each of its weights has k in front.
     """
 
     recurrence: Recurrence
@@ -38,6 +39,7 @@ class Stack:
     backend: str = "auto"
     norm: bool = False
     all_states: bool = False
+    heads: int = 1
 
     @once
     def as_key(self) -> tuple[object, ...]:
@@ -48,13 +50,13 @@ class Stack:
     @once
     def is_atens(self) -> bool:
         """Whether ATen has the cell and those options that are the same at all calls, and may be taken."""
-        plain = not (self.norm or self.all_states) and self.backend in ("auto", "aten")
+        plain = not (self.norm or self.all_states or self.heads > 1) and self.backend in ("auto", "aten")
         return plain and self.recurrence.aten is not None
 
     @once
     def is_one_layer(self) -> bool:
-        """Whether there is one, which runs forward in time."""
-        return self.num_layers == 1 and not self.bidirectional
+        """Whether there is one, which runs forward in time, in one head."""
+        return self.num_layers == self.heads == 1 and not self.bidirectional
 
     @once
     def plans(self) -> dict[torch.Size, object]:
@@ -62,9 +64,14 @@ class Stack:
         return {}
 
     @property
+    def directions(self) -> int:
+        """D"""
+        return 2 if self.bidirectional else 1
+
+    @property
     def reverse(self) -> str:
-        """A character for each direction, "1" where time runs backwards."""
-        return "01" if self.bidirectional else "0"
+        """A character for each recurrence, those of a direction together, "1" where time runs backwards."""
+        return "0" * self.heads + "1" * self.heads * self.bidirectional
 
     def sizes(self, x: Tensor, batch_sizes: Tensor | None) -> tuple[int, int]:
         """T and B."""
@@ -76,12 +83,12 @@ class Stack:
         return steps, batch
 
     def hidden(self, weights: Sequence[Tensor]) -> int:
-        """H"""
-        return weights[0].shape[0] // len(self.recurrence.gates)
+        """Units of each recurrence: H, of each head H/k."""
+        return weights[0].shape[-2] // len(self.recurrence.gates)
 
     def state_shapes(self, weights: Sequence[Tensor], batch: int) -> list[tuple[int, ...]]:
         """Of each state, (D·num_layers, B, ·)."""
-        rows, hidden = self.num_layers * len(self.reverse), self.hidden(weights)
+        rows, hidden = self.num_layers * self.directions, self.heads * self.hidden(weights)
         widths = [self.proj_size or hidden, *[hidden] * (len(self.recurrence.states) - 1)]
         return [(rows, batch, width) for width in widths]
 
@@ -94,21 +101,22 @@ class Stack:
 
     def weight_shapes(self, features: int, hidden: int) -> list[tuple[int, ...]]:
         """Of each weight, layer after layer and direction after direction in the order of `weight_names`."""
-        rows, directions, width = len(self.recurrence.gates) * hidden, len(self.reverse), self.proj_size or hidden
-        pair, params = [(rows,)] * 2, len(self.recurrence.params)
-        after_w_hh = [*pair * self.bias, *[(width, hidden)] * bool(self.proj_size), *[(params, hidden)] * bool(params)]
+        units, width = hidden // self.heads, (self.proj_size or hidden) // self.heads
+        rows, params = len(self.recurrence.gates) * units, len(self.recurrence.params)
+        pair = [(rows,)] * 2
+        after_w_hh = [*pair * self.bias, *[(width, units)] * bool(self.proj_size), *[(params, units)] * bool(params)]
         after_w_hh += pair * self.norm
         shapes: list[tuple[int, ...]] = []
         for number in range(self.num_layers):
-            inputs = directions * width if number else features
-            shapes += [(rows, inputs), (rows, width), *after_w_hh] * directions
-        return shapes
+            inputs = self.directions * self.heads * width if number else features
+            shapes += [(rows, inputs), (rows, width), *after_w_hh] * self.directions
+        return shapes if self.heads == 1 else [(self.heads, *shape) for shape in shapes]
 
     def initial(self, x: Tensor, weights: Sequence[Tensor], batch: int) -> States:
         """The recurrence's own initial values, (D·num_layers, B, ·); states that are all alike share one tensor."""
         values = self.recurrence.initial
         if not self.proj_size and values == values[:1] * len(values):
-            rows, hidden = self.num_layers * (1 + self.bidirectional), weights[0].shape[0] // len(self.recurrence.gates)
+            rows, hidden = self.num_layers * self.directions, self.heads * self.hidden(weights)
             return (x.new_full((rows, batch, hidden), values[0]),) * len(values)
         shapes = self.state_shapes(weights, batch)
         return tuple(x.new_full(shape, value) for shape, value in zip(shapes, values, strict=True))
@@ -135,7 +143,7 @@ class Stack:
             direction="training" if wants_grad else "inference",
             reverse=self.reverse,
             layers=self.num_layers,
-            proj_size=self.proj_size,
+            proj_size=self.proj_size // self.heads,
             bias=self.bias,
             norm=self.norm,
             controls=controls.described(packed, self.all_states),
@@ -157,11 +165,13 @@ class Stack:
         return Inputs(x, self.canonical(weights, number), controls, states, list(reset_values))
 
     def canonical(self, weights: Sequence[Tensor], number: int) -> Weights:
-        """The weights of one layer, the directions stacked along N."""
-        gates, directions, names = len(self.recurrence.gates), len(self.reverse), self.weight_names
+        """The weights of one layer, the directions, and in each of them the heads, along N."""
+        gates, directions, names = len(self.recurrence.gates), self.directions, self.weight_names
         first, count = number * directions * len(names), len(names)
         each = [weights[first + d * count : first + (d + 1) * count] for d in range(directions)]
         stacked = [weight[None] for weight in each[0]] if directions == 1 else _side_by_side(each)
+        if self.heads > 1:
+            stacked = [weight.flatten(0, 1) for weight in stacked]
         fields = {
             name: weight if name in ("w_hr", "params") else weight.unflatten(1, (gates, -1))
             for name, weight in zip(names, stacked, strict=True)

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from gpu_rnn.backends import reference
 from gpu_rnn.backends.tensors import Inputs, Result, processing_order, reorder
-from gpu_rnn.call import passes
+from gpu_rnn.call import heads, passes
 from gpu_rnn.call.passes import Options
+from gpu_rnn.call.stack import Stack
 from gpu_rnn.compiler.program import Program
 from gpu_rnn.dispatch import choice
 
@@ -87,13 +88,14 @@ def debug(layer: LayerBase, x: Tensor, *, backend: str | None = None) -> list[Di
     with torch.no_grad():
         for number in range(layer.num_layers):
             initial = replace(stack, num_layers=1).initial(x, all_weights, x.shape[1])
-            inputs = stack.inputs(x, all_weights, number, [state.transpose(0, 1) for state in initial])
+            entering = [heads.apart(state.transpose(0, 1), stack.heads) for state in initial]
+            inputs = stack.inputs(x, all_weights, number, entering)
             problem = passes.problem_of(program.text, options, inputs, "training")
             name = choice.select(problem, backend, choice.LOOPS)
             result = passes.run(program.text, options._replace(backend=name), inputs)
             doubled = _double(inputs)
             exact = reference.forward(passes.call_of(program.text, options, doubled), doubled.x, save=True)
-            where, worst = _first(program, result, exact, options.reverse, TOLERANCE[x.dtype])
+            where, worst = _first(program, result, exact, stack, TOLERANCE[x.dtype])
             differences.append(Difference(number, name, worst, where))
             x = exact.y.flatten(2).to(x.dtype)
     return differences
@@ -103,9 +105,9 @@ def _double(inputs: Inputs) -> Inputs:
     return inputs.with_primals([None if p is None else p.double() for p in inputs.primals])
 
 
-def _first(program: Program, result: Result, exact: Result, reverse: str, tolerance: float) -> tuple[str, float]:
+def _first(program: Program, result: Result, exact: Result, stack: Stack, tolerance: float) -> tuple[str, float]:
     """Where the backend first goes wrong in processing order, and the largest difference."""
-    order = processing_order(result.y.shape[0], None, reverse, result.y.device)
+    order = processing_order(result.y.shape[0], None, stack.reverse, result.y.device)
     compared: list[tuple[list[str], Tensor, Tensor]] = [
         ([f"the pre-activation of gate {gate}" for gate in program.gates], result.gates, exact.gates),
         ([f"the product of gate {gate}" for gate in program.split], result.recurrent, exact.recurrent),
@@ -130,6 +132,7 @@ def _first(program: Program, result: Result, exact: Result, reverse: str, tolera
         bad = (gap > tolerance * scale).nonzero()
         if len(bad) and (first is None or bad[0, 0] < first[0]):
             t, b, n, which, unit = bad[0].tolist()
+            recurrence = f"direction {n // stack.heads}" + f", head {n % stack.heads}" * (stack.heads > 1)
             off = f"{names[which]} is off by {gap[t, b, n, which, unit]:.3g}"
-            first = (t, f"step {t}, sample {b}, direction {n}, unit {unit}: {off}")
+            first = (t, f"step {t}, sample {b}, {recurrence}, unit {unit}: {off}")
     return (first[1] if first else ""), worst

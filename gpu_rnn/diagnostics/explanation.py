@@ -149,10 +149,11 @@ def _passes(problem: Problem) -> tuple[str, ...]:
 
 def sizes(p: Problem) -> str:
     """What a problem computes, in a line."""
-    both = ", both directions" if p.N == 2 else ""
-    projected = f" projected to {p.proj_size}" if p.proj_size else ""
+    both = ", both directions" if "1" in p.reverse else ""
+    heads = f" in {p.heads} heads" if p.heads > 1 else ""
+    projected = f" projected to {p.proj_size * p.heads}" if p.proj_size else ""
     words = [str(p.dtype).removeprefix("torch."), *["packed"] * p.packed, *p.options.values()]
-    shape = f"T {p.T}, B {p.B}, input {p.I}, hidden {p.H}{projected}, layers {p.layers}{both}"
+    shape = f"T {p.T}, B {p.B}, input {p.I}, hidden {p.H * p.heads}{heads}{projected}, layers {p.layers}{both}"
     return f"{p.recurrence.name}: {shape}, {', '.join(words)}"
 
 

@@ -29,6 +29,7 @@ class LayerBase(Regularized, nn.RNNBase):
     recurrent_initializer: str | initializers.Initializer | None
     bias_initializer: str | initializers.Initializer | None
     unit_forget_bias: bool
+    _heads = 1  # of a layer that was pickled before there were any
 
     # RNNBase keeps a second list of its weights for cuDNN's one flat buffer. Here they are read at each call,
     # so that whatever stands in for one (a parametrization, functional_call, pruning) is seen.
@@ -61,7 +62,8 @@ class LayerBase(Regularized, nn.RNNBase):
         super().__init__("RNN_TANH", input_size, hidden_size, num_layers, *flags, proj_size, "meta", dtype)
         self.mode = mode
         self._hold(recurrence, backend, options)
-        self._take(layer_options.checked(further, type(self).__name__, (*options, "backend"), recurrence, proj_size))
+        others = (*options, "backend")
+        self._take(layer_options.checked(further, type(self).__name__, others, recurrence, hidden_size, proj_size))
         self._check_complex(dtype)
         self._make_parameters(unit_weight, device, dtype)
         self.reset_parameters()
@@ -69,6 +71,7 @@ class LayerBase(Regularized, nn.RNNBase):
     def _take(self, options: dict[str, Any]) -> None:
         """Keeps the options of `LayerOptions` as attributes."""
         self._layer_norm = options.pop("layer_norm")
+        self._heads = options.pop("heads")
         for name, value in options.items():
             setattr(self, name, value)
 
@@ -76,6 +79,11 @@ class LayerBase(Regularized, nn.RNNBase):
     def layer_norm(self) -> bool:
         """Whether products are layer-normalised; the parameters are made for it."""
         return self._layer_norm
+
+    @property
+    def heads(self) -> int:
+        """Blocks on the diagonal of W_hh; the parameters are made for it."""
+        return self._heads
 
     def extra_repr(self) -> str:
         plain = layer_options.defaults(self.recurrence)
@@ -120,10 +128,12 @@ class LayerBase(Regularized, nn.RNNBase):
                 )
 
     def reset_parameters(self) -> None:
-        """Uniform in ±1/sqrt(H) as torch.nn, but for what an initializer is given for; scales of norms are 1."""
+        """Uniform in ±1/sqrt(H) as torch.nn, blocks of W_hh in ±1/sqrt(H/k), but for what an initializer is given for;
+        scales of norms are 1."""
         super().reset_parameters()
         if next(self.parameters()).is_meta:  # without values, such as those RNNBase's constructor makes
             return
+        initializers.uniform_blocks(self.named_parameters(), self.heads)
         initializers.apply(
             self.named_parameters(),
             self.recurrence,
@@ -131,6 +141,7 @@ class LayerBase(Regularized, nn.RNNBase):
             recurrent=self.recurrent_initializer,
             bias=self.bias_initializer,
             unit_forget_bias=self.unit_forget_bias,
+            heads=self.heads,
         )
         for name, parameter in self.named_parameters():
             if name.startswith("norm_"):
@@ -277,7 +288,7 @@ class LayerBase(Regularized, nn.RNNBase):
         output, states, every = run.sequence(stack, input, states, weights, batch_sizes, controls)
         if not self.return_sequences:
             output = _last(
-                output.transpose(0, 1) if stack.batch_first else output, states[0], len(stack.reverse), controls
+                output.transpose(0, 1) if stack.batch_first else output, states[0], stack.directions, controls
             )
         return output, states, every
 
@@ -293,6 +304,7 @@ class LayerBase(Regularized, nn.RNNBase):
             backend=self.backend,
             norm=self.layer_norm,
             all_states=all_states,
+            heads=self.heads,
         )
 
     def check_forward_args(self, input: Tensor, hidden: Any, batch_sizes: Tensor | None) -> None:

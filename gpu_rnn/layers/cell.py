@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.rnn import RNNCellBase
 
-from gpu_rnn import cells
+from gpu_rnn import cells, initializers
 from gpu_rnn.activations import Activation
 from gpu_rnn.call import arguments, onlookers, run
 from gpu_rnn.call.stack import Stack
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 class CellBase(RecurrenceHolder, RNNCellBase):
     """The whole of a cell but for its constructor's signature."""
 
+    _heads = 1  # of a cell that was pickled before there were any
+
     def __init__(
         self,
         recurrence: Recurrence,
@@ -36,27 +38,42 @@ class CellBase(RecurrenceHolder, RNNCellBase):
         device: torch.device | str | None,
         dtype: torch.dtype | None,
         *,
+        heads: int,
         backend: str,
         options: Mapping[str, Option | None],
     ) -> None:
         super().__init__(input_size, hidden_size, bias, len(recurrence.gates), device, dtype)
-        self._hold(recurrence, backend, options)
+        arguments.heads(heads, hidden_size, 0)
+        self._heads = heads
+        self._hold(recurrence, backend, {**options, "heads": heads})
         self._check_complex(dtype)
         self._flat_weights_names = ["weight_ih", "weight_hh", "bias_ih", "bias_hh"][: 4 if bias else 2]
+        self._weight_shapes = self._expected_shapes()
+        if heads > 1:
+            for name, shape in zip(self._flat_weights_names, self._weight_shapes, strict=False):
+                setattr(self, name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+            self.reset_parameters()
         if recurrence.params:
             self._flat_weights_names.append("weight_peephole")
-            self.weight_peephole = nn.Parameter(
-                torch.empty(len(recurrence.params), hidden_size, device=device, dtype=dtype)
-            )
+            self.weight_peephole = nn.Parameter(torch.empty(self._weight_shapes[-1], device=device, dtype=dtype))
             bound = hidden_size**-0.5
             nn.init.uniform_(self.weight_peephole, -bound, bound)
-        self._weight_shapes = self._expected_shapes()
+
+    @property
+    def heads(self) -> int:
+        """Blocks on the diagonal of W_hh; the parameters are made for it."""
+        return self._heads
+
+    def reset_parameters(self) -> None:
+        """Uniform in ±1/sqrt(H) as torch.nn, blocks of W_hh in ±1/sqrt(H/k)."""
+        super().reset_parameters()
+        initializers.uniform_blocks(self.named_parameters(), self.heads)
 
     def _expected_shapes(self) -> list[tuple[int, ...]]:
         return self._stack().weight_shapes(self.input_size, self.hidden_size)
 
     def _new_stack(self, packed: bool, all_states: bool) -> Stack:
-        return Stack(recurrence=self.recurrence, bias=bool(self.bias), backend=self.backend)
+        return Stack(recurrence=self.recurrence, bias=bool(self.bias), backend=self.backend, heads=self.heads)
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         """Take one step.
@@ -128,6 +145,7 @@ class RNNCell(CellBase):
         input_size, hidden_size: features of the input and of the state.
         bias: whether there are biases. Default: True
         nonlinearity, activation, clip, backend: as for `gpu_rnn.RNN`.
+        heads: as for the layers: blocks on the diagonal of W_hh, each weight with heads in front. Default: 1
         device, dtype: of the parameters. Default: torch's
 
     Inputs, outputs and Raises: see `forward`. Weights: those of torch.nn.RNNCell.
@@ -153,6 +171,7 @@ class RNNCell(CellBase):
         *,
         activation: str | Activation | None = None,
         clip: float | None = None,
+        heads: int = 1,
         backend: str = "auto",
     ) -> None:
         function = elman_activation(nonlinearity, activation)
@@ -160,6 +179,7 @@ class RNNCell(CellBase):
         super().__init__(
             cells.rnn(activation=function, clip=clip),
             *sizes,
+            heads=heads,
             backend=backend,
             options={"activation": activation, "clip": clip},
         )
@@ -176,6 +196,7 @@ class LSTMCell(CellBase):
         device, dtype: of the parameters. Default: torch's
         activation, recurrent_activation, clip, backend: as for `gpu_rnn.LSTM`.
         peephole: add weight_peephole of shape (3, hidden_size), in the order i, f, o. Default: False
+        heads: as for the layers: blocks on the diagonal of W_hh, each weight with heads in front. Default: 1
 
     Inputs, outputs and Raises: see `forward`. Weights: those of torch.nn.LSTMCell.
 
@@ -202,6 +223,7 @@ class LSTMCell(CellBase):
         recurrent_activation: str | Activation = "sigmoid",
         peephole: bool = False,
         clip: float | None = None,
+        heads: int = 1,
         backend: str = "auto",
     ) -> None:
         options = {
@@ -211,7 +233,7 @@ class LSTMCell(CellBase):
             "clip": clip,
         }
         sizes = input_size, hidden_size, bias, device, dtype
-        super().__init__(cells.lstm(**options), *sizes, backend=backend, options=options)
+        super().__init__(cells.lstm(**options), *sizes, heads=heads, backend=backend, options=options)
 
 
 @in_full(sequence.GRU)
@@ -223,6 +245,7 @@ class GRUCell(CellBase):
         bias: whether the gates have biases. Default: True
         device, dtype: of the parameters. Default: torch's
         activation, recurrent_activation, reset_after, clip, backend: as for `gpu_rnn.GRU`.
+        heads: as for the layers: blocks on the diagonal of W_hh, each weight with heads in front. Default: 1
 
     Inputs, outputs and Raises: see `forward`. Weights: those of torch.nn.GRUCell.
 
@@ -248,6 +271,7 @@ class GRUCell(CellBase):
         recurrent_activation: str | Activation = "sigmoid",
         reset_after: bool = True,
         clip: float | None = None,
+        heads: int = 1,
         backend: str = "auto",
     ) -> None:
         options = {
@@ -257,4 +281,4 @@ class GRUCell(CellBase):
             "clip": clip,
         }
         sizes = input_size, hidden_size, bias, device, dtype
-        super().__init__(cells.gru(**options), *sizes, backend=backend, options=options)
+        super().__init__(cells.gru(**options), *sizes, heads=heads, backend=backend, options=options)

@@ -25,7 +25,7 @@ GO_BY = layer_options.ASSIGNED | {
     "training",
     "batch_first",
 }  # what a stack is made of
-OPTION_DEFAULTS: dict[str, Any] = layer_options.OF_THE_RECURRENCE | {"backend": "auto"}
+OPTION_DEFAULTS: dict[str, Any] = layer_options.OF_THE_RECURRENCE | {"backend": "auto", "heads": 1}
 
 
 class RecurrenceHolder(nn.Module):

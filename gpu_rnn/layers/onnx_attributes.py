@@ -47,6 +47,8 @@ def onnx_attributes(layer: nn.RNNBase) -> dict[str, Any]:
     operator, names = layer.mode.partition("_")[0], {ours: theirs for theirs, ours in ONNX_ACTIVATIONS.items()}
     if operator not in ONNX_ROLES:
         raise ValueError(f"ONNX has the operators {', '.join(ONNX_ROLES)}, and none for {layer.mode}")
+    if getattr(layer, "heads", 1) > 1:
+        raise ValueError("ONNX's operators have no block-diagonal recurrent weights (heads): take a layer with heads=1")
     nonlinearity = {"activation": getattr(layer, "nonlinearity", "tanh")}
     options = OF_THE_RECURRENCE | nonlinearity | getattr(layer, "_shown", {})  # torch.nn's layers have no options
     chosen = [options[role] for role in ONNX_ROLES[operator]]

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypedDict
 
 from gpu_rnn import initializers
+from gpu_rnn.call import arguments
 from gpu_rnn.call.arguments import flag, probability
 from gpu_rnn.dispatch import choice
 from gpu_rnn.initializers import Initializer
@@ -28,6 +29,9 @@ class LayerOptions(TypedDict, total=False):
             al., arXiv:1708.02182). Default: 0
         layer_norm: layer-normalise the products, gate by gate, LN(W_ih x)·g_ih + b_ih and LN(W_hh h)·g_hh + b_hh (Ba
             et al., arXiv:1607.06450), with parameters norm_ih_l{k} and norm_hh_l{k} (G*H). Default: False
+        heads: blocks on the diagonal of W_hh, k of (H/k, H/k) a gate, and 0 elsewhere: each head of H/k units reads the
+            whole input, and of h its own part. Every weight has k in front, as if the heads were layers side by
+            side. Default: 1
         return_sequences: False: the output is that of each direction's last step, (B, D*H). Default: True
         kernel_initializer: initial values of weight_ih, a name or function as in `gpu_rnn.initializers`. Default:
             None, uniform in ±1/sqrt(H)
@@ -41,6 +45,7 @@ class LayerOptions(TypedDict, total=False):
     zoneout: float | tuple[float, ...]
     weight_drop: float
     layer_norm: bool
+    heads: int
     return_sequences: bool
     kernel_initializer: str | Initializer | None
     recurrent_initializer: str | Initializer | None
@@ -54,6 +59,7 @@ DEFAULTS: dict[str, Any] = {
     "zoneout": 0.0,
     "weight_drop": 0.0,
     "layer_norm": False,
+    "heads": 1,
     "return_sequences": True,
     "kernel_initializer": None,
     "recurrent_initializer": None,
@@ -64,14 +70,20 @@ assert DEFAULTS.keys() == LayerOptions.__annotations__.keys()
 
 
 def checked(
-    options: Mapping[str, Any], layer: str, others: Iterable[str], recurrence: Recurrence, proj_size: int
+    options: Mapping[str, Any],
+    layer: str,
+    others: Iterable[str],
+    recurrence: Recurrence,
+    hidden_size: int,
+    proj_size: int,
 ) -> dict[str, Any]:
     """All options with their values; zoneout as a tuple. `others`: the layer's own, which an error names as well.
 
     Raises:
         TypeError: an option that does not exist, or a value of the wrong type.
         ValueError: a probability outside [0, 1], recurrent_dropout_per_gate without recurrent_dropout, zoneout for
-            another number of states, of a projected h or of a state that begins at infinity.
+            another number of states, of a projected h or of a state that begins at infinity; heads that do not divide
+            hidden_size and proj_size.
     """
     unknown = options.keys() - DEFAULTS.keys()
     if unknown:
@@ -89,6 +101,7 @@ def checked(
             "recurrent_dropout_per_gate says how recurrent_dropout draws its masks: give recurrent_dropout=p, too"
         )
     found = {name: value(name, options.get(name, default)) for name, default in DEFAULTS.items()}
+    arguments.heads(found["heads"], hidden_size, proj_size)
     found["zoneout"] = zoneout(found["zoneout"], recurrence, proj_size)
     return found
 

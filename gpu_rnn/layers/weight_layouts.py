@@ -163,6 +163,11 @@ def split(state: Mapping[str, Weight], cell: str) -> list[Layer]:
         raise ValueError(
             "projections (weight_hr) and parameters of one's own (weight_unit) exist in torch's layout only"
         )
+    if getattr(state["weight_ih_l0"], "ndim", 2) == 3:
+        raise ValueError(
+            "block-diagonal recurrent weights (heads) exist in this library's layout only: convert those of a layer "
+            "with heads=1, whose weight_hh holds the blocks and zeros"
+        )
     suffixes = SUFFIXES if any(name.endswith(SUFFIXES[1]) for name in state) else SUFFIXES[:1]
     count = 1 + max(int(match[2]) for match in map(KEY.fullmatch, state) if match)
     layers = [[_direction(state, f"_l{k}{suffix}", cell) for suffix in suffixes] for k in range(count)]

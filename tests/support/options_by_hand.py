@@ -110,7 +110,6 @@ def _row(
 ) -> tuple[list[Tensor], list[Tensor], list[list[Tensor]]]:
     """One row of one direction of one layer: outputs, final states, states after every step."""
     steps, length = x.shape[0], given.length(row)
-    step, gates = given.formula or CELLS[given.cell]
     weights: Weights = {**given.weights[index], "clip": given.clip}
     state = [s[index, row] for s in given.states]
     outputs: list[Any] = [None] * steps
@@ -121,7 +120,8 @@ def _row(
             state = _reset(given, state, index, row, edge)
         uses = t < length and (given.mask is None or bool(given.mask[t, row]))
         if uses:
-            new = step(_input(x[t], weights, gates), state, _product(given, weights, index, row, gates), weights)
+            drops = None if given.recurrent_mask is None else given.recurrent_mask[index, row]
+            new = _stepped(given, x[t], state, weights, drops)
             if given.zone is not None:
                 keeps = [given.zone[k, t, index, row, : len(s)] for k, s in enumerate(state)]
                 new = [
@@ -132,6 +132,20 @@ def _row(
         outputs[t] = state[0] if uses else torch.zeros_like(state[0])
         every[t] = state
     return outputs, state, every
+
+
+def _stepped(given: Given, x: Tensor, state: list[Tensor], weights: Weights, drops: Tensor | None) -> list[Tensor]:
+    """One step of all heads, each a cell of its own on the same input."""
+    step, gates = given.formula or CELLS[given.cell]
+    if given.heads == 1:
+        return step(_input(x, weights, gates), state, _product(weights, drops, gates), weights)
+    parts = []
+    for head in range(given.heads):
+        own = {name: weight[head] if isinstance(weight, Tensor) else weight for name, weight in weights.items()}
+        mine = [s.chunk(given.heads)[head] for s in state]
+        dropped = None if drops is None else drops.chunk(given.heads, 1)[head]
+        parts.append(step(_input(x, own, gates), mine, _product(own, dropped, gates), own))
+    return [torch.cat(of_heads) for of_heads in zip(*parts, strict=True)]
 
 
 def _reset(given: Given, state: list[Tensor], index: int, row: int, t: int) -> list[Tensor]:
@@ -145,10 +159,9 @@ def _input(x: Tensor, weights: dict[str, Tensor], gates: int) -> Tensor:
     return product + weights["bias_ih"] if "bias_ih" in weights else product
 
 
-def _product(given: Given, weights: dict[str, Tensor], index: int, row: int, gates: int) -> Callable[[Tensor], Tensor]:
+def _product(weights: dict[str, Tensor], drops: Tensor | None, gates: int) -> Callable[[Tensor], Tensor]:
     def product(h: Tensor) -> Tensor:
         matrices = weights["weight_hh"].chunk(gates)
-        drops = None if given.recurrent_mask is None else given.recurrent_mask[index, row]
         parts = []
         for g, matrix in enumerate(matrices):
             entering = h if drops is None else h * drops[g if len(drops) > 1 else 0]
