@@ -16,6 +16,7 @@ from gpu_rnn.diagnostics.tuning import Tuned, tune
 from gpu_rnn.layers import GRU, LSTM, RNN, Conversion, GRUCell, LSTMCell, Recurrent, RNNCell, cell, convert
 from gpu_rnn.memo import clear_caches
 from gpu_rnn.recurrence import Recurrence
+from gpu_rnn.streams import Streams
 
 # Names that programs import and pickled layers hold, from before these modules stood in packages.
 sys.modules |= {"gpu_rnn.tuning": tuning, "gpu_rnn.cell_layers": cell}
@@ -30,6 +31,7 @@ __all__ = [
     "RNNCell",
     "Recurrence",
     "Recurrent",
+    "Streams",
     "TraceError",
     "Tuned",
     "__version__",

@@ -130,7 +130,7 @@ FLOORS = (
     ("cli",),
     ("demo", "keras"),
     ("__init__",),
-    ("diagnostics", "interop"),
+    ("diagnostics", "interop", "streams"),
     ("layers",),
     ("functional",),
     ("call",),
