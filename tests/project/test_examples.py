@@ -31,7 +31,7 @@ def load(name: str) -> ModuleType:
 
 
 def test_every_example_is_named_here() -> None:
-    named = {"minimal_gated_unit", "memory_policy", "episodes", "gru_d", "keras_exchange"}
+    named = {"minimal_gated_unit", "memory_policy", "episodes", "gru_d", "keras_exchange", "streaming_vad"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} <= named
 
 
@@ -167,3 +167,31 @@ def test_gru_d_learns_how_fast_the_past_fades(tmp_path: Path) -> None:
     assert error["best possible"] < error["GRU-D"] < 0.85 * error["carried forward"]
     assert list(model.gru_d.weight_decay) == sorted(model.gru_d.weight_decay, reverse=True)
     assert (tmp_path / "gru_d.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_streams_of_the_voice_detector_are_whole_sequences() -> None:
+    """With random weights: what each stream hears is its frames, one after the other, in whoever's company."""
+    torch.manual_seed(0)
+    vad = load("streaming_vad")
+    detector, samples = vad.Detector().eval(), torch.randn(6 * vad.FRAME + 7)
+    with torch.no_grad():
+        heard = torch.nn.functional.pad(samples, (vad.CONTEXT, 0)).unfold(0, vad.CONTEXT + vad.FRAME, vad.FRAME)
+        expected = detector.probabilities(detector.lstm(detector.features(heard)[:, None])[0][:, 0])
+    listener = vad.Listener(detector)
+    probabilities, seconds = vad.listen(samples, 3, listener)
+    assert probabilities.shape == (3, 6) and len(seconds) == 8 and not len(listener.streams)
+    torch.testing.assert_close(probabilities, expected.expand(3, -1))
+
+
+def test_the_voice_detector_agrees_with_onnx_runtime_on_its_released_weights(tmp_path: Path) -> None:
+    for name in ("silero_vad", "onnxruntime", "matplotlib"):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"needs {name}: pip install 'gpu-rnn[streaming]'")
+    vad, said = load("streaming_vad"), []
+    samples = vad.synthetic(4.0)
+    probabilities = vad.compare(samples, [1, 5], said.append)
+    assert len(said) == 2 and probabilities.shape == (5, 125)
+    quiet, spoken = probabilities[0, 5:60], probabilities[0, 65:]
+    assert quiet.max() < 0.1 and spoken.max() > 0.5  # 0.02 and 0.88 where it was written
+    vad.picture(samples, probabilities, tmp_path / "speech.png")
+    assert (tmp_path / "speech.png").read_bytes().startswith(b"\x89PNG")
