@@ -39,7 +39,7 @@ BUILD = Path(__file__).resolve().parent.parent / "build"
 KINDS = {"interpreter", "gpu", "alone"}  # of tests that runs of their own want, and only the files that name them
 
 EXTRAS = {
-    **dict.fromkeys(("expecttest", "hypothesis", "scipy", "onnx"), "test"),
+    **dict.fromkeys(("expecttest", "hypothesis", "scipy", "onnx", "onnxruntime", "onnxscript"), "test"),
     **dict.fromkeys(("matplotlib", "tqdm"), "demo"),
     "keras": "keras",
     "mkdocs": "docs",

@@ -30,9 +30,10 @@ CHANGES = {"add", "append", "clear", "extend", "insert", "pop", "popitem", "remo
 
 
 def modules() -> Iterator[ModuleType]:
-    """All of the package, but for device code and those that want Keras or matplotlib."""
+    """All of the package, but for device code and those that want Keras, matplotlib or onnxscript."""
+    others = tuple(f"gpu_rnn.{name}" for name in ("keras", "onnx", "kernels", "demo", "__main__"))
     for module in pkgutil.walk_packages(gpu_rnn.__path__, "gpu_rnn."):
-        if not module.name.startswith(("gpu_rnn.keras", "gpu_rnn.kernels", "gpu_rnn.demo", "gpu_rnn.__main__")):
+        if not module.name.startswith(others):
             yield importlib.import_module(module.name)
 
 

@@ -60,8 +60,7 @@ def _registered(text: str, options: Options, inputs: Inputs, wants_grad: bool) -
     if onlookers.traced() and torch.onnx.is_in_onnx_export():
         raise RuntimeError(
             "torch.onnx.export(dynamo=False) can write standard layers that ATen runs, not this call of a recurrent "
-            "layer: "
-            "keep the model with torch.export.export and torch.export.save"
+            "layer: import gpu_rnn.onnx and use torch.onnx.export(dynamo=True)"
         )
     if torch.autograd.forward_ad._current_level >= 0:  # a custom op's tangent would be 0 without a word
         raise RuntimeError(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gpu_rnn.backends.tensors import FIRST_CONTROL, FIRST_STATE, Inputs, LayerControls, Result, Weights, state_dtype
-from gpu_rnn.call import checks, passes
+from gpu_rnn.call import checks, onlookers, passes
 from gpu_rnn.call.passes import Options
 from gpu_rnn.compiler.program import Program
 
@@ -89,6 +89,7 @@ def rnn(*arguments: Any) -> list[Tensor]:
 
 @rnn.register_fake
 def _(*arguments: Any) -> list[Tensor]:
+    onlookers.check_translated()
     *tensors, program, text = arguments
     inputs = Inputs.of(*tensors)
     checks.devices("gpu_rnn::rnn", inputs.x, inputs.row)

@@ -7,6 +7,7 @@ A loop writes where no recorder looks: a kernel's launch, NumPy's functions.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -69,6 +70,14 @@ def _dispatches(tensor: Any) -> bool:
 def traced() -> bool:
     """Whether torch.jit.trace or the ONNX exporter that builds on it records."""
     return torch._C._get_tracing_state() is not None
+
+
+def check_translated() -> None:
+    """Raises RuntimeError where torch.onnx.export records, and nobody has taught it the layers."""
+    if torch.onnx.is_in_onnx_export() and "gpu_rnn.onnx" not in sys.modules:
+        raise RuntimeError(
+            "torch.onnx.export knows the layers after `import gpu_rnn.onnx`: import it first, and export again"
+        )
 
 
 def leaf(module: nn.Module, input: Proxy, *args: Any, **kwargs: Any) -> Proxy:

@@ -14,5 +14,6 @@ derivative      the reverse-mode derivative of a stage
 jacobian        the partial derivatives alone, for a loop that multiplies by them
 torch_fusion    fewer operations for torch, which has some for several
 codegen         a stage and its derivative as Triton, CUDA C++ and C
+onnx_nodes      operations as nodes of an ONNX graph
 triton_module   the Triton text as a module that Triton can compile
 """

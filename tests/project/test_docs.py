@@ -52,9 +52,18 @@ def program(page: Path) -> str:
     return "".join(parts)
 
 
+# What torch's exporter to ONNX warns of, whatever it exports.
+of_torch = pytest.mark.filterwarnings(
+    "ignore:.isinstance.treespec, LeafSpec:FutureWarning", "ignore:# The axis name. .* will not be used"
+)
+
+
+@of_torch
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_the_examples_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = program(page)
+    if "gpu_rnn.onnx" in code:
+        needs("onnxscript", "onnxruntime")
     script = tmp_path / "example.py"  # a file, so that a traced step can be shown beside its source
     script.write_text(code)
     if "keras" not in code:
@@ -84,6 +93,7 @@ def module_of(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
+@of_torch
 @pytest.mark.parametrize("path", [path for path in SOURCES if ">>> " in path.read_text()], ids=module_of)
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras's own
 def test_the_examples_of_the_docstrings_of_a_module_run(path: Path, tmp_path: Path) -> None:
@@ -91,6 +101,8 @@ def test_the_examples_of_the_docstrings_of_a_module_run(path: Path, tmp_path: Pa
     if "keras" in path.parts:
         needs("keras")
         known |= {"keras": importlib.import_module("tests.support.keras_layers").keras}
+    if "onnx" in path.parts:
+        needs("onnxscript")
     if path.stem == "nvrtc" and nvrtc.unavailable():
         pytest.skip(nvrtc.unavailable())
     module = importlib.import_module(module_of(path))

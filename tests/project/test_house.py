@@ -130,7 +130,7 @@ FLOORS = (
     ("cli",),
     ("demo", "keras"),
     ("__init__",),
-    ("diagnostics", "interop", "streams"),
+    ("diagnostics", "interop", "onnx", "streams"),
     ("layers",),
     ("functional",),
     ("call",),

@@ -22,6 +22,7 @@ PACKAGE = ROOT / "gpu_rnn"
 RUNS = "whether a transform of torch.func, forward AD or a mode that records runs in this thread"
 QUIET = "a trace that takes no part in what runs around it, and changes nothing of the process"
 CALLS = "the functions behind torch.nn's layers and cells, without their modules"
+ONNX_GRAPHS = "nodes that hold a graph, as torch's own Scan and If; what torch promises takes none"
 
 # Of each name what for; where it is used, a search says.
 PRIVATE: dict[str, str] = {
@@ -60,6 +61,9 @@ PRIVATE: dict[str, str] = {
     "torch.utils._python_dispatch.TorchDispatchMode": "what a step does, operation by operation",
     "torch.utils._python_dispatch._pop_mode": QUIET,
     "torch.utils._python_dispatch._push_mode": QUIET,
+    "torch.onnx._internal.exporter._core": ONNX_GRAPHS,
+    "torch.onnx._internal.exporter._torchlib._torchlib_registry.onnx_impl": "so that an export needs no table of ours",
+    "torch.onnx._internal.exporter._torchlib.ops.hop.call_op": ONNX_GRAPHS,
     "torch._decomp.core_aten_decompositions": "torch's own formulas of its activations",
 }
 NEEDS_CUDA = "torch._C._cuda_hasPrimaryContext"
@@ -127,6 +131,8 @@ def test_the_table_has_no_other() -> None:
 def test_this_torch_has(name: str) -> None:
     if name == NEEDS_CUDA and not torch.backends.cuda.is_built():
         pytest.skip(f"{name} is in builds of torch with CUDA, and this one is without")
+    if name.startswith("torch.onnx"):
+        pytest.importorskip("onnxscript", reason="onnxscript is not installed: pip install '.[onnx]'")
     parts = name.split(".")
     value: object = torch
     for count, part in enumerate(parts[1:], 2):
