@@ -16,7 +16,13 @@ Example::
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
+
+if find_spec("onnxscript") is None:  # torch's exporter needs it
+    raise ModuleNotFoundError("gpu_rnn.onnx needs onnx and onnxscript: pip install 'gpu-rnn[onnx]'", name="onnxscript")
+
 from torch.onnx._internal.exporter._torchlib._torchlib_registry import onnx_impl
 
 from gpu_rnn.onnx import translation

@@ -19,10 +19,7 @@ from gpu_rnn import cells
 from gpu_rnn.call import loops
 from gpu_rnn.compiler.onnx_nodes import ONNX, emit_operations
 from gpu_rnn.compiler.operations import OPERATIONS, Op
-
-pytest.importorskip("onnxscript", reason="onnxscript is not installed: pip install '.[test]'")
-pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed: pip install '.[test]'")
-from gpu_rnn.onnx import operators
+from gpu_rnn.onnx import operators, translation
 from tests.support import onnx_runtime as support
 
 I, H = 3, 5  # noqa: E741
@@ -165,8 +162,6 @@ def test_a_cell_that_is_an_operator_is_known_whoever_wrote_it() -> None:
 
 
 def test_what_keeps_something_for_its_derivative_is_refused() -> None:
-    from gpu_rnn.onnx import translation
-
     with pytest.raises(ValueError, match="for inference"):
         translation.rnn(*[None] * 15, [], [], cells.lstm().text(), "auto 0 save y")
 

@@ -15,9 +15,6 @@ from benchmarks.certifying import random_calls
 from benchmarks.certifying.given import Given
 from gpu_rnn import cells
 from gpu_rnn.recurrence import Recurrence
-
-pytest.importorskip("onnxscript", reason="onnxscript is not installed: pip install '.[test]'")
-pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed: pip install '.[test]'")
 from tests.support import onnx_runtime as support
 
 SIZES = [random_calls.Sizes(6, 4, 3, 5), random_calls.Sizes(9, 3, 3, 5), random_calls.Sizes(2, 7, 3, 5)]

@@ -101,7 +101,7 @@ def test_the_examples_of_the_docstrings_of_a_module_run(path: Path, tmp_path: Pa
     if "keras" in path.parts:
         needs("keras")
         known |= {"keras": importlib.import_module("tests.support.keras_layers").keras}
-    if "onnx" in path.parts:
+    if path.parent.name == "onnx":
         needs("onnxscript")
     if path.stem == "nvrtc" and nvrtc.unavailable():
         pytest.skip(nvrtc.unavailable())
