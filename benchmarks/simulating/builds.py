@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from benchmarks.simulating import paths
@@ -143,26 +144,46 @@ def _group(problem: Problem) -> list[Kernel]:
     choice, layout = layout_of(problem)
     if layout.members == 1:
         _alone(choice.groups * problem.N, problem)
-    code = code_of(nvrtc.compile_cubin(source(layout), nvrtc.architecture(problem.device.capability)))
+    code, ways = followed(layout, nvrtc.architecture(problem.device.capability))
     rounds = -(-problem.B // (layout.rows * choice.groups)) * -(-problem.N // choice.at_once)
     rounds, hops = (1, 0) if layout.members == 1 else (rounds, layout.hops)
-    return [Kernel(layout.kernel, code, through_group(code, layout), rounds, hops)]
+    return [Kernel(layout.kernel, code, ways, rounds, hops)]
+
+
+@lru_cache(8)  # problems of other batches often have the same
+def followed(layout: Layout, architecture: str) -> tuple[Sequence[Instruction], Sequence[Sequence[int]]]:
+    """The group kernel's instructions and what each warp of a block executes in a step.
+
+    Raises:
+        Lost: as `through_group`.
+    """
+    code = code_of(nvrtc.compile_cubin(source(layout), architecture))
+    return code, through_group(code, layout)
 
 
 def through_group(code: Sequence[Instruction], layout: Layout) -> list[list[int]]:
     """What each warp of a group kernel's block executes in a step.
 
     Raises:
-        Lost: full fp32, whose products are no matrix instructions, an exchange by counters, or as `paths.through`.
+        Lost: an exchange by counters, or as `paths.through` and `paths.complete`.
     """
-    if layout.counter or not (layout.half or layout.precision == "tf32"):
-        raise Lost("group with counters, or in full fp32, is not followed yet")
+    if layout.counter:
+        raise Lost("group with counters is not followed")
     loop = paths.time_loop(code)
-    each = 1 if layout.half else 2  # instructions of 16 x 8 x 16
+    operation, each = _multiplying(layout)
     products = layout.tiles * layout.share * layout.fragments * layout.columns * each
-    rounds = paths.rounds(code, loop, products)
+    rounds = paths.rounds(code, loop, products, operation)
     found = {owner: paths.through(code, Turn(loop, owner, rounds)) for owner in (True, False)}
+    for path in found.values():
+        paths.complete(code, path, products, operation)
     return [found[_owns(layout, warp)] for warp in range(layout.across * layout.along)]
+
+
+def _multiplying(layout: Layout) -> tuple[str, int]:
+    """The instruction of the products, and how many of a warp's make one of 16 x 8 x 16."""
+    if layout.half:
+        return "HMMA", 1
+    return ("HMMA", 2) if layout.precision == "tf32" else ("FFMA", 16 * 8 * 16 // LANES)
 
 
 def _owns(layout: Layout, warp: int) -> bool:

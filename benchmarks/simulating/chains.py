@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cycles of a step of the kernels that ship, by simulation: writes gpu_rnn/backends/chains.csv.
 
-python -m benchmarks.simulating.chains                                    all of an H100; needs Triton, CuPy, no GPU
-python -m benchmarks.simulating.chains --backend group --cell lstm        these rows; the others stay
-python -m benchmarks.simulating.chains --device A100
+python -m benchmarks.simulating.chains                                          all; needs Triton, CuPy, no GPU
+python -m benchmarks.simulating.chains --device H100 --backend group --cell lstm   these rows; the others stay
+python -m benchmarks.simulating.chains --option layer_norm
 
 A row is what dispatch would launch for so many units and rows of a batch: compiled, and its time loop run on the model
 of a multiprocessor. What the simulator does not follow, and builds that reach local memory, have no row.
@@ -30,26 +30,41 @@ STEPS = 1024  # of the sequence, which no chain depends on
 
 
 class Sizes(NamedTuple):
-    """What is simulated of a backend."""
+    """What is simulated of a backend on some devices."""
 
     kinds: tuple[str, ...]
     cells: tuple[str, ...]
     hidden: tuple[int, ...]
     batches: tuple[int, ...]
+    devices: tuple[str, ...] = ("H100", "A100", "RTX 4090")
+    options: tuple[str, ...] = (chains.PLAIN,)
 
 
+CELLS = ("lstm", "gru", "rnn", "gru_reset_before")
+FEW = (64, 256, 512, 1024)
+OTHERS = ("A100", "RTX 4090")
 SIZES = {
-    "resident": Sizes(("bf16", "fp16", "tf32"), ("lstm", "gru", "rnn"), (16, 32, 64, 128, 256), (16,)),
-    "group": Sizes(("16-bit",), ("lstm", "gru"), (64, 128, 256, 384, 512, 768, 1024, 2048), (1, 16, 64, 128)),
-    "step": Sizes(("16-bit", "tf32"), ("lstm", "gru", "rnn"), (64,), (16,)),
-}
-MORE = {"group": Sizes(("tf32",), ("lstm",), (64, 256, 512, 1024), (1, 16, 64))}
+    "resident": [Sizes(("bf16", "fp16", "tf32", "fp32"), CELLS, (16, 32, 64, 128, 256), (16,))],
+    "group": [
+        Sizes(
+            ("16-bit",), ("lstm", "gru"), (64, 128, 256, 384, 512, 768, 1024, 2048), (1, 16, 64, 128), ("H100",),
+        ),
+        Sizes(("16-bit",), ("lstm", "gru"), FEW, (1, 16, 64), OTHERS),
+        Sizes(("16-bit",), ("lstm", "gru"), FEW, (1, 16, 64), ("H100",), (chains.NORM,)),
+        Sizes(("16-bit",), ("gru_reset_before",), FEW, (1, 16, 64), ("H100",)),
+        Sizes(("tf32",), ("lstm",), FEW, (1, 16, 64)),
+        Sizes(("fp32",), ("lstm",), (64, 256, 512), (1, 16, 64), ("H100",)),
+    ],
+    "step": [Sizes(("16-bit", "tf32"), CELLS, (64,), (16,))],
+}  # fmt: skip
 
 
-def builds_of(device: str, backend: str) -> Iterator[tuple[Chain, Sizes]]:
-    for sizes in (SIZES[backend], *([MORE[backend]] if backend in MORE else [])):
-        for cell, kind, direction in product(sizes.cells, sizes.kinds, DIRECTIONS):
-            yield Chain(device, backend, cell, kind, direction), sizes
+def builds_of(backend: str) -> Iterator[tuple[Chain, Sizes]]:
+    for sizes in SIZES[backend]:
+        for device, cell, option, kind, direction in product(
+            sizes.devices, sizes.cells, sizes.options, sizes.kinds, DIRECTIONS
+        ):
+            yield Chain(device, backend, cell, option, kind, direction), sizes
 
 
 def problem(build: Chain, hidden: int, batch: int) -> Problem:
@@ -65,7 +80,8 @@ def problem(build: Chain, hidden: int, batch: int) -> Problem:
         device_type="cuda",
         device=devices.describe(build.device),
         direction=build.direction,
-        precision="tf32" if build.kind == "tf32" else "ieee",
+        precision=build.precision,
+        norm=build.option == chains.NORM,
     )
 
 
@@ -98,23 +114,22 @@ def write(rows: dict[tuple[Chain, int, int], Simulated]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=list(machines.MACHINES), default="H100")
-    parser.add_argument("--backend", nargs="*", choices=list(SIZES), default=list(SIZES))
-    parser.add_argument("--cell", nargs="*")
-    parser.add_argument("--kind", nargs="*", choices=list(chains.KINDS))
+    every = {build for backend in SIZES for build, _ in builds_of(backend)}
+    for name in Chain._fields:
+        parser.add_argument(f"--{name}", nargs="*", choices=sorted({getattr(build, name) for build in every}))
     asked = parser.parse_args()
-    rows = {(build, row.hidden, row.batch): row for build, row in chains.rows()}
-    for backend in asked.backend:
-        for build, sizes in builds_of(asked.device, backend):
-            if (asked.cell and build.cell not in asked.cell) or (asked.kind and build.kind not in asked.kind):
-                continue
-            print(*build, flush=True)
-            for hidden, batch in product(sizes.hidden, sizes.batches):
-                rows.pop((build, hidden, batch), None)
-                row = simulate(build, hidden, batch)
-                if row is not None:
-                    rows[build, hidden, batch] = row
-            write(rows)
+    wanted = {name: chosen for name, chosen in vars(asked).items() if chosen is not None}
+    for backend in SIZES:
+        for build, sizes in builds_of(backend):
+            if all(getattr(build, name) in chosen for name, chosen in wanted.items()):
+                print(*build, flush=True)
+                enter(build, [simulate(build, hidden, batch) for hidden, batch in product(sizes.hidden, sizes.batches)])
+
+
+def enter(build: Chain, found: list[Simulated | None]) -> None:
+    """Puts a build's rows into the table as it is on disk, which another process may be adding to."""
+    rows = {(other, row.hidden, row.batch): row for other, row in chains.rows() if other != build}
+    write(rows | {(build, row.hidden, row.batch): row for row in found if row is not None})
 
 
 if __name__ == "__main__":

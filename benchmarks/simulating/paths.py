@@ -40,7 +40,8 @@ class Turn:
 
 
 def time_loop(code: Sequence[Instruction]) -> range:
-    """The shortest of the loops that hold all matrix instructions or, without any, the longest.
+    """The shortest of the loops that hold all matrix instructions or, without any, of those with a barrier; without
+    these too the longest.
 
     Raises:
         Lost: there is no loop.
@@ -49,9 +50,9 @@ def time_loop(code: Sequence[Instruction]) -> range:
     if not each:
         raise Lost("the kernel has no loop")
     products = [sum(code[k].base == "HMMA" for k in loop) for loop in each]
-    if not max(products):
-        return each[0]
-    return min((loop for loop, count in zip(each, products, strict=True) if count == max(products)), key=len)
+    if max(products):
+        return min((loop for loop, count in zip(each, products, strict=True) if count == max(products)), key=len)
+    return min((loop for loop in each if any(code[k].base == "BAR" for k in loop)), key=len, default=each[0])
 
 
 def straight(code: Sequence[Instruction], loop: range) -> list[int]:
@@ -98,21 +99,35 @@ def through(code: Sequence[Instruction], turn: Turn) -> list[int]:
     return [*path, turn.loop[-1]]
 
 
-def rounds(code: Sequence[Instruction], loop: range, total: int) -> int | None:
-    """How often inner loops go round, of so many matrix instructions that a warp executes in a step; None without.
+def rounds(code: Sequence[Instruction], loop: range, total: int, operation: str = "HMMA") -> int | None:
+    """How often inner loops go round, of so many instructions of the products that a warp executes in a step; None
+    without. Beside fused multiply-adds of the products there are a few others, of the activations.
 
     Raises:
         Lost: it is no whole number.
     """
     inner = [k for each in loops(code) if loop.start < each.start and each.stop < loop.stop for k in each]
-    within = sum(code[k].base == "HMMA" for k in set(inner))
+    within = sum(code[k].base == operation for k in set(inner))
     if not within:
         return None
-    outside = sum(code[k].base == "HMMA" for k in loop) - within
+    outside = sum(code[k].base == operation for k in loop) - within
     count, rest = divmod(total - outside, within)
+    if operation == "FFMA" and 2 * rest > within:
+        count, rest = count + 1, 0
     if rest or count < 1:
-        raise Lost(f"{outside} matrix instructions and loops of {within} make no {total} a step")
+        raise Lost(f"{outside} instructions {operation} and loops of {within} make no {total} a step")
     return count
+
+
+def complete(code: Sequence[Instruction], path: Sequence[int], total: int, operation: str = "HMMA") -> None:
+    """Holds a path to all of a step's products.
+
+    Raises:
+        Lost: it took a wrong way and missed some.
+    """
+    count = sum(code[index].base == operation for index in path)
+    if count < total or (operation == "HMMA" and count > total):
+        raise Lost(f"a way with {count} instructions {operation}, where a step has {total}")
 
 
 def _taken(code: Sequence[Instruction], index: int, turn: Turn, met: bool) -> bool:
@@ -145,14 +160,18 @@ def _is_rare(region: Sequence[Instruction]) -> bool:
 
 
 def _polls_again(code: Sequence[Instruction], region: range) -> bool:
-    """A loop that looks for words again: the first look had them, because it is taken to last until they are there."""
-    if _multiplies(code, region.start, region.stop) or not any(awaits(code[k]) for k in region):
-        return False
-    return any(code[k].base == "BRA" and (code[k].target or region.stop) < k + 1 for k in region)
+    """A loop that looks for words again: the first look had them, because it is taken to last until they are there.
+    What looks outside of such a loop is a first look."""
+    branches = ((code[k].target, k) for k in region if code[k].base == "BRA")
+    backward = (range(target, k) for target, k in branches if target is not None and target < k)
+    waiting = [loop for loop in backward if not _multiplies(code, loop.start, loop.stop)]
+    looks = [k for k in region if awaits(code[k])]
+    return bool(looks) and all(any(k in loop for loop in waiting) for k in looks)
 
 
 def _multiplies(code: Sequence[Instruction], begin: int, end: int) -> bool:
-    return any(each.base in ("HMMA", "IMMA") for each in code[begin:end])
+    """Whether an inner loop is one of products, as opposed to one that waits."""
+    return any(each.base in ("HMMA", "IMMA", "FFMA") for each in code[begin:end])
 
 
 def regions(code: Sequence[Instruction], path: Sequence[int]) -> Iterator[int]:

@@ -29,7 +29,9 @@ KINDS = {
     "fp16": (torch.float16,),
     "bf16": (torch.bfloat16,),
     "tf32": (torch.float32,),
+    "fp32": (torch.float32,),
 }
+PLAIN, NORM = "", "layer_norm"  # what `Chain.option` may be
 
 
 class Chain(NamedTuple):
@@ -38,11 +40,17 @@ class Chain(NamedTuple):
     device: str
     backend: str
     cell: str
+    option: str
     kind: str
     direction: str
 
+    @property
+    def precision(self) -> str:
+        return "tf32" if self.kind == "tf32" else "ieee"
+
     def takes(self, problem: Problem) -> bool:
-        return problem.dtype in KINDS[self.kind] and (problem.dtype.itemsize == 2 or problem.precision == "tf32")
+        alike = problem.dtype.itemsize == 2 or problem.precision == self.precision
+        return problem.dtype in KINDS[self.kind] and alike
 
     def recurrence(self) -> Recurrence:
         return cells.CELLS[self.cell]()
@@ -121,24 +129,25 @@ def _near(problem: Problem, backend: str) -> _Near | None:
     if build is None:
         return None
     hidden, batch = table()[build].nearest(problem.H, problem.B)
+    dtype = problem.dtype if build.takes(problem) else KINDS[build.kind][0]
     alike = Problem(
         recurrence=build.recurrence(),
         T=1, B=batch, N=1, I=1, H=hidden, device_type="cuda", direction=build.direction,
-        dtype=problem.dtype if build.takes(problem) else KINDS[build.kind][0],
-        precision="tf32" if build.kind == "tf32" else problem.precision,
+        dtype=dtype, precision=build.precision if dtype == torch.float32 else problem.precision,
+        norm=build.option == NORM,
         device=problem.device if chip(problem.device) == chip(DEVICES[build.device]) else DEVICES[build.device],
     )  # fmt: skip
     return _Near(alike, table()[build].at(hidden, batch), alike == problem)
 
 
 def _unlike(build: Chain, problem: Problem) -> tuple[int, ...]:
-    """In what a build differs from a problem: first the chip, then the dtype, then the cell."""
+    """In what a build differs from a problem: first the chip, then the dtype, the option and the cell."""
     device, gates = DEVICES[build.device], len(build.recurrence().gates)
     older = [10 * major + minor for major, minor in (device.capability, problem.device.capability)]
     return (
         chip(device) != chip(problem.device), abs(older[0] - older[1]),
         problem.dtype.itemsize not in {dtype.itemsize for dtype in KINDS[build.kind]}, not build.takes(problem),
-        build.recurrence() != problem.recurrence, abs(gates - problem.G),
+        (build.option == NORM) != problem.norm, build.recurrence() != problem.recurrence, abs(gates - problem.G),
     )  # fmt: skip
 
 

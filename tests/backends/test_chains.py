@@ -26,8 +26,14 @@ from tests.backends.test_budgets import versions
 NEAR = 0.05
 MODELS = {"resident": resident.modelled, "group": group.modelled, "step": step.pointwise_pass}
 ROWS = list(chains.rows())
-LSTM = Chain("H100", "group", "lstm", "16-bit", "training")
-FEW = [(LSTM, 512, 64), (LSTM._replace(backend="resident", kind="bf16", direction="inference"), 64, 16)]
+LSTM = Chain("H100", "group", "lstm", chains.PLAIN, "16-bit", "training")
+NORM = LSTM._replace(option=chains.NORM)
+FEW = [
+    (LSTM, 512, 64),
+    (LSTM._replace(backend="resident", kind="bf16", direction="inference"), 64, 16),
+    (NORM._replace(direction="inference"), 256, 16),
+    (LSTM._replace(kind="fp32", direction="backward"), 64, 16),
+]
 
 
 def seconds(build: Chain, hidden: int, batch: int) -> float:
@@ -84,6 +90,26 @@ def test_what_the_table_lacks_is_in_proportion(changed: dict[str, object]) -> No
     assert SOURCES["group"](other) == "modelled" and SOURCES["group"](plain) == "simulated"
 
 
+def test_options_and_second_products_have_rows_of_their_own() -> None:
+    """Layer normalisation, a GRU that resets before the product, and full fp32 are simulated, and not scaled."""
+    two = LSTM._replace(cell="gru_reset_before")
+    plain = seconds(LSTM, 256, 16)
+    for build in (NORM, two, LSTM._replace(kind="fp32")):
+        problem = simulating.problem(build, 256, 16)
+        assert (problem.norm, len(problem.program.stages)) == (build == NORM, 1 + (build == two))
+        assert SOURCES["group"](problem) == "simulated"
+        assert seconds(build, 256, 16) > 1.3 * plain  # a second hop, or 32 multiply-adds for a matrix instruction
+
+
+def test_a_normalised_cell_without_rows_is_in_proportion_to_a_normalised_one() -> None:
+    """For the second hop weighs more than what the cell computes."""
+    known = simulating.problem(NORM, 256, 16)
+    other = replace(known, recurrence=cells.lstm(peephole=True))
+    share = group.modelled(other) / group.modelled(known)
+    assert chains.step(other, "group", group.modelled) == pytest.approx(share * seconds(NORM, 256, 16))
+    assert SOURCES["group"](other) == "modelled"
+
+
 def test_no_table_leaves_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = simulating.problem(LSTM, 256, 16)
     assert chains.step(problem, "nothing of that name", lambda problem: 3.0) == 3.0
@@ -103,7 +129,7 @@ def test_the_table_is_as_near_as_the_page_of_simulated_steps() -> None:
     compared = 0
     for said, chain in page.written().items():
         for kind in (said.dtype, "16-bit"):
-            key = ("H100", said.backend, said.cell, kind, said.direction, said.hidden, said.batch)
+            key = ("H100", said.backend, said.cell, chains.PLAIN, kind, said.direction, said.hidden, said.batch)
             if said.heads == 1 and key in table:
                 assert table[key] == pytest.approx(chain.cycles, rel=NEAR), key
                 compared += 1

@@ -61,6 +61,12 @@ def test_what_happens_in_every_step_is_followed() -> None:
     assert through(LOOK, branch(0), ADD) == [*range(4)]  # looks again
 
 
+def test_a_first_look_is_followed_where_only_some_warps_look() -> None:
+    """Of layer normalisation's sums, which owners collect: a look, and a loop that looks again."""
+    sums = branch(6), LOOK, branch(5), LOOK, branch(3), USE, ADD
+    assert through(*sums) == [0, 1, 2, 5, 6, 7]
+
+
 def test_who_owns_nothing_skips_the_work_after_the_barrier() -> None:
     program = branch(2), PUBLISH, instruction("BAR.SYNC"), branch(6), ADD, PUBLISH, ADD
     assert through(*program) == [*range(8)]
@@ -85,6 +91,26 @@ def test_products_go_round_as_often_as_they_must() -> None:
         paths.rounds(code, loop, total=6)
     with pytest.raises(Lost, match="a loop of products"):
         through(*program)
+
+
+def test_products_one_by_one_go_round_too() -> None:
+    """Full fp32: fused multiply-adds, of which the activations have some. Its loop is the one with the barrier."""
+    product, other = instruction("FFMA"), instruction("FFMA")
+    program = LOOK, product, product, product, branch(1), instruction("BAR.SYNC"), other
+    code, loop = [*program, branch(0), branch(0)], range(8)
+    assert paths.time_loop(code) == loop
+    assert paths.rounds(code, loop, total=6, operation="FFMA") == 2
+    path = through(*program, rounds=2)
+    assert path == [0, 1, 2, 3, 4, 1, 2, 3, 4, 5, 6, 7]
+    paths.complete(code, path, 6, "FFMA")
+
+
+def test_a_way_that_misses_products_is_lost() -> None:
+    product = instruction("HMMA.16816.F32")
+    paths.complete([product, ADD, product], range(3), 2)
+    for path in (range(2), [0, 0, 2]):
+        with pytest.raises(Lost, match="where a step has 2"):
+            paths.complete([product, ADD, product], path, 2)
 
 
 def test_lost_where_no_rule_speaks() -> None:
