@@ -124,7 +124,7 @@ def read(files: Iterable[Path]) -> list[Timed]:
     found = [
         Timed(case, row["variant"], problem, _seconds(row))
         for case in cases
-        if case["stepwise"] != "True"  # a cell asks no model
+        if case["stepwise"] not in results.STEP_BY_STEP  # those ask no model of a sequence
         for problem in [problem_of(case, describe(case["device"], case["threads"]))]
         for row in case.rows
         if row["variant"] in choice.BACKENDS and results.timed(row)

@@ -102,7 +102,7 @@ class Streams:
         for name in names:
             self._rows[name] = len(self._names)
             self._names.append(name)
-            self._set(self._rows[name], begin)
+        self._set(names, begin)
 
     @torch.no_grad()
     def leave(self, *names: Hashable) -> None:
@@ -129,8 +129,8 @@ class Streams:
         Raises:
             ValueError: there is no stream of that name.
         """
-        for row in self._rows_of(names):
-            self._set(row, None)
+        self._rows_of(names)
+        self._set(names, None)
 
     def states(self, name: Hashable) -> Any:
         """A copy of a stream's states, as `join` takes them, here or in other `Streams`.
@@ -212,9 +212,10 @@ class Streams:
     def _called(self, x: Tensor, rows: Tensor | None, lengths: Sequence[int] | None = None) -> Tensor:
         """The step as a call of the layer. States are written when it has succeeded."""
         layer, count = self.layer, len(x)
-        sequence = x.unsqueeze(1) if x.dim() == 2 else x
-        if not layer.batch_first:
-            sequence = sequence.transpose(0, 1)
+        if x.dim() == 2:
+            sequence = x.unsqueeze(1 if layer.batch_first else 0)
+        else:
+            sequence = x if layer.batch_first else x.transpose(0, 1)
         before = [s[:, :count] if rows is None else s.index_select(1, rows) for s in self._states]
         y, after = layer(sequence, tuple(before) if len(before) > 1 else before[0], lengths=lengths)
         for state, new in zip(self._states, after if isinstance(after, tuple) else (after,), strict=True):
@@ -222,10 +223,11 @@ class Streams:
                 state[:, :count] = new
             else:
                 state.index_copy_(1, rows, new)
-        if layer.return_sequences:
-            y = y if layer.batch_first else y.transpose(0, 1)
-            y = y.squeeze(1) if x.dim() == 2 else y
-        return y
+        if not layer.return_sequences:
+            return y
+        if x.dim() == 2:
+            return y.squeeze(1 if layer.batch_first else 0)
+        return y if layer.batch_first else y.transpose(0, 1)
 
     def _captures(self, x: Tensor) -> bool:
         """Whether a step is a graph of its own: not inside of one that the caller captures, nor under autocast, which
@@ -259,9 +261,11 @@ class Streams:
         self._states = states
         self._captured.clear()
 
-    def _set(self, row: int, states: States | None) -> None:
+    def _set(self, names: Sequence[Hashable], states: States | None) -> None:
+        rows = self._places(names)
         for index, (state, initial) in enumerate(zip(self._states, self.layer.recurrence.initial, strict=True)):
-            state[:, row] = initial if states is None else states[index]
+            some = slice(len(names)) if rows is None else rows
+            state[:, some] = initial if states is None else states[index].unsqueeze(1)
 
     def _checked(self, states: Any) -> States:
         """Of one stream, as a tuple."""

@@ -19,6 +19,7 @@ from benchmarks.cases.names import TORCH
 from benchmarks.cases.options import OPTIONS
 from benchmarks.cases.problems import Problem
 from benchmarks.cases.stepwise import Stepwise
+from benchmarks.cases.streaming import OneByOne, Served
 from benchmarks.cases.variants import DTYPES, Case, Inputs, Variant
 from gpu_rnn.diagnostics.explanation import Explanation
 from gpu_rnn.dispatch import choice
@@ -85,8 +86,8 @@ def build(case: Case, device: torch.device, names: list[str]) -> Comparison:
 
 def explain(case: Case, x: Tensor, call: Call) -> Explanation:
     """Every backend's verdict on the case, and which is chosen; of a cell, that of a layer's one step."""
-    one = replace(case.problem, heads=1, stepwise=False)
-    x = x[:1] if case.problem.stepwise else x
+    one = replace(case.problem, heads=1, stepwise=False, streams=False)
+    x = x[:1] if case.problem.stepwise or case.problem.streams else x
     layer = _layer(gpu_rnn, one, torch.device("meta"), x.dtype, **case.option.layer)
     layer.train(case.direction == "training")
     with torch.set_grad_enabled(case.direction == "training"):
@@ -108,7 +109,10 @@ def _layer(library: Any, problem: Problem, device: torch.device, dtype: torch.dt
         return Stepwise(cell(problem.I, problem.H, device=device, dtype=dtype, **options))
     make = partial(gpu_rnn.Recurrent, recurrence) if recurrence else getattr(library, problem.cell)
     sizes = (problem.I, problem.H, problem.layers)
-    return make(*sizes, bidirectional=problem.bidirectional, device=device, dtype=dtype, **options)
+    layer = make(*sizes, bidirectional=problem.bidirectional, device=device, dtype=dtype, **options)
+    if problem.streams:
+        return Served(layer, problem.B) if library is gpu_rnn else OneByOne(layer)
+    return layer
 
 
 def _with_option(case: Case, like: nn.Module) -> nn.Module:

@@ -8,7 +8,7 @@ One operator with the layer's weights as constants, as an exported model has it;
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,36 +35,44 @@ def refuses(case: Case) -> str:
 
 
 def variant(case: Case, layers: list[nn.Module], call: Mapping[str, Any]) -> Variant:
-    import onnxruntime
-
     layer, problem = layers[0], case.problem
-    settings = onnxruntime.SessionOptions()
-    settings.intra_op_num_threads = torch.get_num_threads()
-    settings.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(_model(case, layer, "lengths" in call), settings, ["CPUExecutionProvider"])
+    running = session(model(case, layer, problem.T, "lengths" in call))
     given = {"lengths": call["lengths"].int().numpy()} if "lengths" in call else {}
 
     def forward(x: Tensor) -> tuple[Tensor, ...]:
-        y, *states = session.run(None, {"X": x.numpy(), **given})
+        y, *states = running.run(None, {"X": x.numpy(), **given})
         return torch.from_numpy(y).view(problem.T, problem.B, problem.H), *map(torch.from_numpy, states)
 
     weights = {name: (weight,) for name, weight in layer.named_parameters()}
     return Variant(ONNXRUNTIME, forward, weights, f"intra_op_num_threads {torch.get_num_threads()}")
 
 
-def _model(case: Case, layer: nn.Module, ragged: bool) -> bytes:
-    """A model of the layer alone, as it is stored."""
+def session(stored: bytes) -> Any:
+    """What runs a model on as many threads as torch."""
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = torch.get_num_threads()
+    settings.inter_op_num_threads = 1
+    return onnxruntime.InferenceSession(stored, settings, ["CPUExecutionProvider"])
+
+
+def model(case: Case, layer: nn.Module, steps: int, ragged: bool = False, states: Sequence[str] = ()) -> bytes:
+    """A model of the layer alone, as it is stored; with the initial states of these names as inputs."""
     from onnx import TensorProto, helper, numpy_helper
 
     operator = case.problem.cell
     (weights,) = interop.to_onnx(layer.state_dict(), cell=operator.lower())
     names = ["X", "W", "R", "B", *(["lengths"] if ragged else []), *(["", "", "", "P"] if "P" in weights else [])]
-    states = ["Y_h", "Y_c"] if operator == "LSTM" else ["Y_h"]
-    node = helper.make_node(operator, names, ["Y", *states], **interop.onnx_attributes(layer))
-    inputs = [helper.make_tensor_value_info("X", TensorProto.FLOAT, [case.problem.T, case.problem.B, case.problem.I])]
+    names += ["", *states] if states else []
+    final = ["Y_h", "Y_c"] if operator == "LSTM" else ["Y_h"]
+    node = helper.make_node(operator, names, ["Y", *final], **interop.onnx_attributes(layer))
+    inputs = [helper.make_tensor_value_info("X", TensorProto.FLOAT, [steps, case.problem.B, case.problem.I])]
+    state = [1, case.problem.B, case.problem.H]
+    inputs += [helper.make_tensor_value_info(name, TensorProto.FLOAT, state) for name in states]
     if ragged:
         inputs.append(helper.make_tensor_value_info("lengths", TensorProto.INT32, [case.problem.B]))
-    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("Y", *states)]
+    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("Y", *final)]
     constants = [numpy_helper.from_array(array, name) for name, array in weights.items()]
     graph = helper.make_graph([node], "layer", inputs, outputs, constants)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR).SerializeToString()

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cases import by_hand, onnx_runtime
+from benchmarks.cases import by_hand, onnx_runtime, streaming
 from benchmarks.cases.names import BY_HAND, COMPILED, FLASHRNN, LIBRARIES, ON_A_CPU, ONNXRUNTIME, PEERS, TORCHRL
 from benchmarks.cases.variants import DTYPES, Case, Variant
 
@@ -34,7 +34,7 @@ def find(case: Case, layers: list[nn.Module], call: Call, names: list[str]) -> t
     """The named peers' variants of a case, and for each of the others why there is none."""
     found, left_out = [], {}
     for name in [name for name in PEERS if name in names]:
-        refuse, build = ADAPTERS[name]
+        refuse, build = (STREAMING if case.problem.streams else ADAPTERS).get(name, NO_STREAMS)
         whole = "takes whole layers" if case.problem.stepwise and name in LIBRARIES else ""
         reason = _absent(name, layers) or whole or refuse(case)
         if reason:
@@ -163,3 +163,8 @@ ADAPTERS: dict[str, Adapter] = {
     COMPILED: (by_hand.refuses, by_hand.compiled),
     ONNXRUNTIME: (onnx_runtime.refuses, onnx_runtime.variant),
 }
+STREAMING: dict[str, Adapter] = {
+    BY_HAND: (by_hand.refuses, streaming.by_hand),
+    ONNXRUNTIME: (onnx_runtime.refuses, streaming.onnxruntime),
+}
+NO_STREAMS: Adapter = (lambda case: "is not measured on streams", ADAPTERS[BY_HAND][1])

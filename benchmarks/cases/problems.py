@@ -24,6 +24,7 @@ class Problem:
         heads: independent recurrences side by side, each with weights and input features of its own: what a
             block-diagonal recurrent matrix is.
         stepwise: the layer's cell is called for each step, as in a decoder.
+        streams: the rows are streams, whose states are kept between steps; each step is a call.
         option: what ours runs with, of `options.OPTIONS`; torch.nn, which has none of them, runs without.
         dtypes: what the problem is measured in, by default; see `variants.DTYPES`.
         threads: of the CPU, each a case of its own; () is as many as torch has.
@@ -41,6 +42,7 @@ class Problem:
     bidirectional: bool = False
     heads: int = 1
     stepwise: bool = False
+    streams: bool = False
     option: str = ""
     dtypes: tuple[str, ...] = ALL
     directions: tuple[str, ...] = BOTH
@@ -56,6 +58,7 @@ def named(cell: str, *, T: int, B: int, H: int, I: int | None = None, **more: ob
         f"I{width}" * (width != H),
         f"x{more.get('heads')}" * (more.get("heads", 1) != 1),
     ]
+    parts += ["streams" * bool(more.get("streams"))]
     parts += [f"L{more.get('layers')}" * ("layers" in more), "bi" * bool(more.get("bidirectional"))]
     name = "-".join(part for part in [*parts, f"B{B}-T{T}", more.get("option", "")] if part)
     return Problem(name, cell, T, B, width, H, **more)  # type: ignore[arg-type]
@@ -133,8 +136,19 @@ def _applications() -> dict[str, list[Problem]]:
             for cell in ("LSTM", "GRU")
             for H in (128, 256, 512, 1024)
             for B in (1, 16, 128)
-        ],
+        ]
+        + _streams(),
     }
+
+
+def _streams() -> list[Problem]:
+    note = "20 ticks of so many streams, each of which has a sample at all of them; the sizes are ours"
+    return [
+        named(cell, T=20, B=B, H=H, streams=True, dtypes=("fp32",), directions=("forward",), threads=(1,), note=note)
+        for cell in ("LSTM", "GRU")
+        for H in (128, 256)
+        for B in (1, 16, 64, 256)
+    ]
 
 
 def _options(sizes: list[dict[str, int]], dtypes: tuple[str, ...], note: str) -> list[Problem]:

@@ -42,6 +42,8 @@ CASE = ("set", "problem", "dtype", "direction", "threads")  # what names a case,
 def empty(case: Case, variant: str = TORCH) -> Row:
     """A row of a case, with nothing known of it yet."""
     sizes = {name: getattr(case.problem, name) for name in SIZES}
+    if case.problem.streams:
+        sizes["stepwise"] = "streams"
     named = dict(zip(CASE, case.key, strict=True))
     return {**dict.fromkeys(COLUMNS[: COLUMNS.index("seed")], ""), **sizes, **named, "variant": variant}
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from statistics import geometric_mean
 
 from benchmarks.cases.names import BY_HAND, COMPILED, ONNXRUNTIME, TORCH
-from benchmarks.reporting.results import DIRECTIONS, Case, Row, against_default, per_step, timed
+from benchmarks.reporting.results import DIRECTIONS, STEP_BY_STEP, Case, Row, against_default, per_step, timed
 from benchmarks.reporting.tables import table
 
 BATCHES = {"B 1": lambda batch: batch == 1, "B > 1": lambda batch: batch > 1}
@@ -29,7 +29,7 @@ def summary(cases: Sequence[Case]) -> list[str]:
 
 def _kinds(cases: Sequence[Case]) -> dict[str, list[Case]]:
     """By what is measured: layers as torch.nn has them, and single cells with and without options."""
-    plain = [case for case in cases if not case["option"] and case["stepwise"] != "True"]
+    plain = [case for case in cases if not case["option"] and case["stepwise"] not in STEP_BY_STEP]
     layers = {name: [case for case in plain if case["cell"] == name] for name in ("LSTM", "GRU", "RNN")}
     return layers | {"a cell called for each step": [case for case in cases if case["stepwise"] == "True"]}
 
@@ -54,7 +54,7 @@ def _figure(found: Sequence[float]) -> str:
 
 
 def _others(cases: Sequence[Case]) -> list[list[object]]:
-    whole = [case for case in cases if case["stepwise"] != "True"]
+    whole = [case for case in cases if case["stepwise"] not in STEP_BY_STEP]
     optional = [case for case in whole if case["option"]]
     kinds = {
         "a loop by hand of torch operations, with an option": [f for case in optional for f in _beside(case, BY_HAND)],

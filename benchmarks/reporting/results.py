@@ -20,6 +20,10 @@ DIRECTIONS = ("forward", "training")
 
 KEY = ("set", "problem", "dtype", "direction", "threads")  # threads: of a CPU
 SHAPE = ("cell", "T", "B", "I", "H", "layers", "bidirectional", "heads")
+STEP_BY_STEP = (
+    "True",
+    "streams",
+)  # in the column stepwise: a cell called for each step, a layer for each of many streams
 NEEDED = (*KEY[:4], *SHAPE, "variant", "chosen", "status", "median_us", "ratio", "device", "date")
 
 Row = defaultdict[str, str]  # by column; empty where an older file lacks the column

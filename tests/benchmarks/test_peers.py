@@ -252,6 +252,26 @@ def test_onnx_runtime_computes_what_we_do(cell: str, monkeypatch: pytest.MonkeyP
     assert left_out == {ONNXRUNTIME: "runs inference only"}
 
 
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+def test_streams_compute_what_one_by_one_does(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice: the second call begins anew."""
+    names = ["step", BY_HAND]
+    if cell == "GRU":  # of an LSTM the evaluator has no c at the end
+        pytest.importorskip("onnx", reason="ONNX is not installed: pip install onnx")
+        install(monkeypatch, "onnxruntime", InferenceSession=Session, SessionOptions=SimpleNamespace)
+        names += [ONNXRUNTIME]
+    problem = problems.named(cell, T=3, B=4, H=5, I=7, streams=True)
+    case = Case("tiny", problem, "fp32", "forward", torch.get_num_threads())
+    compared = comparison.build(case, CPU, [*names, "torch.compile"])
+    (side,) = compared.sides
+    assert problem.name == f"{cell}-H5-I7-streams-B4-T3"
+    assert compared.left_out == {"torch.compile": "is not measured on streams"}
+    assert [variant.name for variant in side.variants] == ["torch.nn", *names]
+    for variant in side.variants * 2:
+        errors = checking.errors(variant, side.inputs, checking.exact(side.truth, side.inputs, 3), 3)
+        assert max(errors.values()) < 1e-5
+
+
 @pytest.mark.parametrize(("width", "taken"), [(8, False), (16, True), (48, False), (64, True), (128, False)])
 def test_without_a_compiler_flashrnn_runs_its_triton_kernel(
     width: int, taken: bool, monkeypatch: pytest.MonkeyPatch
