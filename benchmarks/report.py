@@ -48,7 +48,7 @@ def publish(results: Iterable[Path], docs: Path, readme: Path | None = None) -> 
         ModuleNotFoundError: there is something to draw, and no matplotlib.
     """
     folders = _folders(results)
-    gpus = [Measured(folder.name, read(files)) for folder, files in sorted(folders.items())]
+    gpus = [Measured.of(folder.name, read(files)) for folder, files in sorted(folders.items())]
     text = summary.inserted(readme.read_text(), summary.block(gpus, docs.name), readme) if readme else ""
     pages = docs / "performance"
     before = {path for path in pages.rglob("*") if path.suffix in (".md", ".svg")}
@@ -81,7 +81,7 @@ def _write(gpu: Measured, folder: Path, pages: Path) -> list[Path]:
     texts = {pages / f"{gpu.name}.md": page.markdown(gpu, shown, certified)}
     if certified:
         texts[images / certificate.name] = certificate.read_text()
-    texts |= {images / f"{name}.md": page.of_set(gpu, name, own) for name, own in page.by_set(gpu.cases).items()}
+    texts |= {images / f"{name}.md": page.of_set(gpu, name, own) for name, own in page.by_set(gpu).items()}
     for path, text in texts.items():
         path.write_text(text)
     return [*texts, *(pages / name for _, paths in shown.values() for name in paths)]

@@ -38,7 +38,7 @@ def markdown(gpu: Measured, pictures: Mapping[str, tuple[str, list[str]]], certi
     lines = [
         f"# {gpu.device}",
         "",
-        *_provenance(cases),
+        *_provenance([*cases, *gpu.streams]),
         "",
         _standing(gpu, certified),
         "",
@@ -54,9 +54,9 @@ def markdown(gpu: Measured, pictures: Mapping[str, tuple[str, list[str]]], certi
         for path in paths:
             lines += ["", f"![{title}: {path.rpartition('/')[2]}]({path})"]
         lines += [] if paths else ["", "Not measured."]
-    rows = [[f"[{name}]({gpu.name}/{name}.md)", *_counted(own)] for name, own in by_set(cases).items()]
+    rows = [[f"[{name}]({gpu.name}/{name}.md)", *_counted(own)] for name, own in by_set(gpu).items()]
     lines += ["", "## Every case", "", *table(["set", *COUNTED], rows)]
-    return "\n".join([*lines, "", "## Not timed", "", *_refused(cases)]) + "\n"
+    return "\n".join([*lines, "", "## Not timed", "", *_refused([*cases, *gpu.streams])]) + "\n"
 
 
 def _standing(gpu: Measured, certified: bool) -> str:
@@ -85,8 +85,10 @@ def of_set(gpu: Measured, name: str, cases: Sequence[Case]) -> str:
     return "\n".join([f"# The set {name}", "", *about, "", *_cases(cases)]) + "\n"
 
 
-def by_set(cases: Iterable[Case]) -> dict[str, list[Case]]:
-    return {name: list(own) for name, own in groupby(cases, key=lambda case: case["set"])}
+def by_set(gpu: Measured) -> dict[str, list[Case]]:
+    """Every case; streams as a set of their own."""
+    sets = {name: list(own) for name, own in groupby(gpu.cases, key=lambda case: case["set"])}
+    return sets | ({"streams": list(gpu.streams)} if gpu.streams else {})
 
 
 def _provenance(cases: Iterable[Case]) -> list[str]:

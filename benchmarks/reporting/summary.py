@@ -21,23 +21,33 @@ HOW = "`python benchmarks/run.py` on a machine with an NVIDIA GPU, then `make re
 
 @dataclass(frozen=True)
 class Measured:
-    """The results of one GPU or CPU, and the name of its page."""
+    """The results of one GPU or CPU, and the name of its page.
+
+    Streams stand by themselves: a batch of them beside torch.nn's layer for each says nothing of a layer's speed.
+    """
 
     name: str
     cases: Sequence[Case]
+    streams: Sequence[Case] = ()
+
+    @classmethod
+    def of(cls, name: str, cases: Iterable[Case]) -> Measured:
+        cases = list(cases)
+        streams = [case for case in cases if case["stepwise"] == "streams"]
+        return cls(name, [case for case in cases if case not in streams], streams)
 
     @property
     def device(self) -> str:
-        return self.cases[0]["device"]
+        return [*self.cases, *self.streams][0]["device"]
 
     @property
     def is_gpu(self) -> bool:
         """Only the rows of a GPU name a driver."""
-        return any(case["driver"] for case in self.cases)
+        return any(case["driver"] for case in (*self.cases, *self.streams))
 
     @property
     def date(self) -> str:
-        return max(case["date"] for case in self.cases)[:10]
+        return max(case["date"] for case in (*self.cases, *self.streams))[:10]
 
     @property
     def ratios(self) -> list[float]:
