@@ -52,6 +52,11 @@ def modelled(problem: Problem) -> str:
     return "modelled"
 
 
+def never(problem: Problem) -> bool:
+    """What is said of no problem."""
+    return False
+
+
 class Repeated(Protocol):
     """A forward pass in inference that was made before; all tensors lie as those of `persistent.whole`."""
 
@@ -68,6 +73,8 @@ class Entry(NamedTuple):
     wavefront: bool = False  # the layers of a stack side by side, as N
     again: Callable[[Call, Tensor], Repeated] | None = None
     """Makes of a call in inference and its gates what runs the same once more (`gpu_rnn.call.plans`)."""
+    adds_b_hh: Callable[[Problem], bool] = never
+    """Whether its forward pass adds b_hh of the summed gates itself, where their input products lack it."""
     source: Callable[[Problem], str] = modelled
     """Where what its cost says of a problem's time loop comes from: "simulated" from the machine code of that very
     build, "published" by others, or "modelled"."""
@@ -75,7 +82,14 @@ class Entry(NamedTuple):
 
 # Of equals dispatch takes the first. The step loop runs no wavefronts: it would need graphs for each number of layers.
 TABLE = {
-    "resident": Entry(resident, resident, wavefront=True, again=resident.Again, source=resident.source),
+    "resident": Entry(
+        resident,
+        resident,
+        wavefront=True,
+        again=resident.Again,
+        adds_b_hh=resident.adds_b_hh,
+        source=resident.source,
+    ),
     "group": Entry(group, group, wavefront=True, source=source_of_cost),
     "aten": Entry(aten, whole_stacks=True, source=aten.source),
     "native": Entry(native, native),
@@ -93,6 +107,7 @@ class Names(NamedTuple):
     WAVEFRONTS: tuple[str, ...]
     SOURCES: dict[str, Callable[[Problem], str]]
     AGAIN: dict[str, Callable[[Call, Tensor], Repeated]]
+    ADDS_B_HH: dict[str, Callable[[Problem], bool]]
 
     @staticmethod
     def of(table: Mapping[str, Entry]) -> Names:
@@ -103,9 +118,10 @@ class Names(NamedTuple):
             tuple(name for name, entry in table.items() if entry.wavefront),
             {name: entry.source for name, entry in table.items()},
             {name: entry.again for name, entry in table.items() if entry.again is not None},
+            {name: entry.adds_b_hh for name, entry in table.items()},
         )
 
 
-BACKENDS, KERNELS, LOOPS, WAVEFRONTS, SOURCES, AGAIN = Names.of(TABLE)
+BACKENDS, KERNELS, LOOPS, WAVEFRONTS, SOURCES, AGAIN, ADDS_B_HH = Names.of(TABLE)
 """All; those that are a `Loop`; those that run one layer; those that run a stack's layers side by side; of each, where
-its cost comes from; of those that can repeat a call, what makes it once more."""
+its cost comes from; of those that can repeat a call, what makes it once more; of each, whether it adds b_hh."""

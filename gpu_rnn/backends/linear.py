@@ -19,10 +19,12 @@ from gpu_rnn.backends.tensors import RESET, SKIP, Call, LoopGradients, Result, W
 from gpu_rnn.compiler.program import Program, lookup
 
 
-def project(x: Tensor, weights: Weights, program: Program, kept: Normalised | None = None) -> Tensor:
-    """What `reference.project` gives, without a derivative and with as few kernels as it takes; `kept` as in
-    `Call`."""
-    bias = input_bias(weights, program)
+def project(
+    x: Tensor, weights: Weights, program: Program, kept: Normalised | None = None, joined: bool = True
+) -> Tensor:
+    """What `reference.project` gives, without a derivative and with as few kernels as it takes; `kept` and `joined` as
+    in `Call`."""
+    bias = input_bias(weights, program, joined)
     if weights.norm_ih is not None:
         return _normalised(x, weights, bias, program, kept)
     if x.dim() == 3:  # one product for all N
@@ -32,9 +34,9 @@ def project(x: Tensor, weights: Weights, program: Program, kept: Normalised | No
     return gates if bias is None else gates + bias
 
 
-def input_bias(weights: Weights, program: Program) -> Tensor | None:
-    """(N, G, H): b_ih, with b_hh added where a gate is a sum."""
-    return joined_bias(weights.b_ih, weights.b_hh, program, 1)
+def input_bias(weights: Weights, program: Program, joined: bool = True) -> Tensor | None:
+    """(N, G, H): b_ih, where `joined` with b_hh added where a gate is a sum."""
+    return joined_bias(weights.b_ih, weights.b_hh, program, 1) if joined else weights.b_ih
 
 
 def joined_bias(b_ih: Tensor | None, b_hh: Tensor | None, program: Program, across: int = 0) -> Tensor | None:

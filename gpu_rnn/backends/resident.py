@@ -21,7 +21,7 @@ from gpu_rnn.backends import building, chains, persistent, rates, triton_interpr
 from gpu_rnn.backends.building import TritonLaunch
 from gpu_rnn.backends.persistent import bits, even_rows, rows, whole
 from gpu_rnn.backends.problem import Problem
-from gpu_rnn.backends.resident_tiles import available, shared_memory, tile
+from gpu_rnn.backends.resident_tiles import available, padded, shared_memory, tile
 from gpu_rnn.backends.tensors import Call, LoopGradients, Result, Weights
 from gpu_rnn.backends.throughput import (
     FP32_PER_CYCLE,
@@ -40,6 +40,7 @@ from gpu_rnn.memo import memoize
 MOST_ACROSS = 65535  # blocks in the second dimension of a CUDA grid, which is N
 LONGEST_PATTERN = 62  # bits of a signed 64-bit argument that can be shifted and tested
 VECTOR = 16  # elements that may be loaded at once, and more than enough
+BIASED_BYTES = 256  # of a row of h: with more, biases in registers made a GRU's step 20 % longer (simulated)
 WIDEST_FULL = 64  # units in full fp32: without tensor cores a wider product spills registers (test_resident_builds.py)
 
 FAST_FUNCTIONS = "gpu_rnn.kernels.triton.fast_math"
@@ -158,6 +159,15 @@ def _constants_of(text: str, functions: str, backward: bool) -> dict[str, Any]:
     return constants
 
 
+def adds_b_hh(problem: Problem) -> bool:
+    """See `gpu_rnn.backends.Entry`. The sum before the loop is a launch of torch's: much of a call of one step, little
+    of a long one. With it in the loop a step takes, simulated, as long where split gates have their b_hh added in any
+    case and registers are left for more, and of an LSTM 5 % longer.
+    """
+    split, row = bool(problem.program.split), padded(problem.H) * problem.dtype.itemsize
+    return problem.T == 1 or (split and row <= BIASED_BYTES and not problem.drop)
+
+
 def _joined(problem: Problem) -> int:
     """How many gates are saved as one block: in 16 bits, for else the exchange takes more shared memory."""
     summed = [gate in problem.program.summed for gate in problem.program.gates]
@@ -257,8 +267,9 @@ def prepare_forward(
         p_inner=inner,
         p_y=y,
         p_final=tuple(final),
-        p_b_hh=_whole(call.weights.b_hh) if program.split else None,
+        p_b_hh=_whole(call.weights.b_hh) if program.split or not call.joined else None,
         strides=_strides(gates),
+        SUMMED=not call.joined,
         SAVE=save,
         JOINED=_joined(call.problem),
         INNER=save or all_states,
@@ -313,6 +324,7 @@ def _launches(problem: Problem) -> list[TritonLaunch]:
     if problem.direction == "backward":
         inner = saved.inner if problem.all_states else None
         return [prepare_backward(call, saved, saved.y, saved.final, inner)[0]]
+    call = replace(call, joined=not adds_b_hh(problem))
     return [prepare_forward(call, gates, problem.direction == "training", problem.all_states)[0]]
 
 
@@ -333,12 +345,12 @@ class Again:
     def __init__(self, call: Call, gates: Tensor) -> None:
         launch, result = prepare_forward(call, gates, save=False)
         self.launch, self.y, self.final = building.Relaunch(launch), result.y.shape, [s.shape for s in result.final]
-        self.split = bool(call.program.split)
+        self.adds = bool(call.program.split) or not call.joined
 
     def __call__(self, gates: Tensor, states: Iterable[Tensor], weights: Weights) -> tuple[Tensor, list[Tensor]]:
         y, final = gates.new_empty(self.y), [gates.new_empty(shape) for shape in self.final]
         of_call = {"p_gates": gates, "p_initial": tuple(states), "p_y": y, "p_final": tuple(final)}
-        b_hh = weights.b_hh if self.split else None
+        b_hh = weights.b_hh if self.adds else None
         self.launch(gates, **of_call, p_w=weights.w_hh, p_b_hh=b_hh, p_params=weights.params)
         return y, final
 

@@ -146,6 +146,7 @@ class Call:
     reset_values: list[Tensor] = field(default_factory=list)
     reverse: str = "0"
     problem: Problem = None  # type: ignore[assignment]  # the reference needs none
+    joined: bool = True  # the input products of summed gates have b_hh; else the forward pass adds it (`Entry`)
     d_gates: Tensor | None = None  # where a backward loop may put `LoopGradients.d_gates`, laid out as the saved gates
     # Where a forward pass may keep its normalised products for the backward pass: (2, T, B, N, G, H), input and
     # recurrent.

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from gpu_rnn import cells
-from gpu_rnn.backends import KERNELS, LOOPS, linear, precision, reference
+from gpu_rnn.backends import ADDS_B_HH, KERNELS, LOOPS, linear, precision, reference
 from gpu_rnn.backends.normalisation import Normalised
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.backends.tensors import Call, Inputs, Result, in_memory
@@ -75,7 +75,7 @@ def problem_of(text: str, options: Options, inputs: Inputs, direction: str) -> P
     )
 
 
-def call_of(text: str, options: Options, inputs: Inputs, problem: Problem | None = None) -> Call:
+def call_of(text: str, options: Options, inputs: Inputs, problem: Problem | None = None, joined: bool = True) -> Call:
     """The part of a call that both passes take alike."""
     _, weights, controls, states, reset_values = inputs
     return Call(
@@ -86,6 +86,7 @@ def call_of(text: str, options: Options, inputs: Inputs, problem: Problem | None
         list(reset_values),
         options.reverse,
         problem,  # type: ignore[arg-type]
+        joined,
     )
 
 
@@ -117,7 +118,8 @@ def run(text: str, options: Options, inputs: Inputs, keep: bool = False) -> Resu
     """
     inputs = _readable(inputs)
     problem = problem_of(text, options, inputs, "training" if options.save else "inference")
-    call, (name, chunk) = call_of(text, options, inputs, problem), _chosen(problem, options.backend)
+    name, chunk = _chosen(problem, options.backend)
+    call = call_of(text, options, inputs, problem, joined=not ADDS_B_HH[name](problem))
     if chunk:
         with _arithmetic(problem.precision, inputs.x), named(f"gpu_rnn::{name}_forward"):
             return wavefront.forward(call, inputs.x, chunk, KERNELS[name], options.save, options.all_states)
@@ -128,7 +130,7 @@ def run(text: str, options: Options, inputs: Inputs, keep: bool = False) -> Resu
             return result._replace(final=[state.clone() for state in result.final])
     with _arithmetic(problem.precision, inputs.x):
         call = replace(call, kept=_room(call, inputs.x) if keep else None)
-        gates = linear.project(inputs.x, inputs.weights, call.program, call.kept).contiguous()
+        gates = linear.project(inputs.x, inputs.weights, call.program, call.kept, call.joined).contiguous()
         with named(f"gpu_rnn::{name}_forward"):
             return KERNELS[name].forward(call, gates, options.save, options.all_states)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gpu_rnn import environment, memo
-from gpu_rnn.backends import AGAIN, LOOPS, linear, onednn, precision
+from gpu_rnn.backends import ADDS_B_HH, AGAIN, LOOPS, linear, onednn, precision
 from gpu_rnn.backends.tensors import Weights
 from gpu_rnn.call import onlookers, passes, transforms
 from gpu_rnn.call.passes import Options
@@ -35,13 +35,16 @@ class Plan:
         again, self.name = AGAIN.get(chosen), f"gpu_rnn::{chosen}_forward"
         text = stack.recurrence.text(stack.recurrence.identity)
         inputs = stack.inputs(x, weights, 0, [state.transpose(0, 1) for state in states])
-        call = passes.call_of(text, Options(stack.backend, stack.reverse), inputs, problem)
+        self.joined = not ADDS_B_HH[chosen](problem)
+        call = passes.call_of(text, Options(stack.backend, stack.reverse), inputs, problem, self.joined)
         self.program, self.precision = call.program, problem.precision
         self.weights, self.named = weights, Weights(**dict(zip(stack.weight_names, weights, strict=True)))
         self.shapes, self.dtype, self.device = (x.shape, *(state.shape for state in states)), x.dtype, x.device
         self.initial = tuple(state.contiguous() for state in stack.initial(x, weights, problem.B))
         self.age, self.setting = memo.Age.now, environment.of_calls()
-        self.again = again and again(call, linear.project(x, call.weights, call.program).contiguous())
+        self.again = again and again(
+            call, linear.project(x, call.weights, call.program, joined=self.joined).contiguous()
+        )
 
     def fits(self, x: Tensor, hx: States | None, weights: Sequence[Tensor]) -> bool:
         """Whether a call, which nothing records, is as the plan has it."""
@@ -65,7 +68,7 @@ class Plan:
     def __call__(self, x: Tensor, hx: States | None) -> tuple[Tensor, States]:
         """y (T, B, H) and the final states (1, B, H)."""
         assert self.again is not None
-        bias = linear.joined_bias(self.named.b_ih, self.named.b_hh, self.program)
+        bias = linear.joined_bias(self.named.b_ih, self.named.b_hh, self.program) if self.joined else self.named.b_ih
         with precision.of_products(self.precision, x) if x.dtype == torch.float32 and x.is_cuda else passes.NOTHING:
             gates = onednn.linear(x, self.named.w_ih, bias)
         with passes.named(self.name):

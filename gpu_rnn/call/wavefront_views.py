@@ -109,7 +109,7 @@ class StackViews:
         self.call, self.count = call, len(call.weights.w_hh)
         _, over_time = controls_by_layer(call.controls)
         self.diagonals = diagonals(self.count, steps, chunk)
-        self.bias = linear.input_bias(call.weights, call.program)
+        self.bias = linear.input_bias(call.weights, call.program, call.joined)
         self.over_time = {name: _layer_first(name, value, self.count) for name, value in over_time.items()}
         self.values = [value.movedim(2, 0).contiguous() for value in call.reset_values]  # (L, 1 or T, B, ·)
         self.known: dict[tuple[int, int, int], SharedParts] = {}
@@ -138,7 +138,8 @@ class StackViews:
             controls = controls._replace(**{name: torch.stack(each) if isinstance(value, list) else each[0]})
         if self.values:
             values = [of_resets(diagonal, value) for value in self.values]
-        return Call(call.program, call.weights, states, controls, values, call.reverse, call.problem, d_gates)
+        fixed = call.reverse, call.problem, call.joined
+        return Call(call.program, call.weights, states, controls, values, *fixed, d_gates)
 
     def enter(self, diagonal: Diagonal, y: Tensor, gates: Tensor) -> Tensor:
         """(chunk, B, layers, G, H): the input products. `gates` (L or 1, T, B, G, H) holds those of the lowest layer;

@@ -56,7 +56,7 @@ def resident_forward(
     p_initial,  # per state (B, N, H)
     p_final,  # per state (B, N, H), out
     p_w,  # (N, G, H, H)
-    p_b_hh,  # (N, G, H), of which the split gates' are read, or None
+    p_b_hh,  # (N, G, H) or None
     p_params,  # (N, P, H) or None
     p_lengths,  # (B,) or None
     p_flags,  # (T, B, N) or None: `SKIP` and `RESET` of gpu_rnn/backends/tensors.py
@@ -78,6 +78,7 @@ def resident_forward(
     KEPT: tl.constexpr,  # per gate: its number among the split gates, or -1
     R: tl.constexpr,
     P: tl.constexpr,
+    SUMMED: tl.constexpr,  # b_hh is added to the summed gates here, not to their input parts before
     INITIAL: tl.constexpr,  # of each state
     PER_STEP: tl.constexpr,  # reset values are given for each step
     DROP: tl.constexpr,  # masks of what enters the products: none, one, or one for each gate
@@ -98,11 +99,7 @@ def resident_forward(
     p_gates += (at.i_n * stride_n + at.o_b * stride_b)[:, None] * ALIGN + at.o_h
     b_w = hold(load_weights(p_w, at, H, 1, H, G, BLOCK_H), HELD)  # (input, output): W_hh transposed
     b_params = as_float(load_blocks(p_params + at.i_n * P * H + at.o_h, H, at.m_h, P)) if P else ()
-    b_bias = ()
-    for g in tl.static_range(G):
-        if KEPT[g] >= 0 and p_b_hh is not None:
-            bias = tl.load(p_b_hh + (at.i_n * G + g) * H + at.o_h, mask=at.m_h, other=0.0)
-            b_bias = b_bias + (bias.to(tl.float32),)
+    b_bias = as_float(load_blocks(p_b_hh + at.i_n * G * H + at.o_h, H, at.m_h, G)) if p_b_hh is not None else ()
     states = load_each(p_initial, at.o_unit, at.m)
     drop = load_blocks(p_drop + at.o_row * DROP * H + at.o_h, H, at.m, DROP) if DROP else ()
     if p_flags is not None:
@@ -118,13 +115,13 @@ def resident_forward(
             values = load_reset_values(p_resets, o_value, at.m, INITIAL)
             states = select((flags & RESET_BIT) != 0, values, states)
         # A recurrence may make anything of the padded units, NaN too, which the product would spread.
-        a, r = multiply(tl.where(at.m_h, states[0], 0.0), x, b_w, b_bias, drop, 0, EARLY, KEPT, DROP, PRECISION)
+        a, r = multiply(tl.where(at.m_h, states[0], 0.0), x, b_w, b_bias, drop, 0, EARLY, KEPT, SUMMED, DROP, PRECISION)
         if FIRST is None:
             new = STEP(a, r, states, b_params, ())
         else:
             handed = FIRST(a, r, states, b_params, ())
             entering = tl.where(at.m_h, handed[0], 0.0)
-            late_a, late_r = multiply(entering, x, b_w, b_bias, drop, EARLY, G, KEPT, DROP, PRECISION)
+            late_a, late_r = multiply(entering, x, b_w, b_bias, drop, EARLY, G, KEPT, SUMMED, DROP, PRECISION)
             new = STEP(late_a, late_r, states, b_params, handed[1:])
             a, r = a + late_a, r + late_r
         if p_zone is not None:

@@ -118,6 +118,7 @@ def multiply(
     BEGIN: tl.constexpr,
     END: tl.constexpr,
     KEPT: tl.constexpr,
+    SUMMED: tl.constexpr,
     DROP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -129,11 +130,14 @@ def multiply(
         if DROP:
             b_entering = (entering * drop[g % DROP].to(tl.float32)).to(b_w[0].dtype)
         product = tl.dot(b_entering, b_w[g], input_precision=PRECISION)
-        if KEPT[g] < 0:
-            a = a + (x[g].to(tl.float32) + product,)
+        b_x = x[g].to(tl.float32)
+        if KEPT[g] >= 0:
+            a = a + (b_x,)
+            r = r + (product + b_bias[g] if len(b_bias) > 0 else product,)
+        elif SUMMED and len(b_bias) > 0:
+            a = a + (b_x + b_bias[g] + product,)  # before the product is there
         else:
-            a = a + (x[g].to(tl.float32),)
-            r = r + (product + b_bias[KEPT[g]] if len(b_bias) > 0 else product,)
+            a = a + (b_x + product,)
     return a, r
 
 

@@ -12,7 +12,7 @@ back after it, with registers left: that costs nothing.)
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,8 @@ def launch(given: Problem) -> building.TritonLaunch:
     )
     # Per step where all else is there: their gradients are then stored, else summed in registers.
     values = [empty(T if given.zone else 1, B, N, H) for _ in states if given.reset_values]
-    call = Call(program, weights, states, controls, values, given.reverse, given)
+    joined = not resident.adds_b_hh(given)
+    call = Call(program, weights, states, controls, values, given.reverse, given, joined)
     if given.direction != "backward":
         return resident.prepare_forward(call, gates, given.direction == "training", given.all_states)[0]
     inner = empty(len(states) - 1, T, B, N, H, dtype=torch.float32)
@@ -203,3 +204,13 @@ def test_builds_at_the_limit(case: Case, tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", EVERY, ids=lambda case: "-".join(map(str, case)))
 def test_builds_everywhere(case: Case, tmp_path: Path) -> None:
     check(case, tmp_path)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize(("cell", "kind", "architecture"), [("lstm", "bf16", 90), ("lstm", "tf32", 86)])
+def test_one_step_adds_its_biases_without_spilling(cell: str, kind: str, architecture: int, tmp_path: Path) -> None:
+    many = problem(cell, kind, "inference", architecture, limit(cell, kind, "inference", architecture))
+    one = replace(many, T=1)
+    assert [launch(each).arguments["SUMMED"] for each in (many, one)] == [False, True]
+    assert [launch(each).arguments["p_b_hh"] is None for each in (many, one)] == [True, False]
+    assert build(one, tmp_path).spills <= SPILLS

@@ -135,8 +135,8 @@ KERNELS = (
     ("make", "options", "call"),
     [
         (gpu_rnn.LSTM, {"dropout": 0.3, "recurrent_dropout": 0.2, "zoneout": 0.1}, "resets"),
-        (gpu_rnn.GRU, {"bias": False}, "lengths"),
-        (gpu_rnn.LSTM, {"peephole": True}, ""),
+        (gpu_rnn.GRU, {}, "lengths"),
+        (gpu_rnn.LSTM, {"peephole": True, "bias": False}, ""),
     ],
 )
 
