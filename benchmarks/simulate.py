@@ -2,6 +2,7 @@
 """Cycles and microseconds of a step, simulated from the machine code that a problem gets: no GPU, nothing is measured.
 
 python benchmarks/simulate.py --cell lstm --hidden 64 --batch 16 --dtype bf16 --device H100 --pass inference
+python benchmarks/simulate.py --validate   # how near it comes: another library's kernels beside their published times
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ if not __package__:  # as a script, which knows its own folder only
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.cases.variants import DTYPES
-from benchmarks.simulating import builds, machines, report
+from benchmarks.simulating import builds, machines, published, report
 from benchmarks.simulating.paths import Lost
 from gpu_rnn import cells, devices
 from gpu_rnn.backends.group.nvrtc import CompileError
@@ -28,8 +29,8 @@ STEPS = 1024  # of the sequence: dispatch spreads a launch over them
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--cell", choices=list(cells.CELLS), default="lstm")
-    found.add_argument("--hidden", type=positive(int), required=True, metavar="H", help="units")
-    found.add_argument("--batch", type=positive(int), required=True, metavar="B", help="rows")
+    found.add_argument("--hidden", type=positive(int), metavar="H", help="units")
+    found.add_argument("--batch", type=positive(int), metavar="B", help="rows")
     found.add_argument("--heads", type=positive(int), default=1, metavar="N", help="recurrences side by side")
     found.add_argument("--layer-norm", action="store_true", help="the products are normalised")
     found.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="fp32 multiplies in tf32, ieee in full")
@@ -37,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--pass", dest="direction", choices=DIRECTIONS, default="inference")
     found.add_argument("--backend", choices=list(choice.BACKENDS), help="default: the one that dispatch takes")
     found.add_argument("--csv", action="store_true", help="one line, whose last field is µs a step")
+    found.add_argument("--validate", action="store_true", help="simulated beside published; pip fetches a package")
     return found
 
 
@@ -81,6 +83,11 @@ def simulations(options: argparse.Namespace) -> tuple[str, list[report.Simulatio
 
 def main() -> None:
     options = parser().parse_args()
+    if options.validate:
+        published.main()
+        return
+    if not options.hidden or not options.batch:
+        parser().error("give --hidden and --batch")
     try:
         backend, found = simulations(options)
     except (ValueError, CompileError, FileNotFoundError) as error:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How near simulated steps come to published ones: another library's kernels, from its released package.
 
-    python -m benchmarks.simulating.published
+    python benchmarks/simulate.py --validate
 
 pip fetches the package into a folder that is deleted at the end; nothing of it is kept. Its Triton kernel is compiled
 for the H100 on which its authors timed it, and simulated like ours, with the same figures.
@@ -49,7 +49,7 @@ def fetch(folder: Path) -> types.ModuleType:
     Raises:
         subprocess.CalledProcessError: pip does not find it.
     """
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), *PACKAGES]
+    command = [sys.executable, "-m", "pip", "install", "-q", "-q", "--no-deps", "--target", str(folder), *PACKAGES]
     subprocess.run(command, check=True)
     sys.path.insert(0, str(folder))
     package = types.ModuleType("peer")  # the folder of its Triton kernels only: the rest needs nvcc
@@ -107,9 +107,13 @@ def table() -> Iterator[str]:
             yield f"| {hidden} | {heads} | {said} | {us:.2f} | {found.us / us:.2f} |"
 
 
-if __name__ == "__main__":
+def main() -> None:
     try:
         for line in table():
             print(line)
     except subprocess.CalledProcessError:
         sys.exit(f"pip does not install {' and '.join(PACKAGES)} here, which this needs")
+
+
+if __name__ == "__main__":
+    main()

@@ -208,14 +208,15 @@ def test_loads_that_are_waited_for_before_the_first_poll_are_counted() -> None:
     assert ([*paths.early_waits(early, range(3))], [*paths.early_waits(late, range(3))]) == ([1], [])
 
 
-def test_simulated_beside_published(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_simulated_beside_published(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The command's table without the package; the one in the README has a row for each published figure."""
     program = [instruction("FADD"), branch(0)]
     result = Multiprocessor(program, [[0, 1]], H100).run(4)
     simulation = report.Simulation(kernel(program), H100, result)
     monkeypatch.setattr(published, "fetch", lambda folder: None)
     monkeypatch.setattr(published, "simulated", lambda module, hidden, heads: simulation)
-    rows = [line for line in published.table() if line.startswith(("| 32 ", "| 64 ", "| 128 "))]
+    asked(monkeypatch, "--validate")
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("| 32 ", "| 64 ", "| 128 "))]
     readme = (ROOT / "benchmarks" / "README.md").read_text()
     for row, each in zip(rows, published.PUBLISHED, strict=True):
         assert f"| {each.us:.2f} |" in row
@@ -259,6 +260,12 @@ def test_the_command_says_where_it_cannot_follow(
 ) -> None:
     with pytest.raises(SystemExit, match=said):
         asked(monkeypatch, "--hidden", "64", "--batch", "16", *arguments)
+
+
+def test_the_command_asks_for_sizes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        asked(monkeypatch, "--hidden", "64")
+    assert "give --hidden and --batch" in capsys.readouterr().err
 
 
 @pytest.mark.compile
