@@ -130,23 +130,26 @@ def gradients(
 ) -> tuple[Tensor | None, Weights]:
     """The gradients of x, (T, B, I) or (T, B, N, I), where it is wanted, and of the weights."""
     weights, d_gates = call.weights, loop.d_gates
-    d_b_ih = d_gates.sum((0, 1))
-    parts_w, parts_b = [], []
+    d_w_hh = d_gates.new_empty(weights.w_hh.shape)
+    d_b_ih = d_b_hh = None
+    if weights.b_ih is not None:  # each of its own: gradients that share memory are scaled twice
+        d_b_ih = d_gates.sum((0, 1))
+        d_b_hh = d_b_ih.clone()
     for entering, rows in entered_products(call, saved):
         for gates, gradient in runs(call.program, rows, d_gates, loop.d_recurrent):
-            summed = call.program.gates[gates.start] in call.program.summed
-            parts_b.append(d_b_ih[:, gates] if summed else gradient.sum((0, 1)))
+            if d_b_hh is not None and call.program.gates[gates.start] not in call.program.summed:
+                torch.sum(gradient, (0, 1), out=d_b_hh[:, gates])
             of_product = gradient if loop.d_products is None else loop.d_products[:, :, :, gates]
-            parts_w.append(_of_weights(of_product, entering.to(gradient.dtype), call.controls.drop, gates))
+            entered_in = entering.to(gradient.dtype)
+            _of_weights(d_w_hh[:, gates], of_product, entered_in, call.controls.drop, gates)
     of_layers = None if weights.w_between is None else _of_layers(call, saved.y, d_gates)
     d_norm_ih = None if weights.norm_ih is None else _through_norm(call, x, saved.kept, d_gates)
     d_x, d_w_ih = _projection(x, weights, d_gates[:, :, : len(weights.w_ih)], of_x)
-    has_bias = weights.b_ih is not None
     return d_x, Weights(
         d_w_ih,
-        parts_w[0] if len(parts_w) == 1 else torch.cat(parts_w, 1),
-        d_b_ih if has_bias else None,
-        torch.cat(parts_b, 1) if has_bias else None,  # of its own: gradients that share memory are scaled twice
+        d_w_hh,
+        d_b_ih,
+        d_b_hh,
         loop.d_params,
         loop.d_w_hr,
         loop.d_norm,
@@ -188,27 +191,27 @@ def _of_layers(call: Call, y: Tensor, d_gates: Tensor) -> Tensor:
     return over_steps(d_gates[:, :, 1:], below if between is None else below * between.movedim(0, 2))
 
 
-def over_steps(d_product: Tensor, entering: Tensor) -> Tensor:
+def over_steps(d_product: Tensor, entering: Tensor, out: Tensor | None = None) -> Tensor:
     """(T, B, N, gates, H) and (T, B, N, P) -> (N, gates, H, P), summed over steps and rows.
 
     One batched product of views: einsum would move the steps inwards, which copies both.
     """
     steps = d_product.flatten(0, 1).flatten(2).permute(1, 2, 0)  # (N, gates·H, T·B)
-    return onednn.bmm(steps, entering.flatten(0, 1).transpose(0, 1)).unflatten(1, d_product.shape[3:])
+    into = None if out is None else out.flatten(1, 2)
+    return onednn.bmm(steps, entering.flatten(0, 1).transpose(0, 1), into).unflatten(1, d_product.shape[3:])
 
 
-def _of_weights(d_product: Tensor, entering: Tensor, drop: Tensor | None, gates: slice) -> Tensor:
-    """The gradient of w_hh's rows (N, gates, H, P) from that of their products and what entered them undropped."""
-    if drop is None:
-        return over_steps(d_product, entering)
-    if drop.shape[2] == 1:
-        return over_steps(d_product, entering * drop[:, :, 0].to(entering.dtype))
-    across, parts = entering.permute(2, 3, 0, 1).contiguous(), []  # (N, P, T, B): turned once for all gates
+def _of_weights(out: Tensor, d_product: Tensor, entering: Tensor, drop: Tensor | None, gates: slice) -> None:
+    """Writes the gradient of w_hh's rows (N, gates, H, P) from that of their products and what entered them
+    undropped."""
+    if drop is None or drop.shape[2] == 1:
+        over_steps(d_product, entering if drop is None else entering * drop[:, :, 0].to(entering.dtype), out)
+        return
+    across = entering.permute(2, 3, 0, 1).contiguous()  # (N, P, T, B): turned once for all gates
     factors = drop[:, :, gates].to(entering.dtype).permute(2, 1, 3, 0).contiguous()  # (gates, N, P, B)
-    for d, mask in zip(d_product.unbind(3), factors.unsqueeze(3), strict=True):
+    for d, mask, rows in zip(d_product.unbind(3), factors.unsqueeze(3), out.unbind(1), strict=True):
         dropped = (across * mask).flatten(2)
-        parts.append(onednn.bmm(dropped, d.flatten(0, 1).transpose(0, 1)).transpose(1, 2))
-    return torch.stack(parts, 1)
+        rows.copy_(onednn.bmm(dropped, d.flatten(0, 1).transpose(0, 1)).transpose(1, 2))
 
 
 def entered_products(call: Call, saved: Result) -> Iterator[tuple[Tensor, slice]]:

@@ -55,11 +55,13 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
     return _linear(a.contiguous(), _dense(b).T, None, "none", [], "")
 
 
-def bmm(a: Tensor, b: Tensor) -> Tensor:
+def bmm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """torch.bmm of factors without derivatives."""
     if not takes(b, a.shape[1]):
-        return torch.bmm(a, b)
+        return torch.bmm(a, b) if out is None else torch.bmm(a, b, out=out)
     products = [_matmul(*pair) for pair in zip(a, b, strict=True)]
+    if out is not None:
+        return torch.stack(products, out=out)
     return products[0][None] if len(products) == 1 else torch.stack(products)
 
 

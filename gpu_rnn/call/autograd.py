@@ -40,7 +40,7 @@ def layer(text: str, options: Options, inputs: Inputs) -> tuple[Tensor, list[Ten
         return result.y, (_turned if watched else _turned_in_place)(result.final), result.inner
     options = options._replace(save=wants_grad or transformed)
     y, *rest = Forward.apply(text, options, *inputs.row)
-    return y, _turned(rest[:count]), rest[-1]
+    return y, (_turned if transformed else _turned_in_place)(rest[:count]), rest[-1]
 
 
 def _turned(states: Sequence[Tensor]) -> list[Tensor]:
@@ -114,10 +114,13 @@ def _states(text: str) -> int:
     return len(Program.parse(text).states)
 
 
-def _completed(d_outputs: Sequence[Tensor | None], likes: Sequence[Tensor]) -> list[Tensor]:
-    """Zeros where an output has no gradient: one tensor for all that are alike, as nothing writes to them."""
-    zeros: dict[Any, Tensor] = {}
+def _completed(
+    d_outputs: Sequence[Tensor | None], likes: Sequence[Tensor], known: Sequence[Tensor] = ()
+) -> list[Tensor]:
+    """Zeros where an output has no gradient: one tensor for all that are alike, as nothing writes to them, or one of
+    those `known` to be zeros."""
     each_its_own, completed = transforms.active() or onlookers.recorded(likes[0]), []  # symbols are no keys
+    zeros: dict[Any, Tensor] = {} if each_its_own else {(each.shape, each.dtype): each for each in known}
     for place, (d, like) in enumerate(zip(d_outputs, likes, strict=True)):
         alike = place if each_its_own else (like.shape, like.dtype)
         if d is None:
@@ -149,9 +152,10 @@ class Forward(torch.autograd.Function):
         every = ctx.saved_tensors  # each access unpacks once more, which checkpoints refuse
         *tensors, y = every[:-SAVED]
         saved = every[-SAVED:]
-        likes = [y, *Inputs.flat(tensors, _states(ctx.text)).states, *([saved[-1]] if ctx.options.all_states else [])]
+        states = Inputs.flat(tensors, _states(ctx.text)).states
+        likes = [y, *states, *([saved[-1]] if ctx.options.all_states else [])]
         incoming = [*grads[:-SAVED], *([grads[-1]] if ctx.options.all_states else [])]
-        d_outputs = _completed(incoming, likes)
+        d_outputs = _completed(incoming, likes, states if ctx.options.zeros else ())
         if any(torch._C._functorch.is_legacy_batchedtensor(g) for g in d_outputs):  # is_grads_batched: no rule is asked
             d = passes.vjp(ctx.text, ctx.options, Inputs.flat(tensors, _states(ctx.text)), d_outputs)
             return None, None, *like_row(d)

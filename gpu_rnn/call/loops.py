@@ -28,12 +28,14 @@ def run(
     weights: Sequence[Tensor],
     batch_sizes: Tensor | None,
     controls: StackControls = NONE,
+    zeros: bool = False,
 ) -> tuple[Tensor, States, States]:
-    """One layer after the other in canonical layout: y, the final states and, if wanted, those of all steps."""
+    """One layer after the other in canonical layout: y, the final states and, if wanted, those of all steps. `zeros` as
+    in `Options`."""
     controls = controls if controls is NONE else controls.to(x.dtype)
     if batch_sizes is not None:
         padded, lengths, places = _unpack(x, batch_sizes)
-        y, final, every = _layers(stack, padded, states, weights, controls._replace(lengths=lengths))
+        y, final, every = _layers(stack, padded, states, weights, controls._replace(lengths=lengths), zeros)
         return y.flatten(0, 1).index_select(0, places), final, every
     batch_first = stack.batch_first
     if batch_first:
@@ -41,20 +43,20 @@ def run(
     valid = controls.valid(x.shape[0])
     if valid is not None:  # whatever stands in the padding, NaN too, must not reach a gradient
         x = torch.where(valid.unsqueeze(-1), x, 0)
-    y, final, every = _layers(stack, x, states, weights, controls)
+    y, final, every = _layers(stack, x, states, weights, controls, zeros)
     if controls.mask is not None or controls.resets is not None or stack.all_states:
         y = y if valid is None else torch.where(valid.unsqueeze(-1), y, 0)
     return y.transpose(0, 1) if batch_first else y, final, every
 
 
 def _layers(
-    stack: Stack, x: Tensor, states: States, weights: Sequence[Tensor], controls: StackControls
+    stack: Stack, x: Tensor, states: States, weights: Sequence[Tensor], controls: StackControls, zeros: bool
 ) -> tuple[Tensor, States, States]:
     """x (T, B, I), states (D·layers, B, ·) -> y (T, B, D·P), final states, all states (T, D·layers, B, ·)."""
     if _staggered(stack, x, states, weights, controls):
         return _wavefront(stack, x, states, weights, controls)
     text = stack.recurrence.text(stack.recurrence.identity)
-    options = Options(stack.backend, stack.reverse, all_states=stack.all_states)
+    options = Options(stack.backend, stack.reverse, all_states=stack.all_states, zeros=zeros)
     flags = controls.flags(stack.reverse, x.shape[0], stack.all_states)
     final: list[list[Tensor]] = []
     every: list[list[Tensor]] = []

@@ -36,6 +36,7 @@ class Options(NamedTuple):
     save: bool = False
     all_states: bool = False
     of_x: bool = True  # the gradient of x is wanted; what records takes it always
+    zeros: bool = False  # the states before the first step are zeros, which no user gave
 
     def encode(self) -> str:
         return f"{self.backend} {self.reverse} {'save' if self.save else 'drop'} {'all' if self.all_states else 'y'}"

@@ -70,7 +70,8 @@ def sequence(
         return *_aten(stack, x, hx or stack.initial(x, weights, batch), weights, batch_sizes, recorded=True), ()
     if not alike:
         arguments.check_alike(x, weights, hx or ())
-    return loops.run(stack, x, hx or stack.initial(x, weights, batch), weights, batch_sizes, controls)
+    states, zeros = hx or stack.initial(x, weights, batch), hx is None and stack.starts_at_zero
+    return loops.run(stack, x, states, weights, batch_sizes, controls, zeros)
 
 
 def _on_a_cpu(

@@ -59,6 +59,11 @@ class Stack:
         return self.num_layers == self.heads == 1 and not self.bidirectional
 
     @once
+    def starts_at_zero(self) -> bool:
+        """Whether that is the initial value of all states."""
+        return not any(self.recurrence.initial)
+
+    @once
     def plans(self) -> dict[torch.Size, object]:
         """Kept by `gpu_rnn.call.plans`."""
         return {}

@@ -77,3 +77,18 @@ def test_both_directions_weights_are_put_together_alike_with_and_without_gradien
         copied = stack.canonical(weights, 0)
     for one, other in zip(recorded, copied, strict=True):
         assert one is other is None or (one.equal(other) and other.is_contiguous() and other.data_ptr() % 64 == 0)
+
+
+@pytest.mark.parametrize("initial", [0.0, 0.5])
+@pytest.mark.parametrize("wanted", [0, 1], ids=["y", "final state"])
+def test_initial_states_stand_for_zeros_only_where_they_are(initial: float, wanted: int) -> None:
+    """What has no gradient in a backward pass has one of zeros, for which initial states serve."""
+    cell = Recurrence(
+        name="starts", gates=("a",), states={"h": initial}, step=lambda x, r, s: torch.tanh(x.a + r.a) + 0.5 * s.h
+    )
+    layer, x = gpu_rnn.Recurrent(cell, 4, 8, dtype=torch.float64), torch.randn(3, 2, 4, dtype=torch.float64)
+    grads = []
+    for layer.backend in ("reference", "step"):
+        grads.append(torch.autograd.grad(layer(x)[wanted].sum(), list(layer.parameters())))
+    for expected, found in zip(*grads, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
