@@ -21,8 +21,6 @@ def unsupported(problem: Problem, *more: str) -> list[str]:
     device, reasons = problem.device, []
     if device.is_gpu and device.capability < OLDEST:
         reasons.append(f"needs compute capability {OLDEST[0]}.{OLDEST[1]} or newer, which {device.name} has not")
-    if problem.proj_size:
-        reasons.append("has no projection of h (proj_size)")
     if problem.dtype not in DTYPES:
         reasons.append(f"takes float16, bfloat16 and float32, not {str(problem.dtype).removeprefix('torch.')}")
     return reasons + problem.without(*CONTROL_FIELDS, "all_states", *more)

@@ -116,6 +116,7 @@ class ResidentModel:
     )
     backward: float = 1.4  # times as many in the backward loop; likewise
     latency: float = 700.0  # cycles that nothing hides: product, two barriers, exchange of h, activations in a row
+    projected: float = 0.5  # of it once more for a projection of h, which no activations follow
     tensor_share: float = 0.6  # of the tensor cores' peak rate that 16-row instructions reach; by others, on an H100
 
 

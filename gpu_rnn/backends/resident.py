@@ -19,9 +19,10 @@ from torch import Tensor
 from gpu_rnn import environment
 from gpu_rnn.backends import building, chains, persistent, rates, triton_interpreter
 from gpu_rnn.backends.building import TritonLaunch
+from gpu_rnn.backends.linear import over_steps
 from gpu_rnn.backends.persistent import bits, even_rows, rows, whole
 from gpu_rnn.backends.problem import Problem
-from gpu_rnn.backends.resident_tiles import available, padded, shared_memory, tile
+from gpu_rnn.backends.resident_tiles import available, matrices, padded, shared_memory, tile, widths
 from gpu_rnn.backends.tensors import Call, LoopGradients, Result, Weights
 from gpu_rnn.backends.throughput import (
     FP32_PER_CYCLE,
@@ -41,6 +42,7 @@ MOST_ACROSS = 65535  # blocks in the second dimension of a CUDA grid, which is N
 LONGEST_PATTERN = 62  # bits of a signed 64-bit argument that can be shifted and tested
 VECTOR = 16  # elements that may be loaded at once, and more than enough
 BIASED_BYTES = 256  # of a row of h: with more, biases in registers made a GRU's step 20 % longer (simulated)
+WIDEST_PROJECTED = 128  # units with a projection of h: more spill (test_resident_builds.py)
 WIDEST_FULL = 64  # units in full fp32: without tensor cores a wider product spills registers (test_resident_builds.py)
 
 FAST_FUNCTIONS = "gpu_rnn.kernels.triton.fast_math"
@@ -60,6 +62,8 @@ def unsupported(problem: Problem) -> list[str]:
         reasons.append(f"needs an NVIDIA GPU, not {problem.device_type} (or TRITON_INTERPRET=1, for tests)")
     if len(program.stages) > 2:
         reasons.append(f"takes two products a step at most, {program.name} has {len(program.stages)}")
+    if problem.proj_size and not program.h_only_enters_the_product:
+        reasons.append(f"projects h (proj_size) where it enters the product alone, and {program.name} reads it itself")
     reasons += persistent.unsupported(problem)
     if problem.N > MOST_ACROSS or bits(problem.reverse)[1] > LONGEST_PATTERN:
         reasons.append(f"takes {MOST_ACROSS} recurrences side by side, directions repeating within {LONGEST_PATTERN}")
@@ -71,6 +75,8 @@ def _too_wide(problem: Problem) -> list[str]:
     program, reasons = problem.program, []
     if problem.dtype == torch.float32 and problem.precision == "ieee" and problem.H > WIDEST_FULL:
         reasons.append(f"takes {WIDEST_FULL} units at most in full float32, not {problem.H} (tf32 takes more)")
+    if problem.proj_size and problem.H > WIDEST_PROJECTED:
+        reasons.append(f"takes {WIDEST_PROJECTED} units at most with a projection of h (proj_size), not {problem.H}")
     needed, there = shared_memory(problem, 1), available(problem)
     if needed > there:
         reasons.append(
@@ -108,13 +114,14 @@ def _one_tile(problem: Problem) -> Problem:
 
 def modelled(problem: Problem) -> float:
     """Seconds of a step of one tile by what its units have to do and what nothing hides."""
-    return _busy(problem) + rates.RESIDENT.latency * len(problem.program.stages) / (problem.device.clock * 1e9)
+    products = len(problem.program.stages) + rates.RESIDENT.projected * bool(problem.proj_size)
+    return _busy(problem) + rates.RESIDENT.latency * products / (problem.device.clock * 1e9)
 
 
 def _busy(problem: Problem) -> float:
     """Seconds of the busiest unit of a multiprocessor, for a step of one tile."""
     program, chosen, known = problem.program, tile(problem), rates.RESIDENT
-    units, weights = chosen.rows * chosen.width, len(program.gates) * chosen.width**2
+    units, weights = chosen.rows * chosen.width, matrices(problem) * math.prod(widths(problem))
     operations = [op for stage in program.stages for op in stage.ops]
     instructions = known.instructions * len(operations) * (known.backward if problem.direction == "backward" else 1.0)
     cycles = max(
@@ -154,6 +161,7 @@ def _constants_of(text: str, functions: str, backward: bool) -> dict[str, Any]:
         "P": len(program.params),
     }
     if backward:
+        constants["MAKE"] = getattr(steps, f"step_{last}")
         constants["FIRST_BACKWARD"] = steps.step_0_backward if two else None
         constants["SPLIT"] = len(set(first.gates) - program.summed)
     return constants
@@ -204,23 +212,27 @@ def _launch(
     """A launch with what both directions take alike."""
     steps, batch, n, _, hidden = p_gates.shape
     pattern, period = bits(call.reverse)
-    align = math.gcd(VECTOR, hidden, *strides.values())
+    width = call.weights.w_hh.shape[-1]
+    align = math.gcd(VECTOR, hidden, width, *strides.values())
     chosen = tile(call.problem)
     both = {
         "p_gates": p_gates,
         "p_initial": _each_whole(call.states),
         "p_w": whole(call.weights.w_hh),
+        "p_w_hr": _whole(call.weights.w_hr),
         "p_params": _whole(call.weights.params),
         **{name: stride // align for name, stride in strides.items()},
         "T": steps,
         "B": batch,
         "H": hidden // align,
+        "width": None if call.weights.w_hr is None else width // align,
         "reverse": pattern,
         "period": period,
         "PRECISION": call.problem.precision,
         "ALIGN": align,
         "BLOCK_B": chosen.rows,
         "BLOCK_H": chosen.width,
+        "BLOCK_W": widths(call.problem)[1],
         "STAGES": chosen.stages,
         "HELD": chosen.held,
         "num_warps": chosen.warps,
@@ -254,8 +266,8 @@ def prepare_forward(
     program, states = call.program, call.states
     steps, batch, n, _, hidden = gates.shape
     gates = rows(gates)
-    y = gates.new_empty(steps, batch, n, hidden)
-    final = [gates.new_empty(batch, n, hidden) for _ in states]
+    y = gates.new_empty(steps, *states[0].shape)
+    final = [gates.new_empty(state.shape) for state in states]
     saved_products, saved_states = len(program.split) * save, (len(states) - 1) * (save or all_states)
     recurrent = gates.new_empty(steps, batch, n, saved_products, hidden)
     inner = gates.new_empty(saved_states, steps, batch, n, hidden, dtype=torch.float32)
@@ -288,7 +300,7 @@ def prepare_backward(
     """The launch and the gradients that it fills; those of the parameters (tiles, N, P, H), a share from each tile."""
     from gpu_rnn.kernels.triton.resident import resident_backward
 
-    program = call.program
+    program, projects = call.program, call.weights.w_hr is not None
     (gates, d_gates), d_y = persistent.beside(call, saved.gates), even_rows(d_y)
     batch, n, _, hidden = gates.shape[1:]
     d_recurrent = gates.new_empty(saved.recurrent.shape)
@@ -303,7 +315,7 @@ def prepare_backward(
         p_gates=gates,
         p_recurrent=whole(saved.recurrent),
         p_inner=whole(saved.inner),
-        p_y=whole(saved.y),
+        p_y=None if projects else whole(saved.y),
         p_d_y=d_y,
         p_d_inner=None if d_inner is None or not len(d_inner) else whole(d_inner),
         p_d_final=_each_whole(d_final),
@@ -312,10 +324,18 @@ def prepare_backward(
         p_d_initial=tuple(d_states),
         p_d_params=d_params,
         p_d_resets=tuple(d_resets) or None,
+        p_d_h=d_y.new_empty(d_y.shape) if projects else None,
+        p_made=gates.new_empty(*gates.shape[:3], hidden) if projects else None,
         strides=_strides(gates) | {f"d_y_{name}": stride for name, stride in _strides(d_y).items()},
         **_constants(call, backward=True),
     )
     return launch, LoopGradients(d_gates, d_recurrent, d_states, d_params, d_resets=d_resets)
+
+
+def _of_projection(launch: TritonLaunch) -> Tensor | None:
+    """(N, P, H): the gradient of W_hr, once a backward launch has run."""
+    d_h, made = launch.arguments["p_d_h"], launch.arguments["p_made"]
+    return None if d_h is None else over_steps(d_h.unsqueeze(3), made).squeeze(1)
 
 
 def _launches(problem: Problem) -> list[TritonLaunch]:
@@ -359,4 +379,4 @@ def backward(call: Call, saved: Result, d_y: Tensor, d_final: list[Tensor], d_in
     """The backward loop in one launch. Shapes: `prepare_backward`."""
     launch, grads = prepare_backward(call, saved, d_y, d_final, d_inner)
     launch(d_y)
-    return persistent.summed(call, grads)
+    return persistent.summed(call, grads._replace(d_w_hr=_of_projection(launch)))

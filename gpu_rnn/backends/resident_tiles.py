@@ -65,15 +65,28 @@ def padded(hidden: int) -> int:
     return max(16, 1 << (hidden - 1).bit_length())
 
 
+def widths(problem: Problem) -> tuple[int, int]:
+    """The padded units, and those of what enters the products: fewer where h is projected. Triton gives all warps of a
+    kernel whose products follow each other to the rows of the first that is no wider than a tile is high."""
+    if not problem.proj_size:
+        return padded(problem.H), padded(problem.H)
+    return max(2 * ROWS, padded(problem.H)), max(2 * ROWS, padded(problem.proj_size))
+
+
+def matrices(problem: Problem) -> int:
+    """Those of all that is multiplied in a step: W_hh of each gate, and what projects h, which is as large."""
+    return problem.G + bool(problem.proj_size)
+
+
 def shared_memory(problem: Problem, stages: int, held: int = 0) -> int:
     """Bytes of a block's shared memory, at most: what registers do not hold of W_hh, the loads under way, and fp32
     blocks to exchange values: two, and a third where what comes back through the products is dropped. What registers
     hold goes through it once, before the loop."""
-    width = padded(problem.H)
-    gate = width**2 * problem.dtype.itemsize
+    width, entering = widths(problem)
+    matrix = width * entering * problem.dtype.itemsize
     exchanged = 3 if problem.drop and problem.direction == "backward" else 2
     loop = ROWS * width * ((stages - 1) * _loaded(problem) + 4 * exchanged)
-    return (problem.G - held) * gate + max(loop, gate if held else 0)
+    return (matrices(problem) - held) * matrix + max(loop, matrix if held else 0)
 
 
 def _loaded(problem: Problem) -> int:
@@ -97,7 +110,7 @@ def build_of(problem: Problem) -> Build:
     kind = HALVES.get(problem.dtype) or ("fp32" if problem.precision == "ieee" else "tf32")
     program = problem.program
     sizes = problem.G, len(program.states), len(program.stages)
-    return Build(10 * major + minor, *sizes, kind, problem.direction, padded(problem.H))
+    return Build(10 * major + minor, *sizes, kind, problem.direction, widths(problem)[0])
 
 
 def tile(problem: Problem) -> Tile:
@@ -114,13 +127,13 @@ def tile(problem: Problem) -> Tile:
 
 def _is_plain(problem: Problem) -> bool:
     """Whether a problem's build takes no more registers than the one that was simulated."""
-    more = problem.options or problem.lengths or problem.program.params
+    more = problem.options or problem.lengths or problem.program.params or problem.proj_size
     return not more and problem.H * problem.dtype.itemsize % ROW_BYTES == 0
 
 
 def usual_warps(problem: Problem) -> int:
     """Where the table has no row."""
-    width = padded(problem.H)
+    width, _ = widths(problem)
     row = max(problem.G, 4) * width * problem.dtype.itemsize
     warps = min(MOST_WARPS, max(2 if width == 16 else 4, row // WARP_BYTES))
     return 1 << (warps - 1).bit_length()

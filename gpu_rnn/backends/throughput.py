@@ -45,7 +45,7 @@ def products(problem: Problem) -> float:
 
 def projection(problem: Problem) -> float:
     """Seconds that the input products of a pass take at least."""
-    return problem.flops * problem.I / (problem.I + problem.H) / product_rate(problem)
+    return problem.flops * problem.I / (problem.I + (problem.proj_size or problem.H)) / product_rate(problem)
 
 
 def multiplications(problem: Problem, tensor_share: float, shuffled: float = 1.0) -> float:

@@ -123,6 +123,13 @@ class Program:
     def initial(self) -> tuple[float, ...]:
         return tuple(value for _, value in self.states)
 
+    @once
+    def h_only_enters_the_product(self) -> bool:
+        """As that of an LSTM, so that it may have other units than the gates."""
+        stage, *others = self.stages
+        read = {*stage.outputs, *(arg for op in stage.ops for arg in op.args)}
+        return not others and f"s_{self.state_names[0]}" not in read
+
     def gate_inputs(self, stage: Stage) -> tuple[str, ...]:
         """The inputs that belong to a stage's gates."""
         names = []

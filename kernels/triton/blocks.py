@@ -125,15 +125,3 @@ def part(blocks, BEGIN: tl.constexpr, END: tl.constexpr):
     for i in tl.static_range(BEGIN, END):
         chosen = chosen + (blocks[i],)
     return chosen
-
-
-@triton.jit
-def load_reset_values(p_values, offsets, mask, INITIAL: tl.constexpr):
-    """What a reset sets each state to, as fp32: given values, or the recurrence's initial ones."""
-    values = ()
-    if p_values is not None:
-        values = load_each(p_values, offsets, mask)
-    else:
-        for k in tl.static_range(len(INITIAL)):
-            values = values + (tl.full(mask.shape, INITIAL[k], tl.float32),)
-    return values

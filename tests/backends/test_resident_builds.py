@@ -47,6 +47,9 @@ ODD_SPILLS = (
 )
 STACK = 64  # bytes; the largest of `test_builds_everywhere` is 16
 GATES = -1  # stands for a cell's number of gates
+PROJECTED = ("lstm", "peephole_lstm", "coupled_lstm", "slstm")
+HALF, MOST = "half", "most"  # of the units: to how many h is projected
+PROJECTED_SPILLS = 24  # as `LARGE_SPILLS`, with a projection and all options or full fp32
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "lengths": {"lengths": True},
@@ -70,7 +73,9 @@ class Build:
     spills: int  # accesses to local memory in the time loop
 
 
-def problem(cell: str, kind: str, direction: str, architecture: int, hidden: int, options: str = "plain") -> Problem:
+def problem(
+    cell: str, kind: str, direction: str, architecture: int, hidden: int, options: str = "plain", projected: str = ""
+) -> Problem:
     dtype, precision = KINDS[kind]
     device = devices.describe(ARCHITECTURES[architecture])
     recurrence = support.RECURRENCES[cell]
@@ -90,14 +95,15 @@ def problem(cell: str, kind: str, direction: str, architecture: int, hidden: int
         direction=direction,
         precision=precision,
         reverse="01",
+        proj_size={"": 0, HALF: hidden // 2, MOST: hidden - 4}[projected],
         **changes,
     )
 
 
-def limit(cell: str, kind: str, direction: str, architecture: int) -> int:
+def limit(cell: str, kind: str, direction: str, architecture: int, projected: str = "") -> int:
     """The largest number of units that the launcher takes."""
-    widths = [16 << k for k in range(10)]
-    return max(w for w in widths if not resident.unsupported(problem(cell, kind, direction, architecture, w)))
+    given = [problem(cell, kind, direction, architecture, 16 << k, projected=projected) for k in range(10)]
+    return max(each.H for each in given if not resident.unsupported(each))
 
 
 def launch(given: Problem) -> building.TritonLaunch:
@@ -108,18 +114,19 @@ def launch(given: Problem) -> building.TritonLaunch:
 
     program, T, B, N, H = given.program, given.T, given.B, given.N, given.H
     G, R, P = len(program.gates), len(program.split), len(program.params)
-    params = empty(N, P, H) if P else None
-    weights = Weights(empty(N, G, H, given.I), empty(N, G, H, H), empty(N, G, H), empty(N, G, H), params)
-    states = [empty(B, N, H) for _ in program.states]
-    gates, y = empty(T, B, N, G, H), empty(T, B, N, H)
+    params, W = empty(N, P, H) if P else None, given.proj_size or H
+    w_hr = empty(N, W, H) if given.proj_size else None
+    weights = Weights(empty(N, G, H, given.I), empty(N, G, H, W), empty(N, G, H), empty(N, G, H), params, w_hr)
+    states = [empty(B, N, H if k else W) for k, _ in enumerate(program.states)]
+    gates, y = empty(T, B, N, G, H), empty(T, B, N, W)
     controls = LayerControls(
         empty(B, dtype=torch.int64) if given.lengths else None,
         empty(T, B, N, dtype=torch.uint8) if given.flags else None,
-        empty(B, N, given.drop, H) if given.drop else None,
+        empty(B, N, given.drop, W) if given.drop else None,
         empty(len(states), T, B, N, H, dtype=torch.bool) if given.zone else None,
     )
     # Per step where all else is there: their gradients are then stored, else summed in registers.
-    values = [empty(T if given.zone else 1, B, N, H) for _ in states if given.reset_values]
+    values = [empty(T if given.zone else 1, *state.shape) for state in states if given.reset_values]
     joined = not resident.adds_b_hh(given)
     call = Call(program, weights, states, controls, values, given.reverse, given, joined)
     if given.direction != "backward":
@@ -167,12 +174,15 @@ def build(given: Problem, folder: Path) -> Build:
 
 Case = tuple[int, str, str, str, str, int]  # architecture, direction, kind, cell, options, missing
 PAIRS = pairwise(list(ARCHITECTURES), DIRECTIONS, list(KINDS), CELLS, list(OPTIONS), MISSING)
+PROJECTIONS = pairwise(
+    list(ARCHITECTURES), DIRECTIONS, list(KINDS), PROJECTED, ["plain", "lengths", "everything"], [0, 4, 1], [HALF, MOST]
+)
 EVERY = list(product(ARCHITECTURES, DIRECTIONS, KINDS, ("lstm", "gru", "minimal"), ["plain", "everything"], [0]))
 
 
-def every_second_slow(cases: list[Case]) -> list[Any]:
-    """A default run builds half of them: each takes a second or two."""
-    return [pytest.param(case, marks=[pytest.mark.slow] * (number % 2)) for number, case in enumerate(cases)]
+def some_slow(cases: list[Any], default: int = 2) -> list[Any]:
+    """A default run builds every so many of them: each takes a second or two."""
+    return [pytest.param(case, marks=[pytest.mark.slow] * bool(number % default)) for number, case in enumerate(cases)]
 
 
 def spills(kind: str, cell: str, options: str, missing: int) -> int:
@@ -182,11 +192,13 @@ def spills(kind: str, cell: str, options: str, missing: int) -> int:
     return LARGE_SPILLS if cell in LARGE else SPILLS
 
 
-def check(case: Case, folder: Path) -> None:
+def check(case: Case, folder: Path, projected: str = "") -> None:
     architecture, direction, kind, cell, options, missing = case
-    hidden = limit(cell, kind, direction, architecture) - missing
-    given = problem(cell, kind, direction, architecture, hidden, options)
+    hidden = limit(cell, kind, direction, architecture, projected) - missing
+    given = problem(cell, kind, direction, architecture, hidden, options, projected)
     found, most = build(given, folder), spills(kind, cell, options, missing)
+    if projected and (cell in LARGE or kind == "fp32"):
+        most = max(most, PROJECTED_SPILLS)
     assert found.spills <= most
     assert found.stack <= STACK or most > SPILLS
     tile = resident.tile(given)
@@ -194,9 +206,16 @@ def check(case: Case, folder: Path) -> None:
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("case", every_second_slow(PAIRS), ids=lambda case: "-".join(map(str, case)))
+@pytest.mark.parametrize("case", some_slow(PAIRS), ids=lambda case: "-".join(map(str, case)))
 def test_builds_at_the_limit(case: Case, tmp_path: Path) -> None:
     check(case, tmp_path)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("case", some_slow(PROJECTIONS, 5), ids=lambda case: "-".join(map(str, case)))
+def test_builds_with_a_projection(case: tuple[Any, ...], tmp_path: Path) -> None:
+    *rest, projected = case
+    check(tuple(rest), tmp_path, projected)
 
 
 @pytest.mark.compile

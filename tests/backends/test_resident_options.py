@@ -27,6 +27,20 @@ PAIRS = pairwise(
 )
 
 
+PROJECTED = ("lstm", "peephole_lstm", "coupled_lstm", "slstm")
+PROJECTIONS = pairwise(
+    PROJECTED,
+    [f"proj {steering}" for steering in STEERING],
+    DROPS,
+    ["", "zone"],
+    ["", "all_states"],
+    DTYPES,
+    [(1, 1, 2), *SHAPES[1:]],
+    ["0", "1", "01"],
+    [True, False],
+)
+
+
 def small(cell: str, *names: str, reverse: str = "01") -> tuple[Recurrence, support.Inputs]:
     return inputs_of((cell, " ".join(names), "", "", "", torch.float32, (4, 3, 5), reverse, True))
 
@@ -41,6 +55,27 @@ def test_each_option(cell: str, option: str) -> None:
 @pytest.mark.parametrize("case", PAIRS, ids=lambda case: "-".join(map(str, case)))
 def test_options_together(case: Case) -> None:
     compare(*inputs_of(case), "cpu")
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("case", PROJECTIONS, ids=lambda case: "-".join(map(str, case)))
+def test_a_projection_with_options(case: Case) -> None:
+    compare(*inputs_of(case), "cpu")
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("proj", [1, 17, 36])
+def test_widths_of_a_projection(proj: int) -> None:
+    """Of one unit, of more than a block's least, and of nearly all."""
+    recurrence = support.RECURRENCES["lstm"]
+    inputs = support.make(recurrence, T=4, B=3, H=37, proj=proj, reverse="01", scale=0.3)
+    compare(recurrence, inputs.to(torch.float32), "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", PROJECTIONS, ids=lambda case: "-".join(map(str, case)))
+def test_a_projection_with_options_on_a_gpu(case: Case) -> None:
+    compare(*inputs_of(case), "cuda")
 
 
 @pytest.mark.gpu
@@ -78,10 +113,12 @@ def test_a_kernel_that_ignores_an_option_is_found_out(option: str) -> None:
 
 
 def loops(cell: str, option: str, direction: str) -> tuple[Call, Tensor]:
-    """A call without its projection, and its gates."""
+    """A call without its input products, and its gates."""
     recurrence, inputs = small(cell, option)
     inputs = inputs.detached()
-    given = Problem(recurrence=recurrence, T=4, B=3, N=2, I=2, H=5, direction=direction, reverse="01")
+    proj = inputs.weights.w_hh.shape[-1] if inputs.weights.w_hr is not None else 0
+    sizes = {"T": 4, "B": 3, "N": 2, "I": 2, "H": 5, "proj_size": proj}
+    given = Problem(recurrence=recurrence, **sizes, direction=direction, reverse="01")
     return inputs.call(recurrence, given), project(inputs.x, inputs.weights, recurrence.program).contiguous()
 
 
@@ -104,6 +141,7 @@ def both_passes(option: str, which: int, padding: float) -> dict[str, Tensor]:
     call = replace(call, problem=replace(call.problem, direction="backward"))
     found = resident.backward(call, result, torch.ones_like(result.y), d_final, None)
     outputs = {"y": result.y, "d_gates": found.d_gates, "d_params": found.d_params, "d_r": found.d_recurrent}
+    outputs |= {"d_w_hr": found.d_w_hr}
     listed = [*result.final, *found.d_states, *found.d_resets]
     return {name: value for name, value in outputs.items() if value is not None} | dict(
         zip(map(str, range(9)), listed, strict=False)
@@ -111,9 +149,10 @@ def both_passes(option: str, which: int, padding: float) -> dict[str, Tensor]:
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize("projection", ["", "proj"])
 @pytest.mark.parametrize(("option", "which"), [("mask", SKIP), ("resets", RESET), ("reset_values_per_step", RESET)])
-def test_nan_that_no_step_uses_does_not_leak(option: str, which: int) -> None:
-    found, truth = (both_passes(option, which, padding) for padding in (float("nan"), 0.0))
+def test_nan_that_no_step_uses_does_not_leak(option: str, which: int, projection: str) -> None:
+    found, truth = (both_passes(f"{option} {projection}", which, padding) for padding in (float("nan"), 0.0))
     torch.testing.assert_close(found, truth, rtol=0, atol=0)
 
 

@@ -29,7 +29,7 @@ TIGHT, SINGLE = 1e-9, 2e-5  # float64 and float32, sums in another order
 FEW_BUILDS = frozenset({"lstm", "gru", "gru_reset_before", "rnn"})
 WITHOUT = {
     "native": {"clip", *CELLS - FEW_BUILDS},
-    "resident": {"layer_norm", "proj_size"},
+    "resident": {"layer_norm"},
     "group": {"proj_size"},
 }
 
@@ -112,7 +112,7 @@ def test_step_in_the_interpreter(call: dict[str, Any]) -> None:
 
 @pytest.mark.interpreter
 @combinations(150)
-@given(calls(without=frozenset({"layer_norm", "proj_size"})))
+@given(calls(without=frozenset({"layer_norm"})))
 def test_resident_in_the_interpreter(call: dict[str, Any]) -> None:
     compare(call, "resident", torch.float32, SINGLE)
 

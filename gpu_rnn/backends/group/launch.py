@@ -362,6 +362,8 @@ def unsupported(problem: Problem) -> list[str]:
         reasons += [missing] if missing else []
     if len(program.stages) > 2:
         reasons.append(f"takes two products a step at most, {program.name} has {len(program.stages)}")
+    if problem.proj_size:
+        reasons.append("has no projection of h (proj_size)")
     reasons += persistent.unsupported(problem, "norm")
     if bits(problem.reverse)[1] > LONGEST_PATTERN:
         reasons.append(f"takes directions that repeat within {LONGEST_PATTERN} recurrences")

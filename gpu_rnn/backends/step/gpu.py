@@ -33,7 +33,7 @@ def takes(gates: Tensor, call: Call) -> bool:
 
 def _fits(dtype: torch.dtype, projects: bool, program: Program) -> bool:
     narrow = dtype in (torch.float16, torch.bfloat16, torch.float32)
-    return narrow and (not projects or _h_only_enters_the_product(program))
+    return narrow and (not projects or program.h_only_enters_the_product)
 
 
 def launches(problem: Problem) -> Iterator[TritonLaunch]:
@@ -56,14 +56,6 @@ def launches(problem: Problem) -> Iterator[TritonLaunch]:
         entering = forward.of_h.entering if steps is forward else forward.y[0].transpose(0, 1)
         for shape, product in zip(steps.shapes, steps.products, strict=True):
             yield TritonLaunch(step_forward, steps.grid, steps.arguments(0, shape, product.batched(entering)))
-
-
-def _h_only_enters_the_product(program: Program) -> bool:
-    """As the h of an LSTM: a projected one has other units than the gates, so that no kernel could read it beside
-    them."""
-    stage, *others = program.stages
-    read = {*stage.outputs, *(arg for op in stage.ops for arg in op.args)}
-    return not others and f"s_{program.state_names[0]}" not in read
 
 
 def _fill(pairs: Pairs, part: slice) -> None:
