@@ -36,6 +36,7 @@ def rnn(
     recurrent_mask: Tensor | None = None,
     zone: Tensor | None = None,
     norm: bool = False,
+    rms: bool = False,
     all_states: bool = False,
     heads: int = 1,
 ) -> tuple[Tensor, States] | tuple[Tensor, States, States]:
@@ -65,6 +66,7 @@ def rnn(
         zone: bool, (states, T, D·num_layers, B, H): units that keep their state (Krueger et al., arXiv:1606.01305).
         norm: layer-normalise the products, gate by gate: LN(W_ih x)·g_ih + b_ih and LN(W_hh h)·g_hh + b_hh
             (Ba et al., arXiv:1607.06450).
+        rms: with `norm`, divide by the root mean square instead (Zhang and Sennrich, arXiv:1910.07467).
         all_states: return all states of all steps as well.
         heads: k blocks on the diagonal of W_hh: each direction is k recurrences of H/k units that read one x. Each
             weight has k in front, the rest as of a layer of H/k units: w_ih (k, G·H/k, I), w_hh (k, G·H/k, P/k), ...
@@ -98,6 +100,7 @@ def rnn(
         proj_size=proj_size,
         backend=backend,
         norm=norm,
+        rms=rms,
         all_states=all_states,
         heads=heads,
     )

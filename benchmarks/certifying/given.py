@@ -29,6 +29,7 @@ class Given:
     recurrent_mask: Tensor | None = None
     zone: Tensor | None = None
     clip: float = math.inf
+    rms: bool = False  # products with scales are normalised by their root mean square
     heads: int = 1  # with more each weight has them in front
     formula: tuple[Step, int] | None = None  # of a cell that is not in CELLS: its step and how many gates it has
     initial: list[float] = field(default_factory=lambda: [0.0, 0.0])

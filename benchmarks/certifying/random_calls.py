@@ -28,6 +28,7 @@ OPTIONS = (
     "recurrent_dropout_per_gate",
     "zoneout",
     "layer_norm",
+    "rms_norm",
     "all_states",
     "bidirectional",
     "num_layers",
@@ -69,6 +70,8 @@ def sensible(chosen: Collection[str]) -> frozenset[str]:
         found -= {"reset_state"}
     if found & {"reset_state", "reset_state_per_step"}:
         found |= {"resets"}
+    if "rms_norm" in found:
+        found -= {"layer_norm"}
     if "recurrent_dropout_per_gate" in found:
         found -= {"recurrent_dropout"}
     return frozenset(found)
@@ -112,7 +115,7 @@ def tensors(
         features = directions * P if index >= directions else I
         shapes = _shapes(recurrence, features, H // heads, P // heads, options)
         own = {name: weight(*front, *shape) for name, shape in shapes.items()}
-        scales = ("norm_ih", "norm_hh") if "layer_norm" in options else ()
+        scales = ("norm_ih", "norm_hh") if options & {"layer_norm", "rms_norm"} else ()
         weights.append(own | {name: normal(*front, gates * H // heads) for name in scales})
     rows = layers * directions
     steps = (T,) if "reset_state_per_step" in options else ()
@@ -131,6 +134,7 @@ def tensors(
         reset_state=states(*steps, rows, B) if resetting else None,
         recurrent_mask=chance(rows, B, masks, P, p=0.6).double() / 0.6 if dropping else None,
         clip=CLIP if "clip" in options else math.inf,
+        rms="rms_norm" in options,
         heads=heads,
         zone=chance(len(recurrence.states), T, rows, B, H) if "zoneout" in options else None,
     )
@@ -211,7 +215,8 @@ def call(made: Given, recurrence: Recurrence, options: Collection[str], backend:
         reset_state=made.reset_state and tuple(made.reset_state),
         recurrent_mask=made.recurrent_mask,
         zone=made.zone,
-        norm="layer_norm" in options,
+        norm="layer_norm" in options or made.rms,
+        rms=made.rms,
         all_states="all_states" in options,
         heads=made.heads,
     )

@@ -114,7 +114,7 @@ def example(problem: Problem) -> Example:
     recurrent = empty(steps, batch, n, len(program.split), hidden)
     projected = empty(steps, batch, n, gates, hidden)
     saved = Result(empty(steps, *states[0].shape), states, projected, recurrent, inner)
-    call = Call(program, weights, states, LayerControls(**controls), values, problem.reverse, problem)
+    call = Call(program, weights, states, LayerControls(**controls), values, problem.reverse, problem, rms=problem.rms)
     return Example(call, projected, saved)
 
 

@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layer normalisation over the last dimension (Ba et al., arXiv:1607.06450), without scale and shift, there and
-back."""
+"""Normalisation over the last dimension, without scale and shift, there and back: by mean and deviation (Ba et al.,
+arXiv:1607.06450) or by the root mean square alone (Zhang and Sennrich, arXiv:1910.07467).
+
+What computes with either takes it as a `Rule`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-EPSILON = 1e-5  # as torch.nn.LayerNorm's
+EPSILON = 1e-5  # as torch.nn.LayerNorm's; of both, so that an h of 0 has gradients of one size
 
 
 class Normalised(NamedTuple):
@@ -33,15 +37,25 @@ class Normalise(Protocol):
     def __call__(self, values: Tensor, out: Normalised | None = None, /) -> Normalised: ...
 
 
-def normalised(values: Tensor) -> Tensor:
-    """Differentiable.
+class Backwards(Protocol):
+    """From the gradient of normalised values that of the values."""
+
+    def __call__(self, d: Tensor, normal: Normalised, out: Tensor | None = None) -> Tensor: ...
+
+
+def normalised(values: Tensor, rms: bool = False) -> Tensor:
+    """Differentiable to any order.
 
     Raises:
         TypeError: complex numbers.
     """
     if values.is_complex():
-        raise TypeError(f"layer normalisation takes real numbers, not {values.dtype}")
-    return F.layer_norm(values, values.shape[-1:], eps=EPSILON)
+        raise TypeError(f"{'RMS' if rms else 'layer'} normalisation takes real numbers, not {values.dtype}")
+    if not rms:
+        return F.layer_norm(values, values.shape[-1:], eps=EPSILON)
+    wide = values.float() if values.dtype.itemsize < 4 else values
+    # A quotient: second derivatives in float32 were off by four times as much with a product by rsqrt.
+    return (wide / (wide.square().mean(-1, keepdim=True) + EPSILON).sqrt()).to(values.dtype)
 
 
 def normalise(values: Tensor, out: Normalised | None = None, /) -> Normalised:
@@ -60,19 +74,26 @@ def centred(weights: Tensor) -> tuple[Tensor, Normalise]:
     """
     if weights.dtype.itemsize < 4:
         return weights, normalise
-    epsilon = weights.new_full((), EPSILON)
+    return weights - weights.mean(-2, keepdim=True), by_root_mean_square
 
-    def of_mean_zero(values: Tensor, out: Normalised | None = None, /) -> Normalised:
-        into, rstd = out or (None, None)
-        length = torch.linalg.vector_norm(values, dim=-1, keepdim=True)
-        rstd = torch.addcmul(epsilon, length, length, value=1 / values.shape[-1], out=rstd).rsqrt_()
-        return Normalised(torch.mul(values, rstd, out=into), rstd)
 
-    return weights - weights.mean(-2, keepdim=True), of_mean_zero
+def by_root_mean_square(values: Tensor, out: Normalised | None = None, /) -> Normalised:
+    """Without a derivative: what `normalise` gives of values whose mean is 0."""
+    wide = torch.float32 if values.dtype.itemsize < 4 else values.dtype
+    into, rstd = out or (None if wide == values.dtype else torch.empty_like(values), None)
+    length = torch.linalg.vector_norm(values, dim=-1, keepdim=True, dtype=wide)
+    epsilon = length.new_full((), EPSILON)
+    rstd = torch.addcmul(epsilon, length, length, value=1 / values.shape[-1], out=rstd).rsqrt_()
+    return Normalised(torch.mul(values, rstd, out=into), rstd)
+
+
+def uncentred(weights: Tensor) -> tuple[Tensor, Normalise]:
+    """Weights as they are, and what takes their products' root mean squares."""
+    return weights, by_root_mean_square
 
 
 class Back:
-    """From the gradient of normalised values that of the values."""
+    """Through `normalise`."""
 
     def __init__(self, rstd: Tensor) -> None:
         """`rstd`: as those will be that it is called with."""
@@ -85,3 +106,30 @@ class Back:
         backward = torch.ops.aten.native_layer_norm_backward
         d_values, *_ = backward(d, values, values.shape[-1:], mean, rstd, None, None, which)
         return torch.mul(d_values, normal.rstd, out=out)
+
+
+class BackByRootMeanSquare:
+    """Through `by_root_mean_square`: d_values = rstd · (d − n · mean(d ⊙ n)), n the normalised values."""
+
+    def __init__(self, rstd: Tensor) -> None:
+        """As `Back`'s."""
+
+    def __call__(self, d: Tensor, normal: Normalised, out: Tensor | None = None) -> Tensor:
+        along = (d * normal.values).mean(-1, keepdim=True)
+        return torch.mul(torch.addcmul(d, normal.values, along, value=-1), normal.rstd, out=out)
+
+
+class Rule(NamedTuple):
+    """A way to normalise, as time loops take it: values; the products of weights, which may be changed for it; back."""
+
+    normalise: Normalise
+    of_products: Callable[[Tensor], tuple[Tensor, Normalise]]
+    back: Callable[[Tensor], Backwards]
+
+    @staticmethod
+    def of(rms: bool) -> Rule:
+        return RMS if rms else LAYER
+
+
+LAYER = Rule(normalise, centred, Back)
+RMS = Rule(by_root_mean_square, uncentred, BackByRootMeanSquare)

@@ -45,7 +45,8 @@ class Problem:
         drop: recurrent dropout with one mask for all gates (1), with one for each gate (their number), or none (0).
         zone: units keep their states at random (zoneout).
         all_states: every state of every step is wanted.
-        norm: the recurrent products are layer-normalised.
+        norm: the products are normalised, gate by gate and recurrence by recurrence.
+        rms: that is by the root mean square alone.
         bias: there are biases.
         transforms: the call is under a functorch transform or forward-mode differentiation.
     """
@@ -73,6 +74,7 @@ class Problem:
     zone: bool = False
     all_states: bool = False
     norm: bool = False
+    rms: bool = False
     bias: bool = True
 
     @property
@@ -110,7 +112,8 @@ class Problem:
             else "",
             "zone": "zoneout" if self.zone else "",
             "all_states": "the states of all steps" if self.all_states else "",
-            "norm": "layer normalisation" if self.norm else "",
+            "norm": "layer normalisation" if self.norm and not self.rms else "",
+            "rms": "RMS normalisation" if self.norm and self.rms else "",
         }
         return {name: words for name, words in named.items() if words}
 

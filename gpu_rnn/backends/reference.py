@@ -68,6 +68,7 @@ def project(
     weights: Weights,
     program: Program,
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear,
+    rms: bool = False,
 ) -> Tensor:
     """W_ih x + b_ih for all steps, with b_hh added where a gate is a sum; with `norm_ih`, the product normalised.
 
@@ -81,7 +82,7 @@ def project(
     else:
         gates = torch.einsum("tbni,nghi->tbngh", x, weights.w_ih)
     if weights.norm_ih is not None:
-        gates = normalised(gates) * weights.norm_ih
+        gates = normalised(gates, rms) * weights.norm_ih
     return gates if bias is None else gates + bias
 
 
@@ -89,7 +90,7 @@ def forward(call: Call, x: Tensor, save: bool = False, all_states: bool = False)
     """Runs a recurrence over x, (T, B, I) or (T, B, N, I). See `Result` and `LayerControls`."""
     program, controls = call.program, call.controls
     order = processing_order(x.shape[0], controls.lengths, call.reverse, x.device)
-    gates = reorder(project(x, call.weights, program), order)
+    gates = reorder(project(x, call.weights, program, rms=call.rms), order)
     step, steer = _Step(call), _StepControls(call, order)
     states: list[Tensor] = list(call.states)
     outputs, saved_gates, saved_recurrent, saved_inner = [], [], [], []
@@ -182,7 +183,7 @@ class _Step:
     """
 
     def __init__(self, call: Call) -> None:
-        self.program, self.weights, self.drop = call.program, call.weights, call.controls.drop
+        self.program, self.weights, self.drop, self.rms = call.program, call.weights, call.controls.drop, call.rms
         self.params = {}
         if call.weights.params is not None:
             params = call.weights.params.unbind(1)
@@ -200,7 +201,7 @@ class _Step:
             product = torch.einsum("bngk,nghk->bngh", dropped, weights)
         if self.weights.norm is None:
             return product
-        return normalised(product) * self.weights.norm[:, rows]
+        return normalised(product, self.rms) * self.weights.norm[:, rows]
 
     def __call__(self, x: Tensor, states: list[Tensor]) -> tuple[list[Tensor], Tensor, Tensor]:
         """x (B, N, G, H), states -> new states, pre-activations (B, N, G, H), products of split gates."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gpu_rnn.backends.axes import Axes, axes_of
-from gpu_rnn.backends.normalisation import Normalised
+from gpu_rnn.backends.normalisation import Normalised, Rule
 from gpu_rnn.compiler.program import Program
 
 if TYPE_CHECKING:
@@ -151,6 +151,12 @@ class Call:
     # Where a forward pass may keep its normalised products for the backward pass: (2, T, B, N, G, H), input and
     # recurrent.
     kept: Normalised | None = None
+    rms: bool = False  # products are normalised by their root mean square
+
+    @property
+    def rule(self) -> Rule:
+        """How its products are normalised, if they are."""
+        return Rule.of(self.rms)
 
     @property
     def lengths(self) -> Tensor | None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from gpu_rnn.call.stack import Stack
 
 
-SWITCHES = ("bias", "bidirectional", "batch_first", "norm", "all_states")  # of a stack
+SWITCHES = ("bias", "bidirectional", "batch_first", "norm", "rms", "all_states")  # of a stack
 PROJECTED = "proj_size argument is only supported for LSTM, not RNN or GRU"
 
 
@@ -94,6 +94,8 @@ def _options(stack: Stack) -> None:
             raise TypeError(f"{name} should be an integer, got: {value!r}")
         if value < least:
             raise ValueError(f"{name} should be {least} or more, got: {value}")
+    if stack.rms and not stack.norm:
+        raise ValueError("rms says how the products are normalised: give norm=True, too")
     heads(stack.heads, None, stack.proj_size)
     probability("dropout", stack.dropout)
     choice.check_name(stack.backend)

@@ -161,7 +161,7 @@ def _inputs(operation: str, text: str, options: Options, row: tuple[Spec | None,
     check.each("states", given.states, STATES)
     if given.reset_values:
         check.each("reset_values", given.reset_values, RESET_VALUES)
-    _together(check, given, program)
+    _together(check, given, program, options)
     if weights.w_between is not None:
         _stack(check, given, options)
 
@@ -187,7 +187,7 @@ def _ranks(operation: str, given: Inputs) -> None:
             )
 
 
-def _together(check: _Check, given: Inputs, program: Program) -> None:
+def _together(check: _Check, given: Inputs, program: Program, options: Options) -> None:
     """What comes only with something else, or not beside it."""
     _, weights, controls, _, reset_values = given
     for first, second in (("b_ih", "b_hh"), ("norm", "norm_ih")):
@@ -198,6 +198,7 @@ def _together(check: _Check, given: Inputs, program: Program) -> None:
     check.require(there, f"params holds the program's per-unit parameters ({named or 'it has none'})")
     check.require(controls.lengths is None or controls.flags is None, "lengths and flags do not come together")
     check.require(not reset_values or controls.flags is not None, "reset_values come with flags")
+    check.require(weights.norm is not None or not options.rms, "rms comes with norm")
     check.require(controls.between is None or weights.w_between is not None, "between comes with w_between")
 
 

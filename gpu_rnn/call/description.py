@@ -27,6 +27,7 @@ def describe(
     proj_size: int,
     bias: bool,
     norm: bool,
+    rms: bool,
     controls: Mapping[str, Any],
     all_states: bool,
     packed: bool = False,
@@ -59,5 +60,6 @@ def describe(
         **controls,
         all_states=all_states,
         norm=norm,
+        rms=rms,
         bias=bias,
     )

@@ -56,7 +56,7 @@ def _layers(
     if _staggered(stack, x, states, weights, controls):
         return _wavefront(stack, x, states, weights, controls)
     text = stack.recurrence.text(stack.recurrence.identity)
-    options = Options(stack.backend, stack.reverse, all_states=stack.all_states, zeros=zeros)
+    options = Options(stack.backend, stack.reverse, all_states=stack.all_states, zeros=zeros, rms=stack.rms)
     flags = controls.flags(stack.reverse, x.shape[0], stack.all_states)
     final: list[list[Tensor]] = []
     every: list[list[Tensor]] = []

@@ -25,7 +25,7 @@ from gpu_rnn.dispatch import choice
 from gpu_rnn.memo import memoize
 
 NOTHING = nullcontext()
-ENCODED = re.compile(r"(\w+) ([01]+) (save|drop) (all|y)")
+ENCODED = re.compile(r"(\w+) ([01]+) (save|drop) (all|y)( rms)?")
 
 
 class Options(NamedTuple):
@@ -37,9 +37,11 @@ class Options(NamedTuple):
     all_states: bool = False
     of_x: bool = True  # the gradient of x is wanted; what records takes it always
     zeros: bool = False  # the states before the first step are zeros, which no user gave
+    rms: bool = False  # products are normalised by their root mean square
 
     def encode(self) -> str:
-        return f"{self.backend} {self.reverse} {'save' if self.save else 'drop'} {'all' if self.all_states else 'y'}"
+        words = self.backend, self.reverse, "save" if self.save else "drop", "all" if self.all_states else "y"
+        return " ".join((*words, "rms") if self.rms else words)
 
     @staticmethod
     @memoize(256)
@@ -49,9 +51,9 @@ class Options(NamedTuple):
             raise ValueError(
                 f"the options of a layer read like 'auto 01 save y' or 'step 0 drop all', got {text[:80]!r}"
             )
-        backend, reverse, save, states = words.groups()
+        backend, reverse, save, states, rms = words.groups()
         choice.check_name(backend)
-        return Options(backend, reverse, save == "save", states == "all")
+        return Options(backend, reverse, save == "save", states == "all", rms=rms is not None)
 
 
 def problem_of(text: str, options: Options, inputs: Inputs, direction: str) -> Problem:
@@ -71,6 +73,7 @@ def problem_of(text: str, options: Options, inputs: Inputs, direction: str) -> P
         proj_size=width if weights.w_hr is not None else 0,
         bias=weights.b_ih is not None,
         norm=weights.norm is not None,
+        rms=options.rms,
         controls={**controls.described, "reset_values": bool(reset_values)},
         all_states=options.all_states,
     )
@@ -88,6 +91,7 @@ def call_of(text: str, options: Options, inputs: Inputs, problem: Problem | None
         options.reverse,
         problem,  # type: ignore[arg-type]
         joined,
+        rms=options.rms,
     )
 
 
@@ -105,7 +109,7 @@ def _arithmetic(fp32: str, like: Tensor) -> Iterator[None]:
 
 
 def _room(call: Call, x: Tensor) -> Normalised | None:
-    """On a CPU, layer-normalised products are kept: to take them once more was a tenth of both passes (AMD EPYC)."""
+    """On a CPU, normalised products are kept: to take them once more was a tenth of both passes (AMD EPYC)."""
     if call.weights.norm is None or not x.is_cpu or x.dtype.itemsize < 4:
         return None
     values = x.new_empty(2, *x.shape[:2], *call.weights.w_hh.shape[:3])
@@ -131,7 +135,7 @@ def run(text: str, options: Options, inputs: Inputs, keep: bool = False) -> Resu
             return result._replace(final=[state.clone() for state in result.final])
     with _arithmetic(problem.precision, inputs.x):
         call = replace(call, kept=_room(call, inputs.x) if keep else None)
-        gates = linear.project(inputs.x, inputs.weights, call.program, call.kept, call.joined).contiguous()
+        gates = linear.project(inputs.x, inputs.weights, call.program, call.kept, call.joined, call.rule).contiguous()
         with named(f"gpu_rnn::{name}_forward"):
             return KERNELS[name].forward(call, gates, options.save, options.all_states)
 

@@ -25,8 +25,9 @@ class Stack:
     """What does not change between the calls of a layer. `dropout` is 0 outside training.
 
     With `norm`, each layer and direction has two weights more, the scales of the normalised input products and of the
-    normalised recurrent products, (G·H) each. With `heads`, k of them, W_hh is block-diagonal: each direction is k
-    recurrences of H/k units side by side (`gpu_rnn.call.heads`), and each of its weights has k in front.
+    normalised recurrent products, (G·H) each; with `rms` it is by the root mean square. With `heads`, k of them, W_hh
+    is block-diagonal: each direction is k recurrences of H/k units side by side (`gpu_rnn.call.heads`), and each of its
+    weights has k in front.
     """
 
     recurrence: Recurrence
@@ -38,6 +39,7 @@ class Stack:
     proj_size: int = 0
     backend: str = "auto"
     norm: bool = False
+    rms: bool = False
     all_states: bool = False
     heads: int = 1
 
@@ -151,6 +153,7 @@ class Stack:
             proj_size=self.proj_size // self.heads,
             bias=self.bias,
             norm=self.norm,
+            rms=self.rms,
             controls=controls.described(packed, self.all_states),
             all_states=self.all_states,
             packed=packed,

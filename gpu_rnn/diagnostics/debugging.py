@@ -83,7 +83,7 @@ def debug(layer: LayerBase, x: Tensor, *, backend: str | None = None) -> list[Di
     if backend is None:
         backend = layer.backend if layer.backend in choice.LOOPS else "auto"
     program, stack, all_weights = layer.recurrence.program, layer._stack(), layer._flat_weights
-    options = Options(backend, stack.reverse, save=True)
+    options = Options(backend, stack.reverse, save=True, rms=stack.rms)
     differences = []
     with torch.no_grad():
         for number in range(layer.num_layers):

@@ -29,7 +29,7 @@ class LayerBase(Regularized, nn.RNNBase):
     recurrent_initializer: str | initializers.Initializer | None
     bias_initializer: str | initializers.Initializer | None
     unit_forget_bias: bool
-    _heads = 1  # of a layer that was pickled before there were any
+    _heads, _rms_norm = 1, False  # of a layer that was pickled before there were any
 
     # RNNBase keeps a second list of its weights for cuDNN's one flat buffer. Here they are read at each call,
     # so that whatever stands in for one (a parametrization, functional_call, pruning) is seen.
@@ -71,6 +71,7 @@ class LayerBase(Regularized, nn.RNNBase):
     def _take(self, options: dict[str, Any]) -> None:
         """Keeps the options of `LayerOptions` as attributes."""
         self._layer_norm = options.pop("layer_norm")
+        self._rms_norm = options.pop("rms_norm")
         self._heads = options.pop("heads")
         for name, value in options.items():
             setattr(self, name, value)
@@ -79,6 +80,11 @@ class LayerBase(Regularized, nn.RNNBase):
     def layer_norm(self) -> bool:
         """Whether products are layer-normalised; the parameters are made for it."""
         return self._layer_norm
+
+    @property
+    def rms_norm(self) -> bool:
+        """Whether products are normalised by their root mean square; the parameters are made for it."""
+        return self._rms_norm
 
     @property
     def heads(self) -> int:
@@ -92,15 +98,16 @@ class LayerBase(Regularized, nn.RNNBase):
 
     def _check_complex(self, dtype: torch.dtype | None) -> None:
         super()._check_complex(dtype)
-        if self.layer_norm and dtype is not None and dtype.is_complex:
-            raise TypeError(f"{type(self).__name__}: layer normalisation takes real numbers, not dtype={dtype}")
+        if (self.layer_norm or self.rms_norm) and dtype is not None and dtype.is_complex:
+            kind = "RMS" if self.rms_norm else "layer"
+            raise TypeError(f"{type(self).__name__}: {kind} normalisation takes real numbers, not dtype={dtype}")
 
     def _make_parameters(self, unit_weight: str, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         names = ["weight_ih", "weight_hh"]
         names += ["bias_ih", "bias_hh"] if self.bias else []
         names += ["weight_hr"] if self.proj_size else []
         names += [unit_weight] if self.recurrence.params else []
-        names += ["norm_ih", "norm_hh"] if self.layer_norm else []
+        names += ["norm_ih", "norm_hh"] if self.layer_norm or self.rms_norm else []
         directions = ("", "_reverse") if self.bidirectional else ("",)
         suffixes = [f"_l{layer}{direction}" for layer in range(self.num_layers) for direction in directions]
         self._all_weights = [[name + suffix for name in names] for suffix in suffixes]
@@ -302,7 +309,8 @@ class LayerBase(Regularized, nn.RNNBase):
             batch_first=self.batch_first and not packed,
             proj_size=self.proj_size,
             backend=self.backend,
-            norm=self.layer_norm,
+            norm=self.layer_norm or self.rms_norm,
+            rms=self.rms_norm,
             all_states=all_states,
             heads=self.heads,
         )

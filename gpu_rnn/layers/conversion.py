@@ -32,7 +32,7 @@ BACK = {ours: theirs for theirs, ours in TWINS.items()}
 # What torch.nn's constructors take, as their modules keep it. `dropout` is set afterwards: a warning has been given.
 SHARED = ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "bidirectional", "proj_size")
 ONLY_IN_TRAINING = {"recurrent_dropout", "recurrent_dropout_per_gate", "weight_drop"}
-MADE_FOR = ("layer_norm", "peephole")  # options with parameters of their own
+MADE_FOR = ("layer_norm", "rms_norm", "peephole")  # options with parameters of their own
 
 
 @dataclass(frozen=True)
@@ -212,6 +212,8 @@ def _not_taken(module: nn.Module, options: dict[str, Any]) -> str | None:
     ours = TWINS[type(module)]
     if unknown := sorted(options.keys() - _taken(ours)):
         return f"{ours.__name__} has no {', '.join(unknown)}"
+    if options.get("heads", 1) != 1:
+        return "whose weights have other shapes than those of heads"
     if options.get("activation") is not None and getattr(module, "nonlinearity", "tanh") != "tanh":
         return "made with nonlinearity='relu', which activation would replace"
     return None

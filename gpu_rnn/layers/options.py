@@ -29,6 +29,8 @@ class LayerOptions(TypedDict, total=False):
             al., arXiv:1708.02182). Default: 0
         layer_norm: layer-normalise the products, gate by gate, LN(W_ih x)·g_ih + b_ih and LN(W_hh h)·g_hh + b_hh (Ba
             et al., arXiv:1607.06450), with parameters norm_ih_l{k} and norm_hh_l{k} (G*H). Default: False
+        rms_norm: the same by the root mean square alone, without the mean (Zhang & Sennrich, arXiv:1910.07467); not
+            beside layer_norm. Default: False
         heads: blocks on the diagonal of W_hh, k of (H/k, H/k) a gate, and 0 elsewhere: each head of H/k units reads the
             whole input, and of h its own part. Every weight has k in front, as if the heads were layers side by
             side. Default: 1
@@ -45,6 +47,7 @@ class LayerOptions(TypedDict, total=False):
     zoneout: float | tuple[float, ...]
     weight_drop: float
     layer_norm: bool
+    rms_norm: bool
     heads: int
     return_sequences: bool
     kernel_initializer: str | Initializer | None
@@ -59,6 +62,7 @@ DEFAULTS: dict[str, Any] = {
     "zoneout": 0.0,
     "weight_drop": 0.0,
     "layer_norm": False,
+    "rms_norm": False,
     "heads": 1,
     "return_sequences": True,
     "kernel_initializer": None,
@@ -83,7 +87,7 @@ def checked(
         TypeError: an option that does not exist, or a value of the wrong type.
         ValueError: a probability outside [0, 1], recurrent_dropout_per_gate without recurrent_dropout, zoneout for
             another number of states, of a projected h or of a state that begins at infinity; heads that do not divide
-            hidden_size and proj_size.
+            hidden_size and proj_size; both normalisations.
     """
     unknown = options.keys() - DEFAULTS.keys()
     if unknown:
@@ -100,6 +104,8 @@ def checked(
         raise ValueError(
             "recurrent_dropout_per_gate says how recurrent_dropout draws its masks: give recurrent_dropout=p, too"
         )
+    if options.get("layer_norm") and options.get("rms_norm"):
+        raise ValueError("layer_norm and rms_norm are two ways to normalise the same products: give one of them")
     found = {name: value(name, options.get(name, default)) for name, default in DEFAULTS.items()}
     arguments.heads(found["heads"], hidden_size, proj_size)
     found["zoneout"] = zoneout(found["zoneout"], recurrence, proj_size)

@@ -130,7 +130,7 @@ static void differentiate_norm(backward_loop *loop, long row) {
     scalar *d = loop->d_products + row * loop->width + gate * a->units;
     normalise_back(d, a->normal + of * a->units, a->rstd[of],
                    a->norm + (mine->n * GATES + gate) * a->units,
-                   a->d_norm + of_row * a->units, a->units);
+                   a->d_norm + of_row * a->units, a->units, a->rms);
     memcpy(a->d_normed + of * a->units, d, a->units * sizeof(scalar));
   }
 }

@@ -146,7 +146,7 @@ static void scale_sums(forward_loop *loop, long row, int gate) {
   const long of = place * GATES + gate;
   const scalar *scale = a->norm + (mine->n * GATES + gate) * a->units;
   scalar *sums = loop->sums + (row * GATES + gate) * loop->padded;
-  const scalar rstd = normalise(sums, a->units);
+  const scalar rstd = normalise(sums, a->units, a->rms);
   if (a->normal) {
     memcpy(a->normal + of * a->units, sums, a->units * sizeof(scalar));
     a->rstd[of] = rstd;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Layer normalisation of a row of values, there and back; see
-// gpu_rnn/backends/normalisation.py.
+// Normalisation of a row of values, there and back; see
+// gpu_rnn/backends/normalisation.py. With `rms` the mean that is taken off, of
+// values or of gradients, is 0.
 
 // The first lanes of a value, the others 0.
 static inline real within(real value, long count) {
@@ -17,9 +18,9 @@ static inline scalar mean_of(real sums, long count) {
 }
 
 // Puts the normal values in their place; returns 1 over their deviation.
-static scalar normalise(scalar *values, long count) {
+static scalar normalise(scalar *values, long count, long rms) {
   real sum = {0}, squares = {0};
-  for (long k = 0; k < count; k += LANES)
+  for (long k = 0; k < count && !rms; k += LANES)
     sum += load(values + k, count - k);
   const scalar mean = mean_of(sum, count);
   for (long k = 0; k < count; k += LANES) {
@@ -37,14 +38,16 @@ static scalar normalise(scalar *values, long count) {
 // From the gradients of scaled normal values those of the values, in their
 // place; adds to that of the scales.
 static void normalise_back(scalar *d, const scalar *normal, scalar rstd,
-                           const scalar *scale, scalar *d_scale, long count) {
+                           const scalar *scale, scalar *d_scale, long count,
+                           long rms) {
   real sum = {0}, along = {0};
   for (long k = 0; k < count; k += LANES) {
     const long left = count - k;
     const real of = load(normal + k, left), d_scaled = load(d + k, left);
     const real d_normal = d_scaled * load(scale + k, left);
     add_to(d_scale + k, d_scaled * of, left);
-    sum += d_normal;
+    if (!rms)
+      sum += d_normal;
     along += d_normal * of;
     store(d + k, d_normal, left);
   }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layer normalisation there and back, and what a CPU keeps of it for the backward pass."""
+"""Normalisations there and back, and what a CPU keeps of it for the backward pass."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from tests.support import loops as support
 
 T, B, I, H = 7, 3, 4, 6  # noqa: E741
 CLOSE = {"rtol": 1e-12, "atol": 1e-13}
+NORMS = ("layer_norm", "rms_norm")
 LAYERS: dict[str, dict[str, Any]] = {
     "LSTM": {},
     "LSTM bidirectional": {"bidirectional": True},
@@ -29,10 +30,10 @@ LAYERS: dict[str, dict[str, Any]] = {
 }
 
 
-def layer(name: str, **options: Any) -> torch.nn.Module:
+def layer(name: str, norm: str = "layer_norm", **options: Any) -> torch.nn.Module:
     torch.manual_seed(0)
     kind = getattr(gpu_rnn, name.split()[0])
-    return kind(I, H, layer_norm=True, dtype=torch.float64, **LAYERS[name], **options)
+    return kind(I, H, **{norm: True}, dtype=torch.float64, **LAYERS[name], **options)
 
 
 def gradients(module: torch.nn.Module, x: Tensor, **controls: Any) -> list[Tensor]:
@@ -41,31 +42,45 @@ def gradients(module: torch.nn.Module, x: Tensor, **controls: Any) -> list[Tenso
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["fresh", "out"])
-@pytest.mark.parametrize("centred", [False, True], ids=["any", "centred"])
-def test_there_and_back(centred: bool, given: bool) -> None:
+@pytest.mark.parametrize("of_products", [False, True], ids=["any", "of products"])
+@pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
+def test_there_and_back(rms: bool, of_products: bool, given: bool) -> None:
     weights, x = support.draw(2, H, I, seed=1), support.draw(5, I, seed=2)
-    normalise = normalisation.normalise
-    if centred:
-        weights, normalise = normalisation.centred(weights)
+    rule = normalisation.Rule.of(rms)
+    normalise = rule.normalise
+    if of_products:
+        weights, normalise = rule.of_products(weights)
     products = torch.einsum("ghi,bi->bgh", weights, x).requires_grad_()
-    expected = F.layer_norm(products, (H,), eps=normalisation.EPSILON)
+    expected = (F.rms_norm if rms else F.layer_norm)(products, (H,), eps=normalisation.EPSILON)
+    torch.testing.assert_close(normalisation.normalised(products, rms), expected, **CLOSE)
     out = Normalised(torch.empty_like(products), products.new_empty(5, 2, 1)) if given else None
     found = normalise(products.detach(), out)
     assert out is None or all(a is b or a.data_ptr() == b.data_ptr() for a, b in zip(out, found, strict=True))
     torch.testing.assert_close(found.values, expected.detach(), **CLOSE)
     d = support.draw(5, 2, H, seed=3)
     wanted = torch.autograd.grad(expected, products, d)[0]
-    torch.testing.assert_close(normalisation.Back(found.rstd)(d, found), wanted, **CLOSE)
+    torch.testing.assert_close(rule.back(found.rstd)(d, found), wanted, **CLOSE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sums_of_sixteen_bits_are_taken_in_float32(dtype: torch.dtype) -> None:
+    """In float16 the squares of these are infinite. The rest is one rounding."""
+    values = (300 * support.draw(5, 64, seed=1)).to(dtype)
+    expected = F.rms_norm(values.double(), (64,), eps=normalisation.EPSILON)
+    for found in (normalisation.RMS.normalise(values).values, normalisation.normalised(values, rms=True)):
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), expected, rtol=torch.finfo(dtype).eps, atol=0)
 
 
 @pytest.mark.parametrize(
     "controls", [{}, {"lengths": torch.tensor([7, 2, 5])}, {"mask": True}], ids=["plain", "lengths", "mask"]
 )
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("name", LAYERS)
 def test_kept_products_give_the_gradients_of_those_taken_once_more(
-    name: str, controls: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    name: str, norm: str, controls: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module, x = layer(name), support.draw(T, B, I, seed=1).requires_grad_()
+    module, x = layer(name, norm), support.draw(T, B, I, seed=1).requires_grad_()
     if "mask" in controls:
         controls = {"mask": support.draw(T, B, seed=2) > 0}
     taken = []
@@ -105,8 +120,9 @@ def test_kept_products_under_vmap(over_weights: bool) -> None:
             torch.testing.assert_close(d_weights[name][member], value, **CLOSE)
 
 
-def test_second_derivative_through_kept_products() -> None:
-    module, x = layer("GRU two stages"), support.draw(3, 2, I, seed=1).requires_grad_()
+@pytest.mark.parametrize("norm", NORMS)
+def test_second_derivative_through_kept_products(norm: str) -> None:
+    module, x = layer("GRU two stages", norm), support.draw(3, 2, I, seed=1).requires_grad_()
     assert torch.autograd.gradgradcheck(lambda x: module(x)[0], (x,))
 
 

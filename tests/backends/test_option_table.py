@@ -42,6 +42,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "`zoneout`": ("LSTM", {"zoneout": (0.0, 0.1)}, ()),
     "`weight_drop`": ("LSTM", {"weight_drop": 0.5}, ()),
     "`layer_norm`": ("LSTM", {"layer_norm": True}, ()),
+    "`rms_norm`": ("LSTM", {"rms_norm": True}, ()),
     "`heads`": ("LSTM", {"heads": 4}, ()),
     "`return_all_states`": ("LSTM", {}, ("return_all_states",)),
     "`bidirectional`, `num_layers`": ("LSTM", {"bidirectional": True, "num_layers": 2}, ()),
@@ -100,6 +101,7 @@ def grid() -> Iterator[tuple[str, Problem]]:
         if (
             len(layers) > 1
             or (layers and only_lstm)
+            or {"layer_norm", "rms_norm"} <= {*own, *more}
             or ("Recurrent" in layers and {"activation", "clip"} & {*own, *more})
         ):
             continue

@@ -42,6 +42,7 @@ MADE: dict[str, dict[str, Any]] = {
     "both directions": {"bidirectional": True},
     "batch first": {"batch_first": True},
     "norm": {"layer_norm": True},
+    "rms": {"rms_norm": True, "heads": 2},
     "zoneout": {"zoneout": 0.3},
     "drop": {"recurrent_dropout": 0.3},
     "drop per gate": {"recurrent_dropout": 0.3, "recurrent_dropout_per_gate": True},

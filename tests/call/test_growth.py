@@ -15,6 +15,7 @@ import gpu_rnn
 OPTIONS = {
     "reset before": {"reset_after": False},
     "norm": {"layer_norm": True},
+    "rms": {"rms_norm": True, "heads": 2},
     "both directions, two layers": {"bidirectional": True, "num_layers": 2, "activation": "softsign"},
     "zoneout": {"zoneout": 0.5},
     "recurrent dropout": {"recurrent_dropout": 0.5},

@@ -85,7 +85,7 @@ class Case:
             self.formula is None or self.number % 2 == 0
         ):  # drawn without kinks, which roundings may be on either side of
             found.append(("step", torch.float32))
-            alone = not self.options & {"layer_norm", "proj_size"}
+            alone = not self.options & {"layer_norm", "rms_norm", "proj_size"}
             if triton_interpreter.INTERPRETING and alone:
                 found.append(("resident", torch.float32))
             if self.number % NATIVE_EVERY == 0 and HAS_C:

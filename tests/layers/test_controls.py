@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import numpy as np
@@ -143,8 +144,9 @@ def test_options_can_be_changed_on_a_layer() -> None:
     assert repr(found) == f"LSTM({INPUT}, {HIDDEN}, recurrent_dropout=0.5, zoneout=(0.25, 0.25))"
     with pytest.raises(ValueError, match="range"):
         found.zoneout = 2.0
-    with pytest.raises(AttributeError):
-        found.layer_norm = True
+    for name in ("layer_norm", "rms_norm"):
+        with pytest.raises(AttributeError):
+            setattr(found, name, True)
     torch.testing.assert_close(
         found.eval()(x := support.draw(1, BATCH, INPUT))[0], 0.75 * layer().eval()(x)[0], **EXACT
     )
@@ -159,8 +161,9 @@ def test_all_states_of_packed_input_stand_in_the_given_order() -> None:
     torch.testing.assert_close(from_packed, from_lengths, **EXACT)
 
 
-def test_layer_norm_makes_the_scale_of_weights_irrelevant() -> None:
-    found = layer("GRU", layer_norm=True)
+@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
+def test_normalisation_makes_the_scale_of_weights_irrelevant(norm: str) -> None:
+    found = layer("GRU", **{norm: True})
     x = support.draw(STEPS, BATCH, INPUT)
     before, _ = found(x)
     with torch.no_grad():
@@ -168,6 +171,17 @@ def test_layer_norm_makes_the_scale_of_weights_irrelevant() -> None:
         found.weight_hh_l0.mul_(100)
     torch.testing.assert_close(found(x)[0], before, rtol=0, atol=1e-3)  # but for the epsilon of 1e-5
     assert {"norm_ih_l0", "norm_hh_l0"} <= dict(found.named_parameters()).keys()
+
+
+def test_rms_norm_is_torch_s_of_each_gate() -> None:
+    """Of the input products here, as h is 0; and the scales are the layer's."""
+    found = gpu_rnn.RNN(INPUT, HIDDEN, rms_norm=True, activation="linear", dtype=torch.float64)
+    nn.init.normal_(found.norm_ih_l0)
+    x = support.draw(1, BATCH, INPUT)
+    products = nn.functional.rms_norm(x @ found.weight_ih_l0.T, (HIDDEN,), found.norm_ih_l0, 1e-5)
+    torch.testing.assert_close(found(x)[0], products + found.bias_ih_l0 + found.bias_hh_l0, **EXACT)
+    again = pickle.loads(pickle.dumps(found))
+    assert "rms_norm=True" in repr(again) and torch.equal(again(x)[0], found(x)[0])
 
 
 def test_initializers_and_the_forget_bias() -> None:
@@ -246,6 +260,7 @@ def test_masks_given_to_functional_are_checked(shape: tuple[int, ...]) -> None:
         ({"zoneout": (0.1, 0.2, 0.3)}, ValueError, r"one for each state \(h, c\)"),
         ({"zoneout": 0.1, "proj_size": 2}, ValueError, "zoneout of h is not defined with proj_size"),
         ({"layer_norm": 1}, TypeError, "layer_norm should be True or False"),
+        ({"layer_norm": True, "rms_norm": True}, ValueError, "two ways to normalise .*: give one"),
         ({"kernel_initializer": "glorot"}, ValueError, "glorot_uniform"),
     ],
     ids=lambda value: str(list(value)) if isinstance(value, dict) else "",

@@ -156,6 +156,8 @@ def test_options_for_all() -> None:
         (("2",), "LSTMCell has no layer_norm, recurrent_dropout"),
         (("3",), "gpu_rnn's already: set its attributes"),
     ]
+    heads = gpu_rnn.convert(nn.Sequential(nn.LSTM(4, 6)), heads=2)
+    assert heads.left[0].reason == "whose weights have other shapes than those of heads"
     relu = nn.Sequential(nn.RNN(4, 6, nonlinearity="relu"))
     assert gpu_rnn.convert(relu, activation="softsign").left[0].reason == (
         "made with nonlinearity='relu', which activation would replace"

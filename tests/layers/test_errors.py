@@ -110,7 +110,9 @@ def test_an_unknown_argument_is_answered_with_all_there_are() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Complex modules are a new feature")
-def test_complex_numbers_have_no_layer_normalisation() -> None:
+def test_complex_numbers_have_no_normalisation() -> None:
+    with pytest.raises(TypeError, match="RMS normalisation takes real numbers, not dtype="):
+        gpu_rnn.LSTM(3, 5, rms_norm=True, dtype=torch.complex64)
     with pytest.raises(TypeError, match="layer normalisation takes real numbers, not dtype="):
         gpu_rnn.LSTM(3, 5, layer_norm=True, dtype=torch.complex64)
     layer = gpu_rnn.LSTM(3, 5, layer_norm=True).to(torch.complex64)

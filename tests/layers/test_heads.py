@@ -224,12 +224,15 @@ def test_options_in_training() -> None:
     assert layer.eval()(x)[0].shape == expected.shape
 
 
-def test_layer_normalisation_is_each_head_s() -> None:
-    layer = gpu_rnn.RNN(FEATURES, HIDDEN, heads=HEADS, layer_norm=True, activation="linear", dtype=torch.float64)
+@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
+def test_normalisation_is_each_head_s(norm: str) -> None:
+    options: dict[str, Any] = {"heads": HEADS, norm: True, "activation": "linear", "dtype": torch.float64}
+    layer = gpu_rnn.RNN(FEATURES, HIDDEN, **options)
     x, _ = inputs(layer)
     nn.init.normal_(layer.norm_ih_l0)
     products = (x[0] @ layer.weight_ih_l0.flatten(0, 1).T).unflatten(1, (HEADS, -1))
-    normal = nn.functional.layer_norm(products, products.shape[-1:]) * layer.norm_ih_l0
+    normalise = getattr(nn.functional, norm)
+    normal = normalise(products, products.shape[-1:], eps=1e-5) * layer.norm_ih_l0
     expected = (normal + layer.bias_ih_l0 + layer.bias_hh_l0).flatten(1)  # h is 0, and so is what is made of it
     torch.testing.assert_close(layer(x[:1])[0][0], expected, **support.TOLERANCE)
 

@@ -14,7 +14,7 @@ from gpu_rnn.recurrence import Recurrence
 from tests.support import loops as support
 
 OPTIONS = ("mask", "resets", "reset_values", "reset_values_per_step", "drop", "drop_per_gate", "zone", "all_states")
-FURTHER = ("norm",)  # those that not every backend takes
+FURTHER = ("norm", "rms")  # those that not every backend takes
 STEERING = ["", "lengths", "mask", "resets", "mask resets", "reset_values", "mask reset_values_per_step"]
 # A cell, some words of options, a dtype, T, B and H, directions, whether there are biases.
 Case = tuple[Any, ...]
@@ -48,10 +48,11 @@ def with_options(
     if "zone" in names:
         hidden = inputs.weights.w_hh.shape[2]
         controls = controls._replace(zone=_drawn(len(states), steps, batch, n, hidden, seed=seed + 4))
-    if "norm" in names:
+    if {"norm", "rms"} & set(names):
         scales = (1 + support.draw(*inputs.weights.w_hh.shape[:3], seed=77, scale=0.3)).requires_grad_()
         inputs = inputs._replace(weights=inputs.weights._replace(norm=scales))
-    return inputs._replace(controls=controls, reset_values=reset_values, all_states="all_states" in names)
+    flags = {"all_states": "all_states" in names, "rms": "rms" in names}
+    return inputs._replace(controls=controls, reset_values=reset_values, **flags)
 
 
 def inputs_of(case: Case) -> tuple[Recurrence, support.Inputs]:

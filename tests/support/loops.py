@@ -41,6 +41,7 @@ class Inputs(NamedTuple):
     reset_values: Sequence[Tensor] = ()
     reverse: str = "0"
     all_states: bool = False
+    rms: bool = False
 
     @property
     def lengths(self) -> Tensor | None:
@@ -52,7 +53,7 @@ class Inputs(NamedTuple):
         return tensors.Inputs(self.x, self.weights, self.controls, self.states, list(self.reset_values))
 
     def options(self, backend: str = "auto", save: bool = False) -> Options:
-        return Options(backend, self.reverse, save, self.all_states)
+        return Options(backend, self.reverse, save, self.all_states, rms=self.rms)
 
     def call(self, recurrence: Recurrence, problem: Problem | None = None) -> Call:
         """As the backends take them."""

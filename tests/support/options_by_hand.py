@@ -15,16 +15,16 @@ from torch import Tensor
 from benchmarks.certifying.given import Given, Step
 
 Function = Callable[[Tensor], Tensor]
-Weights = dict[str, Any]  # tensors by torch's names; "clip" is a number
+Weights = dict[str, Any]  # tensors by torch's names; "clip" is a number, "rms" a flag
 
 
-def _norm(value: Tensor, gates: int, scale: Tensor | None) -> Tensor:
-    """Layer normalisation written out, gate by gate."""
+def _norm(value: Tensor, gates: int, scale: Tensor | None, rms: bool) -> Tensor:
+    """Normalisation written out, gate by gate."""
     if scale is None:
         return value
     parts = []
     for gate in value.chunk(gates):
-        mean = gate.mean()
+        mean = 0 if rms else gate.mean()
         parts.append((gate - mean) / ((gate - mean).square().mean() + 1e-5).sqrt())
     return torch.cat(parts) * scale
 
@@ -110,7 +110,7 @@ def _row(
 ) -> tuple[list[Tensor], list[Tensor], list[list[Tensor]]]:
     """One row of one direction of one layer: outputs, final states, states after every step."""
     steps, length = x.shape[0], given.length(row)
-    weights: Weights = {**given.weights[index], "clip": given.clip}
+    weights: Weights = {**given.weights[index], "clip": given.clip, "rms": given.rms}
     state = [s[index, row] for s in given.states]
     outputs: list[Any] = [None] * steps
     every: list[Any] = [None] * steps
@@ -155,7 +155,7 @@ def _reset(given: Given, state: list[Tensor], index: int, row: int, t: int) -> l
 
 
 def _input(x: Tensor, weights: dict[str, Tensor], gates: int) -> Tensor:
-    product = _norm(weights["weight_ih"] @ x, gates, weights.get("norm_ih"))
+    product = _norm(weights["weight_ih"] @ x, gates, weights.get("norm_ih"), bool(weights["rms"]))
     return product + weights["bias_ih"] if "bias_ih" in weights else product
 
 
@@ -166,7 +166,7 @@ def _product(weights: dict[str, Tensor], drops: Tensor | None, gates: int) -> Ca
         for g, matrix in enumerate(matrices):
             entering = h if drops is None else h * drops[g if len(drops) > 1 else 0]
             parts.append(matrix @ entering)
-        found = _norm(torch.cat(parts), gates, weights.get("norm_hh"))
+        found = _norm(torch.cat(parts), gates, weights.get("norm_hh"), bool(weights["rms"]))
         return found + weights["bias_hh"] if "bias_hh" in weights else found
 
     return product

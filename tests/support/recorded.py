@@ -46,6 +46,7 @@ LAYERS: dict[str, Callable[[], Net]] = {
     "reset before": lambda: Net(gpu_rnn.GRU(I, H, reset_after=False), "lengths"),
     "peephole": lambda: Net(gpu_rnn.LSTM(I, H, 2, peephole=True), "mask"),
     "norm": lambda: Net(gpu_rnn.LSTM(I, H, layer_norm=True), "resets"),
+    "rms": lambda: Net(gpu_rnn.LSTM(I, H, rms_norm=True, heads=2, bidirectional=True), "resets"),
     "softsign": lambda: Net(
         gpu_rnn.RNN(I, H, activation="softsign", bidirectional=True), "mask", "resets", "return_all_states"
     ),

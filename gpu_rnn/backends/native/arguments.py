@@ -55,7 +55,7 @@ LOOP = Structure(
     "arguments",
     (
         *("steps", "batch", "across", "units", "width", "features"),  # `width` of h, which may be projected
-        *("threads", "team", "tiles", "save", "masks", "flags_across", "reset_steps"),
+        *("threads", "team", "tiles", "save", "masks", "flags_across", "reset_steps", "rms"),
     ),
     {
         "const uint8_t": ("reverse", "flags", "zone"),

@@ -33,7 +33,7 @@ def unsupported(problem: Problem) -> list[str]:
         reasons.append(f"runs on a CPU, not on {device.name if device.is_gpu else problem.device_type}")
     if state_dtype(problem.dtype) not in text.C_TYPES:
         reasons.append(f"takes real floating-point numbers, not {str(problem.dtype).removeprefix('torch.')}")
-    return reasons + problem.without(*CONTROL_FIELDS, "all_states", "norm") or _against_building(problem)
+    return reasons + problem.without(*CONTROL_FIELDS, "all_states", "norm", "rms") or _against_building(problem)
 
 
 def _against_building(problem: Problem) -> list[str]:
@@ -189,6 +189,7 @@ def _shape(call: Call, gates: Tensor) -> dict[str, Any]:
         "masks": 0 if drop is None else drop.shape[2],
         "flags_across": 1 if flags is None else flags.shape[2],
         "reset_steps": len(values[0]) if values else 1,
+        "rms": int(call.rms),
     }
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gpu_rnn.backends import linear, onednn
-from gpu_rnn.backends.normalisation import Normalised, normalise
+from gpu_rnn.backends.normalisation import Normalised
 from gpu_rnn.backends.tensors import Call, Result, state_dtype
 from gpu_rnn.once import once
 
@@ -216,4 +216,4 @@ def normalised_products(call: Call, saved: Result) -> Normalised:
         Product.of(weights[:, rows], masks(drop, rows)).over_time(entering)
         for entering, rows in linear.entered_products(call, saved)
     ]
-    return Normalised(*(values.contiguous() for values in normalise(torch.cat(each, 3))))
+    return Normalised(*(values.contiguous() for values in call.rule.normalise(torch.cat(each, 3))))

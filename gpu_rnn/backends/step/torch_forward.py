@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from gpu_rnn.backends import normalisation
 from gpu_rnn.backends.linear import runs
 from gpu_rnn.backends.normalisation import Normalised
 from gpu_rnn.backends.step.controls import StepControls, selected, steps_with, words
@@ -171,12 +170,12 @@ class _Plain:
 
 
 class _Scaled:
-    """Those with layer normalisation."""
+    """Those that are normalised."""
 
     def __init__(self, call: Call, rows: slice, parts: Sequence[Part]) -> None:
         weights, kept, steps, batch = call.weights, call.kept, *parts[0][1].shape[:2]
         assert weights.norm is not None
-        w_hh, self.normalise = normalisation.centred(weights.w_hh[:, rows])
+        w_hh, self.normalise = call.rule.of_products(weights.w_hh[:, rows])
         self.product = Product.of(w_hh, masks(call.controls.drop, rows), batch, steps)
         self.kept = [None] * steps if kept is None else kept.at((1, ..., rows, slice(None))).each
         self.sizes = [target.shape[3] for _, target in parts]

@@ -34,7 +34,7 @@ PAIRS = pairwise(
     ["", "drop", "drop_per_gate"],
     ["", "zone"],
     ["", "all_states"],
-    ["", "norm"],
+    ["", "norm", "rms"],
     ["", "proj"],
     DTYPES,
     SHAPES,

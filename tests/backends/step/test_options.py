@@ -24,10 +24,12 @@ STEERING = {"mask", "resets", "reset_values", "reset_values_per_step"}  # what n
 EXCLUDED = [{"lengths", name} for name in STEERING] + [
     {"drop", "drop_per_gate"},
     {"reset_values", "reset_values_per_step"},
+    {"norm", "rms"},
 ]
 SINGLE = [(name,) for name in ALL]
 PAIRS = [pair for pair in combinations(ALL, 2) if set(pair) not in EXCLUDED]
 EVERYTHING = ("mask", "resets", "reset_values_per_step", "drop_per_gate", "zone", "all_states", "norm")
+LEAKING = [(), *SINGLE[1 : len(layer_options.OPTIONS)], ("norm",), ("rms",), EVERYTHING[1:]]
 CELLS = tuple(support.RECURRENCES)
 PROJECTED = ("lstm", "peephole_lstm", "coupled_lstm", "slstm")
 Options = tuple[str, ...]
@@ -221,21 +223,21 @@ def nothing_leaks(name: str, options: Options, dtype: torch.dtype, proj: int = 0
     assert not [k for k, value in enumerate(found) if value is not None and value.isnan().any()]
 
 
-@pytest.mark.parametrize("options", [(), *SINGLE[1:-2], ("norm",), EVERYTHING[1:]], ids="-".join)
+@pytest.mark.parametrize("options", LEAKING, ids="-".join)
 @pytest.mark.parametrize("name", CELLS)
 def test_padding_does_not_leak(name: str, options: Options) -> None:
     nothing_leaks(name, options, torch.float64)
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("options", [(), *SINGLE[1:-2], ("norm",), EVERYTHING[1:]], ids="-".join)
+@pytest.mark.parametrize("options", LEAKING, ids="-".join)
 @pytest.mark.parametrize("name", ["lstm", "gru_reset_before"])
 def test_padding_does_not_leak_interpreted(name: str, options: Options) -> None:
     nothing_leaks(name, options, torch.float32)
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("options", [(), *SINGLE[1:-2], ("norm",), EVERYTHING[1:]], ids="-".join)
+@pytest.mark.parametrize("options", LEAKING, ids="-".join)
 def test_padding_does_not_leak_through_a_projection_interpreted(options: Options) -> None:
     nothing_leaks("lstm", options, torch.float32, proj=3)
 
