@@ -47,6 +47,16 @@ def of_the_cell(options: Collection[str]) -> dict[str, Any]:
     return {"clip": CLIP} if "clip" in options else {}
 
 
+def flags(options: Collection[str]) -> dict[str, Any]:
+    """What is no tensor of a call."""
+    return {
+        "directions": 1 + ("bidirectional" in options),
+        "clip": CLIP if "clip" in options else math.inf,
+        "rms": "rms_norm" in options,
+        "heads": HEADS if "heads" in options else 1,
+    }
+
+
 class Sizes(NamedTuple):
     T: int
     B: int
@@ -106,8 +116,8 @@ def tensors(
 
     T, B, I, H = sizes  # noqa: E741
     gates = len(recurrence.gates)
-    directions, layers = 1 + ("bidirectional" in options), 1 + ("num_layers" in options)
-    heads = HEADS if "heads" in options else 1
+    steering, layers = flags(options), 1 + ("num_layers" in options)
+    directions, heads = steering["directions"], steering["heads"]
     P = H - heads if "proj_size" in options else H
     front = (heads,) * (heads > 1)
     weights = []
@@ -127,15 +137,12 @@ def tensors(
         normal(T, B, I),
         weights,
         states(rows, B),
-        directions,
+        **steering,
         mask=~chance(T, B) if "mask" in options else None,
         lengths=torch.randint(0, T + 1, (B,), generator=generator) if "lengths" in options else None,
         resets=chance(T, B) if "resets" in options else None,
         reset_state=states(*steps, rows, B) if resetting else None,
         recurrent_mask=chance(rows, B, masks, P, p=0.6).double() / 0.6 if dropping else None,
-        clip=CLIP if "clip" in options else math.inf,
-        rms="rms_norm" in options,
-        heads=heads,
         zone=chance(len(recurrence.states), T, rows, B, H) if "zoneout" in options else None,
     )
 

@@ -14,7 +14,7 @@ from gpu_rnn.backends.tensors import OF_STATES, RESET, SKIP, Inputs
 from gpu_rnn.compiler.onnx_nodes import emit_operations
 from gpu_rnn.compiler.operations import Argument
 from gpu_rnn.compiler.program import Program
-from gpu_rnn.onnx.graph import Body, Nodes
+from gpu_rnn.onnx.graph import NUMPY, Body, Nodes
 
 SIXTEEN_BITS = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
@@ -27,17 +27,18 @@ class OneRecurrence(NamedTuple):
     params: list[Any]  # (H) each
     w_hr: Any
     norm: Any
+    rms: bool  # normalised by their root mean square
     states: list[Any]  # (B, P), (B, H) ...
     gates: Any  # (T, B, G·H): input products with their biases
     drop: Any  # (B, 1 or G, P)
 
 
-def input_products(nodes: Nodes, program: Program, inputs: Inputs, n: int, x: Any, w_ih: Any) -> Any:
+def input_products(nodes: Nodes, program: Program, inputs: Inputs, n: int, x: Any, w_ih: Any, rms: bool) -> Any:
     """(T, B, G·H): W_ih x of all steps, normalised where they are, with what biases can be added before the steps."""
     weights, (_, count, hidden, _) = inputs.weights, inputs.weights.w_hh.shape
     product = nodes("MatMul", x, nodes.turned(nodes.reshaped(w_ih, count * hidden, -1), 1, 0))
     if weights.norm_ih is not None:
-        each = _normalised(nodes, nodes.reshaped(product, 0, 0, count, hidden), hidden)
+        each = _normalised(nodes, nodes.reshaped(product, 0, 0, count, hidden), hidden, rms)
         product = nodes.reshaped(nodes("Mul", each, nodes.pick(weights.norm_ih, n)), 0, 0, count * hidden)
     if weights.b_ih is None:
         return product
@@ -47,13 +48,27 @@ def input_products(nodes: Nodes, program: Program, inputs: Inputs, n: int, x: An
     return nodes("Add", product, nodes.reshaped(bias, count * hidden))
 
 
-def _normalised(nodes: Nodes, values: Any, hidden: int) -> Any:
+def _normalised(nodes: Nodes, values: Any, hidden: int, rms: bool) -> Any:
     """Over the last axis, without scale and shift."""
+    if rms:
+        return _by_root_mean_square(nodes, values)
     ones = nodes("Expand", nodes.number(1.0), nodes.integers(hidden))
     return nodes("LayerNormalization", values, ones, axis=-1, epsilon=EPSILON)
 
 
-def row_of(nodes: Nodes, program: Program, inputs: Inputs, n: int, gates: Any) -> OneRecurrence:
+def _by_root_mean_square(nodes: Nodes, values: Any) -> Any:
+    """Likewise. ONNX has an operator for it from version 23 on. Squares are taken in float32 where storage has 16
+    bits."""
+    narrow = nodes.dtype in SIXTEEN_BITS
+    wide = ir.DataType.FLOAT if narrow else nodes.dtype
+    values = nodes.cast(values, wide) if narrow else values
+    mean = nodes("ReduceMean", nodes("Mul", values, values), nodes.integers(-1), keepdims=1)
+    root = nodes("Sqrt", nodes("Add", mean, nodes.array(EPSILON, NUMPY[wide])))
+    normal = nodes("Div", values, root)
+    return nodes.cast(normal, nodes.dtype) if narrow else normal
+
+
+def row_of(nodes: Nodes, program: Program, inputs: Inputs, n: int, gates: Any, rms: bool) -> OneRecurrence:
     weights, drop = inputs.weights, inputs.controls.drop
     of_all = [weights.w_hh, weights.b_hh, weights.w_hr, weights.norm]
     w_hh, b_hh, w_hr, norm = (None if each is None else nodes.pick(each, n) for each in of_all)
@@ -61,7 +76,7 @@ def row_of(nodes: Nodes, program: Program, inputs: Inputs, n: int, gates: Any) -
     params = [nodes.pick(own, place) for place in range(len(program.params))]
     states = [nodes.pick(state, n, axis=1) for state in inputs.states]
     return OneRecurrence(
-        w_hh, b_hh, params, w_hr, norm, states, gates, None if drop is None else nodes.pick(drop, n, axis=1)
+        w_hh, b_hh, params, w_hr, norm, rms, states, gates, None if drop is None else nodes.pick(drop, n, axis=1)
     )
 
 
@@ -218,6 +233,8 @@ def _products(
         return products
     scales = [nodes.pick(row.norm, place) for place in range(rows.start, rows.stop)]
     pairs = zip(products, scales, strict=True)
+    if row.rms:
+        return [body("Mul", _by_root_mean_square(body, product), scale) for product, scale in pairs]
     return [body("LayerNormalization", *pair, axis=-1, epsilon=EPSILON) for pair in pairs]
 
 

@@ -33,7 +33,7 @@ def rnn(*arguments: Any) -> list[Any]:
         y, final = _as_operator(nodes, operator, options.reverse, inputs)
         inner: list[Any] = []
     else:
-        y, final, inner = _as_scans(nodes, program, options.reverse, inputs)
+        y, final, inner = _as_scans(nodes, program, options, inputs)
     nothing = nodes("Expand", nodes.number(0.0), nodes.integers(0))
     others = nodes.stacked(inner, 0) if options.all_states and inner else nothing
     return [y, *final, nothing, nothing, others]
@@ -51,7 +51,7 @@ def _as_operator(nodes: Nodes, operator: operators.Operator, reverse: str, input
     return nodes.joined(y, 2), [nodes.joined(states, 1) for states in zip(*final, strict=True)]
 
 
-def _as_scans(nodes: Nodes, program: Program, reverse: str, inputs: Inputs) -> tuple[Any, list[Any], list[Any]]:
+def _as_scans(nodes: Nodes, program: Program, options: Options, inputs: Inputs) -> tuple[Any, list[Any], list[Any]]:
     """y (T, B, N, P), the final states (B, N, ·) and the other states of all steps, (T, B, N, H) each.
 
     Of a stack, whose layers stand along N, N comes before T.
@@ -60,14 +60,14 @@ def _as_scans(nodes: Nodes, program: Program, reverse: str, inputs: Inputs) -> t
     stacked, between = inputs.weights.w_between is not None, inputs.controls.between
     every: list[list[Any]] = []
     final: list[list[Any]] = []
-    for n, direction in enumerate(reverse):
+    for n, direction in enumerate(options.reverse):
         if stacked and n:
             x, w_ih = every[-1][0], nodes.pick(inputs.weights.w_between, n - 1)
             x = x if between is None else nodes("Mul", x, nodes.pick(between, n - 1))
         else:
             x, w_ih = _input(nodes, inputs, n), nodes.pick(inputs.weights.w_ih, n)
-        gates = input_products(nodes, program, inputs, n, x, w_ih)
-        row = row_of(nodes, program, inputs, n, gates)
+        gates = input_products(nodes, program, inputs, n, x, w_ih, options.rms)
+        row = row_of(nodes, program, inputs, n, gates, options.rms)
         over_time, after = scan(nodes, version, program, inputs, row, n, direction == "1")
         every.append(over_time)
         final.append(after)

@@ -34,6 +34,8 @@ TOGETHER: list[Case] = [
     ("rnn", {"resets", "reset_state_per_step", "recurrent_dropout", "bidirectional", "clip"}),
     ("lstm", {"mask", "resets", "reset_state", "zoneout", "layer_norm", "recurrent_dropout_per_gate", "all_states"}),
     ("gru", {"lengths", "bidirectional", "recurrent_dropout", "batch_first", "all_states"}),
+    ("gru", {"heads", "rms_norm", "bidirectional", "mask", "recurrent_dropout_per_gate"}),
+    ("lstm", {"heads", "lengths", "num_layers"}),
     ("gru_reset_before", {"mask", "lengths", "recurrent_dropout_per_gate", "layer_norm", "zoneout"}),
     ("peephole_lstm", {"lengths", "proj_size", "no_bias", "clip"}),
     ("coupled_lstm", {"lengths", "resets", "all_states", "num_layers"}),
@@ -56,14 +58,15 @@ class Calls(nn.Module):
 
     def forward(self, every: list[dict[str, Any]]) -> list[list[Tensor]]:
         return [
-            random_calls.call(Given(name, directions=1 + ("bidirectional" in options), **tensors), own, options, "auto")
+            random_calls.call(Given(name, **random_calls.flags(options), **tensors), own, options, "auto")
             for (name, options), own, tensors in zip(self.cases, self.recurrences, every, strict=True)
         ]
 
     def draw(self, sizes: random_calls.Sizes, seed: int, dtype: torch.dtype) -> list[dict[str, Any]]:
         made = []
         for (name, options), own in zip(self.cases, self.recurrences, strict=True):
-            given = random_calls.tensors(name, own, sizes, options, seed).to(dtype)
+            fitting = random_calls.fitting(sizes, options)
+            given = random_calls.tensors(name, own, fitting, options, seed).to(dtype)
             given = replace(given, x=given.x.detach())
             made.append({field: getattr(given, field) for field in FIELDS if getattr(given, field) is not None})
         return made
