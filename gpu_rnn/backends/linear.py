@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gpu_rnn.backends import onednn
-from gpu_rnn.backends.normalisation import LAYER, Normalise, Normalised, Rule
+from gpu_rnn.backends.normalisation import LAYER, Normalise, Normalised, Normaliser
 from gpu_rnn.backends.tensors import RESET, SKIP, Call, LoopGradients, Result, Weights, bit, chunks, state_dtype
 from gpu_rnn.compiler.program import Program, lookup
 
@@ -25,13 +25,13 @@ def project(
     program: Program,
     kept: Normalised | None = None,
     joined: bool = True,
-    rule: Rule = LAYER,
+    normaliser: Normaliser = LAYER,
 ) -> Tensor:
     """What `reference.project` gives, without a derivative and with as few kernels as it takes; `kept`, `joined` and
-    `rule` as in `Call`."""
+    `normaliser` as in `Call`."""
     bias = input_bias(weights, program, joined)
     if weights.norm_ih is not None:
-        return _normalised(x, weights, bias, program, kept, rule)
+        return _normalised(x, weights, bias, program, kept, normaliser)
     if x.dim() == 3:  # one product for all N
         flat = onednn.linear(x, weights.w_ih.flatten(0, 2), None if bias is None else bias.flatten())
         return flat.unflatten(-1, weights.w_ih.shape[:3])
@@ -59,10 +59,10 @@ def joined_bias(b_ih: Tensor | None, b_hh: Tensor | None, program: Program, acro
 
 
 def _normalised(
-    x: Tensor, weights: Weights, bias: Tensor | None, program: Program, kept: Normalised | None, rule: Rule
+    x: Tensor, weights: Weights, bias: Tensor | None, program: Program, kept: Normalised | None, normaliser: Normaliser
 ) -> Tensor:
     assert weights.norm_ih is not None
-    gates, normalise = _bare(x, weights, program, rule)
+    gates, normalise = _bare(x, weights, program, normaliser)
     bias = gates.new_zeros(()) if bias is None else bias
     for part in chunks(gates):
         products = normalise(gates[part], None if kept is None else kept.at((0, part)))
@@ -70,12 +70,12 @@ def _normalised(
     return gates
 
 
-def _bare(x: Tensor, weights: Weights, program: Program, rule: Rule) -> tuple[Tensor, Normalise]:
+def _bare(x: Tensor, weights: Weights, program: Program, normaliser: Normaliser) -> tuple[Tensor, Normalise]:
     """The input products before their normalisation, and what normalises them.
 
     What comes of them takes their place, chunk by chunk: each tensor of all steps costs a CPU more than the arithmetic.
     """
-    w_ih, normalise = rule.of_products(weights.w_ih)
+    w_ih, normalise = normaliser.of_products(weights.w_ih)
     bare = weights._replace(w_ih=w_ih, b_ih=None, b_hh=None, norm_ih=None)
     return project(x, bare, program), normalise
 
@@ -173,12 +173,12 @@ def _through_norm(call: Call, x: Tensor, kept: Normalised | None, d_gates: Tenso
     scale = call.weights.norm_ih.to(state_dtype(d_gates.dtype))
     d_scale = torch.zeros_like(scale)
     if kept is None:
-        bare, normalise = _bare(x, call.weights, call.program, call.rule)
+        bare, normalise = _bare(x, call.weights, call.program, call.normaliser)
     for part in chunks(d_gates):
         products = kept.at((0, part)) if kept is not None else normalise(bare[part].to(scale.dtype))
         d = d_gates[part]
         d_scale += (products.values * d).sum((0, 1))
-        call.rule.back(products.rstd)(d * scale, products, d)
+        call.normaliser.back(products.rstd)(d * scale, products, d)
     return d_scale
 
 

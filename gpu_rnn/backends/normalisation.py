@@ -2,7 +2,7 @@
 """Normalisation over the last dimension, without scale and shift, there and back: by mean and deviation (Ba et al.,
 arXiv:1607.06450) or by the root mean square alone (Zhang and Sennrich, arXiv:1910.07467).
 
-What computes with either takes it as a `Rule`.
+What computes with either takes it as a `Normaliser`.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class BackByRootMeanSquare:
         return torch.mul(torch.addcmul(d, normal.values, along, value=-1), normal.rstd, out=out)
 
 
-class Rule(NamedTuple):
+class Normaliser(NamedTuple):
     """A way to normalise, as time loops take it: values; the products of weights, which may be changed for it; back."""
 
     normalise: Normalise
@@ -127,9 +127,9 @@ class Rule(NamedTuple):
     back: Callable[[Tensor], Backwards]
 
     @staticmethod
-    def of(rms: bool) -> Rule:
+    def of(rms: bool) -> Normaliser:
         return RMS if rms else LAYER
 
 
-LAYER = Rule(normalise, centred, Back)
-RMS = Rule(by_root_mean_square, uncentred, BackByRootMeanSquare)
+LAYER = Normaliser(normalise, centred, Back)
+RMS = Normaliser(by_root_mean_square, uncentred, BackByRootMeanSquare)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gpu_rnn.backends.axes import Axes, axes_of
-from gpu_rnn.backends.normalisation import Normalised, Rule
+from gpu_rnn.backends.normalisation import Normalised, Normaliser
 from gpu_rnn.compiler.program import Program
 
 if TYPE_CHECKING:
@@ -154,9 +154,9 @@ class Call:
     rms: bool = False  # products are normalised by their root mean square
 
     @property
-    def rule(self) -> Rule:
+    def normaliser(self) -> Normaliser:
         """How its products are normalised, if they are."""
-        return Rule.of(self.rms)
+        return Normaliser.of(self.rms)
 
     @property
     def lengths(self) -> Tensor | None:

@@ -135,7 +135,9 @@ def run(text: str, options: Options, inputs: Inputs, keep: bool = False) -> Resu
             return result._replace(final=[state.clone() for state in result.final])
     with _arithmetic(problem.precision, inputs.x):
         call = replace(call, kept=_room(call, inputs.x) if keep else None)
-        gates = linear.project(inputs.x, inputs.weights, call.program, call.kept, call.joined, call.rule).contiguous()
+        gates = linear.project(
+            inputs.x, inputs.weights, call.program, call.kept, call.joined, call.normaliser
+        ).contiguous()
         with named(f"gpu_rnn::{name}_forward"):
             return KERNELS[name].forward(call, gates, options.save, options.all_states)
 

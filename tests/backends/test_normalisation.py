@@ -46,10 +46,10 @@ def gradients(module: torch.nn.Module, x: Tensor, **controls: Any) -> list[Tenso
 @pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
 def test_there_and_back(rms: bool, of_products: bool, given: bool) -> None:
     weights, x = support.draw(2, H, I, seed=1), support.draw(5, I, seed=2)
-    rule = normalisation.Rule.of(rms)
-    normalise = rule.normalise
+    normaliser = normalisation.Normaliser.of(rms)
+    normalise = normaliser.normalise
     if of_products:
-        weights, normalise = rule.of_products(weights)
+        weights, normalise = normaliser.of_products(weights)
     products = torch.einsum("ghi,bi->bgh", weights, x).requires_grad_()
     expected = (F.rms_norm if rms else F.layer_norm)(products, (H,), eps=normalisation.EPSILON)
     torch.testing.assert_close(normalisation.normalised(products, rms), expected, **CLOSE)
@@ -59,7 +59,7 @@ def test_there_and_back(rms: bool, of_products: bool, given: bool) -> None:
     torch.testing.assert_close(found.values, expected.detach(), **CLOSE)
     d = support.draw(5, 2, H, seed=3)
     wanted = torch.autograd.grad(expected, products, d)[0]
-    torch.testing.assert_close(rule.back(found.rstd)(d, found), wanted, **CLOSE)
+    torch.testing.assert_close(normaliser.back(found.rstd)(d, found), wanted, **CLOSE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gpu_rnn.backends.linear import runs
-from gpu_rnn.backends.normalisation import Normalised, Rule
+from gpu_rnn.backends.normalisation import Normalised, Normaliser
 from gpu_rnn.backends.step.product import Product, masks
 from gpu_rnn.backends.tensors import OF_STATES, PLAIN, Call
 from gpu_rnn.compiler.derivative import carried_values
@@ -109,7 +109,7 @@ class _Steps:
         """`like` (T, B, N, G, H); `width` of what enters the products, by default P of a projection, else H."""
         _, batch, n, gates, hidden = like.shape
         width = width or kind.projection or hidden
-        self.program, self.kind, self.steps, self.rule = program, kind, steps, Rule.of(kind.rms)
+        self.program, self.kind, self.steps, self.normaliser = program, kind, steps, Normaliser.of(kind.rms)
         self.shapes, self.module = _stages(program), triton_module(program)
         self.gates = over_time(like, (steps,), (batch, n, gates, hidden))
         self.recurrent = over_time(like, (steps,), (batch, n, len(program.split), hidden))
@@ -264,7 +264,7 @@ class ForwardSteps(_Steps):
         for shape, product, scale in zip(self.shapes, self.products, self.scales, strict=True):
             multiplied = product.batched(entering)
             if scale is not None:
-                multiplied = self.rule.normalise(multiplied).values.mul_(scale)
+                multiplied = self.normaliser.normalise(multiplied).values.mul_(scale)
             step_forward[self.grid](**self.arguments(t, shape, multiplied))
 
 
@@ -293,7 +293,7 @@ class BackwardSteps(_Steps):
         normed = batched if kind.norm else []
         wide = like.new_empty(0, dtype=torch.float32)
         self.normalised = [Normalised(*(wide.new_empty(steps, *size, last) for last in (hidden, 1))) for size in normed]
-        self.through = [self.rule.back(products.rstd[0]) for products in self.normalised]
+        self.through = [self.normaliser.back(products.rstd[0]) for products in self.normalised]
         self.d_raw = [like.new_empty(steps, *size, hidden) for size in normed]
 
     def start(self, d_final: list[Tensor]) -> None:
@@ -331,7 +331,7 @@ class BackwardSteps(_Steps):
         """The products of a chunk again, from what entered each stage, (steps, B, N, H)."""
         for number, (product, values) in enumerate(zip(self.products, entering, strict=True)):
             raw = product.to_batched(product.over_time(values).float()).contiguous()
-            self.rule.normalise(raw, self.normalised[number].at(slice(len(values))))
+            self.normaliser.normalise(raw, self.normalised[number].at(slice(len(values))))
 
     def of_norm(self, d_gates: Tensor, d_recurrent: Tensor, d_products: Tensor, d_norm: Tensor) -> None:
         """Writes the gradients of a chunk's products, and adds those of the scales."""

@@ -216,4 +216,4 @@ def normalised_products(call: Call, saved: Result) -> Normalised:
         Product.of(weights[:, rows], masks(drop, rows)).over_time(entering)
         for entering, rows in linear.entered_products(call, saved)
     ]
-    return Normalised(*(values.contiguous() for values in call.rule.normalise(torch.cat(each, 3))))
+    return Normalised(*(values.contiguous() for values in call.normaliser.normalise(torch.cat(each, 3))))

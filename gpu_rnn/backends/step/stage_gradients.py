@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gpu_rnn.backends.linear import runs
-from gpu_rnn.backends.normalisation import Normalised, Rule
+from gpu_rnn.backends.normalisation import Normalised, Normaliser
 from gpu_rnn.backends.step.controls import selected
 from gpu_rnn.backends.step.product import Product, cast, masks
 from gpu_rnn.backends.step.torch_operations import compiled
@@ -72,12 +72,12 @@ class _Out:
 class _Norm:
     """The normalisation of a stage's products."""
 
-    def __init__(self, scale: Tensor, d_products: Tensor, rule: Rule) -> None:
+    def __init__(self, scale: Tensor, d_products: Tensor, normaliser: Normaliser) -> None:
         """`scale` (N, gates, H); the gradients of the products go to (T, B, N, gates, H)."""
         self.scale, self.d_total = scale, torch.zeros_like(scale)
         self.d_products, self.d_flat = d_products.unbind(0), d_products.flatten(3).unbind(0)
         self.d_scale = torch.zeros_like(d_products[0], dtype=scale.dtype)  # of a chunk
-        self.through = rule.back(self.d_scale[..., :1])
+        self.through = normaliser.back(self.d_scale[..., :1])
 
     def begin(self, products: Normalised) -> None:
         """A chunk, with its normalised products."""
@@ -121,8 +121,8 @@ class StageGradients:
         sources = [source for _, source in runs(program, rows, d.gates, d.recurrent)]
         w_hh, self.norm = weights.w_hh[:, rows], None
         if weights.norm is not None and d.products is not None:
-            w_hh, self.of_products = call.rule.of_products(w_hh)
-            self.norm = _Norm(weights.norm[:, rows].to(d.dtype), d.products[:, :, :, rows], call.rule)
+            w_hh, self.of_products = call.normaliser.of_products(w_hh)
+            self.norm = _Norm(weights.norm[:, rows].to(d.dtype), d.products[:, :, :, rows], call.normaliser)
         steps, batch = d.gates.shape[:2]
         self.product = Product.of(w_hh, masks(call.controls.drop, rows), batch, steps)
         # Of each step, of neighbouring gates that lie in the same tensor: (B, N, gates, H), or without scales (B, N,

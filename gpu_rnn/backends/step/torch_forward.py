@@ -175,7 +175,7 @@ class _Scaled:
     def __init__(self, call: Call, rows: slice, parts: Sequence[Part]) -> None:
         weights, kept, steps, batch = call.weights, call.kept, *parts[0][1].shape[:2]
         assert weights.norm is not None
-        w_hh, self.normalise = call.rule.of_products(weights.w_hh[:, rows])
+        w_hh, self.normalise = call.normaliser.of_products(weights.w_hh[:, rows])
         self.product = Product.of(w_hh, masks(call.controls.drop, rows), batch, steps)
         self.kept = [None] * steps if kept is None else kept.at((1, ..., rows, slice(None))).each
         self.sizes = [target.shape[3] for _, target in parts]
