@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import count
 
 import torch
@@ -24,12 +23,12 @@ def problems() -> dict[str, Problem]:
         recurrence=cells.lstm(),
         T=1, B=64, N=1, I=64, H=64, dtype=torch.float16, device_type="cuda", device=devices.describe("H100"),
     )  # fmt: skip
-    training = replace(one, direction="training")
+    training = one.but(direction="training")
     return {
         "inference": one,
         "training": training,
-        "4 layers, inference": replace(one, layers=4),
-        "4 layers, training": replace(training, layers=4),
+        "4 layers, inference": one.but(layers=4),
+        "4 layers, training": training.but(layers=4),
     }
 
 
@@ -37,12 +36,12 @@ def choosing(problem: Problem) -> Callable[[], None]:
     """Asks what a call of a problem asks, each time with another T."""
 
     def call() -> None:
-        new = replace(problem, T=next(_steps))
+        new = problem.but(T=next(_steps))
         choice.select(new)
         if new.layers > 1:
             choice.staggers(new)
         for direction in ("training", "backward") if new.training else ("inference",):
-            one = replace(new, direction=direction)
+            one = new.but(direction=direction)
             if new.layers > 1:
                 choice.wavefront(one)
             else:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -196,4 +195,4 @@ def _words(error: BaseException) -> str:
 
 def _alike(problem: Problem) -> Problem:
     """The same for all B and for all T but one step, which Triton builds no kernel of its own for."""
-    return replace(problem, T=min(problem.T, 2), B=2)
+    return problem.but(T=min(problem.T, 2), B=2)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from importlib.resources import files
 from typing import NamedTuple
 
@@ -118,7 +117,7 @@ class _Near(NamedTuple):
 
 def _plain(problem: Problem) -> Problem:
     """What no step depends on made equal."""
-    return replace(problem, T=1, I=1, layers=1, bias=True, reverse="0" * problem.N)
+    return problem.but(T=1, I=1, layers=1, bias=True, reverse="0" * problem.N)
 
 
 @memoize(1024)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -76,6 +77,18 @@ class Problem:
     norm: bool = False
     rms: bool = False
     bias: bool = True
+
+    def but(self, **changed: Any) -> Problem:
+        """The same with other values: `dataclasses.replace` in a tenth of its time, which is much of a call's.
+
+        Raises:
+            TypeError: there is no such field.
+        """
+        if not changed.keys() <= self.__dict__.keys():
+            raise TypeError(f"a problem has no {', '.join(changed.keys() - self.__dict__.keys())}")
+        new = object.__new__(Problem)
+        new.__dict__.update(self.__dict__, **changed)
+        return new
 
     @property
     def program(self) -> Program:

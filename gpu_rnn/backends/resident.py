@@ -109,7 +109,7 @@ def source(problem: Problem) -> str:
 def _one_tile(problem: Problem) -> Problem:
     """What a block does of a problem."""
     chosen = tile(problem)
-    return replace(problem, B=chosen.rows, N=1, H=chosen.width)
+    return problem.but(B=chosen.rows, N=1, H=chosen.width)
 
 
 def modelled(problem: Problem) -> float:

@@ -12,7 +12,7 @@ import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -149,9 +149,8 @@ def _select(problem: Problem, backend: str, among: tuple[str, ...], preferred: s
     if preferred in candidates.able and candidates.runs(preferred):
         return preferred
     places = {name: place for place, name in enumerate(choices.find(problem, among))}
-    order = sorted(
-        candidates.able, key=lambda name: (places.get(name, len(places)), candidates.seconds(problem.T, name))
-    )
+    seconds = candidates.seconds(problem.T)
+    order = sorted(candidates.able, key=lambda name: (places.get(name, len(places)), seconds[name]))
     chosen = next(filter(candidates.runs, order))
     if chosen == "reference":
         against = [(name, reason) for name in among for reason in BACKENDS[name].unsupported(problem)]
@@ -167,20 +166,20 @@ class _Candidates:
         self.problem = problem
         self.able = [name for name in among if not BACKENDS[name].unsupported(problem)]
         self.there = {name: way(problem, name).seconds for name in self.able}
-        after, self.back = replace(problem, direction="backward"), {}
+        after, self.back = problem.but(direction="backward"), {}
         if problem.direction == "training":
             named = {*(name for name in self.able if name not in LOOPS), *LOOPS}
             self.back = {name: way(after, name).seconds for name in named if not BACKENDS[name].unsupported(after)}
         self.refused: dict[str, bool] = {}
 
-    def seconds(self, steps: int, name: str) -> float:
-        """As `total_cost`."""
-        seconds = self.there[name](steps)
+    def seconds(self, steps: int) -> dict[str, float]:
+        """Of each, as `total_cost`."""
+        there = {name: of_steps(steps) for name, of_steps in self.there.items()}
         if not self.back:
-            return seconds
-        if name not in LOOPS:
-            return seconds + self.back[name](steps)
-        return seconds + min([self.back[loop](steps) for loop in LOOPS if loop in self.back])
+            return there
+        back = {name: of_steps(steps) for name, of_steps in self.back.items()}
+        least = min([seconds for name, seconds in back.items() if name in LOOPS])
+        return {name: seconds + (least if name in LOOPS else back[name]) for name, seconds in there.items()}
 
     def runs(self, name: str) -> bool:
         """Whether one that is about to be taken can run the problem after all."""
@@ -208,7 +207,7 @@ def _against(problem: Problem, name: str) -> list[str]:
     reasons = _prepared(problem, name)
     if reasons or problem.direction != "training" or name not in LOOPS or wavefront_plan.possible(problem):
         return reasons
-    return [f"in the backward pass: {reason}" for reason in _prepared(replace(problem, direction="backward"), name)]
+    return [f"in the backward pass: {reason}" for reason in _prepared(problem.but(direction="backward"), name)]
 
 
 def total_cost(
@@ -223,7 +222,7 @@ def total_cost(
     cost = _cost(problem, name, constants)
     if problem.direction != "training":
         return cost
-    after = replace(problem, direction="backward")
+    after = problem.but(direction="backward")
     if name not in LOOPS:
         return cost + _cost(after, name, constants)
     loops = [n for n in LOOPS if not BACKENDS[n].unsupported(after)] if loops is None else loops
@@ -254,7 +253,7 @@ def wavefront(problem: Problem, backend: str = "auto") -> tuple[str, int]:
 @memoize(1024)
 def _backward_too(problem: Problem, backend: str) -> None:
     """Raises where the backend that is asked for by name cannot run the backward pass, which has a plan of its own."""
-    wavefront(replace(problem, direction="backward"), backend)
+    wavefront(problem.but(direction="backward"), backend)
 
 
 def staggers(problem: Problem, backend: str = "auto") -> bool:
@@ -288,7 +287,7 @@ def _fastest_loop(problem: Problem) -> str:
 def _gain(problem: Problem, loop: str) -> float:
     """Seconds that a wavefront is predicted to save, of both passes in training."""
     directions = ("training", "backward") if problem.training else ("inference",)
-    return sum(_plan(replace(problem, direction=direction), loop).gain for direction in directions)
+    return sum(_plan(problem.but(direction=direction), loop).gain for direction in directions)
 
 
 class _Plan(NamedTuple):
@@ -313,7 +312,7 @@ def _plan(problem: Problem, loop: str) -> _Plan:
 @memoize(1024)
 def _ways(problem: Problem, loop: str) -> tuple[list[Way], list[Way]]:
     """Of one layer, and of the stack, on a loop or all of them."""
-    one, named = replace(problem, layers=1), [name for name in KERNELS if loop in ("auto", name)]
+    one, named = problem.but(layers=1), [name for name in KERNELS if loop in ("auto", name)]
     return [way(one, name) for name in named if not BACKENDS[name].unsupported(one)], [
         way(problem, name) for name in named if can_stagger(problem, name)
     ]
@@ -335,7 +334,7 @@ def verdicts(problem: Problem, backend: str = "auto") -> list[Row]:
         runs = not reasons
         predicted = total_cost(problem, name) * 1e6 / max(problem.T, 1) if runs else None
         if runs and problem.direction == "training" and name in LOOPS:
-            against = each.unsupported(replace(problem, direction="backward"))
+            against = each.unsupported(problem.but(direction="backward"))
             reasons = [f"backward on another loop: {reason}" for reason in against]
         us = measured.get(name) if runs else None
         source = "" if not runs else "measured" if us is not None else _source(problem, name)
@@ -351,7 +350,7 @@ def _source(problem: Problem, name: str) -> str:
         return "modelled"
     if problem.direction != "training":
         return SOURCES[name](problem)
-    after, back = replace(problem, direction="backward"), name
+    after, back = problem.but(direction="backward"), name
     if name in LOOPS:
         back = min(
             (loop for loop in LOOPS if not BACKENDS[loop].unsupported(after)),
@@ -365,4 +364,4 @@ def described(problem: Problem, name: str) -> Problem:
     """The same problem on a device described by name, such as "H100"."""
     device = devices.describe(name)
     kind = "cuda" if device.is_gpu else "cpu"
-    return replace(problem, device=device, device_type=kind, precision=precision.of_rnn())
+    return problem.but(device=device, device_type=kind, precision=precision.of_rnn())

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
 from gpu_rnn.backends import BACKENDS, WAVEFRONTS
@@ -23,7 +22,7 @@ class Line:
 
     def __init__(self, cost: Callable[[Problem], float], problem: Problem) -> None:
         self.start, self.first = problem.T, cost(problem)
-        last = self.first if problem.T == 1 else cost(replace(problem, T=problem.T + FAR))
+        last = self.first if problem.T == 1 else cost(problem.but(T=problem.T + FAR))
         self.step = (last - self.first) / FAR if math.isfinite(self.first) else 0.0
 
     def at(self, steps: int) -> float:
@@ -32,7 +31,7 @@ class Line:
 
 def like(problem: Problem) -> Problem:
     """The problem that a line starts from."""
-    return replace(problem, T=min(problem.T, 2))
+    return problem.but(T=min(problem.T, 2))
 
 
 def can_stagger(problem: Problem, name: str) -> bool:

@@ -22,7 +22,7 @@ BUDGETS = {
     "training LSTM": ("new_full add addmm sum clone cat bmm bmm", 875),
     "training GRU": ("new_full addmm sum clone cat bmm sum bmm bmm", 858),
 }
-OF_A_NEW_T = {"inference": 88, "training": 210, "4 layers, inference": 177, "4 layers, training": 371}
+OF_A_NEW_T = {"inference": 69, "training": 118, "4 layers, inference": 150, "4 layers, training": 260}
 
 
 @pytest.mark.compile

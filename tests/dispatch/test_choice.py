@@ -93,10 +93,10 @@ def test_every_model_adds_so_much_for_each_step(
     single, candidates = (choice._Candidates(each, tuple(choice.BACKENDS)) for each in (one, two))
     assert single.able == candidates.able
     for name in single.able:
-        assert single.seconds(1, name) == pytest.approx(choice.total_cost(one, name), rel=1e-9)
+        assert single.seconds(1)[name] == pytest.approx(choice.total_cost(one, name), rel=1e-9)
     assert candidates.able == [name for name, module in choice.BACKENDS.items() if not module.unsupported(long)]
     for name in candidates.able:
-        assert candidates.seconds(777, name) == pytest.approx(choice.total_cost(long, name), rel=1e-9)
+        assert candidates.seconds(777)[name] == pytest.approx(choice.total_cost(long, name), rel=1e-9)
         asked = lines.way(lines.like(long), name).alone.at(777)
         assert asked == pytest.approx(choice.BACKENDS[name].cost(long), rel=1e-9)
 
@@ -286,3 +286,10 @@ def test_a_fallback_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     assert len(messages) == len(set(messages))
     assert "training of lstm: step not used: complex numbers run on the reference only" in messages
     assert not any("reference not used" in message for message in messages)
+
+
+def test_a_problem_with_other_values_is_what_replace_makes() -> None:
+    one = problem(lengths=True)
+    assert one.but(T=7, layers=3) == replace(one, T=7, layers=3) != one == one.but()
+    with pytest.raises(TypeError, match="has no steps"):
+        one.but(steps=7)

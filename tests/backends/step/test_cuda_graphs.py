@@ -19,6 +19,7 @@ import torch
 
 import gpu_rnn
 from gpu_rnn.backends.step import cuda_graphs
+from tests.support.stub_driver import NEEDS_STUB, run
 
 CHUNK = cuda_graphs.CHUNK
 
@@ -343,3 +344,48 @@ def test_a_child_forked_while_another_thread_is_in_the_loop_can_run_one() -> Non
     done.set()
     thread.join()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+IN_GRAPHS = """
+from contextlib import nullcontext
+from types import SimpleNamespace
+from gpu_rnn.backends.step import cuda_graphs
+
+replays = []
+
+
+class Graph:
+    capture_begin = lambda *_, **__: None
+    capture_end = pool = lambda self: None
+    replay = lambda self: replays.append(self)
+
+
+place, get = cuda_graphs._Place(None), cuda_graphs.Chunks.get.__func__
+torch.cuda.CUDAGraph, torch.cuda.stream = Graph, lambda stream: nullcontext()
+torch.cuda.is_current_stream_capturing = lambda: False
+torch.cuda.current_stream = lambda device: SimpleNamespace(cuda_stream=0)
+cuda_graphs._place, cuda_graphs._in_a_lent_pool = lambda *_: place, lambda device: False
+
+
+def on_a_gpu(cls, key, make, like):
+    return get(cls, key, make, SimpleNamespace(shape=like.shape, is_cuda=True, device=like.device, dtype=like.dtype))
+
+
+cuda_graphs.Chunks.get = classmethod(on_a_gpu)
+layer = gpu_rnn.GRU(8, 16, backend="step")
+for steps in (1, 5, 31, 32, 33, 100):
+    x = torch.randn(steps, 2, 8)
+    for _ in range(3):
+        driver.clear(), replays.clear()
+        layer(x)[0].sum().backward()
+    print(steps, len(driver.launches), len(replays))
+"""
+
+
+@pytest.mark.compile
+@NEEDS_STUB
+def test_no_step_of_a_call_that_was_made_twice_is_launched_by_the_host() -> None:
+    """Both passes, with Triton's launcher over the stub driver and stand-ins for graphs."""
+    for line in run(IN_GRAPHS).splitlines():
+        steps, launched, replayed = map(int, line.split())
+        assert (launched, replayed) == (0, 2 * (steps // CHUNK + (steps % CHUNK).bit_count()))
