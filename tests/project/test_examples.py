@@ -31,7 +31,15 @@ def load(name: str) -> ModuleType:
 
 
 def test_every_example_is_named_here() -> None:
-    named = {"minimal_gated_unit", "memory_policy", "episodes", "gru_d", "keras_exchange", "streaming_vad"}
+    named = {
+        "minimal_gated_unit",
+        "memory_policy",
+        "episodes",
+        "gru_d",
+        "keras_exchange",
+        "streaming_vad",
+        "distributed",
+    }
     assert {path.stem for path in EXAMPLES.glob("*.py")} <= named
 
 
