@@ -168,9 +168,9 @@ def tensor(name: str, value: Any, number: int | None = None) -> None:
         raise TypeError(f"{name} should be a Tensor, got {type(value).__name__}")
     if value.is_nested:
         raise TypeError(
-            f"{name} should be a strided tensor, got a nested one: pad it with torch.nested.to_padded_tensor({name}, "
-            "0.0) and "
-            "give lengths=, the number of steps of each row"
+            f"{name} should be a strided tensor, got a nested one: a layer takes one made with layout=torch.jagged, "
+            f"(B, j, I); or pad it with torch.nested.to_padded_tensor({name}, 0.0) and give lengths=, the number of "
+            "steps of each row"
         )
     raise TypeError(f"{name} should be a strided tensor, got a {value.layout} one: use .to_dense()")
 

@@ -15,6 +15,7 @@ from gpu_rnn import initializers
 from gpu_rnn.call import arguments, onlookers, run
 from gpu_rnn.call.controls import NONE, StackControls
 from gpu_rnn.call.stack import Stack
+from gpu_rnn.layers import jagged
 from gpu_rnn.layers import options as layer_options
 from gpu_rnn.layers.module import Option, RecurrenceHolder, States
 from gpu_rnn.layers.regularization import Regularized
@@ -174,8 +175,9 @@ class LayerBase(Regularized, nn.RNNBase):
         """Run the layer over a whole sequence.
 
         Args:
-            input: (T, B, input_size), (B, T, input_size) with batch_first, (T, input_size) unbatched, or a
-                PackedSequence.
+            input: (T, B, input_size), (B, T, input_size) with batch_first, (T, input_size) unbatched, a
+                PackedSequence, or a jagged nested tensor (B, j, input_size), whatever batch_first is, whose output
+                is jagged alike.
             hx: initial states, (D * num_layers, B, hidden_size) each, without B for unbatched input; with
                 projections h is proj_size wide. A tensor for a recurrence with one state, else a tuple in the
                 order of its states. None: the recurrence's initial values (zeros for RNN, LSTM and GRU).
@@ -197,10 +199,10 @@ class LayerBase(Regularized, nn.RNNBase):
 
         Raises:
             ValueError: input of another rank, or of another dtype than the weights; a mask, lengths, resets or
-                reset_state of another shape, or beside a PackedSequence.
+                reset_state of another shape, or beside a PackedSequence or a jagged input.
             RuntimeError: another feature size, or states of another rank, shape or dtype; no time steps.
             TypeError: hx is a tuple where a tensor belongs, or the reverse, or with something else in it; a mask or
-                return_all_states that is not bool; a mask that is not given by name; a nested input.
+                return_all_states that is not bool; a mask that is not given by name; a nested input of another layout.
         """
         if isinstance(input, Proxy):
             steering = {"mask": mask, "lengths": lengths, "resets": resets, "reset_state": reset_state}
@@ -208,6 +210,8 @@ class LayerBase(Regularized, nn.RNNBase):
         if further or not isinstance(return_all_states, bool):
             self._check_others(further, return_all_states)
         if not isinstance(input, PackedSequence):
+            if getattr(input, "layout", None) is torch.jagged:
+                return jagged.run(self, input, hx, (mask, lengths, resets, reset_state), return_all_states)
             arguments.tensor("input", input)
         states = None if hx is None else self._as_tuple(hx)
         controls = NONE

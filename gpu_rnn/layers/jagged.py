@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Jagged nested tensors: rows of several lengths, one after the other in memory, without padding."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from gpu_rnn.layers.base import LayerBase
+
+
+def run(layer: LayerBase, input: Any, hx: Any, steering: tuple[Any, ...], all_states: bool) -> tuple[Any, ...]:
+    """A call of the layer on a jagged input: as on the padded one with its lengths.
+
+    The output has the input's offsets, so that torch takes both for alike. The host waits once, for the lengths.
+
+    Args:
+        steering: mask, lengths, resets and reset_state, which are refused.
+
+    Raises:
+        TypeError: another axis than the second has several lengths.
+        ValueError: there is a mask, or another of those.
+    """
+    if input.dim() != 3 or isinstance(input.shape[1], int):
+        raise TypeError(f"a jagged input is (B, j, I), a length for each row, got {tuple(map(str, input.shape))}")
+    if any(value is not None for value in steering):
+        raise ValueError(
+            "mask, lengths, resets and reset_state cannot come with a jagged input, whose rows have lengths already: "
+            "pad it with torch.nested.to_padded_tensor(input, 0.0), and give lengths="
+        )
+    values, offsets, lengths = input.values(), input.offsets(), input.lengths()
+    has_holes = lengths is not None  # between the rows, as torch.nested.narrow leaves them
+    lengths = lengths if has_holes else offsets.diff()
+    shortest, longest = torch.stack(lengths.aminmax()).tolist() if len(lengths) else (0, 0)
+    steps = torch.arange(longest, device=values.device)
+    rows, times = (steps < lengths[:, None]).nonzero(as_tuple=True)
+    padded = values.new_zeros(len(lengths), longest, values.shape[1])
+    padded = padded.index_put((rows, times), values[offsets[rows] + times])
+    sequence = padded if layer.batch_first else padded.transpose(0, 1)
+    y, *states = layer.forward(sequence, hx, lengths=lengths, return_all_states=all_states)
+    if layer.return_sequences:
+        y = (y if layer.batch_first else y.transpose(0, 1))[rows, times]
+        ends = torch.cat([offsets.new_zeros(1), lengths.cumsum(0)]) if has_holes else offsets
+        y = torch.nested.nested_tensor_from_jagged(y, ends, min_seqlen=shortest, max_seqlen=longest)
+    return (y, *states)
