@@ -9,6 +9,7 @@ Keras     (I, G·H), (H, G·H)                       i f g o z r n      (G·H); 
 CuDNN     (I, G·H), (H, G·H), a gate read (H, I)   i f g o z r n      (2·G·H)
 ONNX      W (D, G·H, I), R (D, G·H, H)             i o f g z r n      B (D, 2·G·H)
 Haste     (I, 4·H), (H, 4·H)                       i g f o            (4·H)
+Flax      (I, H), (H, H) for each gate             i f g o r z n      (H) for each gate; two of the GRU's n
 ========  =======================================  ======  =========  =====================================
 
 G gates (g is the LSTM's cell gate, which Keras and ONNX call c; n is the GRU's candidate, theirs is h), H units,
@@ -31,6 +32,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gpu_rnn.layers.flax_layout import from_flax as from_flax
+from gpu_rnn.layers.flax_layout import to_flax as to_flax
 from gpu_rnn.layers.onnx_attributes import onnx_attributes as onnx_attributes
 from gpu_rnn.layers.onnx_attributes import options_of_onnx as options_of_onnx
 from gpu_rnn.layers.weight_layouts import (

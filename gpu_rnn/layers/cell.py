@@ -145,7 +145,7 @@ class RNNCell(CellBase):
         input_size, hidden_size: features of the input and of the state.
         bias: whether there are biases. Default: True
         nonlinearity, activation, clip, backend: as for `gpu_rnn.RNN`.
-        heads: as for the layers: blocks on the diagonal of W_hh, each weight with heads in front. Default: 1
+        heads: blocks on the diagonal of W_hh, each weight with heads in front, as in the layers. Default: 1
         device, dtype: of the parameters. Default: torch's
 
     Inputs, outputs and Raises: see `forward`. Weights: those of torch.nn.RNNCell.
@@ -196,7 +196,7 @@ class LSTMCell(CellBase):
         device, dtype: of the parameters. Default: torch's
         activation, recurrent_activation, clip, backend: as for `gpu_rnn.LSTM`.
         peephole: add weight_peephole of shape (3, hidden_size), in the order i, f, o. Default: False
-        heads: as for the layers: blocks on the diagonal of W_hh, each weight with heads in front. Default: 1
+        heads: blocks on the diagonal of W_hh, each weight with heads in front, as in the layers. Default: 1
 
     Inputs, outputs and Raises: see `forward`. Weights: those of torch.nn.LSTMCell.
 
@@ -245,7 +245,7 @@ class GRUCell(CellBase):
         bias: whether the gates have biases. Default: True
         device, dtype: of the parameters. Default: torch's
         activation, recurrent_activation, reset_after, clip, backend: as for `gpu_rnn.GRU`.
-        heads: as for the layers: blocks on the diagonal of W_hh, each weight with heads in front. Default: 1
+        heads: blocks on the diagonal of W_hh, each weight with heads in front, as in the layers. Default: 1
 
     Inputs, outputs and Raises: see `forward`. Weights: those of torch.nn.GRUCell.
 

@@ -191,6 +191,7 @@ def test_the_way_back_refuses_by_name_what_torch_lacks() -> None:
             "dropping": gpu_rnn.LSTM(4, 6, recurrent_dropout=0.2),
             "before": gpu_rnn.GRU(4, 6, reset_after=False, zoneout=0.1),
             "last": gpu_rnn.RNN(4, 6, return_sequences=False),
+            "blocks": gpu_rnn.GRUCell(4, 6, heads=2),
             "own": gpu_rnn.Recurrent(gpu_rnn.cells.lstm(), 4, 6),
             "function": gpu_rnn.LSTMCell(4, 6, activation=torch.tanh),
         }
@@ -203,6 +204,7 @@ def test_the_way_back_refuses_by_name_what_torch_lacks() -> None:
         "  dropping: gpu_rnn.layers.sequence.LSTM, recurrent_dropout=0.2",
         "  before: gpu_rnn.layers.sequence.GRU, reset_after=False, zoneout=(0.1,)",
         "  last: gpu_rnn.layers.sequence.RNN, return_sequences=False",
+        "  blocks: gpu_rnn.layers.cell.GRUCell, heads=2",
         "  own: gpu_rnn.layers.sequence.Recurrent, the recurrence lstm",
         "  function: gpu_rnn.layers.cell.LSTMCell, activation='tanh'",
     ):
