@@ -97,7 +97,7 @@ class Inputs(NamedTuple):
     @staticmethod
     def of(x: Tensor, *rest: Any) -> Inputs:
         """From x, each weight, each control, the list of states and the list of reset values."""
-        return Inputs(x, Weights(*rest[:WEIGHTS]), LayerControls(*rest[WEIGHTS:-2]), *rest[-2:])
+        return Inputs(x, Weights(*rest[:WEIGHTS]), LayerControls(*rest[WEIGHTS:-2]), rest[-2], rest[-1] or [])
 
     @staticmethod
     def flat(tensors: Sequence[Any], states: int) -> Inputs:

@@ -73,9 +73,7 @@ def _registered(text: str, options: Options, inputs: Inputs, wants_grad: bool) -
     choice.check_recorded(options.backend)
     keeps = wants_grad and not (torch.compiler._is_exporting_flag or onlookers.traced())
     options = options._replace(save=keeps)
-    x, weights, controls, states, reset_values = inputs
-    arguments = (x, *weights, *controls, list(states), list(reset_values), text, options.encode())
-    return list(torch.ops.gpu_rnn.rnn(*arguments))
+    return list(torch.ops.gpu_rnn.rnn(*custom_ops.in_order(inputs), text, options.encode()))
 
 
 def _forward(text: str, options: Options, inputs: Inputs, watched: bool, keep: bool = False) -> Result:

@@ -23,7 +23,7 @@ from gpu_rnn.compiler.program import Program
 
 REQUIRED = ("w_ih", "w_hh")
 NAMED = [f"Tensor{'' if name in REQUIRED else '?'} {name}" for name in (*Weights._fields, *LayerControls._fields)]
-INPUTS = ", ".join(["Tensor x", *NAMED, "Tensor[] states", "Tensor[] reset_values"])
+INPUTS = ", ".join(["Tensor x", *NAMED, "Tensor[] states", "Tensor[]? reset_values"])
 IDENTITY = "str program, str options"
 
 
@@ -142,8 +142,10 @@ def _(d_outputs: list[Tensor], saved: list[Tensor], *arguments: Any) -> list[Ten
     ]
 
 
-def _keep(ctx: Any, inputs: Inputs, others: Sequence[Tensor], program: str, options: str) -> None:
+def _keep(ctx: Any, tensors: Sequence[Any], others: Sequence[Tensor], program: str, options: str) -> None:
+    inputs = Inputs.of(*tensors)
     ctx.program, ctx.options, ctx.others, ctx.states = program, options, len(others), len(inputs.states)
+    ctx.no_values = None if tensors[-1] is None else []  # what was given where there is nothing to reset to
     ctx.save_for_backward(*others, *inputs.row)
 
 
@@ -154,8 +156,8 @@ def _kept(ctx: Any) -> tuple[Inputs, Sequence[Tensor]]:
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     *tensors, program, options = inputs
-    of_layer = Inputs.of(*tensors)
-    _keep(ctx, of_layer, [output[0], *output[1 + len(of_layer.states) :]], program, options)
+    states = len(Inputs.of(*tensors).states)
+    _keep(ctx, tensors, [output[0], *output[1 + states :]], program, options)
 
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
@@ -165,34 +167,37 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
         grads, shapes = [*grads[: len(shapes)], grads[-1]], [*shapes, saved[-1]]
     d = [torch.zeros_like(s) if g is None else g for g, s in zip(grads, shapes, strict=False)]
     d_primals = torch.ops.gpu_rnn.rnn_backward(d, list(saved), *in_order(inputs), ctx.program, ctx.options)
-    return *_as_given(inputs, d_primals), None, None
+    return *_as_given(ctx, inputs, d_primals), None, None
 
 
 def in_order(inputs: Inputs) -> list[Any]:
     """A call's tensors as both ops take them."""
-    return _grouped(inputs.row, len(inputs.states))
+    return _grouped(inputs.row, len(inputs.states), None)
 
 
-def _grouped(row: Sequence[Any], states: int) -> list[Any]:
-    """A row like `Inputs.row` as the ops take it, the states and the reset values in a list each."""
-    return [*row[:FIRST_STATE], list(row[FIRST_STATE : FIRST_STATE + states]), list(row[FIRST_STATE + states :])]
+def _grouped(row: Sequence[Any], states: int, no_values: list[Any] | None) -> list[Any]:
+    """A row like `Inputs.row` as the ops take it, the states and the reset values in a list each; `no_values` where
+    there are none of these: an empty list is lost in a package of AOTInductor."""
+    reset_values = list(row[FIRST_STATE + states :])
+    return [*row[:FIRST_STATE], list(row[FIRST_STATE : FIRST_STATE + states]), reset_values or no_values]
 
 
-def _as_given(inputs: Inputs, grads: Sequence[Tensor | None]) -> list[Any]:
+def _as_given(ctx: Any, inputs: Inputs, grads: Sequence[Tensor | None]) -> list[Any]:
     """Gradients of the primals in the places of the op's arguments; None for what the layer does not have."""
     d = [None if t is None else g for t, g in zip(inputs.primals, grads, strict=True)]
-    return _grouped([*d[:FIRST_CONTROL], *[None] * len(LayerControls._fields), *d[FIRST_CONTROL:]], len(inputs.states))
+    row = [*d[:FIRST_CONTROL], *[None] * len(LayerControls._fields), *d[FIRST_CONTROL:]]
+    return _grouped(row, len(inputs.states), ctx.no_values)
 
 
 def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     d_outputs, _, *tensors, program, options = inputs
-    _keep(ctx, Inputs.of(*tensors), d_outputs, program, options)
+    _keep(ctx, tensors, d_outputs, program, options)
 
 
 def _second(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     inputs, d_outputs = _kept(ctx)
     of_d_outputs, of_primals = passes.second_vjp(ctx.program, Options.decode(ctx.options), inputs, d_outputs, grads)
-    return list(of_d_outputs), [None] * len(checks.SAVED_AXES), *_as_given(inputs, of_primals), None, None
+    return list(of_d_outputs), [None] * len(checks.SAVED_AXES), *_as_given(ctx, inputs, of_primals), None, None
 
 
 rnn.register_autograd(_backward, setup_context=_setup)

@@ -26,7 +26,8 @@ def rnn(*arguments: Any) -> list[Any]:
     options, program, inputs = Options.decode(words), Program.parse(text), Inputs.of(*tensors)
     if options.save:
         raise ValueError("an ONNX graph is for inference: export the model under torch.no_grad()")
-    nodes = Nodes(inputs.x.dtype)
+    dtype: Any = inputs.x.dtype
+    nodes = Nodes(dtype)
     stacked = inputs.weights.w_between is not None
     operator = operators.of(text) if operators.takes(inputs) else None
     if operator is not None and not stacked and not (options.all_states and len(program.states) > 1):

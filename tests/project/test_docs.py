@@ -10,6 +10,7 @@ import inspect
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -52,9 +53,11 @@ def program(page: Path) -> str:
     return "".join(parts)
 
 
-# What torch's exporter to ONNX warns of, whatever it exports.
+# What torch's exporter to ONNX and AOTInductor warn of, whatever they are given.
 of_torch = pytest.mark.filterwarnings(
-    "ignore:.isinstance.treespec, LeafSpec:FutureWarning", "ignore:# The axis name. .* will not be used"
+    "ignore:.isinstance.treespec, LeafSpec:FutureWarning",
+    "ignore:# The axis name. .* will not be used",
+    "ignore:.torch.jit.script:DeprecationWarning",
 )
 
 
@@ -64,6 +67,8 @@ def test_the_examples_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pyt
     code = program(page)
     if "gpu_rnn.onnx" in code:
         needs("onnxscript", "onnxruntime")
+    if "aoti_compile" in code and shutil.which("g++") is None:
+        pytest.skip("no g++ is installed, with which AOTInductor compiles")
     script = tmp_path / "example.py"  # a file, so that a traced step can be shown beside its source
     script.write_text(code)
     if "keras" not in code:
