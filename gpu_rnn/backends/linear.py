@@ -17,6 +17,7 @@ from gpu_rnn.backends import onednn
 from gpu_rnn.backends.normalisation import LAYER, Normalise, Normalised, Normaliser
 from gpu_rnn.backends.tensors import RESET, SKIP, Call, LoopGradients, Result, Weights, bit, chunks, state_dtype
 from gpu_rnn.compiler.program import Program, lookup
+from gpu_rnn.memo import memoize
 
 
 def project(
@@ -51,7 +52,7 @@ def joined_bias(b_ih: Tensor | None, b_hh: Tensor | None, program: Program, acro
     bias = b_ih + b_hh
     if program.split:
         each = bias.shape[across] // len(program.gates)
-        for is_sum, gates in _alike(program, range(len(program.gates))):
+        for is_sum, gates in _alike(program, 0, len(program.gates)):
             if not is_sum:
                 rows = (across, gates.start * each, (gates.stop - gates.start) * each)
                 bias.narrow(*rows).copy_(b_ih.narrow(*rows))
@@ -165,6 +166,35 @@ def gradients(
     )
 
 
+def of_one(
+    program: Program, x: Tensor, before: Tensor, d_gates: Tensor, d_split: Tensor, w_ih: Tensor, of_x: bool
+) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """`gradients` of one recurrence with one product a step and nothing dropped, as matrices: to arrange them otherwise
+    takes a good part of a short call.
+
+    Of x (T·B, I), h before each step (T·B, P), the gradients (T·B, G·H) of the gates and (T·B, K·H) of the split ones'
+    products, and w_ih (G·H, I), those of x and, by name, of the weights.
+    """
+    hidden, d_b_ih = d_gates.shape[1] // len(program.gates), d_gates.sum(0)
+    parts_w, parts_b = [], []
+    for is_sum, gates in _alike(program, 0, len(program.gates)):
+        first, size = gates.start * hidden, (gates.stop - gates.start) * hidden
+        gradient, at = (d_gates, first) if is_sum else (d_split, _among_split(program, gates.start) * hidden)
+        gradient = gradient if size == gradient.shape[1] else gradient.narrow(1, at, size)
+        parts_w.append(_product(gradient.T, before))
+        parts_b.append(d_b_ih.narrow(0, first, size) if is_sum else gradient.sum(0))
+    return _product(d_gates, w_ih) if of_x else None, {
+        "w_ih": _product(d_gates.T, x),
+        "w_hh": parts_w[0] if len(parts_w) == 1 else torch.cat(parts_w),
+        "b_ih": d_b_ih,
+        "b_hh": torch.cat(parts_b),  # of its own: gradients that share memory are scaled twice
+    }
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    return onednn.bmm(a[None], b[None])[0]
+
+
 def _through_norm(call: Call, x: Tensor, kept: Normalised | None, d_gates: Tensor) -> Tensor:
     """The gradient of the input products' scales. Those of the products, which are taken once more if they were not
     kept, replace `d_gates`: another tensor of all steps would not fit into a CPU's cache.
@@ -242,16 +272,19 @@ def runs(program: Program, rows: slice, of_gates: Tensor, of_recurrent: Tensor) 
     `of_gates` (T, B, N, G, H) has it for summed gates, `of_recurrent` (T, B, N, number of split gates, H) for the
     split.
     """
-    for is_sum, gates in _alike(program, range(rows.start, rows.stop)):
-        if is_sum:
-            yield gates, of_gates[..., gates, :]
-        else:
-            start = program.split.index(program.gates[gates.start])
-            yield gates, of_recurrent[..., start : start + gates.stop - gates.start, :]
+    for is_sum, gates in _alike(program, rows.start, rows.stop):
+        source, start = (of_gates, gates.start) if is_sum else (of_recurrent, _among_split(program, gates.start))
+        count = gates.stop - gates.start
+        yield gates, source if count == source.shape[3] else source.narrow(3, start, count)
 
 
-def _alike(program: Program, numbers: range) -> Iterator[tuple[bool, slice]]:
+def _among_split(program: Program, gate: int) -> int:
+    return program.split.index(program.gates[gate])
+
+
+@memoize(256)
+def _alike(program: Program, first: int, last: int) -> tuple[tuple[bool, slice], ...]:
     """The gates of these numbers in runs of neighbours that are all summed, or all split."""
-    for is_sum, run in groupby(numbers, key=lambda g: program.gates[g] in program.summed):
-        gates = list(run)
-        yield is_sum, slice(gates[0], gates[-1] + 1)
+    by_kind = groupby(range(first, last), key=lambda g: program.gates[g] in program.summed)
+    gates = [(is_sum, list(run)) for is_sum, run in by_kind]
+    return tuple((is_sum, slice(run[0], run[-1] + 1)) for is_sum, run in gates)

@@ -72,6 +72,12 @@ class LayerControls(NamedTuple):
         """What a time loop takes of it, by name: what acts between a stack's layers is none of its."""
         return {name: value for name, value in zip(self._fields, self, strict=True) if name != "between"}
 
+    def dense(self, dtype: torch.dtype) -> LayerControls:
+        """As a loop reads them by their addresses: factors in that dtype, flags and lengths in their own."""
+        if self is PLAIN:
+            return self
+        return LayerControls(*(value if value is None else dense_of_its_kind(value, dtype) for value in self))
+
     @property
     def described(self) -> dict[str, Any]:
         """Which of them there are, as `Problem` has it: whether, of `drop` how many masks."""
@@ -232,6 +238,11 @@ def dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if tensor.dtype == dtype and tensor.is_contiguous() and not (tensor.is_neg() or torch._is_zerotensor(tensor)):
         return tensor
     return in_memory(tensor.to(dtype)).contiguous()
+
+
+def dense_of_its_kind(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`dense`, of that dtype if it holds numbers, else of its own."""
+    return dense(tensor, dtype if tensor.is_floating_point() else tensor.dtype)
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -64,6 +64,11 @@ class StackControls(NamedTuple):
         )
 
     @property
+    def of_steps(self) -> tuple[Tensor | None, ...]:
+        """All but the values to reset to, which have derivatives."""
+        return self.mask, self.lengths, self.resets, self.recurrent_mask, self.zone
+
+    @property
     def given(self) -> bool:
         return any(value is not None for value in self)
 
@@ -142,6 +147,12 @@ class StackControls(NamedTuple):
     def flagged(self, all_states: bool) -> bool:
         """Whether the loops get flags: lengths by themselves stay lengths, unless the states beyond them are wanted."""
         return self.mask is not None or self.resets is not None or (self.lengths is not None and all_states)
+
+    def silenced(self, y: Tensor, valid: Tensor | None, all_states: bool) -> Tensor:
+        """The loops' y (T, B, ·) with 0 at the steps that do not count, where they were given flags: h stands there."""
+        if valid is None or not self.flagged(all_states):
+            return y
+        return torch.where(valid.unsqueeze(-1), y, 0)
 
     def described(self, packed: bool, all_states: bool) -> dict[str, Any]:
         """As `LayerControls.described`, of every layer's, with whether there are values to reset to."""
@@ -253,17 +264,20 @@ def _checked_lengths(lengths: Tensor, steps: int, batch: int) -> Tensor:
 
 def _flags(valid: Tensor | None, resets: Tensor | None, lengths: Tensor | None, reverse: str) -> Tensor:
     """(T, B, N) uint8. A reset cuts between two steps: the reversed direction meets it before the earlier one."""
-    skip = None if valid is None else (~valid).to(torch.uint8) * SKIP
+    assert SKIP == 1  # as True is
+    skip = None if valid is None else (~valid).to(torch.uint8)
     if resets is None:
         assert skip is not None
         return skip.unsqueeze(-1).expand(-1, -1, len(reverse)).contiguous()
     if lengths is not None:  # what begins after a row's end is none of its episodes
         resets = resets & (torch.arange(resets.shape[0], device=resets.device)[:, None] < lengths)
     forward = resets.to(torch.uint8) * RESET
-    steps = torch.arange(resets.shape[0], device=resets.device)[:, None]
-    backward = _earlier(forward) * (steps < resets.shape[0] - 1)  # nothing comes before the last step
-    parts = [forward if flag == "0" else backward for flag in reverse]
-    flags = torch.stack(parts, -1)
+    if "1" in reverse:
+        steps = torch.arange(resets.shape[0], device=resets.device)[:, None]
+        backward = _earlier(forward) * (steps < resets.shape[0] - 1)  # nothing comes before the last step
+        flags = torch.stack([forward if flag == "0" else backward for flag in reverse], -1)
+    else:
+        flags = forward.unsqueeze(-1).expand(-1, -1, len(reverse)).contiguous()
     return flags if skip is None else flags | skip.unsqueeze(-1)
 
 

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The short way of plain layers on a CPU that run as the time loop in C: one function for each pass of a layer.
+"""The short way of layers on a CPU that run as the time loop in C: one function for each pass of a layer.
 
 What a call goes by is asked once for all calls that are alike. Whoever looks on, transforms, profiles or records takes
-the way of `gpu_rnn.call.loops`, which computes the same; so do second derivatives.
+the way of `gpu_rnn.call.autograd`, which computes the same; so do second derivatives.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,11 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpu_rnn import environment, memo
-from gpu_rnn.backends import onednn
-from gpu_rnn.backends.native import building, limits
+from gpu_rnn.backends import linear
+from gpu_rnn.backends.native import building, launch, limits
 from gpu_rnn.backends.native import direct as native
-from gpu_rnn.backends.tensors import dense
+from gpu_rnn.backends.normalisation import Normalised
+from gpu_rnn.backends.tensors import PLAIN, Call, Inputs, LayerControls, Result, Weights, dense, state_dtype
 from gpu_rnn.call import onlookers, second_order, transforms
+from gpu_rnn.call.controls import NONE, StackControls
 from gpu_rnn.call.stack import Stack, States
 from gpu_rnn.dispatch import choice
 
@@ -28,149 +31,218 @@ MOST_LAYER_PLANS = 1024  # of calls whose plan is kept
 _plans: dict[tuple[Any, ...], native.LayerPlan | None] = memo.hold(f"{__name__}: plans", {}, MOST_LAYER_PLANS)
 
 
-def run(stack: Stack, x: Tensor, hx: States | None, weights: Sequence[Tensor]) -> tuple[Tensor, States] | None:
-    """y and the final states as `loops.run` has them, or None where the call goes another way.
+def run(
+    stack: Stack, x: Tensor, hx: States | None, weights: Sequence[Tensor], controls: StackControls = NONE
+) -> tuple[Tensor, States, States] | None:
+    """y, the final states and, if wanted, those of all steps as `loops.run` has them, or None where the call goes
+    another way.
 
-    It has no controls, is not packed nor recorded, and autocast is off.
+    It is not packed nor recorded, and autocast is off.
     """
-    tensors = (x, *(hx or ()), *weights)
-    if onlookers.watched(tensors) or transforms.active() or torch.autograd._profiler_enabled():
+    tensors = (x, *(hx or ()), *weights, *(controls.reset_state or ()))
+    steering = () if controls is NONE else controls.of_steps
+    if onlookers.watched((*tensors, *steering)) or transforms.active() or torch.autograd._profiler_enabled():
         return None
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    plan = _plan(stack, x, hx, weights, grad)
+    plan = _plan(stack, x, hx, weights, controls, grad)
     if plan is None or not all(t.dtype == x.dtype and t.is_cpu and not t.is_neg() for t in tensors):
         return None
     states = hx or stack.initial(x, weights, x.shape[0 if stack.batch_first else 1])
-    y = x.transpose(0, 1) if stack.batch_first else x
-    count, final = len(weights) // stack.num_layers, []
+    if x.dtype == plan.dtype:
+        return _layers(plan, stack, x, states, weights, controls, grad)
+    x, *rest = (t.to(plan.dtype) for t in (x, *states, *weights))
+    states, weights = rest[: len(states)], rest[len(states) :]
+    y, final, every = _layers(plan, stack, x, tuple(states), weights, controls, grad)
+    dtype = tensors[0].dtype
+    return y.to(dtype), tuple(state.to(dtype) for state in final), tuple(state.to(dtype) for state in every)
+
+
+def _layers(
+    plan: native.LayerPlan,
+    stack: Stack,
+    x: Tensor,
+    states: States,
+    weights: Sequence[Tensor],
+    controls: StackControls,
+    grad: bool,
+) -> tuple[Tensor, States, States]:
+    y, valid, flags, directions = x.transpose(0, 1) if stack.batch_first else x, None, None, stack.directions
+    if controls is not NONE:
+        controls, steps = controls.to(plan.dtype), y.shape[0]
+        flags = controls.flags(stack.reverse, steps, stack.all_states)
+        valid = (
+            controls.valid(steps) if grad or stack.all_states else None
+        )  # else the loop's y is 0 where it counts not
+        if grad and valid is not None:  # whatever stands in the padding, NaN too, must not reach a gradient
+            y = torch.where(valid.unsqueeze(-1), y, 0)
+    final, every = [], []
     for number in range(stack.num_layers):
         if number and stack.dropout:
             y = F.dropout(y, stack.dropout)
-        entering = states if stack.num_layers == 1 else [state[number : number + 1] for state in states]
-        of_layer = weights[number * count : (number + 1) * count]
-        if grad:
-            y, *leaving = _Layer.apply(plan, stack, y, *entering, *of_layer)
-        else:
-            whole = [t.contiguous() for t in (y, *entering, *of_layer)]
-            leaving, saved = _forward(plan, stack.bias, whole, False)
-            y = saved.y
-        final.append(leaving)
-    joined = final[0] if len(final) == 1 else map(torch.cat, zip(*final, strict=True))
-    return y.transpose(0, 1) if stack.batch_first else y, tuple(joined)
+        rows = slice(number * directions, (number + 1) * directions)
+        entering = states if stack.num_layers == 1 else [state[rows] for state in states]
+        steering, resets = (PLAIN, []) if controls is NONE else controls.of_layer(rows, stack.reverse, len(y), flags)
+        of_layer = stack.of_layer(weights, number)
+        if directions == 2:
+            entering = [state.transpose(0, 1) for state in entering]
+        y, *leaving = _layer(plan, stack, steering, grad, y, *entering, *of_layer, *resets)
+        inner = leaving.pop() if stack.all_states else None
+        final.append([state.transpose(0, 1) for state in leaving] if directions == 2 else leaving)
+        if inner is not None:
+            of_h = y.unflatten(2, (directions, -1))
+            every.append([state.transpose(1, 2) for state in (of_h, *inner.unbind(0))])
+    joined = final[0] if stack.is_one_layer else map(torch.cat, zip(*final, strict=True))
+    y = y if valid is None else controls.silenced(y, valid, stack.all_states)
+    of_all = tuple(torch.cat(parts, 1) for parts in zip(*every, strict=True))
+    return y.transpose(0, 1) if stack.batch_first else y, tuple(joined), of_all
 
 
-def _plan(stack: Stack, x: Tensor, hx: States | None, weights: Sequence[Tensor], grad: bool) -> native.LayerPlan | None:
+def _plan(
+    stack: Stack, x: Tensor, hx: States | None, weights: Sequence[Tensor], controls: StackControls, grad: bool
+) -> native.LayerPlan | None:
     """What the calls of a kind need in C; None where that is not what dispatch chooses."""
     if environment.names_a_backend() or not choice.only_predicted_on_cpu():
-        return _chosen(stack, x, hx, weights, grad)
-    kind = stack.as_key, x.dtype, grad, torch.get_num_threads(), *[t.shape for t in (x, *(hx or ()), *weights)]
+        return _chosen(stack, x, hx, weights, controls, grad)
+    shapes = [t.shape for t in (x, *(hx or ()), *weights)]
+    steering = () if controls is NONE else tuple(controls.described(False, stack.all_states).values())
+    kind = stack.as_key, x.dtype, grad, torch.get_num_threads(), steering, *shapes
     plan = _plans.get(kind, memo.ABSENT)
     if plan is memo.ABSENT:
-        plan = memo.put(_plans, kind, _chosen(stack, x, hx, weights, grad), MOST_LAYER_PLANS)
+        plan = memo.put(_plans, kind, _chosen(stack, x, hx, weights, controls, grad), MOST_LAYER_PLANS)
     return plan
 
 
 def _chosen(
-    stack: Stack, x: Tensor, hx: States | None, weights: Sequence[Tensor], grad: bool
+    stack: Stack, x: Tensor, hx: States | None, weights: Sequence[Tensor], controls: StackControls, grad: bool
 ) -> native.LayerPlan | None:
-    problem = stack.problem(x, hx, weights, None)
+    problem = stack.problem(x, hx, weights, None, controls)
     if not limits.plain_layer(problem) or choice.select(problem, stack.backend) != "native":
         return None
     shapes = [*(stack.state_shapes(weights, problem.B) if hx else ()), *stack.weight_shapes(problem.I, problem.H)]
     if [t.shape for t in (*(hx or ()), *weights)] != shapes:
         return None  # the long way has the words
     try:
-        return native.plan(problem.program.text, problem.dtype, grad)
+        return native.plan(
+            problem.program.text, state_dtype(problem.dtype), grad, stack.weight_names, stack.reverse, stack.rms
+        )
     except building.CompilerError:
         return None  # of the backward loop: dispatch knows what else there is
 
 
+def _layer(
+    plan: native.LayerPlan, stack: Stack, controls: LayerControls, grad: bool, *tensors: Tensor
+) -> tuple[Tensor, ...]:
+    """y (T, B, N·P), the final states and, where all states are wanted, `Result.inner` of one layer, of x, its states,
+    its weights and the values of resets."""
+    if grad:
+        return _Layer.apply(plan, stack, controls, *tensors)
+    result = _forward(plan, stack, controls.dense(plan.dtype), tensors, False)
+    return (result.y, *result.final, *([result.inner] if stack.all_states else []))
+
+
 def _forward(
-    plan: native.LayerPlan, bias: bool, whole: Sequence[Tensor], save: bool
-) -> tuple[list[Tensor], native.Saved]:
-    """One layer: x, the states and the weights, all without gaps."""
-    count = 1 + len(plan.program.states)
-    x, *states = whole[:count]
-    return native.forward(plan, x, states, *_weights(plan, bias, whole[count:]), save)
+    plan: native.LayerPlan, stack: Stack, controls: LayerControls, tensors: Sequence[Tensor], save: bool
+) -> Result:
+    x, states, weights, resets = _apart(plan, [t.contiguous() for t in tensors])
+    return native.forward(plan, x, states, weights, resets, controls, save, stack.all_states)
 
 
-def _weights(plan: native.LayerPlan, bias: bool, weights: Sequence[Any]) -> tuple[Any, Any, Any, Any, Any]:
-    """w_ih, w_hh, b_ih, b_hh and params, None for those that the layer has not."""
-    b_ih, b_hh = weights[2:4] if bias else (None, None)
-    return weights[0], weights[1], b_ih, b_hh, weights[-1] if plan.program.params else None
+def _apart(plan: native.LayerPlan, tensors: Sequence[Any]) -> tuple[Any, Sequence[Any], Sequence[Any], Sequence[Any]]:
+    """x, the states, the weights and the values of resets."""
+    first = 1 + len(plan.program.states)
+    last = first + len(plan.names)
+    return tensors[0], tensors[1:first], tensors[first:last], tensors[last:]
+
+
+def _inputs(plan: native.LayerPlan, controls: LayerControls, tensors: Sequence[Tensor]) -> Inputs:
+    """In canonical layout."""
+    x, states, weights, resets = _apart(plan, tensors)
+    return Inputs(x, plan.weights(weights), controls, _rows_first(plan, x, states), list(resets))
+
+
+def _rows_first(plan: native.LayerPlan, x: Tensor, states: Sequence[Tensor]) -> list[Tensor]:
+    """(B, N, ·)"""
+    return [state.view(x.shape[1], len(plan.reverse), -1) for state in states]
 
 
 class _Layer(torch.autograd.Function):
-    """(plan, stack, x, *states, *weights) of one layer -> y, *final states."""
+    """(plan, stack, controls, x, *states, *weights, *values of resets) of one layer -> y, *final states and,
+    where all states are wanted, `Result.inner`."""
 
     @staticmethod
-    def forward(ctx: Any, plan: native.LayerPlan, stack: Stack, *tensors: Tensor) -> tuple[Tensor, ...]:
-        final, saved = _forward(plan, stack.bias, [t.contiguous() for t in tensors], True)
-        ctx.plan, ctx.stack, ctx.dtype = plan, stack, tensors[0].dtype
-        ctx.save_for_backward(*tensors, *saved)
+    def forward(
+        ctx: Any, plan: native.LayerPlan, stack: Stack, controls: LayerControls, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        controls = controls.dense(plan.dtype)
+        result = _forward(plan, stack, controls, tensors, True)
+        ctx.plan, ctx.stack, ctx.tensors = plan, stack, len(tensors)
+        steering = () if controls is PLAIN else controls
+        ctx.controls = len(steering)
+        saved = result.y, result.gates, result.recurrent, result.inner, *(result.kept or ())
+        ctx.save_for_backward(*tensors, *steering, *saved)
         ctx.set_materialize_grads(False)
-        return (saved.y, *final)
+        return (result.y, *result.final, *([result.inner] if stack.all_states else []))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        plan, stack, every = ctx.plan, ctx.stack, ctx.saved_tensors
-        tensors, saved = every[: -len(native.Saved._fields)], native.Saved(*every[-len(native.Saved._fields) :])
+        plan, stack, every, after = ctx.plan, ctx.stack, ctx.saved_tensors, ctx.tensors + ctx.controls
+        tensors = every[: ctx.tensors]
+        controls = LayerControls(*every[ctx.tensors : after]).dense(plan.dtype) if ctx.controls else PLAIN
         if second_order.needs_operations(grads):
-            return None, None, *second_order.of_a_layer(stack, tensors, len(plan.program.states), grads)
-        dtype = ctx.dtype  # a hook of saved tensors may have changed theirs, and how they lie
-        tensors = [dense(t, dtype) for t in tensors]
-        saved = native.Saved(*(dense(t, dtype) for t in saved))
-        incoming = [None if d is None else dense(d, dtype) for d in grads]
-        return None, None, *_backward(plan, stack.bias, tensors, saved, incoming, ctx.needs_input_grad[2:])
+            arranged = partial(_inputs, plan, controls)
+            return None, None, None, *second_order.of_a_layer(stack, tensors, arranged, grads)
+        # A hook of saved tensors may have changed their dtype, and how they lie.
+        whole = [dense(t, plan.dtype) for t in (*tensors, *every[after:])]
+        incoming = [None if d is None else dense(d, plan.dtype) for d in grads]
+        saved = whole[ctx.tensors :]
+        found = _backward(plan, controls, whole[: ctx.tensors], saved, incoming, ctx.needs_input_grad[3])
+        given = (d if d is None or d.shape == t.shape else d.view(t.shape) for d, t in zip(found, tensors, strict=True))
+        return None, None, None, *given
 
 
 def _backward(
     plan: native.LayerPlan,
-    bias: bool,
+    controls: LayerControls,
     tensors: Sequence[Tensor],
-    saved: native.Saved,
+    saved: Sequence[Tensor],
     grads: Sequence[Tensor | None],
-    wanted: Sequence[bool],
+    of_x: bool,
 ) -> list[Tensor | None]:
-    """The gradients of x, the states and the weights, None for those that are not wanted; all that is given is
-    dense."""
-    count = 1 + len(plan.program.states)
-    x, *states = tensors[:count]
-    w_ih, w_hh, _, _, params = _weights(plan, bias, tensors[count:])
+    """The gradients of x, the states, the weights and the values of resets."""
+    x, states, weights, resets = _apart(plan, tensors)
+    y, gates, recurrent, inner, *kept = saved
     d_y, *d_final = grads
-    zeros = torch.zeros_like(states[0]) if any(d is None for d in d_final) else None
-    d = native.backward(plan, saved, states, w_hh, params, d_y, [zeros if g is None else g for g in d_final])  # type: ignore[misc]
-    d_gates, d_split = d.gates.flatten(0, 1), d.recurrent.flatten(0, 1)
-    want_w_ih, want_w_hh, want_b_ih, want_b_hh, _ = _weights(plan, bias, wanted[count:])
-    d_x = _product(d_gates, w_ih).view_as(x) if wanted[0] else None
-    d_w_ih = _product(d_gates.T, x.flatten(0, 1)) if want_w_ih else None
-    d_w_hh = _of_products(plan, d_gates, d_split, _entered(states[0], saved.y)) if want_w_hh else None
-    d_weights = [d_w_ih, d_w_hh]
-    if bias:
-        d_b_ih = d_gates.sum(0) if want_b_ih or want_b_hh else None
-        d_b_hh = _joined(plan, d_b_ih, d_split.sum(0)) if want_b_hh and d_b_ih is not None else None
-        d_weights += [d_b_ih if want_b_ih else None, d_b_hh]
-    return [d_x, *d.states, *d_weights, *([d.params] if d.params is not None else [])]
+    d_inner = d_final.pop() if len(d_final) > len(states) else None
+    across = (*x.shape[:2], len(plan.reverse), -1)
+    result = Result(y.view(across), [], gates, recurrent, inner, Normalised(*kept) if kept else None)
+    simple = plan.of_one and (controls.drop is None or controls.drop.shape[2] == 1)
+    named = Weights(**dict(zip(plan.names, weights, strict=True))) if simple else plan.weights(weights)
+    before = [*states] if simple and controls is PLAIN else _rows_first(plan, x, states)
+    call = Call(plan.program, named, before, controls, [*resets], plan.reverse, rms=plan.rms)
+    after = [torch.zeros_like(s) if d is None else d for d, s in zip(d_final, before, strict=True)]
+    assert plan.back is not None
+    loop = launch.backward_of_dense(plan.back, call, result, d_y, after, d_inner)
+    if simple:
+        rows = len(x) * x.shape[1]
+        matrices = (
+            x.view(rows, -1),
+            _entered(call, result, rows),
+            loop.d_gates.view(rows, -1),
+            loop.d_recurrent.view(rows, -1),
+        )
+        d_x, of_weights = linear.of_one(plan.program, *matrices, weights[0], of_x)
+        by_name: dict[str, Any] = {**of_weights, "params": loop.d_params}
+    else:
+        d_x, d_weights = linear.gradients(call, x, result, loop, of_x)
+        by_name = d_weights._asdict()
+    return [d_x, *loop.d_states, *(by_name[name] for name in plan.names), *loop.d_resets]
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    return onednn.bmm(a[None], b[None])[0]
-
-
-def _entered(initial: Tensor, y: Tensor) -> Tensor:
-    """(T·B, H): h before each step."""
-    return torch.cat([initial, y[:-1]]).flatten(0, 1)
-
-
-def _of_products(plan: native.LayerPlan, d_gates: Tensor, d_split: Tensor, entered: Tensor) -> Tensor:
-    """The gradient of w_hh: of summed gates their own, of split ones that of the product."""
-    rows = plan.summed * entered.shape[1]
-    parts = [_product(d_gates[:, :rows].T, entered)] if rows else []
-    parts += [_product(d_split.T, entered)] if plan.program.split else []
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _joined(plan: native.LayerPlan, d_b_ih: Tensor, d_b_split: Tensor) -> Tensor:
-    """The gradient of b_hh, of its own: gradients that share memory are scaled twice."""
-    rows = plan.summed * d_b_ih.shape[0] // len(plan.program.gates)
-    return torch.cat([d_b_ih[:rows], d_b_split])
+def _entered(call: Call, saved: Result, rows: int) -> Tensor:
+    """(T·B, P): what entered the product of each step of one recurrence, which runs forward in time."""
+    controls, batch = call.controls, saved.y.shape[1]
+    if controls.flags is None:
+        h = torch.cat([call.states[0].view(batch, -1), saved.y.view(rows, -1).narrow(0, 0, rows - batch)])
+    else:
+        h = linear.entered(call, saved, 0).view(rows, -1)
+    return h if controls.drop is None else (h.view(-1, batch, h.shape[1]) * controls.drop[:, 0, 0]).view(rows, -1)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gpu_rnn import environment
 from gpu_rnn.backends.tensors import Inputs, Weights
-from gpu_rnn.call import autograd, heads, onlookers
+from gpu_rnn.call import autograd, direct, heads, onlookers
 from gpu_rnn.call.controls import NONE, StackControls
 from gpu_rnn.call.passes import Options
 from gpu_rnn.call.stack import Stack, States
@@ -35,7 +35,11 @@ def run(
     controls = controls if controls is NONE else controls.to(x.dtype)
     if batch_sizes is not None:
         padded, lengths, places = _unpack(x, batch_sizes)
-        y, final, every = _layers(stack, padded, states, weights, controls._replace(lengths=lengths), zeros)
+        controls = controls._replace(lengths=lengths)
+        directly = None
+        if x.is_cpu and not onlookers.recorded(x):
+            directly = direct.run(replace(stack, batch_first=False), padded, states, weights, controls)
+        y, final, every = directly or _layers(stack, padded, states, weights, controls, zeros)
         return y.flatten(0, 1).index_select(0, places), final, every
     batch_first = stack.batch_first
     if batch_first:
@@ -44,8 +48,7 @@ def run(
     if valid is not None:  # whatever stands in the padding, NaN too, must not reach a gradient
         x = torch.where(valid.unsqueeze(-1), x, 0)
     y, final, every = _layers(stack, x, states, weights, controls, zeros)
-    if controls.mask is not None or controls.resets is not None or stack.all_states:
-        y = y if valid is None else torch.where(valid.unsqueeze(-1), y, 0)
+    y = controls.silenced(y, valid, stack.all_states)
     return y.transpose(0, 1) if batch_first else y, final, every
 
 

@@ -15,7 +15,7 @@ from torch.profiler import record_function
 
 from gpu_rnn import cells
 from gpu_rnn.backends import ADDS_B_HH, KERNELS, LOOPS, linear, precision, reference
-from gpu_rnn.backends.normalisation import Normalised
+from gpu_rnn.backends.normalisation import room_for
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.backends.tensors import Call, Inputs, Result, in_memory
 from gpu_rnn.call import autocast, wavefront
@@ -108,14 +108,6 @@ def _arithmetic(fp32: str, like: Tensor) -> Iterator[None]:
         yield
 
 
-def _room(call: Call, x: Tensor) -> Normalised | None:
-    """On a CPU, normalised products are kept: to take them once more was a tenth of both passes (AMD EPYC)."""
-    if call.weights.norm is None or not x.is_cpu or x.dtype.itemsize < 4:
-        return None
-    values = x.new_empty(2, *x.shape[:2], *call.weights.w_hh.shape[:3])
-    return Normalised(values, values.new_empty(*values.shape[:-1], 1))
-
-
 def run(text: str, options: Options, inputs: Inputs, keep: bool = False) -> Result:
     """The forward pass of one layer, or of a stack, on the backend that dispatch chooses.
 
@@ -134,7 +126,8 @@ def run(text: str, options: Options, inputs: Inputs, keep: bool = False) -> Resu
             # Of their own, as every loop's are: a recurrence may hand on the states that it was given.
             return result._replace(final=[state.clone() for state in result.final])
     with _arithmetic(problem.precision, inputs.x):
-        call = replace(call, kept=_room(call, inputs.x) if keep else None)
+        if keep and call.weights.norm is not None:
+            call = replace(call, kept=room_for(inputs.x, call.weights.w_hh.shape[:3]))
         gates = linear.project(
             inputs.x, inputs.weights, call.program, call.kept, call.joined, call.normaliser
         ).contiguous()

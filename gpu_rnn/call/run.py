@@ -90,10 +90,9 @@ def _on_a_cpu(
         found = _one_step_of_a_layer(stack, x, hx or stack.initial(x, weights, batch), weights)
         if found is not None:
             return found
-    if plain:
-        answer = direct.run(stack, x, hx, weights)
-        return None if answer is None else (*answer, ())
-    if batch_sizes is not None and steps * batch == len(x):  # packed, and all rows of one length
+    if batch_sizes is None:
+        return direct.run(stack, x, hx, weights, controls)
+    if steps * batch == len(x):  # packed, and all rows of one length
         stack, x = replace(stack, batch_first=False), x.reshape(steps, batch, -1)
         found = _on_a_cpu(stack, x, hx, weights, None, controls, steps, batch)
         return None if found is None else (found[0].flatten(0, 1), *found[1:])

@@ -5,13 +5,14 @@ on another path."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gpu_rnn.call import loops, onlookers, transforms
+from gpu_rnn.backends.tensors import Inputs
+from gpu_rnn.call import autograd, onlookers, transforms
+from gpu_rnn.call.passes import Options
 from gpu_rnn.call.stack import Stack
 
 TensorFunction = Callable[..., tuple[Tensor, ...]]
@@ -80,19 +81,23 @@ def gradient_of(
 
 def of_a_layer(
     stack: Stack,
-    tensors: Sequence[Tensor],  # x (T, B, I), or of one step (B, I), the states, and the weights of one layer
-    count: int,  # of states
-    grads: Sequence[Tensor | None],  # of y and the final states
+    tensors: Sequence[Tensor],
+    arranged: Callable[[Sequence[Tensor]], Inputs],
+    grads: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
-    """The gradients of one layer as the reference has them, which have derivatives of their own and rules for vmap."""
-    twice = torch.is_grad_enabled()
+    """The gradients of one layer as the reference has them, which have derivatives of their own and rules for vmap.
+
+    `arranged` makes of tensors like these what a layer takes; `grads` are those of y, the final states (B, N, ·) and,
+    if they are wanted, the other states of all steps.
+    """
+    twice, text = torch.is_grad_enabled(), stack.recurrence.text(stack.recurrence.identity)
+    options = Options("reference", stack.reverse, all_states=stack.all_states, rms=stack.rms)
     with torch.enable_grad():
         # Views: what one input owes to another, or to itself at another place, is not this call's to count.
         views = [t.view_as(t) for t in tensors]
-        x, *states = (view if view.dim() == 3 else view.unsqueeze(0) for view in views[: 1 + count])
-        plain = replace(stack, backend="reference", batch_first=False, num_layers=1, dropout=0.0)
-        y, final, _ = loops.run(plain, x, tuple(states), views[1 + count :], None)
-        return gradient_of((y, *final), views, grads, twice)
+        y, final, inner = autograd.layer(text, options, arranged(views))
+        outputs = (y, *(state.transpose(0, 1) for state in final), inner)
+        return gradient_of(outputs[: len(grads)], views, grads, twice)
 
 
 def differentiable(fast: TensorFunction, exact: TensorFunction, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:

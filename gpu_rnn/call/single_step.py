@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from gpu_rnn import environment, memo
 from gpu_rnn.backends.native import limits
 from gpu_rnn.backends.native import one_step as native
-from gpu_rnn.backends.tensors import dense
+from gpu_rnn.backends.tensors import Inputs, dense
 from gpu_rnn.call import onlookers, second_order
 from gpu_rnn.call.stack import Stack, States
 from gpu_rnn.dispatch import choice
@@ -72,6 +73,13 @@ def _in_order(stack: Stack, weights: Sequence[Tensor]) -> list[Tensor | None]:
     return [*weights[:2], *biases, *(params or (None,))]
 
 
+def _inputs(stack: Stack, states: int, tensors: Sequence[Tensor]) -> Inputs:
+    """x, the states and the weights in canonical layout."""
+    x, *rest = tensors
+    before = [state.view(-1, 1, state.shape[-1]) for state in rest[:states]]
+    return stack.inputs(x.view(1, *x.shape[-2:]), rest[states:], 0, before)
+
+
 class _SingleStep(torch.autograd.Function):
     """(plan, stack, x, *states, *weights) -> the new states."""
 
@@ -90,11 +98,8 @@ class _SingleStep(torch.autograd.Function):
         plan, stack = ctx.plan, ctx.stack
         *tensors, gates, recurrent = ctx.saved_tensors
         if second_order.needs_operations(grads):
-            return (
-                None,
-                None,
-                *second_order.of_a_layer(stack, tensors, plan.states, (None, *grads)),
-            )  # y is a final state
+            arranged = partial(_inputs, stack, plan.states)
+            return None, None, *second_order.of_a_layer(stack, tensors, arranged, (None, *grads))  # y is a final state
         dtype = ctx.dtype  # a hook of saved tensors may have changed theirs, and how they lie
         x, *rest = (dense(t, dtype) for t in tensors)
         gates, recurrent = dense(gates, dtype), None if recurrent is None else dense(recurrent, dtype)

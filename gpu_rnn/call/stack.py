@@ -174,17 +174,21 @@ class Stack:
 
     def canonical(self, weights: Sequence[Tensor], number: int) -> Weights:
         """The weights of one layer, the directions, and in each of them the heads, along N."""
-        gates, directions, names = len(self.recurrence.gates), self.directions, self.weight_names
-        first, count = number * directions * len(names), len(names)
-        each = [weights[first + d * count : first + (d + 1) * count] for d in range(directions)]
-        stacked = [weight[None] for weight in each[0]] if directions == 1 else _side_by_side(each)
+        gates, of_layer = len(self.recurrence.gates), self.of_layer(weights, number)
+        stacked = of_layer if self.bidirectional else [weight[None] for weight in of_layer]
         if self.heads > 1:
             stacked = [weight.flatten(0, 1) for weight in stacked]
         fields = {
             name: weight if name in ("w_hr", "params") else weight.unflatten(1, (gates, -1))
-            for name, weight in zip(names, stacked, strict=True)
+            for name, weight in zip(self.weight_names, stacked, strict=True)
         }
         return Weights(**fields)
+
+    def of_layer(self, weights: Sequence[Tensor], number: int) -> Sequence[Tensor]:
+        """The weights of one layer in the order of `weight_names`; of two directions those of both, (2, ...)."""
+        directions, count = self.directions, len(weights) // self.num_layers
+        of_all = weights[number * count : (number + 1) * count]
+        return of_all if directions == 1 else _side_by_side([of_all[: count // 2], of_all[count // 2 :]])
 
 
 ALIGNED = 64  # bytes: torch's allocations begin at a multiple of it, on a CPU too, where products depend on it

@@ -213,7 +213,7 @@ static void enter(forward_loop *loop) {
 }
 
 // The rows that a step does not compute keep their states; beyond a row's
-// length y is 0.
+// length y is 0 and, if it is to be silent, wherever a row is masked.
 static void keep(forward_loop *loop) {
   const share *mine = loop->mine;
   const arguments *a = mine->of;
@@ -227,7 +227,7 @@ static void keep(forward_loop *loop) {
     const size_t bytes = a->units * sizeof(scalar);
     const size_t of_h = a->width * sizeof(scalar);
     memcpy(loop->next + at, loop->states[0] + at, of_h);
-    if (beyond)
+    if (beyond || a->silent)
       memset(a->y + place * a->width, 0, of_h);
     else
       memcpy(a->y + place * a->width, loop->states[0] + at, of_h);

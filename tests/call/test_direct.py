@@ -45,9 +45,9 @@ def a_compiler() -> None:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What ran the short way."""
     ran: list[str] = []
-    for name in ("forward", "backward"):
-        function = getattr(native, name)
-        monkeypatch.setattr(native, name, lambda *a, f=function, n=name: (ran.append(n), f(*a))[1])
+    for module, name in ((native, "forward"), (direct, "_backward")):
+        function, word = getattr(module, name), name.removeprefix("_")
+        monkeypatch.setattr(module, name, lambda *a, f=function, n=word: (ran.append(n), f(*a))[1])
     return ran
 
 
@@ -96,6 +96,115 @@ def test_both_ways_are_the_same(name: str, options: dict[str, Any], dtype: torch
         torch.testing.assert_close(each, other, rtol=20 * torch.finfo(dtype).eps, atol=20 * torch.finfo(dtype).eps)
     for each, other in zip(short, inference, strict=False):
         assert torch.equal(each, other)
+
+
+def before(size: int, hidden: int, **options: Any) -> gpu_rnn.GRU:
+    return gpu_rnn.GRU(size, hidden, reset_after=False, **options)
+
+
+MASK = torch.tensor([[1, 1, 0, 1], [0, 1, 1, 1], [1, 1, 1, 0], [1, 0, 1, 1], [1, 1, 1, 0]], dtype=torch.bool)
+RESETS = MASK.roll(1, 1).logical_not()
+LENGTHS = [5, 0, 3, 4]
+BOTH = {"bidirectional": True}
+EVERY = {"return_all_states": True}
+# Of a layer its options, and what a call is given.
+STEERED: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({}, {"lengths": LENGTHS}),
+    (BOTH, {}),
+    (BOTH | {"num_layers": 2, "batch_first": True}, {"lengths": LENGTHS}),
+    (BOTH | {"num_layers": 2}, {"mask": MASK, "resets": RESETS} | EVERY),
+    (BOTH | {"layer_norm": True}, {"lengths": LENGTHS} | EVERY),
+    (BOTH | {"rms_norm": True}, {"mask": MASK}),
+    ({"recurrent_dropout": 0.4}, {"mask": MASK, "lengths": LENGTHS}),
+    (BOTH | {"recurrent_dropout": 0.4, "recurrent_dropout_per_gate": True}, {"resets": RESETS, "lengths": LENGTHS}),
+    ({"layer_norm": True, "zoneout": 0.3, "recurrent_dropout": 0.4, "recurrent_dropout_per_gate": True}, {}),
+    (BOTH | {"zoneout": 0.3, "bias": False}, EVERY),
+    ({"num_layers": 3, "zoneout": 0.3}, {"mask": MASK}),
+]
+
+
+@pytest.mark.parametrize("options, given", STEERED, ids=lambda each: "-".join(each) or "plain")
+@pytest.mark.parametrize("make", [gpu_rnn.LSTM, before], ids=["LSTM", "two products"])
+def test_both_ways_are_the_same_with_options(
+    make: Layer, options: dict[str, Any], given: dict[str, Any], calls: list[str]
+) -> None:
+    """What stands in the padding is NaN, and reaches nothing."""
+    layer = make(3, 20, backend="native", dtype=torch.float64, **options)
+    x = torch.randn(5, 4, 3, dtype=torch.float64)
+    counts = given.get("mask", torch.ones(5, 4, dtype=torch.bool)).clone()
+    for row, length in enumerate(given.get("lengths", ())):
+        counts[length:, row] = False
+    x = torch.where(counts.unsqueeze(2), x, torch.nan)
+    x = (x.transpose(0, 1) if layer.batch_first else x).requires_grad_()
+
+    def found() -> list[Tensor]:
+        torch.manual_seed(1)
+        outputs = [t for each in layer(x, **given) for t in ((each,) if isinstance(each, Tensor) else each)]
+        grads = torch.autograd.grad([out.sin().sum() for out in outputs], [x, *layer.parameters()])
+        torch.manual_seed(1)
+        with torch.no_grad():
+            inference = layer(x, **given)[0]
+        assert torch.equal(inference, outputs[0]) and not any(out.isnan().any() for out in outputs)
+        return [*outputs, *grads]
+
+    short = found()
+    assert calls == ["forward"] * layer.num_layers + ["backward"] * layer.num_layers + ["forward"] * layer.num_layers
+    with the_long_way():
+        for each, other in zip(short, found(), strict=True):
+            torch.testing.assert_close(each, other, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("per_step", [False, True])
+def test_values_to_reset_to(per_step: bool, calls: list[str]) -> None:
+    layer, x = made("LSTM", **BOTH, proj_size=7)
+    shape = (5, 2, 4) if per_step else (2, 4)
+    values = [torch.randn(*shape, size, dtype=torch.float64, requires_grad=True) for size in (7, 20)]
+
+    def found() -> list[Tensor]:
+        outputs = flat(layer(x, resets=RESETS, mask=MASK, reset_state=values))
+        grads = torch.autograd.grad([out.sin().sum() for out in outputs], [x, *values, *layer.parameters()])
+        return [*outputs, *grads]
+
+    short = found()
+    assert calls == ["forward", "backward"]
+    with the_long_way():
+        for each, other in zip(short, found(), strict=True):
+            torch.testing.assert_close(each, other, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_rows_packed_of_several_lengths(grad: bool, calls: list[str]) -> None:
+    layer, x = made("GRU", **BOTH)
+    packed = torch.nn.utils.rnn.pack_padded_sequence(x, [3, 5, 1, 4], enforce_sorted=False)
+    with torch.set_grad_enabled(grad):
+        short = layer(packed)
+        assert calls == ["forward"]
+        with the_long_way():
+            long = layer(packed)
+    torch.testing.assert_close(short[0].data, long[0].data, rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(short[1], long[1], rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bits_are_rounded_once(dtype: torch.dtype, calls: list[str]) -> None:
+    """What comes in is, and what goes out: in between numbers have 32 bits."""
+    layer, x = made("GRU", dtype=dtype, num_layers=2)
+    exact = gpu_rnn.GRU(3, 20, 2, dtype=torch.float32, backend="native")
+    exact.load_state_dict({name: weight.float() for name, weight in layer.state_dict().items()})
+    found, wide = differentiated(layer, x), differentiated(exact, x.detach().float().requires_grad_())
+    assert calls == ["forward", "forward", "backward", "backward"] * 2
+    assert all(torch.equal(each, other.to(dtype)) for each, other in zip(found[:2], wide, strict=False))
+    for each, other in zip(found[2:], wide[2:], strict=True):
+        torch.testing.assert_close(each.float(), other, rtol=4 * torch.finfo(dtype).eps, atol=1e-2)
+
+
+@pytest.mark.parametrize("make", [gpu_rnn.LSTM, before], ids=["LSTM", "two products"])
+def test_second_derivatives_with_options(make: Layer) -> None:
+    torch.manual_seed(0)
+    layer = make(3, 4, backend="native", dtype=torch.float64, **BOTH)
+    x = torch.randn(5, 4, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: layer(x, mask=MASK, resets=RESETS, **EVERY)[2][0], [x])
+    assert torch.autograd.gradgradcheck(lambda x: layer(x, lengths=LENGTHS)[0], [x])
 
 
 def test_states_that_are_given_and_what_is_not_wanted(calls: list[str]) -> None:
@@ -223,7 +332,6 @@ def test_who_looks_on_or_transforms_goes_the_long_way(calls: list[str]) -> None:
     torch.func.grad(lambda x: layer(x)[0].sum())(x)
     with torch.profiler.profile(acc_events=True) as profile:  # torch 2.11 warns without
         layer(x)
-    layer(x, lengths=[1, 2, 3, 4])
     assert not calls and "gpu_rnn::native_forward" in {event.key for event in profile.key_averages()}
     layer(x)
     assert calls == ["forward"]

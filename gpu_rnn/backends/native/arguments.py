@@ -49,13 +49,27 @@ class Packing(NamedTuple):
     places: dict[str, int]  # of each name, or of the first of each state's, among the fields
     fields: int
 
+    def filled(
+        self, numbers: Mapping[str, int], tensors: Mapping[str, Tensor | None], lists: Mapping[str, Sequence[Tensor]]
+    ) -> bytes:
+        """From numbers, tensors without gaps and those of each state; what is not named is 0 or null."""
+        fields, places = [0] * self.fields, self.places
+        for name, number in numbers.items():
+            fields[places[name]] = number
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                fields[places[name]] = tensor.data_ptr()  # 0 where there are no values
+        for name, each in lists.items():
+            fields[places[name] : places[name] + len(each)] = [tensor.data_ptr() for tensor in each]
+        return self.packed(*fields)
+
 
 # A time loop's. The tensors' shapes are those of `gpu_rnn.backends.tensors`.
 LOOP = Structure(
     "arguments",
     (
         *("steps", "batch", "across", "units", "width", "features"),  # `width` of h, which may be projected
-        *("threads", "team", "tiles", "save", "masks", "flags_across", "reset_steps", "rms"),
+        *("threads", "team", "tiles", "save", "silent", "masks", "flags_across", "reset_steps", "rms"),
     ),
     {
         "const uint8_t": ("reverse", "flags", "zone"),
@@ -89,23 +103,3 @@ STEP = Structure(
 def of_a_loop(states: int) -> Packing:
     """A time loop's arguments for a recurrence with so many states."""
     return LOOP.packing(states)
-
-
-def filled(states: int, given: Mapping[str, int | Tensor | Sequence[Tensor] | None]) -> bytes:
-    """The arguments of a time loop; what is not given is 0 or null."""
-    packed, places, count = of_a_loop(states)
-    fields = [0] * count
-    for name, value in given.items():
-        at = places[name]
-        if isinstance(value, int):
-            fields[at] = value
-        elif isinstance(value, Tensor):
-            fields[at] = _address(name, value)
-        elif value is not None:
-            fields[at : at + len(value)] = [_address(name, each) for each in value]
-    return packed(*fields)
-
-
-def _address(name: str, tensor: Tensor) -> int:
-    assert tensor.is_contiguous(), name
-    return tensor.data_ptr() if tensor.numel() else 0

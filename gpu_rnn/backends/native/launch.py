@@ -5,8 +5,8 @@ direction; options are asked of it while it runs, as each is a branch beside a p
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,8 +17,10 @@ from gpu_rnn.backends.native import arguments, building, limits, one_step, team,
 from gpu_rnn.backends.native.building import CompilerError
 from gpu_rnn.backends.problem import CONTROL_FIELDS, Problem
 from gpu_rnn.backends.step.product import normalised_products
-from gpu_rnn.backends.tensors import Call, LoopGradients, Result, dense, state_dtype
+from gpu_rnn.backends.tensors import PLAIN, Call, LayerControls, LoopGradients, Result, Weights, dense, state_dtype
+from gpu_rnn.memo import memoize
 
+LoopInC = Callable[[bytes], int]  # a loop in C, of its arguments; 1 where memory is short
 OF_A_THREAD = 5e6  # floating-point operations that are worth starting a thread for: some 0.1 ms; predicted
 NO_MEMORY = "the time loop in C has no memory for its weights and states"
 
@@ -89,83 +91,105 @@ def forward(call: Call, gates: Tensor, save: bool, all_states: bool) -> Result:
     What comes in and goes out may have 16 bits; the loop computes in float32 then.
     """
     dtype = gates.dtype
-    gates = _whole(gates, state_dtype(dtype))
+    gates, call = dense(gates, state_dtype(dtype)), _dense_call(call, state_dtype(dtype))
     steps, batch, n, _, hidden = gates.shape
-    y = gates.new_empty(steps, batch, n, _width(call))
+    y = gates.new_empty(steps, batch, n, call.weights.w_hh.shape[3])
     final = [gates.new_empty(state.shape) for state in call.states]
     inner = gates.new_empty((len(final) - 1) * (save or all_states), steps, batch, n, hidden)
     # Masked steps write no products.
     recurrent = gates.new_zeros(steps, batch, n, len(call.program.split) * save, hidden)
     kept = call.kept if save else None
-    given = {"gates": gates, "recurrent": recurrent, "inner": inner, "y": y, "final": final, "save": int(save)}
+    given = {"gates": gates, "recurrent": recurrent, "inner": inner, "y": y}
     if kept is not None:
         given |= {"normal": kept.values[1], "rstd": kept.rstd[1]}
-    _run(call, gates, False, given)
+    _run(library(call.program.text, gates.dtype, False).run, call, gates, given, {"final": final}, save)
     saved = gates.to(dtype) if save else gates.new_empty(0, dtype=dtype)
     return Result(y.to(dtype), [state.to(dtype) for state in final], saved, recurrent.to(dtype), inner, kept)
 
 
 def backward(call: Call, saved: Result, d_y: Tensor, d_final: list[Tensor], d_inner: Tensor | None) -> LoopGradients:
     """From the gradients of all outputs those of the gates, the states before the first step and the parameters."""
-    dtype, program = saved.gates.dtype, call.program
+    dtype = saved.gates.dtype
     wide = state_dtype(dtype)
-    gates = _whole(saved.gates, wide)
+    values = (saved.y, saved.gates, saved.recurrent, saved.inner)
+    y, gates, recurrent, inner = (dense(value, wide) for value in values)
+    saved = saved._replace(y=y, gates=gates, recurrent=recurrent, inner=inner)
+    outer = None if d_inner is None else dense(d_inner, wide)
+    call, after = _dense_call(call, wide), [dense(d, wide) for d in d_final]
+    run = library(call.program.text, wide, True).run
+    loop = backward_of_dense(run, call, saved, dense(d_y, wide), after, outer)
+    if dtype == wide:
+        return loop
+    d_products = None if loop.d_products is None else loop.d_products.to(dtype)
+    return loop._replace(d_gates=loop.d_gates.to(dtype), d_recurrent=loop.d_recurrent.to(dtype), d_products=d_products)
+
+
+def backward_of_dense(
+    run: LoopInC, call: Call, saved: Result, d_y: Tensor | None, d_final: Sequence[Tensor], d_inner: Tensor | None
+) -> LoopGradients:
+    """`backward` by a library's loop, of tensors without gaps in the dtype that it computes in; no gradient of y is one
+    of 0."""
+    program, gates = call.program, saved.gates
     steps, batch, n, _, hidden = gates.shape
-    d_gates, d_recurrent = torch.empty_like(gates), gates.new_empty(saved.recurrent.shape)
-    d_states = [gates.new_empty(state.shape) for state in call.states]
-    d_resets = [gates.new_zeros(value.shape) for value in call.reset_values]
-    d_params = gates.new_zeros(batch, n, len(program.params), hidden)  # a share of each row: the same for all threads
+    d_gates, d_recurrent = torch.empty_like(gates), torch.empty_like(saved.recurrent)
+    d_states = [torch.empty_like(state) for state in call.states]
+    d_resets = [torch.zeros_like(value) for value in call.reset_values]
+    # A share of each row: the same for all threads.
+    d_params = gates.new_zeros(batch, n, len(program.params), hidden) if program.params else None
     d_norm = d_normed = made = d_made = None
-    given = {
-        "gates": gates,
-        "recurrent": _whole(saved.recurrent, wide),
-        "inner": _whole(saved.inner, wide),
-        "y": _whole(saved.y, wide),
-        "d_y": _whole(d_y, wide),
-        "d_inner": None if d_inner is None else _whole(d_inner, wide),
-        "d_final": [_whole(d, wide) for d in d_final],
-        "d_gates": d_gates,
-        "d_recurrent": d_recurrent,
-        "d_initial": d_states,
-        "d_resets": d_resets,
-        "d_params": d_params,
-    }
+    given = {"gates": gates, "recurrent": saved.recurrent, "inner": saved.inner, "y": saved.y, "d_y": d_y}
+    given |= {"d_inner": d_inner, "d_gates": d_gates, "d_recurrent": d_recurrent, "d_params": d_params}
     if call.weights.norm is not None:
         normal = normalised_products(call, saved)
         d_norm, d_normed = torch.zeros_like(gates[0]), torch.empty_like(gates)
         given |= {"normal": normal.values, "rstd": normal.rstd, "d_norm": d_norm, "d_normed": d_normed}
     if call.weights.w_hr is not None:
-        made, d_made = gates.new_empty(steps, batch, n, hidden), gates.new_empty(steps, batch, n, _width(call))
+        made, d_made = gates.new_empty(steps, batch, n, hidden), torch.empty_like(saved.y)
         given |= {"made": made, "d_made": d_made}
-    _run(call, gates, True, given)
+    _run(run, call, gates, given, {"d_final": d_final, "d_initial": d_states, "d_resets": d_resets})
     return LoopGradients(
-        d_gates.to(dtype),
-        d_recurrent.to(dtype),
+        d_gates,
+        d_recurrent,
         d_states,
-        d_params.sum(0) if program.params else None,
+        None if d_params is None else d_params.sum(0),
         None if made is None or d_made is None else linear.over_steps(d_made.unsqueeze(3), made).squeeze(1),
         None if d_norm is None else d_norm.sum(0),
-        None if d_normed is None else d_normed.to(dtype),
+        d_normed,
         d_resets,
     )
 
 
-def _run(call: Call, gates: Tensor, backward: bool, given: dict[str, Any]) -> None:
+def _run(
+    run: LoopInC,
+    call: Call,
+    gates: Tensor,
+    given: Mapping[str, Tensor | None],
+    of_each_state: Mapping[str, Sequence[Tensor]],
+    save: bool = False,
+) -> None:
     """Runs one direction. Raises MemoryError where the loop's own memory is not to be had."""
-    both = _shape(call, gates) | _tensors(call, gates.dtype) | given
-    loop = library(call.program.text, gates.dtype, backward)
-    if loop.run(arguments.filled(len(call.states), both)):
+    weights = call.weights
+    lists: dict[str, Sequence[Tensor]] = {"initial": call.states, "resets": call.reset_values, **of_each_state}
+    read = {"w_hh": weights.w_hh, "b_hh": weights.b_hh, "params": weights.params, "w_hr": weights.w_hr}
+    tensors = read | {"norm": weights.norm, **steering(call.controls), **given}
+    numbers = sizes(gates.shape, weights.w_hh.shape[-1]) | of_controls(call.controls, call.reset_values)
+    numbers |= {"save": int(save), "rms": int(call.rms), "reverse": ctypes.addressof(directions(call.reverse))}
+    packing = arguments.of_a_loop(len(call.states))
+    if run(packing.filled(numbers, tensors, lists)):
         raise MemoryError(NO_MEMORY)
 
 
-def _width(call: Call) -> int:
-    """Of h, which may be projected."""
-    return call.weights.w_hh.shape[3]
+def _dense_call(call: Call, dtype: torch.dtype) -> Call:
+    """All that both directions read as the loop reads it."""
+    weights = Weights(*(None if value is None else dense(value, dtype) for value in call.weights))  # type: ignore[arg-type]
+    states, values = ([dense(value, dtype) for value in each] for each in (call.states, call.reset_values))
+    return replace(call, weights=weights, controls=call.controls.dense(dtype), states=states, reset_values=values)
 
 
-def _whole(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """As the loop reads it: numbers in its dtype, flags and lengths in their own."""
-    return dense(tensor, dtype if tensor.is_floating_point() else tensor.dtype)
+@memoize(64)
+def directions(reverse: str) -> ctypes.Array[ctypes.c_char]:
+    """A byte for each recurrence, 1 where time runs backwards."""
+    return ctypes.create_string_buffer(bytes(map(int, reverse)), len(reverse))
 
 
 def threads(multiplications: int, rows: int) -> int:
@@ -173,35 +197,26 @@ def threads(multiplications: int, rows: int) -> int:
     return min(torch.get_num_threads(), max(1, int(2.0 * multiplications / OF_A_THREAD)), max(1, rows))
 
 
-def _shape(call: Call, gates: Tensor) -> dict[str, Any]:
-    steps, batch, n, _, hidden = gates.shape
-    count = threads(gates.numel() * hidden, batch * n)
-    flags, drop, values = call.controls.flags, call.controls.drop, call.reset_values
+def sizes(gates: Sequence[int], width: int) -> dict[str, int]:
+    """Of gates (T, B, N, G, H), and the threads that are worth it."""
+    steps, batch, n, count, hidden = gates
+    worth = threads(steps * batch * n * count * hidden * hidden, batch * n)
+    of_all = {"steps": steps, "batch": batch, "across": n, "units": hidden, "width": width, "threads": worth}
+    return of_all | {"team": team.address(), "tiles": max(1, min(batch, -(-worth // max(1, n))))}
+
+
+def steering(controls: LayerControls) -> dict[str, Tensor | None]:
+    """The controls that a loop takes, by name."""
+    return {} if controls is PLAIN else controls.of_loops
+
+
+def of_controls(controls: LayerControls, reset_values: Sequence[Tensor]) -> dict[str, int]:
+    """Their sizes."""
+    if controls is PLAIN:
+        return {}
+    flags, drop = controls.flags, controls.drop
     return {
-        "steps": steps,
-        "batch": batch,
-        "across": n,
-        "units": hidden,
-        "width": _width(call),
-        "threads": count,
-        "team": team.address(),
-        "tiles": max(1, min(batch, -(-count // max(1, n)))),
         "masks": 0 if drop is None else drop.shape[2],
         "flags_across": 1 if flags is None else flags.shape[2],
-        "reset_steps": len(values[0]) if values else 1,
-        "rms": int(call.rms),
-    }
-
-
-def _tensors(call: Call, dtype: torch.dtype) -> dict[str, Tensor | Sequence[Tensor] | None]:
-    """What both directions read."""
-    weights = call.weights
-    also = {"params": weights.params, "w_hr": weights.w_hr, "norm": weights.norm, **call.controls.of_loops}
-    return {
-        "reverse": torch.tensor([flag == "1" for flag in call.reverse], dtype=torch.uint8),
-        "w_hh": _whole(weights.w_hh, dtype),
-        "b_hh": None if weights.b_hh is None or not call.program.split else _whole(weights.b_hh, dtype),
-        **{name: None if value is None else _whole(value, dtype) for name, value in also.items()},
-        "initial": [_whole(state, dtype) for state in call.states],
-        "resets": [_whole(value, dtype) for value in call.reset_values],
+        "reset_steps": len(reset_values[0]) if reset_values else 1,
     }

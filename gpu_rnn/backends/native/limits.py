@@ -9,22 +9,26 @@ from gpu_rnn.backends.problem import Problem
 MOST_ROWS = 8  # of one step: with more, products whose weights were packed before take less (an AMD EPYC, H 128)
 # Multiplications of one step at most: with more, a second thread and a library's product gain more than a call costs.
 MOST_PRODUCTS = 1 << 23
+MOST_IN_16_BITS = 1 << 22  # of the input products
 
 
 def single_step(problem: Problem) -> bool:
     """Whether it is one step of a few rows, of one layer and direction (`one_step`)."""
     one = problem.T * problem.layers * problem.N == 1 and 0 < problem.B <= MOST_ROWS
     work = problem.B * problem.G * problem.H * (problem.I + problem.H)
-    return one and _plain(problem) and len(problem.program.stages) <= 2 and 0 < work <= MOST_PRODUCTS
+    special = problem.options or problem.proj_size or problem.transforms or problem.packed
+    return (
+        one
+        and not special
+        and problem.dtype in text.C_TYPES
+        and len(problem.program.stages) <= 2
+        and 0 < work <= MOST_PRODUCTS
+    )
 
 
 def plain_layer(problem: Problem) -> bool:
-    """Whether it is a stack in one direction, of one product a step, without an option (`direct`)."""
-    program = problem.program
-    in_order = len(program.stages) == 1 and program.summed == {*program.gates[: len(program.summed)]}
-    return _plain(problem) and in_order and problem.N == 1 and problem.B > 0
-
-
-def _plain(problem: Problem) -> bool:
-    special = problem.options or problem.proj_size or problem.transforms or problem.packed
-    return not special and problem.dtype in text.C_TYPES
+    """Whether it is a stack of one head (`direct`); in 16 bits, of few products: more are
+    a library's, which multiplies such numbers faster."""
+    few = problem.T * problem.B * problem.N * problem.G * problem.H * problem.I <= MOST_IN_16_BITS
+    of_a_layer = problem.reverse in ("0", "01") and not problem.transforms
+    return of_a_layer and problem.B > 0 and (problem.dtype in text.C_TYPES or few)
