@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Layer normalisation of the products over all units of a row, gate by gate: a
-// second hop of each product.
+// Normalisation of the products over all units of a row, gate by gate: a second
+// hop of each product. With RMS nothing has a mean: that is 0 in both directions.
 //
 // The eight lanes that own a block of 16 units sum over it and publish two
 // numbers for each row and gate; who owns units of a row collects those of all
@@ -22,6 +22,8 @@ constexpr int A_LANE = (DEPTH + 7) / 8; // blocks that a lane collects
 template <class S>
 constexpr int TOGETHER =
     !FMA && S::COUNT * A_LANE * 2 <= CHUNK_WORDS ? S::COUNT : 1;
+
+constexpr bool RMS = NORM == 2;
 
 // Over the lanes that hold a block's units of one row.
 DEVICE float over_block(float x) {
@@ -73,7 +75,7 @@ DEVICE void publish_moments(const float (&products)[RESULTS][2],
   for (int gate = 0; gate < S::COUNT; gate++) {
     const float x = spot.count > 0 ? products[gate][0] : 0.0f;
     const float y = spot.count > 1 ? products[gate][1] : 0.0f;
-    const float mean = over_block(x + y) / (units ? units : 1);
+    const float mean = RMS ? 0.0f : over_block(x + y) / (units ? units : 1);
     const float dx = spot.count > 0 ? x - mean : 0.0f;
     const float dy = spot.count > 1 ? y - mean : 0.0f;
     exchange.publish_sums(seat, spot, number, gate, mean,
@@ -86,7 +88,7 @@ DEVICE void moments(float &mean, float &rstd, const Collected &sums, int H) {
 #pragma unroll
   for (int k = 0; k < A_LANE; k++)
     total += sums.units[k] * sums.first[k];
-  mean = over_block(total) / H;
+  mean = RMS ? 0.0f : over_block(total) / H;
 #pragma unroll
   for (int k = 0; k < A_LANE; k++) {
     const float apart = sums.first[k] - mean;
@@ -136,7 +138,7 @@ DEVICE void publish_gradient_sums(Normal &normal, const Seat &seat,
     const float y = spot.count > 1 ? normal.d[gate][1] : 0.0f;
     const float (&values)[2] = normal.values[gate];
     exchange.publish_sums(seat, spot, number, gate - S::START,
-                          over_block(x + y),
+                          RMS ? 0.0f : over_block(x + y),
                           over_block(x * values[0] + y * values[1]));
   }
 }
@@ -158,7 +160,7 @@ DEVICE void through_norm(Normal &normal, const Seat &seat, const Spot &spot,
         both += sums[k].first[block];
         with_values += sums[k].second[block];
       }
-      both = over_block(both) / H;
+      both = RMS ? 0.0f : over_block(both) / H;
       with_values = over_block(with_values) / H;
 #pragma unroll
       for (int unit = 0; unit < 2; unit++) {

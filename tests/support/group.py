@@ -93,7 +93,8 @@ class Case:
             "values": 2 if "reset_values_per_step" in values else len(values),
             "drop": 2 if "drop_per_gate" in self.options else int("drop" in self.options),
             "of_states": OF_STATES if "zone" in self.options else (),
-            "norm": "norm" in self.options,
+            "norm": bool({"norm", "rms"} & {*self.options}),
+            "rms": "rms" in self.options,
         }
         return Layout(
             RECURRENCES[self.cell].program.text, dtype, precision, backward, self.members, self.blocks, self.across,
@@ -298,6 +299,7 @@ def cases() -> list[Case]:
         Case("lstm", "fp32", 1, across=2, blocks=2, along=2, lengths=True, reverse="01", options=("norm",)),
         Case("gru", "bf16", 3, along=3, columns=2, B=35, T=2 * PERIOD, period=PERIOD, options=("norm", "drop")),
         Case("twofold", "tf32", 2, counter=True, options=("norm", "drop_per_gate", "mask", "resets")),
+        Case("lstm", "bf16", 2, along=2, lengths=True, reverse="01", options=("rms",)),
     ]
     return found
 

@@ -107,6 +107,7 @@ def _layouts(problem: Problem) -> Iterator[Layout]:
     tiles_of_a_group = (1,) if len(problem.program.stages) > 1 or problem.norm else TILES
     options: dict[str, Any] = {
         "norm": problem.norm,
+        "rms": problem.norm and problem.rms,
         "inner": problem.direction == "training" or problem.all_states,
         **switches(problem.controls, int(problem.reset_values)),
     }

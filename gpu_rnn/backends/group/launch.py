@@ -364,7 +364,7 @@ def unsupported(problem: Problem) -> list[str]:
         reasons.append(f"takes two products a step at most, {program.name} has {len(program.stages)}")
     if problem.proj_size:
         reasons.append("has no projection of h (proj_size)")
-    reasons += persistent.unsupported(problem, "norm")
+    reasons += persistent.unsupported(problem, "norm", "rms")
     if bits(problem.reverse)[1] > LONGEST_PATTERN:
         reasons.append(f"takes directions that repeat within {LONGEST_PATTERN} recurrences")
     if device.is_gpu and problem.dtype in persistent.DTYPES and len(program.stages) <= 2 and choose(problem) is None:

@@ -58,7 +58,7 @@ class Layout:
         values: to what: 0 the recurrence's initial values, 1 given ones, 2 given ones for each step.
         drop: factors of what enters the products: 0 none, 1 for all gates, 2 for each gate.
         of_states: `tensors.OF_STATES` that there are.
-        norm: products are layer-normalised.
+        norm: products are normalised; rms: by their root mean square.
     """
 
     program: str
@@ -83,6 +83,7 @@ class Layout:
     of_states: tuple[str, ...] = ()
     cluster: bool = False
     norm: bool = False
+    rms: bool = False
 
     @once
     def parsed(self) -> Program:
@@ -250,7 +251,7 @@ class Layout:
         first = program.stages[0]
         return {
             "STAGES": self.stages,
-            "NORM": int(self.norm),
+            "NORM": self.norm + self.rms,
             "EARLY": len(first.gates),
             "EARLY_SPLITS": len(set(first.gates) - program.summed),
             "HANDED": self.handed,

@@ -29,6 +29,7 @@ CASES: list[tuple[str, str, tuple[int, int, int], str, bool, tuple[str, ...]]] =
     ("slstm", "fp32", (4, 3, 17), "10", False, ("resets", "mask", "all_states")),
     ("minimal", "fp16", (3, 17, 33), "1", True, ("drop_per_gate", "all_states")),
     ("peephole_lstm", "bf16", (3, 2, 64), "00", False, ("norm",)),
+    ("gru", "fp32", (4, 3, 40), "01", False, ("rms", "mask", "zone")),
     ("gru_reset_before", "fp32", (3, 3, 40), "01", False, ("norm", "mask", "resets", "zone", "all_states")),
     ("rnn", "tf32", (1, 1, 16), "0", False, ("reset_values",)),
 ]
