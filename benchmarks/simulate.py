@@ -32,7 +32,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--hidden", type=positive(int), metavar="H", help="units")
     found.add_argument("--batch", type=positive(int), metavar="B", help="rows")
     found.add_argument("--heads", type=positive(int), default=1, metavar="N", help="recurrences side by side")
-    found.add_argument("--layer-norm", action="store_true", help="the products are normalised")
+    norms = found.add_mutually_exclusive_group()
+    norms.add_argument("--layer-norm", action="store_true", help="the products are normalised, those of each head")
+    norms.add_argument("--rms-norm", action="store_true", help="likewise, by their root mean square")
     found.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="fp32 multiplies in tf32, ieee in full")
     found.add_argument("--device", default="H100", metavar="NAME", help=f"of {', '.join(machines.MACHINES)}")
     found.add_argument("--pass", dest="direction", choices=DIRECTIONS, default="inference")
@@ -59,7 +61,8 @@ def problem_of(options: argparse.Namespace) -> Problem:
         device_type="cuda",
         device=devices.describe(options.device),
         direction=options.direction,
-        norm=options.layer_norm,
+        norm=options.layer_norm or options.rms_norm,
+        rms=options.rms_norm,
         precision="tf32" if options.dtype == "fp32" else "ieee",
     )
 

@@ -39,7 +39,7 @@ Compilers: {{versions}}.
 
 class Step(NamedTuple):
     backend: str
-    cell: str
+    cell: str  # and its options
     dtype: str
     direction: str
     hidden: int
@@ -53,6 +53,7 @@ class Chain(NamedTuple):
     early: int
 
 
+FLASHRNN = ((64, 12), (128, 6), (256, 3), (768, 1))  # units of a head and heads, as its authors time them
 STEPS = [
     *(Step("group", "lstm", "fp16", direction, 768, 16) for direction in ("training", "backward")),
     *(Step("group", "lstm", "fp16", direction, 256, 64) for direction in ("training", "backward")),
@@ -63,6 +64,9 @@ STEPS = [
     Step("group", "gru", "fp16", "backward", 512, 64),
     *(Step("group", "gru_reset_before", "fp16", direction, 512, 64) for direction in ("training", "backward")),
     *(Step("group", "lstm", "fp16", "training", hidden, 16, 12) for hidden in (64, 128)),
+    *(Step("group", "slstm", "bf16", "training", hidden, 16, heads) for hidden, heads in FLASHRNN),
+    *(Step("group", "slstm", "bf16", "backward", hidden, 16, heads) for hidden, heads in FLASHRNN),
+    *(Step("group", "gru rms_norm", "bf16", direction, 512, 16, 8) for direction in ("training", "backward")),
     *(Step("resident", "lstm", "bf16", "inference", hidden, 16) for hidden in (32, 64, 128)),
     *(Step("resident", "lstm", "bf16", "training", hidden, 16) for hidden in (64, 128)),
     *(Step("resident", "lstm", "bf16", "backward", hidden, 16) for hidden in (64, 128)),
@@ -72,9 +76,11 @@ FEW = [STEPS[0], STEPS[2], next(step for step in STEPS if step.backend == "resid
 
 def measure(step: Step) -> Chain:
     """Raises AssertionError where the loop accesses local memory: how long that takes nobody knows."""
-    sizes = {"--cell": step.cell, "--dtype": step.dtype, "--hidden": step.hidden, "--batch": step.batch}
+    cell, *options = step.cell.split()
+    sizes = {"--cell": cell, "--dtype": step.dtype, "--hidden": step.hidden, "--batch": step.batch}
     sizes |= {"--heads": step.heads, "--pass": step.direction, "--backend": step.backend}
     arguments = [str(word) for pair in sizes.items() for word in pair]
+    arguments += [f"--{option.replace('_', '-')}" for option in options]
     _, (found,) = simulate.simulations(simulate.parser().parse_args(arguments))
     kernel = found.kernel
     code, path = kernel.code, kernel.paths[0]
