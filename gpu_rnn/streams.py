@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from gpu_rnn.call.stack import States
 from gpu_rnn.layers.base import LayerBase
+
+StreamName = TypeVar("StreamName", bound=Hashable)
 
 
 class Streams:
@@ -142,7 +144,7 @@ class Streams:
         states = tuple(state[:, row].clone() for state in self._states)
         return states if len(states) > 1 else states[0]
 
-    def step(self, samples: Mapping[Hashable, Tensor]) -> dict[Hashable, Tensor]:
+    def step(self, samples: Mapping[StreamName, Tensor]) -> dict[StreamName, Tensor]:
         """Take a step, or several, of the streams that have samples.
 
         Args:
