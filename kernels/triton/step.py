@@ -111,26 +111,33 @@ def step_forward(
     count: tl.constexpr = len(KEPT)
     at = place(B, N, H, FIRST, G, count, BY_GATE, BLOCK)
     state_stride, reset_stride = elements(state_stride), elements(reset_stride)
-    a, r = (), ()
+    # All loads before anything is done with one: each would wait for memory by itself.
+    inputs = load_blocks(p_gates + at.o_gate, H, at.m, count)
+    products = load_blocks(p_product + at.product_row * H + at.unit, at.rows_apart * H, at.m, count)
+    states = load_blocks(p_states + at.o, at.size, at.m, S)
+    params = load_blocks(p_params + at.i_n * P * H + at.unit, H, at.m, P) if P else ()
+    values = load_blocks(p_values + at.o, at.size, at.m, V_IN)
+    biases = load_blocks(p_b_hh + (at.i_n * G + FIRST) * H + at.unit, H, at.m, count) if p_b_hh is not None else ()
+    a, r, saved = (), (), ()
     for g in tl.static_range(count):
-        x = tl.load(p_gates + at.o_gate + g * H, mask=at.m, other=0.0).to(tl.float32)
-        o_product = (at.product_row + g * at.rows_apart) * H + at.unit
-        product = tl.load(p_product + o_product, mask=at.m, other=0.0).to(tl.float32)
+        x, product = inputs[g].to(tl.float32), products[g].to(tl.float32)
         if KEPT[g] < 0:
             a = a + (x + product,)
-            if SAVE:
-                tl.store(p_gates + at.o_gate + g * H, x + product, mask=at.m)
+            saved = saved + (x + product,)
         else:
             if p_b_hh is not None:
-                product += tl.load(p_b_hh + (at.i_n * G + FIRST + g) * H + at.unit, mask=at.m, other=0.0).to(tl.float32)
+                product += biases[g].to(tl.float32)
             a = a + (x,)
             r = r + (product,)
-            if SAVE:
-                tl.store(p_recurrent + (at.row * R + KEPT[g]) * H + at.unit, product, mask=at.m)
-    states = load_blocks(p_states + at.o, at.size, at.m, S)
-    params = as_float(load_blocks(p_params + at.i_n * P * H + at.unit, H, at.m, P)) if P else ()
-    values = load_blocks(p_values + at.o, at.size, at.m, V_IN)
+            saved = saved + (product,)
+    params = as_float(params)
     new = STEP(a, r, states, params, values)
+    if SAVE:  # a load behind a store, which may be of the same address, waits for memory by itself
+        for g in tl.static_range(count):
+            if KEPT[g] < 0:
+                tl.store(p_gates + at.o_gate + g * H, saved[g], mask=at.m)
+            else:
+                tl.store(p_recurrent + (at.row * R + KEPT[g]) * H + at.unit, saved[g], mask=at.m)
     if V_OUT >= 0:  # not the last stage
         tl.store(p_entering + at.o_entering, new[0], mask=at.m)
         store_blocks(p_values + at.o, at.size, new[1:], at.m)
