@@ -39,6 +39,7 @@ def test_every_example_is_named_here() -> None:
         "keras_exchange",
         "streaming_vad",
         "distributed",
+        "block_gru",
     }
     assert {path.stem for path in EXAMPLES.glob("*.py")} <= named
 
@@ -50,6 +51,33 @@ def test_minimal_gated_unit_learns_to_add() -> None:
     error = re.search(r"^error (\S+) ", done.stdout, re.M)
     assert error and float(error[1]) < 0.02  # 0.002 where it was written; 0.167 without learning
     assert "m.sigmoid(a_f)  # minimal_gated_unit.py:" in done.stdout
+
+
+def test_block_gru_is_what_its_formula_says_and_finds_its_place() -> None:
+    """Beside a loop over steps: block products, each head's gates divided by their root mean squares."""
+    example = load("block_gru")
+    torch.manual_seed(0)
+    layer = gpu_rnn.Recurrent(example.block_gru(), 3, 8, heads=2, rms_norm=True, dtype=torch.float64)
+    for scale in (layer.norm_ih_l0, layer.norm_hh_l0):
+        torch.nn.init.normal_(scale)
+    x, h = torch.randn(5, 2, 3, dtype=torch.float64), torch.zeros(2, 8, dtype=torch.float64)
+    outputs = []
+
+    def gates(entering: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        """(B, k, ·) -> (3, B, k, H/k)"""
+        products = torch.einsum("bki,kji->bkj", entering, weight).unflatten(2, (3, -1))
+        normal = torch.nn.functional.rms_norm(products, products.shape[-1:], eps=1e-5).flatten(2)
+        return (normal * scale + bias).unflatten(2, (3, -1)).movedim(2, 0)
+
+    for of_step in x:
+        entering = of_step[:, None].expand(-1, 2, -1)
+        x_r, x_c, x_u = gates(entering, layer.weight_ih_l0, layer.norm_ih_l0, layer.bias_ih_l0)
+        r_r, r_c, r_u = gates(h.unflatten(1, (2, -1)), layer.weight_hh_l0, layer.norm_hh_l0, layer.bias_hh_l0)
+        candidate, update = torch.tanh((x_r + r_r).sigmoid() * (x_c + r_c)), (x_u + r_u - 1).sigmoid()
+        h = update.flatten(1) * candidate.flatten(1) + (1 - update.flatten(1)) * h
+        outputs.append(h)
+    torch.testing.assert_close(layer(x)[0], torch.stack(outputs))
+    assert example.train(60, log=False) > 0.5  # 0.9 after 50 updates where it was written; guessing gives 0.125
 
 
 def test_memory_policy_needs_resets() -> None:
