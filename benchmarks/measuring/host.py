@@ -41,10 +41,12 @@ def calls() -> dict[str, Callable[[], object]]:
     """The calls that are counted: each is the same problem every time. Their kernels are `resident`'s."""
     layer = {name: getattr(gpu_rnn, name)(HIDDEN, HIDDEN, backend="resident") for name in ("LSTM", "GRU")}
     both = gpu_rnn.LSTM(HIDDEN, HIDDEN, bidirectional=True, backend="resident")
+    stack = gpu_rnn.LSTM(HIDDEN, HIDDEN, num_layers=2, backend="resident")
     return {
         "streaming LSTM": _streaming(layer["LSTM"]),
         "streaming GRU": _streaming(layer["GRU"]),
         "bidirectional LSTM": _streaming(both),
+        "two LSTM layers": _streaming(stack),
         "training LSTM": _training(layer["LSTM"]),
         "training GRU": _training(layer["GRU"]),
     }
@@ -53,7 +55,7 @@ def calls() -> dict[str, Callable[[], object]]:
 def _streaming(layer: Any) -> Callable[[], object]:
     """T = 1, B = 1, in inference, with the states of the step before."""
     x = torch.randn(1, 1, HIDDEN)
-    state = torch.zeros(1 + layer.bidirectional, 1, HIDDEN)
+    state = torch.zeros(layer.num_layers * (1 + layer.bidirectional), 1, HIDDEN)
     states = (state, state.clone()) if isinstance(layer, gpu_rnn.LSTM) else state
 
     def call() -> object:

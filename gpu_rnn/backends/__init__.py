@@ -7,6 +7,7 @@ To add one, write a module with these functions and enter it in `TABLE`. The typ
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -60,8 +61,27 @@ def never(problem: Problem) -> bool:
 class Repeated(Protocol):
     """A forward pass in inference that was made before; all tensors lie as those of `persistent.whole`."""
 
+    by_address: bool
+    """Whether it reads no shapes: weights of one recurrence may then lack their axis N, and gates be in one axis."""
+
     def __call__(self, gates: Tensor, states: Iterable[Tensor], weights: Weights) -> tuple[Tensor, list[Tensor]]:
-        """y (T, B, N, H) and the final states (B, N, H)."""
+        """y (T, B, N, P) and the final states (B, N, ·)."""
+
+
+class ByForward:
+    """Of any loop, by its own `forward`."""
+
+    by_address = False
+
+    def __init__(self, loop: Loop, call: Call, gates: Tensor) -> None:
+        self.loop = loop
+        self.fixed = call.controls, call.reset_values, call.reverse, call.problem, call.joined
+        self.program = call.program
+
+    def __call__(self, gates: Tensor, states: Iterable[Tensor], weights: Weights) -> tuple[Tensor, list[Tensor]]:
+        call = Call(self.program, weights, list(states), *self.fixed)
+        result = self.loop.forward(call, gates, save=False, all_states=False)
+        return result.y, result.final
 
 
 class Entry(NamedTuple):
@@ -72,7 +92,8 @@ class Entry(NamedTuple):
     whole_stacks: bool = False  # a stack in one call, never a layer of one
     wavefront: bool = False  # the layers of a stack side by side, as N
     again: Callable[[Call, Tensor], Repeated] | None = None
-    """Makes of a call in inference and its gates what runs the same once more (`gpu_rnn.call.plans`)."""
+    """Makes of a call in inference and its gates what runs the same once more (`gpu_rnn.call.plans`), where that is
+    more than its `forward`."""
     adds_b_hh: Callable[[Problem], bool] = never
     """Whether its forward pass adds b_hh of the summed gates itself, where their input products lack it."""
     source: Callable[[Problem], str] = modelled
@@ -117,11 +138,15 @@ class Names(NamedTuple):
             tuple(name for name, entry in table.items() if not entry.whole_stacks),
             tuple(name for name, entry in table.items() if entry.wavefront),
             {name: entry.source for name, entry in table.items()},
-            {name: entry.again for name, entry in table.items() if entry.again is not None},
+            {
+                name: entry.again or partial(ByForward, entry.loop)
+                for name, entry in table.items()
+                if entry.loop is not None
+            },
             {name: entry.adds_b_hh for name, entry in table.items()},
         )
 
 
 BACKENDS, KERNELS, LOOPS, WAVEFRONTS, SOURCES, AGAIN, ADDS_B_HH = Names.of(TABLE)
 """All; those that are a `Loop`; those that run one layer; those that run a stack's layers side by side; of each, where
-its cost comes from; of those that can repeat a call, what makes it once more; of each, whether it adds b_hh."""
+its cost comes from; of each `Loop`, what makes a call once more; of each, whether it adds b_hh."""

@@ -362,6 +362,8 @@ def forward(call: Call, gates: Tensor, save: bool, all_states: bool) -> Result:
 class Again:
     """A forward pass in inference once more, of other gates, states and weights."""
 
+    by_address = True
+
     def __init__(self, call: Call, gates: Tensor) -> None:
         launch, result = prepare_forward(call, gates, save=False)
         self.launch, self.y, self.final = building.Relaunch(launch), result.y.shape, [s.shape for s in result.final]
@@ -371,7 +373,8 @@ class Again:
         y, final = gates.new_empty(self.y), [gates.new_empty(shape) for shape in self.final]
         of_call = {"p_gates": gates, "p_initial": tuple(states), "p_y": y, "p_final": tuple(final)}
         b_hh = weights.b_hh if self.adds else None
-        self.launch(gates, **of_call, p_w=weights.w_hh, p_b_hh=b_hh, p_params=weights.params)
+        own = {"p_w": weights.w_hh, "p_b_hh": b_hh, "p_params": weights.params, "p_w_hr": weights.w_hr}
+        self.launch(gates, **of_call, **own)
         return y, final
 
 

@@ -8,6 +8,7 @@ make_fx, is shown each pass as the op. First derivatives run on the chosen backe
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -34,13 +35,14 @@ def layer(text: str, options: Options, inputs: Inputs) -> tuple[Tensor, list[Ten
     if exact or (options.backend == "reference" and not onlookers.without_values(inputs.x)):
         y, *rest = passes.pure(text, options, inputs)(*(p for p in inputs.primals if p is not None))
         return y, _turned(rest[:count]), rest[-1]  # the last is `inner` where all states are wanted
+    watched = onlookers.watched(inputs.row)  # a mode or a class of tensors may keep what it saw
+    turned = _turned if watched or transformed else turned_in_place
     if not wants_grad and not transformed:
-        watched = onlookers.watched(inputs.row)  # a mode or a class of tensors may keep what it saw
         result = _forward(text, options, inputs, watched)
-        return result.y, (_turned if watched else _turned_in_place)(result.final), result.inner
+        return result.y, turned(result.final), result.inner
     options = options._replace(save=wants_grad or transformed)
     y, *rest = Forward.apply(text, options, *inputs.row)
-    return y, (_turned if transformed else _turned_in_place)(rest[:count]), rest[-1]
+    return y, turned(rest[:count]), rest[-1]
 
 
 def _turned(states: Sequence[Tensor]) -> list[Tensor]:
@@ -48,7 +50,7 @@ def _turned(states: Sequence[Tensor]) -> list[Tensor]:
     return [state.transpose(0, 1) for state in states]
 
 
-def _turned_in_place(states: Sequence[Tensor]) -> list[Tensor]:
+def turned_in_place(states: Sequence[Tensor]) -> list[Tensor]:
     """Likewise of what a loop made, without views where it is contiguous either way."""
     if all(1 in state.shape[:2] and state.is_contiguous() and not state._is_view() for state in states):
         return [state.transpose_(0, 1) for state in states]
@@ -227,6 +229,10 @@ class Backward(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], text: str, options: Options, *tensors: Any) -> Any:
         return batching.backward(Backward, info.batch_size, in_dims[2:], text, options, tensors)
+
+
+for _forward_of in (Forward.forward, Backward.forward):  # which `apply` would find out at each call
+    _forward_of.__signature__ = inspect.signature(_forward_of)  # type: ignore[attr-defined]
 
 
 def pushforward(

@@ -76,7 +76,7 @@ def _layers(
         x = y.flatten(2)
         if stack.dropout and number < stack.num_layers - 1:
             x = F.dropout(x, stack.dropout)
-    leaving = tuple(map(_joined, zip(*final, strict=True)))
+    leaving = tuple(map(joined, zip(*final, strict=True)))
     return x, leaving, tuple(torch.cat(parts, 1) for parts in zip(*every, strict=True))
 
 
@@ -85,7 +85,7 @@ def _of_directions(state: Tensor, k: int) -> Tensor:
     return heads.together(state.transpose(0, 1), k).transpose(0, 1)
 
 
-def _joined(parts: tuple[Tensor, ...]) -> Tensor:
+def joined(parts: tuple[Tensor, ...]) -> Tensor:
     """A state of all layers, (D·layers, B, ·), from that of each, (D, B, ·): no view, as views cannot be detached in
     place."""
     if len(parts) > 1 or onlookers.recorded(parts[0]) or parts[0]._is_view():

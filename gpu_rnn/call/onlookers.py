@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch.fx import Proxy
 
 from gpu_rnn.call import transforms
 
-PLAIN_TYPES = (Tensor, nn.Parameter, type(None))
+PLAIN_TYPES = frozenset((Tensor, nn.Parameter, type(None)))
 # Of torch's own dispatch modes those that work with sizes alone, or record: FakeTensorMode, make_fx, AOTAutograd.
 _Key = torch._C._TorchDispatchModeKey
 _RECORDERS = (_Key.FAKE, _Key.PROXY, _Key.FUNCTIONAL)
@@ -55,11 +55,13 @@ def _any_mode(keys: Iterable[_Key]) -> bool:
     return any(torch._C._get_dispatch_mode(key) is not None for key in keys)
 
 
-def watched(tensors: Iterable[Tensor | None]) -> bool:
+def watched(tensors: Sequence[Tensor | None]) -> bool:
     """Whether operations on these tensors, which are below all of torch.func's transforms, are seen by somebody: a
     dispatch mode of any kind, such as one that counts or keeps, or a tensor that is a class of its own."""
     if torch._C._len_torch_dispatch_stack() or _len_torch_dispatch_stack_pre_dispatch():
         return True
+    if PLAIN_TYPES.issuperset(map(type, tensors)):  # asked some times in a call, and no frame for each tensor
+        return False
     return any(type(t) not in PLAIN_TYPES and _dispatches(t) for t in tensors)
 
 

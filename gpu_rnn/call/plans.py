@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from gpu_rnn import environment, memo
 from gpu_rnn.backends import ADDS_B_HH, AGAIN, LOOPS, linear, onednn, precision
+from gpu_rnn.backends.persistent import whole
 from gpu_rnn.backends.tensors import Weights
-from gpu_rnn.call import onlookers, passes, transforms
+from gpu_rnn.call import autograd, loops, onlookers, passes, transforms
 from gpu_rnn.call.passes import Options
 from gpu_rnn.call.stack import Stack, States
 from gpu_rnn.dispatch import choice
@@ -26,32 +27,60 @@ MOST_SHAPES = 8  # shapes of the input that a stack keeps plans for
 ALIGNMENT = 16  # bytes: kernels were compiled for tensors that begin at a multiple
 
 
+class _PlannedLayer:
+    """One layer of a call."""
+
+    def __init__(self, stack: Stack, number: int, x: Tensor, states: list[Tensor], weights: Sequence[Tensor]) -> None:
+        """`states` are (B, N, ·)."""
+        text, options = stack.recurrence.text(stack.recurrence.identity), Options(stack.backend, stack.reverse)
+        inputs = stack.inputs(x, weights, number, states)
+        problem = passes.problem_of(text, options, inputs, "inference")
+        chosen = choice.select(problem, stack.backend, LOOPS)
+        self.stack, self.number, self.name = stack, number, f"gpu_rnn::{chosen}_forward"
+        self.joined = chosen in ADDS_B_HH and not ADDS_B_HH[chosen](problem)
+        call = passes.call_of(text, options, inputs, problem, self.joined)
+        self.program, self.again, self.own = call.program, None, None
+        if chosen in AGAIN:
+            gates = linear.project(x, call.weights, call.program, joined=self.joined).contiguous()
+            self.again = AGAIN[chosen](call, gates)
+        if self.again is not None and self.again.by_address and stack.directions == 1:
+            count = len(stack.weight_names)
+            of_layer = weights[number * count : (number + 1) * count]
+            self.own = Weights(**dict(zip(stack.weight_names, of_layer, strict=True)))
+
+    def __call__(self, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """As `Repeated`."""
+        assert self.again is not None
+        if self.own is None:
+            named = self.stack.canonical(weights, self.number)
+            gates = linear.project(x, named, self.program, joined=self.joined).contiguous()
+        else:
+            named, b_ih = self.own, self.own.b_ih
+            bias = linear.joined_bias(b_ih, named.b_hh, self.program) if self.joined else b_ih
+            gates = onednn.linear(x, named.w_ih, bias)
+        with passes.named(self.name):
+            return self.again(gates, states, named)
+
+
 class Plan:
-    """A call of one layer with one direction, for x (T, B, I) of one shape."""
+    """A call of a stack, layer after layer, for x (T, B, I) of one shape."""
 
     def __init__(self, stack: Stack, x: Tensor, states: States, weights: Sequence[Tensor]) -> None:
-        problem = stack.problem(x, states, weights, None)
-        chosen = choice.select(problem, stack.backend, LOOPS)
-        again, self.name = AGAIN.get(chosen), f"gpu_rnn::{chosen}_forward"
-        text = stack.recurrence.text(stack.recurrence.identity)
-        inputs = stack.inputs(x, weights, 0, [state.transpose(0, 1) for state in states])
-        self.joined = not ADDS_B_HH[chosen](problem)
-        call = passes.call_of(text, Options(stack.backend, stack.reverse), inputs, problem, self.joined)
-        self.program, self.precision = call.program, problem.precision
-        self.weights, self.named = weights, Weights(**dict(zip(stack.weight_names, weights, strict=True)))
+        self.stack, self.weights, self.precision, self.layers = stack, weights, precision.of_rnn(), []
         self.shapes, self.dtype, self.device = (x.shape, *(state.shape for state in states)), x.dtype, x.device
-        self.initial = tuple(state.contiguous() for state in stack.initial(x, weights, problem.B))
         self.age, self.setting = memo.Age.now, environment.of_calls()
-        self.again = again and again(
-            call, linear.project(x, call.weights, call.program, joined=self.joined).contiguous()
-        )
+        for number in range(stack.num_layers):
+            entering = _entering(stack, states, number)
+            self.layers.append(_PlannedLayer(stack, number, x, entering, weights))
+            x = x.new_empty(*x.shape[:2], stack.directions * states[0].shape[-1])
+        self.complete = all(layer.again is not None for layer in self.layers)
 
     def fits(self, x: Tensor, hx: States | None, weights: Sequence[Tensor]) -> bool:
         """Whether a call, which nothing records, is as the plan has it."""
         tensors = (x,) if hx is None else (x, *hx)
         return (
             self.age == memo.Age.now
-            and self.again is not None
+            and self.complete
             and all(map(is_, weights, self.weights))
             and not _wants_more(tensors, weights)  # before any asks for memory, which under a transform is none
             and all(map(self._lies_well, tensors))
@@ -66,14 +95,25 @@ class Plan:
         return alike and tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0 and not tensor.is_neg()
 
     def __call__(self, x: Tensor, hx: States | None) -> tuple[Tensor, States]:
-        """y (T, B, H) and the final states (1, B, H)."""
-        assert self.again is not None
-        bias = linear.joined_bias(self.named.b_ih, self.named.b_hh, self.program) if self.joined else self.named.b_ih
-        with precision.of_products(self.precision, x) if x.dtype == torch.float32 and x.is_cuda else passes.NOTHING:
-            gates = onednn.linear(x, self.named.w_ih, bias)
-        with passes.named(self.name):
-            y, final = self.again(gates, self.initial if hx is None else hx, self.named)
-        return y.squeeze_(2), tuple([state.transpose_(0, 1) for state in final])
+        """y (T, B, D·P) and the final states (D·layers, B, ·)."""
+        stack, weights = self.stack, self.weights
+        states, full = hx or stack.initial(x, weights, x.shape[1]), x.dtype == torch.float32 and x.is_cuda
+        with precision.of_products(self.precision, x) if full else passes.NOTHING:
+            if stack.is_one_layer:  # whose states are (B, 1, ·) in memory as well
+                y, final = self.layers[0](x, states, weights)
+                return y.squeeze_(2), tuple([state.transpose_(0, 1) for state in final])
+            every = []
+            for number, layer in enumerate(self.layers):
+                x, final = layer(x, [*map(whole, _entering(stack, states, number))], weights)
+                x = x.flatten(2)
+                every.append(autograd.turned_in_place(final))
+        return x, tuple(map(loops.joined, zip(*every, strict=True)))
+
+
+def _entering(stack: Stack, states: States, number: int) -> list[Tensor]:
+    """The states of a layer, (B, N, ·)."""
+    rows = slice(number * stack.directions, (number + 1) * stack.directions)
+    return [state[rows].transpose(0, 1) for state in states]
 
 
 def run(stack: Stack, x: Tensor, hx: States | None, weights: Sequence[Tensor]) -> tuple[Tensor, States, States] | None:
@@ -88,8 +128,10 @@ def run(stack: Stack, x: Tensor, hx: States | None, weights: Sequence[Tensor]) -
 
 def learn(stack: Stack, x: Tensor, states: States, weights: Sequence[Tensor]) -> None:
     """Makes a plan of a call that ran, where its shape ran before and its weights will be those of the next."""
-    one = stack.is_one_layer and not (stack.norm or stack.proj_size or stack.all_states)
-    if not one or any(type(weight) is not nn.Parameter for weight in weights) or _wants_more((x, *states), weights):
+    draws = stack.dropout > 0 and stack.num_layers > 1
+    if stack.all_states or stack.heads > 1 or draws or any(type(weight) is not nn.Parameter for weight in weights):
+        return
+    if _wants_more((x, *states), weights) or choice.staggers(stack.problem(x, states, weights, None), stack.backend):
         return
     x = x.transpose(0, 1) if stack.batch_first else x
     plans = stack.plans

@@ -16,11 +16,12 @@ print(json.dumps({name: [of.torch_kernels, of.own_kernels, of.functions] for nam
 """
 # torch's kernels in order, and the most function calls: 5 % more than were counted with Python 3.11 and torch 2.13.
 BUDGETS = {
-    "streaming LSTM": ("addmm", 92),
-    "streaming GRU": ("addmm", 89),
-    "bidirectional LSTM": ("cat addmm", 337),
-    "training LSTM": ("new_full add addmm sum clone cat bmm bmm", 875),
-    "training GRU": ("new_full addmm sum clone cat bmm sum bmm bmm", 858),
+    "streaming LSTM": ("addmm", 90),
+    "streaming GRU": ("addmm", 88),
+    "bidirectional LSTM": ("cat addmm", 142),
+    "two LSTM layers": ("addmm addmm cat cat", 144),
+    "training LSTM": ("new_full add addmm sum clone cat bmm bmm", 828),
+    "training GRU": ("new_full addmm sum clone cat bmm sum bmm bmm", 821),
 }
 OF_A_NEW_T = {"inference": 69, "training": 118, "4 layers, inference": 150, "4 layers, training": 260}
 
@@ -33,7 +34,7 @@ def test_no_call_asks_more_of_the_host_than_its_budget() -> None:
         name: kernels for name, (kernels, _) in BUDGETS.items()
     }
     passes = {name: len(own) for name, (_, own, _) in counted.items()}
-    assert passes == {name: 1 + name.startswith("training") for name in BUDGETS}
+    assert passes == {name: 2 if name.startswith(("training", "two")) else 1 for name in BUDGETS}
     assert {name: most for name, (*_, most) in counted.items() if most > BUDGETS[name][1]} == {}
 
 

@@ -31,6 +31,10 @@ LAYERS: dict[str, Callable[..., Any]] = {
     "no bias": lambda **options: gpu_rnn.GRU(3, 5, bias=False, backend="resident", **options),
     "batch first": lambda **options: gpu_rnn.GRU(3, 5, batch_first=True, backend="resident", **options),
     "reset before": lambda **options: gpu_rnn.GRU(3, 5, reset_after=False, backend="resident", **options),
+    "both directions": lambda **options: gpu_rnn.LSTM(3, 5, bidirectional=True, backend="resident", **options),
+    "a stack": lambda **options: gpu_rnn.GRU(3, 5, num_layers=3, backend="resident", **options),
+    "step": lambda **options: gpu_rnn.LSTM(3, 5, 2, bidirectional=True, layer_norm=True, backend="step", **options),
+    "projected": lambda **options: gpu_rnn.LSTM(3, 5, 2, proj_size=2, backend="resident", **options),
 }
 
 
@@ -49,7 +53,9 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[plans.Plan]:
 
 
 def states(layer: Any, batch: int = 1) -> Any:
-    each = tuple(torch.randn(1, batch, 5) for _ in layer.recurrence.states)
+    count = layer.num_layers * (1 + layer.bidirectional)
+    widths = [layer.proj_size or 5, 5]
+    each = tuple(torch.randn(count, batch, width) for width, _ in zip(widths, layer.recurrence.states, strict=False))
     return each if len(each) > 1 else each[0]
 
 
@@ -77,12 +83,13 @@ def warm(layer: Any, x: Tensor) -> None:
         layer(x), layer(x)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("name", LAYERS)
-def test_the_bits_are_the_same(name: str, planned: list[plans.Plan]) -> None:
-    layer, x = LAYERS[name](), torch.randn(1, 1, 3)
+def test_the_bits_are_the_same(name: str, batch: int, planned: list[plans.Plan]) -> None:
+    layer, x = LAYERS[name](), torch.randn(1, batch, 3)  # without a gap either way
     warm(layer, x)
     for _ in range(3):
-        same(layer, torch.randn_like(x), states(layer))
+        same(layer, torch.randn_like(x), states(layer, 1 if layer.batch_first else batch))
         same(layer, torch.randn_like(x))
     assert len(planned) == 6
 
@@ -109,6 +116,16 @@ def test_it_has_the_weights_as_they_are(planned: list[plans.Plan]) -> None:
     warm(layer, x)
     same(layer, x)
     assert len(planned) > len(changes)
+
+
+@pytest.mark.parametrize("name", ["both directions", "step", "projected", "peephole"])
+def test_it_has_every_weight_of_a_stack_as_it_is(name: str, planned: list[plans.Plan]) -> None:
+    layer, x = LAYERS[name](), torch.randn(1, 1, 3)
+    warm(layer, x)
+    for weight in layer.parameters():
+        weight.data = torch.randn_like(weight)
+    same(layer, x)
+    assert len(planned) == 1
 
 
 NOT_FOR: dict[str, Callable[[Any, Tensor], object]] = {
@@ -171,7 +188,7 @@ def test_settings_that_change_are_heeded(planned: list[plans.Plan], monkeypatch:
     layer.backend = "step"
     warm(layer, x)
     same(layer, x)
-    assert len(planned) == 1
+    assert planned[-1].layers[0].name == "gpu_rnn::step_forward"
 
 
 def test_a_profiler_sees_the_name(planned: list[plans.Plan]) -> None:
