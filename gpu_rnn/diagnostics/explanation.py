@@ -96,8 +96,8 @@ class Explanation:
         notes = ("measured by tune on this device",) if row.measured_us is not None else ()
         if figure == math.inf:
             figure, notes = None, ("not predicted: runs where it is named, or where tune finds it the fastest",)
-        elif row.measured_us is None and not self.problem.device.is_gpu:
-            figure = None  # models of a CPU only rank
+        elif not self.problem.device.is_gpu and row.source not in ("measured", "fitted"):
+            figure = None  # such models of a CPU only rank
         known = (f"{figure:.2f}", row.source) if figure is not None else ("", "")
         first, *further = [line for reason in (*notes, *row.reasons) for line in _short(reason)] or [""]
         start = f"{row.backend:10} {verdict:8} {known[0]:>8}  {known[1]:10} {first}"
@@ -124,13 +124,13 @@ class Explanation:
     @property
     def _origin(self) -> str:
         """Where the figures come from."""
-        if not self.problem.device.is_gpu:
-            measured = any(row.measured_us is not None for row in self.rows)
-            models = "cost models of a CPU only rank the backends, so they print none"
-            return f"measured {IN_WORDS['measured']}; {models}" if measured else f"{models}; gpu_rnn.tune measures"
         known = rates.of(self.problem.device).source
         sources = {row.source for row in self.rows if row.runs}
         words = [f"{source} {IN_WORDS[source]}" for source in IN_WORDS if source in sources]
+        if not self.problem.device.is_gpu:
+            models = f"{known}, on one processor" if "fitted" in known else "models of a CPU only rank the backends"
+            measured = [f"measured {IN_WORDS['measured']}"] if "measured" in sources else []
+            return "; ".join([*measured, f"{models}; gpu_rnn.tune measures this one"])
         return "; ".join([*words, known if "fitted" in known else "products and launches beside a loop are modelled"])
 
 

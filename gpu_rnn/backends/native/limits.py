@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import torch
+
 from gpu_rnn.backends.native import text
 from gpu_rnn.backends.problem import Problem
+from gpu_rnn.backends.tensors import state_dtype
 
 MOST_ROWS = 8  # of one step: with more, products whose weights were packed before take less (an AMD EPYC, H 128)
 # Multiplications of one step at most: with more, a second thread and a library's product gain more than a call costs.
@@ -27,8 +30,9 @@ def single_step(problem: Problem) -> bool:
 
 
 def plain_layer(problem: Problem) -> bool:
-    """Whether it is a stack of one head (`direct`); in 16 bits, of few products: more are
-    a library's, which multiplies such numbers faster."""
+    """Whether it is a stack of one head (`direct`); in bfloat16, of few products: more are a library's, which
+    multiplies such numbers faster. (float16 takes oneDNN five times as long as float32, on an AMD EPYC.)"""
     few = problem.T * problem.B * problem.N * problem.G * problem.H * problem.I <= MOST_IN_16_BITS
+    in_float32 = few or (state_dtype(problem.dtype) in text.C_TYPES and problem.dtype != torch.bfloat16)
     of_a_layer = problem.reverse in ("0", "01") and not problem.transforms
-    return of_a_layer and problem.B > 0 and (problem.dtype in text.C_TYPES or few)
+    return of_a_layer and problem.B > 0 and in_float32
