@@ -23,7 +23,8 @@ def run(layer: LayerBase, input: Any, hx: Any, steering: tuple[Any, ...], all_st
         TypeError: another axis than the second has several lengths.
         ValueError: there is a mask, or another of those.
     """
-    if input.dim() != 3 or isinstance(input.shape[1], int):
+    is_ragged = torch.compiler.is_compiling() or not isinstance(input.shape[1], int)  # to Dynamo every size is an int
+    if input.dim() != 3 or not is_ragged:
         raise TypeError(f"a jagged input is (B, j, I), a length for each row, got {tuple(map(str, input.shape))}")
     if any(value is not None for value in steering):
         raise ValueError(

@@ -95,3 +95,15 @@ def test_what_is_not_taken_is_said() -> None:
         layer(jagged(rows), lengths=[1, 2])
     with pytest.raises(RuntimeError, match="hidden size"):
         layer(jagged(rows), torch.zeros(1, 3, 4, dtype=torch.float64))
+
+
+def test_compiled() -> None:
+    """With a break where the lengths are asked for."""
+    layer, x = gpu_rnn.LSTM(3, 4, dtype=torch.float64), jagged(draw(2, 5)).detach()
+    torch._dynamo.reset()
+    found, _ = torch.compile(layer, backend="aot_eager")(x)
+    expected, _ = layer(x)
+    torch.testing.assert_close(found.values(), expected.values(), rtol=1e-12, atol=1e-12)
+    parameters = list(layer.parameters())
+    grads = torch.autograd.grad(found.values().sum(), parameters)
+    torch.testing.assert_close(grads, torch.autograd.grad(expected.values().sum(), parameters), rtol=1e-9, atol=1e-9)
