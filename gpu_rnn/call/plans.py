@@ -99,7 +99,7 @@ class Plan:
         stack, weights = self.stack, self.weights
         states, full = hx or stack.initial(x, weights, x.shape[1]), x.dtype == torch.float32 and x.is_cuda
         with precision.of_products(self.precision, x) if full else passes.NOTHING:
-            if stack.is_one_layer:  # whose states are (B, 1, ·) in memory as well
+            if stack.is_one_layer and x.is_cuda:  # a kernel's states, (B, 1, ·) in memory as well
                 y, final = self.layers[0](x, states, weights)
                 return y.squeeze_(2), tuple([state.transpose_(0, 1) for state in final])
             every = []

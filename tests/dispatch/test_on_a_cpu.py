@@ -155,3 +155,12 @@ def test_rows_packed_of_one_length_run_as_a_batch(make: Any) -> None:
     weights = list(layer.parameters())
     grads = [torch.autograd.grad(y.sum(), weights) for y in (found[0].data, dense[0])]
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_first": True}, {"num_layers": 2}], ids=str)
+def test_the_step_loop_takes_the_same_call_again(options: dict[str, Any]) -> None:
+    """By a plan, from the third time on."""
+    layer, x = gpu_rnn.LSTM(4, 6, backend="step", **options), torch.randn(5, 3, 4)
+    with torch.no_grad():
+        first, *others = (layer(x)[0] for _ in range(4))
+    assert all(torch.equal(first, other) for other in others)
