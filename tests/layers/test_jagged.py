@@ -97,6 +97,9 @@ def test_what_is_not_taken_is_said() -> None:
         layer(jagged(rows), torch.zeros(1, 3, 4, dtype=torch.float64))
 
 
+@pytest.mark.skipif(
+    torch.__version__ < (2, 12), reason="torch 2.11's Dynamo loses named tuples after a break: needs 2.12"
+)
 def test_compiled() -> None:
     """With a break where the lengths are asked for."""
     layer, x = gpu_rnn.LSTM(3, 4, dtype=torch.float64), jagged(draw(2, 5)).detach()
