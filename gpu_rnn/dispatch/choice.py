@@ -184,7 +184,10 @@ class _Candidates:
     def runs(self, name: str) -> bool:
         """Whether one that is about to be taken can run the problem after all."""
         if name not in self.refused:
-            self.refused[name] = bool(_prepared(self.problem, name))
+            reasons = _prepared(self.problem, name)
+            for reason in reasons:
+                _say_once(self.problem.direction, self.problem.recurrence.name, name, reason)
+            self.refused[name] = bool(reasons)
         return not self.refused[name]
 
 
@@ -320,7 +323,7 @@ def _ways(problem: Problem, loop: str) -> tuple[list[Way], list[Way]]:
 
 @memoize(1024, stays="what was said once is not said again")
 def _say_once(direction: str, cell: str, backend: str, reason: str) -> None:
-    """Why a cell falls back to the time loop in PyTorch, once, whatever the number of steps or samples."""
+    """Why a cell does not run on a backend that would be taken, once, whatever the number of steps or samples."""
     log.info("%s of %s: %s not used: %s", direction, cell, backend, reason)
 
 

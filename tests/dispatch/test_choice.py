@@ -288,6 +288,15 @@ def test_a_fallback_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     assert not any("reference not used" in message for message in messages)
 
 
+def test_what_cannot_be_built_is_logged_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(choice, "_prepared", lambda problem, name: ["no ptxas"] if name == "resident" else [])
+    choice._say_once.cache_clear()
+    with caplog.at_level(logging.INFO, logger="gpu_rnn"):
+        for steps in (100, 200):
+            assert choice.select(problem(device="H100", T=steps, **half)) != "resident"
+    assert [record.getMessage() for record in caplog.records] == ["inference of lstm: resident not used: no ptxas"]
+
+
 def test_a_problem_with_other_values_is_what_replace_makes() -> None:
     one = problem(lengths=True)
     assert one.but(T=7, layers=3) == replace(one, T=7, layers=3) != one == one.but()

@@ -5,6 +5,7 @@ direction; options are asked of it while it runs, as each is a branch beside a p
 from __future__ import annotations
 
 import ctypes
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -20,6 +21,7 @@ from gpu_rnn.backends.step.product import normalised_products
 from gpu_rnn.backends.tensors import PLAIN, Call, LayerControls, LoopGradients, Result, Weights, dense, state_dtype
 from gpu_rnn.memo import memoize
 
+log = logging.getLogger("gpu_rnn")
 LoopInC = Callable[[bytes], int]  # a loop in C, of its arguments; 1 where memory is short
 OF_A_THREAD = 5e6  # floating-point operations that are worth starting a thread for: some 0.1 ms; predicted
 NO_MEMORY = "the time loop in C has no memory for its weights and states"
@@ -42,9 +44,16 @@ def _against_building(problem: Problem) -> list[str]:
     try:
         building.compiler()
     except CompilerError as error:
+        _say_once(str(error))
         return [str(error)]
     failure = _failures.get(_key(problem))
     return [] if failure is None else [failure]
+
+
+@memoize(16, stays="what was said once is not said again")
+def _say_once(reason: str) -> None:
+    """That a layer on a CPU runs otherwise, and slower perhaps, for want of a compiler."""
+    log.info("native: not used: %s", reason)
 
 
 def _key(problem: Problem) -> tuple[str, torch.dtype, bool]:

@@ -72,6 +72,18 @@ def test_a_build_is_said_once(compiler: Path, caplog: pytest.LogCaptureFixture) 
     ]
 
 
+def test_that_there_is_no_compiler_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler")
+    launch._say_once.cache_clear()
+    with caplog.at_level("INFO", "gpu_rnn"):
+        for steps in (3, 4):
+            gpu_rnn.LSTM(2, 3, activation="relu")(torch.ones(steps, 1, 2))
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith("native: not used: needs a C compiler: CC is 'no-such-compiler'")
+
+
 def builds(compiler: Path) -> int:
     asked = compiler.parent / "asked"
     return sum("-shared" in line for line in asked.read_text().splitlines()) if asked.exists() else 0
