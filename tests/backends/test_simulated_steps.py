@@ -27,9 +27,9 @@ HEAD = "backend | cell | dtype | pass | H | B | heads | cycles | µs | branches 
 TEXT = f"""# Simulated steps
 
 Cycles of a step on an H100, simulated from the machine code of the builds that ship, and microseconds at
-{machines.H100.clock} GHz: no GPU ran them, nothing here was measured. Of `step` it is the pass of our kernel, without its
-launch. In `ieee` fp32 multiplies in full. `branches` are regions between barrier and publication, each of which waits by
-itself; `early waits` are for memory before the first look for the others' words.
+{machines.H100.clock} GHz: no GPU ran them, nothing here was measured. Of `step` it is the pass of our kernel,
+without its launch. In `ieee` fp32 multiplies in full. `branches` are regions between barrier and
+publication, each of which waits by itself; `early waits` are for memory before the first look for the others' words.
 [benchmarks/README.md](../benchmarks/README.md) says what is modelled. `python -m tests.backends.test_simulated_steps`
 writes this page, and its tests hold it to the compiler: they fail where a step is more than 5 % longer, or where a
 branch or an early wait is new.
