@@ -64,11 +64,7 @@ def _registered(text: str, options: Options, inputs: Inputs, wants_grad: bool) -
             "torch.onnx.export(dynamo=False) can write standard layers that ATen runs, not this call of a recurrent "
             "layer: import gpu_rnn.onnx and use torch.onnx.export(dynamo=True)"
         )
-    if torch.autograd.forward_ad._current_level >= 0:  # a custom op's tangent would be 0 without a word
-        raise RuntimeError(
-            "torch.compile and torch.jit.trace cannot take a layer's forward-mode derivative: take it of the "
-            "layer itself"
-        )
+    onlookers.refuse_tangents()
     # An exported program keeps nothing: it is mostly for inference, and its backward pass runs forward again. (Its
     # flag, as torch.compiler.is_exporting() is true under torch.compile as well in torch 2.11.) Nor does a trace, whose
     # own check traces once more without gradients and compares the text.

@@ -27,7 +27,7 @@ INPUTS = ", ".join(["Tensor x", *NAMED, "Tensor[] states", "Tensor[]? reset_valu
 IDENTITY = "str program, str options"
 
 
-def _owned(outputs: Sequence[Tensor], inputs: Sequence[Tensor | None]) -> list[Tensor]:
+def owned(outputs: Sequence[Tensor], inputs: Sequence[Tensor | None]) -> list[Tensor]:
     """The outputs as tensors of their own: a custom op may return neither an input nor a view of another output."""
     taken = {t.untyped_storage().data_ptr() for t in inputs if t is not None}
     owned = []
@@ -84,7 +84,7 @@ def rnn(*arguments: Any) -> list[Tensor]:
         result = result._replace(gates=nothing, recurrent=nothing)
         if not decoded.all_states:
             result = result._replace(inner=result.inner.new_empty(0))
-    return _owned([result.y, *result.final, result.gates, result.recurrent, result.inner], inputs.row)
+    return owned([result.y, *result.final, result.gates, result.recurrent, result.inner], inputs.row)
 
 
 @rnn.register_fake
@@ -129,7 +129,7 @@ def rnn_backward(d_outputs: list[Tensor], saved: list[Tensor], *arguments: Any) 
     result = Result(y, [], gates, recurrent, inner)
     grads = passes.run_backward(program, decoded, d_outputs, inputs, result)
     outputs = [inputs.x.new_empty(0) if d is None else d for d in grads]
-    return _owned(outputs, [*d_outputs, *saved, *inputs.row])
+    return owned(outputs, [*d_outputs, *saved, *inputs.row])
 
 
 @rnn_backward.register_fake

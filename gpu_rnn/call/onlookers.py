@@ -82,6 +82,15 @@ def check_translated() -> None:
         )
 
 
+def refuse_tangents() -> None:
+    """Raises RuntimeError where forward-mode derivatives are taken: a custom op's tangent would be 0 without a word."""
+    if torch.autograd.forward_ad._current_level >= 0:
+        raise RuntimeError(
+            "torch.compile and torch.jit.trace cannot take a layer's forward-mode derivative: take it of the "
+            "layer itself"
+        )
+
+
 def leaf(module: nn.Module, input: Proxy, *args: Any, **kwargs: Any) -> Proxy:
     """A call of a module as one operation: torch.fx.symbolic_trace takes torch.nn's own modules alone for that.
 

@@ -66,6 +66,8 @@ def sequence(
             return *_aten(stack, x, states, weights, batch_sizes), ()
         if plain and chosen in AGAIN and not problem.training:
             plans.learn(stack, x, hx or stack.initial(x, weights, batch), weights)
+    elif _recorded_whole(stack, x, batch_sizes, controls):
+        return *_whole(stack, x, hx, weights), ()
     elif _recorded_as_aten(stack.backend) and _takes_aten(stack, x, controls):
         return *_aten(stack, x, hx or stack.initial(x, weights, batch), weights, batch_sizes, recorded=True), ()
     if not alike:
@@ -143,6 +145,33 @@ def _recorded_as_aten(backend: str) -> bool:
     """What records sees ATen's operations as well as this package's. A trace is of ATen's, as torch.nn's is, where it
     can be: it then runs without this package."""
     return not torch.compiler.is_compiling() and (backend == "aten" or onlookers.traced())
+
+
+def _recorded_whole(stack: Stack, x: Tensor, batch_sizes: Tensor | None, controls: StackControls) -> bool:
+    """Whether torch.compile records the whole stack as one operation (`gpu_rnn.call.stack_ops`), which runs as an eager
+    call does: plain calls on a CPU, and those that only ATen shall run.
+
+    An exported program has each layer by itself, and ATen's alone as one: its backend is chosen where it runs.
+    """
+    if not torch.compiler.is_compiling() or batch_sizes is not None or controls.given or stack.all_states:
+        return False
+    if (stack.dropout and stack.num_layers > 1) or x.is_complex():
+        return False
+    return stack.backend == "aten" or (x.is_cpu and not torch.compiler._is_exporting_flag)
+
+
+def _whole(stack: Stack, x: Tensor, hx: States | None, weights: Sequence[Tensor]) -> tuple[Tensor, States]:
+    """The stack by one operation, time first."""
+    onlookers.refuse_tangents()
+    wanted = ""
+    if torch.is_grad_enabled() and not torch.compiler._is_exporting_flag:
+        tensors = {"x": (x,), "s": hx or (), "w": tuple(weights)}
+        wanted = "".join(letter for letter, every in tensors.items() if _any_wants_grad(every))
+    if stack.batch_first:
+        x = x.transpose(0, 1)
+    text = stack.recurrence.text(stack.recurrence.identity)
+    y, *rest = torch.ops.gpu_rnn.stack(x, None if hx is None else list(hx), list(weights), text, stack.words(wanted))
+    return y.transpose(0, 1) if stack.batch_first else y, tuple(rest[: len(stack.recurrence.states)])
 
 
 def _aten_on_gpu(
@@ -226,7 +255,7 @@ def one_step(stack: Stack, x: Tensor, hx: States | None, weights: Sequence[Tenso
         mode
         and stack.heads == 1
         and stack.backend in ("auto", "aten")
-        and (not recorded or _recorded_as_aten(stack.backend))
+        and (not recorded or torch.compiler.is_compiling() or _recorded_as_aten(stack.backend))
         and not transformed
     ):
         states = hx or tuple(state[0] for state in stack.initial(x[None], weights, x.shape[0]))

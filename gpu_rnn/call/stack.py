@@ -75,6 +75,12 @@ class Stack:
         """D"""
         return 2 if self.bidirectional else 1
 
+    def words(self, wanted: str) -> str:
+        """Its options but for the cell, as `gpu_rnn.call.stack_ops` reads them."""
+        flags = [name for name in ("bias", "bidirectional", "norm", "rms") if getattr(self, name)]
+        numbers = f"{self.backend} {self.num_layers} {self.proj_size} {self.heads}"
+        return " ".join((numbers, *flags, f"kept:{wanted}"))
+
     @property
     def reverse(self) -> str:
         """A character for each recurrence, those of a direction together, "1" where time runs backwards."""

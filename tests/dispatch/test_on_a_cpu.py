@@ -111,7 +111,7 @@ def compiled(layer: torch.nn.Module, x: Tensor) -> Callable[..., Any]:
 def test_what_is_recorded_holds_no_choice(
     record: Callable[..., Any], forwards: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layer, x = gpu_rnn.GRU(4, 6, zoneout=0.1).eval(), torch.randn(5, 2, 4)
+    layer, x = gpu_rnn.GRU(4, 6, bidirectional=True, zoneout=0.1).eval(), torch.randn(5, 2, 4)
     with torch.no_grad():
         program = record(layer, x)
         program(x)

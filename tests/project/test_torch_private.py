@@ -64,6 +64,7 @@ PRIVATE: dict[str, str] = {
     "torch.onnx._internal.exporter._core": ONNX_GRAPHS,
     "torch.onnx._internal.exporter._torchlib._torchlib_registry.onnx_impl": "so that an export needs no table of ours",
     "torch.onnx._internal.exporter._torchlib.ops.hop.call_op": ONNX_GRAPHS,
+    "torch._C._SetExcludeDispatchKeyGuard": "autograd below an operation of ours, whose derivative is an eager call's",
     "torch._decomp.core_aten_decompositions": "torch's own formulas of its activations",
 }
 NEEDS_CUDA = "torch._C._cuda_hasPrimaryContext"

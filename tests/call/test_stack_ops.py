@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plain calls under torch.compile: one operation, which runs as an eager call does."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+import gpu_rnn
+from gpu_rnn import cells
+from gpu_rnn.call import stack_ops
+
+pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+
+I, H = 3, 5  # noqa: E741
+LAYERS: dict[str, Any] = {
+    "aten": lambda: gpu_rnn.LSTM(I, H, 2, bidirectional=True, backend="aten"),
+    "aten with the batch first": lambda: gpu_rnn.GRU(I, H, batch_first=True, backend="aten"),
+    "two products": lambda: gpu_rnn.GRU(I, H, reset_after=False),
+    "step": lambda: gpu_rnn.LSTM(I, H, proj_size=2, bias=False, backend="step"),
+    "own choice": lambda: gpu_rnn.Recurrent(cells.slstm(), I, H, 2),
+    "normalised": lambda: gpu_rnn.LSTM(I, H, layer_norm=True),
+}
+
+
+def values_and_gradients(call: Any, layer: nn.Module, x: Tensor) -> list[Tensor]:
+    outputs = tree_leaves(call(x))
+    total = sum((out * torch.arange(1.0, out.numel() + 1).view(out.shape).sin()).sum() for out in outputs)
+    return [*outputs, *torch.autograd.grad(total, [x, *layer.parameters()])]
+
+
+def compiled(layer: nn.Module, backend: str = "aot_eager") -> Any:
+    torch._dynamo.reset()
+    return torch.compile(layer, fullgraph=True, dynamic=True, backend=backend)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_it_is_the_eager_call(kind: str) -> None:
+    layer = LAYERS[kind]()
+    fast = compiled(layer)
+    # ATen takes the products of a batch that comes first in another order than of one that is turned outside.
+    close = {"rtol": 1e-4, "atol": 1e-6} if layer.batch_first else {"rtol": 0, "atol": 0}
+    for sizes in ((6, 4), (9, 2)):
+        x = torch.randn(*sizes, I, requires_grad=True)
+        expected = values_and_gradients(layer, layer, x)
+        torch.testing.assert_close(values_and_gradients(fast, layer, x), expected, **close)
+        with torch.no_grad():
+            torch.testing.assert_close(tree_leaves(fast(x)), tree_leaves(layer(x)), **close)
+    assert not stack_ops._calls
+
+
+def test_only_what_is_wanted() -> None:
+    """Frozen weights get no gradient, and what has none yet needs none."""
+    layer = gpu_rnn.GRU(I, H)
+    layer.weight_ih_l0.requires_grad_(False)
+    fast, x, h = compiled(layer), torch.randn(4, 2, I), torch.randn(1, 2, H, requires_grad=True)
+    wanted = [h, layer.weight_hh_l0, layer.bias_hh_l0]
+    for number in (0, 1):  # of y alone, of the final state alone
+        expected = torch.autograd.grad(layer(x, h)[number].square().sum(), wanted)
+        torch.testing.assert_close(torch.autograd.grad(fast(x, h)[number].square().sum(), wanted), expected)
+
+
+def test_a_backward_pass_that_runs_twice() -> None:
+    layer = gpu_rnn.LSTM(I, H)
+    with torch._functorch.config.patch(donated_buffer=False):  # torch asks for it
+        total = compiled(layer)(torch.randn(4, 2, I))[0].square().sum()
+        first, second = (torch.autograd.grad(total, [*layer.parameters()], retain_graph=True) for _ in range(2))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+def test_what_nobody_comes_for_goes() -> None:
+    layer = gpu_rnn.LSTM(I, H)
+    fast, x = compiled(layer), torch.randn(4, 2, I)
+    y = fast(x)[0]
+    assert len(stack_ops._calls) == 1
+    del y
+    gc.collect()
+    fast(x)[0].sum().backward()
+    assert not stack_ops._calls
+
+
+def test_an_exported_call_of_aten() -> None:
+    layer = gpu_rnn.LSTM(I, H, 2, backend="aten").eval()
+    steps, batch = torch.export.Dim("steps"), torch.export.Dim("batch")
+    x = torch.randn(6, 4, I, requires_grad=True)
+    module = torch.export.export(layer, (x,), dynamic_shapes=({0: steps, 1: batch},)).module()
+    for sizes in ((6, 4), (9, 2)):
+        x = torch.randn(*sizes, I, requires_grad=True)
+        expected = values_and_gradients(layer, layer, x)
+        own = dict(module.named_parameters())
+        outputs = tree_leaves(module(x))
+        torch.testing.assert_close(outputs, expected[: len(outputs)])
+        total = sum((out * torch.arange(1.0, out.numel() + 1).view(out.shape).sin()).sum() for out in outputs)
+        given = torch.autograd.grad(total, [x, *(own[name] for name, _ in layer.named_parameters())])
+        torch.testing.assert_close(list(given), expected[len(outputs) :])
+
+
+@pytest.mark.parametrize("make", [gpu_rnn.LSTMCell, gpu_rnn.GRUCell, gpu_rnn.RNNCell])
+def test_cells_are_atens_operations(make: type[nn.Module]) -> None:
+    """Which a compiler fuses with what stands around them."""
+    cell = make(I, H)
+    program = torch.export.export(cell, (torch.randn(4, I),))
+    assert not any("gpu_rnn" in str(node.target) for node in program.graph.nodes)
+
+
+@pytest.mark.parametrize("words", ["auto", "auto 1 0 1 bias", "auto 1 0 1 bias kept:q", "none 1 0 1 kept:"])
+def test_words_that_are_none(words: str) -> None:
+    with pytest.raises(ValueError, match=r"read like|backend"):
+        stack_ops.decode(cells.lstm().text(), words)
+
+
+def over_members(layer: nn.Module) -> Any:
+    def of_each(x: Tensor, weights: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(layer, weights, (x,))[0]
+
+    return lambda x, weights: torch.vmap(of_each, in_dims=(0, 0 if weights else None))(x, weights)
+
+
+@pytest.mark.parametrize("ensemble", [False, True])
+def test_vmap_inside(ensemble: bool) -> None:
+    """Over inputs, and over weights too."""
+    torch._dynamo.reset()
+    layer = gpu_rnn.LSTM(I, H, layer_norm=True)
+    weights = {name: torch.stack([w.detach(), 2 * w.detach()]) for name, w in layer.named_parameters()}
+    x, members = torch.randn(2, 6, 4, I), over_members(layer)
+    fast = torch.compile(members, fullgraph=True, backend="aot_eager")
+    results = [function(x, weights if ensemble else {}) for function in (members, fast)]
+    torch.testing.assert_close(*results)
+    if not ensemble:
+        expected, found = (torch.autograd.grad(y.square().sum(), [*layer.parameters()]) for y in results)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("wanted", ["", "xw"])
+def test_opcheck(wanted: str) -> None:
+    layer = gpu_rnn.LSTM(I, H, 2)
+    arguments = (
+        torch.randn(4, 2, I),
+        None,
+        [*layer.parameters()],
+        layer.recurrence.text(),
+        f"auto 2 0 1 bias kept:{wanted}",
+    )
+    # The number of a call is another one each time: the tests that compare results know no such thing.
+    torch.library.opcheck(torch.ops.gpu_rnn.stack.default, arguments, test_utils=["test_schema", "test_faketensor"])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # Inductor's own
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_inductor(mode: str) -> None:
+    torch._dynamo.reset()
+    layer = nn.Sequential(nn.Linear(I, I), gpu_rnn.LSTM(I, H, 2))
+    fast = torch.compile(layer, fullgraph=True, mode=mode)
+    for sizes in ((6, 4), (9, 2)):
+        x = torch.randn(*sizes, I, requires_grad=True)
+        torch.testing.assert_close(values_and_gradients(fast, layer, x), values_and_gradients(layer, layer, x))
