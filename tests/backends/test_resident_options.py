@@ -9,7 +9,9 @@ from itertools import product
 import pytest
 import torch
 from torch import Tensor
+from torch.func import functional_call, stack_module_state, vmap
 
+import gpu_rnn
 from gpu_rnn.backends import resident
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.backends.reference import project
@@ -70,6 +72,25 @@ def test_widths_of_a_projection(proj: int) -> None:
     recurrence = support.RECURRENCES["lstm"]
     inputs = support.make(recurrence, T=4, B=3, H=37, proj=proj, reverse="01", scale=0.3)
     compare(recurrence, inputs.to(torch.float32), "cpu")
+
+
+@pytest.mark.interpreter
+def test_members_and_second_derivatives_of_a_projection() -> None:
+    """vmap over the weights of three layers, and the gradient of a gradient, beside the reference."""
+    members = [gpu_rnn.LSTM(2, 5, proj_size=3) for _ in range(3)]
+    params, _ = stack_module_state(members)
+    x = torch.randn(4, 2, 2)
+
+    def results(backend: str) -> list[Tensor]:
+        layer = gpu_rnn.LSTM(2, 5, proj_size=3, backend=backend)
+        leaves = {name: p.detach().clone().requires_grad_() for name, p in params.items()}
+        y = vmap(lambda p: functional_call(layer, p, (x,))[0])(leaves)
+        first = torch.autograd.grad(y.sin().sum(), list(leaves.values()), create_graph=True)
+        second = torch.autograd.grad(sum((g**2).sum() for g in first), list(leaves.values()))
+        return [y, *first, *second]
+
+    for found, truth in zip(results("resident"), results("reference"), strict=True):
+        torch.testing.assert_close(found, truth, rtol=0, atol=TIGHT * max(1.0, truth.abs().max().item()))
 
 
 @pytest.mark.gpu

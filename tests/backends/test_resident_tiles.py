@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gpu_rnn import cells, devices
-from gpu_rnn.backends import resident, resident_tiles
+from gpu_rnn.backends import chains, resident, resident_tiles
 from gpu_rnn.backends.problem import DIRECTIONS, Problem
 from gpu_rnn.backends.resident_tiles import Build, Schedule, Tile, available, build_of, shared_memory, tile
 from tests.support import loops as support
@@ -18,6 +18,10 @@ from tests.support.resident import compare, settings  # noqa: F401
 LONGER = 1.05  # times the cycles of the table: more fails
 SIMULATED = [("lstm", "inference", 128), ("lstm", "backward", 32), ("lstm", "training", 64)]
 BARRIERS = 10  # of a step, at most; 14 while each saved gate took two
+
+
+def slow(value: str) -> Any:
+    return pytest.param(value, marks=pytest.mark.slow)
 
 
 def problem(hidden: int = 64, device: str = "H100", **changes: Any) -> Problem:
@@ -156,6 +160,35 @@ def test_weights_in_registers_are_not_read_again(held: int) -> None:
     assert names.count("LDSM") == 12 + 8 * (4 - held)
     assert binary.metadata.shared <= shared_memory(given, 3, held)
     assert not {"LDL", "STL"} & set(names)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("direction", ["training", "backward"])
+def test_a_projection_computes_no_activation_twice(direction: str) -> None:
+    """In another order, as what is stored lies in another than what is multiplied."""
+    from benchmarks.simulating import builds, paths
+
+    counts = []
+    for proj in (0, 32):
+        given = problem(64, direction=direction, proj_size=proj)
+        (launch,) = resident._launches(given)
+        launch = launch._replace(arguments=launch.arguments | {"HELD": 0, "num_warps": 4, "STAGES": 3, "maxnreg": None})
+        code = builds.code_of(builds.built(launch, given.device).asm["cubin"])
+        counts.append([code[index].base for index in paths.straight(code, paths.time_loop(code))].count("MUFU"))
+    assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("direction", [*map(slow, DIRECTIONS[:2]), "backward"])
+def test_a_projection_is_priced_about_as_it_is_simulated(direction: str) -> None:
+    from benchmarks.simulating import resident as simulating
+
+    given = problem(64, direction=direction, proj_size=32)
+    cut = tile(given)
+    simulated = simulating.simulate(given, simulating.Choice(cut.warps, cut.stages, cut.registers, cut.held)).cycles
+    priced = chains.step(resident._one_tile(given), "resident", resident.modelled) * given.device.clock * 1e9
+    assert 0.75 < priced / simulated < 1.25
+    assert resident.source(given) == "modelled"
 
 
 @pytest.mark.compile
