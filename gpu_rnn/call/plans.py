@@ -74,6 +74,7 @@ class Plan:
             self.layers.append(_PlannedLayer(stack, number, x, entering, weights))
             x = x.new_empty(*x.shape[:2], stack.directions * states[0].shape[-1])
         self.complete = all(layer.again is not None for layer in self.layers)
+        self.by_address = stack.is_one_layer and self.layers[0].own is not None
 
     def fits(self, x: Tensor, hx: States | None, weights: Sequence[Tensor]) -> bool:
         """Whether a call, which nothing records, is as the plan has it."""
@@ -99,7 +100,7 @@ class Plan:
         stack, weights = self.stack, self.weights
         states, full = hx or stack.initial(x, weights, x.shape[1]), x.dtype == torch.float32 and x.is_cuda
         with precision.of_products(self.precision, x) if full else passes.NOTHING:
-            if stack.is_one_layer and x.is_cuda:  # a kernel's states, (B, 1, ·) in memory as well
+            if self.by_address:  # states that are (B, 1, ·) in memory as well
                 y, final = self.layers[0](x, states, weights)
                 return y.squeeze_(2), tuple([state.transpose_(0, 1) for state in final])
             every = []

@@ -33,6 +33,7 @@ LAYERS: dict[str, Callable[..., Any]] = {
     "reset before": lambda **options: gpu_rnn.GRU(3, 5, reset_after=False, backend="resident", **options),
     "both directions": lambda **options: gpu_rnn.LSTM(3, 5, bidirectional=True, backend="resident", **options),
     "a stack": lambda **options: gpu_rnn.GRU(3, 5, num_layers=3, backend="resident", **options),
+    "one layer by step": lambda **options: gpu_rnn.GRU(3, 5, backend="step", **options),
     "step": lambda **options: gpu_rnn.LSTM(3, 5, 2, bidirectional=True, layer_norm=True, backend="step", **options),
     "projected": lambda **options: gpu_rnn.LSTM(3, 5, 2, proj_size=2, backend="resident", **options),
 }
