@@ -114,4 +114,5 @@ def test_double_precision() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("option", [option for option in random_calls.OPTIONS if option != "clip"])
 def test_each_option_of_each_cell(option: str) -> None:
-    right([(name, {option}) for name in cells.CELLS if (name, option) != ("gru_reset_before", "proj_size")])
+    several = {name for name, make in cells.CELLS.items() if len(make().states) > 1}  # as a projection wants
+    right([(name, {option}) for name in cells.CELLS if option != "proj_size" or name in several])
