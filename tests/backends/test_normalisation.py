@@ -13,6 +13,7 @@ from torch import Tensor
 
 import gpu_rnn
 from gpu_rnn.backends import normalisation
+from gpu_rnn.backends.native import direct
 from gpu_rnn.backends.normalisation import Normalised
 from gpu_rnn.backends.step.product import OneMask
 from gpu_rnn.call import passes
@@ -34,6 +35,12 @@ def layer(name: str, norm: str = "layer_norm", **options: Any) -> torch.nn.Modul
     torch.manual_seed(0)
     kind = getattr(gpu_rnn, name.split()[0])
     return kind(I, H, **{norm: True}, dtype=torch.float64, **LAYERS[name], **options)
+
+
+def keep_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On either way to a loop."""
+    for way in (passes, direct):
+        monkeypatch.setattr(way, "room_for", lambda x, gates: None)
 
 
 def gradients(module: torch.nn.Module, x: Tensor, **controls: Any) -> list[Tensor]:
@@ -93,7 +100,7 @@ def test_kept_products_give_the_gradients_of_those_taken_once_more(
     monkeypatch.setattr(OneMask, "over_time", counted)
     kept = gradients(module, x, **controls)
     assert not taken
-    monkeypatch.setattr(passes, "_room", lambda call, x: None)
+    keep_nothing(monkeypatch)
     again = gradients(module, x, **controls)
     assert taken
     for found, wanted in zip(kept, again, strict=True):
@@ -157,7 +164,7 @@ def test_what_is_kept_is_the_products_and_their_deviations() -> None:
     products = 2 * T * B * 4 * H
     whole = saved(module, x)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(passes, "_room", lambda call, x: None)
+        keep_nothing(patch)
         assert whole - saved(module, x) == products + products // H
     assert saved(module.bfloat16(), x.bfloat16()) == whole - products - products // H
     with torch.no_grad():
