@@ -76,10 +76,10 @@ class ByForward:
     def __init__(self, loop: Loop, call: Call, gates: Tensor) -> None:
         self.loop = loop
         self.fixed = call.controls, call.reset_values, call.reverse, call.problem, call.joined
-        self.program = call.program
+        self.program, self.rms = call.program, call.rms
 
     def __call__(self, gates: Tensor, states: Iterable[Tensor], weights: Weights) -> tuple[Tensor, list[Tensor]]:
-        call = Call(self.program, weights, list(states), *self.fixed)
+        call = Call(self.program, weights, list(states), *self.fixed, rms=self.rms)
         result = self.loop.forward(call, gates, save=False, all_states=False)
         return result.y, result.final
 

@@ -18,7 +18,7 @@ from gpu_rnn import environment, memo
 from gpu_rnn.backends import ADDS_B_HH, AGAIN, LOOPS, linear, onednn, precision
 from gpu_rnn.backends.persistent import whole
 from gpu_rnn.backends.tensors import Weights
-from gpu_rnn.call import autograd, loops, onlookers, passes, transforms
+from gpu_rnn.call import autograd, heads, loops, onlookers, passes, transforms
 from gpu_rnn.call.passes import Options
 from gpu_rnn.call.stack import Stack, States
 from gpu_rnn.dispatch import choice
@@ -32,18 +32,19 @@ class _PlannedLayer:
 
     def __init__(self, stack: Stack, number: int, x: Tensor, states: list[Tensor], weights: Sequence[Tensor]) -> None:
         """`states` are (B, N, ·)."""
-        text, options = stack.recurrence.text(stack.recurrence.identity), Options(stack.backend, stack.reverse)
+        text = stack.recurrence.text(stack.recurrence.identity)
+        options = Options(stack.backend, stack.reverse, rms=stack.rms)
         inputs = stack.inputs(x, weights, number, states)
         problem = passes.problem_of(text, options, inputs, "inference")
         chosen = choice.select(problem, stack.backend, LOOPS)
         self.stack, self.number, self.name = stack, number, f"gpu_rnn::{chosen}_forward"
         self.joined = chosen in ADDS_B_HH and not ADDS_B_HH[chosen](problem)
         call = passes.call_of(text, options, inputs, problem, self.joined)
-        self.program, self.again, self.own = call.program, None, None
+        self.program, self.normaliser, self.again, self.own = call.program, call.normaliser, None, None
         if chosen in AGAIN:
-            gates = linear.project(x, call.weights, call.program, joined=self.joined).contiguous()
+            gates = self._input_products(x, call.weights)
             self.again = AGAIN[chosen](call, gates)
-        if self.again is not None and self.again.by_address and stack.directions == 1:
+        if self.again is not None and self.again.by_address and stack.directions == stack.heads == 1:
             count = len(stack.weight_names)
             of_layer = weights[number * count : (number + 1) * count]
             self.own = Weights(**dict(zip(stack.weight_names, of_layer, strict=True)))
@@ -53,13 +54,17 @@ class _PlannedLayer:
         assert self.again is not None
         if self.own is None:
             named = self.stack.canonical(weights, self.number)
-            gates = linear.project(x, named, self.program, joined=self.joined).contiguous()
+            gates = self._input_products(x, named)
         else:
             named, b_ih = self.own, self.own.b_ih
             bias = linear.joined_bias(b_ih, named.b_hh, self.program) if self.joined else b_ih
             gates = onednn.linear(x, named.w_ih, bias)
         with passes.named(self.name):
             return self.again(gates, states, named)
+
+    def _input_products(self, x: Tensor, weights: Weights) -> Tensor:
+        products = linear.project(x, weights, self.program, joined=self.joined, normaliser=self.normaliser)
+        return products.contiguous()
 
 
 class Plan:
@@ -107,14 +112,14 @@ class Plan:
             for number, layer in enumerate(self.layers):
                 x, final = layer(x, [*map(whole, _entering(stack, states, number))], weights)
                 x = x.flatten(2)
-                every.append(autograd.turned_in_place(final))
+                every.append(autograd.turned_in_place([heads.together(state, stack.heads) for state in final]))
         return x, tuple(map(loops.joined, zip(*every, strict=True)))
 
 
 def _entering(stack: Stack, states: States, number: int) -> list[Tensor]:
     """The states of a layer, (B, N, ·)."""
     rows = slice(number * stack.directions, (number + 1) * stack.directions)
-    return [state[rows].transpose(0, 1) for state in states]
+    return [heads.apart(state[rows].transpose(0, 1), stack.heads) for state in states]
 
 
 def run(stack: Stack, x: Tensor, hx: States | None, weights: Sequence[Tensor]) -> tuple[Tensor, States, States] | None:
@@ -130,7 +135,7 @@ def run(stack: Stack, x: Tensor, hx: States | None, weights: Sequence[Tensor]) -
 def learn(stack: Stack, x: Tensor, states: States, weights: Sequence[Tensor]) -> None:
     """Makes a plan of a call that ran, where its shape ran before and its weights will be those of the next."""
     draws = stack.dropout > 0 and stack.num_layers > 1
-    if stack.all_states or stack.heads > 1 or draws or any(type(weight) is not nn.Parameter for weight in weights):
+    if stack.all_states or draws or any(type(weight) is not nn.Parameter for weight in weights):
         return
     if _wants_more((x, *states), weights) or choice.staggers(stack.problem(x, states, weights, None), stack.backend):
         return

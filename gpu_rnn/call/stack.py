@@ -60,9 +60,9 @@ class Stack:
         """Whether there is one, which runs forward in time, in one head."""
         return self.num_layers == self.heads == 1 and not self.bidirectional
 
-    @once
+    @property
     def starts_at_zero(self) -> bool:
-        """Whether that is the initial value of all states."""
+        """Whether that is the initial value of all states. Not kept: Dynamo of torch 2.11 cannot follow `once`."""
         return not any(self.recurrence.initial)
 
     @once

@@ -35,6 +35,12 @@ LAYERS: dict[str, Callable[..., Any]] = {
     "a stack": lambda **options: gpu_rnn.GRU(3, 5, num_layers=3, backend="resident", **options),
     "one layer by step": lambda **options: gpu_rnn.GRU(3, 5, backend="step", **options),
     "step": lambda **options: gpu_rnn.LSTM(3, 5, 2, bidirectional=True, layer_norm=True, backend="step", **options),
+    "heads": lambda **options: gpu_rnn.GRU(3, 5, 2, heads=5, backend="resident", **options),
+    "one layer of step": lambda **options: gpu_rnn.GRU(3, 5, backend="step", **options),
+    "rms": lambda **options: gpu_rnn.LSTM(3, 5, rms_norm=True, backend="step", **options),
+    "rms of heads": lambda **options: gpu_rnn.GRU(
+        3, 5, bidirectional=True, heads=5, rms_norm=True, backend="step", **options
+    ),
     "projected": lambda **options: gpu_rnn.LSTM(3, 5, 2, proj_size=2, backend="resident", **options),
 }
 
