@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Normalisation of the products over all units of a row, gate by gate: a second
-// hop of each product. With RMS nothing has a mean: that is 0 in both directions.
+// hop of each product. With RMS nothing has a mean: it is 0 in both directions.
 //
 // The eight lanes that own a block of 16 units sum over it and publish two
 // numbers for each row and gate; who owns units of a row collects those of all
