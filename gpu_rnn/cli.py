@@ -29,13 +29,26 @@ DTYPE_NAMES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64":
 class Parser(argparse.ArgumentParser):
     """One that says which option was perhaps meant."""
 
+    _asked: Sequence[str] = ()
+
     def refuse(self, unknown: Sequence[str]) -> NoReturn:
         """Leaves with what arguments nobody knows, and with what is spelt alike."""
+        self.error(f"unrecognized arguments: {' '.join(unknown)}{self._advice(unknown)}")
+
+    def _advice(self, words: Sequence[str]) -> str:
         known = [option for action in self._actions for option in action.option_strings]
-        words = (word.partition("=")[0] for word in unknown if word.startswith("--"))
-        meant = [near for word in words for near in difflib.get_close_matches(word, known, 1)]
-        advice = f"; did you mean {', '.join(meant)}?" if meant else ""
-        self.error(f"unrecognized arguments: {' '.join(unknown)}{advice}")
+        options = (word.partition("=")[0] for word in words if word.startswith("--"))
+        strange = (option for option in options if not any(each.startswith(option) for each in known))
+        meant = [near for option in strange for near in difflib.get_close_matches(option, known, 1)]
+        return f"; did you mean {', '.join(meant)}?" if meant else ""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self._asked = sys.argv[1:] if args is None else args
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """One that is misspelt is missed before it is not known."""
+        super().error(message + (self._advice(self._asked) if "are required: " in message else ""))
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         parsed, unknown = self.parse_known_args(args, namespace)
