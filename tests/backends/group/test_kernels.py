@@ -4,7 +4,6 @@
 import os
 import shutil
 from dataclasses import replace
-from functools import partial
 from unittest.mock import patch
 
 import pytest
@@ -274,30 +273,48 @@ def late_member(case: Case, **options) -> None:
     assert error.item() and result.y.isnan().all()
 
 
-def site_cases():
-    """What notices the loss of each synchronisation, for support/cuda/sites.py: case(sanitizer, schedule, disabled)."""
-    kernels = {
-        "alone": (check_forward, Case("lstm", "fp16", 1, across=2, blocks=2, along=2, T=3)),
-        "words": (check_forward, Case("gru", "fp16", 3, along=3, T=12, tiles=2, B=12)),
-        "counter": (check_forward, Case("gru", "fp16", 2, along=2, T=4, counter=True)),
-        "backward": (check_gradients, Case("rnn", "bf16", 2, along=2, T=6)),
-        "sums": (check_forward, Case("lstm", "fp16", 2, along=2, T=6, options=("norm",))),
-        "missing": (missing_member, Case("lstm", "fp32", 4, T=2)),
-        "cluster": (check_forward, Case("gru", "fp16", 2, along=2, T=6, cluster=True)),
-        "late": (late_member, Case("rnn", "bf16", 2, T=4, B=3, cluster=True)),
-    }
+CONFIGURATIONS = {  # each of which notices by itself the loss of every synchronisation that it reaches
+    "alone": (check_forward, Case("lstm", "fp16", 1, across=2, blocks=2, along=2, T=3)),
+    "tiles": (check_forward, Case("gru", "fp16", 3, along=3, T=12, tiles=2, B=12)),
+    "tiles backward": (check_gradients, Case("gru", "bf16", 3, along=3, T=9, tiles=2, B=12)),
+    "counter": (check_forward, Case("gru", "fp16", 2, along=2, T=4, counter=True)),
+    "backward": (check_gradients, Case("rnn", "bf16", 2, along=2, T=6)),
+    "two products": (check_forward, Case("gru_reset_before", "fp16", 2, along=2, T=6)),
+    "two products backward": (check_gradients, Case("gru_reset_before", "fp16", 2, along=2, T=6)),
+    "sums": (check_forward, Case("lstm", "fp16", 2, along=2, T=6, options=("norm",))),
+    "sums backward": (check_gradients, Case("lstm", "fp16", 2, along=2, T=6, options=("norm",))),
+    "cluster": (check_forward, Case("gru", "fp16", 2, along=2, T=6, cluster=True)),
+    "cluster of tiles": (check_forward, Case("lstm", "fp16", 3, along=3, T=6, tiles=2, B=12, cluster=True)),
+    "cluster backward": (check_gradients, Case("gru", "fp16", 2, along=2, T=6, cluster=True)),
+}
 
-    def run(check, case, sanitizer, schedule, disabled) -> set[int]:
+
+def site_case(check, case: Case) -> sites.Case:
+    def run(sanitizer, schedule, disabled) -> set[int]:
         reached: set[int] = set()
         check(case, sanitizer=sanitizer, schedule=schedule, disabled_sites=disabled, reached=reached)
         return reached
 
-    return {name: partial(run, *kernel) for name, kernel in kernels.items()}
+    return run
+
+
+def site_cases() -> dict[str, sites.Case]:
+    """What notices the loss of each synchronisation, for support/cuda/sites.py: case(sanitizer, schedule, disabled)."""
+    kernels = {name: CONFIGURATIONS[name] for name in ("alone", "tiles", "counter", "backward", "sums", "cluster")}
+    kernels["missing"] = missing_member, Case("lstm", "fp32", 4, T=2)
+    kernels["late"] = late_member, Case("rnn", "bf16", 2, T=4, B=3, cluster=True)
+    return {name: site_case(*kernel) for name, kernel in kernels.items()}
 
 
 def test_every_synchronisation_is_needed():
     report = sites.check(sites.kernel_text(), site_cases())
     assert report.good, report
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_every_configuration_needs_its_synchronisation(name):
+    assert not sites.unnoticed(sites.kernel_text(), site_case(*CONFIGURATIONS[name]))
 
 
 @pytest.mark.parametrize("counter", [False, True], ids=["words", "counter"])
