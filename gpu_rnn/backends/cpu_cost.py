@@ -11,15 +11,16 @@ from gpu_rnn.backends.problem import Problem
 from gpu_rnn.backends.rates import CpuRates
 
 
-def seconds(problem: Problem, known: CpuRates, of_a_step: int = 1) -> float:
-    """Of one pass; `of_a_step` times what a step costs in any case."""
+def seconds(problem: Problem, known: CpuRates, of_a_step: int = 1, most: int = 1 << 30) -> float:
+    """Of one pass; `of_a_step` times what a step costs in any case; `most` threads share it."""
     start, step, weight, product, element = of_pass(problem, known)
     width = problem.proj_size or problem.H
     weights = problem.N * problem.G * problem.H * width
     products = problem.B * problem.N * problem.G * problem.H * (problem.I + width)
     operations = problem.B * problem.N * problem.H * sum(len(stage.ops) for stage in problem.program.stages)
     work = weight * weights + product * products + element * operations
-    shared = known.together * (1 - 1 / problem.device.sms)  # what other threads take off this one
+    threads = min(problem.device.sms, most)
+    shared = known.together * (1 - 1 / max(1, threads))  # what other threads take off this one
     return problem.layers * (start + problem.T * (step * of_a_step + work) * (1 - shared))
 
 

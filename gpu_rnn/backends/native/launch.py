@@ -63,14 +63,17 @@ def _key(problem: Problem) -> tuple[str, torch.dtype, bool]:
 def cost(problem: Problem, constants: rates.Rates | None = None) -> float:
     """Seconds by the cost model."""
     every = constants or rates.of(problem.device)
-    return cpu_cost.seconds(problem, getattr(every, cpu_model(problem)))
+    rows, width = problem.B * problem.N, problem.proj_size or problem.H
+    most = worth(problem.T * rows * problem.G * problem.H * width, rows)
+    return cpu_cost.seconds(problem, getattr(every, cpu_model(problem)), most=most)
 
 
 def cpu_model(problem: Problem) -> str:
-    """The constants of its model: the short ways have their own."""
+    """The constants of its model: the short ways have their own where nothing steers them."""
     if limits.single_step(problem):
         return "cpu_one"
-    return "cpu_plain" if limits.plain_layer(problem) else "cpu_native"
+    plain = limits.plain_layer(problem) and problem.N == 1 and not problem.options
+    return "cpu_plain" if plain else "cpu_native"
 
 
 def prepare(problem: Problem) -> None:
@@ -202,8 +205,13 @@ def directions(reverse: str) -> ctypes.Array[ctypes.c_char]:
 
 
 def threads(multiplications: int, rows: int) -> int:
-    """How many threads a call is worth: no more than torch was told."""
-    return min(torch.get_num_threads(), max(1, int(2.0 * multiplications / OF_A_THREAD)), max(1, rows))
+    """How many threads take a call: no more than torch was told."""
+    return min(torch.get_num_threads(), worth(multiplications, rows))
+
+
+def worth(multiplications: int, rows: int) -> int:
+    """How many threads a call is worth."""
+    return min(max(1, int(2.0 * multiplications / OF_A_THREAD)), max(1, rows))
 
 
 def sizes(gates: Sequence[int], width: int) -> dict[str, int]:
