@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -33,7 +34,7 @@ class Streams:
         graphs: whether a step on a GPU is a CUDA graph. Default: True
 
     Raises:
-        TypeError: layer is no layer of this library.
+        TypeError: layer is no layer of this library; capacity is no integer.
         ValueError: it is bidirectional; capacity is not positive.
 
     Example::
@@ -56,6 +57,8 @@ class Streams:
             raise TypeError(f"streams run through a layer of gpu_rnn, {what}: gpu_rnn.convert makes one of torch.nn's")
         if layer.bidirectional:
             raise ValueError("streams have no end for a second direction to begin at: take a layer of one direction")
+        if not isinstance(capacity, int):
+            raise TypeError(f"capacity should be an integer, got {capacity!r}")
         if capacity < 1:
             raise ValueError(f"capacity should be positive, got {capacity}")
         self.layer, self.graphs = layer, graphs
@@ -90,7 +93,7 @@ class Streams:
         Args:
             names: what to call them.
             states: what they begin with, in the form of an unbatched hx: a tensor (num_layers, ·), or a tuple of them
-                for a layer with several. None: the recurrence's initial values.
+                for a layer with several, of any device and dtype. None: the recurrence's initial values.
 
         Raises:
             ValueError: there is a stream of that name.
@@ -111,7 +114,7 @@ class Streams:
         """End streams, and forget their states.
 
         Raises:
-            ValueError: there is no stream of that name.
+            ValueError: there is no stream of that name, or it stands there twice.
         """
         self._rows_of(names)
         for name in names:
@@ -129,7 +132,7 @@ class Streams:
         """Set streams to the recurrence's initial values, as where a new sequence begins.
 
         Raises:
-            ValueError: there is no stream of that name.
+            ValueError: there is no stream of that name, or it stands there twice.
         """
         self._rows_of(names)
         self._set(names, None)
@@ -154,19 +157,25 @@ class Streams:
             By name, the h of each step: (hidden_size) or (T, hidden_size); with return_sequences=False the last alone.
 
         Raises:
+            TypeError: a sample is no tensor.
             ValueError: there is no stream of a name; the layer is in training; samples of both kinds.
             RuntimeError: another number of features, or samples of several dtypes. No stream has moved then.
         """
         if not samples:
             return {}
         names, values = list(samples), list(samples.values())
+        if others := [name for name, value in samples.items() if not isinstance(value, Tensor)]:
+            what = f"that of {others[0]!r} is of type {type(samples[others[0]]).__name__}"
+            raise TypeError(f"samples are tensors, {what}: torch.as_tensor makes one")
         ranks = {value.dim() for value in values}
         if len(ranks) > 1 or not ranks <= {1, 2}:
             raise ValueError(f"samples are (input_size) of all streams or (T, input_size) of all, got {ranks} axes")
         lengths = [len(value) for value in values] if ranks == {2} else []
-        if len(set(lengths)) < 2:
+        if len(set(lengths)) < 2 and 0 not in lengths:
             return dict(zip(names, self.step_batch(names, torch.stack(values)).unbind(), strict=True))
         x = torch.nn.utils.rnn.pad_sequence(values, batch_first=True)
+        if not x.shape[1]:  # nobody has a step: a layer takes one at least, which no length reaches
+            x = x.new_zeros(len(x), 1, x.shape[2])
         outputs = self.step_batch(names, x, lengths)
         if not self.layer.return_sequences:
             return dict(zip(names, outputs.unbind(), strict=True))
@@ -202,13 +211,13 @@ class Streams:
         rows = self._rows_of(names)
         if rows == list(range(len(rows))):
             return None
-        if len({*rows}) < len(rows):
-            raise ValueError(f"each stream has one row of x, got {list(names)}")
         return torch.tensor(rows, device=self._states[0].device)
 
     def _rows_of(self, names: Sequence[Hashable]) -> list[int]:
         if unknown := [name for name in names if name not in self._rows]:
             raise ValueError(f"there is no stream {unknown[0]!r}: it joins first")
+        if len({*names}) < len(names):
+            raise ValueError(f"name each stream once, got {list(names)}")
         return [self._rows[name] for name in names]
 
     def _called(self, x: Tensor, rows: Tensor | None, lengths: Sequence[int] | None = None) -> Tensor:
@@ -224,7 +233,7 @@ class Streams:
             if rows is None:
                 state[:, :count] = new
             else:
-                state.index_copy_(1, rows, new)
+                state.index_copy_(1, rows, new.to(state.dtype))  # autocast's are of 16 bits
         if not layer.return_sequences:
             return y
         if x.dim() == 2:
@@ -246,7 +255,8 @@ class Streams:
             self._captured_with = weights
         size = min(1 << (len(x) - 1).bit_length(), self.capacity)
         if size not in self._captured:
-            self._captured[size] = _Captured(self._called, x, size, self.capacity)
+            with _plain_tensors():
+                self._captured[size] = _Captured(self._called, x, size, self.capacity)
         return self._captured[size].step(x, self._last[1])
 
     def _initial(self, capacity: int) -> States:
@@ -254,7 +264,8 @@ class Streams:
         weights = self.layer._weights()
         shapes = self.layer._stack().state_shapes(weights, capacity + 1)
         values = zip(shapes, self.layer.recurrence.initial, strict=True)
-        return tuple(weights[0].detach().new_full(shape, value) for shape, value in values)
+        with _plain_tensors():
+            return tuple(weights[0].detach().new_full(shape, value) for shape, value in values)
 
     def _grow(self, capacity: int) -> None:
         states = self._initial(capacity)
@@ -270,12 +281,12 @@ class Streams:
             state[:, some] = initial if states is None else states[index].unsqueeze(1)
 
     def _checked(self, states: Any) -> States:
-        """Of one stream, as a tuple."""
+        """Of one stream, as a tuple, where the streams' are."""
         values = self.layer._as_tuple(states, "states")
         for value, state in zip(values, self._states, strict=True):
             if value.shape != state[:, 0].shape:
                 raise RuntimeError(f"states should be {tuple(state[:, 0].shape)} each, got {tuple(value.shape)}")
-        return values
+        return tuple(value.to(state) for value, state in zip(values, self._states, strict=True))
 
 
 class _Captured:
@@ -296,6 +307,13 @@ class _Captured:
         self.rows[count:] = self.scratch
         self.replay()
         return self.y[:count].clone()
+
+
+@contextmanager
+def _plain_tensors() -> Iterator[None]:
+    """What is made under inference_mode can be written only there: buffers that outlive a call are made outside."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def _on_gpu(x: Tensor) -> bool:

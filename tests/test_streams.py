@@ -111,6 +111,54 @@ def test_chunks_of_several_lengths(kind: str, last: bool) -> None:
         torch.testing.assert_close(got[-1] if last else torch.cat(got), expected, **EXACT)
 
 
+@pytest.mark.parametrize("last", (False, True))
+def test_chunks_of_no_steps(last: bool) -> None:
+    streams = gpu_rnn.Streams(make("LSTM", return_sequences=not last))
+    streams.join("a", "b")
+    streams.step({"a": draw(I), "b": draw(I)})
+    before = streams.states("a")
+    none = torch.zeros((H,) if last else (0, H), dtype=torch.float64)
+    for samples in ({"a": draw(0, I)}, {"a": draw(0, I), "b": draw(0, I)}, {"b": draw(2, I), "a": draw(0, I)}):
+        torch.testing.assert_close(streams.step(samples)["a"], none)
+    torch.testing.assert_close(streams.states("a"), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("graphs", (False, True))
+def test_streams_made_under_inference_mode_go_on_outside(graphs: bool, request: pytest.FixtureRequest) -> None:
+    if graphs:
+        request.getfixturevalue("repeated")
+    layer, x = make("LSTM"), draw(6, I)
+    with torch.inference_mode():
+        streams = gpu_rnn.Streams(layer, capacity=1)
+        streams.join("a")
+        outputs = [streams.step({"a": x[0]})["a"]]
+    outputs.append(streams.step({"a": x[1]})["a"])
+    with torch.inference_mode():
+        streams.join("b", "c")  # more than there was room for
+        streams.step({"c": x[0]})
+    outputs += [streams.step({"b": sample, "a": sample})["a"] for sample in x[2:]]
+    assert not any(output.requires_grad for output in outputs)
+    torch.testing.assert_close(torch.stack(outputs), layer(x)[0], **EXACT)
+
+
+def test_any_streams_step_under_autocast() -> None:
+    layer, x = gpu_rnn.GRU(I, H).eval(), torch.randn(4, I)
+    streams = gpu_rnn.Streams(layer)
+    streams.join("a", "b", "c")
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = [streams.step({"c": sample})["c"] for sample in x]
+        expected = layer(x)[0]
+    torch.testing.assert_close(torch.stack(outputs), expected, rtol=2e-2, atol=2e-2)
+
+
+def test_states_of_another_dtype_are_converted() -> None:
+    streams = gpu_rnn.Streams(gpu_rnn.GRU(I, H).eval())
+    streams.join("a", "b")
+    value = draw(1, H)
+    streams.join("c", states=value)
+    torch.testing.assert_close(streams.states("c"), value.float(), rtol=0, atol=0)
+
+
 def test_states_move_from_streams_to_streams() -> None:
     layer, x = make("LSTM"), draw(6, I)
     first, second = gpu_rnn.Streams(layer), gpu_rnn.Streams(layer)
@@ -145,9 +193,11 @@ MISTAKES: dict[str, tuple[Callable[[gpu_rnn.Streams], Any], type[Exception], str
     "two of a name": (lambda s: s.join("n", "n"), ValueError, "a stream joins once"),
     "nobody steps": (lambda s: s.step({"z": torch.zeros(I)}), ValueError, "there is no stream 'z': it joins first"),
     "nobody leaves": (lambda s: s.leave("a", "z"), ValueError, "there is no stream 'z'"),
+    "leaves twice": (lambda s: s.leave("a", "a"), ValueError, "name each stream once"),
     "nobody is reset": (lambda s: s.reset("z"), ValueError, "there is no stream 'z'"),
-    "a step twice": (lambda s: s.step_batch(["a", "a"], torch.zeros(2, I)), ValueError, "each stream has one row"),
+    "a step twice": (lambda s: s.step_batch(["a", "a"], torch.zeros(2, I)), ValueError, "name each stream once"),
     "kinds": (lambda s: s.step({"a": torch.zeros(I), "b": torch.zeros(2, I)}), ValueError, "of all streams or"),
+    "no tensor": (lambda s: s.step({"b": torch.zeros(I), "a": [0.0] * I}), TypeError, "that of 'a' is of type list"),
     "rows": (lambda s: s.step_batch(["a"], torch.zeros(2, I)), ValueError, r"x should be \(1, input_size\)"),
     "features": (
         lambda s: s.step({"a": torch.zeros(I + 1)}),
@@ -182,6 +232,8 @@ def test_layers_that_cannot_stream_are_refused() -> None:
             gpu_rnn.Streams(layer)
     with pytest.raises(ValueError, match="capacity should be positive, got 0"):
         gpu_rnn.Streams(gpu_rnn.LSTM(I, H), 0)
+    with pytest.raises(TypeError, match="capacity should be an integer, got 1.5"):
+        gpu_rnn.Streams(gpu_rnn.LSTM(I, H), 1.5)  # type: ignore[arg-type]
     streams = gpu_rnn.Streams(gpu_rnn.LSTM(I, H))
     streams.join("a")
     with pytest.raises(ValueError, match=r"call layer.eval\(\)"):
