@@ -173,14 +173,18 @@ def test_convert_loads_a_whole_model_only_if_told_to_trust_it(
     model, weights, text = (tmp_path / name for name in ("model.pt", "weights.pt", "text.pt"))
     torch.save(torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.LSTM(8, 16)), model)
     torch.save(torch.nn.LSTM(8, 16).state_dict(), weights)
-    text.write_text("no pickle")
     assert cli.main(["convert", "--dry-run", "--trust", str(model)]) == 0
     assert capsys.readouterr().out == "1 of 1 recurrent modules would be gpu_rnn's\n  1: LSTM(8, 16)\n"
     assert cli.main(["convert", "--dry-run", str(weights)]) == 0
     assert "holds weights and no modules" in capsys.readouterr().out
-    for file, words in ((model, "if you trust it, add --trust"), (text, "trust"), (tmp_path / "none", "no file")):
+    for file, words in ((model, "if you trust it, add --trust"), (tmp_path / "none", "no file")):
         assert cli.main(["convert", "--dry-run", str(file)]) == 1
         assert words in capsys.readouterr().err
+    for content in (b"", b"no pickle", b"hello", b"()", b"\x00\x01", model.read_bytes()[:100]):
+        text.write_bytes(content)
+        for trust in ([], ["--trust"]):
+            assert cli.main(["convert", "--dry-run", *trust, str(text)]) == 1
+            assert "is nothing that torch.save wrote: " in capsys.readouterr().err
 
 
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ from gpu_rnn.layers import convert
 from gpu_rnn.layers.conversion import TWINS
 
 BECOMES = {f"torch.nn.{theirs.__name__}": f"gpu_rnn.{ours.__name__}" for theirs, ours in TWINS.items()}
+BEGINNINGS = (b"PK", b"\x80")  # of what torch.save writes: a zip, and a pickle as PyTorch 1.5 and older wrote
 LONGEST = 60  # characters of a call that are shown
 
 
@@ -41,6 +42,9 @@ def report(path: Path, trust: bool = False) -> str:
 
 
 def _loaded(path: Path, trust: bool) -> object:
+    with path.open("rb") as file:
+        if not file.read(2).startswith(BEGINNINGS):  # a pickle machine fails at any text in a way of its own
+            raise ValueError(f"{path} is nothing that torch.save wrote: it is no zip file, and no pickle")
     try:
         return torch.load(path, map_location="meta", weights_only=not trust)
     except pickle.UnpicklingError as error:
