@@ -232,7 +232,7 @@ def test_layers_that_cannot_stream_are_refused() -> None:
             gpu_rnn.Streams(layer)
     with pytest.raises(ValueError, match="capacity should be positive, got 0"):
         gpu_rnn.Streams(gpu_rnn.LSTM(I, H), 0)
-    with pytest.raises(TypeError, match="capacity should be an integer, got 1.5"):
+    with pytest.raises(TypeError, match="capacity should be an integer"):
         gpu_rnn.Streams(gpu_rnn.LSTM(I, H), 1.5)  # type: ignore[arg-type]
     streams = gpu_rnn.Streams(gpu_rnn.LSTM(I, H))
     streams.join("a")
