@@ -11,7 +11,7 @@ there: a new field is an entry here and nowhere else.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -227,15 +227,27 @@ class LoopGradients(NamedTuple):
     d_resets: Sequence[Tensor] = ()  # of the reset values, like them
 
 
+def elsewhere(tensor: Tensor) -> bool:
+    """Whether its values are not where its address says: torch keeps a negation, as of a conjugate's imaginary part,
+    and zeros that nobody wrote as a flag."""
+    return tensor.is_neg() or torch._is_zerotensor(tensor)
+
+
 def in_memory(tensor: Tensor) -> Tensor:
-    """With its values where its address says: torch keeps a negation, as of a conjugate's imaginary part, and zeros
-    that nobody wrote as a flag."""
-    return tensor.clone() if tensor.is_neg() or torch._is_zerotensor(tensor) else tensor
+    """With its values where its address says."""
+    return tensor.clone() if elsewhere(tensor) else tensor
+
+
+def readable_in_c(tensors: Iterable[Tensor], dtype: torch.dtype) -> bool:
+    """Whether a loop on a CPU reads all by their addresses, once they have no gaps."""
+    zero = torch._is_zerotensor
+    # A short call is all overhead, and a generator or `elsewhere` calls for each.
+    return False not in [t.dtype == dtype and t.is_cpu and not (t.is_neg() or zero(t)) for t in tensors]
 
 
 def dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """As a loop reads it by its address: in memory, without gaps, of one dtype."""
-    if tensor.dtype == dtype and tensor.is_contiguous() and not (tensor.is_neg() or torch._is_zerotensor(tensor)):
+    if tensor.dtype == dtype and tensor.is_contiguous() and not elsewhere(tensor):
         return tensor
     return in_memory(tensor.to(dtype)).contiguous()
 

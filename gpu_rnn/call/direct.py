@@ -20,7 +20,17 @@ from gpu_rnn.backends import linear
 from gpu_rnn.backends.native import building, launch, limits
 from gpu_rnn.backends.native import direct as native
 from gpu_rnn.backends.normalisation import Normalised
-from gpu_rnn.backends.tensors import PLAIN, Call, Inputs, LayerControls, Result, Weights, dense, state_dtype
+from gpu_rnn.backends.tensors import (
+    PLAIN,
+    Call,
+    Inputs,
+    LayerControls,
+    Result,
+    Weights,
+    dense,
+    readable_in_c,
+    state_dtype,
+)
 from gpu_rnn.call import onlookers, second_order, transforms
 from gpu_rnn.call.controls import NONE, StackControls
 from gpu_rnn.call.stack import Stack, States
@@ -45,7 +55,7 @@ def run(
         return None
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     plan = _plan(stack, x, hx, weights, controls, grad)
-    if plan is None or not all(t.dtype == x.dtype and t.is_cpu and not t.is_neg() for t in tensors):
+    if plan is None or not readable_in_c(tensors, x.dtype):
         return None
     states = hx or stack.initial(x, weights, x.shape[0 if stack.batch_first else 1])
     if x.dtype == plan.dtype:

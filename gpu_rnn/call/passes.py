@@ -138,7 +138,8 @@ def run(text: str, options: Options, inputs: Inputs, keep: bool = False) -> Resu
 def _readable(inputs: Inputs) -> Inputs:
     """The same call, its tensors as a loop reads them by their addresses."""
     primals = inputs.primals
-    if True not in [primal.is_neg() for primal in primals if primal is not None]:  # a generator calls for each
+    zero = torch._is_zerotensor  # a generator or `elsewhere` calls for each
+    if True not in [primal.is_neg() or zero(primal) for primal in primals if primal is not None]:
         return inputs
     return inputs.with_primals([None if primal is None else in_memory(primal) for primal in primals])
 

@@ -98,7 +98,8 @@ class Plan:
 
     def _lies_well(self, tensor: Tensor) -> bool:
         alike = tensor.dtype == self.dtype and tensor.device == self.device
-        return alike and tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0 and not tensor.is_neg()
+        address = tensor.data_ptr()  # 0 of zeros that lie nowhere, and of nothing
+        return alike and tensor.is_contiguous() and address % ALIGNMENT == 0 < address and not tensor.is_neg()
 
     def __call__(self, x: Tensor, hx: States | None) -> tuple[Tensor, States]:
         """y (T, B, D·P) and the final states (D·layers, B, ·)."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from gpu_rnn import environment, memo
 from gpu_rnn.backends.native import limits
 from gpu_rnn.backends.native import one_step as native
-from gpu_rnn.backends.tensors import Inputs, dense
+from gpu_rnn.backends.tensors import Inputs, dense, readable_in_c
 from gpu_rnn.call import onlookers, second_order
 from gpu_rnn.call.stack import Stack, States
 from gpu_rnn.dispatch import choice
@@ -34,7 +34,7 @@ def run(stack: Stack, x: Tensor, states: States, weights: Sequence[Tensor]) -> S
     It is not recorded, nor under a transform or autocast.
     """
     tensors = (x, *states, *weights)
-    if onlookers.watched(tensors) or not all(t.dtype == x.dtype and t.is_cpu and not t.is_neg() for t in tensors):
+    if onlookers.watched(tensors) or not readable_in_c(tensors, x.dtype):
         return None
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     plan = _plan(stack, x, states, weights, grad)

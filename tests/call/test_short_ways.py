@@ -118,6 +118,25 @@ def test_negations_that_torch_keeps_as_a_flag(agree: Any) -> None:
     agree(outputs)
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_zeros_that_lie_nowhere(grad: bool, agree: Any) -> None:
+    """The input, a state, a weight, and the values of resets."""
+
+    def outputs(layer: gpu_rnn.GRU, x: Tensor) -> Tensor:
+        def zeros(like: Tensor) -> Tensor:
+            return torch._efficientzerotensor(like.shape, dtype=like.dtype)
+
+        with torch.set_grad_enabled(grad):
+            bias = {"bias_hh_l0": zeros(layer.bias_hh_l0)}
+            h = layer(x)[1]
+            resets = torch.ones(x.shape[:2], dtype=torch.bool)
+            every = layer(zeros(x))[0] + layer(x, zeros(h))[0] + torch.func.functional_call(layer, bias, (x,))[0]
+            every = every + layer(x, h, resets=resets, reset_state=zeros(h))[0]
+        return every if not grad else torch.autograd.grad(every.square().sum(), layer.weight_hh_l0)[0]
+
+    agree(outputs)
+
+
 @pytest.mark.parametrize("of_final", [torch._neg_view, lambda d: torch._efficientzerotensor(d.shape, dtype=d.dtype)])
 def test_gradients_whose_values_lie_elsewhere(of_final: Callable[[Tensor], Tensor], agree: Any) -> None:
     def gradient(layer: gpu_rnn.GRU, x: Tensor) -> Tensor:
