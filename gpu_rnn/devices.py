@@ -63,8 +63,11 @@ def describe(name: str) -> Device:
     """The described device of that name, such as "H100", in any case and with or without spaces.
 
     Raises:
+        TypeError: no name, such as a torch.device.
         ValueError: a name that is not in `DEVICES`; the known ones are listed.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"a described device is a name, such as 'H100', not {type(name).__name__}")
     wanted = _bare(name)
     for known, device in DEVICES.items():
         if wanted in (_bare(known), _bare(device.name)):

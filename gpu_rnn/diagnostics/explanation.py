@@ -17,11 +17,11 @@ from gpu_rnn.backends import rates, triton_interpreter
 from gpu_rnn.backends.group import clusters, nvrtc
 from gpu_rnn.backends.group.choice import floor
 from gpu_rnn.backends.problem import Problem
-from gpu_rnn.call import autocast
+from gpu_rnn.call import arguments, autocast
 from gpu_rnn.call.controls import StackControls
 from gpu_rnn.dispatch import choice
 from gpu_rnn.dispatch.choice import Row
-from gpu_rnn.layers import options
+from gpu_rnn.layers import jagged, options
 
 if TYPE_CHECKING:
     from gpu_rnn.layers.base import LayerBase
@@ -169,15 +169,15 @@ def explain(
     Args:
         layer: any layer of this package.
         x: the input, or a tensor of its shape and dtype on any device ("meta" too): (T, B, input_size), with
-            batch_first (B, T, input_size), unbatched (T, input_size), or a PackedSequence. None: 100 steps of one
-            sample.
+            batch_first (B, T, input_size), unbatched (T, input_size), a PackedSequence, or a jagged nested tensor
+            (B, j, input_size). None: 100 steps of one sample.
         device: a described device to answer for, such as "H100" (`gpu_rnn.devices.DEVICES`), with Triton and CuPy
             whether they are installed here or not; None: x's own.
         call: the layer's other arguments that would come with x: hx, mask, lengths, resets, reset_state,
             return_all_states. Their values do not matter, so True stands for any of them.
 
     Raises:
-        TypeError: not a layer of this package, or x is no tensor.
+        TypeError: not a layer of this package, x is no tensor, or the device no name.
         ValueError: no description of that device; x is neither 2D nor 3D.
         RuntimeError: x has another number of features, as from the layer itself.
 
@@ -208,6 +208,10 @@ def problem_of(layer: LayerBase, x: Tensor | PackedSequence | None, call: dict[s
         )
     if not isinstance(x, Tensor | PackedSequence | None):
         raise TypeError(NO_INPUT.format(asker, type(x).__name__))
+    if isinstance(x, Tensor) and x.layout is torch.jagged:
+        x, call = jagged.padded_size(layer, x), {**call, "lengths": True}
+    if isinstance(x, Tensor):
+        arguments.tensor("x", x)
     weights = layer._flat_weights
     batch_sizes = None
     if isinstance(x, PackedSequence):

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     from gpu_rnn.layers.base import LayerBase
@@ -23,9 +24,7 @@ def run(layer: LayerBase, input: Any, hx: Any, steering: tuple[Any, ...], all_st
         TypeError: another axis than the second has several lengths.
         ValueError: there is a mask, or another of those.
     """
-    is_ragged = torch.compiler.is_compiling() or not isinstance(input.shape[1], int)  # to Dynamo every size is an int
-    if input.dim() != 3 or not is_ragged:
-        raise TypeError(f"a jagged input is (B, j, I), a length for each row, got {tuple(map(str, input.shape))}")
+    _check(input)
     if any(value is not None for value in steering):
         raise ValueError(
             "mask, lengths, resets and reset_state cannot come with a jagged input, whose rows have lengths already: "
@@ -37,7 +36,8 @@ def run(layer: LayerBase, input: Any, hx: Any, steering: tuple[Any, ...], all_st
     shortest, longest = torch.stack(lengths.aminmax()).tolist() if len(lengths) else (0, 0)
     steps = torch.arange(longest, device=values.device)
     rows, times = (steps < lengths[:, None]).nonzero(as_tuple=True)
-    padded = values.new_zeros(len(lengths), longest, values.shape[1])
+    width = torch.sym_max(longest, 1)  # a layer takes a step at least; if all rows are empty, no length reaches it
+    padded = values.new_zeros(len(lengths), width, values.shape[1])
     padded = padded.index_put((rows, times), values[offsets[rows] + times])
     sequence = padded if layer.batch_first else padded.transpose(0, 1)
     y, *states = layer.forward(sequence, hx, lengths=lengths, return_all_states=all_states)
@@ -46,3 +46,22 @@ def run(layer: LayerBase, input: Any, hx: Any, steering: tuple[Any, ...], all_st
         ends = torch.cat([offsets.new_zeros(1), lengths.cumsum(0)]) if has_holes else offsets
         y = torch.nested.nested_tensor_from_jagged(y, ends, min_seqlen=shortest, max_seqlen=longest)
     return (y, *states)
+
+
+def padded_size(layer: LayerBase, input: Any) -> Tensor:
+    """A tensor of the size, dtype and device that `run` gives the layer, which holds one number.
+
+    Raises:
+        TypeError: another axis than the second has several lengths.
+    """
+    _check(input)
+    lengths = input.offsets().diff() if input.lengths() is None else input.lengths()
+    sizes = (len(lengths), max([1, *lengths.tolist()]))
+    rows_first = sizes if layer.batch_first else sizes[::-1]
+    return input.values().new_empty(1, 1, 1).expand(*rows_first, input.shape[2])
+
+
+def _check(input: Any) -> None:
+    is_ragged = torch.compiler.is_compiling() or not isinstance(input.shape[1], int)  # to Dynamo every size is an int
+    if input.dim() != 3 or not is_ragged:
+        raise TypeError(f"a jagged input is (B, j, I), a length for each row, got {tuple(map(str, input.shape))}")

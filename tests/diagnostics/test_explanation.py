@@ -80,7 +80,19 @@ def test_explain_reads_the_layer_and_the_call() -> None:
     assert gpu_rnn.explain(gpu_rnn.GRU(3, 5, backend="reference")).chosen == "reference"
 
 
+@pytest.mark.parametrize("batch_first", (False, True))
+def test_a_jagged_input_is_explained_as_its_padded_call(batch_first: bool) -> None:
+    layer = gpu_rnn.GRU(3, 5, bidirectional=True, batch_first=batch_first)
+    rows = torch.nested.nested_tensor([torch.zeros(2, 3), torch.zeros(7, 3), torch.zeros(0, 3)], layout=torch.jagged)
+    padded = torch.empty(3, 7, 3) if batch_first else torch.empty(7, 3, 3)
+    assert gpu_rnn.explain(layer, rows).problem == gpu_rnn.explain(layer, padded, lengths=True).problem
+
+
 def test_explain_refuses() -> None:
+    with pytest.raises(TypeError, match="a described device is a name, such as 'H100', not device"):
+        gpu_rnn.explain(gpu_rnn.LSTM(2, 3), device=torch.device("cuda"))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"x should be a strided tensor, got a torch.sparse_coo one"):
+        gpu_rnn.explain(gpu_rnn.LSTM(2, 3), torch.zeros(4, 2).to_sparse())
     with pytest.raises(ValueError, match=r"no description of a device 'H1000'; described are A100, .*H100.* and CPU"):
         gpu_rnn.explain(gpu_rnn.LSTM(2, 3), device="H1000")
     with pytest.raises(TypeError, match=r"such as gpu_rnn.LSTM, not torch.nn.LSTM"):

@@ -65,6 +65,16 @@ def test_each_row_is_what_it_is_by_itself(kind: str, lengths: tuple[int, ...]) -
     torch.testing.assert_close(grads, others, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_may_all_be_empty(kind: str) -> None:
+    name, options = KINDS[kind]
+    layer, rows = getattr(gpu_rnn, name)(3, 4, dtype=torch.float64, **options), draw(0, 0)
+    y, states = layer(jagged(rows))
+    if options.get("return_sequences", True):
+        assert y.offsets().tolist() == [0, 0, 0] and y.values().shape[0] == 0
+    assert not any(state.any() for state in leaves(states))
+
+
 def test_states_before_and_of_every_step() -> None:
     layer, x = gpu_rnn.LSTM(3, 4, dtype=torch.float64), jagged(draw(2, 5))
     hx = tuple(torch.randn(1, 2, 4, dtype=torch.float64) for _ in "hc")
