@@ -164,11 +164,14 @@ def _described_layer(options: argparse.Namespace) -> LayerBase:
         "clip": options.clip,
         "zoneout": options.zoneout,
         "heads": options.heads,
+        "layer_norm": options.layer_norm or None,
+        "rms_norm": options.rms_norm or None,
     }
     layer_options = {name: value for name, value in all_options.items() if value is not None}
     cell = options.cell.upper()
     make = getattr(gpu_rnn, cell)
-    known = {*inspect.signature(make).parameters, "zoneout", "heads"} - (
+    of_all = {"zoneout", "heads", "layer_norm", "rms_norm"}
+    known = {*inspect.signature(make).parameters, *of_all} - (
         {"proj_size"} if cell != "LSTM" else set()
     )  # there to be refused
     unknown = [FLAGS.get(name, f"--{name.replace('_', '-')}") for name in layer_options if name not in known]
@@ -320,6 +323,8 @@ def _add_description(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--zoneout", type=float, metavar="P", help="probability that a unit keeps its state for a step"
     )
+    command.add_argument("--layer-norm", action="store_true", help="products normalised over the units of a gate")
+    command.add_argument("--rms-norm", action="store_true", help="likewise, by their root mean square")
     passes = command.add_mutually_exclusive_group()
     passes.add_argument("--training", action="store_true", default=True, help="forward and backward (default)")
     passes.add_argument("--inference", dest="training", action="store_false", help="forward alone, without gradients")

@@ -209,6 +209,14 @@ def test_options_of_the_layers_reach_them(capsys: pytest.CaptureFixture[str]) ->
     assert ", zoneout, " in said and "without clip only, not this lstm" in said and "hidden 8 in 2 heads" in said
 
 
+def test_normalisations_reach_the_layers(capsys: pytest.CaptureFixture[str]) -> None:
+    for flag, words in (("--layer-norm", "layer normalisation"), ("--rms-norm", "RMS normalisation")):
+        assert cli.main(["explain", "--cell", "gru", "--hidden", "8", flag, "--device", "H100"]) == 0
+        assert f"does not take {words}" in capsys.readouterr().out
+    assert cli.main(["explain", "--hidden", "8", "--layer-norm", "--rms-norm"]) == 1
+    assert "two ways to normalise the same products" in capsys.readouterr().err
+
+
 def test_devices_in_any_case_and_for_inference(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["explain", "--hidden", "8", "--device", "rtx4090", "--inference"]) == 0
     assert "float32, inference, on RTX 4090" in capsys.readouterr().out
