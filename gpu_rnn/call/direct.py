@@ -53,7 +53,7 @@ def run(
     steering = () if controls is NONE else controls.of_steps
     if onlookers.watched((*tensors, *steering)) or transforms.active() or torch.autograd._profiler_enabled():
         return None
-    grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    grad = torch.is_grad_enabled() and True in [t.requires_grad for t in tensors]
     plan = _plan(stack, x, hx, weights, controls, grad)
     if plan is None or not readable_in_c(tensors, x.dtype):
         return None

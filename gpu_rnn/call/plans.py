@@ -113,14 +113,17 @@ class Plan:
             for number, layer in enumerate(self.layers):
                 x, final = layer(x, [*map(whole, _entering(stack, states, number))], weights)
                 x = x.flatten(2)
-                every.append(autograd.turned_in_place([heads.together(state, stack.heads) for state in final]))
+                if stack.heads > 1:  # else `heads.together` is a call for nothing, and a step is all overhead
+                    final = [heads.together(state, stack.heads) for state in final]
+                every.append(autograd.turned_in_place(final))
         return x, tuple(map(loops.joined, zip(*every, strict=True)))
 
 
 def _entering(stack: Stack, states: States, number: int) -> list[Tensor]:
     """The states of a layer, (B, N, ·)."""
     rows = slice(number * stack.directions, (number + 1) * stack.directions)
-    return [heads.apart(state[rows].transpose(0, 1), stack.heads) for state in states]
+    of_layer = [state[rows].transpose(0, 1) for state in states]
+    return of_layer if stack.heads == 1 else [heads.apart(state, stack.heads) for state in of_layer]
 
 
 def run(stack: Stack, x: Tensor, hx: States | None, weights: Sequence[Tensor]) -> tuple[Tensor, States, States] | None:

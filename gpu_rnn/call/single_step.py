@@ -36,7 +36,7 @@ def run(stack: Stack, x: Tensor, states: States, weights: Sequence[Tensor]) -> S
     tensors = (x, *states, *weights)
     if onlookers.watched(tensors) or not readable_in_c(tensors, x.dtype):
         return None
-    grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    grad = torch.is_grad_enabled() and True in [t.requires_grad for t in tensors]
     plan = _plan(stack, x, states, weights, grad)
     if plan is None:
         return None
