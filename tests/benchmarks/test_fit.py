@@ -150,6 +150,19 @@ def test_a_fit_makes_the_choices_right(timed: list[fit.Timed], fitted: rates.Rat
     assert before.startswith(synthetic.DEVICE) and " above " in before and ", 0 wrong." in after
 
 
+@pytest.mark.parametrize("measured, regret", [(10.0, 0.0), (14.0, 0.25)])
+def test_a_choice_is_credited_with_the_backward_pass_that_dispatch_takes(
+    timed: list[fit.Timed], monkeypatch: pytest.MonkeyPatch, measured: float, regret: float
+) -> None:
+    """step was timed with its own backward pass, 4 s longer than group's, which dispatch takes."""
+    step, group = (next(row for row in timed if row.backend == name) for name in ("step", "group"))
+    costs = {("step", True): 6.0, ("step", False): 10.0, ("group", True): 8.0, ("group", False): 8.0}
+    monkeypatch.setattr(choice, "total_cost", lambda problem, name, loops, given: costs[name, len(loops) > 1])
+    rows = [replace(step, seconds=measured), replace(group, case=step.case, seconds=8.0)]
+    (decision,) = fit.decisions(rows, rates.PREDICTED)
+    assert (decision.chosen, decision.regret) == ("step", pytest.approx(regret))
+
+
 def test_few_rows_do_not_run_away(timed: list[fit.Timed]) -> None:
     """One row that is 100 times off is not believed, and beside others it changes next to nothing."""
     aten = [row for row in timed if row.backend == "aten"]
