@@ -70,7 +70,10 @@ class StackControls(NamedTuple):
 
     @property
     def given(self) -> bool:
-        return any(value is not None for value in self)
+        for value in self:  # no generator: it is entered for each, and a short call asks
+            if value is not None:
+                return True
+        return False
 
     def checked(self, steps: int, shapes: Sequence[tuple[int, ...]], gates: int, x: Tensor) -> StackControls:
         """The same with lengths on the input's device; `shapes` are those of the states, (L·D, B, ·).

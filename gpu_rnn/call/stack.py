@@ -129,7 +129,8 @@ class Stack:
         """The recurrence's own initial values, (D·num_layers, B, ·); states that are all alike share one tensor."""
         values = self.recurrence.initial
         if not self.proj_size and values == values[:1] * len(values):
-            rows, hidden = self.num_layers * self.directions, self.heads * self.hidden(weights)
+            rows = self.num_layers * (1 + self.bidirectional)  # written out: of a short call each frame is a part
+            hidden = self.heads * weights[0].shape[-2] // len(self.recurrence.gates)
             return (x.new_full((rows, batch, hidden), values[0]),) * len(values)
         shapes = self.state_shapes(weights, batch)
         return tuple(x.new_full(shape, value) for shape, value in zip(shapes, values, strict=True))

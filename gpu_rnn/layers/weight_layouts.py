@@ -163,7 +163,7 @@ def split(state: Mapping[str, Weight], cell: str) -> list[Layer]:
         raise ValueError(
             "projections (weight_hr) and parameters of one's own (weight_unit) exist in torch's layout only"
         )
-    if getattr(state["weight_ih_l0"], "ndim", 2) == 3:
+    if all(getattr(state.get(name), "ndim", 2) == 3 for name in ("weight_ih_l0", "weight_hh_l0")):
         raise ValueError(
             "block-diagonal recurrent weights (heads) exist in this library's layout only: convert those of a layer "
             "with heads=1, whose weight_hh holds the blocks and zeros"

@@ -44,7 +44,9 @@ def test_what_is_more_costs_more_and_threads_less(name: str, direction: str) -> 
         return choice.BACKENDS[name].cost(problem(direction=direction, **sizes))
 
     assert cost() < min(cost(T=51), cost(B=5), cost(I=9), cost(H=17), cost(N=2), cost(layers=2))
-    assert cost(device=replace(devices.CPU, sms=2)) < cost() < 2 * cost(device=replace(devices.CPU, sms=2))
+    large = {"B": 64, "H": 64}  # a small call is not worth another thread
+    together = cost(device=replace(devices.CPU, sms=2), **large)
+    assert together < cost(**large) < 2 * together
 
 
 def test_it_is_the_least_by_the_models_and_threads_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,12 +59,12 @@ def forward(
     nothing = (0,) * plan.states
     given = plan.packed(
         *(rows, features, units, save, x.data_ptr()),
-        *(0 if weight is None else weight.data_ptr() for weight in weights),
+        *[0 if weight is None else weight.data_ptr() for weight in weights],  # a generator is entered for each
         *(0 if gates is None else gates.data_ptr(), 0 if recurrent is None else recurrent.data_ptr()),
         *(0, 0, 0, 0, 0, 0),
-        *(state.data_ptr() for state in states),
+        *[state.data_ptr() for state in states],
         *nothing,
-        *(state.data_ptr() for state in final),
+        *[state.data_ptr() for state in final],
         *nothing,
     )
     _check(plan.forward(given))
