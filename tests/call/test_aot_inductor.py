@@ -56,9 +56,8 @@ MODELS: dict[str, Callable[[], Model]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if number else ()) for number, name in enumerate(MODELS)]
-)
+@pytest.mark.slow  # the page docs/deploy.md runs one of a model with lengths
+@pytest.mark.parametrize("name", MODELS)
 def test_a_package_runs_elsewhere(name: str, tmp_path: Path) -> None:
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         pytest.skip("no C++ compiler is installed, which AOTInductor needs on a CPU")

@@ -51,7 +51,8 @@ def every_option_is_drawn() -> Iterator[None]:
 def calls(draw: Any, without: frozenset[str] = frozenset(), among: frozenset[str] = CELLS) -> dict[str, Any]:
     """A combination of options that makes sense, and sizes."""
     cell = draw(st.sampled_from(sorted(among)))
-    chosen = draw(st.sets(st.sampled_from([name for name in OPTIONS if name not in without]), max_size=6))
+    # Each by itself, one in six: of a set Hypothesis draws the last names much less often than the first.
+    chosen = {name for name in OPTIONS if name not in without and draw(st.integers(0, 5)) == 3}
     if "proj_size" in chosen:
         cell = "lstm"
     least = 2 if "proj_size" in chosen else 1  # a projection makes h narrower
@@ -104,14 +105,14 @@ def test_step(call: dict[str, Any]) -> None:
 
 
 @pytest.mark.interpreter
-@combinations(150)
+@combinations(120)
 @given(calls())
 def test_step_in_the_interpreter(call: dict[str, Any]) -> None:
     compare(call, "step", torch.float32, SINGLE)
 
 
 @pytest.mark.interpreter
-@combinations(150)
+@combinations(120)
 @given(calls(without=frozenset({"layer_norm", "rms_norm"})))
 def test_resident_in_the_interpreter(call: dict[str, Any]) -> None:
     compare(call, "resident", torch.float32, SINGLE)
