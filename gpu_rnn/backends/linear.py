@@ -238,6 +238,12 @@ def over_steps(d_product: Tensor, entering: Tensor, out: Tensor | None = None) -
     return onednn.bmm(steps, entering.flatten(0, 1).transpose(0, 1), into).unflatten(1, d_product.shape[3:])
 
 
+def of_projection(d_h: Tensor, made: Tensor) -> Tensor:
+    """The gradient of w_hr, (N, P, H), from that of the projected h of all steps, (T, B, N, P), and the h that were
+    `made`, (T, B, N, H)."""
+    return over_steps(d_h.unsqueeze(3), made).squeeze(1)
+
+
 def _of_weights(out: Tensor, d_product: Tensor, entering: Tensor, drop: Tensor | None, gates: slice) -> None:
     """Writes the gradient of w_hh's rows (N, gates, H, P) from that of their products and what entered them
     undropped."""

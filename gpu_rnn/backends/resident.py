@@ -19,7 +19,7 @@ from torch import Tensor
 from gpu_rnn import environment
 from gpu_rnn.backends import building, chains, persistent, rates, triton_interpreter
 from gpu_rnn.backends.building import TritonLaunch
-from gpu_rnn.backends.linear import over_steps
+from gpu_rnn.backends.linear import of_projection
 from gpu_rnn.backends.persistent import bits, even_rows, rows, whole
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.backends.resident_tiles import available, matrices, padded, shared_memory, tile, widths
@@ -335,7 +335,7 @@ def prepare_backward(
 def _of_projection(launch: TritonLaunch) -> Tensor | None:
     """(N, P, H): the gradient of W_hr, once a backward launch has run."""
     d_h, made = launch.arguments["p_d_h"], launch.arguments["p_made"]
-    return None if d_h is None else over_steps(d_h.unsqueeze(3), made).squeeze(1)
+    return None if d_h is None else of_projection(d_h, made)
 
 
 def _launches(problem: Problem) -> list[TritonLaunch]:

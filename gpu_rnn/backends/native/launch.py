@@ -164,7 +164,7 @@ def backward_of_dense(
         d_recurrent,
         d_states,
         None if d_params is None else d_params.sum(0),
-        None if made is None or d_made is None else linear.over_steps(d_made.unsqueeze(3), made).squeeze(1),
+        None if made is None or d_made is None else linear.of_projection(d_made, made),
         None if d_norm is None else d_norm.sum(0),
         d_normed,
         d_resets,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu_rnn.backends.linear import over_steps
+from gpu_rnn.backends.linear import of_projection
 from gpu_rnn.backends.normalisation import Normalised
 from gpu_rnn.backends.step.controls import StepControls, selected, steps_with, words
 from gpu_rnn.backends.step.stage_gradients import StageGradients, WrittenGradients
@@ -84,7 +84,7 @@ class _BackwardLoop:
         h = self._prepare(part)
         d_new = [self._step(t, t - part.start) for t in reversed(range(part.start, part.stop))]
         if h is not None:
-            share = over_steps(torch.stack(d_new[::-1]).unsqueeze(3), h).squeeze(1)  # (N, P, H)
+            share = of_projection(torch.stack(d_new[::-1]), h)
             self.d_w_hr = share if self.d_w_hr is None else self.d_w_hr + share
 
     def _prepare(self, part: slice) -> Tensor | None:
