@@ -4,7 +4,7 @@ both functions, beside those for weights."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -54,12 +54,22 @@ def onnx_attributes(layer: nn.RNNBase) -> dict[str, Any]:
     chosen = [options[role] for role in ONNX_ROLES[operator]]
     if unknown := [str(name) for name in chosen if name not in names]:
         raise ValueError(f"ONNX has the activations {', '.join(names)}, not {unknown[0]}")
+    clip, after = options["clip"] and float(options["clip"]), options["reset_after"] if operator == "GRU" else None
+    directions = "01" if layer.bidirectional else "0"
+    return node_attributes(layer.hidden_size, directions, [names[name] for name in chosen], clip, after)
+
+
+def node_attributes(
+    hidden: int, directions: str, activations: Sequence[str], clip: float | None, reset_after: bool | None
+) -> dict[str, Any]:
+    """Of a node, without those that it lacks. `directions` has a character for each, "1" where time runs backwards;
+    `activations` are one direction's; `reset_after` is a GRU's, None for the others."""
     attributes = {
-        "hidden_size": layer.hidden_size,
-        "direction": "bidirectional" if layer.bidirectional else "forward",
-        "activations": [names[name] for name in chosen] * (2 if layer.bidirectional else 1),
-        "clip": options["clip"] and float(options["clip"]),
-        "linear_before_reset": int(options["reset_after"]) if operator == "GRU" else None,
+        "hidden_size": hidden,
+        "direction": {"0": "forward", "1": "reverse", "01": "bidirectional"}[directions],
+        "activations": list(activations) * len(directions),
+        "clip": clip,
+        "linear_before_reset": None if reset_after is None else int(reset_after),
     }
     return {name: value for name, value in attributes.items() if value is not None}
 

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from gpu_rnn import cells
 from gpu_rnn.backends.tensors import Inputs
 from gpu_rnn.compiler.program import Program
-from gpu_rnn.layers.onnx_attributes import ONNX_ACTIVATIONS, ONNX_ROLES
+from gpu_rnn.layers.onnx_attributes import ONNX_ACTIVATIONS, ONNX_ROLES, node_attributes
 from gpu_rnn.layers.weight_layouts import ORDERS, PEEPHOLES
 from gpu_rnn.memo import memoize
 from gpu_rnn.onnx.graph import Nodes
@@ -32,15 +32,8 @@ class Operator(NamedTuple):
 
     def attributes(self, hidden: int, directions: str) -> dict[str, Any]:
         """`directions`: a character for each, "1" where time runs backwards."""
-        direction = {"0": "forward", "1": "reverse", "01": "bidirectional"}[directions]
-        attributes = {
-            "hidden_size": hidden,
-            "direction": direction,
-            "activations": list(self.activations) * len(directions),
-            "clip": self.clip,
-            "linear_before_reset": int(self.cell == "gru") if self.name == "GRU" else None,
-        }
-        return {name: value for name, value in attributes.items() if value is not None}
+        after = self.cell == "gru" if self.name == "GRU" else None
+        return node_attributes(hidden, directions, self.activations, self.clip, after)
 
 
 @memoize(256)
