@@ -80,9 +80,8 @@ def _layers(
     if controls is not NONE:
         controls, steps = controls.to(plan.dtype), y.shape[0]
         flags = controls.flags(stack.reverse, steps, stack.all_states)
-        valid = (
-            controls.valid(steps) if grad or stack.all_states else None
-        )  # else the loop's y is 0 where it counts not
+        if grad or stack.all_states:  # else the loop's y is 0 at steps that do not count
+            valid = controls.valid(steps)
         if grad and valid is not None:  # whatever stands in the padding, NaN too, must not reach a gradient
             y = torch.where(valid.unsqueeze(-1), y, 0)
     final, every = [], []

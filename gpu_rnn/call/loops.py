@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,12 +37,12 @@ def run(
         controls = controls._replace(lengths=lengths)
         directly = None
         if x.is_cpu and not onlookers.recorded(x):
-            directly = direct.run(replace(stack, batch_first=False), padded, states, weights, controls)
+            directly = direct.run(stack.time_first, padded, states, weights, controls)
         y, final, every = directly or _layers(stack, padded, states, weights, controls, zeros)
         return y.flatten(0, 1).index_select(0, places), final, every
     batch_first = stack.batch_first
     if batch_first:
-        x, stack = x.transpose(0, 1), replace(stack, batch_first=False)
+        x, stack = x.transpose(0, 1), stack.time_first
     valid = controls.valid(x.shape[0])
     if valid is not None:  # whatever stands in the padding, NaN too, must not reach a gradient
         x = torch.where(valid.unsqueeze(-1), x, 0)

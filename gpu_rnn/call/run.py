@@ -95,7 +95,7 @@ def _on_a_cpu(
     if batch_sizes is None:
         return direct.run(stack, x, hx, weights, controls)
     if steps * batch == len(x):  # packed, and all rows of one length
-        stack, x = replace(stack, batch_first=False), x.reshape(steps, batch, -1)
+        stack, x = stack.time_first, x.reshape(steps, batch, -1)
         found = _on_a_cpu(stack, x, hx, weights, None, controls, steps, batch)
         return None if found is None else (found[0].flatten(0, 1), *found[1:])
     return None

@@ -8,7 +8,6 @@ What a call goes by is asked once for all calls that are alike. Whoever looks on
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -60,7 +59,7 @@ def _plan(stack: Stack, x: Tensor, states: States, weights: Sequence[Tensor], gr
 
 
 def _chosen(stack: Stack, x: Tensor, states: States, weights: Sequence[Tensor]) -> native.StepPlan | None:
-    problem = replace(stack, batch_first=False).problem(x.view(1, *x.shape[-2:]), states, weights, None)
+    problem = stack.time_first.problem(x.view(1, *x.shape[-2:]), states, weights, None)
     if not limits.single_step(problem) or choice.select(problem, stack.backend) != "native":
         return None
     return native.plan(problem.program.text, problem.dtype)

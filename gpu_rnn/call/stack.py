@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from gpu_rnn.once import once
 from gpu_rnn.recurrence import Recurrence
 
 States = tuple[Tensor, ...]
+RECORDED_FLAGS = ("bias", "bidirectional", "norm", "rms")  # in the order in which `Stack.words` writes them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +78,14 @@ class Stack:
 
     def words(self, wanted: str) -> str:
         """Its options but for the cell, as `gpu_rnn.call.stack_ops` reads them."""
-        flags = [name for name in ("bias", "bidirectional", "norm", "rms") if getattr(self, name)]
+        flags = [name for name in RECORDED_FLAGS if getattr(self, name)]
         numbers = f"{self.backend} {self.num_layers} {self.proj_size} {self.heads}"
         return " ".join((numbers, *flags, f"kept:{wanted}"))
+
+    @property
+    def time_first(self) -> Stack:
+        """The same without `batch_first`."""
+        return replace(self, batch_first=False) if self.batch_first else self
 
     @property
     def reverse(self) -> str:

@@ -21,13 +21,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from gpu_rnn import cells, memo
 from gpu_rnn.call import autocast, custom_ops, run
-from gpu_rnn.call.stack import Stack
+from gpu_rnn.call.stack import RECORDED_FLAGS, Stack
 from gpu_rnn.compiler.program import Program
 from gpu_rnn.dispatch import choice
 from gpu_rnn.memo import memoize
 
 STACK_TENSORS = "Tensor x, Tensor[]? states, Tensor[] weights, str program, str options"
-STACK_WORDS = re.compile(r"(\w+) (\d+) (\d+) (\d+) ((?:bias |bidirectional |norm |rms )*)kept:(x?s?w?)")
+STACK_WORDS = re.compile(rf"(\w+) (\d+) (\d+) (\d+) ((?:(?:{'|'.join(RECORDED_FLAGS)}) )*)kept:(x?s?w?)")
 
 
 @memoize(256)
@@ -35,7 +35,7 @@ def decode(text: str, words: str) -> tuple[Stack, str]:
     """The stack, time first, and of what gradients are wanted: "x", "s" of the states, "w" of the weights.
 
     Raises:
-        ValueError: other words than `run.encode` writes, an unknown backend, a text that is no program.
+        ValueError: other words than `Stack.words` writes, an unknown backend, a text that is no program.
     """
     found = STACK_WORDS.fullmatch(words)
     if found is None:
@@ -43,7 +43,7 @@ def decode(text: str, words: str) -> tuple[Stack, str]:
     backend, layers, proj_size, heads, flags, kept = found.groups()
     choice.check_name(backend)
     options: dict[str, Any] = {"num_layers": int(layers), "proj_size": int(proj_size), "heads": int(heads)}
-    options |= {name: name in flags.split() for name in ("bias", "bidirectional", "norm", "rms")}
+    options |= {name: name in flags.split() for name in RECORDED_FLAGS}
     return Stack(recurrence=cells.of_text(text), backend=backend, **options), kept
 
 

@@ -30,9 +30,7 @@ def run(layer: LayerBase, input: Any, hx: Any, steering: tuple[Any, ...], all_st
             "mask, lengths, resets and reset_state cannot come with a jagged input, whose rows have lengths already: "
             "pad it with torch.nested.to_padded_tensor(input, 0.0), and give lengths="
         )
-    values, offsets, lengths = input.values(), input.offsets(), input.lengths()
-    has_holes = lengths is not None  # between the rows, as torch.nested.narrow leaves them
-    lengths = lengths if has_holes else offsets.diff()
+    values, offsets, lengths = input.values(), input.offsets(), _lengths(input)
     shortest, longest = torch.stack(lengths.aminmax()).tolist() if len(lengths) else (0, 0)
     steps = torch.arange(longest, device=values.device)
     rows, times = (steps < lengths[:, None]).nonzero(as_tuple=True)
@@ -43,6 +41,7 @@ def run(layer: LayerBase, input: Any, hx: Any, steering: tuple[Any, ...], all_st
     y, *states = layer.forward(sequence, hx, lengths=lengths, return_all_states=all_states)
     if layer.return_sequences:
         y = (y if layer.batch_first else y.transpose(0, 1))[rows, times]
+        has_holes = input.lengths() is not None  # between the rows, as torch.nested.narrow leaves them
         ends = torch.cat([offsets.new_zeros(1), lengths.cumsum(0)]) if has_holes else offsets
         y = torch.nested.nested_tensor_from_jagged(y, ends, min_seqlen=shortest, max_seqlen=longest)
     return (y, *states)
@@ -55,10 +54,15 @@ def padded_size(layer: LayerBase, input: Any) -> Tensor:
         TypeError: another axis than the second has several lengths.
     """
     _check(input)
-    lengths = input.offsets().diff() if input.lengths() is None else input.lengths()
+    lengths = _lengths(input)
     sizes = (len(lengths), max([1, *lengths.tolist()]))
     rows_first = sizes if layer.batch_first else sizes[::-1]
     return input.values().new_empty(1, 1, 1).expand(*rows_first, input.shape[2])
+
+
+def _lengths(input: Any) -> Tensor:
+    lengths = input.lengths()  # None where the rows have nothing between them
+    return input.offsets().diff() if lengths is None else lengths
 
 
 def _check(input: Any) -> None:
