@@ -8,7 +8,10 @@ import os
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
+from gpu_rnn.backends import normalisation
 from gpu_rnn.compiler.operations import OPERATIONS
 from tests.fuzzing import cases
 
@@ -55,6 +58,22 @@ def test_every_drawn_call_is_one() -> None:
     drawn = [cases.draw(0, number) for number in range(300)]
     projected = [case.sizes.H for case in drawn if "proj_size" in case.options]
     assert projected and min(projected) > 1  # a projection is smaller than the layer
+
+
+def test_a_bound_knows_the_condition(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layer normalisation over two values: other roundings of plain PyTorch are off by several times as much as one."""
+    truth = cases.Truth(cases.draw(505478397, 190002))
+    assert "layer_norm" in truth.case.options and truth.case.sizes.H == 2
+    assert not truth.wrong("step", torch.float32)
+    assert any(cond > 3 * plain > 1e-5 for cond, plain in zip(truth.conditioned, truth.plain, strict=True))
+
+    right = normalisation.Back.__call__
+
+    def wrong(self: Any, d: Tensor, normal: Any, out: Tensor | None = None) -> Tensor:
+        return right(self, d, normal._replace(values=normal.values * 0.999), out)
+
+    monkeypatch.setattr(normalisation.Back, "__call__", wrong)
+    assert truth.wrong("step", torch.float64) and truth.wrong("step", torch.float32)
 
 
 @pytest.mark.parametrize("operation", ["sigmoid", "maximum"])
