@@ -18,7 +18,9 @@ OLDEST = (8, 0)
 
 def unsupported(problem: Problem, *more: str) -> list[str]:
     """What speaks against both kernels; `more`: options that one of them takes."""
-    device, reasons = problem.device, []
+    device, program, reasons = problem.device, problem.program, []
+    if problem.proj_size and not program.h_only_enters_the_product:
+        reasons.append(f"projects h (proj_size) where it enters the product alone, and {program.name} reads it itself")
     if device.is_gpu and device.capability < OLDEST:
         reasons.append(f"needs compute capability {OLDEST[0]}.{OLDEST[1]} or newer, which {device.name} has not")
     if problem.dtype not in DTYPES:

@@ -62,8 +62,6 @@ def unsupported(problem: Problem) -> list[str]:
         reasons.append(f"needs an NVIDIA GPU, not {problem.device_type} (or TRITON_INTERPRET=1, for tests)")
     if len(program.stages) > 2:
         reasons.append(f"takes two products a step at most, {program.name} has {len(program.stages)}")
-    if problem.proj_size and not program.h_only_enters_the_product:
-        reasons.append(f"projects h (proj_size) where it enters the product alone, and {program.name} reads it itself")
     reasons += persistent.unsupported(problem)
     if problem.N > MOST_ACROSS or bits(problem.reverse)[1] > LONGEST_PATTERN:
         reasons.append(f"takes {MOST_ACROSS} recurrences side by side, directions repeating within {LONGEST_PATTERN}")

@@ -283,9 +283,12 @@ def processing_order(steps: int, lengths: Tensor | None, reverse: str, device: t
         return None
     step = torch.arange(steps, device=device)[:, None, None]
     last = (lengths[None, :, None] if lengths is not None else torch.full((1, 1, 1), steps, device=device)) - 1
-    # No tensor is made from a list: that would copy from the host, and wait.
-    turned = torch.cat([torch.full((len(list(run)),), flag == "1", device=device) for flag, run in groupby(reverse)])
-    return torch.where(turned & (step <= last), last - step, step)
+    return torch.where(turned(reverse, device) & (step <= last), last - step, step)
+
+
+def turned(reverse: str, device: torch.device) -> Tensor:
+    """(N,): which recurrences run backwards. No tensor is made from a list: that would copy from the host, and wait."""
+    return torch.cat([torch.full((len(list(run)),), flag == "1", device=device) for flag, run in groupby(reverse)])
 
 
 def reorder(values: Tensor, order: Tensor | None) -> Tensor:

@@ -82,6 +82,19 @@ def test_a_call(name: str, backend: str) -> None:
             assert not gpu.waits, kind
 
 
+def test_a_projection() -> None:
+    """On `group`, whose launches products surround, in both directions and with values to reset to."""
+    layer, x = move(gpu_rnn.LSTM(4, H, proj_size=5, bidirectional=True, backend="group")), torch.randn(T, B, 4)
+    values = tuple(OnGPU(torch.randn(T, 2, B, width)) for width in (5, H))
+    with Pretend() as gpu:
+        for kind, given in (
+            calls(False) | {"values": {"resets": OnGPU(torch.rand(T, B) < 0.3), "reset_state": values}}
+        ).items():
+            y, _ = layer(OnGPU(x), **given)
+            y.sum().backward()
+            assert not gpu.waits, kind
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("backend", ["step", "reference"])
 @pytest.mark.parametrize("enforce_sorted", [True, False])

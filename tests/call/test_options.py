@@ -30,7 +30,7 @@ FEW_BUILDS = frozenset({"lstm", "gru", "gru_reset_before", "rnn"})
 WITHOUT = {
     "native": {"clip", *CELLS - FEW_BUILDS},
     "resident": {"layer_norm", "rms_norm"},
-    "group": {"proj_size", "rms_norm"},
+    "group": {"rms_norm"},
 }
 
 counted: dict[str, Counter[str]] = defaultdict(Counter)  # of each backend
@@ -146,6 +146,8 @@ BUILDS = (
     ("lstm", {"clip", "lengths", "all_states"}),
     ("gru_reset_before", {"mask", "all_states"}),
     ("lstm", {"layer_norm", "lengths"}),
+    ("lstm", {"proj_size", "mask", "resets", "reset_state", "bidirectional"}),
+    ("lstm", {"proj_size", "lengths", "all_states", "heads"}),
 )
 
 

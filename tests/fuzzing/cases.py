@@ -88,12 +88,15 @@ class Case:
             self.formula is None or self.number % 2 == 0
         ):  # drawn without kinks, which roundings may be on either side of
             found.append(("step", torch.float32))
-            alone = not self.options & {"layer_norm", "rms_norm", "proj_size"}
-            if triton_interpreter.INTERPRETING and alone:
+            bare = not self.options & {"layer_norm", "rms_norm"}
+            if triton_interpreter.INTERPRETING and bare:
                 found.append(("resident", torch.float32))
             if self.number % NATIVE_EVERY == 0 and HAS_C:
                 found += [("native", torch.float64), ("native", torch.float32)]
-            if self.number % GROUP_EVERY == 0 and alone and len(self.recurrence.program.stages) == 1 and HAS_COMPILER:
+            dropped = {"recurrent_dropout", "recurrent_dropout_per_gate"}  # of h between W_hr and W_hh
+            folds = "proj_size" not in self.options or not self.options & dropped
+            one = bare and folds and len(self.recurrence.program.stages) == 1
+            if self.number % GROUP_EVERY == 0 and one and HAS_COMPILER:
                 found.append(("group", torch.float32))
         return found
 

@@ -17,6 +17,7 @@ from typing import Any
 from gpu_rnn.backends import chains, rates
 from gpu_rnn.backends.group import clusters
 from gpu_rnn.backends.group.layout import UNITS, Layout, switches
+from gpu_rnn.backends.group.projecting import around, plain
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.backends.throughput import (
     FP32_PER_CYCLE,
@@ -125,7 +126,7 @@ def _layouts(problem: Problem) -> Iterator[Layout]:
 
 def choose(problem: Problem) -> Choice | None:
     """The fastest layout that fits on the problem's device, or None. The number of steps does not matter."""
-    return _choose(replace(problem, T=1, I=1, layers=1), bool(clusters.at_once(problem.device, 2)))
+    return _choose(replace(plain(problem), T=1, I=1, layers=1), bool(clusters.at_once(problem.device, 2)))
 
 
 @memoize(1024)
@@ -199,10 +200,10 @@ def floor(problem: Problem) -> float | None:
 
     Of tensor cores, weights read from shared memory and h (backward: d_gates) read from L2 or sent in a cluster the
     slowest, and a hop for each product where a tile's blocks are more than one; the best over all ways to share
-    multiprocessors between tiles.
+    multiprocessors between tiles. Of an h that is projected, its width in place of H.
     """
-    device, gates = problem.device, problem.G
-    weights = gates * problem.H**2 * problem.dtype.itemsize
+    device, gates, width = problem.device, problem.G, problem.proj_size or problem.H
+    weights = gates * problem.H * width * problem.dtype.itemsize
     stages = len(problem.program.stages)
     parts = gates if problem.direction == "backward" else stages
     per_cycle = multiplications(problem, RANKING.tensor_share, RANKING.shuffled)
@@ -212,9 +213,9 @@ def floor(problem: Problem) -> float | None:
         for members in {1, min(device.sms // groups, -(-problem.H // UNITS))}:
             if weights / members > WEIGHT_REGISTERS + device.shared_memory:
                 continue
-            multiplying = gates * problem.H**2 * rows / members / per_cycle
+            multiplying = gates * problem.H * width * rows / members / per_cycle
             reading = max(weights / members - WEIGHT_REGISTERS, 0) / SHARED_BYTES_PER_CYCLE
-            words = parts * problem.H * rows * problem.dtype.itemsize
+            words = parts * width * rows * problem.dtype.itemsize
             rounds = -(-problem.N // max(1, device.sms // (groups * members)))
             for rate, hop in _ways(device, members):
                 busy = max(multiplying, reading, words / rate) / (device.clock * 1e9)
@@ -251,13 +252,14 @@ def cost(problem: Problem, constants: rates.Rates | None = None) -> float:
     gates = len(problem.recurrence.gates)
     weights = gates * (UNITS * choice.layout.blocks) * choice.layout.width * problem.dtype.itemsize
     loading = weights / RANKING.l2_bytes / (device.clock * 1e9)
-    step = known.step * chains.step(problem, "group", modelled)
-    return known.start + loading + problem.layers * problem.T * step + known.projection * projection(problem)
+    alone = plain(problem)
+    steps = problem.layers * problem.T * known.step * chains.step(alone, "group", modelled)
+    return known.start + loading + steps + known.projection * projection(alone) + around(problem)
 
 
 def source_of_cost(problem: Problem) -> str:
     """Where its time a step comes from: see `gpu_rnn.backends.Entry`."""
-    return "simulated" if chains.simulated(problem, "group") else "modelled"
+    return "simulated" if chains.simulated(plain(problem), "group") else "modelled"
 
 
 def modelled(problem: Problem) -> float:

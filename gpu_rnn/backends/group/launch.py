@@ -14,10 +14,11 @@ from torch import Tensor
 
 from gpu_rnn import devices, environment, memo
 from gpu_rnn.backends import persistent
-from gpu_rnn.backends.group import clusters, cubin, normalising, nvrtc, signature
+from gpu_rnn.backends.group import clusters, cubin, normalising, nvrtc, projecting, signature
 from gpu_rnn.backends.group.choice import Choice, choose, cost, largest
 from gpu_rnn.backends.group.deadline import check, error_word, number_of
 from gpu_rnn.backends.group.layout import Layout, source, switches
+from gpu_rnn.backends.group.projecting import Folded
 from gpu_rnn.backends.persistent import bits, even_rows, rows, whole
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.backends.tensors import Call, LoopGradients, Result
@@ -289,6 +290,14 @@ def forward(call: Call, gates: Tensor, save: bool, all_states: bool) -> Result:
         RuntimeError: an earlier call gave up waiting, see `check`.
     """
     check()
+    if call.weights.w_hr is None:
+        return _forward(call, gates, save, all_states)
+    folded = Folded(call)
+    folded.enter(gates)
+    return folded.leave(_forward(folded.call, gates, save, all_states))
+
+
+def _forward(call: Call, gates: Tensor, save: bool, all_states: bool) -> Result:
     choice = choose(call.problem)
     assert choice is not None
     launches, result = prepare_forward(call, gates, save, all_states, choice, error_word(gates.device))
@@ -304,6 +313,15 @@ def backward(call: Call, saved: Result, d_y: Tensor, d_final: list[Tensor], d_in
         RuntimeError: an earlier call gave up waiting, see `check`.
     """
     check()
+    if call.weights.w_hr is None:
+        return _backward(call, saved, d_y, d_final, d_inner)
+    folded = Folded(call)
+    saved = folded.saved(saved)
+    loop = _backward(folded.call, saved, *folded.of_outputs(d_y, d_final), d_inner)
+    return folded.gradients(saved, loop, d_y, d_final[0])
+
+
+def _backward(call: Call, saved: Result, d_y: Tensor, d_final: list[Tensor], d_inner: Tensor | None) -> LoopGradients:
     choice = choose(call.problem)
     assert choice is not None
     launches, gradients = prepare_backward(call, saved, d_y, d_final, d_inner, choice, error_word(d_y.device))
@@ -362,9 +380,7 @@ def unsupported(problem: Problem) -> list[str]:
         reasons += [missing] if missing else []
     if len(program.stages) > 2:
         reasons.append(f"takes two products a step at most, {program.name} has {len(program.stages)}")
-    if problem.proj_size:
-        reasons.append("has no projection of h (proj_size)")
-    reasons += persistent.unsupported(problem, "norm", "rms")
+    reasons += projecting.refused(problem) + persistent.unsupported(problem, "norm", "rms")
     if bits(problem.reverse)[1] > LONGEST_PATTERN:
         reasons.append(f"takes directions that repeat within {LONGEST_PATTERN} recurrences")
     if device.is_gpu and problem.dtype in persistent.DTYPES and len(program.stages) <= 2 and choose(problem) is None:
