@@ -6,7 +6,7 @@
 export PYTHON OFFLINE
 PY := .venv/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all fuzz lint gpu-check report docs clean
+.PHONY: help demo test test-all test-clients fuzz lint gpu-check report docs clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):  *## */\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -22,6 +22,13 @@ test:  ## the tests, at most 15 minutes on 2 cores
 test-all:  ## the tests with the slow ones, at most 45 minutes on 2 cores
 	@.ci/venv demo test keras docs
 	@$(PY) tests $(ARGS)
+	@$(MAKE) --no-print-directory test-clients
+
+CLIENTS := tests/clients tests/test_interop_flax.py tests/project/test_distributed.py tests/project/test_examples.py
+test-clients:  ## the slow tests with other libraries, installed into build/clients; test-all runs them too
+	@.ci/venv demo test keras docs
+	@.ci/clients clients pretrained streaming distributed flax
+	@build/clients/bin/python -m pytest $(CLIENTS) -m slow $(ARGS)
 
 SECONDS ?= 60
 fuzz:  ## random calls of every backend beside loops by hand, for SECONDS=60

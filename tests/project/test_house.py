@@ -103,7 +103,7 @@ def test_no_function_is_long() -> None:
     assert not {name: length for name, length in lengths.items() if length > LONGEST_FUNCTION}
 
 
-BESIDE = {"benchmarks", "kernels", "project"}  # folders of tests that are of no folder of the package
+BESIDE = {"benchmarks", "clients", "kernels", "project"}  # folders of tests that are of no folder of the package
 
 
 def test_every_folder_of_tests_is_one_of_the_package() -> None:

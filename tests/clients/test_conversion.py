@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models of libraries that build on torch.nn's layers: the same outputs after `gpu_rnn.convert`, and all converted.
 
-docs/torch.md has their versions. None of the libraries is needed for `make test`: pip install 'gpu-rnn[clients]'.
+docs/torch.md has their versions. `make test-clients` installs them.
 """
 
 from __future__ import annotations

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Other libraries' models, exporters and tests, with our layers."""
