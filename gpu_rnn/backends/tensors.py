@@ -252,6 +252,12 @@ def dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return in_memory(tensor.to(dtype)).contiguous()
 
 
+def all_dense(tensors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
+    """`dense` of each; where all are so already they are asked at once, as a frame for each is part of a short call."""
+    lie_well = [t.dtype == dtype and t.is_contiguous() and not (t.is_neg() or t._is_zerotensor()) for t in tensors]
+    return tensors if False not in lie_well else [dense(t, dtype) for t in tensors]
+
+
 def dense_of_its_kind(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """`dense`, of that dtype if it holds numbers, else of its own."""
     return dense(tensor, dtype if tensor.is_floating_point() else tensor.dtype)

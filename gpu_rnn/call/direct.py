@@ -16,21 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpu_rnn import environment, memo
-from gpu_rnn.backends import linear
-from gpu_rnn.backends.native import building, launch, limits
+from gpu_rnn.backends.native import building, limits
 from gpu_rnn.backends.native import direct as native
-from gpu_rnn.backends.normalisation import Normalised
-from gpu_rnn.backends.tensors import (
-    PLAIN,
-    Call,
-    Inputs,
-    LayerControls,
-    Result,
-    Weights,
-    dense,
-    readable_in_c,
-    state_dtype,
-)
+from gpu_rnn.backends.tensors import PLAIN, Inputs, LayerControls, all_dense, dense, readable_in_c, state_dtype
 from gpu_rnn.call import onlookers, second_order, transforms
 from gpu_rnn.call.controls import NONE, StackControls
 from gpu_rnn.call.stack import Stack, States
@@ -141,17 +129,20 @@ def _chosen(
 def _layer(
     plan: native.LayerPlan, stack: Stack, controls: LayerControls, grad: bool, *tensors: Tensor
 ) -> tuple[Tensor, ...]:
-    """y (T, B, N·P), the final states and, where all states are wanted, `Result.inner` of one layer, of x, its states,
-    its weights and the values of resets."""
+    """y (T, B, N·P), the final states and, where all states are wanted, the others of all steps of one layer, of x, its
+    states, its weights and the values of resets."""
     if grad:
         return _Layer.apply(plan, stack, controls, *tensors)
-    result = _forward(plan, stack, controls.dense(plan.dtype), tensors, False)
-    return (result.y, *result.final, *([result.inner] if stack.all_states else []))
+    return _outputs(_forward(plan, stack, controls.dense(plan.dtype), tensors, False))
+
+
+def _outputs(done: native.Done) -> tuple[Tensor, ...]:
+    return (done.y, *done.final) if done.inner is None else (done.y, *done.final, done.inner)
 
 
 def _forward(
     plan: native.LayerPlan, stack: Stack, controls: LayerControls, tensors: Sequence[Tensor], save: bool
-) -> Result:
+) -> native.Done:
     x, states, weights, resets = _apart(plan, [t.contiguous() for t in tensors])
     return native.forward(plan, x, states, weights, resets, controls, save, stack.all_states)
 
@@ -166,31 +157,24 @@ def _apart(plan: native.LayerPlan, tensors: Sequence[Any]) -> tuple[Any, Sequenc
 def _inputs(plan: native.LayerPlan, controls: LayerControls, tensors: Sequence[Tensor]) -> Inputs:
     """In canonical layout."""
     x, states, weights, resets = _apart(plan, tensors)
-    return Inputs(x, plan.weights(weights), controls, _rows_first(plan, x, states), list(resets))
-
-
-def _rows_first(plan: native.LayerPlan, x: Tensor, states: Sequence[Tensor]) -> list[Tensor]:
-    """(B, N, ·)"""
-    return [state.view(x.shape[1], len(plan.reverse), -1) for state in states]
+    return Inputs(x, plan.weights(weights), controls, plan.rows_first(x, states), list(resets))
 
 
 class _Layer(torch.autograd.Function):
-    """(plan, stack, controls, x, *states, *weights, *values of resets) of one layer -> y, *final states and,
-    where all states are wanted, `Result.inner`."""
+    """(plan, stack, controls, x, *states, *weights, *values of resets) of one layer -> `_outputs`."""
 
     @staticmethod
     def forward(
         ctx: Any, plan: native.LayerPlan, stack: Stack, controls: LayerControls, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         controls = controls.dense(plan.dtype)
-        result = _forward(plan, stack, controls, tensors, True)
-        ctx.plan, ctx.stack, ctx.tensors = plan, stack, len(tensors)
+        done = _forward(plan, stack, controls, tensors, True)
         steering = () if controls is PLAIN else controls
-        ctx.controls = len(steering)
-        saved = result.y, result.gates, result.recurrent, result.inner, *(result.kept or ())
-        ctx.save_for_backward(*tensors, *steering, *saved)
+        ctx.plan, ctx.stack, ctx.sizes = plan, stack, done.sizes
+        ctx.tensors, ctx.controls = len(tensors), len(steering)
+        ctx.save_for_backward(*tensors, *steering, done.y, *done.saved)
         ctx.set_materialize_grads(False)
-        return (result.y, *result.final, *([result.inner] if stack.all_states else []))
+        return _outputs(done)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -201,57 +185,10 @@ class _Layer(torch.autograd.Function):
             arranged = partial(_inputs, plan, controls)
             return None, None, None, *second_order.of_a_layer(stack, tensors, arranged, grads)
         # A hook of saved tensors may have changed their dtype, and how they lie.
-        whole = [dense(t, plan.dtype) for t in (*tensors, *every[after:])]
-        incoming = [None if d is None else dense(d, plan.dtype) for d in grads]
-        saved = whole[ctx.tensors :]
-        found = _backward(plan, controls, whole[: ctx.tensors], saved, incoming, ctx.needs_input_grad[3])
-        given = (d if d is None or d.shape == t.shape else d.view(t.shape) for d, t in zip(found, tensors, strict=True))
-        return None, None, None, *given
-
-
-def _backward(
-    plan: native.LayerPlan,
-    controls: LayerControls,
-    tensors: Sequence[Tensor],
-    saved: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
-    of_x: bool,
-) -> list[Tensor | None]:
-    """The gradients of x, the states, the weights and the values of resets."""
-    x, states, weights, resets = _apart(plan, tensors)
-    y, gates, recurrent, inner, *kept = saved
-    d_y, *d_final = grads
-    d_inner = d_final.pop() if len(d_final) > len(states) else None
-    across = (*x.shape[:2], len(plan.reverse), -1)
-    result = Result(y.view(across), [], gates, recurrent, inner, Normalised(*kept) if kept else None)
-    simple = plan.of_one and (controls.drop is None or controls.drop.shape[2] == 1)
-    named = Weights(**dict(zip(plan.names, weights, strict=True))) if simple else plan.weights(weights)
-    before = [*states] if simple and controls is PLAIN else _rows_first(plan, x, states)
-    call = Call(plan.program, named, before, controls, [*resets], plan.reverse, rms=plan.rms)
-    after = [torch.zeros_like(s) if d is None else d for d, s in zip(d_final, before, strict=True)]
-    assert plan.back is not None
-    loop = launch.backward_of_dense(plan.back, call, result, d_y, after, d_inner)
-    if simple:
-        rows = len(x) * x.shape[1]
-        matrices = (
-            x.view(rows, -1),
-            _entered(call, result, rows),
-            loop.d_gates.view(rows, -1),
-            loop.d_recurrent.view(rows, -1),
-        )
-        d_x, of_weights = linear.of_one(plan.program, *matrices, weights[0], of_x)
-        by_name: dict[str, Any] = {**of_weights, "params": loop.d_params}
-    else:
-        d_x, d_weights = linear.gradients(call, x, result, loop, of_x)
-        by_name = d_weights._asdict()
-    return [d_x, *loop.d_states, *(by_name[name] for name in plan.names), *loop.d_resets]
-
-
-def _entered(call: Call, saved: Result, rows: int) -> Tensor:
-    """(T·B, P): what entered the product of each step of one recurrence, which runs forward in time."""
-    controls, batch = call.controls, saved.y.shape[1]
-    if controls.flags is None:
-        h = torch.cat([call.states[0].view(batch, -1), saved.y.view(rows, -1).narrow(0, 0, rows - batch)])
-    else:
-        h = linear.entered(call, saved, 0).view(rows, -1)
-    return h if controls.drop is None else (h.view(-1, batch, h.shape[1]) * controls.drop[:, 0, 0]).view(rows, -1)
+        x, states, weights, resets = _apart(plan, all_dense(tensors, plan.dtype))
+        y, *saved = all_dense(every[after:], plan.dtype)
+        d_y, *d_final = (d if d is None else dense(d, plan.dtype) for d in grads)
+        d_inner = d_final.pop() if stack.all_states else None
+        wanted, first = ctx.needs_input_grad[3:], 1 + len(states)
+        given = plan, ctx.sizes, x, states, weights, resets, controls, y, saved
+        return None, None, None, *native.backward(*given, d_y, d_final, d_inner, wanted[0], any(wanted[1:first]))

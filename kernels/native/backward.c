@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The backward time loop, from the last step to the first: the gradients of the
 // gates and of the states before each step. Those of weights are products over
-// all steps, outside.
+// all steps, taken afterwards (gradients.h) or outside.
 
 typedef struct {
   const share *mine;
@@ -16,25 +16,29 @@ typedef struct {
   scalar *d_between, *d_carried[CARRIED + 1];
 } backward_loop;
 
-// State k of a row as its step at a time found it. No step takes a projected h
-// unit by unit.
-static real entered(const backward_loop *loop, int k, long row, long time,
-                    long unit, long left) {
+// Where state k of a row lies as its step at a time found it; null where it was
+// reset to the recurrence's own values.
+static const scalar *state_before(const backward_loop *loop, int k, long row,
+                                  long time) {
   const share *mine = loop->mine;
   const arguments *a = mine->of;
-  if (!k && a->w_hr)
-    return K(0);
-  if (flags_of(mine, row, time) & RESET) {
-    const scalar *value = reset_value(mine, k, row, time);
-    return value ? load(value + unit, left) : K(INITIAL[k]);
-  }
+  const long width = width_of(a, k);
+  if (flags_of(mine, row, time) & RESET)
+    return reset_value(mine, k, row, time);
   if (loop->t == 0)
-    return load(a->initial[k] + place_of_row(mine, row) * a->units + unit,
-                left);
+    return a->initial[k] + place_of_row(mine, row) * width;
   const long before = place_of(mine, row, time_of(mine, row, loop->t - 1));
   const long all = a->steps * a->batch * a->across;
-  const scalar *of = k ? a->inner + (k - 1) * all * a->units : a->y;
-  return load(of + before * a->units + unit, left);
+  return (k ? a->inner + (k - 1) * all * width : a->y) + before * width;
+}
+
+// Of a vector of units. No step takes a projected h unit by unit.
+static real entered(const backward_loop *loop, int k, long row, long time,
+                    long unit, long left) {
+  if (!k && loop->mine->of->w_hr)
+    return K(0);
+  const scalar *value = state_before(loop, k, row, time);
+  return value ? load(value + unit, left) : K(INITIAL[k]);
 }
 
 // What comes in for state k after a step: returns what goes through the step,
@@ -322,9 +326,4 @@ static int backward_share(const share *mine) {
   free(live);
   give(OF_STATES, room);
   return failed;
-}
-
-// Returns 1 where memory is short.
-int run(const arguments *a) {
-  return run_shares(a, backward_layout, backward_share);
 }

@@ -234,11 +234,21 @@ static void keep(forward_loop *loop) {
     for (int k = 1; k < STATES && a->inner; k++)
       memcpy(a->inner + ((k - 1) * all + place) * a->units,
              loop->states[k] + at, bytes);
-    if (a->normal) {
-      memset(a->normal + place * GATES * a->units, 0, GATES * bytes);
-      memset(a->rstd + place * GATES, 0, GATES * sizeof(scalar));
-    }
+    scalar *const normal[] = {a->normal, a->normal_x};
+    scalar *const rstd[] = {a->rstd, a->rstd_x};
+    for (int k = 0; k < 2; k++)
+      if (normal[k]) {
+        memset(normal[k] + place * GATES * a->units, 0, GATES * bytes);
+        memset(rstd[k] + place * GATES, 0, GATES * sizeof(scalar));
+      }
   }
+}
+
+// Of a gate that is a sum, both biases.
+static inline real bias_of_input(const arguments *a, int gate, long unit,
+                                 long left) {
+  const real bias = load(a->b_ih + unit, left);
+  return PLACES[gate] < 0 ? bias + load(a->b_hh + unit, left) : bias;
 }
 
 // The input product of one row at one time, whose place among `inputs` is `at`.
@@ -252,11 +262,32 @@ static void put_input(void *context, long at, long group, const real *sums) {
     if (left <= 0)
       return;
     real value = sums[k];
-    if (a->b_ih)
-      value += load(a->b_ih + first + of, left);
-    if (a->b_ih && PLACES[gate] < 0)
-      value += load(a->b_hh + first + of, left);
+    if (a->b_ih && !a->norm_ih)
+      value += bias_of_input(a, gate, first + of, left);
     store(loop->inputs + at * GATES * a->units + of, value, left);
+  }
+}
+
+// Normalises the input products of such a place, scales them, adds the biases.
+static void scale_input(const forward_loop *loop, long at) {
+  const arguments *a = loop->mine->of;
+  for (int gate = 0; gate < GATES; gate++) {
+    const long of = at * GATES + gate;
+    const long first = (loop->mine->n * GATES + gate) * a->units;
+    scalar *values = loop->inputs + of * a->units;
+    const scalar rstd = normalise(values, a->units, a->rms);
+    if (a->normal_x) {
+      memcpy(a->normal_x + of * a->units, values, a->units * sizeof(scalar));
+      a->rstd_x[of] = rstd;
+    }
+    for (long unit = 0; unit < a->units; unit += LANES) {
+      const long left = a->units - unit;
+      real value = load(values + unit, left);
+      value *= load(a->norm_ih + first + unit, left);
+      if (a->b_ih)
+        value += bias_of_input(a, gate, first + unit, left);
+      store(values + unit, value, left);
+    }
   }
 }
 
@@ -280,6 +311,8 @@ static void take_inputs(forward_loop *loop, long *live) {
     }
   product_apart(&loop->weights[INPUT], mine->packed, a->x, a->features, at,
                 live, count, 0, put_input, loop);
+  for (long k = 0; a->norm_ih && k < count; k++)
+    scale_input(loop, live[k]);
 }
 
 static void all_steps(forward_loop *loop, long *live) {

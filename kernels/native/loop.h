@@ -241,7 +241,7 @@ static long lay_out(const arguments *a, a_layout *of_gates, layout *products) {
       products[k] = of_gates(a, 0);
       products[k].matrix = a->w_hr;
       products[k].apart = matrix;
-    } else if (k == INPUT && a->x)
+    } else if (k == INPUT && a->x && !a->d_gates)
       products[k] = (layout){.units = a->units,
                              .parts = GATES,
                              .depth = a->features,

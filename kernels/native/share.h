@@ -68,12 +68,12 @@ static inline long width_of(const arguments *a, int k) {
   return k ? a->units : a->width;
 }
 
-// State k of all rows, between a call's values (B, N, width) and a share's
-// (rows, padded).
+// State k of all rows, between a call's values (B, N, width), if there are any,
+// and a share's (rows, padded).
 static void copy_in(const share *mine, int k, const scalar *const *values,
                     scalar *state, long padded) {
   const long width = width_of(mine->of, k);
-  for (long row = 0; row < mine->rows; row++)
+  for (long row = 0; values[k] && row < mine->rows; row++)
     memcpy(state + row * padded, values[k] + place_of_row(mine, row) * width,
            width * sizeof(scalar));
 }
@@ -81,7 +81,7 @@ static void copy_in(const share *mine, int k, const scalar *const *values,
 static void copy_out(const share *mine, int k, const scalar *state, long padded,
                      scalar *const *values) {
   const long width = width_of(mine->of, k);
-  for (long row = 0; row < mine->rows; row++)
+  for (long row = 0; values[k] && row < mine->rows; row++)
     memcpy(values[k] + place_of_row(mine, row) * width, state + row * padded,
            width * sizeof(scalar));
 }

@@ -50,18 +50,38 @@ class Packing(NamedTuple):
     fields: int
 
     def filled(
-        self, numbers: Mapping[str, int], tensors: Mapping[str, Tensor | None], lists: Mapping[str, Sequence[Tensor]]
+        self,
+        numbers: Mapping[str, int],
+        tensors: Mapping[str, Tensor | None],
+        lists: Mapping[str, Sequence[Tensor | None]],
     ) -> bytes:
         """From numbers, tensors without gaps and those of each state; what is not named is 0 or null."""
-        fields, places = [0] * self.fields, self.places
+        fields = self.numbered(numbers)
+        self.put(fields, tensors, lists)
+        return self.packed(*fields)
+
+    def numbered(self, numbers: Mapping[str, int]) -> list[int]:
+        """All fields, with these numbers."""
+        fields = [0] * self.fields
         for name, number in numbers.items():
-            fields[places[name]] = number
+            fields[self.places[name]] = number
+        return fields
+
+    def put(
+        self,
+        fields: list[int],
+        tensors: Mapping[str, Tensor | None],
+        lists: Mapping[str, Sequence[Tensor | None]],
+    ) -> None:
+        """Enters addresses."""
+        places = self.places
         for name, tensor in tensors.items():
             if tensor is not None:
                 fields[places[name]] = tensor.data_ptr()  # 0 where there are no values
         for name, each in lists.items():
-            fields[places[name] : places[name] + len(each)] = [tensor.data_ptr() for tensor in each]
-        return self.packed(*fields)
+            for place, tensor in enumerate(each, places[name]):
+                if tensor is not None:
+                    fields[place] = tensor.data_ptr()
 
 
 # A time loop's. The tensors' shapes are those of `gpu_rnn.backends.tensors`.
@@ -76,11 +96,13 @@ LOOP = Structure(
         "const int64_t": ("lengths",),
         "const scalar": (
             *("w_hh", "b_hh", "params", "w_hr", "norm", "drop", "d_y", "d_inner"),
-            *("x", "w_ih", "b_ih"),  # where the loop takes the input products, too
+            *("x", "w_ih", "b_ih", "norm_ih"),  # where the loop takes the input products, too, and back
         ),
         "scalar": (
-            *("gates", "recurrent", "inner", "y", "normal", "rstd"),
+            *("gates", "recurrent", "inner", "y", "normal", "rstd", "normal_x", "rstd_x"),
             *("d_gates", "d_recurrent", "d_params", "d_norm", "d_normed", "made", "d_made"),
+            # Where the gradients of the weights are taken, too. Those of each row are `d_params` and `d_norm`.
+            *("d_x", "d_w_ih", "d_w_hh", "d_b_ih", "d_b_hh", "d_w_hr", "d_norm_ih", "d_params_of_all", "d_norm_of_all"),
         ),
     },
     {"const scalar": ("initial", "resets", "d_final"), "scalar": ("final", "d_initial", "d_resets")},

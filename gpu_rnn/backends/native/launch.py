@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -19,6 +20,7 @@ from gpu_rnn.backends.native.building import CompilerError
 from gpu_rnn.backends.problem import CONTROL_FIELDS, Problem
 from gpu_rnn.backends.step.product import normalised_products
 from gpu_rnn.backends.tensors import PLAIN, Call, LayerControls, LoopGradients, Result, Weights, dense, state_dtype
+from gpu_rnn.compiler.program import Program
 from gpu_rnn.memo import memoize
 
 log = logging.getLogger("gpu_rnn")
@@ -64,7 +66,7 @@ def cost(problem: Problem, constants: rates.Rates | None = None) -> float:
     """Seconds by the cost model."""
     every = constants or rates.of(problem.device)
     rows, width = problem.B * problem.N, problem.proj_size or problem.H
-    most = worth(problem.T * rows * problem.G * problem.H * width, rows)
+    most = worth(multiplications((problem.T, rows, problem.G, problem.H), width), rows)
     return cpu_cost.seconds(problem, getattr(every, cpu_model(problem)), most=most)
 
 
@@ -184,7 +186,10 @@ def _run(
     lists: dict[str, Sequence[Tensor]] = {"initial": call.states, "resets": call.reset_values, **of_each_state}
     read = {"w_hh": weights.w_hh, "b_hh": weights.b_hh, "params": weights.params, "w_hr": weights.w_hr}
     tensors = read | {"norm": weights.norm, **steering(call.controls), **given}
-    numbers = sizes(gates.shape, weights.w_hh.shape[-1]) | of_controls(call.controls, call.reset_values)
+    width, (_, batch, n, *_) = weights.w_hh.shape[-1], gates.shape
+    threads = min(torch.get_num_threads(), worth(multiplications(gates.shape, width), batch * n))
+    numbers = extents(gates.shape, width) | of_threads(threads, batch, n)
+    numbers |= of_controls(call.controls, call.reset_values)
     numbers |= {"save": int(save), "rms": int(call.rms), "reverse": ctypes.addressof(directions(call.reverse))}
     packing = arguments.of_a_loop(len(call.states))
     if run(packing.filled(numbers, tensors, lists)):
@@ -204,9 +209,9 @@ def directions(reverse: str) -> ctypes.Array[ctypes.c_char]:
     return ctypes.create_string_buffer(bytes(map(int, reverse)), len(reverse))
 
 
-def threads(multiplications: int, rows: int) -> int:
-    """How many threads take a call: no more than torch was told."""
-    return min(torch.get_num_threads(), worth(multiplications, rows))
+def multiplications(gates: Sequence[int], width: int) -> int:
+    """Of a loop with gates (T, B, N, G, H) and products of that width."""
+    return math.prod(gates) * width
 
 
 def worth(multiplications: int, rows: int) -> int:
@@ -214,12 +219,20 @@ def worth(multiplications: int, rows: int) -> int:
     return min(max(1, int(2.0 * multiplications / OF_A_THREAD)), max(1, rows))
 
 
-def sizes(gates: Sequence[int], width: int) -> dict[str, int]:
-    """Of gates (T, B, N, G, H), and the threads that are worth it."""
-    steps, batch, n, count, hidden = gates
-    worth = threads(steps * batch * n * count * hidden * hidden, batch * n)
-    of_all = {"steps": steps, "batch": batch, "across": n, "units": hidden, "width": width, "threads": worth}
-    return of_all | {"team": team.address(), "tiles": max(1, min(batch, -(-worth // max(1, n))))}
+def side_by_side(program: Program) -> int:
+    """How many gates of a unit the forward loop multiplies at once."""
+    return text.vectors(program, False, building.instruction_sets()[0])
+
+
+def extents(gates: Sequence[int], width: int) -> dict[str, int]:
+    """Of gates (T, B, N, G, H); for one thread."""
+    steps, batch, n, _, hidden = gates
+    return {"steps": steps, "batch": batch, "across": n, "units": hidden, "width": width, "threads": 1, "tiles": 1}
+
+
+def of_threads(threads: int, batch: int, n: int) -> dict[str, int]:
+    """What more than one needs."""
+    return {"threads": threads, "team": team.address(), "tiles": max(1, min(batch, -(-threads // max(1, n))))}
 
 
 def steering(controls: LayerControls) -> dict[str, Tensor | None]:

@@ -22,7 +22,7 @@ C_TYPES = {torch.float32: "float", torch.float64: "double"}
 def of(text: str, dtype: torch.dtype, backward: bool, target: InstructionSet) -> str:
     """Everything that is compiled for a program in one direction."""
     parts = [*_before(text, dtype, backward, target), _file("normalisation.h")]
-    return "\n".join([*parts, _file("backward.c" if backward else "forward.c")])
+    return "\n".join([*parts, *map(_file, ("backward.c", "gradients.c") if backward else ("forward.c",))])
 
 
 @memoize(256)

@@ -1,0 +1,267 @@
+// SPDX-License-Identifier: Apache-2.0
+// The gradients of weights and of x, once the loop has those of the gates:
+// products over all steps, of some places (a row at a time) at once, so that
+// what is multiplied stays in the nearer caches. Of calls that are too short to
+// be a library's; one thread takes them.
+
+enum { AT_ONCE = 64 }; // places
+
+typedef struct {
+  const arguments *of;
+  const share *all; // rows of recurrence n
+  long first, count;
+  scalar *panel;    // what is multiplied with `turned`, as a product takes it
+  scalar *w_ih;     // likewise, with the gradients of gates
+  scalar *turned;   // (GATES * units, AT_ONCE), of gates or their products
+  scalar *entering; // (AT_ONCE, width)
+  long at[AT_ONCE]; // 0, 1, ...
+  long *lines;      // likewise, of all lines of `turned`
+} gradients;
+
+// Values of the places from the first one on, which lie `apart`.
+typedef struct {
+  const scalar *from;
+  long apart;
+} values;
+
+// Where sums go: lines of so many columns.
+typedef struct {
+  scalar *to;
+  long columns;
+  int adds;
+} sums_of_lines;
+
+static void put_lines(void *context, long line, long group, const real *sums) {
+  const sums_of_lines *into = context;
+  for (long vector = 0; vector < VECTORS; vector++) {
+    const long column = (group * VECTORS + vector) * LANES;
+    const long left = into->columns - column;
+    scalar *here = into->to + line * into->columns + column;
+    if (left <= 0)
+      return;
+    store(here, into->adds ? load(here, left) + sums[vector] : sums[vector],
+          left);
+  }
+}
+
+// Of a tensor (T, B, N, lines, columns) one line.
+static values line_of(const gradients *self, const scalar *tensor, long lines,
+                      long line, long columns) {
+  const long across = self->of->across;
+  const long place = self->first * across + self->all->n;
+  return (values){tensor + (place * lines + line) * columns,
+                  across * lines * columns};
+}
+
+// The gradient of what enters a gate from the input or, where that is another
+// one, from the product.
+static values of_gate(const gradients *self, int gate, int of_product) {
+  const arguments *a = self->of;
+  if (of_product && PLACES[gate] >= 0)
+    return line_of(self, a->d_recurrent, RECURRENT, PLACES[gate], a->units);
+  return line_of(self, a->d_gates, GATES, gate, a->units);
+}
+
+static void turn_lines(const gradients *self, values of, long columns,
+                       scalar *to) {
+  for (long column = 0; column < columns; column += LANES)
+    for (long place = 0; place < self->count; place += LANES) {
+      real square[LANES];
+      for (long k = 0; k < LANES; k++)
+        square[k] = load(of.from + (place + k) * of.apart + column,
+                         place + k < self->count ? columns - column : 0);
+      turn(square);
+      for (long k = 0; k < LANES && column + k < columns; k++)
+        store(to + (column + k) * AT_ONCE + place, square[k], LANES);
+    }
+}
+
+// The sums over the places.
+static void add_up(const gradients *self, values of, long columns, scalar *to) {
+  for (long column = 0; column < columns; column += LANES) {
+    const long left = columns - column;
+    real sum = {0};
+    for (long place = 0; place < self->count; place++)
+      sum += load(of.from + place * of.apart + column, left);
+    add_to(to + column, sum, left);
+  }
+}
+
+// Adds up the products of some lines of `turned` with values.
+static void multiply_turned(const gradients *self, long line, long lines,
+                            values with, long columns, scalar *to) {
+  const layout of = {.units = columns,
+                     .parts = 1,
+                     .depth = self->count,
+                     .unit_apart = 1,
+                     .depth_apart = with.apart,
+                     .matrix = with.from};
+  sums_of_lines into = {to + line * columns, columns, self->first > 0};
+  pack(&of, 0, self->panel);
+  product_apart(&of, self->panel, self->turned + line * AT_ONCE, AT_ONCE,
+                self->lines, self->lines, lines, 0, put_lines, &into);
+}
+
+// What entered the product of a gate, or of all.
+static void gather(const gradients *self, int gate) {
+  const share *all = self->all;
+  const arguments *a = all->of;
+  backward_loop loop = {.mine = all};
+  for (long k = 0; k < self->count; k++) {
+    const long row = (self->first + k) % a->batch;
+    const long time = (self->first + k) / a->batch;
+    scalar *to = self->entering + k * a->width;
+    loop.t = time_of(all, row, time);
+    if (!is_live(all, row, loop.t)) {
+      memset(to, 0, a->width * sizeof(scalar));
+      continue;
+    }
+    const scalar *from = state_before(&loop, 0, row, time);
+    const scalar *drop = a->drop ? drop_of(all, row, gate) : 0;
+    for (long unit = 0; unit < a->width; unit++)
+      to[unit] =
+          (from ? from[unit] : INITIAL[0]) * (drop ? drop[unit] : (scalar)1);
+  }
+}
+
+static void of_recurrent_weights(const gradients *self) {
+  const arguments *a = self->of;
+  const long n = self->all->n, units = a->units;
+  scalar *to = a->d_w_hh + n * GATES * units * a->width;
+  for (int gate = 0; gate < GATES; gate++)
+    if (a->norm || PLACES[gate] >= 0)
+      turn_lines(self,
+                 a->norm ? line_of(self, a->d_normed, GATES, gate, units)
+                         : of_gate(self, gate, 1),
+                 units, self->turned + gate * units * AT_ONCE);
+  const int by_gate = a->masks > 1;
+  for (int gate = 0; gate < (by_gate ? GATES : 1); gate++) {
+    gather(self, gate);
+    multiply_turned(self, gate * units, by_gate ? units : GATES * units,
+                    (values){self->entering, a->width}, a->width, to);
+  }
+  if (!a->d_w_hr)
+    return;
+  turn_lines(self, line_of(self, a->d_made, 1, 0, a->width), a->width,
+             self->turned);
+  multiply_turned(self, 0, a->width, line_of(self, a->made, 1, 0, units), units,
+                  a->d_w_hr + n * a->width * units);
+}
+
+// The gradients of the input products before their normalisation, in the place
+// of those after it.
+static void through_norm(const gradients *self) {
+  const share *all = self->all;
+  const arguments *a = all->of;
+  for (long k = 0; k < self->count; k++) {
+    const long row = (self->first + k) % a->batch;
+    const long time = (self->first + k) / a->batch;
+    const long of = place_of(all, row, time) * GATES, n = all->n * GATES;
+    if (!is_live(all, row, time_of(all, row, time)))
+      continue;
+    for (int gate = 0; gate < GATES; gate++)
+      normalise_back(a->d_gates + (of + gate) * a->units,
+                     a->normal_x + (of + gate) * a->units, a->rstd_x[of + gate],
+                     a->norm_ih + (n + gate) * a->units,
+                     a->d_norm_ih + (n + gate) * a->units, a->units, a->rms);
+  }
+}
+
+static void of_places(const gradients *self) {
+  const arguments *a = self->of;
+  const long n = self->all->n, units = a->units, of_gates = GATES * units;
+  for (int gate = 0; a->d_b_ih && gate < GATES; gate++) {
+    const long at = (n * GATES + gate) * units;
+    add_up(self, of_gate(self, gate, 0), units, a->d_b_ih + at);
+    add_up(self, of_gate(self, gate, 1), units, a->d_b_hh + at);
+  }
+  if (a->norm_ih)
+    through_norm(self);
+  const values of_all = line_of(self, a->d_gates, 1, 0, of_gates);
+  turn_lines(self, of_all, of_gates, self->turned);
+  multiply_turned(self, 0, of_gates,
+                  (values){a->x + self->first * a->features, a->features},
+                  a->features, a->d_w_ih + n * of_gates * a->features);
+  if (a->d_x) {
+    const layout of = {.units = a->features, .parts = 1, .depth = of_gates};
+    sums_of_lines into = {a->d_x + self->first * a->features, a->features,
+                          n > 0};
+    product_apart(&of, self->w_ih, of_all.from, of_all.apart, self->at,
+                  self->at, self->count, 0, put_lines, &into);
+  }
+  of_recurrent_weights(self);
+}
+
+// Returns 1 where memory is short.
+static int take_gradients(const arguments *a) {
+  const long of_gates = GATES * a->units, places = a->steps * a->batch;
+  scalar *const sums[] = {a->d_b_ih, a->d_b_hh, a->d_norm_ih};
+  for (int k = 0; k < 3; k++)
+    if (sums[k])
+      memset(sums[k], 0, a->across * of_gates * sizeof(scalar));
+  const long widest = a->features > a->units ? a->features : a->units;
+  const layout panel = {.units = widest, .parts = 1, .depth = AT_ONCE};
+  const layout w_ih = {.units = a->features,
+                       .parts = 1,
+                       .depth = of_gates,
+                       .unit_apart = 1,
+                       .depth_apart = a->features,
+                       .matrix = a->w_ih,
+                       .apart = of_gates * a->features};
+  const long sizes[] = {packed_size(&panel), a->d_x ? packed_size(&w_ih) : 0,
+                        of_gates * AT_ONCE, AT_ONCE * a->width};
+  scalar *room = take(OF_WEIGHTS, sizes[0] + sizes[1] + sizes[2] + sizes[3]);
+  gradients self = {a, .panel = room};
+  self.lines = malloc(of_gates * sizeof(long));
+  const int failed = !room || !self.lines;
+  if (!failed) {
+    self.w_ih = self.panel + sizes[0];
+    self.turned = self.w_ih + sizes[1];
+    self.entering = self.turned + sizes[2];
+    for (long k = 0; k < AT_ONCE; k++)
+      self.at[k] = k;
+    for (long k = 0; k < of_gates; k++)
+      self.lines[k] = k;
+    for (long n = 0; n < a->across; n++) {
+      const share all = {a, 0, n, 0, 1, a->batch};
+      self.all = &all;
+      if (a->d_x)
+        pack(&w_ih, n, self.w_ih);
+      for (self.first = 0; self.first < places; self.first += AT_ONCE) {
+        const long left = places - self.first;
+        self.count = left < AT_ONCE ? left : AT_ONCE;
+        of_places(&self);
+      }
+    }
+  }
+  free(self.lines);
+  give(OF_WEIGHTS, room);
+  return failed;
+}
+
+// What a loop leaves for each row, added up.
+static void add_rows(const arguments *a, const scalar *of_rows, long count,
+                     scalar *to) {
+  const long each = a->across * count * a->units;
+  if (!to)
+    return;
+  memcpy(to, of_rows, each * sizeof(scalar));
+  for (long row = 1; row < a->batch; row++)
+    for (long k = 0; k < each; k += LANES)
+      add_to(to + k, load(of_rows + row * each + k, each - k), each - k);
+}
+
+// The backward pass. Returns 1 where memory is short.
+int run(const arguments *a) {
+  const size_t of_each = a->batch * a->across * a->units * sizeof(scalar);
+  const int apart = !a->d_w_hh; // the gradients of weights are
+  if (!apart && PARAMS)
+    memset(a->d_params, 0, PARAMS * of_each);
+  if (!apart && a->norm)
+    memset(a->d_norm, 0, GATES * of_each);
+  if (run_shares(a, backward_layout, backward_share))
+    return 1;
+  add_rows(a, a->d_params, PARAMS, a->d_params_of_all);
+  add_rows(a, a->d_norm, GATES, a->d_norm_of_all);
+  return !apart && take_gradients(a);
+}

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gradients of weights that the short way in C takes itself, beside those of a library's products."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import gpu_rnn
+from gpu_rnn.backends.native import sizes
+from tests.call.test_direct import BOTH, LAYERS, a_compiler  # noqa: F401
+
+SEVENTH = torch.arange(150).view(50, 3) % 7 == 0
+LONG: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({}, {}),
+    ({"bias": False}, {}),
+    (BOTH, {"lengths": [50, 0, 17]}),
+    (BOTH | {"layer_norm": True}, {"lengths": [50, 0, 17]}),
+    ({"rms_norm": True, "recurrent_dropout": 0.4}, {}),
+    (BOTH | {"recurrent_dropout": 0.4, "recurrent_dropout_per_gate": True}, {"resets": SEVENTH}),
+    ({"proj_size": 7}, {"mask": ~SEVENTH}),
+    (BOTH | {"proj_size": 7}, {"lengths": [50, 0, 17]}),
+]
+
+
+PROJECTED = ("LSTM", "peephole")
+
+
+@pytest.mark.parametrize(
+    "name, options, given",
+    [(name, *each) for name in LAYERS for each in LONG if "proj_size" not in each[0] or name in PROJECTED],
+    ids=lambda each: each if isinstance(each, str) else "-".join(each) or "plain",
+)
+def test_gradients_of_more_steps_than_are_taken_at_once(
+    name: str, options: dict[str, Any], given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a library's products, and of the loop's own."""
+    layer = LAYERS[name](5, 20, backend="native", dtype=torch.float64, **options)
+    x = torch.randn(50, 3, 5, dtype=torch.float64, requires_grad=True)
+
+    def found() -> list[Tensor]:
+        torch.manual_seed(1)
+        y, hx = layer(x, **given)
+        outputs = [y, *(hx if isinstance(hx, tuple) else (hx,))]
+        return torch.autograd.grad([out.sin().sum() for out in outputs], [x, *layer.parameters()])
+
+    own = found()
+    monkeypatch.setattr(sizes, "OWN_GRADIENTS", 0)
+    gpu_rnn.clear_caches()
+    for each, other in zip(own, found(), strict=True):
+        torch.testing.assert_close(each, other, rtol=1e-12, atol=1e-12)
+    gpu_rnn.clear_caches()
+
+
+def test_the_loops_own_gradients_are_accurate() -> None:
+    """As many steps as there may be: sums in float32 of 64 at a time, and of these."""
+    layer = gpu_rnn.LSTM(1, 16, backend="native")
+    exact = gpu_rnn.LSTM(1, 16, backend="reference", dtype=torch.float64)
+    exact.load_state_dict(layer.state_dict())
+    x = torch.randn(1000, 2, 1)
+    wrong = [
+        (each.double() - other).norm() / other.norm()
+        for each, other in zip(
+            torch.autograd.grad(layer(x)[0].sum(), [*layer.parameters()]),
+            torch.autograd.grad(exact(x.double())[0].sum(), [*exact.parameters()]),
+            strict=True,
+        )
+    ]
+    assert max(wrong) < 2e-6
