@@ -2,22 +2,24 @@
 """A whole stack as one operation, `gpu_rnn::stack`, and its backward pass: what torch.compile records of a plain call.
 
 As it runs it is an eager call, of whatever dispatch chooses, ATen's kernels too, and so is its derivative. What it
-keeps has shapes that only the chosen backend knows, so no graph can hold it. It stays here instead, under a
-number that the graph keeps in its place, for as long as the graph does. Where it is gone, as in a backward pass that
-runs twice, it is computed anew.
+keeps has shapes that only the chosen backend knows, so no graph can hold it. It stays here instead, under the address
+of one byte that the graph keeps in its place, for as long as the graph does. Where it is gone, as in a backward pass
+that runs twice, it is computed anew.
+
+`stack` is what a call names, and has a derivative; a compiler takes that apart into `stack_forward` and
+`stack_backward`, which have none: looking for one in Python takes 30 µs of each call.
 """
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from gpu_rnn import cells, memo
 from gpu_rnn.call import autocast, custom_ops, run
@@ -52,13 +54,12 @@ class Eager(NamedTuple):
 
     outputs: list[Tensor]  # y and the final states
     leaves: list[Tensor]  # of which gradients are wanted
-    token: StorageWeakRef | None = None  # of the number that a graph keeps
+    goes: ReferenceType[Tensor] | None = None  # what takes it away with the tensor that a graph keeps
 
 
 MOST_CALLS = 1024  # whose backward pass is still to come; of more, all are computed anew
 
-_calls: dict[int, Eager] = memo.hold(f"{__name__}: calls", {}, MOST_CALLS)
-_numbers = itertools.count(1)
+_calls: dict[int, Eager] = memo.hold(f"{__name__}: calls", {}, MOST_CALLS)  # by the address of what a graph keeps
 
 
 def _run(stack: Stack, wanted: str, x: Tensor, states: Sequence[Tensor] | None, weights: Sequence[Tensor]) -> Eager:
@@ -75,32 +76,39 @@ def _run(stack: Stack, wanted: str, x: Tensor, states: Sequence[Tensor] | None, 
     return Eager([y, *final], [t for t in (x, *(hx or ()), *weights) if t.requires_grad])
 
 
-@contextmanager
-def _recording() -> Iterator[None]:
+_KEYS = torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView
+
+
+def _recording() -> AbstractContextManager[Any]:
     """Autograd, which torch turns off below an operation, in more ways than one."""
-    key = torch._C.DispatchKey
+    if any(map(torch._C._dispatch_tls_is_dispatch_key_excluded, _KEYS)):
+        return _with_keys()
+    return torch.enable_grad()
+
+
+@contextmanager
+def _with_keys() -> Iterator[None]:
     with (
-        torch._C._SetExcludeDispatchKeyGuard(key.AutogradFunctionality, False),
-        torch._C._SetExcludeDispatchKeyGuard(key.ADInplaceOrView, False),
+        torch._C._SetExcludeDispatchKeyGuard(_KEYS[0], False),
+        torch._C._SetExcludeDispatchKeyGuard(_KEYS[1], False),
         torch.enable_grad(),
     ):
         yield
 
 
 def _forward(x: Tensor, states: list[Tensor] | None, weights: list[Tensor], program: str, words: str) -> list[Tensor]:
-    """y, the final states, and where gradients are wanted the number of the call."""
+    """y, the final states, and where gradients are wanted the byte that stands for the call."""
     stack, wanted = decode(program, words)
     call = _run(stack, wanted, x, states, weights)
     whole = [output.detach() for output in call.outputs] if wanted else call.outputs
     outputs = custom_ops.owned(whole, (x, *(states or ()), *weights))
     if not wanted:
         return outputs
-    number = next(_numbers)
-    token = torch.tensor([number], device="cpu")
-    for old in [key for key, other in list(_calls.items()) if other.token is None or other.token.expired()]:
-        _calls.pop(old, None)
+    token = torch.empty(1, dtype=torch.uint8, device="cpu")
     if x.is_cpu:  # memory of a GPU may belong to a graph that is captured
-        memo.put(_calls, number, call._replace(token=StorageWeakRef(token.untyped_storage())), MOST_CALLS)
+        address = token.data_ptr()
+        goes = ref(token, lambda _: _calls.pop(address, None))
+        memo.put(_calls, address, Eager(call.outputs, call.leaves, goes), MOST_CALLS)
     return [*outputs, token]
 
 
@@ -114,7 +122,7 @@ def _backward(
     words: str,
 ) -> list[Tensor]:
     """The gradients of what is wanted, in a row: of x, the states, the weights."""
-    call = None if token is None else _calls.pop(int(token), None)
+    call = None if token is None else _calls.pop(token.data_ptr(), None)
     call = call or _run(*decode(program, words), x, states, weights)
     pairs = [(out, d) for out, d in zip(call.outputs, grads, strict=True) if d is not None and out.requires_grad]
     found: Sequence[Tensor | None] = [None] * len(call.leaves)
@@ -122,8 +130,7 @@ def _backward(
         outputs, incoming = zip(*pairs, strict=True)
         found = torch.autograd.grad(outputs, call.leaves, incoming, allow_unused=True)
     whole = [torch.zeros_like(leaf) if d is None else d for leaf, d in zip(call.leaves, found, strict=True)]
-    given = [d for d in grads if d is not None]
-    return custom_ops.owned([d.detach() for d in whole], (*given, x, *(states or ()), *weights))
+    return custom_ops.owned(whole, (*grads, x, *(states or ()), *weights))
 
 
 def _forward_sizes(
@@ -133,7 +140,7 @@ def _forward_sizes(
     steps, batch, _ = x.shape
     final = [x.new_empty(shape) for shape in stack.state_shapes(weights, batch)]
     y = x.new_empty(steps, batch, (1 + stack.bidirectional) * final[0].shape[-1])
-    return [y, *final, *([x.new_empty(1, dtype=torch.int64, device="cpu")] if wanted else [])]
+    return [y, *final, *([x.new_empty(1, dtype=torch.uint8, device="cpu")] if wanted else [])]
 
 
 def _backward_sizes(
@@ -151,30 +158,51 @@ def _backward_sizes(
     return [torch.empty_like(like, memory_format=torch.contiguous_format) for like in likes]
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, states, weights, ctx.program, ctx.words = inputs
-    ctx.states, ctx.has_states, ctx.has_token = len(states or ()), states is not None, not ctx.words.endswith(":")
-    ctx.final = len(Program.parse(ctx.program).states)
-    ctx.save_for_backward(x, *(states or ()), *weights, *output[1 + ctx.final :])
+class _Recorded(torch.autograd.Function):
+    """`stack` where something wants a derivative; the tensors in a row, which `count` tells apart."""
+
+    @staticmethod
+    def forward(program: str, words: str, count: int | None, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        states, weights = _apart(count, tensors)
+        return tuple(torch.ops.gpu_rnn.stack_forward(x, states, weights, program, words))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.program, ctx.words, ctx.count, *tensors = inputs
+        ctx.final = len(Program.parse(ctx.program).states)
+        token = output[1 + ctx.final :]
+        ctx.mark_non_differentiable(*token)
+        ctx.save_for_backward(*tensors, *token)
+        ctx.tensors = len(tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors  # each access unpacks once more, which checkpoints refuse
+        (x, *tensors), token = saved[: ctx.tensors], [*saved[ctx.tensors :], None][0]
+        states, weights = _apart(ctx.count, tensors)
+        needs = ctx.needs_input_grad[3:]
+        count = ctx.count or 0
+        rows = {"x": needs[:1], "s": needs[1 : 1 + count], "w": needs[1 + count :]}
+        options, _, wanted = ctx.words.partition("kept:")
+        wanted = wanted or "".join(letter for letter, row in rows.items() if any(row))
+        words = f"{options}kept:{wanted}"
+        d_outputs = list(grads[: 1 + ctx.final])
+        d = iter(torch.ops.gpu_rnn.stack_backward(d_outputs, token, x, states, weights, ctx.program, words))
+        return None, None, None, *(next(d) if letter in wanted else None for letter in rows for _ in rows[letter])
 
 
-def _derivative(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
-    x, *rest = ctx.saved_tensors  # each access unpacks once more, which checkpoints refuse
-    token = rest.pop() if ctx.has_token else None
-    states, weights = rest[: ctx.states] if ctx.has_states else None, rest[ctx.states :]
-    of_x, of_states, of_weights, *_ = ctx.needs_input_grad
-    needed = {"x": bool(of_x), "s": bool(ctx.states) and _any(of_states), "w": _any(of_weights)}
-    wanted = ctx.words.partition("kept:")[2] or "".join(letter for letter, is_needed in needed.items() if is_needed)
-    words = ctx.words.partition("kept:")[0] + f"kept:{wanted}"
-    d = iter(torch.ops.gpu_rnn.stack_backward(grads[: 1 + ctx.final], token, x, states, weights, ctx.program, words))
-    d_x = next(d) if "x" in wanted else None
-    d_states = [next(d) if "s" in wanted else None for _ in states] if states is not None else None
-    d_weights = [next(d) if "w" in wanted else None for _ in weights]
-    return d_x, d_states, d_weights, None, None
+def _apart(count: int | None, tensors: Sequence[Tensor]) -> tuple[list[Tensor] | None, list[Tensor]]:
+    """The states, if there are any, and the weights."""
+    return None if count is None else list(tensors[:count]), list(tensors[count or 0 :])
 
 
-def _any(needs: Any) -> bool:
-    return any(needs) if isinstance(needs, (list, tuple)) else bool(needs)
+def _differentiable(
+    x: Tensor, states: list[Tensor] | None, weights: list[Tensor], program: str, words: str
+) -> list[Tensor]:
+    tensors = [x, *(states or ()), *weights]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return list(_Recorded.apply(program, words, None if states is None else len(states), *tensors))
+    return list(torch.ops.gpu_rnn.stack_forward(x, states, weights, program, words))
 
 
 def _one_by_one(name: str) -> Callable[..., Any]:
@@ -198,11 +226,15 @@ def _one_by_one(name: str) -> Callable[..., Any]:
 
 
 STACK_LIBRARY = torch.library.Library("gpu_rnn", "FRAGMENT")  # without what torch.library.custom_op checks at each call
-STACK_LIBRARY.define(f"stack({STACK_TENSORS}) -> Tensor[]", tags=())
-STACK_LIBRARY.define(f"stack_backward(Tensor?[] grads, Tensor? token, {STACK_TENSORS}) -> Tensor[]", tags=())
-for _name, _kernel, _sizes in (("stack", _forward, _forward_sizes), ("stack_backward", _backward, _backward_sizes)):
+_OPERATIONS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
+    "stack": ("", _forward, _forward_sizes),
+    "stack_forward": ("", _forward, _forward_sizes),
+    "stack_backward": ("Tensor?[] grads, Tensor? token, ", _backward, _backward_sizes),
+}
+for _name, (_first, _kernel, _sizes) in _OPERATIONS.items():
+    STACK_LIBRARY.define(f"{_name}({_first}{STACK_TENSORS}) -> Tensor[]", tags=())
     for _device in ("CPU", "CUDA"):
         STACK_LIBRARY.impl(_name, _kernel, _device)
     torch.library.register_fake(f"gpu_rnn::{_name}", _sizes, lib=STACK_LIBRARY)
     torch.library.register_vmap(f"gpu_rnn::{_name}", _one_by_one(_name), lib=STACK_LIBRARY)
-torch.library.register_autograd("gpu_rnn::stack", _derivative, setup_context=_setup, lib=STACK_LIBRARY)
+STACK_LIBRARY.impl("stack", _differentiable, "Autograd")

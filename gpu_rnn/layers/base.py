@@ -313,10 +313,10 @@ class LayerBase(Regularized, nn.RNNBase):
             batch_first=self.batch_first and not packed,
             proj_size=self.proj_size,
             backend=self.backend,
-            norm=self.layer_norm or self.rms_norm,
-            rms=self.rms_norm,
+            norm=self._layer_norm or self._rms_norm,  # not the properties: Dynamo would guard each at every call
+            rms=self._rms_norm,
             all_states=all_states,
-            heads=self.heads,
+            heads=self._heads,
         )
 
     def check_forward_args(self, input: Tensor, hidden: Any, batch_sizes: Tensor | None) -> None:

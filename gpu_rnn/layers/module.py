@@ -95,7 +95,7 @@ class RecurrenceHolder(nn.Module):
     def _stack(self, packed: bool = False, all_states: bool = False) -> Stack:
         """What does not change between calls, made anew after an attribute was set."""
         # Dynamo would take what is kept here for a change of the module.
-        if not self._keeps_stacks or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not self._keeps_stacks:
             return self._new_stack(packed, all_states)
         stacks = self.__dict__.get("_stacks")
         if stacks is None:

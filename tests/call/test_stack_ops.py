@@ -80,6 +80,7 @@ def test_what_nobody_comes_for_goes() -> None:
     assert len(stack_ops._calls) == 1
     del y
     gc.collect()
+    assert not stack_ops._calls
     fast(x)[0].sum().backward()
     assert not stack_ops._calls
 
