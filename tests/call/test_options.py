@@ -30,7 +30,6 @@ FEW_BUILDS = frozenset({"lstm", "gru", "gru_reset_before", "rnn"})
 WITHOUT = {
     "native": {"clip", *CELLS - FEW_BUILDS},
     "resident": {"layer_norm", "rms_norm"},
-    "group": {"rms_norm"},
 }
 
 counted: dict[str, Counter[str]] = defaultdict(Counter)  # of each backend
@@ -147,7 +146,7 @@ BUILDS = (
     ("gru_reset_before", {"mask", "all_states"}),
     ("lstm", {"layer_norm", "lengths"}),
     ("lstm", {"proj_size", "mask", "resets", "reset_state", "bidirectional"}),
-    ("lstm", {"proj_size", "lengths", "all_states", "heads"}),
+    ("lstm", {"proj_size", "rms_norm", "lengths", "all_states", "heads"}),
 )
 
 

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from gpu_rnn.backends import linear, onednn
 from gpu_rnn.backends.group.outside import Outside
+from gpu_rnn.backends.normalisation import Normalised
 from gpu_rnn.backends.problem import Problem
+from gpu_rnn.backends.step.product import normalised_products
 from gpu_rnn.backends.tensors import Call, LoopGradients, Result, chunks, state_dtype, turned
 from gpu_rnn.backends.throughput import product_rate
 from gpu_rnn.compiler.evaluation import runner
@@ -26,7 +28,8 @@ from gpu_rnn.once import once
 
 Index = int | tuple[Tensor, ...]
 
-BESIDE = ("lengths", "flags", "reset_values", "all_states")  # options that do not act on h between two steps
+# Options that do not act on h between two steps.
+BESIDE = ("lengths", "flags", "reset_values", "all_states", "norm", "rms")
 LAUNCH = 2e-6  # seconds, as in `rates.Rates.group` those of what clears an exchange
 LAUNCHES = {"inference": 6, "training": 6, "backward": 16}
 REMADE = 30  # bytes read and written to make a unit's m of a step again, in three operations and a cast
@@ -38,8 +41,8 @@ def plain(problem: Problem) -> Problem:
 
 
 def refused(problem: Problem) -> list[str]:
-    """Why the products with W_hr and W_hh cannot be one: factors and kept units act on h between the two, a
-    normalisation on the product of an h that no step made; and where not all gates are sums, that has no place."""
+    """Why the products with W_hr and W_hh cannot be one: factors and kept units act on h between the two. And where not
+    all gates are sums, the product of an h that no step made has no place."""
     program = problem.program
     if not problem.proj_size:
         return []
@@ -97,10 +100,19 @@ class Folded:
     def enter(self, gates: Tensor) -> None:
         """Adds what h from outside makes to the gates, (T, B, N, G, H)."""
         if self.outside is not None:
-            gates += _times(self.outside.entering(), self.w_hh.mT).view(gates.shape)
+            gates += self._products(self.outside.entering())
         elif len(gates):
             first = self._place(len(gates), last=False)
-            gates[first] += _times(self.projected.states[0].contiguous()[None], self.w_hh.mT)[0].view(gates.shape[1:])
+            gates[first] += self._products(self.projected.states[0].contiguous()[None])[0]
+
+    def _products(self, h: Tensor) -> Tensor:
+        """(T, B, N, G, H): what h, (T, B, N, P), is in the gates."""
+        call, weights = self.projected, self.projected.weights
+        products = _times(h, self.w_hh.mT).unflatten(-1, weights.w_hh.shape[1:3])
+        if weights.norm is None:
+            return products
+        normal = call.normaliser.normalise(products.to(state_dtype(products.dtype)))  # 0 of an h of 0
+        return (normal.values * weights.norm).to(products.dtype)
 
     def leave(self, result: Result) -> Result:
         """What the kernel gave, with h in place of m."""
@@ -112,11 +124,16 @@ class Folded:
         return result._replace(y=y, final=[self._of_rows_without_steps(call.states[0], h), *result.final[1:]])
 
     def saved(self, saved: Result) -> Result:
-        """What a forward pass saved, of m, which is made again."""
+        """What a forward pass saved, of m, which is made again; with the normalised products of h, those of an h from
+        outside too, where the kernel would have them of m."""
         made, lengths = _made(self.projected, saved), self.projected.controls.lengths
         if self.outside is not None:
             made = self.outside.carried(made)
-        return saved._replace(y=made if lengths is None else _within(made, lengths))
+        of_m = saved._replace(y=made if lengths is None else _within(made, lengths))
+        if self.projected.weights.norm is None:
+            return of_m
+        normal = normalised_products(self.projected, saved)
+        return of_m._replace(kept=Normalised(*(part.expand(2, *part.shape) for part in normal)))
 
     def of_outputs(self, d_y: Tensor, d_final: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """The gradients of the kernel's outputs from those of h, (T, B, N, P), and of the final states."""
@@ -128,7 +145,8 @@ class Folded:
         `saved` is that of m, `d_y` the gradient of h after each step, `d_h` of the last.
         """
         call, steps = self.projected, len(d_y)
-        d_entering = _times(loop.d_gates.flatten(3), self.w_hh)
+        d_products = loop.d_gates if loop.d_products is None else loop.d_products
+        d_entering = _times(d_products.flatten(3), self.w_hh)
         d_y = d_y if call.controls.lengths is None else _within(d_y, call.controls.lengths)
         d_w_hr = linear.of_projection(d_y, saved.y)
         d_w_hr += linear.of_projection(d_entering, linear.entered(self.call, saved, 0))

@@ -26,7 +26,7 @@ from tests.support import tables
 from tests.support.cuda.machines import NEEDS_COMPILER
 from tests.support.group import pretend
 from tests.support.layer_options import Case, inputs_of
-from tests.support.loops import values_and_gradients
+from tests.support.loops import draw, values_and_gradients
 from tests.support.paths import ROOT
 from tests.support.resident import TIGHT, compare, settings  # noqa: F401
 
@@ -64,6 +64,22 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
 @pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in FURTHER)], ids=str)
 def test_values_and_gradients(case: Case, place: str) -> None:
     compare(*inputs_of(case), place, "group")
+
+
+NORMALISED = [
+    ("norm", ("proj mask reset_values", "all_states", torch.float32, SHAPE, "01")),
+    pytest.param("norm", ("proj lengths", "", torch.float32, SHAPE, "01"), marks=pytest.mark.slow),
+    pytest.param("rms", ("proj mask resets", "", torch.bfloat16, (6, 9, 130), "0"), marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("name", "case"), NORMALISED, ids=str)
+def test_normalised_products(name: str, case: Case, place: str) -> None:
+    """An h from outside has a product of its own to normalise."""
+    recurrence, inputs = inputs_of(("lstm", *case, True))
+    scales = (1 + draw(*inputs.weights.w_hh.shape[:3], seed=77, scale=0.3)).to(inputs.x.dtype).requires_grad_()
+    weights = inputs.weights._replace(norm=scales)
+    compare(recurrence, inputs._replace(weights=weights, rms=name == "rms"), place, "group")
 
 
 def test_a_stack_in_training_and_by_a_plan(place: str) -> None:
@@ -121,12 +137,7 @@ def test_nan_that_no_step_uses_does_not_leak(option: str, which: int, place: str
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
-BESIDE = {
-    "recurrent dropout": {"recurrent_dropout": 0.1},
-    "zoneout": {"zoneout": (0.0, 0.1)},
-    "layer normalisation": {"layer_norm": True},
-    "RMS normalisation": {"rms_norm": True},
-}
+BESIDE = {"recurrent dropout": {"recurrent_dropout": 0.1}, "zoneout": {"zoneout": (0.0, 0.1)}}
 
 
 @pytest.mark.parametrize("words", BESIDE)
