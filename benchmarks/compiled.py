@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What torch.compile makes of a layer on a CPU, beside the eager layer and torch.nn's: a table of milliseconds.
 
+torch.nn's layer as one operation of Python's, compiled likewise, says what torch itself takes around such a one.
+
 python benchmarks/compiled.py --threads 1
 """
 
@@ -22,9 +24,12 @@ from torch import Tensor, nn
 
 import gpu_rnn
 from benchmarks.measuring import timing
+from benchmarks.measuring.one_operation import InOneOperation
 
 SIZES = ((20, 8, 64, 128), (100, 32, 64, 128))  # T, B, I, H
-HEAD = "| layer | T, B, I, H | | torch.nn | eager | compiled | compiled / eager |\n|---|---|---|--:|--:|--:|--:|"
+HEAD = """\
+| layer | T, B, I, H | | torch.nn | as an operation, compiled | eager | compiled | compiled / eager |
+|---|---|---|--:|--:|--:|--:|--:|"""
 
 
 def inference(layer: nn.Module, x: Tensor) -> None:
@@ -37,11 +42,14 @@ def training(layer: nn.Module, x: Tensor) -> None:
 
 
 def layers(name: str, features: int, hidden: int) -> dict[str, nn.Module]:
-    """The same weights three times."""
+    """The same weights four times."""
     theirs, ours = (getattr(library, name)(features, hidden) for library in (nn, gpu_rnn))
     ours.load_state_dict(theirs.state_dict())
     torch._dynamo.reset()
-    return {"torch.nn": theirs, "eager": ours, "compiled": torch.compile(ours, fullgraph=True)}  # type: ignore[dict-item]
+    operation = InOneOperation(theirs)
+    every = {"torch.nn": theirs, "operation": operation, "eager": ours, "compiled": ours}
+    compiles = ("operation", "compiled")
+    return {key: torch.compile(layer, fullgraph=True) if key in compiles else layer for key, layer in every.items()}
 
 
 def rows(seconds: float) -> Iterator[str]:
@@ -54,13 +62,13 @@ def rows(seconds: float) -> Iterator[str]:
             times = [1e3 * median(found[key].samples) for key in calls]
             numbers = " | ".join(f"{each:.3f}" for each in times)
             sizes = f"{steps}, {batch}, {features}, {hidden}"
-            yield f"| {name} | {sizes} | {run.__name__} | {numbers} | {times[2] / times[1]:.2f} |"
+            yield f"| {name} | {sizes} | {run.__name__} | {numbers} | {times[3] / times[2]:.2f} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=0.4, help="of each of three layers, in each row")
+    parser.add_argument("--seconds", type=float, default=0.4, help="of each of four layers, in each row")
     given = parser.parse_args()
     with timing.threads(given.threads):
         print(HEAD)

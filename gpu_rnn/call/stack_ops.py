@@ -71,7 +71,7 @@ def _run(stack: Stack, wanted: str, x: Tensor, states: Sequence[Tensor] | None, 
     x = x.detach().requires_grad_("x" in wanted)
     hx = None if states is None else tuple(state.detach().requires_grad_("s" in wanted) for state in states)
     weights = [weight.detach().requires_grad_("w" in wanted) for weight in weights]
-    with _recording(), autocast.off(x):
+    with recording(), autocast.off(x):
         y, final, _ = run.sequence(stack, x, hx, weights, None)
     return Eager([y, *final], [t for t in (x, *(hx or ()), *weights) if t.requires_grad])
 
@@ -79,7 +79,7 @@ def _run(stack: Stack, wanted: str, x: Tensor, states: Sequence[Tensor] | None, 
 _KEYS = torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView
 
 
-def _recording() -> AbstractContextManager[Any]:
+def recording() -> AbstractContextManager[Any]:
     """Autograd, which torch turns off below an operation, in more ways than one."""
     if any(map(torch._C._dispatch_tls_is_dispatch_key_excluded, _KEYS)):
         return _with_keys()
