@@ -39,6 +39,7 @@ def rnn(
     rms: bool = False,
     all_states: bool = False,
     heads: int = 1,
+    time_parallel: float | None = None,
 ) -> tuple[Tensor, States] | tuple[Tensor, States, States]:
     """Runs a stack of recurrent layers.
 
@@ -70,6 +71,9 @@ def rnn(
         all_states: return all states of all steps as well.
         heads: k blocks on the diagonal of W_hh: each direction is k recurrences of H/k units that read one x. Each
             weight has k in front, the rest as of a layer of H/k units: w_ih (k, G·H/k, I), w_hh (k, G·H/k, P/k), ...
+        time_parallel: a tolerance: chunks of steps run side by side, where that is predicted to be faster, until no
+            state differs by more between the end of a chunk and the beginning of the next. None: one step after the
+            other.
 
     Returns:
         The h of every step, like x with D·P features, and the final states, shaped like hx; with `all_states` also the
@@ -103,6 +107,7 @@ def rnn(
         rms=rms,
         all_states=all_states,
         heads=heads,
+        time_parallel=0.0 if time_parallel is None else arguments.tolerance("time_parallel", time_parallel),
     )
     arguments.check(stack, x, hx, weights, batch_sizes)
     arguments.flag("training", training)

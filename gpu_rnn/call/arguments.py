@@ -6,6 +6,7 @@ ATen's kernels and ours read and write wherever the shapes given lead them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -156,6 +157,22 @@ def probability(name: str, value: Any) -> float:
         raise TypeError(f"{name} should be a number between 0 and 1, got: {value!r}")
     if not 0 <= value <= 1:
         raise ValueError(f"{name} should be a number in range [0, 1] representing the probability, got: {value}")
+    return float(value)
+
+
+def tolerance(name: str, value: Any) -> float:
+    """What states may differ by: a positive number, NumPy's too; 0.0 of None and False, which ask for nothing.
+
+    Raises:
+        TypeError: no number.
+        ValueError: one that is not positive, or not finite.
+    """
+    if value is None or value is False:
+        return 0.0
+    if value is True or not hasattr(value, "__float__") or isinstance(value, (str, Tensor)):
+        raise TypeError(f"{name} should be a tolerance, such as 1e-6, or None, got: {value!r}")
+    if not 0 < float(value) < math.inf:
+        raise ValueError(f"{name} is what states may differ by, a positive number such as 1e-6, got: {value}")
     return float(value)
 
 

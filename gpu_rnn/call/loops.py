@@ -36,7 +36,7 @@ def run(
         padded, lengths, places = _unpack(x, batch_sizes)
         controls = controls._replace(lengths=lengths)
         directly = None
-        if x.is_cpu and not onlookers.recorded(x):
+        if x.is_cpu and not stack.time_parallel and not onlookers.recorded(x):
             directly = direct.run(stack.time_first, padded, states, weights, controls)
         y, final, every = directly or _layers(stack, padded, states, weights, controls, zeros)
         return y.flatten(0, 1).index_select(0, places), final, every
@@ -58,7 +58,14 @@ def _layers(
     if _staggered(stack, x, states, weights, controls):
         return _wavefront(stack, x, states, weights, controls)
     text = stack.recurrence.text(stack.recurrence.identity)
-    options = Options(stack.backend, stack.reverse, all_states=stack.all_states, zeros=zeros, rms=stack.rms)
+    options = Options(
+        stack.backend,
+        stack.reverse,
+        all_states=stack.all_states,
+        zeros=zeros,
+        rms=stack.rms,
+        time_parallel=stack.time_parallel,
+    )
     flags = controls.flags(stack.reverse, x.shape[0], stack.all_states)
     final: list[list[Tensor]] = []
     every: list[list[Tensor]] = []
@@ -95,6 +102,8 @@ def joined(parts: tuple[Tensor, ...]) -> Tensor:
 def _staggered(stack: Stack, x: Tensor, states: States, weights: Sequence[Tensor], controls: StackControls) -> bool:
     """Whether the layers run as a wavefront. What is recorded decides as it runs: its T may be any."""
     if stack.num_layers == 1 or stack.bidirectional or stack.norm or stack.proj_size or stack.heads > 1:
+        return False
+    if stack.time_parallel:
         return False
     lowest, wanting = weights[: len(weights) // stack.num_layers], (x, *states, *weights)
     frozen = not any(t.requires_grad for t in (x, *lowest)) and any(t.requires_grad for t in wanting)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,18 +15,19 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from gpu_rnn import cells
-from gpu_rnn.backends import ADDS_B_HH, KERNELS, LOOPS, linear, precision, reference
+from gpu_rnn.backends import ADDS_B_HH, KERNELS, LOOPS, Loop, linear, precision, reference
 from gpu_rnn.backends.normalisation import room_for
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.backends.tensors import Call, Inputs, Result, in_memory
-from gpu_rnn.call import autocast, wavefront
+from gpu_rnn.call import arguments, autocast, relaxation, wavefront
 from gpu_rnn.call.description import describe
 from gpu_rnn.compiler.program import Program
-from gpu_rnn.dispatch import choice
+from gpu_rnn.dispatch import choice, relaxation_plan
+from gpu_rnn.dispatch.relaxation_plan import TimePlan
 from gpu_rnn.memo import memoize
 
 NOTHING = nullcontext()
-ENCODED = re.compile(r"(\w+) ([01]+) (save|drop) (all|y)( rms)?")
+ENCODED = re.compile(r"(\w+) ([01]+) (save|drop) (all|y)( rms)?(?: within (\d\.?\d*e[+-]\d+))?")
 
 
 class Options(NamedTuple):
@@ -38,10 +40,12 @@ class Options(NamedTuple):
     of_x: bool = True  # the gradient of x is wanted; what records takes it always
     zeros: bool = False  # the states before the first step are zeros, which no user gave
     rms: bool = False  # products are normalised by their root mean square
+    time_parallel: float = 0.0  # what states may move by between chunks of steps that run side by side; 0: none do
 
     def encode(self) -> str:
         words = self.backend, self.reverse, "save" if self.save else "drop", "all" if self.all_states else "y"
-        return " ".join((*words, "rms") if self.rms else words)
+        within = ("within", f"{self.time_parallel:.16e}") if self.time_parallel else ()
+        return " ".join((*words, *["rms"] * self.rms, *within))
 
     @staticmethod
     @memoize(256)
@@ -51,9 +55,10 @@ class Options(NamedTuple):
             raise ValueError(
                 f"the options of a layer read like 'auto 01 save y' or 'step 0 drop all', got {text[:80]!r}"
             )
-        backend, reverse, save, states, rms = words.groups()
+        backend, reverse, save, states, rms, within = words.groups()
         choice.check_name(backend)
-        return Options(backend, reverse, save == "save", states == "all", rms=rms is not None)
+        tolerance = 0.0 if within is None else arguments.tolerance("time_parallel", float(within))
+        return Options(backend, reverse, save == "save", states == "all", rms=rms is not None, time_parallel=tolerance)
 
 
 def problem_of(text: str, options: Options, inputs: Inputs, direction: str) -> Problem:
@@ -115,6 +120,10 @@ def run(text: str, options: Options, inputs: Inputs, keep: bool = False) -> Resu
     """
     inputs = _readable(inputs)
     problem = problem_of(text, options, inputs, "training" if options.save else "inference")
+    if options.time_parallel and (plan := _in_chunks(problem, options, inputs.x)) is not None:
+        result = _run_in_chunks(text, options, inputs, problem, plan)
+        if result is not None:
+            return result
     name, chunk = _chosen(problem, options.backend)
     call = call_of(text, options, inputs, problem, joined=not ADDS_B_HH[name](problem))
     if chunk:
@@ -133,6 +142,27 @@ def run(text: str, options: Options, inputs: Inputs, keep: bool = False) -> Resu
         ).contiguous()
         with named(f"gpu_rnn::{name}_forward"):
             return KERNELS[name].forward(call, gates, options.save, options.all_states)
+
+
+def _in_chunks(problem: Problem, options: Options, x: Tensor) -> TimePlan | None:
+    """How the pass runs parallel in time, if it does. A graph that is captured holds no questions."""
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None
+    plan = relaxation_plan.plan(problem, options.backend, options.time_parallel)
+    return None if plan.against else plan
+
+
+def _run_in_chunks(text: str, options: Options, inputs: Inputs, problem: Problem, plan: TimePlan) -> Result | None:
+    """The forward pass parallel in time; None where it does not settle."""
+    call = call_of(text, options, inputs, problem)
+    with _arithmetic(problem.precision, inputs.x), named("gpu_rnn::chunks_forward"):
+        gates = linear.project(inputs.x, inputs.weights, call.program, normaliser=call.normaliser)
+        loops = partial(_loop, options.backend)
+        return relaxation.forward(call, gates, plan, options.time_parallel, loops, options.save, options.all_states)
+
+
+def _loop(backend: str, problem: Problem) -> Loop:
+    return KERNELS[choice.select(problem, backend, tuple(KERNELS))]
 
 
 def _readable(inputs: Inputs) -> Inputs:
@@ -170,11 +200,16 @@ def run_backward(
     call = call_of(text, options, inputs, problem)
     d_y, *d_final = d_outputs
     d_inner = d_final.pop() if options.all_states else None
+    plan = _in_chunks(problem, options, inputs.x) if options.time_parallel else None
     with _arithmetic(problem.precision, inputs.x):
         with named(f"gpu_rnn::{name}_backward"):
+            of_loop = None
             if chunk:
                 of_loop = wavefront.backward(call, saved, chunk, KERNELS[name], d_y, d_final, d_inner)
-            else:
+            elif plan is not None:
+                within = plan, options.time_parallel, partial(_loop, options.backend)
+                of_loop = relaxation.backward(call, saved, *within, d_y, d_final, d_inner)
+            if of_loop is None:
                 of_loop = KERNELS[name].backward(call, saved, d_y, d_final, d_inner)
         saved = wavefront.steps_first(saved) if chunk else saved
         d_x, d_weights = linear.gradients(call, inputs.x, saved, of_loop, options.of_x)

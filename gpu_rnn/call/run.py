@@ -17,7 +17,7 @@ from gpu_rnn.backends.problem import Problem
 from gpu_rnn.call import arguments, autocast, direct, loops, onlookers, plans, second_order, single_step, transforms
 from gpu_rnn.call.controls import NONE, StackControls
 from gpu_rnn.call.stack import Stack, States
-from gpu_rnn.dispatch import choice
+from gpu_rnn.dispatch import choice, relaxation_plan
 
 
 def sequence(
@@ -42,6 +42,11 @@ def sequence(
         with autocast.off(x):
             return sequence(stack, x, hx, weights, batch_sizes, controls, alike)
     steps, batch = stack.sizes(x, batch_sizes)
+    if stack.time_parallel and not onlookers.recorded(x):
+        problem = stack.problem(x, hx, weights, batch_sizes, controls)
+        if not relaxation_plan.against(problem, stack.backend, stack.time_parallel):
+            return _on_loops(stack, x, hx, weights, batch_sizes, controls, alike)
+        stack = replace(stack, time_parallel=0.0)
     if not onlookers.recorded(x):
         if x.is_cpu:
             if choice.only_predicted_on_cpu() and _takes_aten(stack, x, controls):
@@ -70,9 +75,21 @@ def sequence(
         return *_whole(stack, x, hx, weights), ()
     elif _recorded_as_aten(stack.backend) and _takes_aten(stack, x, controls):
         return *_aten(stack, x, hx or stack.initial(x, weights, batch), weights, batch_sizes, recorded=True), ()
+    return _on_loops(stack, x, hx, weights, batch_sizes, controls, alike)
+
+
+def _on_loops(
+    stack: Stack,
+    x: Tensor,
+    hx: States | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    controls: StackControls,
+    alike: bool,
+) -> tuple[Tensor, States, States]:
     if not alike:
         arguments.check_alike(x, weights, hx or ())
-    states, zeros = hx or stack.initial(x, weights, batch), hx is None and stack.starts_at_zero
+    states, zeros = hx or stack.initial(x, weights, stack.sizes(x, batch_sizes)[1]), hx is None and stack.starts_at_zero
     return loops.run(stack, x, states, weights, batch_sizes, controls, zeros)
 
 
@@ -156,6 +173,8 @@ def _recorded_whole(stack: Stack, x: Tensor, batch_sizes: Tensor | None, control
     if not torch.compiler.is_compiling() or batch_sizes is not None or stack.all_states:
         return False
     if controls is not NONE and controls.given:  # Dynamo would guard each field of NONE at every call
+        return False
+    if stack.time_parallel:
         return False
     if (stack.dropout and stack.num_layers > 1) or x.is_complex():
         return False

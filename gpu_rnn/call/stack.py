@@ -28,7 +28,8 @@ class Stack:
     With `norm`, each layer and direction has two weights more, the scales of the normalised input products and of the
     normalised recurrent products, (G·H) each; with `rms` it is by the root mean square. With `heads`, k of them, W_hh
     is block-diagonal: each direction is k recurrences of H/k units side by side (`gpu_rnn.call.heads`), and each of its
-    weights has k in front.
+    weights has k in front. With `time_parallel`, the tolerance of borders, a layer's steps run in chunks side by side
+    (`gpu_rnn.call.relaxation`); 0: one after the other.
     """
 
     recurrence: Recurrence
@@ -43,6 +44,7 @@ class Stack:
     rms: bool = False
     all_states: bool = False
     heads: int = 1
+    time_parallel: float = 0.0
 
     @once
     def as_key(self) -> tuple[object, ...]:
@@ -53,7 +55,10 @@ class Stack:
     @once
     def is_atens(self) -> bool:
         """Whether ATen has the cell and those options that are the same at all calls, and may be taken."""
-        plain = not (self.norm or self.all_states or self.heads > 1) and self.backend in ("auto", "aten")
+        plain = not (self.norm or self.all_states or self.heads > 1 or self.time_parallel) and self.backend in (
+            "auto",
+            "aten",
+        )
         return plain and self.recurrence.aten is not None
 
     @once

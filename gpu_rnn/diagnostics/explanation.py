@@ -19,8 +19,9 @@ from gpu_rnn.backends.group.choice import floor
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.call import arguments, autocast
 from gpu_rnn.call.controls import StackControls
-from gpu_rnn.dispatch import choice
+from gpu_rnn.dispatch import choice, relaxation_plan
 from gpu_rnn.dispatch.choice import Row
+from gpu_rnn.dispatch.relaxation_plan import TimePlan
 from gpu_rnn.layers import jagged, options
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ class Explanation:
     rows: tuple[Row, ...]
     backend: str = "auto"
     """What the layer was made with."""
+    time_parallel: float = 0.0
+    """The tolerance of a call whose chunks of steps are to run side by side."""
 
     @property
     def chosen(self) -> str | None:
@@ -83,6 +86,7 @@ class Explanation:
             each = [str(steps) if steps < self.problem.T else "all" for steps in self.chunks]
             chunks = ", ".join(f"{steps} {way}" for steps, way in zip(each, ("forward", "backward"), strict=False))
             lines.append(f"layers run as a wavefront, steps at a time: {chunks}")
+        lines += self._parallel
         if self.floor_us is not None and self.floor_us >= SHOWN:
             lines.append(f"{'bound':10} {'':8} {self.floor_us:8.2f}  {BOUND}")
         refusal = clusters.refusal(self.problem.device)
@@ -102,6 +106,39 @@ class Explanation:
         first, *further = [line for reason in (*notes, *row.reasons) for line in _short(reason)] or [""]
         start = f"{row.backend:10} {verdict:8} {known[0]:>8}  {known[1]:10} {first}"
         return [start.rstrip(), *(f"{'':41}{line}" for line in further)]
+
+    @property
+    def time_plans(self) -> tuple[TimePlan, ...]:
+        """How each pass of a layer runs parallel in time; none where the call does not."""
+        asked = self.problem, self.backend, self.time_parallel
+        if not self.time_parallel or relaxation_plan.against(*asked):
+            return ()
+        return tuple(relaxation_plan.of_passes(*asked))
+
+    @property
+    def _parallel(self) -> list[str]:
+        """Whether chunks of steps run side by side, and what became of it in the last such call of this process."""
+        if not self.time_parallel:
+            return []
+        against = relaxation_plan.against(self.problem, self.backend, self.time_parallel)
+        if against:
+            return [f"not parallel in time: {against}"]
+        return [
+            f"{'backward' if direction == 'backward' else 'forward'} {self._in_time(plan, direction)}"
+            for plan, direction in zip(self.time_plans, _passes(self.problem), strict=True)
+        ]
+
+    def _in_time(self, plan: TimePlan, direction: str) -> str:
+        if plan.against:
+            return f"not parallel in time: {plan.against}"
+        us = 1e6 * plan.seconds / self.problem.T
+        words = f"parallel in time: {plan.chunks} chunks of {plan.steps} steps, {us:.2f} µs/step of a layer predicted"
+        last = relaxation_plan.outcome(relaxation_plan.of_one_layer(self.problem, direction))
+        if last is None:
+            return f"{words}; after {plan.passes} passes that do not settle one step after the other"
+        if last.settled:
+            return f"{words}; settled in {last.passes} passes when it last ran"
+        return f"{words}; not settled after {last.passes} passes when it last ran, which was one step after the other"
 
     @property
     def _asked(self) -> list[str]:
@@ -174,7 +211,7 @@ def explain(
         device: a described device to answer for, such as "H100" (`gpu_rnn.devices.DEVICES`), with Triton and CuPy
             whether they are installed here or not; None: x's own.
         call: the layer's other arguments that would come with x: hx, mask, lengths, resets, reset_state,
-            return_all_states. Their values do not matter, so True stands for any of them.
+            return_all_states, time_parallel. Of tensors the values do not matter, so True stands for any of them.
 
     Raises:
         TypeError: not a layer of this package, x is no tensor, or the device no name.
@@ -189,7 +226,8 @@ def explain(
     problem = problem_of(layer, x, call, "explain")
     if device is not None:
         problem = choice.described(problem, device)
-    return Explanation(problem, tuple(choice.verdicts(problem, layer.backend)), layer.backend)
+    within = arguments.tolerance("time_parallel", call.get("time_parallel"))
+    return Explanation(problem, tuple(choice.verdicts(problem, layer.backend)), layer.backend, within)
 
 
 def problem_of(layer: LayerBase, x: Tensor | PackedSequence | None, call: dict[str, Any], asker: str) -> Problem:

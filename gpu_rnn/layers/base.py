@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -171,6 +172,7 @@ class LayerBase(Regularized, nn.RNNBase):
         resets: Tensor | None = None,
         reset_state: Any = None,
         return_all_states: bool = False,
+        time_parallel: float | None = None,
     ) -> tuple[Any, ...]:
         """Run the layer over a whole sequence.
 
@@ -191,6 +193,10 @@ class LayerBase(Regularized, nn.RNNBase):
             reset_state: what they are set to, like hx, or for each step, (T, D * num_layers, B, hidden_size).
                 None: the recurrence's initial values.
             return_all_states: return every state of every step, too.
+            time_parallel: a tolerance, such as 1e-6, for long sequences: chunks of steps run side by side from guessed
+                states, again and again, until no state differs by more between the end of a chunk and the beginning
+                of the next; backward likewise, as a part of the largest gradient of such a state. Steps run one after
+                the other where that is predicted to be faster, or where the states do not settle, and with None.
 
         Returns:
             The h of every step, like input with D * hidden_size features, and the final states, like hx. With
@@ -199,42 +205,52 @@ class LayerBase(Regularized, nn.RNNBase):
 
         Raises:
             ValueError: input of another rank, or of another dtype than the weights; a mask, lengths, resets or
-                reset_state of another shape, or beside a PackedSequence or a jagged input.
+                reset_state of another shape, or beside a PackedSequence or a jagged input; a time_parallel that is not
+                positive.
             RuntimeError: another feature size, or states of another rank, shape or dtype; no time steps.
             TypeError: hx is a tuple where a tensor belongs, or the reverse, or with something else in it; a mask or
                 return_all_states that is not bool; a mask that is not given by name; a nested input of another layout.
         """
         if isinstance(input, Proxy):
             steering = {"mask": mask, "lengths": lengths, "resets": resets, "reset_state": reset_state}
-            return onlookers.leaf(self, input, hx, **steering, return_all_states=return_all_states)
+            asked = {"return_all_states": return_all_states, "time_parallel": time_parallel}
+            return onlookers.leaf(self, input, hx, **steering, **asked)
         if further or not isinstance(return_all_states, bool):
             self._check_others(further, return_all_states)
         if not isinstance(input, PackedSequence):
             if getattr(input, "layout", None) is torch.jagged:
-                return jagged.run(self, input, hx, (mask, lengths, resets, reset_state), return_all_states)
+                asked = {"return_all_states": return_all_states, "time_parallel": time_parallel}
+                return jagged.run(self, input, hx, (mask, lengths, resets, reset_state), asked)
             arguments.tensor("input", input)
         states = None if hx is None else self._as_tuple(hx)
         controls = NONE
         if not (mask is lengths is resets is reset_state is None):
             values = None if reset_state is None else self._as_tuple(reset_state, "reset_state")
             controls = StackControls.of(input, mask, lengths, resets, values)
-        output, states, every = self._of_any_rank(input, states, controls, return_all_states)
+        within = 0.0 if time_parallel is None else arguments.tolerance("time_parallel", time_parallel)
+        output, states, every = self._of_any_rank(input, states, controls, return_all_states, within)
         if self._one_state:
             return (output, states[0], every[0]) if return_all_states else (output, states[0])
         return (output, states, every) if return_all_states else (output, states)
 
     def _of_any_rank(
-        self, input: Tensor | PackedSequence, states: States | None, controls: StackControls, all_states: bool
+        self,
+        input: Tensor | PackedSequence,
+        states: States | None,
+        controls: StackControls,
+        all_states: bool,
+        within: float,
     ) -> tuple[Tensor | PackedSequence, States, States]:
         if isinstance(input, PackedSequence):
-            return self._packed(input, states, controls, all_states)
+            return self._packed(input, states, controls, all_states, within)
         if input.dim() == 2:
-            return self._unbatched(input, states, controls, all_states)
+            return self._unbatched(input, states, controls, all_states, within)
         if input.dim() != 3:
             raise ValueError(f"{type(self).__name__}: Expected input to be 2D or 3D, got {input.dim()}D instead")
         if states is not None:
             self._check_rank(states, 3, "batched")
-        return self._run(input, states, None, controls.transposed() if self.batch_first else controls, all_states)
+        controls = controls.transposed() if self.batch_first else controls
+        return self._run(input, states, None, controls, all_states, within)
 
     def _check_others(self, further: tuple[Any, ...], all_states: Any) -> None:
         # torch's old ONNX exporter gives the defaults of all arguments by position, False as a tensor.
@@ -244,19 +260,19 @@ class LayerBase(Regularized, nn.RNNBase):
             raise TypeError(f"{type(self).__name__}: return_all_states should be True or False, got: {all_states!r}")
 
     def _unbatched(
-        self, input: Tensor, states: States | None, controls: StackControls, all_states: bool
+        self, input: Tensor, states: States | None, controls: StackControls, all_states: bool, within: float
     ) -> tuple[Tensor, States, States]:
         batch_dim = 0 if self.batch_first else 1
         if states is not None:
             self._check_rank(states, 2, "unbatched")
             states = tuple(state.unsqueeze(1) for state in states)
         batched = controls.batched(input.shape[0])
-        output, states, every = self._run(input.unsqueeze(batch_dim), states, None, batched, all_states)
+        output, states, every = self._run(input.unsqueeze(batch_dim), states, None, batched, all_states, within)
         output = output.squeeze(batch_dim if self.return_sequences else 0)
         return output, tuple(state.squeeze(1) for state in states), tuple(state.squeeze(2) for state in every)
 
     def _packed(
-        self, input: PackedSequence, states: States | None, controls: StackControls, all_states: bool
+        self, input: PackedSequence, states: States | None, controls: StackControls, all_states: bool, within: float
     ) -> tuple[PackedSequence | Tensor, States, States]:
         data, batch_sizes, to_sorted, to_given = input
         if controls is not NONE:
@@ -264,7 +280,7 @@ class LayerBase(Regularized, nn.RNNBase):
         if states is not None and to_sorted is not None:
             self._check_states(data, states, batch_sizes)
             states = tuple(state.index_select(1, to_sorted) for state in states)
-        output, states, every = self._run(data, states, batch_sizes, NONE, all_states)
+        output, states, every = self._run(data, states, batch_sizes, NONE, all_states, within)
         if to_given is not None:
             states = tuple(state.index_select(1, to_given) for state in states)
             every = tuple(state.index_select(2, to_given) for state in every)
@@ -279,6 +295,7 @@ class LayerBase(Regularized, nn.RNNBase):
         batch_sizes: Tensor | None,
         controls: StackControls,
         all_states: bool,
+        within: float,
     ) -> tuple[Tensor, States, States]:
         weights = self._weights()
         # RNNBase.check_input has the words but takes longer than this test, and a short call is all overhead.
@@ -287,6 +304,8 @@ class LayerBase(Regularized, nn.RNNBase):
         if states is not None:
             self._check_states(input, states, batch_sizes)
         stack = self._stack(batch_sizes is not None, all_states)
+        if within:
+            stack = replace(stack, time_parallel=within)
         if controls is not NONE or (self.training and self._draws()):
             steps, batch = stack.sizes(input, batch_sizes)
             controls = self._with_noise(controls, input, steps, batch)

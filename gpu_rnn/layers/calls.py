@@ -28,6 +28,7 @@ class LayerCall(Protocol[S]):
         resets: Array | None = None,
         reset_state: S | None = None,
         return_all_states: Literal[False] = False,
+        time_parallel: float | None = None,
     ) -> tuple[Tensor, S]: ...
 
     @overload
@@ -41,16 +42,27 @@ class LayerCall(Protocol[S]):
         resets: Array | None = None,
         reset_state: S | None = None,
         return_all_states: Literal[True],
+        time_parallel: float | None = None,
     ) -> tuple[Tensor, S, S]: ...
 
     @overload
     def __call__(
-        self, input: PackedSequence, hx: S | None = None, *, return_all_states: Literal[False] = False
+        self,
+        input: PackedSequence,
+        hx: S | None = None,
+        *,
+        return_all_states: Literal[False] = False,
+        time_parallel: float | None = None,
     ) -> tuple[PackedSequence, S]: ...
 
     @overload
     def __call__(
-        self, input: PackedSequence, hx: S | None = None, *, return_all_states: Literal[True]
+        self,
+        input: PackedSequence,
+        hx: S | None = None,
+        *,
+        return_all_states: Literal[True],
+        time_parallel: float | None = None,
     ) -> tuple[PackedSequence, S, S]: ...
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,13 +13,14 @@ if TYPE_CHECKING:
     from gpu_rnn.layers.base import LayerBase
 
 
-def run(layer: LayerBase, input: Any, hx: Any, steering: tuple[Any, ...], all_states: bool) -> tuple[Any, ...]:
+def run(layer: LayerBase, input: Any, hx: Any, steering: tuple[Any, ...], asked: Mapping[str, Any]) -> tuple[Any, ...]:
     """A call of the layer on a jagged input: as on the padded one with its lengths.
 
     The output has the input's offsets, so that torch takes both for alike. The host waits once, for the lengths.
 
     Args:
         steering: mask, lengths, resets and reset_state, which are refused.
+        asked: the call's other arguments.
 
     Raises:
         TypeError: another axis than the second has several lengths.
@@ -38,7 +40,7 @@ def run(layer: LayerBase, input: Any, hx: Any, steering: tuple[Any, ...], all_st
     padded = values.new_zeros(len(lengths), width, values.shape[1])
     padded = padded.index_put((rows, times), values[offsets[rows] + times])
     sequence = padded if layer.batch_first else padded.transpose(0, 1)
-    y, *states = layer.forward(sequence, hx, lengths=lengths, return_all_states=all_states)
+    y, *states = layer.forward(sequence, hx, lengths=lengths, **asked)
     if layer.return_sequences:
         y = (y if layer.batch_first else y.transpose(0, 1))[rows, times]
         has_holes = input.lengths() is not None  # between the rows, as torch.nested.narrow leaves them

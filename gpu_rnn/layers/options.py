@@ -146,7 +146,7 @@ def defaults(recurrence: Recurrence) -> dict[str, Any]:
     return DEFAULTS | {"zoneout": (0.0,) * len(recurrence.states)}
 
 
-OF_THE_CALL = ("hx", "mask", "lengths", "resets", "reset_state", "return_all_states")
+OF_THE_CALL = ("hx", "mask", "lengths", "resets", "reset_state", "return_all_states", "time_parallel")
 OF_THE_RECURRENCE: dict[str, Any] = {  # the constructors' arguments that are, with their defaults
     "activation": "tanh",
     "recurrent_activation": "sigmoid",

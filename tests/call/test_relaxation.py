@@ -1,0 +1,396 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers parallel in time: the numbers of steps in a row, a bound at every border, a way back where none settles."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import gpu_rnn
+from benchmarks.certifying import random_calls
+from benchmarks.certifying.random_calls import leaves, values_and_gradients
+from gpu_rnn import functional, memo
+from gpu_rnn.backends.problem import Problem
+from gpu_rnn.call import passes, relaxation
+from gpu_rnn.call.passes import Options
+from gpu_rnn.dispatch import relaxation_plan
+from gpu_rnn.dispatch.relaxation_plan import Outcome, TimePlan
+from tests.call.test_options import FEW_BUILDS, calls, combinations, recurrence, tensors
+from tests.support import native
+from tests.support import options_by_hand as by_hand
+
+EXACT = 1e-13  # the tolerance with which all chunks run until nothing moves
+TIGHT = 1e-9
+
+
+@contextmanager
+def in_chunks(count: int, most: int = 64) -> Iterator[list[tuple[str, int]]]:
+    """Every pass of a call with a tolerance runs in so many chunks. Yields the direction and rows of each launch."""
+    launches = []
+
+    def plan(problem: Problem, backend: str, tolerance: float) -> TimePlan:
+        steps = -(-problem.T // count)
+        return TimePlan(-(-problem.T // steps), steps, most, 0.0, 1.0)
+
+    def loop(backend: str, problem: Problem) -> Any:
+        launches.append((problem.direction, problem.B))
+        return of_backend(backend, problem)
+
+    of_backend = passes._loop
+    memo.clear(relaxation_plan.__name__)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(relaxation_plan, "plan", plan)
+        patch.setattr(relaxation_plan, "against", lambda problem, backend, tolerance: "")
+        patch.setattr(passes, "_loop", loop)
+        yield launches
+    memo.clear(relaxation_plan.__name__)
+
+
+def outcomes() -> list[Outcome]:
+    return list(relaxation_plan._outcomes.values())
+
+
+def outputs(layer: Any, x: Tensor, **call: Any) -> list[Tensor]:
+    y, states, *every = layer(x, **call)
+    return [y, *(t for group in (states, *every) for t in (group if isinstance(group, tuple) else (group,)))]
+
+
+def forgetful(cell: str = "LSTM", **options: Any) -> Any:
+    """A layer in float64 with torch.nn's initial weights, on a loop."""
+    torch.manual_seed(0)
+    return getattr(gpu_rnn, cell)(3, 6, dtype=torch.float64, backend="step", **options)
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+
+def same(found: list[Tensor], expected: list[Tensor], atol: float) -> None:
+    for value, truth in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, truth, rtol=0, atol=atol)
+
+
+def compare(call: dict[str, Any], chunks: int, backend: str) -> None:
+    """Beside loops by hand, until nothing moves."""
+    made, options = tensors(call), call["options"]
+    y, final, every = by_hand.run(made)
+    of_leaves = [*leaves(made).values()]
+    expected = values_and_gradients([y, *final, *(every if "all_states" in options else [])], of_leaves)
+    with in_chunks(chunks) as launches, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(functional, "rnn", partial(functional.rnn, time_parallel=EXACT))
+        found = values_and_gradients(random_calls.call(made, recurrence(call), options, backend), of_leaves)
+        assert {direction for direction, _ in launches} == {"training", "backward"}
+        assert all(outcome.settled for outcome in outcomes())
+    for value, truth in zip(found, expected, strict=True):
+        scale = max(1.0, truth.abs().max().item()) if truth.numel() else 1.0
+        torch.testing.assert_close(value, truth, rtol=0, atol=TIGHT * scale)
+
+
+def longer(without: frozenset[str] = frozenset(), **among: Any) -> Any:
+    """Random calls of more steps, and a number of chunks."""
+    steps = st.tuples(st.integers(4, 11), st.integers(2, 4))
+    return st.tuples(calls(without=without, **among), steps).map(lambda both: (both[0] | {"T": both[1][0]}, both[1][1]))
+
+
+@combinations(60)
+@given(longer())
+def test_every_option_and_cell(drawn: tuple[dict[str, Any], int]) -> None:
+    compare(*drawn, "step")
+
+
+@pytest.mark.slow
+@combinations(1000)
+@given(longer())
+def test_every_option_and_cell_in_full(drawn: tuple[dict[str, Any], int]) -> None:
+    compare(*drawn, "step")
+
+
+@native.NEEDS_C
+@combinations(40)
+@given(longer(frozenset({"clip"}), among=FEW_BUILDS))
+def test_native(drawn: tuple[dict[str, Any], int]) -> None:
+    compare(*drawn, "native")
+
+
+@pytest.mark.parametrize("option", ["recurrent_dropout", "zoneout", "weight_drop", "layer_norm", "dropout"])
+def test_a_layer_in_training(option: str) -> None:
+    """What is drawn at random is the same in both."""
+    layer, x = forgetful(num_layers=2, **{option: True if option == "layer_norm" else 0.3}), draw(30, 2, 3)
+    both = []
+    for call in ({}, {"time_parallel": EXACT}):
+        torch.manual_seed(2)
+        with in_chunks(3):
+            found = outputs(layer, x, **call)
+        both.append([*found, *torch.autograd.grad(found[0].square().sum(), [x, *layer.parameters()])])
+    same(both[1], both[0], TIGHT)
+
+
+def test_packed_and_jagged_rows() -> None:
+    layer, x, lengths = forgetful(bidirectional=True), draw(40, 3, 3), torch.tensor([40, 17, 9])
+    packed = torch.nn.utils.rnn.pack_padded_sequence(x, lengths)
+    jagged = torch.nested.nested_tensor([x[:n, row].detach() for row, n in enumerate(lengths)], layout=torch.jagged)
+    with in_chunks(4) as launches:
+        found, expected = layer(packed, time_parallel=EXACT), layer(packed)
+        of_jagged, expected_jagged = layer(jagged, time_parallel=EXACT), layer(jagged)
+        assert launches
+    same([found[0].data, *found[1]], [expected[0].data, *expected[1]], TIGHT)
+    same([of_jagged[0].values(), *of_jagged[1]], [expected_jagged[0].values(), *expected_jagged[1]], TIGHT)
+
+
+@pytest.mark.parametrize("tolerance", [1e-3, 1e-6, 1e-9])
+@pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
+def test_the_tolerance_bounds_every_border(cell: str, tolerance: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each chunk begins within the tolerance of where the one before it ends, in the last pass that it ran."""
+    borders = {}
+
+    class Recorded(relaxation._Forward):
+        def run(self, values: list[Tensor], rows: Tensor | None) -> None:
+            super().run(values, rows)
+            borders["starts"], borders["ends"] = values, self.result.final
+
+    monkeypatch.setattr(relaxation, "_Forward", Recorded)
+    layer = forgetful(cell)
+    for scale in (0.5, 1.0, 2.0):
+        with torch.no_grad(), in_chunks(8):
+            layer.weight_hh_l0 *= scale
+            layer(draw(160, 2, 3), time_parallel=tolerance)
+            assert outcomes()[0].settled
+        for start, end in zip(borders["starts"], borders["ends"], strict=True):
+            assert (start[2:] - end[:-2]).abs().max() <= tolerance  # rows of a batch of two
+
+
+@pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
+def test_values_and_gradients_are_as_close_as_asked(cell: str) -> None:
+    layer, x = forgetful(cell), draw(256, 2, 3)
+    expected = values_and_gradients(outputs(layer, x), [x, *layer.parameters()])
+    for tolerance in (1e-3, 1e-6, 1e-9):
+        with in_chunks(8):
+            found = values_and_gradients(outputs(layer, x, time_parallel=tolerance), [x, *layer.parameters()])
+            assert all(outcome.settled and outcome.passes < 8 for outcome in outcomes())
+        for value, truth in zip(found, expected, strict=True):
+            # A recurrence that forgets makes of what is off at a border no more than that.
+            torch.testing.assert_close(value, truth, rtol=0, atol=2 * tolerance * max(1.0, truth.abs().max().item()))
+
+
+def test_a_long_memory_never_settles_and_is_computed_step_by_step(caplog: pytest.LogCaptureFixture) -> None:
+    """Bit for bit as without the option."""
+    layer, x = forgetful(), draw(96, 2, 3)
+    with torch.no_grad():
+        layer.bias_hh_l0[6:12] += 4.0  # the forget gate
+    expected = values_and_gradients(outputs(layer, x), [x, *layer.parameters()])
+    with in_chunks(12, most=3) as launches, caplog.at_level(logging.INFO, "gpu_rnn"):
+        found = values_and_gradients(outputs(layer, x, time_parallel=1e-6), [x, *layer.parameters()])
+        assert [outcome for outcome in outcomes() if not outcome.settled] == [Outcome(3, False)] * 2
+    assert [direction for direction, _ in launches] == ["training"] * 3 + ["backward"] * 3
+    for value, truth in zip(found, expected, strict=True):
+        assert torch.equal(value, truth)
+    said = [record.getMessage() for record in caplog.records]
+    assert [words.split(":")[0] for words in said] == ["training of lstm", "backward of lstm"]
+    assert "after 3 passes borders between 12 chunks of 8 steps still move by more than 1e-06" in said[0]
+
+
+def test_no_number_never_settles() -> None:
+    layer, x = forgetful(), draw(32, 1, 3).detach()
+    x[5] = float("nan")
+    with in_chunks(4, most=6):
+        y, _ = layer(x, time_parallel=1e-6)
+        assert not outcomes()[0].settled
+    torch.testing.assert_close(y, layer(x)[0], rtol=0, atol=0, equal_nan=True)
+
+
+def test_only_chunks_whose_border_moved_run_again() -> None:
+    """Of a memory that is cut by a mask everywhere but in one place."""
+    layer, x = forgetful(), draw(160, 1, 3)
+    with torch.no_grad():
+        layer.bias_hh_l0[6:12] += 12.0  # it forgets nothing
+    resets = torch.zeros(160, 1, dtype=torch.bool)
+    resets[::10] = True  # a chunk begins with every second
+    resets[40:80] = False
+    with torch.no_grad(), in_chunks(8) as launches:
+        found = outputs(layer, x, resets=resets, time_parallel=1e-9)
+    # Chunks 2 and 3 begin without one, and 3 is right once 2 has been.
+    assert launches == [("inference", 8), ("inference", 2), ("inference", 1)]
+    with torch.no_grad():
+        same(found, outputs(layer, x, resets=resets), 1e-9)
+
+
+def test_a_reset_at_a_border_leaves_it_free() -> None:
+    layer, x = forgetful(bidirectional=True), draw(80, 2, 3)
+    with torch.no_grad():
+        layer.bias_hh_l0[6:12] += 12.0
+    resets = torch.zeros(80, 2, dtype=torch.bool)
+    resets[::20] = True  # which cuts both directions
+    expected = values_and_gradients(outputs(layer, x, resets=resets), [x, *layer.parameters()])
+    with in_chunks(4) as launches:
+        found = values_and_gradients(outputs(layer, x, resets=resets, time_parallel=EXACT), [x, *layer.parameters()])
+    assert launches == [("training", 8), ("backward", 8)]
+    same(found, expected, TIGHT)
+
+
+def test_masked_chunks_hand_on_at_once() -> None:
+    """What comes after any number of them has its state in the second pass."""
+    layer, x = forgetful(), draw(200, 2, 3)
+    with torch.no_grad():
+        layer.bias_hh_l0[6:12] += 12.0
+    mask = torch.zeros(200, 2, dtype=torch.bool)
+    mask[:5] = mask[190:] = True
+    call = {"mask": mask, "return_all_states": True}
+    wanted = [x, *layer.parameters()]
+    expected = values_and_gradients(outputs(layer, x, **call), wanted)
+    with in_chunks(10):
+        found = values_and_gradients(outputs(layer, x, **call, time_parallel=EXACT), wanted)
+        assert [outcome.passes for outcome in outcomes()] == [2, 2]
+    same(found, expected, TIGHT)
+
+
+def test_a_long_sequence_takes_chunks_by_itself() -> None:
+    """Where each step costs a call of torch's, as in the step loop on a CPU, and steps in a row where it does not."""
+    layer, x = forgetful(), draw(2048, 1, 3)
+    explained = gpu_rnn.explain(layer, x, time_parallel=1e-9)
+    forward, backward = explained.time_plans
+    assert forward.steps >= relaxation_plan.SHORTEST and forward.seconds < forward.alone
+    assert "\nforward parallel in time: " in str(explained) and "\nbackward parallel in time: " in str(explained)
+    found = outputs(layer, x, time_parallel=1e-9)
+    assert "settled in 2 passes when it last ran" in str(gpu_rnn.explain(layer, x, time_parallel=1e-9))
+    same(found, outputs(layer, x), 1e-8)
+    assert backward.chunks * backward.steps >= 2048
+
+
+@pytest.mark.parametrize(
+    ("options", "call", "words"),
+    [
+        ({"backend": "step"}, {}, "there are 40 steps, and a chunk has at least 32"),
+        ({"backend": "reference"}, {}, "the reference runs one step after the other"),
+        ({"dtype": torch.bfloat16}, {}, r"rounded: the tolerance is at least 0\.0078125 there"),
+    ],
+)
+def test_why_not(options: dict[str, Any], call: dict[str, Any], words: str, caplog: pytest.LogCaptureFixture) -> None:
+    memo.clear(relaxation_plan.__name__)
+    layer = gpu_rnn.LSTM(3, 6, **{"dtype": torch.float32} | options)
+    x = torch.randn(40, 1, 3, dtype=layer.weight_ih_l0.dtype)
+    explained = gpu_rnn.explain(layer, x, time_parallel=1e-6)
+    assert explained.time_plans == ()
+    assert words.replace("\\", "") in str(explained).partition("not parallel in time: ")[2]
+    with torch.no_grad(), caplog.at_level(logging.INFO, "gpu_rnn"):
+        assert torch.equal(layer(x, time_parallel=1e-6)[0], layer(x)[0])
+    assert not relaxation_plan._outcomes
+
+
+def test_recorded_calls_run_in_chunks() -> None:
+    """The passes are inside of the operation that is recorded."""
+    layer, x = forgetful(), draw(64, 2, 3)
+    expected = values_and_gradients([layer(x)[0]], [x])
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.layer(x, time_parallel=EXACT)[0]
+            return y
+
+    exported = torch.export.export(Model(), (x,)).module()
+    compiled = torch.compile(Model(), backend="aot_eager", fullgraph=True)
+    for recorded in (exported, compiled):
+        with in_chunks(4) as launches:
+            found = values_and_gradients([recorded(x)], [x])
+        assert {direction for direction, _ in launches} >= {"training", "backward"} or recorded is exported
+        assert launches
+        same(found, expected, TIGHT)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is:DeprecationWarning")
+def test_transforms_and_second_derivatives() -> None:
+    """Derivatives beyond the first are the reference's, as with the other options."""
+    layer, x = forgetful("GRU"), draw(24, 2, 3)
+
+    def loss(x: Tensor, **call: Any) -> Tensor:
+        total: Tensor = layer(x, **call)[0].square().sum()
+        return total
+
+    chunked = partial(loss, time_parallel=EXACT)
+    with in_chunks(3):
+        same([torch.func.grad(chunked)(x)], [torch.func.grad(loss)(x)], TIGHT)
+        batch = torch.stack([x, -x]).detach()
+        same([torch.vmap(chunked)(batch)], [torch.vmap(loss)(batch)], TIGHT)
+        tangent = torch.func.jvp(chunked, (x.detach(),), (torch.ones_like(x),))[1]
+        same([tangent], [torch.func.jvp(loss, (x.detach(),), (torch.ones_like(x),))[1]], TIGHT)
+        (once,) = torch.autograd.grad(chunked(x), x, create_graph=True)
+        (plain,) = torch.autograd.grad(loss(x), x, create_graph=True)
+        same([*torch.autograd.grad(once.sum(), x)], [*torch.autograd.grad(plain.sum(), x)], TIGHT)
+
+
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [
+        (True, TypeError),
+        ("1e-6", TypeError),
+        (torch.tensor(1e-6), TypeError),
+        (0.0, ValueError),
+        (-1e-6, ValueError),
+        (float("nan"), ValueError),
+        (float("inf"), ValueError),
+    ],
+)
+def test_what_a_tolerance_is(value: Any, error: type[Exception]) -> None:
+    layer, x = forgetful(), draw(8, 1, 3)
+    call: list[Callable[[], Any]] = [
+        lambda: layer(x, time_parallel=value),
+        lambda: functional.rnn(x, None, list(layer.parameters()), layer.recurrence, time_parallel=value),
+        lambda: gpu_rnn.explain(layer, x, time_parallel=value),
+    ]
+    for each in call:
+        with pytest.raises(error, match="time_parallel"):
+            each()
+
+
+def test_none_and_false_ask_for_nothing() -> None:
+    layer, x = forgetful(), draw(64, 1, 3)
+    for value in (None, False):
+        with in_chunks(4) as launches:
+            layer(x, time_parallel=value)
+        assert not launches
+
+
+@pytest.mark.parametrize("tolerance", [1e-6, 0.1, 123.0, 5e-324])
+def test_options_travel_as_text(tolerance: float) -> None:
+    for rms in (False, True):
+        options = Options("step", "01", save=True, rms=rms, time_parallel=tolerance)
+        assert Options.decode(options.encode()) == options
+    with pytest.raises(ValueError, match="the options of a layer read like"):
+        Options.decode("auto 0 save y within 1")
+
+
+def test_a_captured_graph_holds_no_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = forgetful()._stack().problem(draw(64, 1, 3), None, list(forgetful().parameters()), None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    on_a_gpu = type("OnGpu", (), {"is_cuda": True})()
+    with in_chunks(4):
+        assert passes._in_chunks(problem, Options(time_parallel=1e-6), on_a_gpu) is None
+
+
+def test_rows_that_run_again_are_a_half_or_less_of_all() -> None:
+    chunks = relaxation.TimeChunks.__new__(relaxation.TimeChunks)
+    chunks.count, chunks.batch = 16, 2
+    for count, rows in ((32, None), (17, None), (16, 16), (9, 16), (8, 8), (3, 4), (1, 1)):
+        moved = torch.zeros(32, dtype=torch.bool)
+        moved[5 : 5 + count] = True
+        found = chunks.again(moved, int(moved.sum()))
+        assert (None if found is None else len(found)) == (None if rows is None else rows)
+        assert found is None or set(moved.nonzero().flatten().tolist()) <= set(found.tolist())
+
+
+def test_infinities_stand_still() -> None:
+    infinite = torch.full((2, 1, 1), float("inf"))
+    assert not relaxation._moved([infinite], [infinite], 1e-6, None).any()
+    assert relaxation._moved([infinite], [-infinite], 1e-6, None).all()
