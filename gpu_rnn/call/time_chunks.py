@@ -25,16 +25,23 @@ class TimeChunks:
         self.call, self.total, self.count, self.steps = call, total, count, -(-total // count)
         self.batch, n = call.states[0].shape[:2]
         self.within = self._within()
-        flags, values = self._flags(n), call.reset_values
-        self.borders = Borders(count, self.batch, call.reverse, None if flags is None else self.rows(flags))
-        controls = call.controls
-        cut = LayerControls(
-            flags=None if flags is None else self.rows(flags),
-            drop=None if controls.drop is None else self.repeated(controls.drop, 0),
-            zone=None if controls.zone is None else self.rows_of_each(controls.zone),
-        )
-        resets = [self.repeated(value, 1) if len(value) == 1 else self.rows(value) for value in values]
+        flags = self._flags(n)
+        flags = None if flags is None else self.rows(flags)
+        self.borders = Borders(count, self.batch, call.reverse, flags)
+        controls = {name: self._cut(name, value) for name, value in call.controls.of_loops.items() if value is not None}
+        cut = LayerControls(**controls | {"lengths": None, "flags": flags})
+        resets = [self.repeated(value, 1) if len(value) == 1 else self.rows(value) for value in call.reset_values]
         self.whole = replace(call, controls=cut, reset_values=resets, kept=None)
+
+    def _cut(self, name: str, control: Tensor) -> Tensor | None:
+        """A control of all rows; lengths and flags are others by then."""
+        axes = CONTROL_AXES[name]
+        steps, batch = axes.place("T"), axes.place("B")
+        if name in ("lengths", "flags") or batch is None:
+            return None
+        if steps is None:
+            return self.repeated(control, batch)
+        return self.rows_of_each(control) if steps else self.rows(control)
 
     def _within(self) -> Tensor | None:
         """(K·L, B or 1): the steps that a row has; None where all have all."""

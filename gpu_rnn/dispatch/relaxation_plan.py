@@ -23,7 +23,7 @@ log = logging.getLogger("gpu_rnn")
 MEMORY = 128
 SHORTEST = 32  # steps of a chunk: shorter ones would take more than five passes
 MOST_PASSES = 16
-HOST = 3e-4  # predicted seconds of a pass beside its launch: some 30 small operations, and the wait for its answer
+PASS_HOST = 3e-4  # predicted seconds of a pass beside its launch: some 30 small operations, and the wait for its answer
 CPU_BYTES = 5e9  # a second that a core copies, rough
 MOST_OUTCOMES = 256
 
@@ -144,7 +144,7 @@ def _copies(one: Problem) -> float:
     moved = (
         one.T * one.B * one.N * one.H * one.dtype.itemsize * (one.G + len(one.program.states) + one.G * one.training)
     )
-    return HOST + 2 * moved / (one.device.memory_rate * 1e9 if one.device.is_gpu else CPU_BYTES)
+    return PASS_HOST + 2 * moved / (one.device.memory_rate * 1e9 if one.device.is_gpu else CPU_BYTES)
 
 
 @memoize(1024)

@@ -108,7 +108,7 @@ def test_every_option_and_cell(drawn: tuple[dict[str, Any], int]) -> None:
 
 
 @pytest.mark.slow
-@combinations(1000)
+@combinations(400)
 @given(longer())
 def test_every_option_and_cell_in_full(drawn: tuple[dict[str, Any], int]) -> None:
     compare(*drawn, "step")
