@@ -61,7 +61,7 @@ def test_every_drawn_call_is_one() -> None:
 
 
 def test_a_bound_knows_the_condition(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layer normalisation over two values: other roundings of plain PyTorch are off by several times as much as one."""
+    """Layer normalisation over two values: of one rounding alone plain PyTorch may be off by little."""
     truth = cases.Truth(cases.draw(505478397, 190002))
     assert "layer_norm" in truth.case.options and truth.case.sizes.H == 2
     assert not truth.wrong("step", torch.float32)
