@@ -78,6 +78,14 @@ class LayerControls(NamedTuple):
             return self
         return LayerControls(*(value if value is None else dense_of_its_kind(value, dtype) for value in self))
 
+    def counts(self, steps: int) -> Tensor | None:
+        """(T, B): the steps that count, None if all do; of one layer, whose directions count alike."""
+        if self.flags is not None:
+            return (self.flags[:, :, 0] & SKIP) == 0
+        if self.lengths is None:
+            return None
+        return torch.arange(steps, device=self.lengths.device)[:, None] < self.lengths
+
     @property
     def described(self) -> dict[str, Any]:
         """Which of them there are, as `Problem` has it: whether, of `drop` how many masks."""
@@ -261,6 +269,11 @@ def all_dense(tensors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]
 def dense_of_its_kind(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """`dense`, of that dtype if it holds numbers, else of its own."""
     return dense(tensor, dtype if tensor.is_floating_point() else tensor.dtype)
+
+
+def counted(values: Tensor, counts: Tensor | None) -> Tensor:
+    """(T, B, ·) with 0 at the steps that do not count, whatever stands there."""
+    return values if counts is None else torch.where(counts.unsqueeze(-1), values, 0)
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

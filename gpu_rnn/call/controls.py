@@ -136,6 +136,8 @@ class StackControls(NamedTuple):
 
     def to(self, dtype: torch.dtype) -> StackControls:
         """The same with what enters products, and states, in a dtype."""
+        if self.recurrent_mask is self.reset_state is None:
+            return self
         drop = None if self.recurrent_mask is None else self.recurrent_mask.to(dtype)
         values = self.reset_state and tuple(value.to(dtype) for value in self.reset_state)
         return self._replace(recurrent_mask=drop, reset_state=values)
@@ -260,9 +262,17 @@ def _checked_lengths(lengths: Tensor, steps: int, batch: int) -> Tensor:
             f"lengths has one number for each of the {batch} rows of the batch, got shape {tuple(lengths.shape)}"
         )
     known = lengths.is_cpu and not onlookers.recorded(lengths) and not transforms.active()
-    if known and batch and not 0 <= int(lengths.min()) <= int(lengths.max()) <= steps:
+    if known and batch and not _within(lengths, steps):
         raise ValueError(f"lengths are between 0 and {steps}, the steps of the input, got {lengths.tolist()}")
     return lengths if known else lengths.clamp(0, steps)
+
+
+def _within(lengths: Tensor, steps: int) -> bool:
+    """Of few numbers a list is looked at sooner than a tensor."""
+    if len(lengths) <= 64:
+        each = lengths.tolist()
+        return 0 <= min(each) <= max(each) <= steps
+    return 0 <= int(lengths.min()) <= int(lengths.max()) <= steps
 
 
 def _flags(valid: Tensor | None, resets: Tensor | None, lengths: Tensor | None, reverse: str) -> Tensor:
@@ -271,7 +281,7 @@ def _flags(valid: Tensor | None, resets: Tensor | None, lengths: Tensor | None, 
     skip = None if valid is None else (~valid).to(torch.uint8)
     if resets is None:
         assert skip is not None
-        return skip.unsqueeze(-1).expand(-1, -1, len(reverse)).contiguous()
+        return _of_each(skip, len(reverse))
     if lengths is not None:  # what begins after a row's end is none of its episodes
         resets = resets & (torch.arange(resets.shape[0], device=resets.device)[:, None] < lengths)
     forward = resets.to(torch.uint8) * RESET
@@ -280,8 +290,14 @@ def _flags(valid: Tensor | None, resets: Tensor | None, lengths: Tensor | None, 
         backward = _earlier(forward) * (steps < resets.shape[0] - 1)  # nothing comes before the last step
         flags = torch.stack([forward if flag == "0" else backward for flag in reverse], -1)
     else:
-        flags = forward.unsqueeze(-1).expand(-1, -1, len(reverse)).contiguous()
+        flags = _of_each(forward, len(reverse))
     return flags if skip is None else flags | skip.unsqueeze(-1)
+
+
+def _of_each(flags: Tensor, recurrences: int) -> Tensor:
+    """(T, B) -> (T, B, N)"""
+    flags = flags.unsqueeze(-1)
+    return (flags if recurrences == 1 else flags.expand(-1, -1, recurrences)).contiguous()
 
 
 def _earlier(values: Tensor) -> Tensor:

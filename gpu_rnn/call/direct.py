@@ -18,7 +18,7 @@ from torch import Tensor
 from gpu_rnn import environment, memo
 from gpu_rnn.backends.native import building, limits
 from gpu_rnn.backends.native import direct as native
-from gpu_rnn.backends.tensors import PLAIN, Inputs, LayerControls, all_dense, dense, readable_in_c, state_dtype
+from gpu_rnn.backends.tensors import PLAIN, Inputs, LayerControls, all_dense, counted, dense, readable_in_c, state_dtype
 from gpu_rnn.call import onlookers, second_order, transforms
 from gpu_rnn.call.controls import NONE, StackControls
 from gpu_rnn.call.stack import Stack, States
@@ -68,10 +68,8 @@ def _layers(
     if controls is not NONE:
         controls, steps = controls.to(plan.dtype), y.shape[0]
         flags = controls.flags(stack.reverse, steps, stack.all_states)
-        if grad or stack.all_states:  # else the loop's y is 0 at steps that do not count
+        if stack.all_states:  # else the loop's y is 0 at steps that do not count
             valid = controls.valid(steps)
-        if grad and valid is not None:  # whatever stands in the padding, NaN too, must not reach a gradient
-            y = torch.where(valid.unsqueeze(-1), y, 0)
     final, every = [], []
     for number in range(stack.num_layers):
         if number and stack.dropout:
@@ -155,8 +153,9 @@ def _apart(plan: native.LayerPlan, tensors: Sequence[Any]) -> tuple[Any, Sequenc
 
 
 def _inputs(plan: native.LayerPlan, controls: LayerControls, tensors: Sequence[Tensor]) -> Inputs:
-    """In canonical layout."""
+    """In canonical layout; what x holds at steps that do not count, NaN perhaps, reaches no gradient."""
     x, states, weights, resets = _apart(plan, tensors)
+    x = x if controls is PLAIN else counted(x, controls.counts(len(x)))
     return Inputs(x, plan.weights(weights), controls, plan.rows_first(x, states), list(resets))
 
 

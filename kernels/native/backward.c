@@ -140,7 +140,7 @@ static void differentiate_norm(backward_loop *loop, long row) {
 }
 
 // A row that the step did not compute: what comes in goes to the states before
-// it. y beyond a row's length is 0 and takes nothing.
+// it. A y that is 0 takes nothing.
 static void pass_by(backward_loop *loop, long row) {
   const share *mine = loop->mine;
   const arguments *a = mine->of;
@@ -159,7 +159,7 @@ static void pass_by(backward_loop *loop, long row) {
   }
   for (int k = 0; k < STATES; k++) {
     const scalar *outer = k ? a->d_inner : a->d_y;
-    if (!outer || (!k && loop->t >= length_of(mine, row)))
+    if (!outer || (!k && (a->silent || loop->t >= length_of(mine, row))))
       continue;
     outer += ((k ? k - 1 : 0) * all + place) * width_of(a, k);
     for (long unit = 0; unit < width_of(a, k); unit++)

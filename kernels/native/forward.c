@@ -50,7 +50,9 @@ static inline void put_state(forward_loop *loop, int k, long row, long place,
   store((k ? loop->states[k] : loop->next) + at, value, LANES);
   if (!k)
     store(a->y + place * a->width + unit, value, left);
-  else if (a->inner)
+  if (!k && a->h)
+    store(a->h + place * a->width + unit, value, left);
+  if (k && a->inner)
     store(a->inner + of_unit - all * a->units, value, left);
 }
 
@@ -231,6 +233,8 @@ static void keep(forward_loop *loop) {
       memset(a->y + place * a->width, 0, of_h);
     else
       memcpy(a->y + place * a->width, loop->states[0] + at, of_h);
+    if (a->h)
+      memcpy(a->h + place * a->width, loop->states[0] + at, of_h);
     for (int k = 1; k < STATES && a->inner; k++)
       memcpy(a->inner + ((k - 1) * all + place) * a->units,
              loop->states[k] + at, bytes);

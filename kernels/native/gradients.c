@@ -1,28 +1,44 @@
 // SPDX-License-Identifier: Apache-2.0
 // The gradients of weights and of x, once the loop has those of the gates:
 // products over all steps, of some places (a row at a time) at once, so that
-// what is multiplied stays in the nearer caches. Of calls that are too short to
-// be a library's; one thread takes them.
+// what is multiplied stays in the nearer caches, and of those alone that the
+// loop computed. Of calls that are too short to be a library's; one thread
+// takes them.
 
 enum { AT_ONCE = 64 }; // places
 
 typedef struct {
   const arguments *of;
   const share *all; // rows of recurrence n
-  long first, count;
-  scalar *panel;    // what is multiplied with `turned`, as a product takes it
-  scalar *w_ih;     // likewise, with the gradients of gates
-  scalar *turned;   // (GATES * units, AT_ONCE), of gates or their products
-  scalar *entering; // (AT_ONCE, width)
-  long at[AT_ONCE]; // 0, 1, ...
-  long *lines;      // likewise, of all lines of `turned`
+  long t, row;      // where the next places begin
+  long places[AT_ONCE], count;
+  int adds;       // whether there were others before
+  scalar *panel;  // what is multiplied with `turned`, as a product takes it
+  scalar *w_ih;   // likewise, with the gradients of gates
+  scalar *turned; // (GATES * units, AT_ONCE), of gates or their products
+  scalar *beside; // (AT_ONCE, ·), what is to be packed
+  long *lines;    // 0, 1, ... of all lines of `turned`
 } gradients;
 
-// Values of the places from the first one on, which lie `apart`.
+// Values of all places, from the first one on, which lie `apart`.
 typedef struct {
   const scalar *from;
   long apart;
 } values;
+
+// The next places that were computed.
+static void advance_places(gradients *self) {
+  const share *all = self->all;
+  const arguments *a = all->of;
+  for (self->count = 0; self->t < a->steps; self->t++, self->row = 0)
+    for (; self->row < a->batch; self->row++) {
+      if (self->count == AT_ONCE)
+        return;
+      if (is_live(all, self->row, self->t))
+        self->places[self->count++] =
+            time_of(all, self->row, self->t) * a->batch + self->row;
+    }
+}
 
 // Where sums go: lines of so many columns.
 typedef struct {
@@ -47,10 +63,8 @@ static void put_lines(void *context, long line, long group, const real *sums) {
 // Of a tensor (T, B, N, lines, columns) one line.
 static values line_of(const gradients *self, const scalar *tensor, long lines,
                       long line, long columns) {
-  const long across = self->of->across;
-  const long place = self->first * across + self->all->n;
-  return (values){tensor + (place * lines + line) * columns,
-                  across * lines * columns};
+  const long at = (self->all->n * lines + line) * columns;
+  return (values){tensor + at, self->of->across * lines * columns};
 }
 
 // The gradient of what enters a gate from the input or, where that is another
@@ -68,8 +82,11 @@ static void turn_lines(const gradients *self, values of, long columns,
     for (long place = 0; place < self->count; place += LANES) {
       real square[LANES];
       for (long k = 0; k < LANES; k++)
-        square[k] = load(of.from + (place + k) * of.apart + column,
-                         place + k < self->count ? columns - column : 0);
+        square[k] =
+            place + k < self->count
+                ? load(of.from + self->places[place + k] * of.apart + column,
+                       columns - column)
+                : K(0);
       turn(square);
       for (long k = 0; k < LANES && column + k < columns; k++)
         store(to + (column + k) * AT_ONCE + place, square[k], LANES);
@@ -82,40 +99,42 @@ static void add_up(const gradients *self, values of, long columns, scalar *to) {
     const long left = columns - column;
     real sum = {0};
     for (long place = 0; place < self->count; place++)
-      sum += load(of.from + place * of.apart + column, left);
+      sum += load(of.from + self->places[place] * of.apart + column, left);
     add_to(to + column, sum, left);
   }
 }
 
-// Adds up the products of some lines of `turned` with values.
+// Adds up the products of some lines of `turned` with the values beside them.
 static void multiply_turned(const gradients *self, long line, long lines,
-                            values with, long columns, scalar *to) {
+                            long columns, scalar *to) {
   const layout of = {.units = columns,
                      .parts = 1,
                      .depth = self->count,
                      .unit_apart = 1,
-                     .depth_apart = with.apart,
-                     .matrix = with.from};
-  sums_of_lines into = {to + line * columns, columns, self->first > 0};
+                     .depth_apart = columns,
+                     .matrix = self->beside};
+  sums_of_lines into = {to + line * columns, columns, self->adds};
   pack(&of, 0, self->panel);
   product_apart(&of, self->panel, self->turned + line * AT_ONCE, AT_ONCE,
                 self->lines, self->lines, lines, 0, put_lines, &into);
 }
 
+static void put_beside(const gradients *self, values of, long columns) {
+  for (long k = 0; k < self->count; k++)
+    memcpy(self->beside + k * columns, of.from + self->places[k] * of.apart,
+           columns * sizeof(scalar));
+}
+
 // What entered the product of a gate, or of all.
-static void gather(const gradients *self, int gate) {
+static void put_entered_beside(const gradients *self, int gate) {
   const share *all = self->all;
   const arguments *a = all->of;
   backward_loop loop = {.mine = all};
   for (long k = 0; k < self->count; k++) {
-    const long row = (self->first + k) % a->batch;
-    const long time = (self->first + k) / a->batch;
-    scalar *to = self->entering + k * a->width;
+    const long row = self->places[k] % a->batch;
+    const long time = self->places[k] / a->batch;
+    scalar *to = self->beside + k * a->width;
     loop.t = time_of(all, row, time);
-    if (!is_live(all, row, loop.t)) {
-      memset(to, 0, a->width * sizeof(scalar));
-      continue;
-    }
     const scalar *from = state_before(&loop, 0, row, time);
     const scalar *drop = a->drop ? drop_of(all, row, gate) : 0;
     for (long unit = 0; unit < a->width; unit++)
@@ -136,16 +155,16 @@ static void of_recurrent_weights(const gradients *self) {
                  units, self->turned + gate * units * AT_ONCE);
   const int by_gate = a->masks > 1;
   for (int gate = 0; gate < (by_gate ? GATES : 1); gate++) {
-    gather(self, gate);
+    put_entered_beside(self, gate);
     multiply_turned(self, gate * units, by_gate ? units : GATES * units,
-                    (values){self->entering, a->width}, a->width, to);
+                    a->width, to);
   }
   if (!a->d_w_hr)
     return;
   turn_lines(self, line_of(self, a->d_made, 1, 0, a->width), a->width,
              self->turned);
-  multiply_turned(self, 0, a->width, line_of(self, a->made, 1, 0, units), units,
-                  a->d_w_hr + n * a->width * units);
+  put_beside(self, line_of(self, a->made, 1, 0, units), units);
+  multiply_turned(self, 0, a->width, units, a->d_w_hr + n * a->width * units);
 }
 
 // The gradients of the input products before their normalisation, in the place
@@ -154,11 +173,8 @@ static void through_norm(const gradients *self) {
   const share *all = self->all;
   const arguments *a = all->of;
   for (long k = 0; k < self->count; k++) {
-    const long row = (self->first + k) % a->batch;
-    const long time = (self->first + k) / a->batch;
-    const long of = place_of(all, row, time) * GATES, n = all->n * GATES;
-    if (!is_live(all, row, time_of(all, row, time)))
-      continue;
+    const long n = all->n * GATES;
+    const long of = (self->places[k] * a->across + all->n) * GATES;
     for (int gate = 0; gate < GATES; gate++)
       normalise_back(a->d_gates + (of + gate) * a->units,
                      a->normal_x + (of + gate) * a->units, a->rstd_x[of + gate],
@@ -179,26 +195,31 @@ static void of_places(const gradients *self) {
     through_norm(self);
   const values of_all = line_of(self, a->d_gates, 1, 0, of_gates);
   turn_lines(self, of_all, of_gates, self->turned);
-  multiply_turned(self, 0, of_gates,
-                  (values){a->x + self->first * a->features, a->features},
-                  a->features, a->d_w_ih + n * of_gates * a->features);
+  put_beside(self, (values){a->x, a->features}, a->features);
+  multiply_turned(self, 0, of_gates, a->features,
+                  a->d_w_ih + n * of_gates * a->features);
   if (a->d_x) {
     const layout of = {.units = a->features, .parts = 1, .depth = of_gates};
-    sums_of_lines into = {a->d_x + self->first * a->features, a->features,
-                          n > 0};
-    product_apart(&of, self->w_ih, of_all.from, of_all.apart, self->at,
-                  self->at, self->count, 0, put_lines, &into);
+    sums_of_lines into = {a->d_x, a->features, n > 0};
+    product_apart(&of, self->w_ih, of_all.from, of_all.apart, self->places,
+                  self->places, self->count, 0, put_lines, &into);
   }
   of_recurrent_weights(self);
 }
 
+// Of one recurrence.
+static void of_recurrence(gradients *self) {
+  self->t = self->row = self->adds = 0;
+  do { // of no place the gradients are 0
+    advance_places(self);
+    of_places(self);
+    self->adds = 1;
+  } while (self->t < self->of->steps);
+}
+
 // Returns 1 where memory is short.
 static int take_gradients(const arguments *a) {
-  const long of_gates = GATES * a->units, places = a->steps * a->batch;
-  scalar *const sums[] = {a->d_b_ih, a->d_b_hh, a->d_norm_ih};
-  for (int k = 0; k < 3; k++)
-    if (sums[k])
-      memset(sums[k], 0, a->across * of_gates * sizeof(scalar));
+  const long of_gates = GATES * a->units;
   const long widest = a->features > a->units ? a->features : a->units;
   const layout panel = {.units = widest, .parts = 1, .depth = AT_ONCE};
   const layout w_ih = {.units = a->features,
@@ -209,34 +230,42 @@ static int take_gradients(const arguments *a) {
                        .matrix = a->w_ih,
                        .apart = of_gates * a->features};
   const long sizes[] = {packed_size(&panel), a->d_x ? packed_size(&w_ih) : 0,
-                        of_gates * AT_ONCE, AT_ONCE * a->width};
+                        of_gates * AT_ONCE, widest * AT_ONCE};
   scalar *room = take(OF_WEIGHTS, sizes[0] + sizes[1] + sizes[2] + sizes[3]);
-  gradients self = {a, .panel = room};
-  self.lines = malloc(of_gates * sizeof(long));
-  const int failed = !room || !self.lines;
+  long *lines = malloc(of_gates * sizeof(long));
+  const int failed = !room || !lines;
   if (!failed) {
+    gradients self = {a, .panel = room, .lines = lines};
     self.w_ih = self.panel + sizes[0];
     self.turned = self.w_ih + sizes[1];
-    self.entering = self.turned + sizes[2];
-    for (long k = 0; k < AT_ONCE; k++)
-      self.at[k] = k;
+    self.beside = self.turned + sizes[2];
     for (long k = 0; k < of_gates; k++)
-      self.lines[k] = k;
+      lines[k] = k;
     for (long n = 0; n < a->across; n++) {
       const share all = {a, 0, n, 0, 1, a->batch};
       self.all = &all;
       if (a->d_x)
         pack(&w_ih, n, self.w_ih);
-      for (self.first = 0; self.first < places; self.first += AT_ONCE) {
-        const long left = places - self.first;
-        self.count = left < AT_ONCE ? left : AT_ONCE;
-        of_places(&self);
-      }
+      of_recurrence(&self);
     }
   }
-  free(self.lines);
+  free(lines);
   give(OF_WEIGHTS, room);
   return failed;
+}
+
+static void clear(const arguments *a) {
+  const size_t row = a->across * a->units * sizeof(scalar);
+  scalar *const sums[] = {a->d_b_ih, a->d_b_hh, a->d_norm_ih};
+  for (int k = 0; k < 3; k++)
+    if (sums[k])
+      memset(sums[k], 0, GATES * row);
+  if (PARAMS)
+    memset(a->d_params, 0, PARAMS * a->batch * row);
+  if (a->norm)
+    memset(a->d_norm, 0, GATES * a->batch * row);
+  if (a->d_x && (a->flags || a->lengths)) // some places may not be computed
+    memset(a->d_x, 0, a->steps * a->batch * a->features * sizeof(scalar));
 }
 
 // What a loop leaves for each row, added up.
@@ -253,12 +282,9 @@ static void add_rows(const arguments *a, const scalar *of_rows, long count,
 
 // The backward pass. Returns 1 where memory is short.
 int run(const arguments *a) {
-  const size_t of_each = a->batch * a->across * a->units * sizeof(scalar);
   const int apart = !a->d_w_hh; // the gradients of weights are
-  if (!apart && PARAMS)
-    memset(a->d_params, 0, PARAMS * of_each);
-  if (!apart && a->norm)
-    memset(a->d_norm, 0, GATES * of_each);
+  if (!apart)
+    clear(a);
   if (run_shares(a, backward_layout, backward_share))
     return 1;
   add_rows(a, a->d_params, PARAMS, a->d_params_of_all);

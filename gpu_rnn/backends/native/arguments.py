@@ -99,7 +99,7 @@ LOOP = Structure(
             *("x", "w_ih", "b_ih", "norm_ih"),  # where the loop takes the input products, too, and back
         ),
         "scalar": (
-            *("gates", "recurrent", "inner", "y", "normal", "rstd", "normal_x", "rstd_x"),
+            *("gates", "recurrent", "inner", "y", "h", "normal", "rstd", "normal_x", "rstd_x"),
             *("d_gates", "d_recurrent", "d_params", "d_norm", "d_normed", "made", "d_made"),
             # Where the gradients of the weights are taken, too. Those of each row are `d_params` and `d_norm`.
             *("d_x", "d_w_ih", "d_w_hh", "d_b_ih", "d_b_hh", "d_w_hr", "d_norm_ih", "d_params_of_all", "d_norm_of_all"),

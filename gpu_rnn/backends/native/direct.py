@@ -16,7 +16,7 @@ from gpu_rnn.backends.native import arguments, launch
 from gpu_rnn.backends.native.sizes import Extent, LayerSizes, Room
 from gpu_rnn.backends.native.sizes import of as sizes_of
 from gpu_rnn.backends.normalisation import Normalised, Normaliser, room_for
-from gpu_rnn.backends.tensors import PLAIN, Call, LayerControls, Result, Weights
+from gpu_rnn.backends.tensors import PLAIN, Call, LayerControls, Result, Weights, counted
 from gpu_rnn.compiler.program import Program
 from gpu_rnn.memo import memoize
 
@@ -104,14 +104,15 @@ def forward(
     all_states: bool = False,
 ) -> Done:
     """Of x (T, B, I), states (B, N, ·) or of one direction (1, B, ·), and weights as `Stack.of_layer` has them, all
-    without gaps and of the plan's dtype; y is (T, B, N·P), 0 at masked steps where nothing else is wanted."""
+    without gaps and of the plan's dtype; y is (T, B, N·P), 0 at steps that do not count unless all states are wanted.
+    What x holds there is not read."""
     steering = () if controls is PLAIN else tuple(launch.of_controls(controls, resets).items())
     kind = Extent(x.shape, weights[1].shape, steering, save, all_states, torch.get_num_threads())
     sizes = _sizes(plan, kind)
     # Steps that are not computed leave what is saved of them as it is; a second product's values are made of it.
     made = x.new_zeros if steering and len(plan.program.stages) > 1 else x.new_empty
     saved = [made(sizes.saved.size)] if save else []
-    fields = _fields(plan, sizes, sizes.saved, saved)
+    fields = _fields(sizes, sizes.saved, saved)
     tensors: dict[str, Tensor | None] = dict(zip(plan.names, weights, strict=True))
     if sizes.takes_inputs:
         tensors["x"] = x
@@ -143,7 +144,7 @@ def _project(
     return [gates, *normal]
 
 
-def _fields(plan: LayerPlan, sizes: LayerSizes, room: Room, whole: Sequence[Tensor]) -> list[int]:
+def _fields(sizes: LayerSizes, room: Room, whole: Sequence[Tensor]) -> list[int]:
     fields = sizes.fields.copy()
     if room.places:
         start = whole[0].data_ptr()
@@ -188,12 +189,18 @@ def backward(
     `saved`; those of x and the states where they are wanted."""
     assert plan.back is not None
     if not sizes.own_gradients:
+        if controls is not PLAIN:
+            counts = controls.counts(len(x))
+            x = counted(x, counts)
+            d_y = d_y if d_y is None or "h" not in sizes.saved.first else counted(d_y, counts)
         result = _result(plan, sizes, y, saved)
         return _by_a_library(plan, x, states, weights, resets, controls, result, d_y, d_final, d_inner, of_x)
     made = x.new_empty(sizes.made.size)
-    fields = _fields(plan, sizes, sizes.saved, saved)
+    fields = _fields(sizes, sizes.saved, saved)
     for place, offset in sizes.made.places:
         fields[place] = made.data_ptr() + offset
+    if "h" in sizes.saved.first:  # what stands there is what states were
+        fields[plan.packing.places["y"]] = fields[plan.packing.places["h"]]
     d_x = torch.empty_like(x) if of_x else None
     d_states = [torch.empty_like(state) if of_states else None for state in states]
     d_weights, d_resets = (
@@ -202,7 +209,8 @@ def backward(
     )
     tensors: dict[str, Tensor | None] = dict(zip(plan.names, weights, strict=True))
     tensors |= zip(plan.of_gradients, d_weights, strict=True)
-    tensors |= {"x": x, "y": y, "d_y": d_y, "d_x": d_x, "d_inner": d_inner} | _apart(plan, sizes, saved)
+    tensors |= {"x": x, "d_y": d_y, "d_x": d_x, "d_inner": d_inner} | _apart(plan, sizes, saved)
+    tensors["y"] = None if "h" in sizes.saved.first else y
     if controls is not PLAIN:
         tensors |= controls.of_loops
     lists = {"initial": states, "d_final": d_final, "d_initial": d_states, "resets": resets, "d_resets": d_resets}
@@ -232,7 +240,8 @@ def _result(plan: LayerPlan, sizes: LayerSizes, y: Tensor, saved: Sequence[Tenso
         normal = Normalised(*saved[2:4])
     elif "norm" in plan.names:
         normal = Normalised(room.views(("normal_x", "normal"), whole), room.views(("rstd_x", "rstd"), whole))
-    return Result(y.view(steps, batch, n, -1), [], gates, room.view("recurrent", whole), inner, normal)
+    h = room.view("h", whole) if "h" in room.shapes else y.view(steps, batch, n, -1)
+    return Result(h, [], gates, room.view("recurrent", whole), inner, normal)
 
 
 def _by_a_library(

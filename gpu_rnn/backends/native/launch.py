@@ -247,6 +247,6 @@ def of_controls(controls: LayerControls, reset_values: Sequence[Tensor]) -> dict
     flags, drop = controls.flags, controls.drop
     return {
         "masks": 0 if drop is None else drop.shape[2],
-        "flags_across": 1 if flags is None else flags.shape[2],
+        "flags_across": 0 if flags is None else flags.shape[2],
         "reset_steps": len(reset_values[0]) if reset_values else 1,
     }

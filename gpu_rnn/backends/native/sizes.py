@@ -88,7 +88,7 @@ def of(
     numbers = launch.extents(gates, width) | dict(kind.steering)
     numbers |= {
         "save": int(kind.save),
-        "silent": int(bool(kind.steering) and not (kind.save or kind.all_states)),
+        "silent": int(bool(kind.steering) and not kind.all_states),
         "rms": int(rms),
         "features": features,
         "reverse": ctypes.addressof(launch.directions(reverse)),
@@ -102,7 +102,8 @@ def of(
     saved: dict[str, tuple[int, ...]]
     saved = {"recurrent": (steps, batch, n, split, hidden)}
     saved |= {"gates": gates} | (normal if "norm" in names else {}) if takes_inputs else {}
-    saved |= {} if kind.all_states else {"inner": inner}
+    silenced = numbers["silent"] and numbers["flags_across"]  # h stands elsewhere than y
+    saved |= ({"h": (steps, batch, n, width)} if silenced else {}) | ({} if kind.all_states else {"inner": inner})
     made: dict[str, tuple[int, ...]]
     made = {"d_gates": gates, "d_recurrent": saved["recurrent"], "d_params": (batch, n, len(program.params), hidden)}
     made |= {"d_norm": gates[1:], "d_normed": gates} if "norm" in names else {}
