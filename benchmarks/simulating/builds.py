@@ -19,7 +19,7 @@ from gpu_rnn.backends.building import TritonLaunch
 from gpu_rnn.backends.group import launch as group
 from gpu_rnn.backends.group import nvrtc
 from gpu_rnn.backends.group.choice import Choice, choose
-from gpu_rnn.backends.group.layout import UNITS, Layout, source
+from gpu_rnn.backends.group.layout import Layout, source
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.backends.step import gpu
 from gpu_rnn.devices import Device
@@ -127,27 +127,26 @@ def built(launch: TritonLaunch, device: Device) -> Any:
         driver._active = before
 
 
-def layout_of(problem: Problem) -> tuple[Choice, Layout]:
-    """What the group kernel is compiled for.
-
-    Raises:
-        Lost: it does not take the problem.
-    """
+def _group(problem: Problem) -> list[Kernel]:
     choice = choose(problem)
     if choice is None:
         raise Lost(f"group has no layout for {problem.H} units on {problem.device.name}")
-    layout = replace(choice.layout, save=problem.direction == "training", paired=problem.H % 2 == 0)
-    return choice, group.fit(layout, nvrtc.architecture(problem.device.capability))
+    return [group_kernel(problem, choice)]
 
 
-def _group(problem: Problem) -> list[Kernel]:
-    choice, layout = layout_of(problem)
-    if layout.members == 1:
+def group_kernel(problem: Problem, choice: Choice) -> Kernel:
+    """The group kernel of a problem in one of the layouts that fit.
+
+    Raises:
+        Lost: as `through_group`, or more blocks that wait for nobody than multiprocessors.
+    """
+    if choice.layout.members == 1:
         _alone(choice.groups * problem.N, problem)
+    layout = replace(choice.layout, save=problem.direction == "training", paired=problem.H % 2 == 0)
     code, ways = followed(layout, nvrtc.architecture(problem.device.capability))
     rounds = -(-problem.B // (layout.rows * choice.groups)) * -(-problem.N // choice.at_once)
     rounds, hops = (1, 0) if layout.members == 1 else (rounds, layout.hops)
-    return [Kernel(layout.kernel, code, ways, rounds, hops)]
+    return Kernel(layout.kernel, code, ways, rounds, hops)
 
 
 @lru_cache(8)  # problems of other batches often have the same
@@ -157,6 +156,7 @@ def followed(layout: Layout, architecture: str) -> tuple[Sequence[Instruction], 
     Raises:
         Lost: as `through_group`.
     """
+    layout = group.fit(layout, architecture)
     code = code_of(nvrtc.compile_cubin(source(layout), architecture))
     return code, through_group(code, layout)
 
@@ -173,10 +173,11 @@ def through_group(code: Sequence[Instruction], layout: Layout) -> list[list[int]
     operation, each = _multiplying(layout)
     products = layout.tiles * layout.share * layout.fragments * layout.columns * each
     rounds = paths.rounds(code, loop, products, operation)
-    found = {owner: paths.through(code, Turn(loop, owner, rounds)) for owner in (True, False)}
+    joined = [_joined(layout, warp) for warp in range(layout.across * layout.along)]
+    found = {of: paths.through(code, Turn(loop, bool(of), rounds, layout.joins, of)) for of in {*joined}}
     for path in found.values():
         paths.complete(code, path, products, operation)
-    return [found[_owns(layout, warp)] for warp in range(layout.across * layout.along)]
+    return [found[of] for of in joined]
 
 
 def _multiplying(layout: Layout) -> tuple[str, int]:
@@ -186,11 +187,11 @@ def _multiplying(layout: Layout) -> tuple[str, int]:
     return ("HMMA", 2) if layout.precision == "tf32" else ("FFMA", 16 * 8 * 16 // LANES)
 
 
-def _owns(layout: Layout, warp: int) -> bool:
-    """Whether a warp has units of its own once sums are joined: a pair of them for each row, two rows a thread."""
-    spots = layout.blocks // layout.across * (UNITS // 8) * layout.columns
-    each = -(-spots // layout.along)
-    return warp % layout.along * each < spots
+def _joined(layout: Layout, warp: int) -> frozenset[int]:
+    """The passes that join sums of a warp's own units: a pair of them for each row, two rows a thread."""
+    each = -(-layout.spots // layout.along)
+    first = warp % layout.along * each
+    return frozenset(spot * layout.joins // layout.spots for spot in range(first, min(first + each, layout.spots)))
 
 
 def _alone(blocks: int, problem: Problem) -> None:

@@ -11,7 +11,8 @@ row are one publication, such loads in a row wait for one.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from benchmarks.simulating.instructions import Instruction
@@ -32,12 +33,18 @@ def awaits(instruction: Instruction) -> bool:
     return instruction.op.startswith("SYNCS.PHASECHK") or (instruction.base == "LDG" and ".STRONG" in instruction.op)
 
 
-def words(code: Sequence[Instruction], path: Sequence[int]) -> dict[int, Word]:
-    """What publishes and what waits in a path, by its place."""
-    return dict(_words(code, path))
+def words(code: Sequence[Instruction], path: Sequence[int], tiles: int) -> dict[int, Word]:
+    """What publishes and what waits in a path, by its place; `tiles`: how many may look ahead in a step."""
+    products = [place for place, index in enumerate(path) if code[index].base == "HMMA"]
+    waits = [place for place, index in enumerate(path) if awaits(code[index])]
+    turns = _turns(code, path)
+    ahead = {place for place in waits if _until(turns, place, len(path)) < _until(products, place, len(path))}
+    if tiles and products and ahead:
+        return dict(_of_turns(code, path, turns, ahead, max(1, len(turns) // tiles)))
+    return dict(_alternating(code, path))
 
 
-def _words(code: Sequence[Instruction], path: Sequence[int]) -> Iterator[tuple[int, Word]]:
+def _alternating(code: Sequence[Instruction], path: Sequence[int]) -> Iterator[tuple[int, Word]]:
     counts, fresh = {True: -1, False: -1}, {True: True, False: True}
     for place, index in enumerate(path):
         if code[index].base == "BAR":
@@ -46,6 +53,42 @@ def _words(code: Sequence[Instruction], path: Sequence[int]) -> Iterator[tuple[i
             counts[stores] += fresh[stores]
             fresh = {stores: False, not stores: True}
             yield place, Word(stores, counts[stores])
+
+
+def _of_turns(
+    code: Sequence[Instruction], path: Sequence[int], turns: Sequence[int], ahead: Collection[int], joins: int
+) -> Iterator[tuple[int, Word]]:
+    """Where tiles look ahead: waits are for the tile that takes its turn, but for the next one's if `ahead`."""
+    firsts = publications(code, path)
+    for place, index in enumerate(path):
+        if publishes(code[index]):
+            yield place, Word(True, sum(first <= place for first in firsts) - 1)
+        elif awaits(code[index]):
+            yield place, Word(False, sum(turn < place for turn in turns) // joins + (place in ahead))
+
+
+def _turns(code: Sequence[Instruction], path: Sequence[int]) -> list[int]:
+    """Where a tile's sums are joined, by one barrier or several, or, without barriers, where it publishes."""
+    barriers = [place for place, index in enumerate(path) if code[index].base == "BAR"]
+    matter = [place for place, index in enumerate(path) if _matters(code[index])]
+    begun = bool(matter) and publishes(code[path[matter[0]]])  # the loop begins with a turn's end
+    return barriers or publications(code, path)[begun:]
+
+
+def publications(code: Sequence[Instruction], path: Sequence[int]) -> list[int]:
+    """Where a path begins to publish: such stores in a row are one publication."""
+    places = [k for k, index in enumerate(path) if _matters(code[index])]
+    stores = [publishes(code[path[k]]) for k in places]
+    return [k for k, (before, stored) in zip(places, pairwise([False, *stores]), strict=True) if stored and not before]
+
+
+def _matters(instruction: Instruction) -> bool:
+    return instruction.base == "BAR" or publishes(instruction) or awaits(instruction)
+
+
+def _until(places: Sequence[int], place: int, length: int) -> int:
+    """How far it is to the next of these places in a loop."""
+    return min(((each - place) % length for each in places), default=length)
 
 
 class Exchange:
@@ -60,7 +103,8 @@ class Exchange:
         self, code: Sequence[Instruction], paths: Sequence[Sequence[int]], hop: float = 0.0, hops: int = 1
     ) -> None:
         self.hop = hop
-        self.words = [words(code, path) for path in paths]
+        most = max(len(publications(code, path)) for path in paths)
+        self.words = [words(code, path, most if hops == 1 else 0) for path in paths]
         self._missing: dict[int, int] = defaultdict(int)  # stores of a step's publication that are to come
         for each in self.words:
             for word in each.values():

@@ -32,16 +32,20 @@ class Turn:
         loop: the loop, with the branch at its end.
         owner: it has units of its own after the barrier.
         rounds: of an inner loop that multiplies, if there is one.
+        joins: barriers of one product, each of which brings some of the sums.
+        joined: of them, those that bring sums of its units.
     """
 
     loop: range
     owner: bool = True
     rounds: int | None = None
+    joins: int = 1
+    joined: frozenset[int] = frozenset([0])
 
 
 def time_loop(code: Sequence[Instruction]) -> range:
     """The shortest of the loops that hold all matrix instructions or, without any, of those with a barrier; without
-    these too the longest.
+    these too the longest. Of the former first those of more than products: of a step, not of a part of its depth.
 
     Raises:
         Lost: there is no loop.
@@ -51,8 +55,14 @@ def time_loop(code: Sequence[Instruction]) -> range:
         raise Lost("the kernel has no loop")
     products = [sum(code[k].base == "HMMA" for k in loop) for loop in each]
     if max(products):
-        return min((loop for loop, count in zip(each, products, strict=True) if count == max(products)), key=len)
+        whole = [loop for loop, count in zip(each, products, strict=True) if count == max(products)]
+        return min([loop for loop in whole if any(_ends(code[k]) for k in loop)] or whole, key=len)
     return min((loop for loop in each if any(code[k].base == "BAR" for k in loop)), key=len, default=each[0])
+
+
+def _ends(instruction: Instruction) -> bool:
+    """Whether warps meet there or others get words: a step's end. An error is stored if there is one."""
+    return instruction.base == "BAR" or (publishes(instruction) and not instruction.predicate)
 
 
 def straight(code: Sequence[Instruction], loop: range) -> list[int]:
@@ -74,14 +84,14 @@ def through(code: Sequence[Instruction], turn: Turn) -> list[int]:
     Raises:
         Lost: an indirect branch, a call, or a step that does not end.
     """
-    path, index, met = [], turn.loop.start, False
+    path, index, met = [], turn.loop.start, 0
     left: dict[int, int] = {}  # rounds of each loop of products
     while index != turn.loop[-1]:
         if len(path) > LONGEST:
             raise Lost(f"no end of the step, at {code[index].address:#x}")
         instruction = code[index]
         path.append(index)
-        met = met or instruction.base == "BAR"
+        met += instruction.base == "BAR"
         index += 1
         if instruction.base in ("BRX", "JMX", "CALL", "RET") and not instruction.predicate:
             raise Lost(f"{instruction.base} at {instruction.address:#x}")
@@ -130,7 +140,7 @@ def complete(code: Sequence[Instruction], path: Sequence[int], total: int, opera
         raise Lost(f"a way with {count} instructions {operation}, where a step has {total}")
 
 
-def _taken(code: Sequence[Instruction], index: int, turn: Turn, met: bool) -> bool:
+def _taken(code: Sequence[Instruction], index: int, turn: Turn, met: int) -> bool:
     """Whether a warp that does what all others do takes a branch forward."""
     branch = code[index]
     assert branch.target is not None
@@ -146,7 +156,9 @@ def _taken(code: Sequence[Instruction], index: int, turn: Turn, met: bool) -> bo
     if _is_rare(region) or _polls_again(code, range(index + 1, branch.target)):
         return True
     bases = {each.base for each in region}
-    return not turn.owner and met and bool(bases & WORK) and not bases & ALL
+    if turn.joins > 1 and met and bases & WORK == {"LDS"} and not bases & ALL:
+        return (met - 1) % turn.joins not in turn.joined
+    return not turn.owner and met > 0 and bool(bases & WORK) and not bases & ALL
 
 
 def _is_rare(region: Sequence[Instruction]) -> bool:

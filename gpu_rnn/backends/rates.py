@@ -131,7 +131,7 @@ class GroupModel:
     hop: float = 6e-7  # seconds from a store to its sight in another block, beside the words' own way
     remote: float = 213.0  # cycles from a store into another block's shared memory to its sight there
     remote_bytes: float = 21.0  # of such stores that leave a multiprocessor in a cycle
-    latency: float = 400.0  # cycles in a row that nothing hides: barrier, activations, rounding
+    latency: float = 490.0  # cycles in a row that nothing hides: barrier, activations of a pair of units, rounding
     instructions: float = 3.0  # for a unit and operation of the program
     shuffled: float = 1.5  # full fp32: times the multiplications alone, for the shuffles beside them
 

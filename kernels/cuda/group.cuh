@@ -19,7 +19,8 @@
 // SAVE (forward: keep what the backward direction needs), INNER (states other
 // than h of all steps: forward, keep them; backward, they have gradients),
 // PAIRED (units lie in aligned pairs), COUNTER, PERIOD, CLUSTER (a group is one
-// cluster of blocks), SHARED, and the options of group_options.cuh.
+// cluster of blocks), JOINS (passes in which partial sums are joined), SHARED,
+// and the options of group_options.cuh.
 #pragma once
 #include "device.cuh"
 
@@ -47,10 +48,12 @@ constexpr int ROWS = 8 * COLUMNS;                  // of the batch in a tile
 // the largest builds have no register left for the branch.
 constexpr bool OWNERS_ONLY = APPROXIMATE;
 constexpr int PAIRS = 2 * COLUMNS; // pairs of units of a thread in a unit block
-constexpr int OWNED = (OWN_BLOCKS * PAIRS + ALONG - 1) / ALONG; // after ALONG
+constexpr int SPOTS = OWN_BLOCKS * PAIRS;
+constexpr int OWNED = (SPOTS + ALONG - 1) / ALONG; // after ALONG
 constexpr int THREADS = 32 * ACROSS * ALONG;
 constexpr int FRAGMENT = HALF ? 4 : 8; // registers of 16 x 16 weights
-static_assert(BLOCKS % ACROSS == 0 && HELD <= SHARE, "the launcher's layout");
+static_assert(BLOCKS % ACROSS == 0 && HELD <= SHARE && SPOTS % JOINS == 0,
+              "the launcher's layout");
 
 // At least one, so that arrays of them exist.
 constexpr int ANY_SPLITS = SPLITS ? SPLITS : 1;
@@ -105,7 +108,7 @@ template <class S> DEVICE constexpr int word_offset(int w) {
 }
 
 constexpr long long WEIGHT_BYTES = THREADS * 4LL * FRAGMENT * SPILLED;
-constexpr long long SUM_BYTES = 2 * THREADS * 4LL * SUM_FLOATS;
+constexpr long long SUM_BYTES = 2 * THREADS * 4LL * SUM_FLOATS / JOINS;
 constexpr long long WORD_BYTES =
     MEMBERS == 1 || CLUSTER ? sizeof(Word) * (NORM ? WHOLE_SLOT : 2LL * SLOT)
                             : 0;
@@ -121,6 +124,11 @@ constexpr long long ARRIVAL_BYTES =
     CLUSTER ? 2LL * sizeof(Arrivals) * TILES : 0;
 static_assert(WEIGHT_BYTES + SUM_BYTES + WORD_BYTES + ARRIVAL_BYTES == SHARED,
               "the launcher's count of shared memory");
+// Tiles take turns: the next one's words are on their way while one is joined.
+// Full fp32 has no register left for that, and two products wait for each
+// other.
+constexpr bool AHEAD = TILES > 1 && MEMBERS > 1 && HOPS == 1 && !COUNTER &&
+                       !CLUSTER && (HALF || PRECISION == TF32);
 static_assert(!CLUSTER || (MEMBERS > 1 && MEMBERS <= 16), "a cluster's blocks");
 
 #if CLUSTER
@@ -256,7 +264,7 @@ struct Spot {
   DEVICE Spot() {}
   DEVICE Spot(const Seat &seat, int number, int H) {
     const int item = seat.along * OWNED + number;
-    taken = item < OWN_BLOCKS * PAIRS;
+    taken = item < SPOTS;
     own = item / PAIRS;
     pair = item % PAIRS;
     block = seat.member * BLOCKS + seat.across * OWN_BLOCKS + own;

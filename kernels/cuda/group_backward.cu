@@ -15,11 +15,13 @@ DEVICE void prepare(Pair &pair, const Backward &b, const Seat &seat,
 
 // What the stage's d_gates of publication `number` give in a tile.
 template <class S>
-DEVICE void take_product(Totals &totals, const Seat &seat,
+DEVICE void take_product(Totals &totals, Words<S> &words, const Seat &seat,
                          const Spot (&spots)[OWNED], const Weights &weights,
                          Exchange &exchange, int number, int tile) {
   Accumulators<S> sums;
-  product<S>(sums, weights, exchange, seat, number, tile);
+  product<S>(sums, words, weights, exchange, seat, number, tile);
+  if constexpr (AHEAD)
+    look_ahead(words, exchange, seat, number, tile);
   join<S>(totals, sums, seat, spots, number / OF_A_PRODUCT * TILES + tile);
 }
 
@@ -110,8 +112,9 @@ DEVICE void cut(Row &row, int flags, const Backward &b, const Seat &seat,
 // products this is the last's part.
 DEVICE void advance(Step (&steps)[OWNED], const Backward &b, const Seat &seat,
                     const Spot (&spots)[OWNED], Pair (&pairs)[OWNED],
-                    Row (&rows)[OWNED], const Weights &weights,
-                    Exchange &exchange, int t, int number, int tile) {
+                    Row (&rows)[OWNED], Words<First> &words,
+                    const Weights &weights, Exchange &exchange, int t,
+                    int number, int tile) {
   int later[OWNED];
 #pragma unroll
   for (int k = 0; k < OWNED; k++)
@@ -121,8 +124,8 @@ DEVICE void advance(Step (&steps)[OWNED], const Backward &b, const Seat &seat,
     prefetch(steps[k], b, seat, spots[k], rows[k], t);
   if (t + 1 < b.T) {
     Totals totals = {};
-    take_product<First>(totals, seat, spots, weights, exchange, number - 1,
-                        tile);
+    take_product<First>(totals, words, seat, spots, weights, exchange,
+                        number - 1, tile);
 #pragma unroll
     for (int k = 0; k < OWNED; k++)
       add_total<First>(rows[k].state[0], totals[k], rows[k]);
@@ -160,7 +163,9 @@ DEVICE void advance_first(Step (&steps)[OWNED], const Backward &b,
                           const Weights &weights, Exchange &exchange, int t,
                           int number, int tile) {
   Totals totals = {};
-  take_product<Last>(totals, seat, spots, weights, exchange, number, tile);
+  Words<Last> words;
+  take_product<Last>(totals, words, seat, spots, weights, exchange, number,
+                     tile);
 #pragma unroll
   for (int k = 0; k < OWNED; k++) {
     if (!spots[k].taken)
@@ -187,29 +192,30 @@ DEVICE void advance_first(Step (&steps)[OWNED], const Backward &b,
 // One step of all tiles.
 DEVICE void step_back(const Backward &b, const Seat &seat,
                       const Spot (&spots)[OWNED], Pair (&pairs)[OWNED],
-                      Row (&rows)[TILES][OWNED], const Weights &weights,
-                      Exchange &exchange, int t, int number) {
+                      Row (&rows)[TILES][OWNED], Words<First> &words,
+                      const Weights &weights, Exchange &exchange, int t,
+                      int number) {
   if constexpr (STAGES == 1) {
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++) {
       Step steps[OWNED];
-      advance(steps, b, seat, spots, pairs, rows[tile], weights, exchange, t,
-              number, tile);
+      advance(steps, b, seat, spots, pairs, rows[tile], words, weights,
+              exchange, t, number, tile);
     }
   } else {
     Step steps[TILES][OWNED];
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++)
-      advance(steps[tile], b, seat, spots, pairs, rows[tile], weights, exchange,
-              t, number, tile);
+      advance(steps[tile], b, seat, spots, pairs, rows[tile], words, weights,
+              exchange, t, number, tile);
     if (t < 0)
       return;
-    const int words = number + OF_A_PRODUCT - 1;
-    exchange.retire(seat, spots, words);
+    const int of_words = number + OF_A_PRODUCT - 1;
+    exchange.retire(seat, spots, of_words);
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++)
       advance_first(steps[tile], b, seat, spots, pairs, rows[tile], weights,
-                    exchange, t, words, tile);
+                    exchange, t, of_words, tile);
   }
 }
 
@@ -226,10 +232,13 @@ DEVICE void run(const Backward &b, const Seat &seat, const Spot (&spots)[OWNED],
     for (int k = 0; k < OWNED; k++)
       load_drop(rows[tile][k], b, seat, spots[k]);
   }
+  Words<First> words;
+  if constexpr (AHEAD)
+    look_ahead(words, exchange, seat, number - 1, TILES - 1);
   for (int i = 0; i <= b.T; i++) {
     if (i > 0)
       exchange.retire(seat, spots, number + HOPS * i - 1);
-    step_back(b, seat, spots, pairs, rows, weights, exchange,
+    step_back(b, seat, spots, pairs, rows, words, weights, exchange,
               static_cast<int>(b.T) - 1 - i, number + HOPS * i);
   }
 #pragma unroll

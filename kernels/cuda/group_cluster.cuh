@@ -73,7 +73,7 @@ struct Exchange {
 
   DEVICE void retire(const Seat &, const Spot (&)[OWNED], int) {}
 
-  // Before `collect`: the wait for a tile's words.
+  // Before `begin`: the wait for a tile's words.
   DEVICE void await(int number, int tile) {
     watch.start();
     while (watch.alive &&
@@ -85,11 +85,14 @@ struct Exchange {
 
   // N words of this lane, `stride` apart: its column of the B operand.
   template <class S, int N>
-  DEVICE void collect(Word (&words)[N], const Word *from, int stride, int) {
+  DEVICE void begin(Word (&words)[N], const Word *from, int stride) {
 #pragma unroll
     for (int w = 0; w < N; w++)
       words[w] = watch.alive ? from[word_offset<S>(w) * stride] : EMPTY;
   }
+
+  template <class S, int N>
+  DEVICE void collect(Word (&)[N], const Word *, int, int) {}
 
   // Sums of layer normalisation go through L2: no cluster is built with them.
   DEVICE unsigned long long *sums(int) const { return nullptr; }

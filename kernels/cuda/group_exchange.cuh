@@ -21,6 +21,10 @@
 //     had collected e + 1 or later by then, stored by the writer after its
 //     fence. A store before one fence is seen after the other: the reader
 //     finds the slot empty or with the new word, never with the old one.
+//     Where tiles take turns the reader looks for n = r + RING one step early,
+//     while it collects n - 1, so it ran the fence after e + PERIOD at the
+//     start of that step at the latest; it had collected e + 1 by then if
+//     PERIOD > 1.
 // Both fences stand where the thread would only wait for the others' words.
 //
 // COUNTER: words are plain; a block's barrier and one release a tile count its
@@ -33,6 +37,7 @@
 
 constexpr unsigned long long EMPTY_SUMS = ~0ULL;
 constexpr Word CALM = EMPTY >> 1; // the same NaNs to a reader, and not empty
+static_assert(!AHEAD || PERIOD > 1, "else a look ahead may find an old word");
 constexpr int RING = MEMBERS == 1 || COUNTER ? 2 : 3 * PERIOD + 1;
 
 struct Exchange {
@@ -179,20 +184,25 @@ struct Exchange {
     }
   }
 
-  // N words of this lane: its column of the B operand. Of each block of the
-  // depth those of the stage's parts, which are `stride` apart.
+  // A first look at N words of this lane: its column of the B operand. Of each
+  // block of the depth those of the stage's parts, which are `stride` apart.
+  // Nothing waits for them before `collect`.
+  template <class S, int N>
+  DEVICE void begin(Word (&words)[N], const Word *from, int stride) {
+#pragma unroll
+    for (int w = 0; w < N; w++)
+      if constexpr (MEMBERS == 1 || COUNTER)
+        words[w] = watch.alive ? from[word_offset<S>(w) * stride] : EMPTY;
+      else
+        words[w] = look(from + word_offset<S>(w) * stride);
+  }
+
+  // Looks again until all of them are there.
   template <class S, int N>
   DEVICE void collect(Word (&words)[N], const Word *from, int stride,
                       int number) {
-    if constexpr (MEMBERS == 1 || COUNTER) {
-#pragma unroll
-      for (int w = 0; w < N; w++)
-        words[w] = watch.alive ? from[word_offset<S>(w) * stride] : EMPTY;
+    if constexpr (MEMBERS == 1 || COUNTER)
       return;
-    }
-#pragma unroll
-    for (int w = 0; w < N; w++)
-      words[w] = look(from + word_offset<S>(w) * stride);
     while (any_empty(words) && watch.alive) {
       watch.poll(number);
 #pragma unroll

@@ -31,6 +31,12 @@ struct Step {
   unsigned keeps;  // bits: units that keep a state
 };
 
+// What is under way for the tile that comes next.
+struct Next {
+  Words<First> words;
+  Step steps[OWNED];
+};
+
 // The stage's projection, on its way before the wait for the others' words.
 template <class S>
 DEVICE void prefetch(Step &step, const Forward &f, const Seat &seat,
@@ -171,6 +177,15 @@ DEVICE void publish_next(Exchange &exchange, const Seat &seat, const Spot &spot,
   publish_entering<First>(exchange, seat, spot, row, number, tile, h);
 }
 
+template <class S>
+DEVICE void prefetch(Step (&steps)[OWNED], const Forward &f, const Seat &seat,
+                     const Spot (&spots)[OWNED], const Row (&rows)[OWNED],
+                     int t) {
+#pragma unroll
+  for (int k = 0; k < OWNED; k++)
+    prefetch<S>(steps[k], f, seat, spots[k], rows[k], t);
+}
+
 // Publication `number` of sums, and what comes of it.
 template <class S>
 DEVICE void normalise_totals(Totals &totals, const Forward &f, const Seat &seat,
@@ -197,15 +212,27 @@ DEVICE void normalise_totals(Totals &totals, const Forward &f, const Seat &seat,
 template <class S>
 DEVICE void advance(const Forward &f, const Seat &seat,
                     const Spot (&spots)[OWNED], const Pair (&pairs)[OWNED],
-                    Row (&rows)[OWNED], const Weights &weights,
-                    Exchange &exchange, int t, int number, int tile) {
+                    Row (&tiles)[TILES][OWNED], Next &next,
+                    const Weights &weights, Exchange &exchange, int t,
+                    int number, int tile) {
+  Row(&rows)[OWNED] = tiles[tile];
   Step steps[OWNED];
-#pragma unroll
-  for (int k = 0; k < OWNED; k++)
-    prefetch<S>(steps[k], f, seat, spots[k], rows[k], t);
   Accumulators<S> sums;
   Totals totals = {};
-  product<S>(sums, weights, exchange, seat, number, tile);
+  if constexpr (AHEAD) {
+#pragma unroll
+    for (int k = 0; k < OWNED; k++)
+      steps[k] = next.steps[k];
+    product<S>(sums, next.words, weights, exchange, seat, number, tile);
+    const bool last = tile + 1 == TILES;
+    look_ahead(next.words, exchange, seat, number, tile);
+    prefetch<S>(next.steps, f, seat, spots, tiles[last ? 0 : tile + 1],
+                t + last < f.T ? t + last : t);
+  } else {
+    prefetch<S>(steps, f, seat, spots, rows, t);
+    Words<S> words;
+    product<S>(sums, words, weights, exchange, seat, number, tile);
+  }
   join<S>(totals, sums, seat, spots, number / OF_A_PRODUCT * TILES + tile);
   if constexpr (NORM)
     normalise_totals<S>(totals, f, seat, spots, pairs, exchange, ++number,
@@ -240,12 +267,12 @@ DEVICE void advance(const Forward &f, const Seat &seat,
 template <class S>
 DEVICE void
 advance_tiles(const Forward &f, const Seat &seat, const Spot (&spots)[OWNED],
-              const Pair (&pairs)[OWNED], Row (&rows)[TILES][OWNED],
+              const Pair (&pairs)[OWNED], Row (&rows)[TILES][OWNED], Next &next,
               const Weights &weights, Exchange &exchange, int t, int number) {
   exchange.retire(seat, spots, number);
 #pragma unroll
   for (int tile = 0; tile < TILES; tile++)
-    advance<S>(f, seat, spots, pairs, rows[tile], weights, exchange, t, number,
+    advance<S>(f, seat, spots, pairs, rows, next, weights, exchange, t, number,
                tile);
 }
 
@@ -281,12 +308,17 @@ DEVICE void run(const Forward &f, const Seat &seat, const Spot (&spots)[OWNED],
     }
     exchange.published(tile);
   }
+  Next next;
+  if constexpr (AHEAD) {
+    look_ahead(next.words, exchange, seat, number - 1, TILES - 1);
+    prefetch<First>(next.steps, f, seat, spots, rows[0], 0);
+  }
   for (int t = 0; t < f.T; t++) {
-    advance_tiles<First>(f, seat, spots, pairs, rows, weights, exchange, t,
-                         number + HOPS * t);
+    advance_tiles<First>(f, seat, spots, pairs, rows, next, weights, exchange,
+                         t, number + HOPS * t);
     if constexpr (STAGES == 2)
-      advance_tiles<Last>(f, seat, spots, pairs, rows, weights, exchange, t,
-                          number + HOPS * t + OF_A_PRODUCT);
+      advance_tiles<Last>(f, seat, spots, pairs, rows, next, weights, exchange,
+                          t, number + HOPS * t + OF_A_PRODUCT);
   }
 #pragma unroll
   for (int tile = 0; tile < TILES; tile++)

@@ -17,11 +17,12 @@
 static_assert(!NORM || (TILES == 1 && !CLUSTER), "the launcher's layout");
 constexpr float EPSILON = 1e-5f;        // as torch.nn.LayerNorm's
 constexpr int A_LANE = (DEPTH + 7) / 8; // blocks that a lane collects
+constexpr int SUM_WORDS = 32;           // 32-bit registers of them under way
 // Of a stage's gates those whose sums are under way together. In full fp32
 // there are no registers left for more than one.
 template <class S>
 constexpr int TOGETHER =
-    !FMA && S::COUNT * A_LANE * 2 <= CHUNK_WORDS ? S::COUNT : 1;
+    !FMA && S::COUNT * A_LANE * 2 <= SUM_WORDS ? S::COUNT : 1;
 
 constexpr bool RMS = NORM == 2;
 

@@ -13,8 +13,11 @@
 #include "group_exchange.cuh"
 #endif
 
-constexpr int CHUNK_WORDS = 32; // 32-bit registers of words under way at once
+// 32-bit registers of words under way at once. Backward there are G times as
+// many words and no sums to keep; what is looked for later costs a look of its
+// own. Beside weights full fp32 leaves no room for that.
 constexpr bool FMA = !HALF && PRECISION == IEEE;
+constexpr int CHUNK_WORDS = BACKWARD && !(FMA && HELD) ? 64 : 32;
 constexpr int SUMS = FMA ? 16 : 4; // of a lane, for a 16 x 8 product
 
 // Blocks of the depth whose words are under way together: a divisor of SHARE,
@@ -22,19 +25,14 @@ constexpr int SUMS = FMA ? 16 : 4; // of a lane, for a 16 x 8 product
 DEVICE constexpr int chunk() {
   constexpr int words =
       PARTS * 2 * COLUMNS * static_cast<int>(sizeof(Word)) / 4;
-  // Backward in 16 bits no sums are kept: all are looked for at once, if there
-  // are registers for them beside the weights.
-  constexpr int all = SHARE * words;
-  constexpr bool fits =
-      all <= 64 && all + HELD * GATES * OWN_BLOCKS * FRAGMENT <= 128;
-  constexpr int most = BACKWARD && HALF && fits ? 64 : CHUNK_WORDS;
-  int blocks = SHARE * ALONG == DEPTH ? most / words : 1;
+  int blocks = SHARE * ALONG == DEPTH ? CHUNK_WORDS / words : 1;
   blocks = blocks < 1 ? 1 : blocks > SHARE ? SHARE : blocks;
   while (SHARE % blocks)
     blocks--;
   return blocks;
 }
 constexpr int CHUNK = chunk();
+template <class S> using Words = Word[CHUNK * S::PARTS * 2 * COLUMNS];
 
 // W[gate][unit][k] in the forward direction; in the backward one, where d_gates
 // of all units enter a unit's d_h, the transposed.
@@ -203,9 +201,8 @@ using Accumulators = float[S::COUNT][OWN_BLOCKS][COLUMNS][SUMS];
 // Adds one chunk of the depth; `words` as `Spot::word` orders them.
 template <class S>
 DEVICE void multiply_chunk(Accumulators<S> &sums, const Weights &weights,
-                           int first,
-                           const Word (&words)[CHUNK * S::PARTS * 2 * COLUMNS],
-                           int j, bool spilled_only) {
+                           int first, const Words<S> &words, int j,
+                           bool spilled_only) {
 #pragma unroll
   for (int k = 0; k < CHUNK; k++)
 #pragma unroll
@@ -221,150 +218,64 @@ DEVICE void multiply_chunk(Accumulators<S> &sums, const Weights &weights,
     }
 }
 
-// Blocks `first` to `first` + CHUNK - 1 of this warp's part of the depth.
+// Whether block `first` of this warp's part of the depth exists.
+DEVICE bool in_depth(const Seat &seat, int first) {
+  return SHARE * ALONG == DEPTH || seat.along * SHARE + first < DEPTH;
+}
+
+// Where its words of a tile's publication lie.
+DEVICE const Word *words_of(const Exchange &exchange, const Seat &seat,
+                            int number, int tile, int first) {
+  const int depth = tile * DEPTH + seat.along * SHARE + first;
+  return exchange.slot(number) + read_by_lane() +
+         depth * PARTS * 2 * COLUMNS * 32;
+}
+
+// Blocks `first` to `first` + CHUNK - 1 of this warp's part of the depth;
+// `begun`: their words are on their way.
 template <class S>
 DEVICE void collect_and_multiply(Accumulators<S> &sums, const Weights &weights,
                                  Exchange &exchange, const Seat &seat,
-                                 int number, int tile, int first,
-                                 bool spilled_only) {
-  const int depth = seat.along * SHARE + first;
-  if (SHARE * ALONG != DEPTH && depth >= DEPTH)
+                                 Words<S> &words, bool begun, int number,
+                                 int tile, int first, bool spilled_only) {
+  if (!in_depth(seat, first))
     return;
-  Word words[CHUNK * S::PARTS * 2 * COLUMNS];
-  const Word *from = exchange.slot(number) + read_by_lane() +
-                     (tile * DEPTH + depth) * PARTS * 2 * COLUMNS * 32;
+  const Word *from = words_of(exchange, seat, number, tile, first);
+  if (!begun)
+    exchange.begin<S>(words, from, 32);
   exchange.collect<S>(words, from, 32, number);
   multiply_chunk<S>(sums, weights, first, words, seat.j, spilled_only);
 }
 
+// A first look at the words of the tile that follows `tile` of a publication,
+// long before they are needed.
+DEVICE void look_ahead(Words<First> &words, Exchange &exchange,
+                       const Seat &seat, int number, int tile) {
+  const bool last = tile + 1 == TILES;
+  if (in_depth(seat, 0))
+    exchange.begin<First>(
+        words, words_of(exchange, seat, number + last, last ? 0 : tile + 1, 0),
+        32);
+}
+
 // A tile's product with publication `number`: the share of it that lies in this
-// warp's part of the depth.
+// warp's part of the depth. `words` are those that `look_ahead` sent for.
 template <class S>
-DEVICE void product(Accumulators<S> &sums, const Weights &weights,
-                    Exchange &exchange, const Seat &seat, int number,
-                    int tile) {
+DEVICE void product(Accumulators<S> &sums, Words<S> &words,
+                    const Weights &weights, Exchange &exchange,
+                    const Seat &seat, int number, int tile) {
 #pragma unroll
   for (int k = 0; k < S::COUNT * OWN_BLOCKS * COLUMNS * SUMS; k++)
     (&sums[0][0][0][0])[k] = 0.0f;
   exchange.await(number, tile);
-  constexpr int UNROLLED = (HELD + CHUNK - 1) / CHUNK * CHUNK;
+  constexpr int FIRST = HELD < AHEAD ? AHEAD : HELD;
+  constexpr int UNROLLED = (FIRST + CHUNK - 1) / CHUNK * CHUNK;
 #pragma unroll
   for (int k = 0; k < UNROLLED; k += CHUNK)
-    collect_and_multiply<S>(sums, weights, exchange, seat, number, tile, k,
-                            false);
+    collect_and_multiply<S>(sums, weights, exchange, seat, words,
+                            AHEAD && k == 0, number, tile, k, false);
 #pragma unroll 1
   for (int k = UNROLLED; k < SHARE; k += CHUNK)
-    collect_and_multiply<S>(sums, weights, exchange, seat, number, tile, k,
-                            true);
-}
-
-template <class S> using Results = float[S::RESULTS][OWN_BLOCKS][COLUMNS][4];
-typedef float Totals[OWNED][RESULTS][2];
-
-template <class S>
-DEVICE void join_own(Totals &totals, const Results<S> &results) {
-#pragma unroll
-  for (int item = 0; item < OWNED * S::RESULTS; item++) {
-    const int spot = item / S::RESULTS, result = item % S::RESULTS;
-    const int own = spot / PAIRS, pair = spot % PAIRS;
-#pragma unroll
-    for (int unit = 0; unit < 2; unit++)
-      totals[spot][result][unit] =
-          results[result][own][pair / 2][pair % 2 + 2 * unit];
-  }
-}
-
-// A lane's sums of one spot lie together, so that they travel as vectors.
-template <class S> struct Vector {
-  static constexpr int OF_A_SPOT = 2 * S::RESULTS; // floats
-  static constexpr int WIDE = OF_A_SPOT % 4 ? 2 : 4;
-  alignas(4 * WIDE) float x[WIDE];
-};
-
-// Puts this warp's sums where the owners of its spots will look for them.
-template <class S>
-DEVICE void share_sums(Vector<S> *to, const Results<S> &results) {
-  constexpr int WIDE = Vector<S>::WIDE, OF_A_SPOT = Vector<S>::OF_A_SPOT;
-#pragma unroll
-  for (int v = 0; v < OWN_BLOCKS * PAIRS * OF_A_SPOT / WIDE; v++) {
-    Vector<S> vector;
-#pragma unroll
-    for (int e = 0; e < WIDE; e++) {
-      const int spot = (v * WIDE + e) / OF_A_SPOT;
-      const int item = (v * WIDE + e) % OF_A_SPOT;
-      const int own = spot / PAIRS, pair = spot % PAIRS;
-      vector.x[e] = results[item / 2][own][pair / 2][pair % 2 + 2 * (item % 2)];
-    }
-    to[v * 32] = vector;
-  }
-}
-
-// Adds the shares of all warps for one spot. Even and odd ones are added apart:
-// the chain of additions is half as long.
-template <class S>
-DEVICE void add_shares(float (&total)[RESULTS][2], const Vector<S> *from) {
-  constexpr int WIDE = Vector<S>::WIDE, OF_A_SPOT = Vector<S>::OF_A_SPOT;
-  float sums[2][OF_A_SPOT] = {};
-#pragma unroll
-  for (int along = 0; along < ALONG; along++)
-#pragma unroll
-    for (int v = 0; v < OF_A_SPOT / WIDE; v++) {
-      const Vector<S> share = from[(along * (SUM_FLOATS / WIDE) + v) * 32];
-#pragma unroll
-      for (int e = 0; e < WIDE; e++) {
-        float &sum = sums[along % 2][v * WIDE + e];
-        sum = along < 2 ? share.x[e] : sum + share.x[e];
-      }
-    }
-#pragma unroll
-  for (int item = 0; item < OF_A_SPOT; item++)
-    total[item / 2][item % 2] = sums[0][item] + sums[1][item];
-}
-
-// Through shared memory. Two buffers take turns, so one barrier is enough: who
-// writes a buffer again has met everyone who read it at the barrier between.
-// Whether a spot is taken is asked once, for all lanes of a warp agree; the
-// totals of one that is not stay as they are.
-template <class S>
-DEVICE void join_warps(Totals &totals, const Results<S> &results,
-                       const Seat &seat, const Spot (&spots)[OWNED], int pass) {
-  constexpr int WIDE = Vector<S>::WIDE;
-  constexpr int OF_A_WARP = SUM_FLOATS / WIDE * 32; // of any stage's
-  Vector<S> *buffer =
-      reinterpret_cast<Vector<S> *>(shared_memory() + WEIGHT_BYTES) + lane() +
-      ((pass & 1) * ACROSS + seat.across) * ALONG * OF_A_WARP;
-  share_sums<S>(buffer + seat.along * OF_A_WARP, results);
-  named_sync<JOIN>(1 + seat.across, 32 * ALONG);
-#pragma unroll
-  for (int k = 0; k < OWNED; k++) {
-    const int spot = seat.along * OWNED + k;
-    if (spots[k].taken)
-      add_shares<S>(totals[k],
-                    buffer + spot * (Vector<S>::OF_A_SPOT / WIDE) * 32);
-  }
-}
-
-// The shares of all warps along the depth, for this thread's spots. In the
-// backward direction the products of all gates enter one sum, unless each has
-// factors of its own.
-template <class S>
-DEVICE void join(Totals &totals, Accumulators<S> &sums, const Seat &seat,
-                 const Spot (&spots)[OWNED], int pass) {
-  Results<S> results;
-#pragma unroll
-  for (int tile = 0; tile < OWN_BLOCKS * COLUMNS; tile++) {
-    const int own = tile / COLUMNS, c = tile % COLUMNS;
-#pragma unroll
-    for (int gate = S::RESULTS; gate < S::COUNT; gate++)
-#pragma unroll
-      for (int k = 0; k < SUMS; k++)
-        sums[0][own][c][k] += sums[gate][own][c][k];
-#pragma unroll
-    for (int result = 0; result < S::RESULTS; result++)
-      fold(results[result][own][c], sums[result][own][c], seat.j);
-  }
-  if constexpr (ALONG == 1)
-    join_own<S>(totals, results);
-  else
-    join_warps<S>(totals, results, seat, spots, pass);
+    collect_and_multiply<S>(sums, weights, exchange, seat, words, false, number,
+                            tile, k, true);
 }

@@ -3,6 +3,7 @@
 // Forward or Backward; for it there are `prepare` of what a thread keeps of a
 // pair of units, `run` of TILES tiles, `store_pairs` and `spoil_outputs`.
 #pragma once
+#include "group_join.cuh"
 #include "group_norm.cuh"
 
 template <class Pass>

@@ -72,6 +72,7 @@ FEW = [SHIPPED[k] for k in (3, 32, 64, 111, 138, 171)]  # of both kernels, each 
 
 
 def measure(build: Build, folder: Path) -> Budget:
+    """Raises AssertionError where a build of `group` leaves something in local memory."""
     if build.kernel == "resident":
         where = (build.cell, build.kind, build.direction, int(build.architecture))
         problem = resident_builds.problem(*where, resident_builds.limit(*where))
@@ -81,7 +82,8 @@ def measure(build: Build, folder: Path) -> Budget:
     case = Case(build.architecture, build.direction, build.kind, build.cell, 0)
     assert case.problem.B == ROWS
     layout = group.fit(case.choice.layout, build.architecture)
-    registers = cubin.usage(nvrtc.compile_cubin(source(layout), build.architecture)).registers
+    registers, stack = cubin.usage(nvrtc.compile_cubin(source(layout), build.architecture))
+    assert stack == 0
     shared = layout.shared_bytes // 1024
     return Budget(
         case.problem.H, layout.members, case.choice.groups, layout.threads, shared, range(registers, registers + 1)

@@ -86,14 +86,18 @@ STEPS = [
 FEW = [STEPS[0], STEPS[2], *(next(each for each in STEPS if each.backend == name) for name in ("resident", "step"))]
 
 
-def measure(step: Step) -> Chain:
-    """Raises AssertionError where the loop accesses local memory: how long that takes nobody knows."""
+def arguments(step: Step) -> list[str]:
+    """Of `benchmarks/simulate.py`."""
     cell, *options = step.cell.split()
     sizes = {"--cell": cell, "--dtype": step.dtype, "--hidden": step.hidden, "--batch": step.batch}
     sizes |= {"--heads": step.heads, "--pass": step.direction, "--backend": step.backend}
-    arguments = [str(word) for pair in sizes.items() for word in pair]
-    arguments += [f"--{option.replace('_', '-')}" for option in options]
-    _, (found,) = simulate.simulations(simulate.parser().parse_args(arguments))
+    words = [str(word) for pair in sizes.items() for word in pair]
+    return words + [f"--{option.replace('_', '-')}" for option in options]
+
+
+def measure(step: Step) -> Chain:
+    """Raises AssertionError where the loop accesses local memory: how long that takes nobody knows."""
+    _, (found,) = simulate.simulations(simulate.parser().parse_args(arguments(step)))
     kernel = found.kernel
     code, path = kernel.code, kernel.paths[0]
     assert paths.spills(code, path if step.backend == "resident" else range(len(code))) == 0

@@ -105,6 +105,17 @@ def test_products_one_by_one_go_round_too() -> None:
     paths.complete(code, path, 6, "FFMA")
 
 
+def test_a_loop_of_all_products_is_within_the_time_loop() -> None:
+    """None of them stands outside where shared memory holds all weights."""
+    product = instruction("HMMA.16816.F32")
+    for end in (instruction("BAR.SYNC"), PUBLISH):
+        code = [LOOK, product, branch(0), end, branch(0)]
+        assert paths.time_loop(code) == range(5)
+    error = replace(PUBLISH, predicate="@P0")
+    assert paths.time_loop([LOOK, product, error, branch(0), PUBLISH, branch(0)]) == range(6)
+    assert paths.time_loop([LOOK, product, branch(0), ADD, branch(0)]) == range(3)
+
+
 def test_a_way_that_misses_products_is_lost() -> None:
     product = instruction("HMMA.16816.F32")
     paths.complete([product, ADD, product], range(3), 2)
@@ -147,6 +158,19 @@ def test_tiles_take_turns(busy: int) -> None:
     result = run(program, [[*range(len(program))]]).run(8)
     wanted = max(HOP + 10 * busy, 2 * 10 * busy)
     assert wanted <= result.cycles <= wanted + 300  # two loads from L2 and two barriers
+
+
+@pytest.mark.parametrize("joins", [1, 2])
+@pytest.mark.parametrize("busy", [1, 400])
+def test_tiles_look_ahead(busy: int, joins: int) -> None:
+    """The same where the next tile's words are sent for before a tile's sums are joined; one warp owns nothing."""
+    product, work = [USE, instruction("HMMA.16816.F32"), LOOK], [instruction("FADD", stall=10)] * busy
+    tile = [*product, *[instruction("BAR.SYNC", "0x0")] * joins, *work, PUBLISH]
+    program = [*tile, *tile]
+    idle = [k for k in range(len(program)) if k % len(tile) < len(product) + joins]
+    result = run(program, [[*range(len(program))], idle]).run(8)
+    wanted = max(HOP + 10 * busy, 2 * 10 * busy)
+    assert wanted <= result.cycles <= wanted + 300
 
 
 @pytest.mark.parametrize("tiles", [1, 2])

@@ -69,6 +69,7 @@ class Case:
     counter: bool = False
     cluster: bool = False
     period: int = 1
+    joins: int = 1
     bias: bool = True
     save: bool = True
     options: tuple[str, ...] = ()  # of layer_options.OPTIONS
@@ -99,7 +100,7 @@ class Case:
         return Layout(
             RECURRENCES[self.cell].program.text, dtype, precision, backward, self.members, self.blocks, self.across,
             self.along, self.columns, self.tiles, math.ceil(share * self.held), self.save and not backward,
-            self.hidden % 2 == 0, self.counter, self.period, cluster=self.cluster, **options,
+            self.hidden % 2 == 0, self.counter, self.period, cluster=self.cluster, joins=self.joins, **options,
         )  # fmt: skip
 
     def choice(self, backward: bool) -> Choice:
@@ -258,10 +259,10 @@ def only_where_used(values: dict[str, Tensor], inputs: Inputs) -> dict[str, Tens
 
 GEOMETRIES: list[dict[str, Any]] = [
     {},
-    {"along": 2, "columns": 2, "B": 19},
-    {"tiles": 2, "B": 21, "held": 0},
+    {"along": 2, "columns": 2, "B": 19, "joins": 4},
+    {"tiles": 2, "B": 21, "held": 0, "period": 2, "T": 9},
     {"blocks": 2, "across": 2, "held": 1},
-    {"along": 3, "tiles": 2, "groups": 2, "B": 33},
+    {"along": 3, "tiles": 2, "groups": 2, "B": 33, "period": 2, "joins": 2},
 ]
 SETS: list[tuple[str, ...]] = [*((name,) for name in OPTIONS), ("mask", "resets", "drop"), tuple(OPTIONS)]
 STEERED = ("lstm", "gru", "rnn", "minimal", "slstm", "gru_reset_before")
@@ -288,7 +289,7 @@ def cases() -> list[Case]:
                 found.append(Case(cell, precision, members, **{**geometry, **option}))
     found += [replace(found[0], cell=cell, precision="bf16", members=2) for cell in ("peephole_lstm", "coupled_lstm")]
     found += [  # two products a step
-        Case("gru_reset_before", "bf16", 3, T=2 * PERIOD, period=PERIOD, **GEOMETRIES[4]),
+        Case("gru_reset_before", "bf16", 3, **(GEOMETRIES[4] | {"T": 2 * PERIOD, "period": PERIOD})),
         Case(
             "twofold", "fp32", 2, T=9, along=2, options=("mask", "reset_values", "drop_per_gate", "zone", "all_states")
         ),

@@ -2,8 +2,8 @@
 """Which layout of the group kernel a problem gets: what fits, and of that the fastest by a model of one step.
 
 The model adds up what kernels/README.md names: tensor cores, weights read from shared memory, words that come in, and
-what synchronisation takes. Layouts are ranked by it. What a call takes is compared with other backends by the simulated
-step of the layout so chosen (`backends/chains.py`).
+what synchronisation takes, as simulated steps show them (tests/data/group_layouts.csv). Layouts are ranked by it. What
+a call takes is compared with other backends by the simulated step of the layout so chosen (`backends/chains.py`).
 """
 
 from __future__ import annotations
@@ -36,17 +36,28 @@ REGISTERS = 255  # of a thread: CUDA C++ programming guide, table of compute cap
 # bits, where NVRTC keeps more addresses, and backward in fp32.
 WORKING = (90, 112, 100)
 WORKING_OF_TWO = 24  # more of them for a second exchange of a step: of another product, or of sums
+SPLIT = 4  # more of them backward in 16 bits where split gates have arrays of their own, and there is one exchange
+NEXT_TILE = 12  # for where a pair's projection of the next tile lies, beside itself
 # Of a thread's weights, in 16 bits, where a pass keeps what the next one needs and loops over weights in shared memory:
 # with more of them NVRTC's builds need a stack.
 WEIGHTS_OF_A_LOOP = 96
-COLUMNS = (1, 2)
+COLUMNS = (1, 2, 4)
 TILES = (1, 2, 4)
 
 # To be taken, clusters have to be predicted this much shorter: nobody has run them beside words through L2.
 SHORTER = 0.94
-SENDING = 5.0  # cycles of a warp to send a word to a member: two addresses and the store
+SENDING = 2.0  # cycles of a warp to send a word to a member: two addresses and the store
+SHORTEST_WAY = 300.0  # cycles of the fewest words from a warp, into a product
 
 WEIGHT_REGISTERS = 128 << 10  # bytes of weights in a multiprocessor's registers, half of them
+
+# Cycles of a load that L2 answers, and of one from memory: as benchmarks/simulating/machines.py has them.
+LOOK, MEMORY = 260.0, 570.0
+# Cycles that nothing hides, read off simulated steps: for each pair of units after a thread's first; for the first
+# weights from shared memory; from a publication to the first look for the next; of a turn beside other tiles, which
+# backward waits for its own loads; and at least. And the share of the time that sums take shared memory.
+PAIR, SPILLED, JOINING, SHORTEST_TURN = 360.0, 60.0, 0.65, 1000.0
+FIRST_LOOK, TURN = (0.0, 200.0), (100.0, 1100.0)
 
 RANKING = rates.GROUP
 
@@ -59,6 +70,15 @@ class Choice:
     groups: int
     at_once: int  # of N, in one launch
     step: float
+
+
+def _working(layout: Layout) -> int:
+    """Registers of a thread beside what `_held` counts one by one."""
+    if layout.backward:
+        return WORKING[2 - layout.half] + SPLIT * (layout.half and bool(layout.parsed.split) and layout.hops == 1)
+    if layout.tiles > 1 and not layout.half and (not layout.full or layout.parsed.split):  # else there is room for it
+        return WORKING[0] + layout.owned * (layout.gates * layout.word // 4 + NEXT_TILE)
+    return WORKING[0]
 
 
 def _between(layout: Layout, owned: int) -> int:
@@ -80,8 +100,8 @@ def _held(layout: Layout) -> int:
     )  # and gradients
     words = 2 * layout.columns * layout.parts * layout.word // 4  # of a block of the depth
     rows = layout.owned * layout.tiles * (2 * states + 4 + 2 * layout.drops)
-    working = WORKING[2 - layout.half] if layout.backward else WORKING[0]
-    free = REGISTERS - working - sums - pairs - _between(layout, layout.owned) - rows - min(32, layout.share * words)
+    free = REGISTERS - _working(layout) - sums - pairs - _between(layout, layout.owned) - rows
+    free -= min(32, layout.share * words)
     if layout.half and layout.inner and not (layout.backward or layout.cluster):
         weights = layout.fragments * layout.fragment
         return layout.share if layout.share <= free // weights else min(free, WEIGHTS_OF_A_LOOP) // weights
@@ -116,8 +136,9 @@ def _layouts(problem: Problem) -> Iterator[Layout]:
         for columns, tiles in product(COLUMNS, tiles_of_a_group if members > 1 else (1,)):
             sizes = (members, blocks, across, along, columns, tiles)
             alone = Layout(problem.program.text, problem.dtype, precision, backward, *sizes, **options)
-            # In a cluster words are not long on their way, so tiles take no turns; and there is one hop a step.
-            both = 1 < members <= clusters.LARGEST and tiles == 1 and alone.hops == 1
+            # In a cluster words are not long on their way, so tiles take no turns; and there is one hop a step. What
+            # two blocks could do one alone does, simulated, in less time.
+            both = 2 < members <= clusters.LARGEST and tiles == 1 and alone.hops == 1
             for bare in [alone, replace(alone, cluster=True)][: 1 + both]:
                 held = _held(bare)
                 if held >= 0:
@@ -131,14 +152,15 @@ def choose(problem: Problem) -> Choice | None:
 
 @memoize(1024)
 def _choose(problem: Problem, in_clusters: bool) -> Choice | None:
-    layouts = (choice for choice in _fitting(problem) if in_clusters or not choice.layout.cluster)
+    layouts = (choice for choice in fitting(problem) if in_clusters or not choice.layout.cluster)
     return min(layouts, key=lambda choice: choice.step / (SHORTER if choice.layout.cluster else 1.0), default=None)
 
 
-def _fitting(problem: Problem) -> Iterator[Choice]:
+def fitting(problem: Problem) -> Iterator[Choice]:
     """Every layout that fits on the problem's device."""
     device = problem.device
     for layout in _layouts(problem):
+        layout = layout.within(device.shared_memory)
         together = clusters.at_once(device, layout.members) if layout.cluster else device.sms // layout.members
         if layout.shared_bytes > device.shared_memory or not together:
             continue
@@ -152,26 +174,43 @@ def _fitting(problem: Problem) -> Iterator[Choice]:
 
 
 def _step(problem: Problem, layout: Layout, groups: int, at_once: int, known: rates.GroupModel) -> float:
-    """Seconds for a step of all rows of all of N."""
+    """Seconds for a step of all rows of all of N.
+
+    One tile waits while its words hop. Of tiles that take turns each one's words travel during the others' turns, but
+    what a turn has to look for, and its own chain, take their time for each of them.
+    """
     device = problem.device
-    busy = _busy_cycles(problem, layout, known) / (device.clock * 1e9)
-    hop = known.remote / (device.clock * 1e9) if layout.cluster else known.hop if layout.members > 1 else 0.0
-    waiting = layout.hops * (known.latency / (device.clock * 1e9) + hop)
-    one = max(layout.tiles * busy, busy + waiting)
+    product, arriving, chain = _tile(problem, layout, known)
     rounds = -(-problem.B // (layout.rows * groups)) * -(-problem.N // at_once)
     if layout.members == 1:  # blocks that wait for nobody; several may share a multiprocessor
         together = device.sms * max(1, min(MOST_WARPS * 32 // layout.threads, _blocks_by_memory(device, layout)))
         rounds = -(-groups * problem.N // together)
-        one = max(busy * -(-groups * problem.N // (device.sms * rounds)), busy + waiting)
-    return rounds * one
+        cycles = max((product + arriving) * -(-groups * problem.N // (device.sms * rounds)), product + MEMORY)
+    elif layout.cluster:
+        reading = product + arriving if layout.backward else max(product, arriving)
+        cycles = known.remote + max(_sending(layout, known) + reading, SHORTEST_WAY)
+    else:
+        hop = layout.hops * (known.hop * device.clock * 1e9 + FIRST_LOOK[layout.backward])
+        cycles = max(hop, arriving) + product
+        if layout.tiles > 1:
+            late = (layout.chunks - 1) * (LOOK + arriving / layout.chunks) / 2
+            turn = max(product + late + chain + TURN[layout.backward], arriving, SHORTEST_TURN)
+            cycles = max(cycles, layout.tiles * turn - chain)
+    return rounds * (cycles + chain) / (device.clock * 1e9)
 
 
 def _blocks_by_memory(device: Device, layout: Layout) -> int:
     return device.shared_memory // max(layout.shared_bytes, 1)
 
 
-def _busy_cycles(problem: Problem, layout: Layout, known: rates.GroupModel) -> float:
-    """Cycles for one tile of a step, if nothing has to be waited for."""
+def _sending(layout: Layout, known: rates.GroupModel) -> float:
+    """Cycles until the words of a cluster have left: each member sends as many bytes as it gets."""
+    words = layout.collected * layout.word / known.remote_bytes
+    return words + SENDING * layout.members * layout.parts * layout.owned
+
+
+def _tile(problem: Problem, layout: Layout, known: rates.GroupModel) -> tuple[float, float, float]:
+    """Cycles of one tile's product, of its words' way from L2 or shared memory, and of what follows the product."""
     program = problem.program
     warps = layout.across * layout.along
     instructions = layout.share * layout.fragments * layout.columns  # of a warp, each 16 x 8 x 16
@@ -180,19 +219,19 @@ def _busy_cycles(problem: Problem, layout: Layout, known: rates.GroupModel) -> f
     chained = instructions / min(chains, 4) * known.tensor_latency / 2
     spilled = layout.threads * 4 * layout.fragment * layout.fragments * (layout.share - layout.held)
     sums = 2 * layout.threads * 16 * layout.stages * layout.results * layout.blocks // layout.across * layout.columns
-    shared = (spilled + (sums if layout.along > 1 else 0)) / SHARED_BYTES_PER_CYCLE
     words = layout.collected * layout.word * layout.across
     arriving = words / (known.l2_bytes if layout.members > 1 and not layout.cluster else SHARED_BYTES_PER_CYCLE)
-    if layout.cluster:  # each member sends as many bytes as it gets
-        arriving += words / layout.across / known.remote_bytes
-        arriving += SENDING * layout.members * layout.parts * layout.owned
     operations = [op for stage in program.stages for op in stage.ops]
     units = UNITS * layout.blocks * 8 * layout.columns
     passes = 2 if layout.backward else 1
     pointwise = units * max(
         special(operations) / SPECIAL_PER_CYCLE, passes * known.instructions * len(operations) / FP32_PER_CYCLE
     )
-    return max(multiplying, chained, shared) + arriving + pointwise
+    chain = layout.stages * known.latency + max((layout.owned - 1) * PAIR, pointwise - PAIR, 0.0)
+    chain += SPILLED if spilled else 0.0
+    if layout.along > 1:
+        chain += JOINING * sums / SHARED_BYTES_PER_CYCLE
+    return max(multiplying, chained, spilled / SHARED_BYTES_PER_CYCLE), arriving, chain
 
 
 def floor(problem: Problem) -> float | None:

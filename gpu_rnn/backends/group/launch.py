@@ -98,7 +98,7 @@ def fit(layout: Layout, arch: str) -> Layout:
     limits = {nvrtc.architecture(d.capability): d.shared_memory for d in devices.DEVICES.values()}
     limit = limits.get(arch, min(limits.values()))
     while cubin.usage(nvrtc.compile_cubin(source(layout), arch)).stack and layout.held:
-        fewer = replace(layout, held=layout.held - 1)
+        fewer = replace(layout, held=layout.held - 1).within(limit)
         if fewer.shared_bytes > limit:
             break
         layout = fewer

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from typing import Any
 
@@ -25,6 +25,7 @@ SCALARS = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "float"}
 LANES = 32
 UNITS = 16  # of a unit block: the rows of a tensor-core instruction's A operand
 ARRIVALS = 8  # bytes that count what arrives in a slot of a tile
+CHUNK_WORDS = (32, 64)  # registers of words under way at once, forward and backward
 PERIOD = 5  # publications between two fences: of 16 slots a mask finds one; see group_exchange.cuh
 
 
@@ -53,6 +54,7 @@ class Layout:
         counter: exchange by counters instead of by the data itself.
         period: publications between two fences.
         cluster: a group is one cluster of blocks, which exchange through each other's shared memory.
+        joins: passes in which partial sums are joined: of more, each takes a smaller buffer.
         inner: the states other than h of all steps: forward, they are kept; backward, they have gradients.
         flags: rows skip steps, or their states are reset before a step.
         values: to what: 0 the recurrence's initial values, 1 given ones, 2 given ones for each step.
@@ -76,6 +78,7 @@ class Layout:
     paired: bool = False
     counter: bool = False
     period: int = PERIOD
+    joins: int = 1
     inner: bool = False
     flags: bool = False
     values: int = 0
@@ -172,6 +175,11 @@ class Layout:
         return self.gates * self.blocks // self.across
 
     @property
+    def spots(self) -> int:
+        """Pairs of units that the threads of a lane own in a tile, all warps along the depth together."""
+        return self.blocks // self.across * (UNITS // 8) * self.columns
+
+    @property
     def slot(self) -> int:
         """Words of one publication of a group."""
         return self.tiles * self.parts * self.members * self.blocks * 2 * self.columns * LANES
@@ -187,6 +195,15 @@ class Layout:
         """Words that a block needs for a step of a tile."""
         parts = self.gates if self.backward or self.drop == 2 else self.stages
         return parts * self.members * self.blocks * 2 * self.columns * LANES
+
+    @property
+    def chunks(self) -> int:
+        """In how many chunks a warp looks for its words; `chunk` of kernels/cuda/group_product.cuh."""
+        words = self.parts * 2 * self.columns * self.word // 4  # of a block of the depth
+        even = self.share * self.along == self.members * self.blocks
+        many = CHUNK_WORDS[self.backward and not (self.full and self.held)]
+        most = max(1, min(many // words, self.share)) if even else 1
+        return self.share // next(blocks for blocks in range(most, 0, -1) if self.share % blocks == 0)
 
     @property
     def word(self) -> int:
@@ -206,7 +223,16 @@ class Layout:
         sums = self.threads * 4 * self.blocks // self.across * self.results * self.columns * 4 if self.along > 1 else 0
         words = self.word * (self.whole_slot if self.norm else 2 * self.slot)
         words = words if self.members == 1 or self.cluster else 0
-        return weights + 2 * sums + words + 2 * ARRIVALS * self.tiles * self.cluster
+        return weights + 2 * sums // self.joins + words + 2 * ARRIVALS * self.tiles * self.cluster
+
+    def within(self, limit: int) -> Layout:
+        """The same with sums joined in as many passes as it takes to need no more shared memory, if that can be."""
+        layout = self
+        if not (self.half or self.precision == "tf32") or self.hops > 1:  # no register is left for that
+            return self
+        while layout.shared_bytes > limit and layout.along > 1 and layout.spots % (2 * layout.joins) == 0:
+            layout = replace(layout, joins=2 * layout.joins)
+        return layout
 
     @property
     def defines(self) -> dict[str, object]:
@@ -235,6 +261,7 @@ class Layout:
             "COUNTER": int(self.counter),
             "PERIOD": self.period,
             "CLUSTER": int(self.cluster),
+            "JOINS": self.joins,
             "SHARED": self.shared_bytes,
             "INNER": int(self.inner),
             "FLAGS": int(self.flags),

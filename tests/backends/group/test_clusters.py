@@ -52,7 +52,7 @@ def test_groups_are_clusters_where_that_is_predicted_to_be_shorter(
     architecture: str, has_them: bool, shape: tuple[int, int]
 ) -> None:
     each = problem(architecture, *shape)
-    assert any(found.layout.cluster for found in choice._fitting(each)) == has_them
+    assert any(found.layout.cluster for found in choice.fitting(each)) == has_them
     chosen = group.choose(each)
     assert chosen is not None and chosen.layout.cluster == has_them
     if has_them:
@@ -61,7 +61,7 @@ def test_groups_are_clusters_where_that_is_predicted_to_be_shorter(
 
 def test_no_cluster_has_more_blocks_than_there_may_be() -> None:
     each = problem("sm_90a", 512, 16)
-    members = [found.layout.members for found in choice._fitting(each) if found.layout.cluster]
+    members = [found.layout.members for found in choice.fitting(each) if found.layout.cluster]
     assert members and max(members) <= clusters.LARGEST
     assert clusters.at_once(each.device, 17) == 0
 

@@ -64,7 +64,7 @@ CASES = [
 ]
 WATCHED = [  # under ThreadSanitizer
     Case("lstm", "bf16", 1, across=2, blocks=2, along=2, T=4),
-    Case("gru", "fp16", 3, along=3, tiles=2, B=12, T=6, lengths=True),
+    Case("gru", "fp16", 3, along=3, tiles=2, B=12, T=9, lengths=True, period=2, joins=2),
     Case("lstm", "fp32", 2, T=7, reverse="01"),
     Case("rnn", "tf32", 2, across=2, blocks=2, along=2, T=7, period=2),
     Case("gru", "bf16", 3, along=3, counter=True, T=6),
@@ -275,8 +275,8 @@ def late_member(case: Case, **options) -> None:
 
 CONFIGURATIONS = {  # each of which notices by itself the loss of every synchronisation that it reaches
     "alone": (check_forward, Case("lstm", "fp16", 1, across=2, blocks=2, along=2, T=3)),
-    "tiles": (check_forward, Case("gru", "fp16", 3, along=3, T=12, tiles=2, B=12)),
-    "tiles backward": (check_gradients, Case("gru", "bf16", 3, along=3, T=9, tiles=2, B=12)),
+    "ahead": (check_forward, Case("gru", "fp16", 3, along=3, T=12, tiles=2, B=12, period=2, joins=2)),
+    "ahead backward": (check_gradients, Case("gru", "bf16", 3, along=3, T=9, tiles=2, B=12, period=2, joins=2)),
     "counter": (check_forward, Case("gru", "fp16", 2, along=2, T=4, counter=True)),
     "backward": (check_gradients, Case("rnn", "bf16", 2, along=2, T=6)),
     "two products": (check_forward, Case("gru_reset_before", "fp16", 2, along=2, T=6)),
@@ -300,7 +300,7 @@ def site_case(check, case: Case) -> sites.Case:
 
 def site_cases() -> dict[str, sites.Case]:
     """What notices the loss of each synchronisation, for support/cuda/sites.py: case(sanitizer, schedule, disabled)."""
-    kernels = {name: CONFIGURATIONS[name] for name in ("alone", "tiles", "counter", "backward", "sums", "cluster")}
+    kernels = {name: CONFIGURATIONS[name] for name in ("alone", "ahead", "counter", "backward", "sums", "cluster")}
     kernels["missing"] = missing_member, Case("lstm", "fp32", 4, T=2)
     kernels["late"] = late_member, Case("rnn", "bf16", 2, T=4, B=3, cluster=True)
     return {name: site_case(*kernel) for name, kernel in kernels.items()}
