@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from gpu_rnn.call import arguments, run, stack_ops  # noqa: F401  # what torch.compile records
+from gpu_rnn.call import arguments, cell_op, run, stack_ops  # noqa: F401  # what torch.compile records
 from gpu_rnn.call.controls import NONE, StackControls
 from gpu_rnn.call.stack import Stack, States
 from gpu_rnn.recurrence import Recurrence

@@ -6,8 +6,8 @@ an autograd.Function, torch.compile and torch.export a registered operation, ATe
 apart is here, and nothing below knows of it: a backend meets plain tensors and no transform. This room plans and
 records; it launches nothing.
 
-In the order of a call: run chooses by what description says of a stack, which stack_ops records as one operation; loops
-goes through the layers;
-autograd, custom_ops and vmap are the ways in; passes runs forward and backward. arguments and checks refuse what no
-kernel may see, controls brings masks to each layer's layout, onlookers and transforms say who looks on.
+In the order of a call: run chooses by what description says of a stack, which stack_ops records as one operation, and
+cell_op a cell as plain ones; loops goes through the layers; autograd, custom_ops and vmap are the ways in; passes runs
+forward and backward. arguments and checks refuse what no kernel may see, controls brings masks to each layer's layout,
+onlookers and transforms say who looks on.
 """

@@ -164,6 +164,13 @@ def _recorded_as_aten(backend: str) -> bool:
     return not torch.compiler.is_compiling() and (backend == "aten" or onlookers.traced())
 
 
+def _recorded_in_parts(stack: Stack) -> bool:
+    """Whether torch.compile records a cell as plain operations (`gpu_rnn.call.cell_op`). An exported program has it
+    whole: an ONNX graph takes it for one node."""
+    compiles = torch.compiler.is_compiling() and not torch.compiler._is_exporting_flag
+    return compiles and stack.backend in ("auto", "reference")
+
+
 def _recorded_whole(stack: Stack, x: Tensor, batch_sizes: Tensor | None, controls: StackControls) -> bool:
     """Whether torch.compile records the whole stack as one operation (`gpu_rnn.call.stack_ops`), which runs as an eager
     call does: plain calls on a CPU, and those that only ATen shall run.
@@ -284,6 +291,11 @@ def one_step(stack: Stack, x: Tensor, hx: States | None, weights: Sequence[Tenso
         # Under autocast torch's own rule casts the weights: it keeps them for the next step of a loop.
         after = aten.STEPS[mode](x, states if len(states) > 1 else states[0], *weights[:2], *biases)
         return tuple(after) if len(states) > 1 else (after,)
+    if recorded and _recorded_in_parts(stack):
+        states = hx or tuple(state[0] for state in stack.initial(x[None], weights, x.shape[0]))
+        weights = autocast.cast(weights) if autocasts else weights
+        text = stack.recurrence.text(stack.recurrence.identity)
+        return tuple(torch.ops.gpu_rnn.cell(x, list(states), list(weights), text, stack.words("")))
     if x.is_cpu and stack.heads == 1 and not (recorded or transformed or autocasts):
         states = hx or tuple(state[0] for state in stack.initial(x[None], weights, x.shape[0]))
         if (found := single_step.run(stack, x, states, weights)) is not None:

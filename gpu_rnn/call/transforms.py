@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import torch
-from torch._C._functorch import TransformType, get_interpreter_stack, peek_interpreter_stack
+from torch._C._functorch import TransformType, get_interpreter_stack
 
 
 def active() -> bool:
     """Whether a functorch transform or forward-mode differentiation is going on."""
-    return peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+    # Not peek_interpreter_stack: to Dynamo that is never None.
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def forward_levels() -> int:

@@ -101,14 +101,6 @@ def test_an_exported_call_of_aten() -> None:
         torch.testing.assert_close(list(given), expected[len(outputs) :])
 
 
-@pytest.mark.parametrize("make", [gpu_rnn.LSTMCell, gpu_rnn.GRUCell, gpu_rnn.RNNCell])
-def test_cells_are_atens_operations(make: type[nn.Module]) -> None:
-    """Which a compiler fuses with what stands around them."""
-    cell = make(I, H)
-    program = torch.export.export(cell, (torch.randn(4, I),))
-    assert not any("gpu_rnn" in str(node.target) for node in program.graph.nodes)
-
-
 @pytest.mark.parametrize("words", ["auto", "auto 1 0 1 bias", "auto 1 0 1 bias kept:q", "none 1 0 1 kept:"])
 def test_words_that_are_none(words: str) -> None:
     with pytest.raises(ValueError, match=r"read like|backend"):

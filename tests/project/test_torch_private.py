@@ -38,7 +38,7 @@ PRIVATE: dict[str, str] = {
     "torch._ops._len_torch_dispatch_stack_pre_dispatch": RUNS,
     "torch._C._functorch.TransformType": RUNS,
     "torch._C._functorch.get_interpreter_stack": RUNS,
-    "torch._C._functorch.peek_interpreter_stack": RUNS,
+    "torch._C._are_functorch_transforms_active": RUNS,
     "torch.autograd.forward_ad._current_level": RUNS,
     "torch.compiler._is_exporting_flag": RUNS,
     "torch.autograd._profiler_enabled": "whether a profiler wants to be told of passes by name",
@@ -65,6 +65,9 @@ PRIVATE: dict[str, str] = {
     "torch.onnx._internal.exporter._torchlib._torchlib_registry.onnx_impl": "so that an export needs no table of ours",
     "torch.onnx._internal.exporter._torchlib.ops.hop.call_op": ONNX_GRAPHS,
     "torch._C._SetExcludeDispatchKeyGuard": "autograd below an operation of ours, whose derivative is an eager call's",
+    "torch._C._dispatch_tls_is_dispatch_key_excluded": "whether it is turned off there",
+    "torch._C.DispatchKey.AutogradFunctionality": "what it is turned off by",
+    "torch._C.DispatchKey.ADInplaceOrView": "likewise",
     "torch._decomp.core_aten_decompositions": "torch's own formulas of its activations",
 }
 NEEDS_CUDA = "torch._C._cuda_hasPrimaryContext"
