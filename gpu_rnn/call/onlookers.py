@@ -74,6 +74,12 @@ def traced() -> bool:
     return torch._C._get_tracing_state() is not None
 
 
+def writes_onnx() -> bool:
+    """Whether torch.onnx.export(dynamo=True) records. (Dynamo, which it asks where all else failed, takes the answer to
+    be no.)"""
+    return torch.onnx.is_in_onnx_export() and not traced()
+
+
 def check_translated() -> None:
     """Raises RuntimeError where torch.onnx.export records, and nobody has taught it the layers."""
     if torch.onnx.is_in_onnx_export() and "gpu_rnn.onnx" not in sys.modules:

@@ -71,6 +71,8 @@ def sequence(
             return *_aten(stack, x, states, weights, batch_sizes), ()
         if plain and chosen in AGAIN and not problem.training:
             plans.learn(stack, x, hx or stack.initial(x, weights, batch), weights)
+    elif stack.backend == "aten" and onlookers.writes_onnx():  # a file has layers, and whoever reads it the kernels
+        stack = replace(stack, backend="auto")
     elif _recorded_whole(stack, x, batch_sizes, controls):
         return *_whole(stack, x, hx, weights), ()
     elif _recorded_as_aten(stack.backend) and _takes_aten(stack, x, controls):

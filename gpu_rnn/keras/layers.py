@@ -102,9 +102,7 @@ class TimeLoop:
         """From outputs that are 0 at masked steps those that Keras gives: the last valid step's, before it 0."""
         if mask is None or self.zero_output_for_mask or not self.return_sequences:
             return y
-        steps = torch.arange(y.shape[1], device=y.device)
-        valid = torch.where(mask, steps, 0).cummax(1).values  # before the first valid step: 0, a masked step
-        return y.gather(1, valid[..., None].expand_as(y))
+        return y.gather(1, last_valid_steps(mask)[..., None].expand_as(y))
 
     def check_cudnn(self, masked: bool) -> None:
         """Raises ValueError where use_cudnn=True cannot be had."""
@@ -249,9 +247,9 @@ def run(
 
 
 def what_runs(layer: Any, masked: bool, dropped: bool) -> tuple[Recurrence, str]:
-    """A layer's recurrence and backend: ATen's, whatever use_cudnn says, where ATen's call becomes a node of an ONNX
-    file."""
-    if not torch.onnx.is_in_onnx_export():
+    """A layer's recurrence and backend: ATen's, whatever use_cudnn says, where the ONNX exporter of old traces, which
+    writes ATen's call as a node."""
+    if not (torch.jit.is_tracing() and torch.onnx.is_in_onnx_export()):
         return layer.recurrence if layer.cudnn else layer.loops_only, "aten" if layer.cudnn is True else "auto"
     other = layer.recurrence.aten is None
     reasons = {
@@ -262,8 +260,11 @@ def what_runs(layer: Any, masked: bool, dropped: bool) -> tuple[Recurrence, str]
     lacking = [reason for reason, used in reasons.items() if used]
     if lacking:
         raise NotImplementedError(
-            f"ONNX's recurrent nodes have none of what {layer.name} uses: {', '.join(lacking)}. Export "
-            'gpu_rnn.keras.exchange(model, layers="keras"): Keras writes step by step, for inputs of one length.'
+            f"the exporter of old, which Keras asks where a size is None, cannot write what {layer.name} uses: "
+            f"{', '.join(lacking)}. `import gpu_rnn.onnx`, and either give all sizes, as with "
+            'model.export(path, format="onnx", input_signature=[keras.InputSpec((1, 20, 8))]), or keep them open with '
+            "torch.onnx.export(model.eval(), (x,), path, dynamic_shapes=(({0: Dim('batch'), 1: Dim('steps')},),)), "
+            "where Dim is torch.export.Dim"
         )
     return layer.recurrence, "aten"
 
@@ -349,6 +350,15 @@ def step_mask(mask: Any, sequences: Tensor) -> Tensor | None:
 def last_valid(h: Tensor, mask: Tensor) -> Tensor:
     """The output after the last step: the final h, but 0 (not the initial h) in a row whose every step is masked."""
     return torch.where(mask.any(1, keepdim=True), h, 0)
+
+
+def last_valid_steps(mask: Tensor) -> Tensor:
+    """(B, T): of each step the last valid one until then; before the first, a masked one. By operations that ONNX
+    has."""
+    steps = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+    number = mask.cumsum(1)  # of valid steps until then: 0 before the first
+    places = torch.zeros_like(number[:, :1]).repeat(1, mask.shape[1] + 1)  # of the valid step with each number
+    return places.scatter(1, torch.where(mask, number, 0), steps).gather(1, number)
 
 
 for _layer in (LSTM, GRU, SimpleRNN):

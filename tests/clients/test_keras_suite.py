@@ -19,3 +19,6 @@ TestGRU = suite("layers/rnn/gru_test.py", "GRUTest")
 TestSimpleRNN = suite("layers/rnn/simple_rnn_test.py", "SimpleRNNTest")
 TestBidirectional = suite("layers/rnn/bidirectional_test.py", "SimpleRNNTest")
 TestMasking = suite("layers/core/masking_test.py", "MaskingTest", "with_tensor")
+
+if importlib.util.find_spec("onnxruntime"):
+    TestExportONNX = suite("export/onnx_test.py", "ExportONNXTest", "lstm")

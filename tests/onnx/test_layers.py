@@ -54,7 +54,7 @@ def right(model: nn.Module, dtype: torch.dtype = torch.float32, tolerance: float
 
 def test_what_onnx_has_a_node_for() -> None:
     model = Model(
-        (gpu_rnn.LSTM(I, H, 2, bidirectional=True), None),
+        (gpu_rnn.LSTM(I, H, 2, bidirectional=True, backend="aten"), None),
         (gpu_rnn.LSTM(I, H, peephole=True, bidirectional=True), lengths),
         (gpu_rnn.GRU(I, H, recurrent_activation="keras2_hard_sigmoid", clip=0.3), None),
         (gpu_rnn.GRU(I, H, reset_after=False, activation="softsign"), lengths),
