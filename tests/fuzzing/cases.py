@@ -87,17 +87,19 @@ class Case:
             self.formula is None or self.number % 2 == 0
         ):  # drawn without kinks, which roundings may be on either side of
             found.append(("step", torch.float32))
-            bare = not self.options & {"layer_norm", "rms_norm"}
-            if triton_interpreter.INTERPRETING and bare:
+            if triton_interpreter.INTERPRETING and not self.options & {"layer_norm", "rms_norm"}:
                 found.append(("resident", torch.float32))
             if self.number % NATIVE_EVERY == 0 and HAS_C:
                 found += [("native", torch.float64), ("native", torch.float32)]
-            dropped = {"recurrent_dropout", "recurrent_dropout_per_gate"}  # of h between W_hr and W_hh
-            folds = "proj_size" not in self.options or not self.options & dropped
-            one = bare and folds and len(self.recurrence.program.stages) == 1
-            if self.number % GROUP_EVERY == 0 and one and HAS_COMPILER:
+            if self.number % GROUP_EVERY == 0 and self.suits_group and HAS_COMPILER:
                 found.append(("group", torch.float32))
         return found
+
+    @property
+    def suits_group(self) -> bool:
+        """Whether `group` takes it in a short build: with one product a step, and an h that is projected or dropped."""
+        both = "proj_size" in self.options and self.options & {"recurrent_dropout", "recurrent_dropout_per_gate"}
+        return len(self.recurrence.program.stages) == 1 and not both
 
 
 # Whatever it is: none of these calls may raise.
