@@ -18,8 +18,8 @@ from gpu_rnn.memo import memoize
 
 log = logging.getLogger("gpu_rnn")
 
-# Steps after which an LSTM or GRU with torch.nn's initial weights has forgotten a guessed state to 2e-7: a chunk of so
-# many settles in two passes (docs/time_parallel.md).
+# Steps after which an LSTM whose forget bias begins at 1 has forgotten a guessed state to 1e-6: chunks of so many
+# settle in two passes (docs/time_parallel.md, by benchmarks/time_parallel.py).
 MEMORY = 128
 SHORTEST = 32  # steps of a chunk: shorter ones would take more than five passes
 MOST_PASSES = 16
