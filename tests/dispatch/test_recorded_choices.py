@@ -21,6 +21,7 @@ from gpu_rnn.dispatch import choice
 from tests.support.paths import DATA
 
 FILE = DATA / "choices_h100.csv"
+PROJECTED = "lstm projected"  # to half of its units
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32}
 
 
@@ -33,7 +34,7 @@ class Point(NamedTuple):
 
 
 def points() -> Iterator[Point]:
-    for cell, dtype, direction in product(("lstm", "gru"), DTYPES, ("inference", "training")):
+    for cell, dtype, direction in product(("lstm", "gru", PROJECTED), DTYPES, ("inference", "training")):
         for hidden, batch in ((32, 16), (64, 64), (128, 16), (256, 64), (512, 64), (768, 16), (1024, 1), (2048, 64)):
             yield Point(cell, dtype, direction, hidden, batch)
 
@@ -41,9 +42,9 @@ def points() -> Iterator[Point]:
 def chosen(point: Point) -> str:
     """Of a call as `explain` sees it, but that no kernel is built."""
     problem = Problem(
-        recurrence=cells.CELLS[point.cell](),
+        recurrence=cells.CELLS[point.cell.split()[0]](),
         T=1024, B=point.batch, N=1, I=point.hidden, H=point.hidden,
-        dtype=DTYPES[point.dtype], direction=point.direction,
+        proj_size=point.hidden // 2 * (point.cell == PROJECTED), dtype=DTYPES[point.dtype], direction=point.direction,
     )  # fmt: skip
     there = choice.described(problem, "H100")
     able = [name for name, backend in choice.BACKENDS.items() if not backend.unsupported(there)]
