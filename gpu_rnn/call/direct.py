@@ -182,6 +182,8 @@ class _Layer(torch.autograd.Function):
         controls = LayerControls(*every[ctx.tensors : after]).dense(plan.dtype) if ctx.controls else PLAIN
         if second_order.needs_operations(grads):
             arranged = partial(_inputs, plan, controls)
+            if ctx.sizes.silenced and grads[0] is not None:  # y was 0 where the reference has h
+                grads = (counted(grads[0], controls.counts(len(grads[0]))), *grads[1:])
             return None, None, None, *second_order.of_a_layer(stack, tensors, arranged, grads)
         # A hook of saved tensors may have changed their dtype, and how they lie.
         x, states, weights, resets = _apart(plan, all_dense(tensors, plan.dtype))

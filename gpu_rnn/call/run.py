@@ -281,27 +281,26 @@ def one_step(stack: Stack, x: Tensor, hx: States | None, weights: Sequence[Tenso
     if autocasts:
         (x,), hx = autocast.cast((x,)), hx and autocast.cast(hx)
     mode, recorded, transformed = stack.recurrence.aten, onlookers.recorded(x), transforms.active()
-    if (
-        mode
-        and stack.heads == 1
-        and stack.backend in ("auto", "aten")
-        and (not recorded or torch.compiler.is_compiling() or _recorded_as_aten(stack.backend))
-        and not transformed
-    ):
-        states = hx or tuple(state[0] for state in stack.initial(x[None], weights, x.shape[0]))
-        biases = weights[2:] if stack.bias else (None, None)
-        # Under autocast torch's own rule casts the weights: it keeps them for the next step of a loop.
-        after = aten.STEPS[mode](x, states if len(states) > 1 else states[0], *weights[:2], *biases)
-        return tuple(after) if len(states) > 1 else (after,)
+    if stack.heads == 1 and not transformed:
+        # Of one gate a cell has one product a step, for which ATen's call costs less (an AMD EPYC).
+        short = mode is None or stack.backend == "native"
+        short = short or (x.shape[0] <= limits.MOST_ROWS and len(stack.recurrence.gates) > 1)
+        if short and x.is_cpu and not (recorded or autocasts):
+            states = hx or stack.initial_of_a_step(x, weights)
+            if (found := single_step.run(stack, x, states, weights)) is not None:
+                return found
+        by_aten = not recorded or torch.compiler.is_compiling() or _recorded_as_aten(stack.backend)
+        if mode and stack.backend in ("auto", "aten") and by_aten:
+            states = hx or stack.initial_of_a_step(x, weights)
+            biases = weights[2:] if stack.bias else (None, None)
+            # Under autocast torch's own rule casts the weights: it keeps them for the next step of a loop.
+            after = aten.STEPS[mode](x, states if len(states) > 1 else states[0], *weights[:2], *biases)
+            return tuple(after) if len(states) > 1 else (after,)
     if recorded and _recorded_in_parts(stack):
         states = hx or tuple(state[0] for state in stack.initial(x[None], weights, x.shape[0]))
         weights = autocast.cast(weights) if autocasts else weights
         text = stack.recurrence.text(stack.recurrence.identity)
         return tuple(torch.ops.gpu_rnn.cell(x, list(states), list(weights), text, stack.words("")))
-    if x.is_cpu and stack.heads == 1 and not (recorded or transformed or autocasts):
-        states = hx or tuple(state[0] for state in stack.initial(x[None], weights, x.shape[0]))
-        if (found := single_step.run(stack, x, states, weights)) is not None:
-            return found
     states = None if hx is None else tuple(state[None] for state in hx)
     _, final, _ = sequence(stack, x[None], states, weights, None)
     return tuple(state[0].clone() for state in final)  # no views: those cannot be detached in place

@@ -146,6 +146,13 @@ class Stack:
         shapes = self.state_shapes(weights, batch)
         return tuple(x.new_full(shape, value) for shape, value in zip(shapes, values, strict=True))
 
+    def initial_of_a_step(self, x: Tensor, weights: Sequence[Tensor]) -> States:
+        """The same of a cell of one head, (B, H) each."""
+        shape, values = (x.shape[0], weights[1].shape[1]), self.recurrence.initial
+        if values == values[:1] * len(values):
+            return (x.new_full(shape, values[0]),) * len(values)
+        return tuple(x.new_full(shape, value) for value in values)
+
     def problem(
         self,
         x: Tensor,

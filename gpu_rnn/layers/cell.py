@@ -96,14 +96,21 @@ class CellBase(RecurrenceHolder, RNNCellBase):
         arguments.tensor("input", input)
         states = None if hx is None else self._as_tuple(hx)
         batched = input.dim() == 2
-        if not batched or (states is not None and [state.dim() for state in states] != [2] * len(states)):
+        # What nearly always is right is compared at once: a short call is all overhead.
+        known = batched and input.shape[1] == self.input_size
+        if known and states is not None:
+            known = [state.shape for state in states] == [(input.shape[0], self.hidden_size)] * len(states)
+        if not known:
             self._check_ranks(input, states)
-        if not batched:
-            input = input.unsqueeze(0)
-            states = None if states is None else tuple(state.unsqueeze(0) for state in states)
-        self._check_sizes(input, states)
+            if not batched:
+                input = input.unsqueeze(0)
+                states = None if states is None else tuple(state.unsqueeze(0) for state in states)
+            self._check_sizes(input, states)
         weights = self._weights()
-        if weights[0].dtype != input.dtype:  # ATen's steps have poor words for it; autocast may bring both to one
+        dtype = input.dtype
+        if states is not None and [state.dtype for state in states] != [dtype] * len(states):
+            arguments.check_alike(input, (), states)
+        if weights[0].dtype != dtype:  # ATen's steps have poor words for it; autocast may bring both to one
             arguments.check_alike(input, weights, ())
         states = run.one_step(self._stack(), input, states, weights)
         if not batched:
@@ -133,8 +140,6 @@ class CellBase(RecurrenceHolder, RNNCellBase):
                 raise RuntimeError(
                     f"hidden{index} has inconsistent hidden_size: got {width}, expected {self.hidden_size}"
                 )
-            if state.dtype != input.dtype:
-                arguments.check_alike(input, (), states or ())
 
 
 @in_full(sequence.RNN)

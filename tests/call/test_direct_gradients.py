@@ -70,3 +70,14 @@ def test_the_loops_own_gradients_are_accurate() -> None:
         )
     ]
     assert max(wrong) < 2e-6
+
+
+def test_second_derivatives_where_y_is_silent() -> None:
+    """What comes in for an output that is 0 goes nowhere, however the gradient is taken."""
+    layer = gpu_rnn.LSTM(3, 4, backend="native", dtype=torch.float64)
+    x = torch.randn(50, 3, 3, dtype=torch.float64, requires_grad=True)
+    y = layer(x, mask=~SEVENTH)[0]
+    d_y = torch.randn_like(y)
+    (first,) = torch.autograd.grad(y, x, d_y, retain_graph=True)
+    (again,) = torch.autograd.grad(y, x, d_y, create_graph=True)
+    torch.testing.assert_close(first, again, rtol=1e-12, atol=1e-12)

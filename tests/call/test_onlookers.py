@@ -86,7 +86,7 @@ def test_a_mode_sees_each_pass_as_one_operation() -> None:
 @every_layer
 def test_selective_checkpoints(name: str) -> None:
     """What is recomputed, and what is kept because a policy says so."""
-    net, x = make(name), draw(1).requires_grad_()
+    net, x = make(name).double(), draw(1).double().requires_grad_()
     expected = torch.autograd.grad(loss_of(net)(x), [x, *net.parameters()])
 
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -115,9 +115,10 @@ def python_calls(call: Callable[[], object]) -> int:
     return entered
 
 
-@pytest.mark.parametrize(("name", "more"), [("LSTM", 3), ("GRU", 5), ("RNN", 5), ("LSTMCell", 12)])
+@pytest.mark.parametrize(("name", "more"), [("LSTM", 3), ("GRU", 5), ("RNN", 5), ("LSTMCell", 24)])
 def test_a_step_enters_hardly_more_functions_than_torchs(name: str, more: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of them takes about 0.1 µs, and a step of a small layer 20 µs."""
+    """One of them takes about 0.1 µs, and a step of a small layer 20 µs. A cell's step in C takes 4 µs less than
+    ATen's, which is worth more functions."""
     monkeypatch.setattr(choice, "only_predicted_on_cpu", lambda: True)  # no measurement of this machine's user decides
     _, theirs, ours = next(calls(name, {}, 1, 1, 8))
     assert python_calls(ours) <= python_calls(theirs) + more

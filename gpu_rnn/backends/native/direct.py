@@ -192,14 +192,14 @@ def backward(
         if controls is not PLAIN:
             counts = controls.counts(len(x))
             x = counted(x, counts)
-            d_y = d_y if d_y is None or "h" not in sizes.saved.first else counted(d_y, counts)
+            d_y = counted(d_y, counts) if sizes.silenced and d_y is not None else d_y
         result = _result(plan, sizes, y, saved)
         return _by_a_library(plan, x, states, weights, resets, controls, result, d_y, d_final, d_inner, of_x)
     made = x.new_empty(sizes.made.size)
     fields = _fields(sizes, sizes.saved, saved)
     for place, offset in sizes.made.places:
         fields[place] = made.data_ptr() + offset
-    if "h" in sizes.saved.first:  # what stands there is what states were
+    if sizes.silenced:  # what stands there is what states were
         fields[plan.packing.places["y"]] = fields[plan.packing.places["h"]]
     d_x = torch.empty_like(x) if of_x else None
     d_states = [torch.empty_like(state) if of_states else None for state in states]
@@ -210,7 +210,7 @@ def backward(
     tensors: dict[str, Tensor | None] = dict(zip(plan.names, weights, strict=True))
     tensors |= zip(plan.of_gradients, d_weights, strict=True)
     tensors |= {"x": x, "d_y": d_y, "d_x": d_x, "d_inner": d_inner} | _apart(plan, sizes, saved)
-    tensors["y"] = None if "h" in sizes.saved.first else y
+    tensors["y"] = None if sizes.silenced else y
     if controls is not PLAIN:
         tensors |= controls.of_loops
     lists = {"initial": states, "d_final": d_final, "d_initial": d_states, "resets": resets, "d_resets": d_resets}
@@ -240,7 +240,7 @@ def _result(plan: LayerPlan, sizes: LayerSizes, y: Tensor, saved: Sequence[Tenso
         normal = Normalised(*saved[2:4])
     elif "norm" in plan.names:
         normal = Normalised(room.views(("normal_x", "normal"), whole), room.views(("rstd_x", "rstd"), whole))
-    h = room.view("h", whole) if "h" in room.shapes else y.view(steps, batch, n, -1)
+    h = room.view("h", whole) if sizes.silenced else y.view(steps, batch, n, -1)
     return Result(h, [], gates, room.view("recurrent", whole), inner, normal)
 
 

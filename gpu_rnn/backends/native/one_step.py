@@ -17,6 +17,8 @@ from gpu_rnn.backends.native import arguments, building, text
 from gpu_rnn.compiler.program import Program
 from gpu_rnn.memo import memoize
 
+NO_MEMORY_FOR_A_STEP = "one step in C has no memory for its gradients"
+
 
 class StepPlan(NamedTuple):
     """What every call of a cell in one dtype needs."""
@@ -67,7 +69,8 @@ def forward(
         *[state.data_ptr() for state in final],
         *nothing,
     )
-    _check(plan.forward(given))
+    if plan.forward(given):
+        raise MemoryError(NO_MEMORY_FOR_A_STEP)
     return final, gates, recurrent
 
 
@@ -100,10 +103,6 @@ def backward(
         *(0,) * plan.states,
         *(d.data_ptr() for d in d_states),
     )
-    _check(plan.backward(given))
+    if plan.backward(given):
+        raise MemoryError(NO_MEMORY_FOR_A_STEP)
     return [d_x, *d_states, *d_weights]
-
-
-def _check(short: int) -> None:
-    if short:
-        raise MemoryError("one step in C has no memory for its gradients")

@@ -76,6 +76,11 @@ class LayerSizes(NamedTuple):
     saved: Room  # for the backward pass; without what is made apart
     made: Room  # in the backward pass
 
+    @property
+    def silenced(self) -> bool:
+        """Whether y is 0 where a step does not count, and h stands elsewhere for the backward pass."""
+        return "h" in self.saved.first
+
 
 def of(
     kind: Extent, program: Program, packing: arguments.Packing, names: Sequence[str], reverse: str, rms: bool, bits: int
@@ -102,7 +107,7 @@ def of(
     saved: dict[str, tuple[int, ...]]
     saved = {"recurrent": (steps, batch, n, split, hidden)}
     saved |= {"gates": gates} | (normal if "norm" in names else {}) if takes_inputs else {}
-    silenced = numbers["silent"] and numbers["flags_across"]  # h stands elsewhere than y
+    silenced = numbers["silent"] and numbers["flags_across"]
     saved |= ({"h": (steps, batch, n, width)} if silenced else {}) | ({} if kind.all_states else {"inner": inner})
     made: dict[str, tuple[int, ...]]
     made = {"d_gates": gates, "d_recurrent": saved["recurrent"], "d_params": (batch, n, len(program.params), hidden)}
