@@ -248,3 +248,7 @@ DEVICE float exp2_approximate(float x) {
 DEVICE float reciprocal_approximate(float x) {
   return cpu::off_by(1.0 / x, x, 0x1p-24);
 }
+DEVICE float inverse_root_approximate(float x) {
+  return cpu::off_by(1.0 / std::sqrt(static_cast<double>(x)), x,
+                     0x1.12p-23 - 0x1p-24);
+}

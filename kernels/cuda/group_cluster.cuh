@@ -96,8 +96,9 @@ struct Exchange {
 
   // Sums of layer normalisation go through L2: no cluster is built with them.
   DEVICE unsigned long long *sums(int) const { return nullptr; }
-  DEVICE void publish_sums(const Seat &, const Spot &, int, int, float, float) {
-  }
+  template <int N>
+  DEVICE void publish_sums(const Seat &, const Spot &, int, const float (&)[N],
+                           const float (&)[N]) {}
   template <int EACH, int N>
   DEVICE void collect_sums(unsigned long long (&)[N],
                            const unsigned long long *, const Seat &, int) {}

@@ -69,20 +69,25 @@ struct Exchange {
     return reinterpret_cast<unsigned long long *>(slot(number) + SLOT);
   }
 
-  // Of the spot's block of units, its row and a gate, from one of eight lanes.
+  // Of the spot's block of units and its row, from one of eight lanes: of each
+  // of a stage's gates.
+  template <int N>
   DEVICE void publish_sums(const Seat &seat, const Spot &spot, int number,
-                           int gate, float first, float second) {
+                           const float (&first)[N], const float (&second)[N]) {
     if (seat.i)
       return;
-    const unsigned long long pair =
-        __float_as_uint(first) |
-        static_cast<unsigned long long>(__float_as_uint(second)) << 32;
-    unsigned long long *to =
-        sums(number) + (spot.block * MOST + gate) * ROWS + spot.row;
-    if constexpr (MEMBERS == 1 || COUNTER)
-      *to = pair;
-    else
-      store_relaxed<SEND_SUMS>(to, pair == EMPTY_SUMS ? EMPTY_SUMS >> 1 : pair);
+    unsigned long long *to = sums(number) + spot.block * MOST * ROWS + spot.row;
+#pragma unroll
+    for (int gate = 0; gate < N; gate++) {
+      const unsigned long long pair =
+          __float_as_uint(first[gate]) |
+          static_cast<unsigned long long>(__float_as_uint(second[gate])) << 32;
+      if constexpr (MEMBERS == 1 || COUNTER)
+        to[gate * ROWS] = pair;
+      else
+        store_relaxed<SEND_SUMS>(to + gate * ROWS,
+                                 pair == EMPTY_SUMS ? EMPTY_SUMS >> 1 : pair);
+    }
   }
 
   // N / EACH gates' of every eighth block of the depth, from this lane's on.

@@ -26,6 +26,14 @@ constexpr int TOGETHER =
 
 constexpr bool RMS = NORM == 2;
 
+// Exact ones are calls in branches of their own, gate after gate.
+DEVICE float divide(float x, float by) {
+  return APPROXIMATE ? x * reciprocal_approximate(by) : x / by;
+}
+DEVICE float inverse_root(float x) {
+  return APPROXIMATE ? inverse_root_approximate(x) : 1.0f / sqrtf(x);
+}
+
 // Over the lanes that hold a block's units of one row.
 DEVICE float over_block(float x) {
   x += shuffle_xor(x, 4);
@@ -72,16 +80,17 @@ DEVICE void publish_moments(const float (&products)[RESULTS][2],
                             const Seat &seat, const Spot &spot,
                             Exchange &exchange, int number, int H) {
   const int units = units_of(spot.block, H);
+  float means[S::COUNT], squares[S::COUNT];
 #pragma unroll
   for (int gate = 0; gate < S::COUNT; gate++) {
     const float x = spot.count > 0 ? products[gate][0] : 0.0f;
     const float y = spot.count > 1 ? products[gate][1] : 0.0f;
-    const float mean = RMS ? 0.0f : over_block(x + y) / (units ? units : 1);
-    const float dx = spot.count > 0 ? x - mean : 0.0f;
-    const float dy = spot.count > 1 ? y - mean : 0.0f;
-    exchange.publish_sums(seat, spot, number, gate, mean,
-                          over_block(dx * dx + dy * dy));
+    means[gate] = RMS ? 0.0f : divide(over_block(x + y), units ? units : 1);
+    const float dx = spot.count > 0 ? x - means[gate] : 0.0f;
+    const float dy = spot.count > 1 ? y - means[gate] : 0.0f;
+    squares[gate] = over_block(dx * dx + dy * dy);
   }
+  exchange.publish_sums<S::COUNT>(seat, spot, number, means, squares);
 }
 
 DEVICE void moments(float &mean, float &rstd, const Collected &sums, int H) {
@@ -89,13 +98,13 @@ DEVICE void moments(float &mean, float &rstd, const Collected &sums, int H) {
 #pragma unroll
   for (int k = 0; k < A_LANE; k++)
     total += sums.units[k] * sums.first[k];
-  mean = RMS ? 0.0f : over_block(total) / H;
+  mean = RMS ? 0.0f : divide(over_block(total), H);
 #pragma unroll
   for (int k = 0; k < A_LANE; k++) {
     const float apart = sums.first[k] - mean;
     squares += sums.second[k] + sums.units[k] * apart * apart;
   }
-  rstd = 1.0f / sqrtf(over_block(squares) / H + EPSILON);
+  rstd = inverse_root(divide(over_block(squares), H) + EPSILON);
 }
 
 // The products as they enter the step: normalised and scaled.
@@ -133,15 +142,17 @@ template <class S>
 DEVICE void publish_gradient_sums(Normal &normal, const Seat &seat,
                                   const Spot &spot, Exchange &exchange,
                                   int number) {
+  float both[S::COUNT], with_values[S::COUNT];
 #pragma unroll
-  for (int gate = S::START; gate < S::STOP; gate++) {
+  for (int k = 0; k < S::COUNT; k++) {
+    const int gate = S::START + k;
     const float x = spot.count > 0 ? normal.d[gate][0] : 0.0f;
     const float y = spot.count > 1 ? normal.d[gate][1] : 0.0f;
     const float (&values)[2] = normal.values[gate];
-    exchange.publish_sums(seat, spot, number, gate - S::START,
-                          RMS ? 0.0f : over_block(x + y),
-                          over_block(x * values[0] + y * values[1]));
+    both[k] = RMS ? 0.0f : over_block(x + y);
+    with_values[k] = over_block(x * values[0] + y * values[1]);
   }
+  exchange.publish_sums<S::COUNT>(seat, spot, number, both, with_values);
 }
 
 // From the gradients of the normalised values those of the products.
@@ -161,8 +172,8 @@ DEVICE void through_norm(Normal &normal, const Seat &seat, const Spot &spot,
         both += sums[k].first[block];
         with_values += sums[k].second[block];
       }
-      both = RMS ? 0.0f : over_block(both) / H;
-      with_values = over_block(with_values) / H;
+      both = RMS ? 0.0f : divide(over_block(both), H);
+      with_values = divide(over_block(with_values), H);
 #pragma unroll
       for (int unit = 0; unit < 2; unit++) {
         const float d = normal.d[gate][unit] - both -

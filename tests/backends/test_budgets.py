@@ -72,11 +72,12 @@ FEW = [SHIPPED[k] for k in (3, 32, 64, 111, 138, 171)]  # of both kernels, each 
 
 
 def measure(build: Build, folder: Path) -> Budget:
-    """Raises AssertionError where a build of `group` leaves something in local memory."""
+    """Raises AssertionError where a build leaves something in local memory: of `resident` within its time loop."""
     if build.kernel == "resident":
         where = (build.cell, build.kind, build.direction, int(build.architecture))
         problem = resident_builds.problem(*where, resident_builds.limit(*where))
         compiled, tile = resident_builds.build(problem, folder), resident.tile(problem)
+        assert compiled.spills == 0
         tiles, registers = -(-ROWS // tile.rows), compiled.registers
         return Budget(problem.H, 1, tiles, 32 * tile.warps, compiled.shared // 1024, range(registers, registers + 1))
     case = Case(build.architecture, build.direction, build.kind, build.cell, 0)

@@ -150,18 +150,22 @@ def test_rounding(machine: Machine) -> None:
 @ON_BOTH
 def test_special_functions_are_as_near_as_the_isa_says(machine: Machine) -> None:
     x = torch.cat([torch.linspace(-140, 140, 20001), 2.0 ** torch.arange(-125, 126), random(1000)])
-    power, reciprocal = torch.zeros(len(x)), torch.zeros(len(x))
-    machine(SOURCE, "approximate", 1, 128, 0, [x, len(x), power, reciprocal])
+    power, reciprocal, root = (torch.zeros(len(x)) for _ in range(3))
+    machine(SOURCE, "approximate", 1, 128, 0, [x, len(x), power, reciprocal, root])
     smallest = torch.finfo(torch.float32).tiny  # what is smaller may become 0
-    for found, exact, bound in ((power, torch.exp2(x.double()), 2**-22), (reciprocal, 1 / x.double(), 2**-23)):
+    exact_root = x.double().rsqrt().where(x > smallest, math.inf)
+    for found, exact, bound in (
+        (power, torch.exp2(x.double()), 2**-22), (reciprocal, 1 / x.double(), 2**-23), (root, exact_root, 2**-22.9),
+    ):  # fmt: skip
         inside = (exact.abs() < 2.0**127) & (exact.abs() >= smallest)
         assert ((found - exact).abs() <= bound * exact.abs() + smallest)[inside].all()
         assert (found[exact.abs() < smallest] < 2 * smallest).all()
     x = torch.tensor([math.inf, -math.inf, 200.0, -200.0, math.nan])
-    power, reciprocal = torch.zeros(len(x)), torch.zeros(len(x))
-    machine(SOURCE, "approximate", 1, 128, 0, [x, len(x), power, reciprocal])
+    power, reciprocal, root = (torch.zeros(len(x)) for _ in range(3))
+    machine(SOURCE, "approximate", 1, 128, 0, [x, len(x), power, reciprocal, root])
     assert power[:4].tolist() == [math.inf, 0, math.inf, 0] and power[4].isnan()
     assert reciprocal[:2].tolist() == [0, 0] and reciprocal[4].isnan()
+    assert root[0] == 0 and root[1].isnan() and root[3:].isnan().all()
 
 
 @ON_BOTH

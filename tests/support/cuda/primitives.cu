@@ -101,10 +101,11 @@ extern "C" __global__ void round_floats(const float *in, int count,
 }
 
 extern "C" __global__ void approximate(const float *in, int count, float *exp2,
-                                       float *reciprocal) {
+                                       float *reciprocal, float *root) {
   for (int i = thread_index(); i < count; i += block_threads()) {
     exp2[i] = exp2_approximate(in[i]);
     reciprocal[i] = reciprocal_approximate(in[i]);
+    root[i] = inverse_root_approximate(in[i]);
   }
 }
 
