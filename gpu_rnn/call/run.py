@@ -41,13 +41,18 @@ def sequence(
     if autocasts and autocast.on(x):
         with autocast.off(x):
             return sequence(stack, x, hx, weights, batch_sizes, controls, alike)
+    recorded = onlookers.recorded(x)
+    if recorded and stack.backend == "aten" and onlookers.writes_onnx():
+        stack = replace(stack, backend="auto")  # a file has layers, and whoever reads it the kernels
+    elif recorded and _recorded_whole(stack, x, controls):
+        return *_whole(stack, x, hx, weights, batch_sizes), ()
     steps, batch = stack.sizes(x, batch_sizes)
-    if stack.time_parallel and not onlookers.recorded(x):
+    if stack.time_parallel and not recorded:
         problem = stack.problem(x, hx, weights, batch_sizes, controls)
         if not relaxation_plan.against(problem, stack.backend, stack.time_parallel):
             return _on_loops(stack, x, hx, weights, batch_sizes, controls, alike)
         stack = replace(stack, time_parallel=0.0)
-    if not onlookers.recorded(x):
+    if not recorded:
         if x.is_cpu:
             if choice.only_predicted_on_cpu() and _takes_aten(stack, x, controls):
                 wanting = torch.is_grad_enabled() and _any_wants_grad((x, *weights, *(hx or ())))
@@ -71,10 +76,6 @@ def sequence(
             return *_aten(stack, x, states, weights, batch_sizes), ()
         if plain and chosen in AGAIN and not problem.training:
             plans.learn(stack, x, hx or stack.initial(x, weights, batch), weights)
-    elif stack.backend == "aten" and onlookers.writes_onnx():  # a file has layers, and whoever reads it the kernels
-        stack = replace(stack, backend="auto")
-    elif _recorded_whole(stack, x, batch_sizes, controls):
-        return *_whole(stack, x, hx, weights), ()
     elif _recorded_as_aten(stack.backend) and _takes_aten(stack, x, controls):
         return *_aten(stack, x, hx or stack.initial(x, weights, batch), weights, batch_sizes, recorded=True), ()
     return _on_loops(stack, x, hx, weights, batch_sizes, controls, alike)
@@ -173,13 +174,13 @@ def _recorded_in_parts(stack: Stack) -> bool:
     return compiles and stack.backend in ("auto", "reference")
 
 
-def _recorded_whole(stack: Stack, x: Tensor, batch_sizes: Tensor | None, controls: StackControls) -> bool:
+def _recorded_whole(stack: Stack, x: Tensor, controls: StackControls) -> bool:
     """Whether torch.compile records the whole stack as one operation (`gpu_rnn.call.stack_ops`), which runs as an eager
     call does: plain calls on a CPU, and those that only ATen shall run.
 
     An exported program has each layer by itself, and ATen's alone as one: its backend is chosen where it runs.
     """
-    if not torch.compiler.is_compiling() or batch_sizes is not None or stack.all_states:
+    if not torch.compiler.is_compiling() or stack.all_states:
         return False
     if controls is not NONE and controls.given:  # Dynamo would guard each field of NONE at every call
         return False
@@ -190,9 +191,15 @@ def _recorded_whole(stack: Stack, x: Tensor, batch_sizes: Tensor | None, control
     return stack.backend == "aten" or (x.is_cpu and not torch.compiler._is_exporting_flag)
 
 
-def _whole(stack: Stack, x: Tensor, hx: States | None, weights: Sequence[Tensor]) -> tuple[Tensor, States]:
+def _whole(
+    stack: Stack, x: Tensor, hx: States | None, weights: Sequence[Tensor], batch_sizes: Tensor | None
+) -> tuple[Tensor, States]:
     """The stack by one operation, time first."""
     onlookers.refuse_tangents()
+    if batch_sizes is not None and hx is None:
+        hx = stack.initial(x, weights, int(batch_sizes[0]))
+    elif batch_sizes is None:
+        stack.sizes(x, None)  # it raises where there are no steps
     wanted = ""
     if torch.is_grad_enabled() and not torch.compiler._is_exporting_flag:
         tensors = {"x": (x,), "s": hx or (), "w": tuple(weights)}
@@ -200,7 +207,8 @@ def _whole(stack: Stack, x: Tensor, hx: States | None, weights: Sequence[Tensor]
     if stack.batch_first:
         x = x.transpose(0, 1)
     text = stack.recurrence.text(stack.recurrence.identity)
-    y, *rest = torch.ops.gpu_rnn.stack(x, None if hx is None else list(hx), list(weights), text, stack.words(wanted))
+    states = None if hx is None else list(hx)
+    y, *rest = torch.ops.gpu_rnn.stack(x, states, list(weights), text, stack.words(wanted), batch_sizes)
     return y.transpose(0, 1) if stack.batch_first else y, tuple(rest[: len(stack.recurrence.states)])
 
 

@@ -28,7 +28,7 @@ from gpu_rnn.compiler.program import Program
 from gpu_rnn.dispatch import choice
 from gpu_rnn.memo import memoize
 
-STACK_TENSORS = "Tensor x, Tensor[]? states, Tensor[] weights, str program, str options"
+STACK_ARGUMENTS = "Tensor x, Tensor[]? states, Tensor[] weights, str program, str options, Tensor? batch_sizes=None"
 STACK_WORDS = re.compile(rf"(\w+) (\d+) (\d+) (\d+) ((?:(?:{'|'.join(RECORDED_FLAGS)}) )*)kept:(x?s?w?)")
 
 
@@ -62,17 +62,30 @@ MOST_CALLS = 1024  # whose backward pass is still to come; of more, all are comp
 _calls: dict[int, Eager] = memo.hold(f"{__name__}: calls", {}, MOST_CALLS)  # by the address of what a graph keeps
 
 
-def _run(stack: Stack, wanted: str, x: Tensor, states: Sequence[Tensor] | None, weights: Sequence[Tensor]) -> Eager:
-    """The eager call: of tensors of its own where autograd records what is wanted."""
+def _run(
+    stack: Stack,
+    wanted: str,
+    x: Tensor,
+    states: Sequence[Tensor] | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+) -> Eager:
+    """The eager call: of tensors of its own where autograd records what is wanted.
+
+    Raises:
+        RuntimeError: states of another batch than that of packed data, which no graph knows.
+    """
+    if batch_sizes is not None and states and states[0].shape[1] != (batch := int(batch_sizes[0])):
+        raise RuntimeError(f"Expected states of batch {batch}, as the data is packed, got {states[0].shape[1]}")
     if not wanted:
         with torch.no_grad(), autocast.off(x):
-            y, final, _ = run.sequence(stack, x, None if states is None else tuple(states), weights, None)
+            y, final, _ = run.sequence(stack, x, None if states is None else tuple(states), weights, batch_sizes)
         return Eager([y, *final], [])
     x = x.detach().requires_grad_("x" in wanted)
     hx = None if states is None else tuple(state.detach().requires_grad_("s" in wanted) for state in states)
     weights = [weight.detach().requires_grad_("w" in wanted) for weight in weights]
     with recording(), autocast.off(x):
-        y, final, _ = run.sequence(stack, x, hx, weights, None)
+        y, final, _ = run.sequence(stack, x, hx, weights, batch_sizes)
     return Eager([y, *final], [t for t in (x, *(hx or ()), *weights) if t.requires_grad])
 
 
@@ -96,10 +109,17 @@ def _with_keys() -> Iterator[None]:
         yield
 
 
-def _forward(x: Tensor, states: list[Tensor] | None, weights: list[Tensor], program: str, words: str) -> list[Tensor]:
+def _forward(
+    x: Tensor,
+    states: list[Tensor] | None,
+    weights: list[Tensor],
+    program: str,
+    words: str,
+    batch_sizes: Tensor | None = None,
+) -> list[Tensor]:
     """y, the final states, and where gradients are wanted the byte that stands for the call."""
     stack, wanted = decode(program, words)
-    call = _run(stack, wanted, x, states, weights)
+    call = _run(stack, wanted, x, states, weights, batch_sizes)
     whole = [output.detach() for output in call.outputs] if wanted else call.outputs
     outputs = custom_ops.owned(whole, (x, *(states or ()), *weights))
     if not wanted:
@@ -120,10 +140,11 @@ def _backward(
     weights: list[Tensor],
     program: str,
     words: str,
+    batch_sizes: Tensor | None = None,
 ) -> list[Tensor]:
     """The gradients of what is wanted, in a row: of x, the states, the weights."""
     call = None if token is None else _calls.pop(token.data_ptr(), None)
-    call = call or _run(*decode(program, words), x, states, weights)
+    call = call or _run(*decode(program, words), x, states, weights, batch_sizes)
     pairs = [(out, d) for out, d in zip(call.outputs, grads, strict=True) if d is not None and out.requires_grad]
     found: Sequence[Tensor | None] = [None] * len(call.leaves)
     if pairs:
@@ -134,12 +155,17 @@ def _backward(
 
 
 def _forward_sizes(
-    x: Tensor, states: list[Tensor] | None, weights: list[Tensor], program: str, words: str
+    x: Tensor,
+    states: list[Tensor] | None,
+    weights: list[Tensor],
+    program: str,
+    words: str,
+    batch_sizes: Tensor | None = None,
 ) -> list[Tensor]:
     stack, wanted = decode(program, words)
-    steps, batch, _ = x.shape
+    batch = states[0].shape[1] if states else x.shape[1]
     final = [x.new_empty(shape) for shape in stack.state_shapes(weights, batch)]
-    y = x.new_empty(steps, batch, (1 + stack.bidirectional) * final[0].shape[-1])
+    y = x.new_empty(*x.shape[:-1], (1 + stack.bidirectional) * final[0].shape[-1])
     return [y, *final, *([x.new_empty(1, dtype=torch.uint8, device="cpu")] if wanted else [])]
 
 
@@ -151,6 +177,7 @@ def _backward_sizes(
     weights: list[Tensor],
     program: str,
     words: str,
+    batch_sizes: Tensor | None = None,
 ) -> list[Tensor]:
     _, wanted = decode(program, words)
     rows = {"x": [x], "s": states or [], "w": weights}
@@ -162,9 +189,11 @@ class _Recorded(torch.autograd.Function):
     """`stack` where something wants a derivative; the tensors in a row, which `count` tells apart."""
 
     @staticmethod
-    def forward(program: str, words: str, count: int | None, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        program: str, words: str, count: int | None, batch_sizes: Tensor | None, x: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
         states, weights = _apart(count, tensors)
-        return tuple(torch.ops.gpu_rnn.stack_forward(x, states, weights, program, words))
+        return tuple(torch.ops.gpu_rnn.stack_forward(x, states, weights, program, words, batch_sizes))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -178,17 +207,18 @@ class _Recorded(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         saved = ctx.saved_tensors  # each access unpacks once more, which checkpoints refuse
-        (x, *tensors), token = saved[: ctx.tensors], [*saved[ctx.tensors :], None][0]
+        (batch_sizes, x, *tensors), token = saved[: ctx.tensors], [*saved[ctx.tensors :], None][0]
         states, weights = _apart(ctx.count, tensors)
-        needs = ctx.needs_input_grad[3:]
+        needs = ctx.needs_input_grad[4:]
         count = ctx.count or 0
         rows = {"x": needs[:1], "s": needs[1 : 1 + count], "w": needs[1 + count :]}
         options, _, wanted = ctx.words.partition("kept:")
         wanted = wanted or "".join(letter for letter, row in rows.items() if any(row))
         words = f"{options}kept:{wanted}"
         d_outputs = list(grads[: 1 + ctx.final])
-        d = iter(torch.ops.gpu_rnn.stack_backward(d_outputs, token, x, states, weights, ctx.program, words))
-        return None, None, None, *(next(d) if letter in wanted else None for letter in rows for _ in rows[letter])
+        given = x, states, weights, ctx.program, words, batch_sizes
+        d = iter(torch.ops.gpu_rnn.stack_backward(d_outputs, token, *given))
+        return None, None, None, None, *(next(d) if letter in wanted else None for letter in rows for _ in rows[letter])
 
 
 def _apart(count: int | None, tensors: Sequence[Tensor]) -> tuple[list[Tensor] | None, list[Tensor]]:
@@ -197,12 +227,17 @@ def _apart(count: int | None, tensors: Sequence[Tensor]) -> tuple[list[Tensor] |
 
 
 def _differentiable(
-    x: Tensor, states: list[Tensor] | None, weights: list[Tensor], program: str, words: str
+    x: Tensor,
+    states: list[Tensor] | None,
+    weights: list[Tensor],
+    program: str,
+    words: str,
+    batch_sizes: Tensor | None = None,
 ) -> list[Tensor]:
     tensors = [x, *(states or ()), *weights]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return list(_Recorded.apply(program, words, None if states is None else len(states), *tensors))
-    return list(torch.ops.gpu_rnn.stack_forward(x, states, weights, program, words))
+        return list(_Recorded.apply(program, words, None if states is None else len(states), batch_sizes, *tensors))
+    return list(torch.ops.gpu_rnn.stack_forward(x, states, weights, program, words, batch_sizes))
 
 
 def _one_by_one(name: str) -> Callable[..., Any]:
@@ -232,7 +267,7 @@ _OPERATIONS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
     "stack_backward": ("Tensor?[] grads, Tensor? token, ", _backward, _backward_sizes),
 }
 for _name, (_first, _kernel, _sizes) in _OPERATIONS.items():
-    STACK_LIBRARY.define(f"{_name}({_first}{STACK_TENSORS}) -> Tensor[]", tags=())
+    STACK_LIBRARY.define(f"{_name}({_first}{STACK_ARGUMENTS}) -> Tensor[]", tags=())
     for _device in ("CPU", "CUDA"):
         STACK_LIBRARY.impl(_name, _kernel, _device)
     torch.library.register_fake(f"gpu_rnn::{_name}", _sizes, lib=STACK_LIBRARY)

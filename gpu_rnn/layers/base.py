@@ -280,6 +280,9 @@ class LayerBase(Regularized, nn.RNNBase):
         if states is not None and to_sorted is not None:
             self._check_states(data, states, batch_sizes)
             states = tuple(state.index_select(1, to_sorted) for state in states)
+        if states is None and to_sorted is not None and torch.compiler.is_compiling():
+            # So that B is a size, where the first of batch_sizes is a number that no graph knows.
+            states = self._stack(packed=True).initial(data, self._weights(), len(to_sorted))
         output, states, every = self._run(data, states, batch_sizes, NONE, all_states, within)
         if to_given is not None:
             states = tuple(state.index_select(1, to_given) for state in states)
@@ -351,7 +354,13 @@ class LayerBase(Regularized, nn.RNNBase):
         return states[0] if self._one_state else states
 
     def _check_states(self, input: Tensor, states: States, batch_sizes: Tensor | None) -> None:
-        expected = self.get_expected_hidden_size(input, batch_sizes)
+        if (
+            batch_sizes is not None and torch.compiler.is_compiling()
+        ):  # B is no size then: the call checks it as it runs
+            (rows, batch, width), *_ = self._stack().state_shapes(self._weights(), states[0].shape[1])
+            expected = rows, batch, width
+        else:
+            expected = self.get_expected_hidden_size(input, batch_sizes)
         for index, state in enumerate(states):
             which = "" if self._one_state else f"[{index}]"
             self.check_hidden_size(state, expected, f"Expected hidden{which} size {{}}, got {{}}")

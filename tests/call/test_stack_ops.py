@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils._pytree import tree_leaves
 
 import gpu_rnn
@@ -107,6 +108,44 @@ def test_words_that_are_none(words: str) -> None:
         stack_ops.decode(cells.lstm().text(), words)
 
 
+PACKED: dict[str, Any] = {
+    "two directions": lambda: gpu_rnn.LSTM(I, H, 2, bidirectional=True),
+    "aten": lambda: gpu_rnn.GRU(I, H, backend="aten"),
+    "options": lambda: gpu_rnn.LSTM(I, H, layer_norm=True, batch_first=True, backend="step"),
+}
+LENGTHS = (6, 4, 2), (2, 6, 4), (5, 3, 3, 1), (1, 7, 7)  # sorted, and not
+
+
+def packed_values_and_gradients(call: Any, layer: nn.Module, lengths: tuple[int, ...], hx: Any) -> list[Tensor]:
+    x = torch.randn(
+        max(lengths), len(lengths), I, generator=torch.Generator().manual_seed(len(lengths)), requires_grad=True
+    )
+    y, states = call(pack_padded_sequence(x, lengths, enforce_sorted=sorted(lengths, reverse=True) == [*lengths]), hx)
+    assert isinstance(y, PackedSequence)
+    outputs = [y.data, *tree_leaves(states)]
+    total = sum((out * torch.arange(1.0, out.numel() + 1).view(out.shape).sin()).sum() for out in outputs)
+    return [*outputs, *torch.autograd.grad(total, [x, *layer.parameters()])]
+
+
+def check_packed(layer: nn.Module, fast: Any, hx: Any = None) -> None:
+    for lengths in LENGTHS if hx is None else LENGTHS[:2]:
+        found, expected = (packed_values_and_gradients(call, layer, lengths, hx) for call in (fast, layer))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own, as it looks at what a graph takes
+@pytest.mark.parametrize("kind", PACKED)
+def test_packed(kind: str) -> None:
+    """In one graph, which knows no lengths."""
+    layer = PACKED[kind]()
+    fast = compiled(layer)
+    check_packed(layer, fast)
+    if kind == "aten":
+        check_packed(layer, fast, torch.randn(1, 3, H))
+        with pytest.raises(RuntimeError, match="Expected states of batch 3"):
+            fast(pack_padded_sequence(torch.randn(6, 3, I), LENGTHS[0]), torch.randn(1, 2, H))
+
+
 def over_members(layer: nn.Module) -> Any:
     def of_each(x: Tensor, weights: dict[str, Tensor]) -> Tensor:
         return torch.func.functional_call(layer, weights, (x,))[0]
@@ -154,3 +193,13 @@ def test_inductor(mode: str) -> None:
     for sizes in ((6, 4), (9, 2)):
         x = torch.randn(*sizes, I, requires_grad=True)
         torch.testing.assert_close(values_and_gradients(fast, layer, x), values_and_gradients(layer, layer, x))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+@pytest.mark.parametrize("kind", PACKED)
+def test_packed_by_inductor(kind: str) -> None:
+    layer = PACKED[kind]()
+    check_packed(layer, compiled(layer, "inductor"))
