@@ -24,10 +24,10 @@ test-all:  ## the tests with the slow ones, at most 45 minutes on 2 cores
 	@$(PY) tests $(ARGS)
 	@$(MAKE) --no-print-directory test-clients
 
-CLIENTS := tests/clients tests/test_interop_flax.py tests/project/test_distributed.py tests/project/test_examples.py
+CLIENTS := tests/clients tests/test_interop_flax.py $(addprefix tests/project/test_,distributed.py examples.py site.py)
 test-clients:  ## the slow tests with other libraries, installed into build/clients; test-all runs them too
 	@.ci/venv demo test keras docs
-	@.ci/clients clients pretrained streaming distributed flax
+	@.ci/clients clients pretrained streaming distributed flax site
 	@build/clients/bin/python -m pytest $(CLIENTS) -m slow $(ARGS)
 
 SECONDS ?= 60
