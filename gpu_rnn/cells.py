@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from gpu_rnn import activations
+from gpu_rnn import activations, spelling
 from gpu_rnn.activations import Activation
 from gpu_rnn.compiler.program import Program
 from gpu_rnn.memo import memoize
@@ -28,7 +28,11 @@ def _remembered(make: Callable[..., Recurrence]) -> Callable[..., Recurrence]:
 
     @wraps(make)
     def cell(*args: Name | bool, **options: Any) -> Recurrence:
-        call = signature.bind(*args, **options)
+        try:
+            call = signature.bind(*args, **options)
+        except TypeError as error:
+            near = spelling.meant(min(options.keys() - signature.parameters, default=""), signature.parameters)
+            raise TypeError(f"{make.__name__}() {error}{near}") from None
         call.apply_defaults()
         clip = activations.checked_clip(call.kwargs["clip"])
         if clip is None and all(isinstance(value, (str, bool)) for value in call.args):

@@ -170,10 +170,7 @@ def _described_layer(options: argparse.Namespace) -> LayerBase:
     layer_options = {name: value for name, value in all_options.items() if value is not None}
     cell = options.cell.upper()
     make = getattr(gpu_rnn, cell)
-    of_all = {"zoneout", "heads", "layer_norm", "rms_norm"}
-    known = {*inspect.signature(make).parameters, *of_all} - (
-        {"proj_size"} if cell != "LSTM" else set()
-    )  # there to be refused
+    known = {*inspect.signature(make).parameters} - ({"proj_size"} if cell != "LSTM" else set())  # there to be refused
     unknown = [FLAGS.get(name, f"--{name.replace('_', '-')}") for name in layer_options if name not in known]
     if unknown:
         raise ValueError(f"{'a' if cell == 'GRU' else 'an'} {cell} has no {', '.join(unknown)}")

@@ -28,6 +28,7 @@ class Device:
         shared_memory: bytes that one block may use.
         tensor_flops: fp16/bf16 tensor-core rate with fp32 sums, TFLOP/s.
         memory_rate: device memory, GB/s.
+        memory: device memory, bytes; 0 where it is not known, and of a CPU.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Device:
     shared_memory: int
     tensor_flops: float
     memory_rate: float
+    memory: int = 0
 
     @property
     def is_gpu(self) -> bool:
@@ -45,14 +47,15 @@ class Device:
 
 # The makers' datasheets and architecture whitepapers (NVIDIA A100, Ampere GA102, Ada, H100, Blackwell);
 # shared memory per block from the CUDA C++ programming guide, table of compute capabilities.
+GB = 2**30  # what a datasheet counts in, as drivers say
 DEVICES: dict[str, Device] = {
-    "A100": Device("A100 SXM 80GB", (8, 0), 108, 1.41, 166912, 312.0, 2039.0),
-    "RTX 3090": Device("RTX 3090", (8, 6), 82, 1.70, 101376, 71.0, 936.0),
-    "RTX 4090": Device("RTX 4090", (8, 9), 128, 2.52, 101376, 165.2, 1008.0),
-    "H100": Device("H100 SXM 80GB", (9, 0), 132, 1.83, 232448, 989.4, 3350.0),
-    "H200": Device("H200 SXM 141GB", (9, 0), 132, 1.83, 232448, 989.4, 4800.0),
-    "B200": Device("B200 SXM", (10, 0), 148, 1.85, 232448, 2250.0, 8000.0),
-    "RTX 5090": Device("RTX 5090", (12, 0), 170, 2.41, 101376, 209.5, 1792.0),
+    "A100": Device("A100 SXM 80GB", (8, 0), 108, 1.41, 166912, 312.0, 2039.0, 80 * GB),
+    "RTX 3090": Device("RTX 3090", (8, 6), 82, 1.70, 101376, 71.0, 936.0, 24 * GB),
+    "RTX 4090": Device("RTX 4090", (8, 9), 128, 2.52, 101376, 165.2, 1008.0, 24 * GB),
+    "H100": Device("H100 SXM 80GB", (9, 0), 132, 1.83, 232448, 989.4, 3350.0, 80 * GB),
+    "H200": Device("H200 SXM 141GB", (9, 0), 132, 1.83, 232448, 989.4, 4800.0, 141 * GB),
+    "B200": Device("B200 SXM", (10, 0), 148, 1.85, 232448, 2250.0, 8000.0, 180 * GB),
+    "RTX 5090": Device("RTX 5090", (12, 0), 170, 2.41, 101376, 209.5, 1792.0, 32 * GB),
 }
 
 CPU = Device("CPU", (0, 0), 1, 3.0, 0, 0.0, 0.0)
@@ -133,6 +136,7 @@ def _gpu(device: torch.device) -> Device:
         getattr(properties, "shared_memory_per_block_optin", nearest.shared_memory),
         nearest.tensor_flops * share,
         nearest.memory_rate if key else _memory_rate(properties) or nearest.memory_rate,
+        int(_measured(properties, "total_memory")),
     )
 
 

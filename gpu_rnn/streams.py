@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gpu_rnn.call.stack import States
 from gpu_rnn.layers.base import LayerBase
+from gpu_rnn.spelling import names_meant
 
 StreamName = TypeVar("StreamName", bound=Hashable)
 
@@ -51,6 +52,7 @@ class Streams:
         ['bob']
     """
 
+    @names_meant
     def __init__(self, layer: LayerBase, capacity: int = 16, *, graphs: bool = True) -> None:
         if not isinstance(layer, LayerBase):
             what = f"not {type(layer).__name__}"
@@ -228,7 +230,11 @@ class Streams:
         else:
             sequence = x if layer.batch_first else x.transpose(0, 1)
         before = [s[:, :count] if rows is None else s.index_select(1, rows) for s in self._states]
-        y, after = layer(sequence, tuple(before) if len(before) > 1 else before[0], lengths=lengths)
+        try:
+            y, after = layer(sequence, tuple(before) if len(before) > 1 else before[0], lengths=lengths)
+        except (RuntimeError, ValueError) as error:
+            self._explain(error)
+            raise
         for state, new in zip(self._states, after if isinstance(after, tuple) else (after,), strict=True):
             if rows is None:
                 state[:, :count] = new
@@ -239,6 +245,16 @@ class Streams:
         if x.dim() == 2:
             return y.squeeze(1 if layer.batch_first else 0)
         return y if layer.batch_first else y.transpose(0, 1)
+
+    def _explain(self, error: Exception) -> None:
+        """Raises in words of streams where the layer does not go with their states any more."""
+        weight, state = self.layer._weights()[0], self._states[0]
+        if (weight.dtype, weight.device) != (state.dtype, state.device):
+            now, then = (f"{str(each.dtype).removeprefix('torch.')} on {each.device}" for each in (weight, state))
+            raise RuntimeError(
+                f"the layer's weights are {now} now, and the states of its streams {then}: make other Streams of the "
+                "layer, and take each along by other.join(name, states=streams.states(name))"
+            ) from error
 
     def _captures(self, x: Tensor) -> bool:
         """Whether a step is a graph of its own: not inside of one that the caller captures, nor under autocast, which

@@ -159,6 +159,19 @@ def test_states_of_another_dtype_are_converted() -> None:
     torch.testing.assert_close(streams.states("c"), value.float(), rtol=0, atol=0)
 
 
+def test_a_layer_of_another_dtype_asks_for_other_streams() -> None:
+    layer = gpu_rnn.GRU(3, 4).eval()
+    streams = gpu_rnn.Streams(layer)
+    streams.join("ann")
+    layer.double()
+    for dtype in (torch.float32, torch.float64):
+        with pytest.raises(RuntimeError, match="weights are float64 on cpu now, and the states of its streams float32"):
+            streams.step({"ann": torch.ones(3, dtype=dtype)})
+    others = gpu_rnn.Streams(layer)
+    others.join("ann", states=streams.states("ann"))
+    assert others.step({"ann": torch.ones(3, dtype=torch.float64)})["ann"].dtype == torch.float64
+
+
 def test_states_move_from_streams_to_streams() -> None:
     layer, x = make("LSTM"), draw(6, I)
     first, second = gpu_rnn.Streams(layer), gpu_rnn.Streams(layer)

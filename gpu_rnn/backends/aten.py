@@ -9,6 +9,7 @@ bfloat16 since 9.13 (pytorch/pytorch#164411). Nobody has published a step outsid
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -151,12 +152,23 @@ def stack(
     if x.is_cuda and torch.cudnn_is_acceptable(x) and not recorded:
         return _cudnn(mode, x, hx, weights, num_layers, bidirectional, batch_first, batch_sizes)
     function = FUNCTIONS[mode]
+    if len(weights) // (num_layers << bidirectional) & 1 and not recorded:  # weight_hr makes a direction's odd
+        _hush(mode)
     states: Any = hx if mode == "LSTM" else hx[0]
     if batch_sizes is None:
         y, *final = function(x, states, weights, bias, num_layers, dropout, training, bidirectional, batch_first)
     else:
         y, *final = function(x, batch_sizes, states, weights, bias, num_layers, dropout, training, bidirectional)
     return y, tuple(final)
+
+
+@memoize(4)
+def _hush(mode: str) -> None:
+    """Lets ATen say once, unheard, that oneDNN has no projections: the choice among backends knows it."""
+    x, h, c, weights = torch.zeros(1, 1, 2), torch.zeros(1, 1, 1), torch.zeros(1, 1, 2), [(8, 2), (8, 1), (1, 2)]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "LSTM with projections")
+        FUNCTIONS[mode](x, (h, c), [torch.zeros(shape) for shape in weights], False, 1, 0.0, False, False, False)
 
 
 FUNCTIONS: dict[str, Any] = {"LSTM": VF.lstm, "GRU": VF.gru, "RNN_TANH": VF.rnn_tanh, "RNN_RELU": VF.rnn_relu}

@@ -192,6 +192,12 @@ def tensor(name: str, value: Any, number: int | None = None) -> None:
     raise TypeError(f"{name} should be a strided tensor, got a {value.layout} one: use .to_dense()")
 
 
+def floating(name: str, value: Tensor) -> None:
+    """Raises TypeError for a quantized tensor."""
+    if value.is_quantized:
+        raise TypeError(f"{name} should hold floating-point numbers, got a quantized tensor: use .dequantize()")
+
+
 def each_tensor(name: str, values: Any, names: Sequence[str]) -> None:
     """A sequence with a tensor for each of those named.
 

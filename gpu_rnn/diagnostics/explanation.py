@@ -19,10 +19,12 @@ from gpu_rnn.backends.group.choice import floor
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.call import arguments, autocast
 from gpu_rnn.call.controls import StackControls
+from gpu_rnn.diagnostics import refusals
 from gpu_rnn.dispatch import choice, relaxation_plan
 from gpu_rnn.dispatch.choice import Row
 from gpu_rnn.dispatch.relaxation_plan import TimePlan
 from gpu_rnn.layers import jagged, options
+from gpu_rnn.spelling import meant
 
 if TYPE_CHECKING:
     from gpu_rnn.layers.base import LayerBase
@@ -195,7 +197,6 @@ def sizes(p: Problem) -> str:
 
 
 NO_INPUT = "{} takes a tensor or a PackedSequence as x, not {}"
-CONTROLS = ("mask", "lengths", "resets", "reset_state")
 
 
 def explain(
@@ -211,21 +212,24 @@ def explain(
         device: a described device to answer for, such as "H100" (`gpu_rnn.devices.DEVICES`), with Triton and CuPy
             whether they are installed here or not; None: x's own.
         call: the layer's other arguments that would come with x: hx, mask, lengths, resets, reset_state,
-            return_all_states, time_parallel. Of tensors the values do not matter, so True stands for any of them.
+            return_all_states, time_parallel. True stands for any of them; a tensor's shape and dtype are
+            checked, its values do not matter.
 
     Raises:
-        TypeError: not a layer of this package, x is no tensor, or the device no name.
-        ValueError: no description of that device; x is neither 2D nor 3D.
-        RuntimeError: x has another number of features, as from the layer itself.
+        TypeError: not a layer of this package, x is no tensor, or the device no name; an unknown argument of the call.
+        ValueError: no description of that device; x is neither 2D nor 3D; the call exceeds the device's memory.
+        Exception: what the layer itself raises of such an x, states and controls: there is no plan for such a call.
 
     Example::
 
         >>> layer = gpu_rnn.LSTM(64, 64, dtype=torch.bfloat16)
-        >>> print(gpu_rnn.explain(layer, torch.empty(100, 32, 64, device="meta"), device="H100"))
+        >>> x = torch.empty(100, 32, 64, dtype=torch.bfloat16, device="meta")
+        >>> print(gpu_rnn.explain(layer, x, device="H100"))
     """
     problem = problem_of(layer, x, call, "explain")
     if device is not None:
         problem = choice.described(problem, device)
+    refusals.check_memory(problem)
     within = arguments.tolerance("time_parallel", call.get("time_parallel"))
     return Explanation(problem, tuple(choice.verdicts(problem, layer.backend)), layer.backend, within)
 
@@ -250,8 +254,7 @@ def problem_of(layer: LayerBase, x: Tensor | PackedSequence | None, call: dict[s
         x, call = jagged.padded_size(layer, x), {**call, "lengths": True}
     if isinstance(x, Tensor):
         arguments.tensor("x", x)
-    weights = layer._flat_weights
-    batch_sizes = None
+    weights, batch_sizes, has_batch = layer._flat_weights, None, not (isinstance(x, Tensor) and x.dim() == 2)
     if isinstance(x, PackedSequence):
         batch_sizes = x.batch_sizes
         x = x.data
@@ -262,15 +265,15 @@ def problem_of(layer: LayerBase, x: Tensor | PackedSequence | None, call: dict[s
         x = x.unsqueeze(0 if layer.batch_first else 1)
     elif x.dim() != 3:
         raise ValueError(f"{asker} takes x with 2 or 3 dimensions, as the layer does, not {x.dim()}")
-    if x.shape[-1] != layer.input_size:
-        layer.check_input(x.new_empty(x.shape, dtype=weights[0].dtype, device="meta"), batch_sizes)  # raises
     packed, unknown = batch_sizes is not None, call.keys() - {*options.OF_THE_CALL}
     if unknown:
-        raise TypeError(f"a layer's call has no argument {', '.join(sorted(unknown))}")
+        near = meant(min(unknown), (*options.OF_THE_CALL, "device"))
+        raise TypeError(f"a layer's call has no argument {', '.join(sorted(unknown))}{near}")
     stack = layer._stack(packed, bool(call.get("return_all_states", False)))
     steps, batch = stack.sizes(x, batch_sizes)
+    refusals.check(layer, x, batch_sizes, call, has_batch)
     nothing = torch.empty(0, device="meta")
-    mask, lengths, resets, reset_state = (None if call.get(name) is None else nothing for name in CONTROLS)
+    mask, lengths, resets, reset_state = (None if call.get(name) is None else nothing for name in refusals.CONTROLS)
     controls = StackControls(mask, lengths, resets, None if reset_state is None else (reset_state,))
     controls = layer._with_noise(controls, nothing, steps, batch)
     problem = stack.problem(x, None, weights, batch_sizes, controls)

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Never
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from gpu_rnn.layers import options as layer_options
 from gpu_rnn.layers.module import Option, RecurrenceHolder, States
 from gpu_rnn.layers.regularization import Regularized
 from gpu_rnn.recurrence import Recurrence
+from gpu_rnn.spelling import meant
 
 
 class LayerBase(Regularized, nn.RNNBase):
@@ -173,6 +174,7 @@ class LayerBase(Regularized, nn.RNNBase):
         reset_state: Any = None,
         return_all_states: bool = False,
         time_parallel: float | None = None,
+        **unknown: Never,
     ) -> tuple[Any, ...]:
         """Run the layer over a whole sequence.
 
@@ -183,7 +185,7 @@ class LayerBase(Regularized, nn.RNNBase):
             hx: initial states, (D * num_layers, B, hidden_size) each, without B for unbatched input; with
                 projections h is proj_size wide. A tensor for a recurrence with one state, else a tuple in the
                 order of its states. None: the recurrence's initial values (zeros for RNN, LSTM and GRU).
-            further: nothing; what follows is given by name.
+            further, unknown: nothing; what follows is given by one of these names.
             mask: bool, shaped like input without its features: True where a step counts. States carry over the
                 other steps, whose output is 0. A NumPy array will do, as for resets.
             lengths: (B), integers on any device, a list or an array, 0 allowed: how many steps each row has, in any
@@ -214,9 +216,9 @@ class LayerBase(Regularized, nn.RNNBase):
         if isinstance(input, Proxy):
             steering = {"mask": mask, "lengths": lengths, "resets": resets, "reset_state": reset_state}
             asked = {"return_all_states": return_all_states, "time_parallel": time_parallel}
-            return onlookers.leaf(self, input, hx, **steering, **asked)
-        if further or not isinstance(return_all_states, bool):
-            self._check_others(further, return_all_states)
+            return onlookers.leaf(self, input, hx, **steering, **asked, **unknown)
+        if further or unknown or not isinstance(return_all_states, bool):
+            self._check_others(further, unknown, return_all_states)
         if not isinstance(input, PackedSequence):
             if getattr(input, "layout", None) is torch.jagged:
                 asked = {"return_all_states": return_all_states, "time_parallel": time_parallel}
@@ -252,7 +254,15 @@ class LayerBase(Regularized, nn.RNNBase):
         controls = controls.transposed() if self.batch_first else controls
         return self._run(input, states, None, controls, all_states, within)
 
-    def _check_others(self, further: tuple[Any, ...], all_states: Any) -> None:
+    def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
+        """As torch.nn's, which has no words for a quantized tensor."""
+        arguments.floating("input", input)
+        super().check_input(input, batch_sizes)
+
+    def _check_others(self, further: tuple[Any, ...], unknown: Collection[str], all_states: Any) -> None:
+        if unknown:
+            name, near = min(unknown), meant(min(unknown), layer_options.OF_THE_CALL)
+            raise TypeError(f"{type(self).__name__}.forward() got an unexpected keyword argument {name!r}{near}")
         # torch's old ONNX exporter gives the defaults of all arguments by position, False as a tensor.
         if any(value is not None and (not isinstance(value, Tensor) or value.dim() or value) for value in further):
             raise TypeError(f"{type(self).__name__}: after hx, arguments are given by name: layer(x, hx, mask=mask)")

@@ -19,6 +19,7 @@ from gpu_rnn.layers import sequence
 from gpu_rnn.layers.documented import in_full
 from gpu_rnn.layers.module import Option, RecurrenceHolder, States, elman_activation
 from gpu_rnn.recurrence import Recurrence
+from gpu_rnn.spelling import names_meant
 
 if TYPE_CHECKING:
     from gpu_rnn.layers.calls import CellCall
@@ -165,6 +166,7 @@ class RNNCell(CellBase):
     if TYPE_CHECKING:
         __call__: CellCall[Tensor]
 
+    @names_meant
     def __init__(
         self,
         input_size: int,
@@ -216,6 +218,7 @@ class LSTMCell(CellBase):
     if TYPE_CHECKING:
         __call__: CellCall[tuple[Tensor, Tensor]]
 
+    @names_meant
     def __init__(
         self,
         input_size: int,
@@ -264,6 +267,7 @@ class GRUCell(CellBase):
     if TYPE_CHECKING:
         __call__: CellCall[Tensor]
 
+    @names_meant
     def __init__(
         self,
         input_size: int,

@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 from gpu_rnn.layers import cell, sequence
 from gpu_rnn.layers import options as layer_options
 from gpu_rnn.layers.module import RecurrenceHolder
+from gpu_rnn.spelling import meant
 
 TWINS: dict[type[nn.Module], type[nn.Module]] = {
     nn.RNN: sequence.RNN,
@@ -161,17 +162,15 @@ def _check_options(to: str, options: dict[str, Any]) -> None:
         raise TypeError(f"torch.nn's layers take none of {', '.join(options)}: convert to 'torch' without options")
     known = {name for ours in BACK for name in _taken(ours)}
     if unknown := options.keys() - known:
+        near = meant(min(unknown), (*known, "to")) or ";"
         raise TypeError(
-            f"convert got an unexpected option {min(unknown)!r}; the layers take {', '.join(sorted(known))}"
+            f"convert got an unexpected option {min(unknown)!r}{near} the layers take {', '.join(sorted(known))}"
         )
 
 
 def _taken(ours: type[nn.Module]) -> set[str]:
     """The options of a class beyond the arguments of torch.nn's."""
-    parameters = set(inspect.signature(ours).parameters)
-    if "options" in parameters:
-        parameters |= layer_options.DEFAULTS.keys()
-    return parameters - {*layer_options.OF_TORCH, "nonlinearity", "proj_size", "options"}
+    return inspect.signature(ours).parameters.keys() - {*layer_options.OF_TORCH, "nonlinearity", "proj_size"}
 
 
 def _concerns(module: nn.Module, to: str, options: dict[str, Any]) -> bool:

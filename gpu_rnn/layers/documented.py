@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from types import FunctionType
 from typing import Any, TypeVar
 
-from gpu_rnn.layers.options import LayerOptions
+from gpu_rnn.layers.options import DEFAULTS, LayerOptions
 
 C = TypeVar("C", bound=type)
 ENTRY = re.compile(r"    ([a-z][\w, ]*): ")  # of one argument, or of several
@@ -67,22 +67,36 @@ def _own_forward(cls: type) -> FunctionType:
     return own
 
 
+def _spelt_out(cls: type) -> inspect.Signature:
+    """Of a constructor, with each of `LayerOptions` by its name where it takes them."""
+    parameters = [*inspect.signature(cls.__init__).parameters.values()]  # type: ignore[misc]
+    if parameters[-1].name == "options":
+        named = inspect.Parameter("option", inspect.Parameter.KEYWORD_ONLY)
+        types = {name: hint.__forward_arg__ for name, hint in LayerOptions.__annotations__.items()}
+        parameters.pop()
+        parameters += [named.replace(name=name, default=DEFAULTS[name], annotation=types[name]) for name in DEFAULTS]
+    return inspect.Signature(parameters, return_annotation="None")
+
+
 def in_full(shared: type | None = None) -> Callable[[C], C]:
     """A class decorator: what the docstring says to be "as for" `shared` is written out, and the arguments of a
-    call; its `forward` has its name."""
+    call; its `forward` has its name, and its constructor's signature every option."""
 
     def decorate(cls: C) -> C:
         cls.forward = _own_forward(cls)  # type: ignore[attr-defined]
-        doc = inspect.cleandoc(cls.__doc__ or "")
-        if not doc:  # python -OO
-            return cls
-        lines: list[str] = []
-        for names, text in _entries(cls, "Args"):
-            lines += _elsewhere(cls, shared or cls, names) if ELSEWHERE.search(text[0]) else text
-        lines += ["", "Args of a call:"]
-        arguments = _entries(cls.forward, "Args")  # type: ignore[attr-defined]
-        lines += [line for names, text in arguments if "further" not in names for line in text]
-        cls.__doc__ = doc.replace("\n".join(_section(doc, "Args")), "\n".join(lines))
+        if doc := inspect.cleandoc(cls.__doc__ or ""):  # none under python -OO
+            cls.__doc__ = _written_out(cls, shared or cls, doc)
+        cls.__init__.__signature__ = _spelt_out(cls)  # type: ignore[misc]
         return cls
 
     return decorate
+
+
+def _written_out(cls: type, shared: type, doc: str) -> str:
+    lines: list[str] = []
+    for names, text in _entries(cls, "Args"):
+        lines += _elsewhere(cls, shared, names) if ELSEWHERE.search(text[0]) else text
+    lines += ["", "Args of a call:"]
+    arguments = _entries(cls.forward, "Args")  # type: ignore[attr-defined]
+    lines += [line for names, text in arguments if "further" not in names for line in text]
+    return doc.replace("\n".join(_section(doc, "Args")), "\n".join(lines))

@@ -72,6 +72,9 @@ class RecurrenceHolder(nn.Module):
             is_ours = type(self).__module__.startswith("gpu_rnn.")
             if is_ours and (name != "nonlinearity" or name in self.__dict__):
                 value = layer_options.assigned(name, value)
+        elif isinstance(value, Tensor) and name in self.__dict__.get("_flat_weights_names", ()):
+            arguments.tensor(f"{type(self).__name__}: {name}", value)
+            arguments.floating(f"{type(self).__name__}: {name}", value)
         elif name in layer_options.SIZES:
             self.__dict__["_weight_shapes"] = None  # the weights' shapes are looked at again
         nn.Module.__setattr__(self, name, value)

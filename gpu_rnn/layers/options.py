@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, TypedDict
 
-from gpu_rnn import initializers
+from gpu_rnn import initializers, spelling
 from gpu_rnn.call import arguments
 from gpu_rnn.call.arguments import flag, probability
 from gpu_rnn.dispatch import choice
@@ -91,15 +91,12 @@ def checked(
     """
     unknown = options.keys() - DEFAULTS.keys()
     if unknown:
-        import difflib  # where one is misspelt, and not with the package
-
         name, known = min(unknown), ", ".join((*others, *DEFAULTS))
-        advice = f"besides torch.nn's it takes {known}"
-        if meant := difflib.get_close_matches(name, (*others, *DEFAULTS, *OF_TORCH), 1):
-            advice = f"did you mean {meant[0]}? {advice}"
+        near = spelling.meant(name, (*others, *DEFAULTS, *OF_TORCH))
+        advice = f"{near}{'' if near else ';'} besides torch.nn's it takes {known}"
         if name in OF_THE_CALL:
-            advice = f"{name} is an argument of the call: layer(x, {name}=...)"
-        raise TypeError(f"{layer} got an unexpected keyword argument {name!r}; {advice}")
+            advice = f"; {name} is an argument of the call: layer(x, {name}=...)"
+        raise TypeError(f"{layer} got an unexpected keyword argument {name!r}{advice}")
     if options.get("recurrent_dropout_per_gate") and "recurrent_dropout" not in options:
         raise ValueError(
             "recurrent_dropout_per_gate says how recurrent_dropout draws its masks: give recurrent_dropout=p, too"
@@ -134,6 +131,8 @@ def assigned(name: str, given: Any) -> Any:
         AttributeError: one that the parameters or the recurrence were made from.
         TypeError, ValueError: as `value`.
     """
+    if name in ("layer_norm", "rms_norm", "heads"):
+        raise AttributeError(f"the parameters were made for {name}: make another layer with it")
     if name in OF_THE_RECURRENCE or name == "nonlinearity":
         raise AttributeError(
             f"{name} is part of the recurrence, which this layer was made with: make another layer with it"

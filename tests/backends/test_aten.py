@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -16,6 +18,7 @@ from gpu_rnn import cells
 from gpu_rnn.backends import aten, throughput
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.dispatch import choice
+from tests.support.paths import ROOT
 
 GAP = 5  # elements that the stand-in for cuDNN leaves between two weights
 
@@ -84,6 +87,14 @@ def test_the_buffer_holds_what_the_weights_are_now(cudnn: Callable[..., Cudnn]) 
             torch.testing.assert_close(buffer[start : start + weight.numel()].view_as(weight), weight.detach())
             start += weight.numel() + GAP
         assert all(weight.untyped_storage().data_ptr() != buffer.data_ptr() for weight in weights)
+
+
+def test_atens_word_on_projections_reaches_nobody() -> None:
+    """oneDNN has none, which the choice among backends knows. ATen says so once in a process."""
+    code = "import gpu_rnn, torch; gpu_rnn.LSTM(3, 4, {}, proj_size=2, backend='aten')(torch.zeros(2, 1, 3))"
+    for options in ("1, bias=False", "2, bidirectional=True"):
+        command = [sys.executable, "-W", "error", "-c", code.format(options)]
+        assert subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT).stderr == ""
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")

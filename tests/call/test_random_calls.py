@@ -15,8 +15,6 @@ from gpu_rnn.backends import normalisation
 from gpu_rnn.compiler.operations import OPERATIONS
 from tests.fuzzing import cases
 
-pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
-
 SEED = int(os.environ["GPU_RNN_FUZZ_SEED"])  # set by conftest.py
 CALLS = 25  # of a test, so that workers share them
 APART = 10_000  # between the first cases of two tests

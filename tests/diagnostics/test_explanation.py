@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -56,7 +58,10 @@ def test_explain_for_a_device(device: str | None) -> None:
 
 
 def test_explain_shows_the_bound_of_each_pass() -> None:
-    layer, x = gpu_rnn.LSTM(1024, 1024, dtype=torch.bfloat16), torch.empty(100, 64, 1024, device="meta")
+    layer, x = (
+        gpu_rnn.LSTM(1024, 1024, dtype=torch.bfloat16),
+        torch.empty(100, 64, 1024, dtype=torch.bfloat16, device="meta"),
+    )
     training = gpu_rnn.explain(layer, x, device="H100")
     with torch.no_grad():
         inference = gpu_rnn.explain(layer, x, device="H100")
@@ -101,6 +106,53 @@ def test_explain_refuses() -> None:
         gpu_rnn.explain(gpu_rnn.LSTMCell(2, 3))
     with pytest.raises(RuntimeError, match="Expected 2, got 5"):
         gpu_rnn.explain(gpu_rnn.LSTM(2, 3), torch.empty(4, 1, 5, device="meta"), device="H100")
+
+
+X = torch.empty(6, 3, 4)
+REFUSED: dict[str, tuple[torch.Tensor, dict[str, Any]]] = {
+    "dtype": (X.double(), {}),
+    "features": (torch.empty(6, 3, 5), {}),
+    "a mask's shape": (X, {"mask": torch.ones(5, 3, dtype=torch.bool)}),
+    "a mask of numbers": (X, {"mask": torch.ones(6, 3)}),
+    "an unbatched mask": (X[:, 0], {"mask": torch.ones(5, dtype=torch.bool)}),
+    "resets of NumPy": (X, {"resets": np.ones((6, 2), dtype=bool)}),
+    "too few lengths": (X, {"lengths": [1, 2]}),
+    "a length beyond": (X, {"lengths": [1, 2, 7]}),
+    "states": (X, {"hx": (torch.empty(1, 3, 6), torch.empty(1, 3, 5))}),
+    "an unbatched state": (X, {"hx": (torch.empty(1, 5), torch.empty(1, 5))}),
+    "one state": (X, {"hx": torch.empty(1, 3, 5)}),
+    "values without resets": (X, {"reset_state": (torch.empty(1, 3, 5), torch.empty(1, 3, 5))}),
+}
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_the_layer_refuses_is_refused_in_its_words(name: str, batch_first: bool) -> None:
+    layer = gpu_rnn.LSTM(4, 5, batch_first=batch_first)
+    x, call = REFUSED[name]
+    if batch_first and x.dim() == 3:
+        x = x.transpose(0, 1)
+        call = {key: np.swapaxes(value, 0, 1) if key in ("mask", "resets") else value for key, value in call.items()}
+    with pytest.raises((TypeError, ValueError, RuntimeError)) as said:
+        layer(x, **call)
+    for place in ("cpu", "meta"):
+        with pytest.raises(type(said.value), match=f"^{re.escape(str(said.value))}$"):
+            gpu_rnn.explain(layer, x.to(place), **call)
+
+
+def test_true_stands_for_any_argument_of_a_call() -> None:
+    states = (torch.empty(1, 3, 5),) * 2
+    for call in ({"reset_state": True}, {"resets": True, "reset_state": states}, {"hx": True, "mask": True}):
+        assert gpu_rnn.explain(gpu_rnn.LSTM(4, 5), X, **call).chosen
+    meta = {"lengths": torch.empty(3, dtype=torch.int64, device="meta")}
+    assert gpu_rnn.explain(gpu_rnn.LSTM(4, 5), X, **meta).problem.lengths
+
+
+def test_a_call_beyond_the_memory_of_a_device_has_no_plan() -> None:
+    wide = gpu_rnn.LSTM(8, 99_999_999, device="meta")
+    with pytest.raises(ValueError, match=r"H100 SXM 80GB has 80 GiB of memory, and the weights, .* take 149,0.* GiB"):
+        gpu_rnn.explain(wide, torch.empty(100, 1, 8, device="meta"), device="H100")
+    assert gpu_rnn.explain(wide, torch.empty(100, 1, 8, device="meta"), device="CPU").chosen
 
 
 def test_explain_takes_packed_input() -> None:
@@ -152,5 +204,5 @@ def test_many_lines_of_a_compiler_stay_in_the_table() -> None:
 def test_a_bound_of_nothing_is_not_printed() -> None:
     layer = gpu_rnn.LSTM(8, 8, dtype=torch.bfloat16)
     with torch.no_grad():
-        found = gpu_rnn.explain(layer, torch.empty(9, 2, 8), device="H100")
+        found = gpu_rnn.explain(layer, torch.empty(9, 2, 8, dtype=torch.bfloat16), device="H100")
     assert found.floor_us < 0.005 and "bound" not in str(found)

@@ -323,3 +323,12 @@ def test_symbolic_shapes_and_masks(name: str, return_state: bool, sequences: boo
         shapes = keras.tree.flatten(layer.compute_output_shape((None, None, 3)))
         found.append(([(tuple(s.shape), s.dtype) for s in symbolic], shapes))
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_misspelt_option_is_answered(name: str) -> None:
+    with pytest.raises(ValueError, match=r"recurent_dropout.*; did you mean recurrent_dropout\?"):
+        getattr(gpu_rnn.keras, name)(4, recurent_dropout=0.1)
+    with pytest.raises(ValueError, match="Unrecognized keyword arguments") as said:
+        getattr(gpu_rnn.keras, name)(4, something=0.1)
+    assert "mean" not in str(said.value)

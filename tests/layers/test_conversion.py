@@ -167,7 +167,7 @@ def test_options_for_all() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"recurent_dropout": 0.1}, TypeError, "unexpected option 'recurent_dropout'; the layers take activation"),
+        ({"recurent_dropout": 0.1}, TypeError, r"did you mean recurrent_dropout\? the layers take activation"),
         ({"recurrent_dropout": 2.0}, ValueError, "recurrent_dropout"),
         ({"num_layers": 2}, TypeError, "unexpected option 'num_layers'"),
         ({"to": "keras"}, ValueError, "to is 'gpu_rnn' or 'torch', not 'keras'"),

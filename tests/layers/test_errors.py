@@ -87,8 +87,8 @@ def test_unknown_argument(name: str) -> None:
 
 @pytest.mark.parametrize("name", [*support.LAYERS, *support.CELLS])
 def test_a_call_s_unknown_argument_names_the_layer(name: str) -> None:
-    """As torch.nn's error does, word for word."""
-    for arguments in ({"length": None}, {}):
+    """As torch.nn's error does, word for word; a layer's goes on with the argument that was perhaps meant."""
+    for arguments in ({"steps": None}, {}):
         layers = (getattr(library, name)(3, 5) for library in (nn, gpu_rnn))
         inputs = [torch.ones(2, 1, 3)] * bool(arguments)
         theirs, ours = (partial(layer, *inputs, **arguments) for layer in layers)

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names that are misspelt, and which were perhaps meant."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterable
+from functools import wraps
+from typing import Any, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
+UNKNOWN = re.compile(r"unexpected keyword argument '(\w+)'")
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """Words that go on a message: the known name that is spelt alike, or none."""
+    import difflib  # where one is misspelt, and not with the package
+
+    near = difflib.get_close_matches(name, [*known], 1, cutoff=0.7)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def names_meant(function: F) -> F:
+    """A decorator: Python's error for an argument that a function does not take says which was perhaps meant.
+
+    Not for what is called often: it is a call more.
+    """
+    known = [name for name in inspect.signature(function).parameters if name != "self"]
+
+    @wraps(function)
+    def call(*args: Any, **options: Any) -> Any:
+        try:
+            return function(*args, **options)
+        except TypeError as error:
+            unknown = UNKNOWN.search(str(error))
+            if unknown is None or error.__traceback__ is None or error.__traceback__.tb_next is not None:
+                raise  # from inside
+            raise TypeError(f"{error}{meant(unknown[1], known)}") from None
+
+    return call  # type: ignore[return-value]
