@@ -168,7 +168,8 @@ def test_layers_refuse_in_the_same_words() -> None:
 
 def test_a_described_device_has_what_is_not_installed_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same is chosen, and the last line says what is missing here."""
-    layer, x = gpu_rnn.LSTM(64, 512, dtype=torch.bfloat16), torch.empty(100, 32, 64, device="meta")
+    layer = gpu_rnn.LSTM(64, 512, dtype=torch.bfloat16)
+    x = torch.empty(100, 32, 64, dtype=torch.bfloat16, device="meta")
     everything = gpu_rnn.explain(layer, x, device="H100")
     said = str(everything)
     assert everything.chosen == "group" and "Here" not in said

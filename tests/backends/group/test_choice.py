@@ -47,7 +47,8 @@ def test_explain_shows_the_choice_beside_the_floor(shape: tuple[int, int], train
     hidden, batch = shape
     layer = gpu_rnn.LSTM(hidden, hidden, dtype=torch.bfloat16, device="meta")
     with torch.set_grad_enabled(training):
-        found = gpu_rnn.explain(layer, torch.empty(STEPS, batch, hidden, device="meta"), device="H100")
+        x = torch.empty(STEPS, batch, hidden, dtype=torch.bfloat16, device="meta")
+        found = gpu_rnn.explain(layer, x, device="H100")
     predicted = {row.backend: row.predicted_us for row in found.rows if row.runs}
     assert predicted["group"] >= found.floor_us
     assert found.chosen == min(predicted, key=predicted.get)

@@ -93,7 +93,7 @@ def test_a_device_that_refuses_gets_another_exchange(refused: devices.Device, mo
     assert chosen is not None and not chosen.layout.cluster and not group.unsupported(each)
     monkeypatch.setattr(dispatch, "device_of", lambda device: refused)
     layer = gpu_rnn.LSTM(8, 8, dtype=torch.bfloat16, device="meta")
-    said = str(gpu_rnn.explain(layer, torch.empty(3, 2, 8, device="meta")))
+    said = str(gpu_rnn.explain(layer, torch.empty(3, 2, 8, dtype=torch.bfloat16, device="meta")))
     assert "group exchanges through L2, not in clusters: no room\n" in said
 
 

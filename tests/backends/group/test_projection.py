@@ -149,7 +149,7 @@ def test_what_acts_on_h_between_the_products_is_refused(words: str, with_cupy: N
 
 
 def explained(layer: gpu_rnn.LSTM) -> Explanation:
-    return gpu_rnn.explain(layer, torch.empty(500, 64, 64, device="meta"), device="H100")
+    return gpu_rnn.explain(layer, torch.empty(500, 64, 64, dtype=torch.bfloat16, device="meta"), device="H100")
 
 
 def test_other_recurrences_are_refused_in_words() -> None:
