@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import os
-import pydoc
 import shutil
 import subprocess
 import sys
@@ -24,8 +22,6 @@ from torch.nn.utils.rnn import pack_sequence
 
 import gpu_rnn
 from gpu_rnn import interop
-from gpu_rnn.layers.base import LayerBase
-from gpu_rnn.layers.options import DEFAULTS
 from tests.support import layers as support
 from tests.support.paths import ROOT
 
@@ -109,41 +105,6 @@ def test_what_cannot_be_is_said_by_the_constructor(name: str) -> None:
         make()
 
 
-def quantized(values: torch.Tensor) -> torch.Tensor:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch calls them outdated
-        return torch.quantize_per_tensor(values, 0.1, 0, torch.qint8)
-
-
-WEIGHTS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
-    "sparse": (
-        lambda w: w.to_sparse(),
-        r"weight_hh\w* should be a strided tensor, got a torch.sparse_coo one: use",
-    ),
-    "of oneDNN": (
-        lambda w: w.to_mkldnn(),
-        r"weight_hh\w* should be a strided tensor, got a torch._mkldnn one: use",
-    ),
-    "quantized": (quantized, r"weight_hh\w* should hold floating-point numbers, got a quantized tensor: use .dequ"),
-}
-
-
-@pytest.mark.parametrize("name", WEIGHTS)
-@pytest.mark.parametrize("kind", ["LSTM", "GRUCell"])
-def test_a_weight_that_no_kernel_reads_is_refused_where_it_is_set(kind: str, name: str) -> None:
-    module, (other, words) = getattr(gpu_rnn, kind)(I, H), WEIGHTS[name]
-    weight = "weight_hh" if kind.endswith("Cell") else "weight_hh_l0"
-    with pytest.raises(TypeError, match=f"^{kind}: {words}"):
-        setattr(module, weight, nn.Parameter(other(getattr(module, weight).detach()), requires_grad=False))
-    assert getattr(module, weight).layout == torch.strided
-
-
-@pytest.mark.parametrize("option", ["layer_norm", "rms_norm", "heads"])
-def test_what_the_parameters_were_made_for_is_not_set_later(option: str) -> None:
-    with pytest.raises(AttributeError, match=f"the parameters were made for {option}: make another layer with it"):
-        setattr(gpu_rnn.LSTM(I, H), option, True)
-
-
 CALLS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a mask by place": (
         lambda: gpu_rnn.LSTM(I, H)(X, None, PAD),
@@ -175,7 +136,7 @@ CALLS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "parameter tensors are not the same dtype",
     ),
     "quantized numbers": (
-        lambda: gpu_rnn.GRU(I, H)(quantized(X)),
+        lambda: gpu_rnn.GRU(I, H)(support.quantized(X)),
         TypeError,
         r"input should hold floating-point numbers, got a quantized tensor: use .dequantize\(\)",
     ),
@@ -364,31 +325,6 @@ def test_code_for_torch_nn_finds_what_it_calls() -> None:
         assert (c == 1).all() and each.permute_hidden((h, c), None) == (h, c)
     with pytest.raises(AttributeError, match="set weight_hh_l0 of this layer"):
         layer._flat_weights = [w if w.dim() != 2 or w.shape[1] != H else w.clone() for w in layer._flat_weights]
-
-
-CLASSES = {name: cls for name in gpu_rnn.__all__ if inspect.isclass(cls := getattr(gpu_rnn, name))}
-
-
-@pytest.mark.parametrize("name", [name for name, cls in CLASSES.items() if not issubclass(cls, Exception)])
-def test_every_class_says_what_its_arguments_are(name: str) -> None:
-    """A line for each option and each argument of a call, which help() shows."""
-    cls = CLASSES[name]
-    constructor = inspect.signature(cls).parameters
-    assert not [each for each in constructor.values() if each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
-    if issubclass(cls, LayerBase):
-        assert constructor.keys() >= DEFAULTS.keys()
-    shown = pydoc.plain(pydoc.render_doc(cls)).split("Method resolution order")[0]
-    assert all(f"{option}: " in shown.split(cls.__doc__.strip()[:20])[0] for option in constructor)
-    call = inspect.signature(cls.forward).parameters if issubclass(cls, nn.Module) else {}
-    wanted = {*constructor, *call} - {"self", "further", "unknown"}
-    starts = [
-        line.split(":")[0] for line in inspect.getdoc(cls).splitlines() if line.startswith("    ") and ":" in line
-    ]
-    said = {word.strip() for start in starts for word in start.split(",")}
-    if name in ("RNN", "GRU"):
-        wanted.discard("proj_size")  # it is there to be refused
-    assert wanted <= said, wanted - said
-    assert "as for" not in inspect.getdoc(cls).split("Args of a call")[0]
 
 
 TYPED = """

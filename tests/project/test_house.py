@@ -140,7 +140,7 @@ FLOORS = (
     ("recurrence",),
     ("compiler",),
     ("activations", "cache", "devices", "kernels"),
-    ("_version", "environment", "forking", "memo", "once"),
+    ("_version", "environment", "forking", "memo", "once", "spelling"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -85,3 +86,9 @@ def assert_same(theirs: nn.Module, mine: nn.Module, *inputs: Any, sources: dict[
         # The graph is kept: packed inputs are made once, for both.
         found.append(gradients(partial(module, *inputs), wanted, retain_graph=True))
     torch.testing.assert_close(*found, **TOLERANCE)
+
+
+def quantized(values: torch.Tensor) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls them outdated
+        return torch.quantize_per_tensor(values, 0.1, 0, torch.qint8)
