@@ -109,7 +109,9 @@ def cost(problem: Problem, constants: rates.Rates | None = None) -> float:
     """Seconds by the cost model."""
     every = constants or rates.of(problem.device)
     if not problem.device.is_gpu:
-        return cpu_cost.seconds(problem, getattr(every, cpu_model(problem)))
+        # oneDNN's threads share any LSTM; of the others torch's share products of several rows.
+        most = problem.device.sms if cpu_model(problem) == "cpu_lstm" else problem.B
+        return cpu_cost.seconds(problem, getattr(every, cpu_model(problem)), most=most)
     known, backward = every.aten, problem.direction == "backward"
     if _persistent(problem):
         step = known.persistent_backward if backward else known.persistent_step

@@ -2,7 +2,8 @@
 """What a backend is predicted to take on a CPU: one model for all, with constants for each (`rates.CpuRates`).
 
 What a call costs however long it is, and for each step: something in any case, the weights that are read, the
-multiplications, and the operations of the program at each unit and row.
+multiplications, and the operations of the program at each unit and row; where threads share it, what these wait for
+each other.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ def seconds(problem: Problem, known: CpuRates, of_a_step: int = 1, most: int = 1
     work = weight * weights + product * products + element * operations
     threads = min(problem.device.sms, most)
     shared = known.together * (1 - 1 / max(1, threads))  # what other threads take off this one
-    return problem.layers * (start + problem.T * (step * of_a_step + work) * (1 - shared))
+    backward = problem.direction == "backward"
+    joining = 0.0 if threads < 2 else known.back_join if backward else known.join
+    return problem.layers * (start + problem.T * ((step * of_a_step + work) * (1 - shared) + joining))
 
 
 def of_pass(problem: Problem, known: CpuRates) -> tuple[float, float, float, float, float]:

@@ -71,6 +71,8 @@ class CpuRates:
     back_product: float
     back_element: float
     together: float = 0.5  # the share of what is no start that a second thread takes half of
+    join: float = 5e-6  # of a step that threads share: to wake them, and to wait for the last
+    back_join: float = 1e-5
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class Rates:
     # An AMD EPYC with AVX-512, one thread, rounded: what a fit starts from.
     cpu_lstm: CpuRates = CpuRates(5e-5, 5e-7, 5e-11, 2e-11, 3e-10, 5e-5, 3e-6, 6e-11, 4e-11, 8e-10)  # ATen's
     cpu_gru: CpuRates = CpuRates(3e-5, 9e-6, 9e-11, 2e-11, 7e-10, 1e-4, 9e-5, 4e-10, 4e-11, 2e-9)
-    cpu_rnn: CpuRates = CpuRates(2e-5, 4e-6, 5e-11, 2e-11, 2e-9, 5e-5, 3e-5, 4e-10, 4e-11, 2e-9)
+    cpu_rnn: CpuRates = CpuRates(2e-5, 4e-6, 5e-11, 2e-11, 2e-9, 5e-5, 3e-5, 4e-10, 4e-11, 2e-9, join=2e-5)
     cpu_step: CpuRates = CpuRates(3e-4, 1.5e-6, 2e-10, 2e-11, 1.6e-9, 1e-3, 2.5e-6, 3e-10, 4e-11, 4e-9)
     cpu_native: CpuRates = CpuRates(3e-4, 1e-7, 1e-11, 2e-11, 3e-10, 1e-3, 2e-7, 4e-11, 3e-11, 5e-10)
     # native's short ways: plain layers, one step
