@@ -130,7 +130,7 @@ FLOORS = (
     ("cli",),
     ("demo", "keras"),
     ("__init__",),
-    ("diagnostics", "interop", "onnx", "streams"),
+    ("diagnostics", "export", "interop", "onnx", "streams"),
     ("layers",),
     ("functional",),
     ("call",),

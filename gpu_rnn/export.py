@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exported programs that run without this package: layers as torch's own operations, step after step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpu_rnn.backends.tensors import Inputs
+from gpu_rnn.call import loops, passes, stack_ops
+from gpu_rnn.call.passes import Options
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """torch's own decompositions, and what layers are made of, for ``ExportedProgram.run_decompositions``.
+
+    The program then holds operations of ATen alone, and whatever runs those runs it: a process without gpu_rnn, or one
+    in C++ by AOTInductor. It has all options and every cell. Its steps stand one after the other, so that it grows with
+    their number, which is the one it was exported with; the batch may be of any size.
+
+    Returns:
+        A table of torch's default decompositions with those of gpu_rnn's operations.
+
+    Example::
+
+        >>> layer = gpu_rnn.LSTM(3, 8, layer_norm=True).eval()
+        >>> x = torch.randn(5, 2, 3)
+        >>> program = torch.export.export(layer, (x,), dynamic_shapes=({1: torch.export.Dim("batch")},))
+        >>> program = program.run_decompositions(gpu_rnn.export.decompositions())
+        >>> torch.export.save(program, folder / "layer.pt2")
+    """
+    operations = torch.ops.gpu_rnn
+    table: dict[Any, Callable[..., Any]] = {**torch.export.default_decompositions()}
+    of_stacks = dict.fromkeys((operations.stack.default, operations.stack_forward.default), _stack)
+    return table | of_stacks | {operations.rnn.default: _layer}
+
+
+def _layer(*arguments: Any) -> list[Tensor]:
+    """`gpu_rnn::rnn` of a pass that keeps nothing, by the reference."""
+    *tensors, program, words = arguments
+    inputs, options = Inputs.of(*tensors), Options.decode(words)
+    primals = [primal for primal in inputs.primals if primal is not None]
+    results = [*passes.pure(program, options, inputs)(*primals)]
+    nothing = inputs.x.new_empty(0)
+    inner = results.pop() if options.all_states else nothing
+    return [*results, nothing, nothing, inner]
+
+
+def _stack(
+    x: Tensor,
+    states: list[Tensor] | None,
+    weights: list[Tensor],
+    program: str,
+    words: str,
+    batch_sizes: Tensor | None = None,
+) -> list[Tensor]:
+    """`gpu_rnn::stack`, layer after layer."""
+    stack, _ = stack_ops.decode(program, words)
+    stack = replace(stack, backend="auto")
+    entering = tuple(states) if states else stack.initial(x, weights, x.shape[1])
+    y, final, _ = loops.run(stack, x, entering, weights, batch_sizes)
+    return [y, *final]

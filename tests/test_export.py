@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exported programs whose layers are torch's own operations: equal to the layers, and run where this package is not."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+import gpu_rnn
+from gpu_rnn import cells, export
+
+pytestmark = pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")  # torch's own
+
+I, H = 3, 6  # noqa: E741
+Call = Callable[[Tensor], dict[str, Any]]
+
+
+class Model(nn.Module):
+    """A layer, and what steers its steps, made of the input."""
+
+    def __init__(self, layer: nn.Module, call: Call | None = None) -> None:
+        super().__init__()
+        self.layer, self.call = layer.eval(), call
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return tree_leaves(self.layer(x, **(self.call(x) if self.call else {})))
+
+
+def lengths(x: Tensor) -> dict[str, Any]:
+    return {"lengths": (x[..., 0] > -0.5).sum(0)}
+
+
+def mask(x: Tensor) -> dict[str, Any]:
+    return {"mask": x[..., 0] > -0.5}
+
+
+def resets(x: Tensor) -> dict[str, Any]:
+    ones = x.new_ones(1, x.shape[1], H)
+    return {"resets": x[..., 0] > 0, "reset_state": (ones, ones * 2), "return_all_states": True}
+
+
+MODELS: dict[str, Callable[[], Model]] = {
+    "two layers and directions": lambda: Model(gpu_rnn.LSTM(I, H, 2, bidirectional=True)),
+    "aten": lambda: Model(gpu_rnn.GRU(I, H, 2, backend="aten")),
+    "lengths": lambda: Model(gpu_rnn.LSTM(I, H, bidirectional=True), lengths),
+    "resets": lambda: Model(gpu_rnn.LSTM(I, H), resets),
+    "mask": lambda: Model(gpu_rnn.GRU(I, H, layer_norm=True, zoneout=0.1), mask),
+    "projected": lambda: Model(gpu_rnn.LSTM(I, H, proj_size=2, rms_norm=True)),
+    "heads": lambda: Model(gpu_rnn.RNN(I, H, heads=2, activation="softsign")),
+    **{name: lambda cell=cell: Model(gpu_rnn.Recurrent(cell(), I, H)) for name, cell in cells.CELLS.items()},
+}
+QUICK = ("aten", "mask")
+
+
+def decomposed(model: Model) -> torch.export.ExportedProgram:
+    program = torch.export.export(model, (torch.randn(5, 4, I),), dynamic_shapes=({1: torch.export.Dim("batch")},))
+    return program.run_decompositions(export.decompositions())
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in MODELS]
+)
+def test_torchs_operations_alone(name: str) -> None:
+    model = MODELS[name]()
+    program = decomposed(model)
+    targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert not any("gpu_rnn" in target for target in targets)
+    for batch in (4, 7):
+        x = torch.randn(5, batch, I)
+        torch.testing.assert_close(program.module()(x), model(x), rtol=1e-6, atol=1e-6)
+
+
+SCRIPT = """
+import sys
+sys.modules["gpu_rnn"] = None  # as where it is not installed
+import torch
+program, (x, outputs) = torch.export.load(sys.argv[1]), torch.load(sys.argv[2])
+torch.testing.assert_close(program.module()(x), outputs, rtol=1e-6, atol=1e-6)
+print("same")
+"""
+
+
+@pytest.mark.slow
+def test_a_file_runs_without_this_package(tmp_path: Path) -> None:
+    model = MODELS["mask"]()
+    torch.export.save(decomposed(model), tmp_path / "model.pt2")
+    x = torch.randn(5, 2, I)
+    torch.save((x, [out.detach() for out in model(x)]), tmp_path / "call.pt")
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "model.pt2"), str(tmp_path / "call.pt")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "same", done.stderr
