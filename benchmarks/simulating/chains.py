@@ -44,7 +44,10 @@ CELLS = ("lstm", "gru", "rnn", "gru_reset_before")
 FEW = (64, 256, 512, 1024)
 OTHERS = ("A100", "RTX 4090")
 SIZES = {
-    "resident": [Sizes(("bf16", "fp16", "tf32", "fp32"), CELLS, (16, 32, 64, 128, 256), (16,))],
+    "resident": [
+        Sizes(("bf16", "fp16", "tf32", "fp32"), CELLS, (16, 32, 64, 128, 256), (16,)),
+        Sizes(("bf16",), ("lstm",), (32, 64, 128), (16,), ("H100",), (chains.TO_HALF,)),
+    ],
     "group": [
         Sizes(
             ("16-bit",), ("lstm", "gru"), (64, 128, 256, 384, 512, 768, 1024, 2048), (1, 16, 64, 128), ("H100",),
@@ -82,6 +85,7 @@ def problem(build: Chain, hidden: int, batch: int) -> Problem:
         direction=build.direction,
         precision=build.precision,
         norm=build.option == chains.NORM,
+        proj_size=hidden // 2 if build.option == chains.TO_HALF else 0,
     )
 
 

@@ -4,6 +4,7 @@ gpu_rnn/backends/resident_tiles.csv.
 
 python -m benchmarks.simulating.resident                                         all rows; needs Triton and no GPU
 python -m benchmarks.simulating.resident --device H100 --kind bf16 --cell lstm   these rows; the others stay
+python -m benchmarks.simulating.resident --cell lstm --projected half            with h projected to half of the units
 
 Each plain build (no options, 16 rows of a batch) is compiled with three steps' loads under way, on some numbers of
 warps, with its weights in shared memory and in registers; the shortest of these also with more and fewer steps and with
@@ -40,6 +41,7 @@ KINDS = {
     "fp32": (torch.float32, "ieee"),
 }
 WIDTHS = (16, 32, 64, 128, 256)
+PROJECTED = {"no": lambda width: 0, "half": lambda width: width // 2, "most": lambda width: width - 8}  # units of h
 STAGES = (2, 3, 4)
 REGISTERS = 168  # the limit of a thread: room for 8 warps, or three blocks of 4
 DEVICES = ("H100", "A100", "RTX 4090")  # whose constants are published
@@ -65,7 +67,7 @@ class Simulated:
     spills: int
 
 
-def problem(cell: str, kind: str, direction: str, width: int, device: str = "H100") -> Problem:
+def problem(cell: str, kind: str, direction: str, width: int, device: str = "H100", projected: str = "no") -> Problem:
     dtype, precision = KINDS[kind]
     return Problem(
         recurrence=cells.CELLS[cell](),
@@ -79,6 +81,7 @@ def problem(cell: str, kind: str, direction: str, width: int, device: str = "H10
         device=devices.describe(device),
         direction=direction,
         precision=precision,
+        proj_size=PROJECTED[projected](width),
     )
 
 
@@ -141,10 +144,11 @@ def main() -> None:
     parser.add_argument("--cell", nargs="*", choices=CELLS, default=CELLS)
     parser.add_argument("--kind", nargs="*", choices=KINDS, default=list(KINDS))
     parser.add_argument("--width", nargs="*", type=int, choices=WIDTHS, default=WIDTHS)
+    parser.add_argument("--projected", choices=PROJECTED, default="no")
     asked = parser.parse_args()
     for device, cell, kind, width in product(asked.device, asked.cell, asked.kind, asked.width):
         for direction in DIRECTIONS:
-            given = problem(cell, kind, direction, width, device)
+            given = problem(cell, kind, direction, width, device, asked.projected)
             if resident.unsupported(given):
                 continue
             print(device, cell, kind, width, direction, flush=True)

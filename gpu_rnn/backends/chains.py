@@ -31,6 +31,7 @@ KINDS = {
     "fp32": (torch.float32,),
 }
 PLAIN, NORM = "", "layer_norm"  # what `Chain.option` may be
+TO_HALF = "proj_size"  # likewise: h is projected to half of the units
 
 
 class Chain(NamedTuple):
@@ -133,7 +134,7 @@ def _near(problem: Problem, backend: str) -> _Near | None:
         recurrence=build.recurrence(),
         T=1, B=batch, N=1, I=1, H=hidden, device_type="cuda", direction=build.direction,
         dtype=dtype, precision=build.precision if dtype == torch.float32 else problem.precision,
-        norm=build.option == NORM,
+        norm=build.option == NORM, proj_size=hidden // 2 if build.option == TO_HALF else 0,
         device=problem.device if chip(problem.device) == chip(DEVICES[build.device]) else DEVICES[build.device],
     )  # fmt: skip
     return _Near(alike, table()[build].at(hidden, batch), alike == problem)
@@ -143,10 +144,11 @@ def _unlike(build: Chain, problem: Problem) -> tuple[int, ...]:
     """In what a build differs from a problem: first the chip, then the dtype, the option and the cell."""
     device, gates = DEVICES[build.device], len(build.recurrence().gates)
     older = [10 * major + minor for major, minor in (device.capability, problem.device.capability)]
+    option = NORM if problem.norm else TO_HALF if problem.proj_size else PLAIN
     return (
         chip(device) != chip(problem.device), abs(older[0] - older[1]),
         problem.dtype.itemsize not in {dtype.itemsize for dtype in KINDS[build.kind]}, not build.takes(problem),
-        (build.option == NORM) != problem.norm, build.recurrence() != problem.recurrence, abs(gates - problem.G),
+        build.option != option, build.recurrence() != problem.recurrence, abs(gates - problem.G),
     )  # fmt: skip
 
 

@@ -106,8 +106,8 @@ def source(problem: Problem) -> str:
 
 def _one_tile(problem: Problem) -> Problem:
     """What a block does of a problem."""
-    chosen = tile(problem)
-    return problem.but(B=chosen.rows, N=1, H=chosen.width)
+    width, entering = widths(problem)
+    return problem.but(B=tile(problem).rows, N=1, H=width, proj_size=entering if problem.proj_size else 0)
 
 
 def modelled(problem: Problem) -> float:

@@ -38,7 +38,8 @@ class Tile(NamedTuple):
 
 
 class Build(NamedTuple):
-    """What a row of the table is for. `kind`: "bf16", "fp16", "tf32" or "fp32"; `products`: of a step."""
+    """What a row of the table is for. `kind`: "bf16", "fp16", "tf32" or "fp32"; `products`: of a step; `entering`: the
+    padded units that enter them where h is projected, else 0."""
 
     architecture: int
     gates: int
@@ -47,6 +48,7 @@ class Build(NamedTuple):
     kind: str
     direction: str
     width: int
+    entering: int = 0
 
 
 class Schedule(NamedTuple):
@@ -110,7 +112,8 @@ def build_of(problem: Problem) -> Build:
     kind = HALVES.get(problem.dtype) or ("fp32" if problem.precision == "ieee" else "tf32")
     program = problem.program
     sizes = problem.G, len(program.states), len(program.stages)
-    return Build(10 * major + minor, *sizes, kind, problem.direction, widths(problem)[0])
+    width, entering = widths(problem)
+    return Build(10 * major + minor, *sizes, kind, problem.direction, width, entering if problem.proj_size else 0)
 
 
 def tile(problem: Problem) -> Tile:
@@ -127,8 +130,9 @@ def tile(problem: Problem) -> Tile:
 
 def _is_plain(problem: Problem) -> bool:
     """Whether a problem's build takes no more registers than the one that was simulated."""
-    more = problem.options or problem.lengths or problem.program.params or problem.proj_size
-    return not more and problem.H * problem.dtype.itemsize % ROW_BYTES == 0
+    more = problem.options or problem.lengths or problem.program.params
+    sizes = problem.H, problem.proj_size
+    return not more and all(size * problem.dtype.itemsize % ROW_BYTES == 0 for size in sizes)
 
 
 def usual_warps(problem: Problem) -> int:
@@ -156,14 +160,21 @@ def _entry(row: list[str]) -> tuple[Build, Schedule]:
 
 @memoize(256)
 def _nearest(build: Build) -> Build | None:
-    """The row that is like a build: of as many gates and units, of another 16-bit dtype, cell or architecture if need
-    be, of two architectures as near the newer."""
+    """The row that is like a build: of as many gates and units, of another 16-bit dtype, without its projection, of
+    another cell or architecture if need be, of two architectures as near the newer."""
 
-    def likeness(each: Build) -> tuple[bool, int, int, int]:
+    def likeness(each: Build) -> tuple[bool, bool, int, int, int]:
         apart = abs(each.states - build.states) + abs(each.products - build.products)
-        return each.kind != build.kind, apart, abs(each.architecture - build.architecture), -each.architecture
+        return (
+            each.kind != build.kind,
+            each.entering != build.entering,
+            apart,
+            abs(each.architecture - build.architecture),
+            -each.architecture,
+        )
 
     def cut(each: Build) -> tuple[object, ...]:
         return each.gates, each.direction, each.width, "16-bit" if each.kind in HALVES.values() else each.kind
 
-    return min((each for each in schedules() if cut(each) == cut(build)), key=likeness, default=None)
+    able = (each for each in schedules() if cut(each) == cut(build) and each.entering in (0, build.entering))
+    return min(able, key=likeness, default=None)
