@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,11 +21,12 @@ from benchmarks.certifying import random_calls
 from benchmarks.certifying.random_calls import leaves, values_and_gradients
 from gpu_rnn import functional, memo
 from gpu_rnn.backends.problem import Problem
-from gpu_rnn.call import passes, relaxation
+from gpu_rnn.call import loops, passes, relaxation
+from gpu_rnn.call.controls import NONE
 from gpu_rnn.call.passes import Options
-from gpu_rnn.dispatch import relaxation_plan
+from gpu_rnn.dispatch import choice, relaxation_plan, wavefront_plan
 from gpu_rnn.dispatch.relaxation_plan import Outcome, TimePlan
-from tests.call.test_options import FEW_BUILDS, calls, combinations, recurrence, tensors
+from tests.call.test_options import FEW_BUILDS, SINGLE, calls, combinations, recurrence, tensors
 from tests.support import native
 from tests.support import options_by_hand as by_hand
 
@@ -79,7 +81,9 @@ def same(found: list[Tensor], expected: list[Tensor], atol: float) -> None:
         torch.testing.assert_close(value, truth, rtol=0, atol=atol)
 
 
-def compare(call: dict[str, Any], chunks: int, backend: str) -> None:
+def compare(
+    call: dict[str, Any], chunks: int, backend: str, dtype: torch.dtype = torch.float64, atol: float = TIGHT
+) -> None:
     """Beside loops by hand, until nothing moves."""
     made, options = tensors(call), call["options"]
     y, final, every = by_hand.run(made)
@@ -87,12 +91,14 @@ def compare(call: dict[str, Any], chunks: int, backend: str) -> None:
     expected = values_and_gradients([y, *final, *(every if "all_states" in options else [])], of_leaves)
     with in_chunks(chunks) as launches, pytest.MonkeyPatch.context() as patch:
         patch.setattr(functional, "rnn", partial(functional.rnn, time_parallel=EXACT))
-        found = values_and_gradients(random_calls.call(made, recurrence(call), options, backend), of_leaves)
+        low = made if dtype == torch.float64 else made.to(dtype)
+        called = random_calls.call(low, recurrence(call), options, backend)
+        found = values_and_gradients(called, [*leaves(low).values()])
         assert {direction for direction, _ in launches} == {"training", "backward"}
         assert all(outcome.settled for outcome in outcomes())
     for value, truth in zip(found, expected, strict=True):
         scale = max(1.0, truth.abs().max().item()) if truth.numel() else 1.0
-        torch.testing.assert_close(value, truth, rtol=0, atol=TIGHT * scale)
+        torch.testing.assert_close(value, truth, rtol=0, atol=atol * scale, check_dtype=False)
 
 
 def longer(without: frozenset[str] = frozenset(), **among: Any) -> Any:
@@ -121,6 +127,14 @@ def test_native(drawn: tuple[dict[str, Any], int]) -> None:
     compare(*drawn, "native")
 
 
+@pytest.mark.interpreter
+@pytest.mark.slow
+@combinations(20)
+@given(longer(frozenset({"layer_norm", "rms_norm"})))
+def test_resident_in_the_interpreter(drawn: tuple[dict[str, Any], int]) -> None:
+    compare(*drawn, "resident", torch.float32, SINGLE)
+
+
 @pytest.mark.parametrize("option", ["recurrent_dropout", "zoneout", "weight_drop", "layer_norm", "dropout"])
 def test_a_layer_in_training(option: str) -> None:
     """What is drawn at random is the same in both."""
@@ -134,12 +148,16 @@ def test_a_layer_in_training(option: str) -> None:
     same(both[1], both[0], TIGHT)
 
 
-def test_packed_and_jagged_rows() -> None:
+@pytest.mark.parametrize("backend", ["step", pytest.param("native", marks=native.NEEDS_C)])
+def test_packed_and_jagged_rows(backend: str) -> None:
     layer, x, lengths = forgetful(bidirectional=True), draw(40, 3, 3), torch.tensor([40, 17, 9])
+    layer.backend = backend
     packed = torch.nn.utils.rnn.pack_padded_sequence(x, lengths)
     jagged = torch.nested.nested_tensor([x[:n, row].detach() for row, n in enumerate(lengths)], layout=torch.jagged)
     with in_chunks(4) as launches:
         found, expected = layer(packed, time_parallel=EXACT), layer(packed)
+        assert launches
+        launches.clear()
         of_jagged, expected_jagged = layer(jagged, time_parallel=EXACT), layer(jagged)
         assert launches
     same([found[0].data, *found[1]], [expected[0].data, *expected[1]], TIGHT)
@@ -307,6 +325,18 @@ def test_recorded_calls_run_in_chunks() -> None:
         assert {direction for direction, _ in launches} >= {"training", "backward"} or recorded is exported
         assert launches
         same(found, expected, TIGHT)
+
+
+def test_a_stack_runs_so_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither as a wavefront nor in ATen's kernels."""
+    monkeypatch.setattr(wavefront_plan, "idles", lambda device: True)
+    monkeypatch.setattr(choice, "staggers", lambda problem, backend: True)
+    layer, x = gpu_rnn.LSTM(3, 6, 2), torch.randn(64, 1, 3)
+    stack = replace(layer._stack(), time_parallel=1e-6)
+    weights, states = layer._weights(), stack.initial(x, layer._weights(), 1)
+    assert loops._staggered(layer._stack(), x, states, weights, NONE)
+    assert not loops._staggered(stack, x, states, weights, NONE)
+    assert layer._stack().is_atens and not stack.is_atens
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is:DeprecationWarning")
