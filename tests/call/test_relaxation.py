@@ -254,6 +254,18 @@ def test_a_reset_at_a_border_leaves_it_free() -> None:
     same(found, expected, TIGHT)
 
 
+@pytest.mark.parametrize("steps", [40, 37])
+def test_a_reversed_row_begins_with_its_state_within_a_chunk(steps: int) -> None:
+    """After its own last step, or after those that fill the last chunk, which both count nowhere."""
+    layer, x, hx = forgetful("GRU", bidirectional=True), draw(steps, 3, 3), draw(2, 3, 6)
+    for call in ({"lengths": torch.tensor([steps, 17, 0])}, {}):
+        wanted = [x, hx, *layer.parameters()]
+        expected = values_and_gradients(outputs(layer, x, hx=hx, **call), wanted)
+        with in_chunks(4):
+            found = values_and_gradients(outputs(layer, x, hx=hx, **call, time_parallel=EXACT), wanted)
+        same(found, expected, TIGHT)
+
+
 def test_masked_chunks_hand_on_at_once() -> None:
     """What comes after any number of them has its state in the second pass."""
     layer, x = forgetful(), draw(200, 2, 3)
