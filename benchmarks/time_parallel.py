@@ -81,7 +81,7 @@ def settling() -> None:
         figure = style.new(8, 3.2)
         left, right = figure.subplots(1, 2)
         colours = [style.BLUE, style.GREEN, style.PURPLE, style.ORANGE, "0.2", style.GREY]
-        for (name, layer), colour in zip(layers.items(), colours, strict=True):
+        for (name, layer), colour in zip(layers.items(), colours, strict=False):
             runs = [[*history(layer, x, length)] for length in LENGTHS]
             needed, off = [settled(run) for run in runs], [max(run[1][1], 1e-8) for run in runs]
             print(name, *(f"{n or '-'} ({error:.0e})" for n, error in zip(needed, off, strict=True)), sep=" | ")

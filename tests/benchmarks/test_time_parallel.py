@@ -31,7 +31,8 @@ def test_passes_are_those_of_the_library(bias: float, monkeypatch: pytest.Monkey
 def test_the_picture_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'gpu-rnn[demo]'")
     monkeypatch.setattr(time_parallel, "PICTURE", tmp_path / "new" / "settling.svg")
-    monkeypatch.setattr(time_parallel, "STEPS", 256)
+    monkeypatch.setattr(time_parallel, "STEPS", 128)
+    monkeypatch.setattr(time_parallel, "BIASES", (0.0, 4.0))
     monkeypatch.setattr(time_parallel, "LENGTHS", (32, 64))
     time_parallel.settling()
     assert "forget bias 4" in (tmp_path / "new" / "settling.svg").read_text()

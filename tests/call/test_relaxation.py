@@ -107,7 +107,7 @@ def longer(without: frozenset[str] = frozenset(), **among: Any) -> Any:
     return st.tuples(calls(without=without, **among), steps).map(lambda both: (both[0] | {"T": both[1][0]}, both[1][1]))
 
 
-@combinations(60)
+@combinations(40)
 @given(longer())
 def test_every_option_and_cell(drawn: tuple[dict[str, Any], int]) -> None:
     compare(*drawn, "step")
