@@ -15,8 +15,8 @@ from gpu_rnn.call import relaxation
 from gpu_rnn.demo import datasets, models
 from gpu_rnn.demo.datasets import Dataset
 from gpu_rnn.layers.base import LayerBase
-from tests.call.test_relaxation import in_chunks, outcomes
 from tests.support import native
+from tests.support.time_chunks import in_chunks, outcomes
 
 STEPS, CHUNK = 4096, 512
 CASES = {
