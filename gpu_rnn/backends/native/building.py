@@ -12,7 +12,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -193,13 +194,27 @@ def _loaded(path: Path, entries: tuple[str, ...]) -> ctypes.CDLL:
     return found
 
 
+@contextmanager
+def _shown(words: str) -> Iterator[None]:
+    """Meanwhile somebody at a terminal sees what is waited for; nothing of it stays, and nothing goes to a file."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        yield
+        return
+    print(words, end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        print("\r" + " " * len(words) + "\r", end="", file=sys.stderr, flush=True)
+
+
 def _built(text: str, flags: tuple[str, ...]) -> bytes:
     command = compiler()
     log.info("native: builds a library with %s, which is kept for later calls", command[0])
     with TemporaryDirectory(prefix=cache.TEMPORARY) as folder:
         path = Path(folder) / "library.so"
         whole = [*command, *COMPILER_FLAGS, *flags, "-x", "c", "-", "-o", str(path), "-lm"]
-        said = _run(whole, text, SECONDS, tuple(command))
+        with _shown(f"gpu_rnn: {Path(command[0]).name} builds a time loop, once for this machine"):
+            said = _run(whole, text, SECONDS, tuple(command))
         if not path.exists():
             said = said.strip()[:1000] or "it says nothing"
             raise CompilerError(f"the C compiler {command[0]} makes no library: {said}")

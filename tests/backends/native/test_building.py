@@ -352,3 +352,17 @@ def test_the_doctor_names_compiler_and_instruction_sets() -> None:
     (line,) = [line for line in doctor._compilers(torch.device("cpu")) if line.startswith("C        ")]
     assert path in line and building.version() in line
     assert line.endswith(", ".join(each.name for each in building.instruction_sets()))
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_who_waits_at_a_terminal_is_told_for_what(
+    terminal: bool, compiler: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And the words go when it is over; a file or a pipe gets none."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    building.library(TEXT, ())
+    words = "gpu_rnn: compiler builds a time loop, once for this machine"
+    assert capsys.readouterr().err == (f"{words}\r{' ' * len(words)}\r" if terminal else "")
+    building.library.cache_clear()
+    building.library(TEXT, ())  # which is kept
+    assert not capsys.readouterr().err

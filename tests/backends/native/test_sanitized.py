@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -76,6 +77,26 @@ def plain(cell: str, steps: int, rows: int, hidden: int) -> None:
         layer(x)
 
 
+RESETS = torch.arange(99).view(33, 3) % 7 == 0
+STEERED: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"bidirectional": True, "layer_norm": True}, {"lengths": [33, 0, 5]}),
+    ({"proj_size": 3, "rms_norm": True}, {"mask": ~RESETS}),
+    ({"recurrent_dropout": 0.5, "recurrent_dropout_per_gate": True, "zoneout": 0.2}, {"resets": RESETS}),
+    ({"peephole": True, "bidirectional": True, "recurrent_dropout": 0.5}, {"return_all_states": True}),
+]
+
+
+def steered() -> None:
+    """Layers with options take gradients of weights themselves, some places at a time."""
+    x = torch.randn(33, 3, 5, requires_grad=True)
+    for options, given in STEERED:
+        layer = gpu_rnn.LSTM(5, 21, backend="native", **options)
+        print(*options, *given, flush=True)
+        layer(x, **given)[0].sum().backward()
+        with torch.no_grad():
+            layer(x, **given)
+
+
 def everything() -> None:
     best, *others = building.instruction_sets()
     for target in (best, *others):
@@ -88,6 +109,7 @@ def everything() -> None:
             support.values_and_gradients(recurrence, inputs, "native")
             with torch.no_grad():
                 support.run(recurrence, inputs, "native")
+        steered()
         for cell in ("LSTM", "GRU"):
             for steps, rows in ((1, 1), (1, 2), (1, 7), (1, 9), (5, 3)):
                 plain(cell, steps, rows, 2 * rows + 3)
