@@ -120,10 +120,10 @@ def _forward(
     """y, the final states, and where gradients are wanted the byte that stands for the call."""
     stack, wanted = decode(program, words)
     call = _run(stack, wanted, x, states, weights, batch_sizes)
-    whole = [output.detach() for output in call.outputs] if wanted else call.outputs
-    outputs = custom_ops.owned(whole, (x, *(states or ()), *weights))
     if not wanted:
-        return outputs
+        return custom_ops.owned(call.outputs, (x, *(states or ()), *weights))
+    # Copies: a compiler writes to what it was handed, which no version tells, and the backward pass reads y.
+    outputs = [output.detach().clone(memory_format=torch.contiguous_format) for output in call.outputs]
     token = torch.empty(1, dtype=torch.uint8, device="cpu")
     if x.is_cpu:  # memory of a GPU may belong to a graph that is captured
         address = token.data_ptr()

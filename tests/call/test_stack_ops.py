@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -84,6 +85,22 @@ def test_what_nobody_comes_for_goes() -> None:
     assert not stack_ops._calls
     fast(x)[0].sum().backward()
     assert not stack_ops._calls
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_compiler_may_write_to_what_it_was_handed(kind: str) -> None:
+    """Inductor puts a result where an operand lay that nobody wants any more, and no version tells of it."""
+    layer, x = LAYERS[kind](), torch.randn(6, 4, I)
+    stack = replace(layer._stack(), batch_first=False)
+    given = x, None, list(layer._weights()), stack.recurrence.text(stack.recurrence.identity), stack.words("xw")
+    found = []
+    for value in (None, 7.0):
+        *outputs, token = torch.ops.gpu_rnn.stack_forward(*given)
+        incoming = [torch.ones_like(output) for output in outputs]
+        for output in outputs if value else ():
+            output.data.fill_(value)
+        found.append(torch.ops.gpu_rnn.stack_backward(incoming, token, *given))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
 
 
 def test_an_exported_call_of_aten() -> None:
@@ -193,6 +210,20 @@ def test_inductor(mode: str) -> None:
     for sizes in ((6, 4), (9, 2)):
         x = torch.randn(*sizes, I, requires_grad=True)
         torch.testing.assert_close(values_and_gradients(fast, layer, x), values_and_gradients(layer, layer, x))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")
+def test_inductor_writes_where_y_lay() -> None:
+    torch._dynamo.reset()
+    layer, x = gpu_rnn.LSTM(I, H), torch.randn(6, 4, I, requires_grad=True)
+
+    def scaled(x: Tensor) -> Tensor:
+        return 2 * layer(x)[0] + 1
+
+    fast = torch.compile(scaled, fullgraph=True)
+    torch.testing.assert_close(values_and_gradients(fast, layer, x), values_and_gradients(scaled, layer, x))
 
 
 @pytest.mark.slow
