@@ -80,6 +80,17 @@ def writes_onnx() -> bool:
     return torch.onnx.is_in_onnx_export() and not traced()
 
 
+def check_draws(layer: str) -> None:
+    """Warns where torch.onnx.export records a layer that draws at random: it keeps what is drawn as constants, and
+    leaves out torch's dropout."""
+    if torch.onnx.is_in_onnx_export():
+        warnings.warn(
+            f"{layer} is in training mode: an ONNX file would hold what it draws at random now, for ever. "
+            "Call model.eval() before torch.onnx.export",
+            stacklevel=2,
+        )
+
+
 def check_translated() -> None:
     """Raises RuntimeError where torch.onnx.export records, and nobody has taught it the layers."""
     if torch.onnx.is_in_onnx_export() and "gpu_rnn.onnx" not in sys.modules:

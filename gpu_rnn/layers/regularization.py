@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gpu_rnn.call import onlookers
 from gpu_rnn.call.controls import StackControls
 from gpu_rnn.compiler.builder import Builder
 from gpu_rnn.compiler.program import Program
@@ -51,6 +52,8 @@ class Regularized(RecurrenceHolder):
         """The controls with those that are drawn, in training."""
         if not self.training:
             return controls
+        if self._draws():
+            onlookers.check_draws(type(self).__name__)
         rows = self.num_layers * (2 if self.bidirectional else 1)
         if self.recurrent_dropout:
             masks = len(self.recurrence.gates) if self.recurrent_dropout_per_gate else 1
@@ -62,6 +65,7 @@ class Regularized(RecurrenceHolder):
 
     def _with_dropped(self, names: Sequence[str], weights: Sequence[Tensor]) -> Sequence[Tensor]:
         """The weights, by their names, with the recurrent ones dropped."""
+        onlookers.check_draws(type(self).__name__)
         return [
             F.dropout(weight, self.weight_drop) if name.startswith("weight_hh") else weight
             for name, weight in zip(names, weights, strict=True)

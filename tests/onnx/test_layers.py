@@ -179,3 +179,14 @@ except torch.onnx.OnnxExporterError as error:
 def test_an_export_without_the_import_names_it() -> None:
     done = subprocess.run([sys.executable, "-c", NOT_IMPORTED], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "True", done.stderr
+
+
+@pytest.mark.parametrize("option", ["recurrent_dropout", "zoneout", "weight_drop"])
+def test_what_is_drawn_while_a_file_is_written(option: str) -> None:
+    """It would stay in the file."""
+    layer = gpu_rnn.GRU(I, H, **{option: 0.5})
+    with (
+        pytest.warns(UserWarning, match="Exporting a model while it is in training mode"),
+        pytest.warns(UserWarning, match="GRU is in training mode: an ONNX file would hold"),
+    ):
+        support.Exported(layer, (torch.randn(4, 2, I),), None)
