@@ -19,7 +19,7 @@ test:  ## the tests, at most 15 minutes on 2 cores
 	@.ci/venv demo test keras docs
 	@$(PY) tests -m "not slow" $(ARGS)
 
-test-all:  ## the tests with the slow ones, at most 45 minutes on 2 cores
+test-all:  ## the tests with the slow ones, and those of test-clients: CONTRIBUTING.md has how long each takes
 	@.ci/venv demo test keras docs
 	@$(PY) tests $(ARGS)
 	@$(MAKE) --no-print-directory test-clients
