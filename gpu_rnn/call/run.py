@@ -42,6 +42,8 @@ def sequence(
         with autocast.off(x):
             return sequence(stack, x, hx, weights, batch_sizes, controls, alike)
     recorded = onlookers.recorded(x)
+    if stack.time_parallel and recorded and stack.backend == "aten":  # whose kernels take all steps
+        stack = replace(stack, time_parallel=0.0)
     if recorded and stack.backend == "aten" and onlookers.writes_onnx():
         stack = replace(stack, backend="auto")  # a file has layers, and whoever reads it the kernels
     elif recorded and _recorded_whole(stack, x, controls):

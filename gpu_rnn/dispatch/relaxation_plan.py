@@ -84,7 +84,7 @@ def plan(problem: Problem, backend: str, tolerance: float) -> TimePlan:
     """Of one pass of a layer; says at INFO why steps run one after the other."""
     found = _planned(problem, backend, tolerance)
     if found.against:
-        log.info("%s of %s: not parallel in time: %s", problem.direction, problem.recurrence.name, found.against)
+        _said(problem, found.against)
     return found
 
 
@@ -151,6 +151,8 @@ def _copies(one: Problem) -> float:
 def against(problem: Problem, backend: str, tolerance: float) -> str:
     """Why a call of a stack does not run so, of all that it might run on; in training with its backward pass. Empty
     where it does."""
+    if backend not in ("auto", *LOOPS):
+        return _said(problem, f"{backend} takes all steps by itself")
     each = of_passes(problem, backend, tolerance)
     if all(of_pass.against for of_pass in each):
         return each[0].against
@@ -160,6 +162,11 @@ def against(problem: Problem, backend: str, tolerance: float) -> str:
     if chunks < alone:
         return ""
     words = f"chunks of steps are predicted to take {1e3 * chunks:.3g} ms, and {name} {1e3 * alone:.3g} ms"
+    return _said(problem, words)
+
+
+def _said(problem: Problem, words: str) -> str:
+    """Words against chunks, which those that listen at INFO hear."""
     log.info("%s of %s: not parallel in time: %s", problem.direction, problem.recurrence.name, words)
     return words
 

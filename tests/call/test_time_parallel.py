@@ -42,6 +42,7 @@ def test_a_long_sequence_takes_chunks_by_itself() -> None:
     ("options", "call", "words"),
     [
         ({"backend": "step"}, {}, "there are 40 steps, and a chunk has at least 32"),
+        ({"backend": "aten"}, {}, "aten takes all steps by itself"),
         ({"backend": "reference"}, {}, "the reference runs one step after the other"),
         ({"dtype": torch.bfloat16}, {}, r"rounded: the tolerance is at least 0\.0078125 there"),
     ],
@@ -55,7 +56,14 @@ def test_why_not(options: dict[str, Any], call: dict[str, Any], words: str, capl
     assert words.replace("\\", "") in str(explained).partition("not parallel in time: ")[2]
     with torch.no_grad(), caplog.at_level(logging.INFO, "gpu_rnn"):
         assert torch.equal(layer(x, time_parallel=1e-6)[0], layer(x)[0])
+    assert any("not parallel in time: " in record.getMessage() for record in caplog.records)
     assert not relaxation_plan._outcomes
+
+
+def test_the_backend_aten_is_recorded_as_without_the_argument() -> None:
+    layer, x = gpu_rnn.LSTM(3, 6, backend="aten"), torch.randn(64, 1, 3)
+    compiled = torch.compile(lambda x: layer(x, time_parallel=1e-6)[0], backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), layer(x)[0])
 
 
 def test_recorded_calls_run_in_chunks() -> None:
