@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gpu_rnn.backends.problem import CONTROL_FIELDS, Problem
 from gpu_rnn.backends.tensors import Call, LoopGradients
+from gpu_rnn.memo import memoize
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # The first architecture with bfloat16 products, asynchronous copies, and a maximum that passes NaN on.
@@ -56,6 +57,7 @@ def may_overlap(tensor: Tensor) -> bool:
     return False
 
 
+@memoize(64)
 def bits(reverse: str) -> tuple[int, int]:
     """`reverse` as a bit mask over its shortest period, and that period."""
     lengths = (p for p in range(1, len(reverse) + 1) if reverse[:p] * (len(reverse) // p) == reverse)

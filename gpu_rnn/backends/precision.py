@@ -34,10 +34,15 @@ def of_rnn() -> str:
     return "tf32" if torch._C._get_fp32_precision_getter("cuda", "rnn") == "tf32" else "ieee"
 
 
+def differs(precision: str, like: Tensor) -> bool:
+    """Whether fp32 products on a GPU do not follow that setting by themselves."""
+    return like.is_cuda and like.dtype == torch.float32 and (bool(_Setting.calls) or _effective(0) != precision)
+
+
 @contextmanager
 def of_products(precision: str, like: Tensor) -> Iterator[None]:
     """Makes fp32 products on a GPU follow the recurrent layers' own setting ("ieee" or "tf32")."""
-    if not like.is_cuda or like.dtype != torch.float32 or (_effective(0) == precision and not _Setting.calls):
+    if not differs(precision, like):
         yield
         return
     with _Setting.lock:

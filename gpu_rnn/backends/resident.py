@@ -22,8 +22,8 @@ from gpu_rnn.backends.building import TritonLaunch
 from gpu_rnn.backends.linear import of_projection
 from gpu_rnn.backends.persistent import bits, even_rows, rows, whole
 from gpu_rnn.backends.problem import Problem
-from gpu_rnn.backends.resident_tiles import available, matrices, padded, shared_memory, tile, widths
-from gpu_rnn.backends.tensors import Call, LoopGradients, Result, Weights
+from gpu_rnn.backends.resident_tiles import Tile, available, matrices, padded, shared_memory, tile, widths
+from gpu_rnn.backends.tensors import PLAIN, Call, LoopGradients, Result, Weights
 from gpu_rnn.backends.throughput import (
     FP32_PER_CYCLE,
     SHARED_BYTES_PER_CYCLE,
@@ -134,6 +134,8 @@ def _busy(problem: Problem) -> float:
 def functions(problem: Problem) -> str:
     """The module of scalar functions that a problem's kernel calls. The hardware's tanh is for cells in which its error
     stays as small as it is: of a logarithm, a quotient or a comparison it could be any."""
+    if problem.dtype.itemsize > 2:
+        return EXACT_FUNCTIONS
     if triton_interpreter.INTERPRETING or str(problem.dtype).removeprefix("torch.") not in environment.approximated():
         return EXACT_FUNCTIONS
     operations = {op.name for stage in problem.program.stages for op in stage.ops}
@@ -205,6 +207,7 @@ def _launch(
     *,
     p_gates: Tensor,
     strides: dict[str, int],
+    chosen: Tile,
     **arguments: Any,
 ) -> TritonLaunch:
     """A launch with what both directions take alike."""
@@ -212,7 +215,6 @@ def _launch(
     pattern, period = bits(call.reverse)
     width = call.weights.w_hh.shape[-1]
     align = math.gcd(VECTOR, hidden, width, *strides.values())
-    chosen = tile(call.problem)
     both = {
         "p_gates": p_gates,
         "p_initial": _each_whole(call.states),
@@ -240,9 +242,14 @@ def _launch(
     return TritonLaunch(kernel, (-(-batch // chosen.rows), n), both | _controls(call) | arguments)
 
 
+NO_CONTROLS = {**dict.fromkeys(f"p_{name}" for name in (*PLAIN.of_loops, "resets")), "PER_STEP": False, "DROP": 0}
+
+
 def _controls(call: Call) -> dict[str, Any]:
     """What steers the steps."""
     controls, values = call.controls, call.reset_values
+    if not values and not [value for value in controls if value is not None]:
+        return NO_CONTROLS | {"INITIAL": call.program.initial}
     return {
         **{f"p_{name}": _bytes(_whole(value)) for name, value in controls.of_loops.items()},
         "p_resets": _each_whole(values) if values else None,
@@ -279,6 +286,7 @@ def prepare_forward(
         p_final=tuple(final),
         p_b_hh=_whole(call.weights.b_hh) if program.split or not call.joined else None,
         strides=_strides(gates),
+        chosen=tile(call.problem),
         SUMMED=not call.joined,
         SAVE=save,
         JOINED=_joined(call.problem),
@@ -305,7 +313,8 @@ def prepare_backward(
     d_states, d_resets = [
         [each.new_empty(each.shape) for each in tensors] for tensors in (call.states, call.reset_values)
     ]
-    tiles, params = -(-batch // tile(call.problem).rows), len(program.params)
+    chosen = tile(call.problem)
+    tiles, params = -(-batch // chosen.rows), len(program.params)
     d_params = gates.new_empty(tiles, n, params, hidden, dtype=torch.float32)
     launch = _launch(
         resident_backward,
@@ -325,6 +334,7 @@ def prepare_backward(
         p_d_h=d_y.new_empty(d_y.shape) if projects else None,
         p_made=gates.new_empty(*gates.shape[:3], hidden) if projects else None,
         strides=_strides(gates) | {f"d_y_{name}": stride for name, stride in _strides(d_y).items()},
+        chosen=chosen,
         **_constants(call, backward=True),
     )
     return launch, LoopGradients(d_gates, d_recurrent, d_states, d_params, d_resets=d_resets)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from gpu_rnn.backends.tensors import SAVED, Inputs, Result, like_row, primals
 from gpu_rnn.call import custom_ops, onlookers, passes, transforms
@@ -27,11 +28,12 @@ def layer(text: str, options: Options, inputs: Inputs) -> tuple[Tensor, list[Ten
     """One layer, by the way in that fits: y (T, B, N, P), the final states (N, B, ·), and `Result.inner`."""
     count = len(inputs.states)
     wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs.primals)
-    if torch.compiler.is_compiling() or onlookers.traced() or transforms.only_functionalizes():
+    recorded = torch.compiler.is_compiling() or onlookers.traced()  # Dynamo reads no further
+    if recorded or ((transformed := transforms.active()) and transforms.only_functionalizes()):
         y, *rest = _registered(text, options, inputs, wants_grad)
         return y, _turned(rest[:count]), rest[-1]
-    transformed = transforms.active()
-    exact = inputs.x.is_complex() or transforms.forward_levels() > 1 or transforms.functionalizes()
+    exact = transformed and (transforms.forward_levels() > 1 or transforms.functionalizes())
+    exact = exact or inputs.x.is_complex()
     if exact or (options.backend == "reference" and not onlookers.without_values(inputs.x)):
         y, *rest = passes.pure(text, options, inputs)(*(p for p in inputs.primals if p is not None))
         return y, _turned(rest[:count]), rest[-1]  # the last is `inner` where all states are wanted
@@ -41,8 +43,14 @@ def layer(text: str, options: Options, inputs: Inputs) -> tuple[Tensor, list[Ten
         result = _forward(text, options, inputs, watched)
         return result.y, turned(result.final), result.inner
     options = options._replace(save=wants_grad or transformed)
-    y, *rest = Forward.apply(text, options, *inputs.row)
+    apply = Forward.apply if transformed or outlived(inputs.row) else APPLY
+    y, *rest = apply(text, options, *inputs.row)
     return y, turned(rest[:count]), rest[-1]
+
+
+def outlived(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether a transform of torch.func that has ended still wraps one of them, which `Function.apply` undoes."""
+    return True in [t is not None and is_functorch_wrapped_tensor(t) for t in tensors]
 
 
 def _turned(states: Sequence[Tensor]) -> list[Tensor]:
@@ -152,11 +160,15 @@ class Forward(torch.autograd.Function):
         likes = [y, *states, *([saved[-1]] if ctx.options.all_states else [])]
         incoming = [*grads[:-SAVED], *([grads[-1]] if ctx.options.all_states else [])]
         d_outputs = _completed(incoming, likes, states if ctx.options.zeros else ())
-        if any(torch._C._functorch.is_legacy_batchedtensor(g) for g in d_outputs):  # is_grads_batched: no rule is asked
+        if True in map(torch._C._functorch.is_legacy_batchedtensor, d_outputs):  # is_grads_batched: no rule is asked
             d = passes.vjp(ctx.text, ctx.options, Inputs.flat(tensors, _states(ctx.text)), d_outputs)
             return None, None, *like_row(d)
         # A rule of a transform has the gradients of all primals.
-        options = ctx.options._replace(of_x=ctx.needs_input_grad[2] or transforms.active())
+        transformed = transforms.active()
+        options = ctx.options._replace(of_x=ctx.needs_input_grad[2] or transformed)
+        if not (transformed or torch.is_grad_enabled() or outlived((*tensors, *d_outputs))):  # nobody asks for more
+            inputs = Inputs.flat(tensors, len(states))
+            return None, None, *like_row(_backward(ctx.text, options, d_outputs, inputs, Result.of_saved(y, *saved)))
         d_primals = iter(Backward.apply(ctx.text, options, *tensors, y, *saved, *d_outputs))
         return None, None, *like_row(_of_those(d_primals, primals(tensors), options))
 
@@ -229,6 +241,8 @@ class Backward(torch.autograd.Function):
 
 for _forward_of in (Forward.forward, Backward.forward):  # which `apply` would find out at each call
     _forward_of.__signature__ = inspect.signature(_forward_of)  # type: ignore[attr-defined]
+# `Forward.apply` where no transform is active: that binds the arguments to a signature first, a tenth of a short call.
+APPLY: Callable[..., Any] = super(torch.autograd.Function, Forward).apply
 
 
 def pushforward(

@@ -105,10 +105,14 @@ def named(words: str) -> AbstractContextManager[Any]:
     return record_function(words) if torch.autograd._profiler_enabled() else NOTHING
 
 
-@contextmanager
-def _arithmetic(fp32: str, like: Tensor) -> Iterator[None]:
+def _arithmetic(fp32: str, like: Tensor) -> AbstractContextManager[Any]:
     """Products in the call's own dtype and precision. Autocast has had its say above (`call.run`); in here it
     would cast once more, and a captured graph would keep that for calls without it."""
+    return _changed(fp32, like) if autocast.on(like) or precision.differs(fp32, like) else NOTHING
+
+
+@contextmanager
+def _changed(fp32: str, like: Tensor) -> Iterator[None]:
     with precision.of_products(fp32, like), autocast.off(like):
         yield
 

@@ -20,8 +20,8 @@ BUDGETS = {
     "streaming GRU": ("addmm", 88),
     "bidirectional LSTM": ("cat addmm", 142),
     "two LSTM layers": ("addmm addmm cat cat", 144),
-    "training LSTM": ("new_full add addmm sum clone cat bmm bmm", 828),
-    "training GRU": ("new_full addmm sum clone cat bmm sum bmm bmm", 821),
+    "training LSTM": ("new_full add addmm sum clone cat bmm bmm", 565),
+    "training GRU": ("new_full addmm sum clone cat bmm sum bmm bmm", 563),
 }
 OF_A_NEW_T = {"inference": 69, "training": 118, "4 layers, inference": 150, "4 layers, training": 260}
 

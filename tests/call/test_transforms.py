@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+import gpu_rnn
 from gpu_rnn.backends import persistent
 from tests.support import native
 from tests.support.cuda.machines import NEEDS_COMPILER
@@ -90,3 +91,19 @@ def test_on_a_gpu(backend: str, way: str, case: str) -> None:
 @pytest.mark.parametrize(("way", "case"), turns(ONE_PRODUCT))
 def test_group_on_a_gpu(way: str, case: str) -> None:
     assert_right(CASES[case], way, "group", torch.float32, TIGHT, "cuda")
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("backend", ["resident", "step"])
+def test_a_tensor_that_outlived_its_transform_is_one_as_any(backend: str) -> None:
+    """torch.func wraps what runs inside of it, and a user may keep that: it has no memory of its own."""
+    layer, x, kept = gpu_rnn.GRU(3, 4, backend=backend), torch.randn(5, 2, 3), []
+
+    def inside(value: torch.Tensor) -> torch.Tensor:
+        kept.append(value * 1)
+        return value.sum()
+
+    torch.func.grad(inside)(x)
+    weights = list(layer.parameters())
+    found, right = (torch.autograd.grad(layer(value)[0].sum(), weights) for value in (kept[0], x))
+    assert all(map(torch.equal, found, right))
