@@ -97,13 +97,13 @@ def test_group_on_a_gpu(way: str, case: str) -> None:
 @pytest.mark.parametrize("backend", ["resident", "step"])
 def test_a_tensor_that_outlived_its_transform_is_one_as_any(backend: str) -> None:
     """torch.func wraps what runs inside of it, and a user may keep that: it has no memory of its own."""
-    layer, x, kept = gpu_rnn.GRU(3, 4, backend=backend), torch.randn(5, 2, 3), []
+    layer, x, h, kept = gpu_rnn.GRU(3, 4, backend=backend), torch.randn(5, 2, 3), torch.randn(1, 2, 4), []
 
     def inside(value: torch.Tensor) -> torch.Tensor:
         kept.append(value * 1)
         return value.sum()
 
-    torch.func.grad(inside)(x)
+    torch.func.grad(inside)(h)
     weights = list(layer.parameters())
-    found, right = (torch.autograd.grad(layer(value)[0].sum(), weights) for value in (kept[0], x))
+    found, right = (torch.autograd.grad(layer(x, state)[0].sum(), weights) for state in (kept[0], h))
     assert all(map(torch.equal, found, right))
