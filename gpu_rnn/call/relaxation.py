@@ -199,7 +199,8 @@ class _Backward:
         return self.chunks.borders.d_ends(self.grads.d_states, self.d_final)
 
     def scale(self, values: list[Tensor]) -> Tensor:
-        return torch.stack([value.abs().amax() for value in values]).amax()
+        # Of those that are finite: within a part of infinity every other row would stand still.
+        return torch.stack([torch.where(value.isfinite(), value.abs(), 0).amax() for value in values]).amax()
 
     def in_time(self, d_initial: list[Tensor]) -> LoopGradients:
         chunks, grads = self.chunks, self.grads

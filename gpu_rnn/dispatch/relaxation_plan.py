@@ -112,6 +112,8 @@ def _refusal(problem: Problem, name: str, tolerance: float) -> str:
     if problem.dtype.itemsize == 2 and tolerance < torch.finfo(problem.dtype).eps:
         kind, eps = str(problem.dtype).removeprefix("torch."), torch.finfo(problem.dtype).eps
         return f"borders hand on states of {kind}, which are rounded: the tolerance is at least {eps:g} there"
+    if not problem.B:
+        return "there are no rows"
     if problem.T < 2 * SHORTEST:
         return f"there are {problem.T} steps, and a chunk has at least {SHORTEST}"
     return ""

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import gpu_rnn
 from benchmarks.certifying import random_calls
 from benchmarks.certifying.random_calls import leaves, values_and_gradients
 from gpu_rnn import functional
@@ -242,3 +243,18 @@ def test_infinities_stand_still() -> None:
     infinite = torch.full((2, 1, 1), float("inf"))
     assert not relaxation._moved([infinite], [infinite], 1e-6, None).any()
     assert relaxation._moved([infinite], [-infinite], 1e-6, None).all()
+
+
+def test_an_infinite_gradient_leaves_other_rows_to_settle() -> None:
+    """Of one unit, where infinity times a weight stays infinite."""
+    torch.manual_seed(0)
+    layer, x = gpu_rnn.RNN(3, 1, dtype=torch.float64, backend="step"), draw(40, 3, 3)
+    with torch.no_grad():
+        layer.weight_hh_l0.fill_(0.9)
+    d_y = torch.ones(40, 3, 1, dtype=torch.float64)
+    d_y[35, 0] = float("inf")
+    (expected,) = torch.autograd.grad(layer(x)[0], x, d_y)
+    with in_chunks(4):
+        (found,) = torch.autograd.grad(layer(x, time_parallel=EXACT)[0], x, d_y)
+    assert not expected[:, 0].isfinite().all()
+    torch.testing.assert_close(found, expected, rtol=0, atol=TIGHT)

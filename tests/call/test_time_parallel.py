@@ -66,6 +66,13 @@ def test_the_backend_aten_is_recorded_as_without_the_argument() -> None:
     torch.testing.assert_close(compiled(x), layer(x)[0])
 
 
+def test_no_rows() -> None:
+    memo.clear(relaxation_plan.__name__)
+    layer, x = forgetful(), draw(4096, 0, 3)
+    y, _ = layer(x, time_parallel=1e-6)
+    assert not torch.autograd.grad(y.sum(), layer.weight_hh_l0)[0].any() and not relaxation_plan._outcomes
+
+
 def test_recorded_calls_run_in_chunks() -> None:
     """The passes are inside of the operation that is recorded."""
     layer, x = forgetful(), draw(64, 2, 3)
