@@ -4,7 +4,7 @@
 As it runs it is an eager call, of whatever dispatch chooses, ATen's kernels too, and so is its derivative. What it
 keeps has shapes that only the chosen backend knows, so no graph can hold it. It stays here instead, under the address
 of one byte that the graph keeps in its place, for as long as the graph does. Where it is gone, as in a backward pass
-that runs twice, it is computed anew.
+that runs twice, or a graph made its operands again and may have written where they lay, it is computed anew.
 
 `stack` is what a call names, and has a derivative; a compiler takes that apart into `stack_forward` and
 `stack_backward`, which have none: looking for one in Python takes 30 µs of each call.
@@ -55,6 +55,7 @@ class Eager(NamedTuple):
     outputs: list[Tensor]  # y and the final states
     leaves: list[Tensor]  # of which gradients are wanted
     goes: ReferenceType[Tensor] | None = None  # what takes it away with the tensor that a graph keeps
+    operands: Sequence[int] = ()  # where x, the states and the weights lay
 
 
 MOST_CALLS = 1024  # whose backward pass is still to come; of more, all are computed anew
@@ -128,8 +129,13 @@ def _forward(
     if x.is_cpu:  # memory of a GPU may belong to a graph that is captured
         address = token.data_ptr()
         goes = ref(token, lambda _: _calls.pop(address, None))
-        memo.put(_calls, address, Eager(call.outputs, call.leaves, goes), MOST_CALLS)
+        kept = Eager(call.outputs, call.leaves, goes, _addresses(x, states, weights))
+        memo.put(_calls, address, kept, MOST_CALLS)
     return [*outputs, token]
+
+
+def _addresses(x: Tensor, states: Sequence[Tensor] | None, weights: Sequence[Tensor]) -> list[int]:
+    return [tensor.data_ptr() for tensor in (x, *(states or ()), *weights)]
 
 
 def _backward(
@@ -144,7 +150,8 @@ def _backward(
 ) -> list[Tensor]:
     """The gradients of what is wanted, in a row: of x, the states, the weights."""
     call = None if token is None else _calls.pop(token.data_ptr(), None)
-    call = call or _run(*decode(program, words), x, states, weights, batch_sizes)
+    if call is None or call.operands != _addresses(x, states, weights):
+        call = _run(*decode(program, words), x, states, weights, batch_sizes)
     pairs = [(out, d) for out, d in zip(call.outputs, grads, strict=True) if d is not None and out.requires_grad]
     found: Sequence[Tensor | None] = [None] * len(call.leaves)
     if pairs:

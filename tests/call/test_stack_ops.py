@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._functorch.config
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils._pytree import tree_leaves
@@ -99,6 +100,24 @@ def test_a_compiler_may_write_to_what_it_was_handed(kind: str) -> None:
         incoming = [torch.ones_like(output) for output in outputs]
         for output in outputs if value else ():
             output.data.fill_(value)
+        found.append(torch.ops.gpu_rnn.stack_backward(incoming, token, *given))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("place", ["x", "states"])
+def test_a_graph_may_make_operands_again(place: str) -> None:
+    """Under a budget of memory it keeps neither x nor states, writes where they lay, and makes them anew."""
+    layer, x, states = gpu_rnn.LSTM(I, H), torch.randn(6, 4, I), [torch.randn(1, 4, H) for _ in "hc"]
+    stack, found = layer._stack(), []
+    text, words = stack.recurrence.text(stack.recurrence.identity), stack.words("xsw")
+    for again in (False, True):
+        given = [x.clone(), [state.clone() for state in states], list(layer._weights()), text, words]
+        *outputs, token = torch.ops.gpu_rnn.stack_forward(*given)
+        if again:
+            for lost in given[:1] if place == "x" else given[1]:
+                lost.data.fill_(7.0)
+            given[:2] = x, states
+        incoming = [torch.ones_like(output) for output in outputs]
         found.append(torch.ops.gpu_rnn.stack_backward(incoming, token, *given))
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
 
@@ -210,6 +229,24 @@ def test_inductor(mode: str) -> None:
     for sizes in ((6, 4), (9, 2)):
         x = torch.randn(*sizes, I, requires_grad=True)
         torch.testing.assert_close(values_and_gradients(fast, layer, x), values_and_gradients(layer, layer, x))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")
+def test_inductor_writes_where_x_lay() -> None:
+    torch._dynamo.reset()
+    layer, x = gpu_rnn.LSTM(8, 8), torch.randn(6, 4, 1, requires_grad=True)
+
+    def wide(x: Tensor) -> tuple[Tensor, ...]:
+        y, _ = layer(2 * x.expand(6, 4, 8) + 1)
+        return y.sin(), y.cos(), y.exp()
+
+    expected = values_and_gradients(wide, layer, x)
+    with torch._functorch.config.patch(activation_memory_budget=0.5):
+        torch.testing.assert_close(
+            values_and_gradients(torch.compile(wide, fullgraph=True), layer, x), expected, rtol=1e-4, atol=1e-4
+        )
 
 
 @pytest.mark.slow
