@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from gpu_rnn import cells, memo
-from gpu_rnn.call import autocast, custom_ops, run
+from gpu_rnn.call import autocast, custom_ops, onlookers, run, second_order
 from gpu_rnn.call.stack import RECORDED_FLAGS, Stack
 from gpu_rnn.compiler.program import Program
 from gpu_rnn.dispatch import choice
@@ -215,6 +215,8 @@ class _Recorded(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         saved = ctx.saved_tensors  # each access unpacks once more, which checkpoints refuse
         (batch_sizes, x, *tensors), token = saved[: ctx.tensors], [*saved[ctx.tensors :], None][0]
+        if torch.is_grad_enabled() and not onlookers.recorded(x):  # create_graph
+            return None, None, None, None, *_differentiable_gradients(ctx, batch_sizes, [x, *tensors], grads)
         states, weights = _apart(ctx.count, tensors)
         needs = ctx.needs_input_grad[4:]
         count = ctx.count or 0
@@ -226,6 +228,19 @@ class _Recorded(torch.autograd.Function):
         given = x, states, weights, ctx.program, words, batch_sizes
         d = iter(torch.ops.gpu_rnn.stack_backward(d_outputs, token, *given))
         return None, None, None, None, *(next(d) if letter in wanted else None for letter in rows for _ in rows[letter])
+
+
+def _differentiable_gradients(
+    ctx: Any, batch_sizes: Tensor | None, tensors: Sequence[Tensor], grads: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Those of an eager call, which have derivatives of their own."""
+    stack, _ = decode(ctx.program, ctx.words)
+    # Views: what one input owes to another, or to itself at another place, is not this call's to count.
+    x, *rest = views = [tensor.view_as(tensor) for tensor in tensors]
+    states, weights = _apart(ctx.count, rest)
+    with autocast.off(x):
+        y, final, _ = run.sequence(stack, x, None if states is None else tuple(states), weights, batch_sizes)
+        return second_order.gradient_of((y, *final), views, grads[: 1 + ctx.final], True)
 
 
 def _apart(count: int | None, tensors: Sequence[Tensor]) -> tuple[list[Tensor] | None, list[Tensor]]:

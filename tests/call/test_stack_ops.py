@@ -76,6 +76,18 @@ def test_a_backward_pass_that_runs_twice() -> None:
     torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("kind", ["aten", "two products"])
+def test_second_derivatives_where_nothing_is_compiled_below(kind: str) -> None:
+    """Under Dynamo alone, as in an exported call of ATen's, autograd meets the operation itself."""
+    layer, x = LAYERS[kind](), torch.randn(4, 2, I, requires_grad=True)
+    found = []
+    for call in (layer, compiled(layer, "eager")):
+        y, wanted = tree_leaves(call(x))[0], [x, *layer.parameters()]
+        first = torch.autograd.grad(y.square().sum(), wanted, create_graph=True)
+        found.append([*first, *torch.autograd.grad(sum(d.square().sum() for d in first), wanted)])
+    torch.testing.assert_close(found[1], found[0])
+
+
 def test_what_nobody_comes_for_goes() -> None:
     layer = gpu_rnn.LSTM(I, H)
     fast, x = compiled(layer), torch.randn(4, 2, I)
