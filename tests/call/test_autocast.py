@@ -251,7 +251,8 @@ def test_trying_a_dtype_touches_nothing_of_the_callers() -> None:
 
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "LSTMCell", "GRUCell"])
 def test_compiled(name: str) -> None:
-    """The same dtype and, of a layer that is cast by hand, the same values; without autocast as ever."""
+    """The same dtype and, of a layer that is cast by hand, the same values; without autocast as ever. A compiled cell
+    is torch's operations where an eager one steps in C: they round otherwise."""
     torch._dynamo.reset()
     mine = layer(name, activation="softsign")
     x = torch.randn(BATCH, INPUT) if "Cell" in name else inputs({})
@@ -259,7 +260,10 @@ def test_compiled(name: str) -> None:
     with torch.no_grad():
         with torch.autocast("cpu", torch.bfloat16):
             same(compiled(x), mine(x))
-        same(compiled(x), mine(x))
+        if "Cell" in name:
+            torch.testing.assert_close(compiled(x), mine(x))
+        else:
+            same(compiled(x), mine(x))
 
 
 def test_an_input_without_values() -> None:
