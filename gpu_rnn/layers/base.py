@@ -216,7 +216,8 @@ class LayerBase(Regularized, nn.RNNBase):
         if isinstance(input, Proxy):
             steering = {"mask": mask, "lengths": lengths, "resets": resets, "reset_state": reset_state}
             asked = {"return_all_states": return_all_states, "time_parallel": time_parallel}
-            return onlookers.leaf(self, input, hx, **steering, **asked, **unknown)
+            more = unknown if isinstance(unknown, dict) else {}  # one more Proxy where the layer is all that is traced
+            return onlookers.leaf(self, input, hx, **steering, **asked, **more)
         if further or unknown or not isinstance(return_all_states, bool):
             self._check_others(further, unknown, return_all_states)
         if not isinstance(input, PackedSequence):
