@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gpu_rnn.call.stack import States
 from gpu_rnn.layers.base import LayerBase
@@ -55,8 +56,9 @@ class Streams:
     @names_meant
     def __init__(self, layer: LayerBase, capacity: int = 16, *, graphs: bool = True) -> None:
         if not isinstance(layer, LayerBase):
-            what = f"not {type(layer).__name__}"
-            raise TypeError(f"streams run through a layer of gpu_rnn, {what}: gpu_rnn.convert makes one of torch.nn's")
+            what = f"streams run through a layer of gpu_rnn, such as gpu_rnn.LSTM, not {type(layer).__name__}"
+            theirs = isinstance(layer, nn.RNNBase)
+            raise TypeError(f"{what}: gpu_rnn.convert makes one of torch.nn's" if theirs else what)
         if layer.bidirectional:
             raise ValueError("streams have no end for a second direction to begin at: take a layer of one direction")
         if not isinstance(capacity, int):
@@ -101,8 +103,8 @@ class Streams:
             ValueError: there is a stream of that name.
             TypeError, RuntimeError: states of another form or size.
         """
-        if present := [name for name in names if name in self._rows] or len({*names}) < len(names):
-            raise ValueError(f"a stream joins once, and under a name of its own: {present}, of {names}")
+        if twice := [name for name, times in Counter(names).items() if times > 1 or name in self._rows]:
+            raise ValueError(f"a stream joins once, and under a name of its own: {twice}, of {names}")
         begin = None if states is None else self._checked(states)
         if len(self) + len(names) > self.capacity:
             self._grow(max(len(self) + len(names), 2 * self.capacity))
@@ -159,10 +161,13 @@ class Streams:
             By name, the h of each step: (hidden_size) or (T, hidden_size); with return_sequences=False the last alone.
 
         Raises:
-            TypeError: a sample is no tensor.
+            TypeError: samples are no dict, or one of them is no tensor.
             ValueError: there is no stream of a name; the layer is in training; samples of both kinds.
             RuntimeError: another number of features, or samples of several dtypes. No stream has moved then.
         """
+        if not isinstance(samples, Mapping):
+            what = f"got {type(samples).__name__}"
+            raise TypeError(f"samples are a dict of name and tensor, {what}: step_batch(names, x) takes one tensor")
         if not samples:
             return {}
         names, values = list(samples), list(samples.values())
@@ -196,8 +201,12 @@ class Streams:
             (len(names), hidden_size), or (len(names), T, hidden_size).
 
         Raises:
+            TypeError: names are one string, or x is no tensor.
             ValueError, RuntimeError: as `step`.
         """
+        if isinstance(names, str) or not isinstance(x, Tensor):
+            what = f", got {names!r}" if isinstance(names, str) else f" and a tensor, got {type(x).__name__}"
+            raise TypeError(f"step_batch takes a list of names{what}")
         if self.layer.training:
             raise ValueError("streams run in evaluation: call layer.eval()")
         if x.dim() not in (2, 3) or len(x) != len(names):

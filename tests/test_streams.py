@@ -203,7 +203,7 @@ def test_what_is_shown() -> None:
 
 MISTAKES: dict[str, tuple[Callable[[gpu_rnn.Streams], Any], type[Exception], str]] = {
     "twice": (lambda s: s.join("a"), ValueError, "a stream joins once"),
-    "two of a name": (lambda s: s.join("n", "n"), ValueError, "a stream joins once"),
+    "two of a name": (lambda s: s.join("n", "n"), ValueError, r"of its own: \['n'\], of \('n', 'n'\)"),
     "nobody steps": (lambda s: s.step({"z": torch.zeros(I)}), ValueError, "there is no stream 'z': it joins first"),
     "nobody leaves": (lambda s: s.leave("a", "z"), ValueError, "there is no stream 'z'"),
     "leaves twice": (lambda s: s.leave("a", "a"), ValueError, "name each stream once"),
@@ -211,6 +211,9 @@ MISTAKES: dict[str, tuple[Callable[[gpu_rnn.Streams], Any], type[Exception], str
     "a step twice": (lambda s: s.step_batch(["a", "a"], torch.zeros(2, I)), ValueError, "name each stream once"),
     "kinds": (lambda s: s.step({"a": torch.zeros(I), "b": torch.zeros(2, I)}), ValueError, "of all streams or"),
     "no tensor": (lambda s: s.step({"b": torch.zeros(I), "a": [0.0] * I}), TypeError, "that of 'a' is of type list"),
+    "a tensor alone": (lambda s: s.step(torch.zeros(I)), TypeError, "samples are a dict .* got Tensor"),
+    "one name": (lambda s: s.step_batch("a", torch.zeros(1, I)), TypeError, "a list of names, got 'a'"),
+    "a list of numbers": (lambda s: s.step_batch(["a"], [0.0] * I), TypeError, "and a tensor, got list"),
     "rows": (lambda s: s.step_batch(["a"], torch.zeros(2, I)), ValueError, r"x should be \(1, input_size\)"),
     "features": (
         lambda s: s.step({"a": torch.zeros(I + 1)}),
@@ -239,7 +242,8 @@ def test_a_mistake_is_named_and_moves_nothing(name: str) -> None:
 def test_layers_that_cannot_stream_are_refused() -> None:
     for layer, error, words in (
         (gpu_rnn.LSTM(I, H, bidirectional=True), ValueError, "one direction"),
-        (nn.LSTM(I, H), TypeError, "gpu_rnn.convert"),
+        (nn.LSTM(I, H), TypeError, "not LSTM: gpu_rnn.convert"),
+        (gpu_rnn.LSTMCell(I, H), TypeError, "such as gpu_rnn.LSTM, not LSTMCell$"),
     ):
         with pytest.raises(error, match=words):
             gpu_rnn.Streams(layer)
