@@ -135,7 +135,7 @@ class Explanation:
             return f"not parallel in time: {plan.against}"
         us = 1e6 * plan.seconds / self.problem.T
         words = f"parallel in time: {plan.chunks} chunks of {plan.steps} steps, {us:.2f} µs/step of a layer predicted"
-        last = relaxation_plan.outcome(relaxation_plan.of_one_layer(self.problem, direction))
+        last = relaxation_plan.outcome(relaxation_plan.of_one_layer(self.problem, direction), self.time_parallel)
         if last is None:
             return f"{words}; after {plan.passes} passes that do not settle one step after the other"
         if last.settled:

@@ -53,12 +53,12 @@ class Outcome:
     settled: bool
 
 
-_outcomes: dict[Problem, Outcome] = memo.hold(f"{__name__}: outcomes", {}, MOST_OUTCOMES)
+_outcomes: dict[tuple[Problem, float], Outcome] = memo.hold(f"{__name__}: outcomes", {}, MOST_OUTCOMES)
 
 
 def note(problem: Problem, plan: TimePlan, tolerance: float, outcome: Outcome) -> None:
     """Keeps for `explain` what became of a pass, and says so where its borders did not settle."""
-    memo.put(_outcomes, problem, outcome, MOST_OUTCOMES)
+    memo.put(_outcomes, (problem, tolerance), outcome, MOST_OUTCOMES)
     if not outcome.settled:
         log.info(
             "%s of %s: after %d passes borders between %d chunks of %d steps still move by more than %g: not parallel "
@@ -67,9 +67,9 @@ def note(problem: Problem, plan: TimePlan, tolerance: float, outcome: Outcome) -
         )
 
 
-def outcome(problem: Problem) -> Outcome | None:
-    """What became of the last such pass in this process."""
-    return _outcomes.get(problem)
+def outcome(problem: Problem, tolerance: float) -> Outcome | None:
+    """What became of the last such pass to that tolerance in this process."""
+    return _outcomes.get((problem, tolerance))
 
 
 def launched(problem: Problem, steps: int, rows: int) -> Problem:

@@ -34,6 +34,7 @@ def test_a_long_sequence_takes_chunks_by_itself() -> None:
     assert "\nforward parallel in time: " in str(explained) and "\nbackward parallel in time: " in str(explained)
     found = outputs(layer, x, time_parallel=1e-9)
     assert "settled in 2 passes when it last ran" in str(gpu_rnn.explain(layer, x, time_parallel=1e-9))
+    assert "when it last ran" not in str(gpu_rnn.explain(layer, x, time_parallel=1e-8))  # which never ran
     same(found, outputs(layer, x), 1e-8)
     assert backward.chunks * backward.steps >= 2048
 
