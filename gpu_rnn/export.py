@@ -18,8 +18,8 @@ from gpu_rnn.call.passes import Options
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """torch's own decompositions, and what layers are made of, for ``ExportedProgram.run_decompositions``.
 
-    The program then holds operations of ATen alone, and whatever runs those runs it: a process without gpu_rnn, or one
-    in C++ by AOTInductor. It has all options and every cell. Its steps stand one after the other, so that it grows with
+    The program then holds operations of ATen alone, and whatever runs those runs it, such as a process without gpu_rnn.
+    It has all options and every cell. Its steps stand one after the other, so that it grows with
     their number, which is the one it was exported with; the batch may be of any size.
 
     Returns:

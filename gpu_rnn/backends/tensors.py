@@ -84,7 +84,7 @@ class LayerControls(NamedTuple):
             return (self.flags[:, :, 0] & SKIP) == 0
         if self.lengths is None:
             return None
-        return torch.arange(steps, device=self.lengths.device)[:, None] < self.lengths
+        return within_lengths(self.lengths, steps)
 
     @property
     def described(self) -> dict[str, Any]:
@@ -269,6 +269,11 @@ def all_dense(tensors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]
 def dense_of_its_kind(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """`dense`, of that dtype if it holds numbers, else of its own."""
     return dense(tensor, dtype if tensor.is_floating_point() else tensor.dtype)
+
+
+def within_lengths(lengths: Tensor, steps: int) -> Tensor:
+    """(T, B): the steps that rows of these lengths, (B), have."""
+    return torch.arange(steps, device=lengths.device)[:, None] < lengths
 
 
 def counted(values: Tensor, counts: Tensor | None) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from gpu_rnn.backends.tensors import RESET, SKIP, LayerControls
+from gpu_rnn.backends.tensors import RESET, SKIP, LayerControls, within_lengths
 from gpu_rnn.call import autocast, heads, onlookers, transforms
 from gpu_rnn.call.transfer import to_device
 
@@ -146,7 +146,7 @@ class StackControls(NamedTuple):
         """(T, B): the steps that count, None if all do."""
         if self.lengths is None:
             return self.mask
-        within = torch.arange(steps, device=self.lengths.device)[:, None] < self.lengths
+        within = within_lengths(self.lengths, steps)
         return within if self.mask is None else within & self.mask
 
     def flagged(self, all_states: bool) -> bool:
@@ -283,7 +283,7 @@ def _flags(valid: Tensor | None, resets: Tensor | None, lengths: Tensor | None, 
         assert skip is not None
         return _of_each(skip, len(reverse))
     if lengths is not None:  # what begins after a row's end is none of its episodes
-        resets = resets & (torch.arange(resets.shape[0], device=resets.device)[:, None] < lengths)
+        resets = resets & within_lengths(lengths, resets.shape[0])
     forward = resets.to(torch.uint8) * RESET
     if "1" in reverse:
         steps = torch.arange(resets.shape[0], device=resets.device)[:, None]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpu_rnn import environment
-from gpu_rnn.backends.tensors import Inputs, Weights
+from gpu_rnn.backends.tensors import Inputs, Weights, counted
 from gpu_rnn.call import autograd, direct, heads, onlookers
 from gpu_rnn.call.controls import NONE, StackControls
 from gpu_rnn.call.passes import Options
@@ -45,7 +45,7 @@ def run(
         x, stack = x.transpose(0, 1), stack.time_first
     valid = controls.valid(x.shape[0])
     if valid is not None:  # whatever stands in the padding, NaN too, must not reach a gradient
-        x = torch.where(valid.unsqueeze(-1), x, 0)
+        x = counted(x, valid)
     y, final, every = _layers(stack, x, states, weights, controls, zeros)
     y = controls.silenced(y, valid, stack.all_states)
     return y.transpose(0, 1) if batch_first else y, final, every
@@ -101,9 +101,8 @@ def joined(parts: tuple[Tensor, ...]) -> Tensor:
 
 def _staggered(stack: Stack, x: Tensor, states: States, weights: Sequence[Tensor], controls: StackControls) -> bool:
     """Whether the layers run as a wavefront. What is recorded decides as it runs: its T may be any."""
-    if stack.num_layers == 1 or stack.bidirectional or stack.norm or stack.proj_size or stack.heads > 1:
-        return False
-    if stack.time_parallel:
+    others = stack.norm or stack.proj_size or stack.heads > 1 or stack.time_parallel
+    if stack.num_layers == 1 or stack.bidirectional or others:
         return False
     lowest, wanting = weights[: len(weights) // stack.num_layers], (x, *states, *weights)
     frozen = not any(t.requires_grad for t in (x, *lowest)) and any(t.requires_grad for t in wanting)
@@ -140,7 +139,7 @@ def _wavefront(
     y, final = every[-1].clone(), tuple(after)
     valid = controls.valid(steps)
     if valid is not None and not controls.flagged(stack.all_states):  # lengths alone: of the others `run` takes care
-        y = torch.where(valid.unsqueeze(-1), y, 0)
+        y = counted(y, valid)
     if not stack.all_states:
         return y, final, ()
     return y, final, tuple(state.transpose(0, 1) for state in (every, *_other_states(inner, y, states)))

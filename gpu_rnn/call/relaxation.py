@@ -167,7 +167,7 @@ class _Backward:
         self.chunks, self.loops, self.d_final = chunks, loops, d_final
         self.saved, self.starts = chunks.saved(saved)
         self.d_y = chunks.rows(chunks.silenced(d_y))
-        self.d_inner = None if d_inner is None else chunks.rows_of_each(chunks.each_silenced(d_inner))
+        self.d_inner = None if d_inner is None else chunks.rows_of_each(chunks.silenced(d_inner))
         weights = chunks.call.weights
         self.sums = any(each is not None for each in (weights.params, weights.w_hr, weights.norm))
         self.grads: LoopGradients = None  # type: ignore[assignment]  # until a pass ran

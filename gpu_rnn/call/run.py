@@ -182,11 +182,9 @@ def _recorded_whole(stack: Stack, x: Tensor, controls: StackControls) -> bool:
 
     An exported program has each layer by itself, and ATen's alone as one: its backend is chosen where it runs.
     """
-    if not torch.compiler.is_compiling() or stack.all_states:
+    if not torch.compiler.is_compiling() or stack.all_states or stack.time_parallel:
         return False
     if controls is not NONE and controls.given:  # Dynamo would guard each field of NONE at every call
-        return False
-    if stack.time_parallel:
         return False
     if (stack.dropout and stack.num_layers > 1) or x.is_complex():
         return False

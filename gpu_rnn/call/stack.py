@@ -55,11 +55,8 @@ class Stack:
     @once
     def is_atens(self) -> bool:
         """Whether ATen has the cell and those options that are the same at all calls, and may be taken."""
-        plain = not (self.norm or self.all_states or self.heads > 1 or self.time_parallel) and self.backend in (
-            "auto",
-            "aten",
-        )
-        return plain and self.recurrence.aten is not None
+        others = self.norm or self.all_states or self.heads > 1 or self.time_parallel
+        return not others and self.backend in ("auto", "aten") and self.recurrence.aten is not None
 
     @once
     def is_one_layer(self) -> bool:

@@ -126,16 +126,10 @@ class TimeChunks:
         return moved.to(torch.uint8).argsort(descending=True, stable=True)[:size]
 
     def silenced(self, y: Tensor) -> Tensor:
-        """What is 0 after a row's end, as y of a call with lengths is, (T, B, N, ·)."""
+        """What is 0 after a row's end, as y of a call with lengths is, (T, B, N, ·), or each in (S, T, B, N, ·)."""
         if self.within is None or self.call.lengths is None:
             return y
         return torch.where(self.within[: self.total, :, None, None], y, 0)
-
-    def each_silenced(self, values: Tensor) -> Tensor:
-        """Of each in (S, T, B, N, ·)."""
-        if self.within is None or self.call.lengths is None:
-            return values
-        return torch.where(self.within[None, : self.total, :, None, None], values, 0)
 
     def held(self, values: Tensor, initial: Tensor) -> Tensor:
         """A state after each step (T, B, N, ·) as (K·L, B, N, ·), with the initial one where a row has no step: a

@@ -164,6 +164,15 @@ KERAS_MODELS = (
 )
 
 
+def keras_model(keras: Any, name: str) -> Any:
+    """A model of these layers that was called once; the exporter knows them."""
+    layers = keras_layers(name)
+    teach_the_exporter()
+    model = keras.Sequential([keras.Input((None, 3)), *layers])
+    model(torch.randn(2, 6, 3))
+    return model
+
+
 def assert_keras_model_agrees(model: Any, path: Path, sizes: list[tuple[int, int]]) -> None:
     for batch, steps in sizes:
         x = torch.randn(batch, steps, 3)
@@ -175,10 +184,7 @@ def assert_keras_model_agrees(model: Any, path: Path, sizes: list[tuple[int, int
 def test_keras_exports_a_model_of_one_size(name: str, tmp_path: Path) -> None:
     """model.export with an input_signature without None: Keras asks the exporter that knows the layers."""
     keras, path = library("keras", "keras", "keras"), tmp_path / "model.onnx"
-    layers = keras_layers(name)
-    teach_the_exporter()
-    model = keras.Sequential([keras.Input((None, 3)), *layers])
-    model(torch.randn(2, 6, 3))
+    model = keras_model(keras, name)
     model.export(path, format="onnx", verbose=False, input_signature=[keras.InputSpec(shape=(2, 6, 3))])
     assert_keras_model_agrees(model, path, [(2, 6)])
 
@@ -186,10 +192,7 @@ def test_keras_exports_a_model_of_one_size(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", KERAS_MODELS)
 def test_torch_exports_a_keras_model_of_every_size(name: str, tmp_path: Path) -> None:
     keras, path = library("keras", "keras", "keras"), tmp_path / "model.onnx"
-    layers = keras_layers(name)
-    teach_the_exporter()
-    model = keras.Sequential([keras.Input((None, 3)), *layers])
-    model(torch.randn(2, 6, 3))
+    model = keras_model(keras, name)
     sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("steps")}
     torch.onnx.export(model.eval(), (torch.randn(2, 6, 3),), path, dynamic_shapes=((sizes,),), verbose=False)
     assert_keras_model_agrees(model, path, [(2, 6), (1, 3), (5, 9)])

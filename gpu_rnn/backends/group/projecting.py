@@ -19,7 +19,7 @@ from gpu_rnn.backends.group.outside import Outside
 from gpu_rnn.backends.normalisation import Normalised
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.backends.step.product import normalised_products
-from gpu_rnn.backends.tensors import Call, LoopGradients, Result, chunks, state_dtype, turned
+from gpu_rnn.backends.tensors import Call, LoopGradients, Result, chunks, state_dtype, turned, within_lengths
 from gpu_rnn.backends.throughput import product_rate
 from gpu_rnn.compiler.evaluation import runner
 from gpu_rnn.compiler.operations import live
@@ -189,7 +189,7 @@ def _nothing(h: Tensor, like: Tensor) -> Tensor:
 
 def _within(values: Tensor, lengths: Tensor) -> Tensor:
     """(T, B, N, X), 0 beyond a row's length."""
-    return torch.where((torch.arange(len(values), device=values.device)[:, None] < lengths)[..., None, None], values, 0)
+    return torch.where(within_lengths(lengths, len(values))[..., None, None], values, 0)
 
 
 def _made(call: Call, saved: Result) -> Tensor:

@@ -112,7 +112,9 @@ def forward(
     # Steps that are not computed leave what is saved of them as it is; a second product's values are made of it.
     made = x.new_zeros if steering and len(plan.program.stages) > 1 else x.new_empty
     saved = [made(sizes.saved.size)] if save else []
-    fields = _fields(sizes, sizes.saved, saved)
+    fields = sizes.fields.copy()
+    if save:
+        _place(fields, sizes.saved, saved[0])
     tensors: dict[str, Tensor | None] = dict(zip(plan.names, weights, strict=True))
     if sizes.takes_inputs:
         tensors["x"] = x
@@ -144,13 +146,11 @@ def _project(
     return [gates, *normal]
 
 
-def _fields(sizes: LayerSizes, room: Room, whole: Sequence[Tensor]) -> list[int]:
-    fields = sizes.fields.copy()
-    if room.places:
-        start = whole[0].data_ptr()
-        for place, offset in room.places:
-            fields[place] = start + offset
-    return fields
+def _place(fields: list[int], room: Room, whole: Tensor) -> None:
+    """Enters the addresses of what lies in one tensor."""
+    start = whole.data_ptr()
+    for place, offset in room.places:
+        fields[place] = start + offset
 
 
 def _run(
@@ -196,9 +196,9 @@ def backward(
         result = _result(plan, sizes, y, saved)
         return _by_a_library(plan, x, states, weights, resets, controls, result, d_y, d_final, d_inner, of_x)
     made = x.new_empty(sizes.made.size)
-    fields = _fields(sizes, sizes.saved, saved)
-    for place, offset in sizes.made.places:
-        fields[place] = made.data_ptr() + offset
+    fields = sizes.fields.copy()
+    _place(fields, sizes.saved, saved[0])
+    _place(fields, sizes.made, made)
     if sizes.silenced:  # what stands there is what states were
         fields[plan.packing.places["y"]] = fields[plan.packing.places["h"]]
     d_x = torch.empty_like(x) if of_x else None
