@@ -60,7 +60,7 @@ def replacements() -> list[tuple[Any, str, Any]]:
     """Objects, their attributes, and what stands for these while calls go as on an H100: the driver's call and what
     leads to it."""
     return [
-        (group.Launch, "__call__", lambda launch, device: run_on_cpu([launch])),
+        (group.Launch, "run", lambda launch, device: run_on_cpu([launch])),
         (group, "prepare", lambda problem: None),
         (nvrtc, "unavailable", lambda: ""),
         (choice, "device_of", lambda device: devices.describe("H100")),

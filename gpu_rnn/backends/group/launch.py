@@ -50,13 +50,16 @@ class Launch:
         return signature.ordered(kernel, signature.shipped(kernel), self.arguments)
 
     def __call__(self, device: torch.device) -> None:
-        """Runs it on the current stream of a device.
+        """Runs it on the current stream of a device; a batch without rows has no blocks.
 
         Raises:
             RuntimeError: the blocks of its groups are not resident at once, so they would wait for ever.
         """
-        if self.grid == 0:
-            return
+        if self.grid:
+            self.run(device)
+
+    def run(self, device: torch.device) -> None:
+        """What `__call__` does where there are blocks."""
         refusal = _refusal(self.layout, self.grid, device)
         if refusal:
             raise RuntimeError(f"{refusal}; choose another backend")

@@ -82,6 +82,16 @@ def test_a_layer_with_options(place: str) -> None:
     gpu_rnn.check()
 
 
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+def test_a_batch_without_rows_launches_nothing(cell: str, place: str) -> None:
+    layer = getattr(gpu_rnn, cell)(4, 40, backend="group", device=place)
+    x = torch.randn(5, 0, 4, device=place, requires_grad=True)
+    y, _ = layer(x)
+    y.sum().backward()
+    assert y.shape == (5, 0, 40) and x.grad is not None and x.grad.shape == x.shape
+    assert all(weight.grad is not None and not weight.grad.any() for weight in layer.parameters())
+
+
 @pytest.mark.parametrize("place", PLACES[:1], indirect=True)
 def test_gradients_of_each_sample_with_lengths_of_its_own(place: str) -> None:
     """The backward pass then gets views with gaps between their rows."""
