@@ -74,8 +74,6 @@ def fitting(sizes: Sizes, options: Collection[str]) -> Sizes:
 def sensible(chosen: Collection[str]) -> frozenset[str]:
     """Without what excludes another option, and with what one needs."""
     found = set(chosen)
-    if "proj_size" in found:
-        found -= {"zoneout"}  # of a projected h there is none
     if "reset_state_per_step" in found:
         found -= {"reset_state"}
     if found & {"reset_state", "reset_state_per_step"}:
@@ -143,7 +141,7 @@ def tensors(
         resets=chance(T, B) if "resets" in options else None,
         reset_state=states(*steps, rows, B) if resetting else None,
         recurrent_mask=chance(rows, B, masks, P, p=0.6).double() / 0.6 if dropping else None,
-        zone=chance(len(recurrence.states), T, rows, B, H) if "zoneout" in options else None,
+        zone=_zone(chance(len(recurrence.states), T, rows, B, H), options) if "zoneout" in options else None,
     )
 
 
@@ -160,6 +158,13 @@ def _shapes(
     if recurrence.params:
         found["weight_peephole"] = (len(recurrence.params), H)
     return found
+
+
+def _zone(kept: Tensor, options: Collection[str]) -> Tensor:
+    """Units that keep their states; none of a projected h, which is no unit's."""
+    if "proj_size" in options:
+        kept[0] = False
+    return kept
 
 
 def _positive(value: Tensor) -> Tensor:

@@ -97,9 +97,9 @@ class Case:
 
     @property
     def suits_group(self) -> bool:
-        """Whether `group` takes it in a short build: with one product a step, and an h that is projected or dropped."""
-        both = "proj_size" in self.options and self.options & {"recurrent_dropout", "recurrent_dropout_per_gate"}
-        return len(self.recurrence.program.stages) == 1 and not both
+        """Whether `group` takes it in a short build: with one product a step, whose projected h nothing steers."""
+        steered = self.options & {"recurrent_dropout", "recurrent_dropout_per_gate", "zoneout"}
+        return len(self.recurrence.program.stages) == 1 and not ("proj_size" in self.options and steered)
 
 
 # Whatever it is: none of these calls may raise.
