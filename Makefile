@@ -61,6 +61,7 @@ report:  ## tables and pictures from benchmarks/results
 docs:  ## the documentation site, into build/docs
 	@.ci/venv docs
 	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
+	@echo 'open build/docs/index.html, or with a search field: python3 -m http.server -d build/docs'
 
 clean:  ## remove .venv and everything built
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

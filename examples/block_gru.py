@@ -5,6 +5,8 @@ The gates are those of Dreamer V3 (Hafner et al., arXiv:2301.04104; `_core` of i
 whole candidate, and an update gate that starts at σ(−1). There two block-diagonal layers make the gates of h, and what
 is between them is divided by the root mean square of all units; here it is one, whose products are normalised gate by
 gate and head by head, so that all heads run side by side in one launch.
+
+    python examples/block_gru.py
 """
 
 import argparse

@@ -5,7 +5,7 @@ The model tells nine speakers by recordings of /ae/ that are 7 to 29 steps long.
 Masking layer hides them; recurrent_dropout fights overfitting. Either option takes Keras's own layers off cuDNN, to a
 loop over time in Python.
 
-    python examples/keras_exchange.py
+    python examples/keras_exchange.py    # needs gpu-rnn[keras]
 """
 
 import os

@@ -3,6 +3,8 @@
 
 The cell is written once, as a function of scalars. Stacks, both directions, packed input, every backend, derivatives,
 torch.compile and torch.export come with it.
+
+    python examples/minimal_gated_unit.py
 """
 
 import argparse

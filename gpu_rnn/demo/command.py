@@ -148,7 +148,8 @@ def _learn_one(variant: Variant, library: ModuleType, data: Dataset, seeds: int,
     from tqdm import tqdm
 
     name = f"{variant.label} ({library.__name__})"
-    with tqdm(total=seeds * epochs, desc=name, unit="epoch", leave=False, dynamic_ncols=True, disable=None) as bar:
+    form = "{n_fmt:>3}/{total_fmt}|{bar:20}| {remaining} left{postfix}  {desc}"  # what a narrow window cuts comes last
+    with tqdm(total=seeds * epochs, desc=name, bar_format=form, leave=False, dynamic_ncols=True, disable=None) as bar:
 
         def progress(epoch: Epoch) -> None:
             bar.set_postfix_str(f"loss {epoch.loss:.3f}, accuracy {100 * epoch.accuracy:.1f} %", refresh=False)

@@ -167,11 +167,18 @@ def test_the_picture_is_a_png(tmp_path: Path) -> None:
     assert (tmp_path / "new" / "picture.png").read_bytes().startswith(PNG)
 
 
+def test_the_picture_has_the_mode_of_any_new_file(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'gpu-rnn[demo]'")
+    (tmp_path / "other").touch()
+    _draw(tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 def test_an_interrupted_picture_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figure = pytest.importorskip("matplotlib.figure", reason="needs matplotlib: pip install 'gpu-rnn[demo]'")
 
-    def interrupted(self: object, file: object, **options: object) -> None:
-        file.write(PNG)
+    def interrupted(self: object, path: Path, **options: object) -> None:
+        path.write_bytes(PNG)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(figure.Figure, "savefig", interrupted)
