@@ -107,7 +107,11 @@ def test_a_wavefront(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("activation", gpu_rnn.activations.ACTIVATIONS)
 def test_every_activation(activation: str) -> None:
-    right(Model(*((layer(I, H, activation=activation), None) for layer in (gpu_rnn.LSTM, gpu_rnn.GRU, gpu_rnn.RNN))))
+    model = Model(*((layer(I, H, activation=activation), None) for layer in (gpu_rnn.LSTM, gpu_rnn.GRU, gpu_rnn.RNN)))
+    if activation == "exp":  # with a new layer's weights it outgrows float32 in a few steps
+        for weight in model.parameters():
+            nn.init.uniform_(weight, -0.1, 0.1)
+    right(model)
 
 
 @pytest.mark.slow
