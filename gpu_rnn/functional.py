@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from inspect import signature
+from typing import Never
 
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from gpu_rnn.call import arguments, cell_op, run, stack_ops  # noqa: F401  # wha
 from gpu_rnn.call.controls import NONE, StackControls
 from gpu_rnn.call.stack import Stack, States
 from gpu_rnn.recurrence import Recurrence
+from gpu_rnn.spelling import unexpected
 
 
 def rnn(
@@ -40,6 +43,7 @@ def rnn(
     all_states: bool = False,
     heads: int = 1,
     time_parallel: float | None = None,
+    **unknown: Never,
 ) -> tuple[Tensor, States] | tuple[Tensor, States, States]:
     """Runs a stack of recurrent layers.
 
@@ -74,6 +78,7 @@ def rnn(
         time_parallel: a tolerance: chunks of steps run side by side, where that is predicted to be faster, until no
             state differs by more between the end of a chunk and the beginning of the next. None: one step after the
             other.
+        unknown: nothing.
 
     Returns:
         The h of every step, like x with D·P features, and the final states, shaped like hx; with `all_states` also the
@@ -94,6 +99,8 @@ def rnn(
         >>> y.shape, c.shape
         (torch.Size([5, 2, 8]), torch.Size([1, 2, 8]))
     """
+    if unknown:
+        raise unexpected("rnn()", unknown, signature(rnn).parameters)
     stack = Stack(
         recurrence=recurrence,
         bias=bias,
@@ -134,8 +141,11 @@ def cell(
     bias: bool = True,
     backend: str = "auto",
     heads: int = 1,
+    **unknown: Never,
 ) -> States:
     """One step: x (B, I) and states (B, H) -> new states (B, H). Arguments and errors as `rnn`'s."""
+    if unknown:
+        raise unexpected("cell()", unknown, signature(cell).parameters)
     stack = Stack(recurrence=recurrence, bias=bias, backend=backend, heads=heads)
     arguments.check_cell(stack, x, hx, weights)
     return run.one_step(stack, x, hx, weights)

@@ -12,6 +12,7 @@ import torch
 from gpu_rnn.compiler.program import Program
 from gpu_rnn.compiler.tracing import Step, trace
 from gpu_rnn.once import once
+from gpu_rnn.spelling import names_meant
 
 _numbers = itertools.count()
 
@@ -55,6 +56,7 @@ class Recurrence:
         torch.Size([7, 2, 5])
     """
 
+    @names_meant
     def __init__(
         self,
         step: Step | Sequence[tuple[Sequence[str], Step]],
@@ -153,6 +155,7 @@ class Recurrence:
     # What torch.compiler.assume_constant_result sets; calling it would import Dynamo with this package.
     text._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
+    @names_meant
     def source(self, language: str = "triton", *, backward: bool = False) -> str:
         """The pointwise device code generated for this cell, each line beside the line of `step` it comes from.
 

@@ -21,6 +21,13 @@ def meant(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
+def unexpected(who: str, unknown: Iterable[str], known: Iterable[str]) -> TypeError:
+    """The error for keyword arguments that `who` does not take, as Python words it. For what is called often, and so
+    takes `**unknown` itself instead of being decorated."""
+    name = min(unknown)
+    return TypeError(f"{who} got an unexpected keyword argument {name!r}{meant(name, known)}")
+
+
 def names_meant(function: F) -> F:
     """A decorator: Python's error for an argument that a function does not take says which was perhaps meant.
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import gpu_rnn
-from gpu_rnn import cells, spelling
+from gpu_rnn import cells, functional, spelling
 from gpu_rnn.layers.options import DEFAULTS, OF_THE_CALL
 
 X = torch.zeros(3, 2, 4)
@@ -23,6 +23,15 @@ LAYERS: dict[str, Callable[..., Any]] = {
 }
 MISSPELT: dict[str, tuple[Callable[[], Any], str]] = {
     "a cell": (lambda: gpu_rnn.GRUCell(4, 5, reset_afer=False), "GRUCell.*; did you mean reset_after?"),
+    "a cell's call": (lambda: gpu_rnn.LSTMCell(4, 5)(X[0], hxx=None), "^LSTMCell.forward.*; did you mean hx?"),
+    "functional.rnn": (
+        lambda: functional.rnn(X, None, [], cells.gru(), length=[3, 3]),
+        r"^rnn\(\) got an unexpected keyword argument 'length'; did you mean lengths?",
+    ),
+    "functional.cell": (lambda: functional.cell(X[0], None, [], cells.gru(), bakend="step"), "; did you mean backend?"),
+    "debug": (lambda: gpu_rnn.debug(gpu_rnn.GRU(4, 5), X, backends="step"), "; did you mean backend?"),
+    "a recurrence of one's own": (lambda: gpu_rnn.Recurrence(print, gate=("a",)), "; did you mean gates?"),
+    "its source": (lambda: cells.gru().source(backwards=True), "; did you mean backward?"),
     "streams": (lambda: gpu_rnn.Streams(gpu_rnn.GRU(4, 5), capasity=3), "Streams.*; did you mean capacity?"),
     "a recurrence": (lambda: cells.lstm(peepholes=True), r"lstm\(\) .*; did you mean peephole?"),
     "convert": (lambda: gpu_rnn.convert(nn.GRU(4, 5), recurent_dropout=0.1), "; did you mean recurrent_dropout?"),

@@ -16,6 +16,7 @@ from gpu_rnn.call.passes import Options
 from gpu_rnn.call.stack import Stack
 from gpu_rnn.compiler.program import Program
 from gpu_rnn.dispatch import choice
+from gpu_rnn.spelling import names_meant
 
 if TYPE_CHECKING:
     from gpu_rnn.layers.base import LayerBase
@@ -39,6 +40,7 @@ class Difference:
         return f"layer {self.layer}: {self.backend} first differs from the reference at {self.where}"
 
 
+@names_meant
 def debug(layer: LayerBase, x: Tensor, *, backend: str | None = None) -> list[Difference]:
     """Compares a layer's backend with the reference in float64, layer by layer, on x.
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import keras
 from torch import Tensor
 
 from gpu_rnn.keras.layers import TimeLoop, forget_masks, last_valid, mask_of, run, step_mask
+from gpu_rnn.keras.misspelt import Advising
 
 MERGES = {
     "sum": keras.ops.add,
@@ -21,7 +23,7 @@ MERGES = {
 
 
 @keras.saving.register_keras_serializable(package="gpu_rnn")
-class Bidirectional(keras.layers.Bidirectional):
+class Bidirectional(Advising, keras.layers.Bidirectional):
     """A layer forwards and one backwards in time, with the constructor, weights and files of
     `keras.layers.Bidirectional`.
 
@@ -37,6 +39,8 @@ class Bidirectional(keras.layers.Bidirectional):
         >>> tuple(layer(np.ones((2, 5, 3), "float32")).shape)
         (2, 5, 4)
     """
+
+    __signature__ = inspect.signature(keras.layers.Bidirectional)
 
     def call(
         self,

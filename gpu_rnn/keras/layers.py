@@ -16,12 +16,12 @@ from torch import Tensor
 
 from gpu_rnn import functional, interop
 from gpu_rnn.keras import recurrences
+from gpu_rnn.keras.misspelt import Advising
 from gpu_rnn.once import once
 from gpu_rnn.recurrence import Recurrence
-from gpu_rnn.spelling import meant
 
 
-class TimeLoop:
+class TimeLoop(Advising):
     """What makes a Keras layer run here, and, being a mixin, everything else stay Keras's."""
 
     # Keras's layer, of which this is a part, has the following.
@@ -33,20 +33,9 @@ class TimeLoop:
     zero_output_for_mask: bool
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        try:
-            super().__init__(*args, **options)
-        except ValueError as error:
-            self._advise(error, options)
-            raise
+        super().__init__(*args, **options)
         self.recurrence: Recurrence = recurrences.of(self.cell)
         self.check_cudnn(masked=False)
-
-    def _advise(self, error: ValueError, options: dict[str, Any]) -> None:
-        """Raises with the argument that was perhaps meant, where Keras says that it does not know one."""
-        known = inspect.signature(type(self)).parameters
-        near = [meant(name, known) for name in options if repr(name) in str(error) and name not in known]
-        if any(near):
-            raise ValueError(f"{error}{''.join(near)}") from error
 
     @once
     def loops_only(self) -> Recurrence:

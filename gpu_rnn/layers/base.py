@@ -21,7 +21,7 @@ from gpu_rnn.layers import options as layer_options
 from gpu_rnn.layers.module import Option, RecurrenceHolder, States
 from gpu_rnn.layers.regularization import Regularized
 from gpu_rnn.recurrence import Recurrence
-from gpu_rnn.spelling import meant
+from gpu_rnn.spelling import unexpected
 
 
 class LayerBase(Regularized, nn.RNNBase):
@@ -262,8 +262,7 @@ class LayerBase(Regularized, nn.RNNBase):
 
     def _check_others(self, further: tuple[Any, ...], unknown: Collection[str], all_states: Any) -> None:
         if unknown:
-            name, near = min(unknown), meant(min(unknown), layer_options.OF_THE_CALL)
-            raise TypeError(f"{type(self).__name__}.forward() got an unexpected keyword argument {name!r}{near}")
+            raise unexpected(f"{type(self).__name__}.forward()", unknown, layer_options.OF_THE_CALL)
         # torch's old ONNX exporter gives the defaults of all arguments by position, False as a tensor.
         if any(value is not None and (not isinstance(value, Tensor) or value.dim() or value) for value in further):
             raise TypeError(f"{type(self).__name__}: after hx, arguments are given by name: layer(x, hx, mask=mask)")

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Never
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from gpu_rnn.layers import sequence
 from gpu_rnn.layers.documented import in_full
 from gpu_rnn.layers.module import Option, RecurrenceHolder, States, elman_activation
 from gpu_rnn.recurrence import Recurrence
-from gpu_rnn.spelling import names_meant
+from gpu_rnn.spelling import names_meant, unexpected
 
 if TYPE_CHECKING:
     from gpu_rnn.layers.calls import CellCall
@@ -76,13 +76,14 @@ class CellBase(RecurrenceHolder, RNNCellBase):
     def _new_stack(self, packed: bool, all_states: bool) -> Stack:
         return Stack(recurrence=self.recurrence, bias=bool(self.bias), backend=self.backend, heads=self.heads)
 
-    def forward(self, input: Tensor, hx: Any = None) -> Any:
+    def forward(self, input: Tensor, hx: Any = None, **unknown: Never) -> Any:
         """Take one step.
 
         Args:
             input: (B, input_size), or (input_size) for one sample.
             hx: the states, (B, hidden_size) each, or (hidden_size) for one sample: a tensor for RNNCell and
                 GRUCell, (h, c) for LSTMCell. None: zeros.
+            unknown: nothing.
 
         Returns:
             The new states, in the form of hx.
@@ -94,6 +95,8 @@ class CellBase(RecurrenceHolder, RNNCellBase):
         """
         if isinstance(input, Proxy):
             return onlookers.leaf(self, input, hx)
+        if unknown:
+            raise unexpected(f"{type(self).__name__}.forward()", unknown, ("input", "hx"))
         arguments.tensor("input", input)
         states = None if hx is None else self._as_tuple(hx)
         batched = input.dim() == 2

@@ -332,3 +332,14 @@ def test_a_misspelt_option_is_answered(name: str) -> None:
     with pytest.raises(ValueError, match="Unrecognized keyword arguments") as said:
         getattr(gpu_rnn.keras, name)(4, something=0.1)
     assert "mean" not in str(said.value)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "Bidirectional"])
+def test_a_misspelt_argument_of_a_call_is_answered(name: str) -> None:
+    layer = getattr(gpu_rnn.keras, name)(gpu_rnn.keras.GRU(4) if name == "Bidirectional" else 4)
+    x = np.ones((2, 3, 5), "float32")
+    for misspelt, meant in (("masks", "mask"), ("init_state", "initial_state"), ("trainning", "training")):
+        with pytest.raises(TypeError, match=rf"^{name}.call\(\) got an .* '{misspelt}'; did you mean {meant}\?$"):
+            layer(x, **{misspelt: None})
+    with pytest.raises(TypeError, match="'something'$"):
+        layer(x, something=None)
