@@ -19,16 +19,18 @@ test:  ## the tests, at most 15 minutes on 2 cores
 	@.ci/venv demo test keras docs
 	@$(PY) tests -m "not slow" $(ARGS)
 
-test-all:  ## the tests with the slow ones, and those of test-clients: CONTRIBUTING.md has how long each takes
+test-all:  ## all tests, for hours (CONTRIBUTING.md says how many): broken off, it goes on where it was
 	@.ci/venv demo test keras docs
-	@$(PY) tests $(ARGS)
-	@$(MAKE) --no-print-directory test-clients
+	@status=0; export RESUME=1; \
+	$(PY) tests --ignore=tests/clients $(ARGS) || status=$$?; \
+	$(MAKE) --no-print-directory test-clients || status=$$?; \
+	exit $$status
 
 CLIENTS := tests/clients tests/test_interop_flax.py $(addprefix tests/project/test_,distributed.py examples.py site.py)
 test-clients:  ## the slow tests with other libraries, installed into build/clients; test-all runs them too
 	@.ci/venv demo test keras docs
 	@.ci/clients clients pretrained streaming distributed flax site
-	@build/clients/bin/python -m pytest $(CLIENTS) -m slow $(ARGS)
+	@build/clients/bin/python tests $(CLIENTS) -m slow -n0 $(ARGS)
 
 SECONDS ?= 60
 fuzz:  ## random calls of every backend beside loops by hand, for SECONDS=60

@@ -4,6 +4,8 @@
 Triton reads TRITON_INTERPRET when it is imported, so one run's processes compile kernels and another's interpret
 them, each on all cores. What measures time runs by itself then. conftest.py leaves each run the tests that belong to
 it, and a run with none is not started.
+
+With RESUME in the environment a run that was broken off goes on: tests/support/resuming.py.
 """
 
 import importlib.util
@@ -35,6 +37,9 @@ def run(name: str) -> tuple[int, Counter[str]]:
     )  # OFFLINE borrows what there is
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "TRITON_INTERPRET": str(int(name == "interpreter"))}
     environment |= {"GPU_RNN_TESTS": "alone" if name == "alone" else "others", "GPU_RNN_LEFT": str(LEFT)}
+    if os.environ.get("RESUME"):
+        command += ["-p", "tests.support.resuming"]
+        environment["GPU_RNN_PASSED"] = str(BUILD / f"tests-passed-{Path(sys.prefix).name}.txt")
     status = subprocess.run([*command, *sys.argv[1:]], cwd=ROOT, env=environment).returncode
     found: Counter[str] = Counter()
     for suite in ElementTree.parse(report).getroot() if report.exists() else ():

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from gpu_rnn.backends.native import launch as native
+from tests.support import resuming
 from tests.support.paths import ROOT, TESTS
 
 pytest_plugins = ["pytester"]
@@ -157,3 +159,33 @@ def test_runs_with_nothing_to_do_are_not_started(
 
 def test_runs_that_a_test_starts_do_not_say_what_this_one_leaves_to_others() -> None:
     assert "GPU_RNN_LEFT" not in os.environ
+
+
+def test_a_run_that_was_broken_off_goes_on(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What passed does not run again, until the code is another; what was red or skipped does."""
+    (pytester.path / "build").mkdir()
+    monkeypatch.setattr(resuming, "ROOT", pytester.path)
+    monkeypatch.setenv("GPU_RNN_PASSED", str(pytester.path / "build" / "passed.txt"))
+    monkeypatch.setenv("GPU_RNN_PASSED_BYTES", "0")  # undone, too
+    pytester.makepyfile(
+        test_some="""
+        import pytest
+        @pytest.fixture
+        def torn():
+            yield
+            assert False
+        @pytest.mark.parametrize("name", ["a b", "σ"])
+        def test_good(name): pass
+        def test_red(): assert False
+        def test_torn(torn): pass
+        def test_skipped(): pytest.skip("not here")
+        """
+    )
+    arguments = ["-p", "tests.support.resuming", *(["-n1"] if importlib.util.find_spec("xdist") else [])]
+    rest = {"passed": 1, "failed": 1, "errors": 1, "skipped": 1}
+    pytester.runpytest(*arguments).assert_outcomes(**rest | {"passed": 3})
+    again = pytester.runpytest(*arguments)
+    again.assert_outcomes(**rest)  # test_torn passes each time, and its fixture fails after it
+    again.stdout.fnmatch_lines("2 tests have passed before*")
+    pytester.makepyfile(test_other="def test(): pass")
+    pytester.runpytest(*arguments).assert_outcomes(**rest | {"passed": 4})
