@@ -109,3 +109,34 @@ def test_a_layer_of_speechbrain(kind: str, some_torchaudio: None) -> None:
     expected = layer(x, lengths=lengths)
     assert kinds(gpu_rnn.convert(layer)) == [kind]
     torch.testing.assert_close(layer(x, lengths=lengths), expected)
+
+
+@pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell", "RNNCell"])
+def test_the_cells_of_speechbrain(kind: str, some_torchaudio: None) -> None:
+    cells = getattr(library("speechbrain.nnet.RNN", "speechbrain"), kind)(8, input_size=4, num_layers=2)
+    x = torch.randn(3, 4)
+    expected, states = cells(x)
+    then, _ = cells(x, states)
+    assert kinds(gpu_rnn.convert(cells)) == [kind, kind]
+    torch.testing.assert_close(cells(x), (expected, states))
+    torch.testing.assert_close(cells(x, states)[0], then)
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
+def test_a_decoder_of_speechbrain_that_attends(kind: str, some_torchaudio: None) -> None:
+    decoder = library("speechbrain.nnet.RNN", "speechbrain").AttentionalRNNDecoder(
+        kind, "content", hidden_size=7, attn_dim=5, num_layers=2, enc_dim=20, input_size=6
+    )
+    inputs = torch.randn(4, 5, 6), torch.randn(4, 10, 20), torch.tensor([1.0, 0.5, 0.9, 1.0])
+    expected = decoder(*inputs)
+    assert kinds(gpu_rnn.convert(decoder)) == [f"{kind.upper()}Cell"] * 2
+    torch.testing.assert_close(decoder(*inputs), expected)
+
+
+@pytest.mark.parametrize("kind", ["LiGRU", "QuasiRNN"])
+def test_speechbrains_own_recurrences_stay(kind: str, some_torchaudio: None) -> None:
+    layer = getattr(library("speechbrain.nnet.RNN", "speechbrain"), kind)(8, input_shape=(2, 5, 4)).eval()
+    x = torch.randn(2, 5, 4)
+    expected = layer(x)
+    assert kinds(gpu_rnn.convert(layer)) == []
+    torch.testing.assert_close(layer(x), expected)

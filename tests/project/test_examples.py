@@ -219,10 +219,11 @@ def test_streams_of_the_voice_detector_are_whole_sequences() -> None:
     torch.testing.assert_close(probabilities, expected.expand(3, -1))
 
 
+@pytest.mark.slow  # test-clients installs what it needs
 def test_the_voice_detector_agrees_with_onnx_runtime_on_its_released_weights(tmp_path: Path) -> None:
     for name in ("silero_vad", "onnxruntime", "matplotlib"):
         if importlib.util.find_spec(name) is None:
-            pytest.skip(f"needs {name}: pip install 'gpu-rnn[streaming]'")
+            pytest.skip(f"needs {name}: pip install 'gpu-rnn[streaming]', or make test-clients")
     vad, said = load("streaming_vad"), []
     samples = vad.synthetic(4.0)
     probabilities = vad.compare(samples, [1, 5], said.append)
