@@ -22,8 +22,8 @@ STAYS = "a cell of the library is one object, by which torch.compile knows a gra
 
 
 def _remembered(make: Callable[..., Recurrence]) -> Callable[..., Recurrence]:
-    """One recurrence for each set of names, given or by default. Those of functions are made anew: a closure may hold
-    a whole model."""
+    """One recurrence for each set of names and flags, all else by default. Those of functions and numbers are made
+    anew: a closure may hold a whole model, and numbers are many."""
     signature, by_name = inspect.signature(make), memoize(None, stays=STAYS)(make)
 
     @wraps(make)
@@ -34,10 +34,12 @@ def _remembered(make: Callable[..., Recurrence]) -> Callable[..., Recurrence]:
             near = spelling.meant(min(options.keys() - signature.parameters, default=""), signature.parameters)
             raise TypeError(f"{make.__name__}() {error}{near}") from None
         call.apply_defaults()
-        clip = activations.checked_clip(call.kwargs["clip"])
-        if clip is None and all(isinstance(value, (str, bool)) for value in call.args):
-            return by_name(*call.args)
-        recurrence = make(*call.args, clip=clip)
+        given = call.arguments
+        if "clip" in given:
+            given["clip"] = activations.checked_clip(given["clip"])
+        if all(isinstance(v, (str, bool)) or v == signature.parameters[name].default for name, v in given.items()):
+            return by_name(*call.args, **call.kwargs)
+        recurrence = make(*call.args, **call.kwargs)
         _ = recurrence.program  # what a function cannot be is said here, not at the first call
         return recurrence
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from inspect import signature
 
 import torch
 
@@ -28,11 +28,15 @@ RECURRENCES: dict[str, Recurrence] = {
 }
 
 
+def _activations(make: Callable[..., Recurrence]) -> list[str]:
+    return [name for name in ("activation", "recurrent_activation") if name in signature(make).parameters]
+
+
+def _of_activations(make: Callable[..., Recurrence]) -> Callable[..., Recurrence]:
+    """The cell as a function of φ and σ, of which Elman's takes one."""
+    return lambda phi, sigma, **further: make(**dict(zip(_activations(make), (phi, sigma), strict=False)), **further)
+
+
 WITH_ACTIVATIONS: dict[str, Callable[..., Recurrence]] = {
-    "rnn": lambda a, b, **further: cells.rnn(a, **further),
-    "lstm": cells.lstm,
-    "gru": cells.gru,
-    "gru_reset_before": partial(cells.gru, reset_after=False),
-    "peephole_lstm": partial(cells.lstm, peephole=True),
-    "coupled_lstm": cells.coupled_lstm,
+    name: _of_activations(make) for name, make in cells.CELLS.items() if _activations(make)
 }
