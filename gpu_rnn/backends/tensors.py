@@ -70,13 +70,13 @@ class LayerControls(NamedTuple):
     @property
     def of_loops(self) -> dict[str, Tensor | None]:
         """What a time loop takes of it, by name: what acts between a stack's layers is none of its."""
-        return {name: value for name, value in zip(self._fields, self, strict=True) if name != "between"}
+        return dict(zip(OF_LOOPS, self, strict=False))
 
     def dense(self, dtype: torch.dtype) -> LayerControls:
         """As a loop reads them by their addresses: factors in that dtype, flags and lengths in their own."""
         if self is PLAIN:
             return self
-        return LayerControls(*(value if value is None else dense_of_its_kind(value, dtype) for value in self))
+        return LayerControls(*[value if value is None else dense_of_its_kind(value, dtype) for value in self])
 
     def counts(self, steps: int) -> Tensor | None:
         """(T, B): the steps that count, None if all do; of one layer, whose directions count alike."""
@@ -94,6 +94,7 @@ class LayerControls(NamedTuple):
 
 
 PLAIN = LayerControls()
+OF_LOOPS = LayerControls._fields[:-1]  # without `between`
 CONTROL_AXES = {name: axes for name, (axes,) in axes_of(LayerControls).items()}
 OF_STATES = tuple(name for name, axes in CONTROL_AXES.items() if axes.place("S") == 0)  # a value a unit, state and step
 

@@ -47,10 +47,13 @@ class StackControls(NamedTuple):
             return NONE
         if lengths is not None:
             lengths = _lengths(lengths)
-        given = [("mask", mask), ("resets", resets), ("recurrent_mask", recurrent_mask), ("zone", zone)]
-        tensors = {name: None if value is None else _tensor(name, value, x) for name, value in given}
         return StackControls(
-            lengths=lengths, reset_state=None if reset_state is None else tuple(reset_state), **tensors
+            _tensor("mask", mask, x),
+            lengths,
+            _tensor("resets", resets, x),
+            None if reset_state is None else tuple(reset_state),
+            _tensor("recurrent_mask", recurrent_mask, x),
+            _tensor("zone", zone, x),
         )
 
     def refuse_packed(self, batch_sizes: Tensor | None) -> None:
@@ -107,12 +110,14 @@ class StackControls(NamedTuple):
         if zone is not None and (zone.dtype != torch.bool or zone.shape != units):
             raise ValueError(f"zone is bool, {units}, got {zone.dtype}, {tuple(zone.shape)}")
         for name, value in zip(self._fields, self, strict=True):
+            if value is None or name == "lengths":
+                continue
             for tensor in value if isinstance(value, tuple) else (value,):
-                if tensor is not None and name != "lengths" and tensor.device != x.device:
+                if tensor.device != x.device:
                     raise RuntimeError(
                         f"{name} is on {tensor.device} and the input on {x.device}: use .to(input.device)"
                     )
-        return self._replace(lengths=lengths)
+        return self if lengths is self.lengths else self._replace(lengths=lengths)
 
     def transposed(self) -> StackControls:
         """The same of a call with the batch first; states never have it first."""
@@ -199,9 +204,9 @@ class StackControls(NamedTuple):
 NONE = StackControls()
 
 
-def _tensor(name: str, value: Any, like: Tensor | PackedSequence) -> Tensor:
-    """A tensor as it is; an array as one, on the device of `like`."""
-    if isinstance(value, Tensor):
+def _tensor(name: str, value: Any, like: Tensor | PackedSequence) -> Tensor | None:
+    """None and a tensor as they are; an array as a tensor, on the device of `like`."""
+    if value is None or isinstance(value, Tensor):
         return value
     if not hasattr(value, "__array__"):
         kind = f"a bool tensor, {MEANING[name]}" if name in MEANING else "a tensor"
@@ -236,13 +241,16 @@ def _check_steps(name: str, value: Tensor | None, shape: tuple[int, ...], x: Ten
 def _lengths(lengths: Any) -> Tensor:
     """As int64, so that nothing that is done to them overflows: T may be more than a uint8 holds."""
     words = "lengths are a list or tensor of (B) integers, the number of steps of each row, got"
-    if hasattr(lengths, "__array__") and not isinstance(lengths, Tensor):
+    if isinstance(lengths, Tensor):
+        if lengths.dtype == torch.int64:
+            return lengths
+    elif hasattr(lengths, "__array__"):
         lengths = _from_array("lengths", lengths)
     elif isinstance(lengths, (list, tuple, range)):
         if not all(map(_is_integer, lengths)):
             raise TypeError(f"{words} {lengths!r}")
-        lengths = torch.as_tensor(lengths, dtype=torch.int64)
-    elif not isinstance(lengths, Tensor):
+        return torch.as_tensor(lengths, dtype=torch.int64)
+    else:
         raise TypeError(f"{words} {lengths!r}")
     if lengths.dtype.is_floating_point or lengths.dtype == torch.bool or lengths.is_complex():
         raise TypeError(f"{words} {lengths.dtype}")
@@ -284,7 +292,9 @@ def _flags(valid: Tensor | None, resets: Tensor | None, lengths: Tensor | None, 
         return _of_each(skip, len(reverse))
     if lengths is not None:  # what begins after a row's end is none of its episodes
         resets = resets & within_lengths(lengths, resets.shape[0])
-    forward = resets.to(torch.uint8) * RESET
+    assert RESET == 2  # a sum takes less than a product with a number, and a short call is all overhead
+    forward = resets.to(torch.uint8)
+    forward = forward + forward
     if "1" in reverse:
         steps = torch.arange(resets.shape[0], device=resets.device)[:, None]
         backward = _earlier(forward) * (steps < resets.shape[0] - 1)  # nothing comes before the last step

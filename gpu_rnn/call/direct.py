@@ -45,14 +45,15 @@ def run(
     plan = _plan(stack, x, hx, weights, controls, grad)
     if plan is None or not readable_in_c(tensors, x.dtype):
         return None
+    dtype = x.dtype
+    if dtype != plan.dtype:
+        x, *weights = [t.to(plan.dtype) for t in (x, *weights)]
+        hx = hx and tuple(state.to(plan.dtype) for state in hx)
     states = hx or stack.initial(x, weights, x.shape[0 if stack.batch_first else 1])
-    if x.dtype == plan.dtype:
-        return _layers(plan, stack, x, states, weights, controls, grad)
-    x, *rest = (t.to(plan.dtype) for t in (x, *states, *weights))
-    states, weights = rest[: len(states)], rest[len(states) :]
-    y, final, every = _layers(plan, stack, x, tuple(states), weights, controls, grad)
-    dtype = tensors[0].dtype
-    return y.to(dtype), tuple(state.to(dtype) for state in final), tuple(state.to(dtype) for state in every)
+    y, final, every = _layers(plan, stack, x, states, weights, controls, grad)
+    if dtype == plan.dtype:
+        return y, final, every
+    return y.to(dtype), tuple([state.to(dtype) for state in final]), tuple([state.to(dtype) for state in every])
 
 
 def _layers(

@@ -16,6 +16,8 @@ def to_device(values: Tensor, device: torch.device, name: str, instead: str = "i
     Raises:
         RuntimeError: a CUDA graph is captured: at each replay it would read again what the host holds by then.
     """
+    if values.device == device:
+        return values
     if not (values.is_cpu and device.type == "cuda") or onlookers.recorded(values):
         return values.to(device)
     if torch.cuda.is_current_stream_capturing():

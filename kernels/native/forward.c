@@ -13,10 +13,7 @@ typedef struct {
   scalar *made;                           // h before its projection
   scalar *sums; // (rows, GATES, padded), of gates that stand apart
   int number;   // of the product whose sums go there
-  // Of some steps at a time the input products, where they are taken here: the
-  // first of these steps, and its first row's.
-  long chunk, first_step;
-  scalar *inputs;
+  input_products inputs;
 } forward_loop;
 
 // Whether the sums of a unit's gates do not stay in registers from the product
@@ -33,8 +30,9 @@ static inline scalar *gates_of_row(const forward_loop *loop, long row,
   const arguments *a = mine->of;
   if (!a->x || a->save)
     return a->gates + place * GATES * a->units;
-  const long at = (loop->t - loop->first_step) * mine->rows + row;
-  return loop->inputs + at * GATES * a->units;
+  const input_products *in = &loop->inputs;
+  const long at = (loop->t - in->first_step) * mine->rows + row;
+  return in->values + at * GATES * a->units;
 }
 
 // State k of a row after the last stage of a step.
@@ -148,13 +146,10 @@ static void scale_sums(forward_loop *loop, long row, int gate) {
   const long of = place * GATES + gate;
   const scalar *scale = a->norm + (mine->n * GATES + gate) * a->units;
   scalar *sums = loop->sums + (row * GATES + gate) * loop->padded;
-  const scalar rstd = normalise(sums, a->units, a->rms);
-  if (a->normal) {
-    memcpy(a->normal + of * a->units, sums, a->units * sizeof(scalar));
+  const scalar rstd = normalise(sums, a->units, a->rms, scale,
+                                a->normal ? a->normal + of * a->units : 0);
+  if (a->normal)
     a->rstd[of] = rstd;
-  }
-  for (long unit = 0; unit < a->units; unit++)
-    sums[unit] *= scale[unit];
 }
 
 // A stage whose gates stand apart.
@@ -248,83 +243,12 @@ static void keep(forward_loop *loop) {
   }
 }
 
-// Of a gate that is a sum, both biases.
-static inline real bias_of_input(const arguments *a, int gate, long unit,
-                                 long left) {
-  const real bias = load(a->b_ih + unit, left);
-  return PLACES[gate] < 0 ? bias + load(a->b_hh + unit, left) : bias;
-}
-
-// The input product of one row at one time, whose place among `inputs` is `at`.
-static void put_input(void *context, long at, long group, const real *sums) {
-  const forward_loop *loop = context;
-  const arguments *a = loop->mine->of;
-  const long blocks = VECTORS / GATES, first = loop->mine->n * GATES * a->units;
-  for (long k = 0; k < blocks * GATES; k++) {
-    const long gate = k % GATES, unit = (group * blocks + k / GATES) * LANES;
-    const long of = gate * a->units + unit, left = a->units - unit;
-    if (left <= 0)
-      return;
-    real value = sums[k];
-    if (a->b_ih && !a->norm_ih)
-      value += bias_of_input(a, gate, first + of, left);
-    store(loop->inputs + at * GATES * a->units + of, value, left);
-  }
-}
-
-// Normalises the input products of such a place, scales them, adds the biases.
-static void scale_input(const forward_loop *loop, long at) {
-  const arguments *a = loop->mine->of;
-  for (int gate = 0; gate < GATES; gate++) {
-    const long of = at * GATES + gate;
-    const long first = (loop->mine->n * GATES + gate) * a->units;
-    scalar *values = loop->inputs + of * a->units;
-    const scalar rstd = normalise(values, a->units, a->rms);
-    if (a->normal_x) {
-      memcpy(a->normal_x + of * a->units, values, a->units * sizeof(scalar));
-      a->rstd_x[of] = rstd;
-    }
-    for (long unit = 0; unit < a->units; unit += LANES) {
-      const long left = a->units - unit;
-      real value = load(values + unit, left);
-      value *= load(a->norm_ih + first + unit, left);
-      if (a->b_ih)
-        value += bias_of_input(a, gate, first + unit, left);
-      store(values + unit, value, left);
-    }
-  }
-}
-
-// The input products of the next steps, of those that are computed: `live` has
-// room for two numbers of each.
-static void take_inputs(forward_loop *loop, long *live) {
-  const share *mine = loop->mine;
-  const arguments *a = mine->of;
-  const long left = a->steps - loop->t;
-  const long steps = left < loop->chunk ? left : loop->chunk;
-  long *at = live + loop->chunk * mine->rows, count = 0;
-  loop->first_step = loop->t;
-  for (long step = 0; step < steps; step++)
-    for (long row = 0; row < mine->rows; row++) {
-      const long t = loop->t + step, time = time_of(mine, row, t);
-      if (!is_live(mine, row, t))
-        continue;
-      at[count] = time * a->batch + batch_row(mine, row);
-      live[count++] =
-          a->save ? place_of(mine, row, time) : step * mine->rows + row;
-    }
-  product_apart(&loop->weights[INPUT], mine->packed, a->x, a->features, at,
-                live, count, 0, put_input, loop);
-  for (long k = 0; a->norm_ih && k < count; k++)
-    scale_input(loop, live[k]);
-}
-
 static void all_steps(forward_loop *loop, long *live) {
   const share *mine = loop->mine;
   const arguments *a = mine->of;
   for (loop->t = 0; loop->t < a->steps; loop->t++) {
-    if (a->x && loop->t % loop->chunk == 0)
-      take_inputs(loop, live);
+    if (a->x && loop->t % loop->inputs.chunk == 0)
+      take_inputs(&loop->inputs, loop->t, live);
     if (a->flags || a->drop)
       enter(loop);
     const long count = live_rows(mine, loop->t, live);
@@ -364,14 +288,6 @@ static layout forward_layout(const arguments *a, int gates) {
                   .depth_apart = 1};
 }
 
-// Steps whose input products are taken at once: enough rows for a product, few
-// enough values for the nearer caches.
-static long chunk_of(const share *mine) {
-  const arguments *a = mine->of;
-  const long chunk = (1 << 16) / (mine->rows * GATES * a->units + 1);
-  return chunk < 1 ? 1 : chunk < a->steps ? chunk : a->steps;
-}
-
 static int forward_share(const share *mine) {
   const arguments *a = mine->of;
   enum { BUFFERS = STATES + 4 + CARRIED };
@@ -385,9 +301,10 @@ static int forward_share(const share *mine) {
   const int failed = !room || !live;
   if (!failed) {
     memset(room, 0, buffers * each * sizeof(scalar));
-    forward_loop loop = {.mine = mine, .padded = padded, .chunk = chunk};
-    loop.inputs = a->save ? a->gates : room + buffers * each;
+    forward_loop loop = {.mine = mine, .padded = padded};
     lay_out(a, forward_layout, loop.weights);
+    loop.inputs = (input_products){mine, loop.weights[INPUT], chunk, 0,
+                                   a->save ? a->gates : room + buffers * each};
     for (int k = 0; k < STATES; k++) {
       loop.states[k] = room + k * each;
       copy_in(mine, k, a->initial, loop.states[k], padded);

@@ -51,6 +51,22 @@ static inline long packed_size(const layout *of) {
   return groups_of(of) * of->depth * VECTORS * LANES;
 }
 
+// The sum of all lanes, in as few steps that wait for each other as may be: of
+// a short row they are most of what its normalisation takes.
+static inline scalar total_of(real value) {
+  enum { PARTS = sizeof(real) / 16, EACH = 16 / sizeof(scalar) };
+  typedef scalar narrow __attribute__((vector_size(16)));
+  narrow parts[PARTS];
+  memcpy(parts, &value, sizeof value);
+#pragma GCC unroll 8
+  for (int half = PARTS / 2; half; half /= 2)
+    for (int part = 0; part < half; part++)
+      parts[part] += parts[part + half];
+  const narrow sum = parts[0];
+  return EACH == 2 ? sum[0] + sum[1]
+                   : (sum[0] + sum[1 % EACH]) + (sum[2 % EACH] + sum[3 % EACH]);
+}
+
 // Lanes of a, or, from LANES on, of b.
 static inline real shuffled(real a, real b, truth from) {
 #ifdef __clang__

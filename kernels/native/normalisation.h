@@ -5,20 +5,20 @@
 
 // The first lanes of a value, the others 0.
 static inline real within(real value, long count) {
-  for (long lane = count < 0 ? 0 : count; lane < LANES; lane++)
-    value[lane] = 0;
-  return value;
+  truth lanes;
+  for (int lane = 0; lane < LANES; lane++)
+    lanes[lane] = lane;
+  return count >= LANES ? value : where_(lanes < (bits)count, value, K(0));
 }
 
 static inline scalar mean_of(real sums, long count) {
-  scalar total = 0;
-  for (int lane = 0; lane < LANES; lane++)
-    total += sums[lane];
-  return total / count;
+  return total_of(sums) / count;
 }
 
-// Puts the normal values in their place; returns 1 over their deviation.
-static scalar normalise(scalar *values, long count, long rms) {
+// Puts the scaled normal values in their place, and in `normal`, if that is
+// there, those before; returns 1 over the deviation.
+static inline scalar normalise(scalar *values, long count, long rms,
+                               const scalar *scale, scalar *normal) {
   real sum = {0}, squares = {0};
   for (long k = 0; k < count && !rms; k += LANES)
     sum += load(values + k, count - k);
@@ -26,12 +26,16 @@ static scalar normalise(scalar *values, long count, long rms) {
   for (long k = 0; k < count; k += LANES) {
     const real centred = within(load(values + k, count - k) - mean, count - k);
     squares += centred * centred;
-    store(values + k, centred, count - k);
   }
   const scalar variance = mean_of(squares, count) + (scalar)EPSILON;
   const scalar rstd = 1 / OF_TYPE(sqrtf(variance), sqrt(variance));
-  for (long k = 0; k < count; k += LANES)
-    store(values + k, load(values + k, count - k) * rstd, count - k);
+  for (long k = 0; k < count; k += LANES) {
+    const long left = count - k;
+    const real value = (load(values + k, left) - mean) * rstd;
+    if (normal)
+      store(normal + k, value, left);
+    store(values + k, value * load(scale + k, left), left);
+  }
   return rstd;
 }
 

@@ -6,8 +6,6 @@
 // a row of them, those of LANES neighbouring units side by side. What comes
 // before this file is as in loop.h, but for `one_step`, which text.py prints.
 
-typedef scalar narrow __attribute__((vector_size(16)));
-
 // sums[lane] += what each lane adds to its sum: a row of weights times v.
 static inline void accumulate(const scalar *weights, long width,
                               const scalar *v, long lanes, real *sums) {
@@ -30,20 +28,10 @@ static inline void accumulate(const scalar *weights, long width,
 
 // Of each lane's vector the sum of its elements.
 static inline real totals(const real *sums) {
-  enum { PARTS = sizeof(real) / 16, EACH = 16 / sizeof(scalar) };
   real found;
 #pragma GCC unroll 16
-  for (int lane = 0; lane < LANES; lane++) {
-    narrow parts[PARTS], sum;
-    memcpy(parts, &sums[lane], sizeof(real));
-    sum = parts[0];
-    for (int part = 1; part < PARTS; part++)
-      sum += parts[part];
-    scalar total = 0;
-    for (int k = 0; k < EACH; k++)
-      total += sum[k];
-    found[lane] = total;
-  }
+  for (int lane = 0; lane < LANES; lane++)
+    found[lane] = total_of(sums[lane]);
   return found;
 }
 

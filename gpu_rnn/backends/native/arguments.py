@@ -49,17 +49,6 @@ class Packing(NamedTuple):
     places: dict[str, int]  # of each name, or of the first of each state's, among the fields
     fields: int
 
-    def filled(
-        self,
-        numbers: Mapping[str, int],
-        tensors: Mapping[str, Tensor | None],
-        lists: Mapping[str, Sequence[Tensor | None]],
-    ) -> bytes:
-        """From numbers, tensors without gaps and those of each state; what is not named is 0 or null."""
-        fields = self.numbered(numbers)
-        self.put(fields, tensors, lists)
-        return self.packed(*fields)
-
     def numbered(self, numbers: Mapping[str, int]) -> list[int]:
         """All fields, with these numbers."""
         fields = [0] * self.fields

@@ -128,7 +128,8 @@ def forward(
     tensors["y"] = y
     if controls is not PLAIN:
         tensors |= controls.of_loops
-    _run(plan, plan.run, sizes, fields, tensors, {"initial": states, "final": final, "resets": resets})
+    lists = {"initial": states, "final": final, "resets": resets}
+    launch.start(plan.run, plan.packing, fields, sizes.threads, sizes.gates, tensors, lists)
     return Done(y, final, inner, saved if save else [], sizes)
 
 
@@ -151,22 +152,6 @@ def _place(fields: list[int], room: Room, whole: Tensor) -> None:
     start = whole.data_ptr()
     for place, offset in room.places:
         fields[place] = start + offset
-
-
-def _run(
-    plan: LayerPlan,
-    run: launch.LoopInC,
-    sizes: LayerSizes,
-    fields: list[int],
-    tensors: dict[str, Tensor | None],
-    lists: dict[str, Sequence[Tensor | None]],
-) -> None:
-    if sizes.threads > 1:
-        for name, number in launch.of_threads(sizes.threads, *sizes.gates[1:3]).items():
-            fields[plan.packing.places[name]] = number
-    plan.packing.put(fields, tensors, lists)
-    if run(plan.packing.packed(*fields)):
-        raise MemoryError(launch.NO_MEMORY)
 
 
 def backward(
@@ -214,7 +199,7 @@ def backward(
     if controls is not PLAIN:
         tensors |= controls.of_loops
     lists = {"initial": states, "d_final": d_final, "d_initial": d_states, "resets": resets, "d_resets": d_resets}
-    _run(plan, plan.back, sizes, fields, tensors, lists)
+    launch.start(plan.back, plan.packing, fields, sizes.threads, sizes.gates, tensors, lists)
     return [d_x, *d_states, *d_weights, *d_resets]
 
 

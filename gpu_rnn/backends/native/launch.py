@@ -26,7 +26,6 @@ from gpu_rnn.memo import memoize
 log = logging.getLogger("gpu_rnn")
 LoopInC = Callable[[bytes], int]  # a loop in C, of its arguments; 1 where memory is short
 OF_A_THREAD = 5e6  # floating-point operations that are worth starting a thread for: some 0.1 ms; predicted
-NO_MEMORY = "the time loop in C has no memory for its weights and states"
 
 _stays = "`unsupported` is asked after `prepare`, in whatever thread"
 _failures: dict[tuple[str, torch.dtype, bool], str] = memo.hold(f"{__name__}: failures", {}, None, stays=_stays)
@@ -181,19 +180,38 @@ def _run(
     of_each_state: Mapping[str, Sequence[Tensor]],
     save: bool = False,
 ) -> None:
-    """Runs one direction. Raises MemoryError where the loop's own memory is not to be had."""
+    """`start` of a call."""
     weights = call.weights
     lists: dict[str, Sequence[Tensor]] = {"initial": call.states, "resets": call.reset_values, **of_each_state}
     read = {"w_hh": weights.w_hh, "b_hh": weights.b_hh, "params": weights.params, "w_hr": weights.w_hr}
     tensors = read | {"norm": weights.norm, **steering(call.controls), **given}
-    width, (_, batch, n, *_) = weights.w_hh.shape[-1], gates.shape
+    width, batch, n = weights.w_hh.shape[-1], *gates.shape[1:3]
     threads = min(torch.get_num_threads(), worth(multiplications(gates.shape, width), batch * n))
-    numbers = extents(gates.shape, width) | of_threads(threads, batch, n)
-    numbers |= of_controls(call.controls, call.reset_values)
-    numbers |= {"save": int(save), "rms": int(call.rms), "reverse": ctypes.addressof(directions(call.reverse))}
     packing = arguments.of_a_loop(len(call.states))
-    if run(packing.filled(numbers, tensors, lists)):
-        raise MemoryError(NO_MEMORY)
+    numbers = of_a_call(gates.shape, width, of_controls(call.controls, call.reset_values), save, call.rms, call.reverse)
+    start(run, packing, packing.numbered(numbers), threads, gates.shape, tensors, lists)
+
+
+def start(
+    run: LoopInC,
+    packing: arguments.Packing,
+    fields: list[int],
+    threads: int,
+    gates: Sequence[int],
+    tensors: Mapping[str, Tensor | None],
+    lists: Mapping[str, Sequence[Tensor | None]],
+) -> None:
+    """Runs one direction, of gates (T, B, N, G, H), with `fields` as all its arguments but for threads and addresses.
+
+    Raises:
+        MemoryError: the loop's own memory is not to be had.
+    """
+    if threads > 1:
+        for name, number in of_threads(threads, *gates[1:3]).items():
+            fields[packing.places[name]] = number
+    packing.put(fields, tensors, lists)
+    if run(packing.packed(*fields)):
+        raise MemoryError("the time loop in C has no memory for its weights and states")
 
 
 def _dense_call(call: Call, dtype: torch.dtype) -> Call:
@@ -224,10 +242,14 @@ def side_by_side(program: Program) -> int:
     return text.vectors(program, False, building.instruction_sets()[0])
 
 
-def extents(gates: Sequence[int], width: int) -> dict[str, int]:
-    """Of gates (T, B, N, G, H); for one thread."""
+def of_a_call(
+    gates: Sequence[int], width: int, steering: Mapping[str, int], save: bool, rms: bool, reverse: str
+) -> dict[str, int]:
+    """The numbers among the arguments, of gates (T, B, N, G, H); for one thread."""
     steps, batch, n, _, hidden = gates
-    return {"steps": steps, "batch": batch, "across": n, "units": hidden, "width": width, "threads": 1, "tiles": 1}
+    numbers = {"steps": steps, "batch": batch, "across": n, "units": hidden, "width": width, "threads": 1, "tiles": 1}
+    of_all = {"save": int(save), "rms": int(rms), "reverse": ctypes.addressof(directions(reverse))}
+    return numbers | dict(steering) | of_all
 
 
 def of_threads(threads: int, batch: int, n: int) -> dict[str, int]:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -90,14 +89,8 @@ def of(
     count, split, itemsize = len(program.gates), len(program.split), bits // 8
     gates = steps, batch, n, count, of_gates // count
     hidden, inner = gates[-1], ((len(program.states) - 1), steps, batch, n, gates[-1])
-    numbers = launch.extents(gates, width) | dict(kind.steering)
-    numbers |= {
-        "save": int(kind.save),
-        "silent": int(bool(kind.steering) and not kind.all_states),
-        "rms": int(rms),
-        "features": features,
-        "reverse": ctypes.addressof(launch.directions(reverse)),
-    }
+    numbers = launch.of_a_call(gates, width, dict(kind.steering), kind.save, rms, reverse)
+    numbers |= {"silent": int(bool(kind.steering) and not kind.all_states), "features": features}
     products = launch.multiplications(gates, width)
     threads = min(kind.threads, launch.worth(products, batch * n))
     of_inputs = steps * batch * features * of_gates * n

@@ -21,8 +21,8 @@ C_TYPES = {torch.float32: "float", torch.float64: "double"}
 @memoize(256)
 def of(text: str, dtype: torch.dtype, backward: bool, target: InstructionSet) -> str:
     """Everything that is compiled for a program in one direction."""
-    parts = [*_before(text, dtype, backward, target), _file("normalisation.h")]
-    return "\n".join([*parts, *map(_file, ("backward.c", "gradients.c") if backward else ("forward.c",))])
+    own = ("backward.c", "gradients.c") if backward else ("inputs.h", "forward.c")
+    return "\n".join([*_before(text, dtype, backward, target), *map(_file, ("normalisation.h", *own))])
 
 
 @memoize(256)

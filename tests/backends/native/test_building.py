@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -59,7 +60,7 @@ def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def needed() -> str:
     native.any_compiler()
-    return building.compiler()[0]
+    return shlex.join(building.compiler())
 
 
 def test_a_build_is_said_once(compiler: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -329,6 +330,7 @@ def test_an_interrupted_build(compiler: Path, cache_folder: Path) -> None:
 FULL = """
 import resource
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, 1 << 12))
+import shlex
 import signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 import torch, gpu_rnn
