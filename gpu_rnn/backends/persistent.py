@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from gpu_rnn.backends.problem import CONTROL_FIELDS, Problem
+from gpu_rnn.backends.problem import OF_ALL_LOOPS, Problem
 from gpu_rnn.backends.tensors import Call, LoopGradients
 from gpu_rnn.memo import memoize
 
@@ -26,7 +26,7 @@ def unsupported(problem: Problem, *more: str) -> list[str]:
         reasons.append(f"needs compute capability {OLDEST[0]}.{OLDEST[1]} or newer, which {device.name} has not")
     if problem.dtype not in DTYPES:
         reasons.append(f"takes float16, bfloat16 and float32, not {str(problem.dtype).removeprefix('torch.')}")
-    return reasons + problem.without(*CONTROL_FIELDS, "all_states", *more)
+    return reasons + problem.without(*OF_ALL_LOOPS, *more)
 
 
 def summed(call: Call, grads: LoopGradients) -> LoopGradients:

@@ -12,13 +12,10 @@ from gpu_rnn.compiler.program import Program
 from gpu_rnn.devices import CPU, Device
 from gpu_rnn.recurrence import Recurrence
 
-CONTROL_FIELDS = (
-    "lengths",
-    "flags",
-    "reset_values",
-    "drop",
-    "zone",
-)  # the fields of `Problem` that a call's controls set
+# The fields of `Problem` that a call's controls set.
+CONTROL_FIELDS = ("lengths", "flags", "reset_values", "drop", "zone")
+# Options that every time loop takes. A new one is not among them: each loop that takes it names it besides.
+OF_ALL_LOOPS = ("lengths", "flags", "reset_values", "drop", "zone", "all_states")
 DIRECTIONS = ("inference", "training", "backward")
 
 

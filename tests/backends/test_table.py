@@ -10,6 +10,7 @@ import torch
 
 import gpu_rnn
 from gpu_rnn import backends
+from gpu_rnn.backends.problem import Problem
 from gpu_rnn.call import passes
 from gpu_rnn.diagnostics import debugging, tuning
 from gpu_rnn.dispatch import choice, lines
@@ -38,6 +39,13 @@ def test_what_follows_from_the_table() -> None:
     assert list(backends.KERNELS) == ["resident", "group", "native", "step"]
     assert backends.LOOPS == ("resident", "group", "native", "step", "reference")
     assert backends.WAVEFRONTS == ("resident", "group")
+
+
+@pytest.mark.parametrize("name", [name for name in backends.BACKENDS if name != "reference"])
+def test_an_option_that_a_backend_was_not_taught_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = gpu_rnn.explain(gpu_rnn.LSTM(3, 4), torch.empty(5, 2, 3)).problem
+    monkeypatch.setattr(Problem, "options", {"novel": "what is new"})
+    assert "does not take what is new" in backends.BACKENDS[name].unsupported(problem)
 
 
 @pytest.mark.usefixtures("toy")

@@ -266,3 +266,6 @@ def test_an_option_stands_in_few_files() -> None:
     ]
     naming = [path.relative_to(ROOT).as_posix() for path in places if "zone" in path.read_text().lower()]
     assert len(naming) <= 17, naming
+    listed = (ROOT / "CONTRIBUTING.md").read_text()
+    missing = [path for path in naming if path not in listed]
+    assert not missing, f"add these to the steps of 'Add an option' in CONTRIBUTING.md: {missing}"

@@ -17,7 +17,7 @@ from gpu_rnn import memo
 from gpu_rnn.backends import cpu_cost, linear, rates
 from gpu_rnn.backends.native import arguments, building, limits, one_step, team, text
 from gpu_rnn.backends.native.building import CompilerError
-from gpu_rnn.backends.problem import CONTROL_FIELDS, Problem
+from gpu_rnn.backends.problem import OF_ALL_LOOPS, Problem
 from gpu_rnn.backends.step.product import normalised_products
 from gpu_rnn.backends.tensors import PLAIN, Call, LayerControls, LoopGradients, Result, Weights, dense, state_dtype
 from gpu_rnn.compiler.program import Program
@@ -38,7 +38,7 @@ def unsupported(problem: Problem) -> list[str]:
         reasons.append(f"runs on a CPU, not on {device.name if device.is_gpu else problem.device_type}")
     if state_dtype(problem.dtype) not in text.C_TYPES:
         reasons.append(f"takes real floating-point numbers, not {str(problem.dtype).removeprefix('torch.')}")
-    return reasons + problem.without(*CONTROL_FIELDS, "all_states", "norm", "rms") or _against_building(problem)
+    return reasons + problem.without(*OF_ALL_LOOPS, "norm", "rms") or _against_building(problem)
 
 
 def _against_building(problem: Problem) -> list[str]:

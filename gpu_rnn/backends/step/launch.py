@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from gpu_rnn.backends import building, chains, cpu_cost, rates
-from gpu_rnn.backends.problem import Problem
+from gpu_rnn.backends.problem import OF_ALL_LOOPS, Problem
 from gpu_rnn.backends.step import gpu, torch_backward, torch_forward
 from gpu_rnn.backends.tensors import Call, LoopGradients, Result
 from gpu_rnn.backends.throughput import products
@@ -23,7 +23,8 @@ prepare = _builds.prepare
 
 def unsupported(problem: Problem) -> list[str]:
     """Why the step loop cannot run a problem."""
-    return ["complex numbers run on the reference only"] * problem.dtype.is_complex or _builds.reasons(problem)
+    reasons = ["complex numbers run on the reference only"] * problem.dtype.is_complex
+    return reasons + problem.without(*OF_ALL_LOOPS, "norm", "rms") or _builds.reasons(problem)
 
 
 def cost(problem: Problem, constants: rates.Rates | None = None) -> float:
