@@ -17,6 +17,7 @@ import gpu_rnn
 from gpu_rnn import cli
 from gpu_rnn.demo import command
 from gpu_rnn.dispatch import choice
+from tests.support.waiting import PATIENCE
 
 COMMAND = [sys.executable, "-m", "gpu_rnn"]
 ENVIRONMENT = {**os.environ, "PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -33,7 +34,7 @@ def _run(*arguments: str, cwd: Path, **environment: str) -> subprocess.Completed
         env=ENVIRONMENT | environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
         check=False,
     )
 
@@ -286,7 +287,7 @@ def test_ctrl_c_ends_the_demo_with_one_line(tmp_path: Path) -> None:
         assert demo.stdout is not None
         assert any(line.startswith("JapaneseVowels") for line in demo.stdout)  # waits until training begins
         demo.send_signal(signal.SIGINT)
-        _, errors = demo.communicate(timeout=60)
+        _, errors = demo.communicate(timeout=PATIENCE)
     assert demo.returncode == 130
     assert "Traceback" not in errors
     assert errors.rstrip().splitlines()[-1].endswith("gpu-rnn: stopped.")

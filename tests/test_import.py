@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.support.waiting import PATIENCE
+
 LIMIT_S = 0.2  # of CPU time, which a busy machine does not lengthen, beside what importing torch takes
 
 SECONDS_BESIDE_TORCH = """
@@ -33,7 +35,7 @@ print(tuple(y.shape))
 
 def python(program: str, environment: dict[str, str] | None = None) -> str:
     command = [sys.executable, "-c", program]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

@@ -20,6 +20,7 @@ import gpu_rnn
 from gpu_rnn import initializers
 from gpu_rnn.initializers import INITIALIZERS, apply, fill_, resolve
 from tests.support.paths import TESTS
+from tests.support.waiting import PATIENCE
 
 GATES, HIDDEN, INPUT = 4, 48, 30
 FAN_IN, FAN_OUT = INPUT, GATES * HIDDEN  # of Keras's kernel (I, G * H), as a whole
@@ -277,7 +278,7 @@ def test_sharded_weights_take_every_initializer(tmp_path: Path) -> None:
     ]
     try:
         for process in both:
-            _, errors = process.communicate(timeout=180)
+            _, errors = process.communicate(timeout=PATIENCE)
             assert process.returncode == 0, errors[-2000:]
     finally:
         for process in both:

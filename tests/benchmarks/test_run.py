@@ -24,6 +24,7 @@ from gpu_rnn.backends import reference
 from gpu_rnn.backends.step import launch as step
 from gpu_rnn.dispatch import choice
 from tests.support.paths import ROOT
+from tests.support.waiting import PATIENCE
 
 ON_CPU = [
     "--device",
@@ -188,7 +189,7 @@ def test_without_tqdm_and_matplotlib_and_within_seconds(tmp_path: Path) -> None:
         "runpy.run_path('benchmarks/run.py', run_name='__main__')"
     )
     command = [sys.executable, "-W", "error", "-c", code]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stderr
     assert "[1/11] tiny/" in done.stdout
     assert f"left out for want of time: 10 of 11 cases; go on with --resume {out}\n  tiny: 10 in fp32" in done.stdout
@@ -299,7 +300,7 @@ def test_all_sets_in_the_order_of_their_value() -> None:
 def test_the_gpus_kernels_are_checked_on_the_cpu(tmp_path: Path) -> None:
     out = tmp_path / "rows.csv"
     command = [sys.executable, "benchmarks/run.py", "--emulate", "--dtype", "bf16", "--out", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = list(csv.DictReader(out.read_text().splitlines()))
     assert {row["status"] for row in rows} == {"emulated"}

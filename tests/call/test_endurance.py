@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 import gpu_rnn
 from gpu_rnn.backends.group import deadline
 from gpu_rnn.backends.group.layout import Layout
+from tests.support.waiting import PATIENCE
 
 STATM = Path("/proc/self/statm")
 
@@ -179,7 +180,7 @@ def test_workers_of_a_data_loader(method: str) -> None:
         pytest.skip(f"this platform has no {method}")
     data = Encoded(gpu_rnn.GRU(2, 3, activation="softsign"))
     expected = [data[index] for index in range(len(data))]
-    loader = DataLoader(data, batch_size=None, num_workers=2, multiprocessing_context=method, timeout=120)
+    loader = DataLoader(data, batch_size=None, num_workers=2, multiprocessing_context=method, timeout=PATIENCE)
     for found, wanted in zip(loader, expected, strict=True):
         torch.testing.assert_close(found, wanted)
 

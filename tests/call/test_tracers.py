@@ -24,6 +24,7 @@ from tests.support.recorded import (
     loss_of,
     make,
 )
+from tests.support.waiting import PATIENCE
 
 # What torch itself does at the first use of forward mode; torch.jit is old, and says so in some versions.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -63,7 +64,7 @@ torch.jit.trace(lambda x, lengths: layer(x, lengths=lengths)[0], (x, lengths))
 
 
 def test_jit_trace_says_as_little_of_sizes_as_of_torch_nn() -> None:
-    done = subprocess.run([sys.executable, "-c", QUIET], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run([sys.executable, "-c", QUIET], capture_output=True, text=True, timeout=PATIENCE, check=True)
     assert "TracerWarning" not in done.stderr
 
 

@@ -18,12 +18,13 @@ import torch
 import gpu_rnn
 from gpu_rnn import Recurrence, TraceError, activations, cells
 from gpu_rnn.compiler.program import Program
+from tests.support.waiting import PATIENCE
 
 
 def another_thread(function: Callable[[], Any]) -> Any:
     """What a function returns or raises there."""
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(function).result(timeout=60)
+        return pool.submit(function).result(timeout=PATIENCE)
 
 
 def traced_while(function: Callable[[], Any]) -> list[Any]:

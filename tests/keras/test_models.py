@@ -21,6 +21,7 @@ if importlib.util.find_spec("keras") is None:
 from tests.support import keras_layers as support
 from tests.support.keras_layers import gpu_rnn, keras
 from tests.support.paths import ROOT
+from tests.support.waiting import PATIENCE
 
 pytestmark = support.quiet
 
@@ -149,7 +150,7 @@ print(model.predict(numpy.load(sys.argv[2]), verbose=0).tolist())
 def python(program: str, *arguments: Any, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", program, *map(str, arguments)]
     return subprocess.run(
-        command, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=120
+        command, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=PATIENCE
     )
 
 

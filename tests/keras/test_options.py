@@ -341,5 +341,5 @@ def test_a_misspelt_argument_of_a_call_is_answered(name: str) -> None:
     for misspelt, meant in (("masks", "mask"), ("init_state", "initial_state"), ("trainning", "training")):
         with pytest.raises(TypeError, match=rf"^{name}.call\(\) got an .* '{misspelt}'; did you mean {meant}\?$"):
             layer(x, **{misspelt: None})
-    with pytest.raises(TypeError, match="'something'$"):
+    with pytest.raises(TypeError, match=r"'something'$"):
         layer(x, something=None)

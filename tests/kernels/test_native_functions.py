@@ -16,6 +16,7 @@ import torch
 
 from tests.support import native
 from tests.support.paths import ROOT
+from tests.support.waiting import PATIENCE
 
 ULPS = 2
 STEP = 100_003  # of all float32's 2³² one in so many, 42,949 in all
@@ -166,5 +167,5 @@ print("done")
 def test_nothing_is_undefined() -> None:
     native.needs("gcc", "plain")
     command = [sys.executable, "-c", UNDEFINED]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert run.stdout.split()[-1] == "done", run.stderr

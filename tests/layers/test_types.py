@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from tests.support.paths import ROOT
+from tests.support.waiting import PATIENCE
 
 
 @pytest.mark.slow
@@ -19,5 +20,5 @@ def test_calls_have_the_right_types(checker: str) -> None:
         pytest.skip(f"needs {checker}: pip install {checker}")
     python = ["--pythonpath", sys.executable] if checker == "pyright" else []
     command = [sys.executable, "-m", checker, *python, "tests/support/typed_calls.py"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stdout[-3000:]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.paths import ROOT
+from tests.support.waiting import PATIENCE
 
 BUILT = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info")  # an old manifest hides omissions
 
@@ -28,7 +29,7 @@ print(json.dumps([gpu_rnn.__file__, gpu_rnn.kernels.__file__, digests]))
 
 
 def run(*command: str | Path, cwd: Path, stdin: str = "") -> str:
-    done = subprocess.run(command, cwd=cwd, input=stdin, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=cwd, input=stdin, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
