@@ -20,7 +20,9 @@ from gpu_rnn.memo import memoize
 SCHEDULES = "resident_tiles.csv"
 ROWS = 16  # of the batch in a tile: what a tensor-core instruction takes; fewer would be computed all the same
 WARP_BYTES = 128  # of a row of pre-activations, for each warp: 8 values of each of an LSTM's gates for a thread
+WARP_THREADS = 32
 MOST_WARPS = 8  # with 16 a thread has 128 registers, and a GRU in tf32 spills
+MOST_VALUES = 56  # of gates, states and parameters in a thread of a backward pass: 64 spill, on 4 warps
 ROW_BYTES = 16  # bytes: rows that begin at a multiple of them are addressed together
 HALVES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -122,7 +124,7 @@ def tile(problem: Problem) -> Tile:
     alike = _nearest(build)
     warps, stages, registers, held, *_ = schedules()[alike] if alike else (usual_warps(problem), 2, 0, 0)
     if alike != build or not _is_plain(problem):
-        registers = held = 0
+        warps, registers, held = _enough(warps, problem), 0, 0
     while stages > 1 and shared_memory(problem, stages, held) > available(problem):
         stages -= 1
     return Tile(ROWS, build.width, warps, stages, registers, held)
@@ -133,6 +135,16 @@ def _is_plain(problem: Problem) -> bool:
     more = problem.options or problem.lengths or problem.program.params
     sizes = problem.H, problem.proj_size
     return not more and all(size * problem.dtype.itemsize % ROW_BYTES == 0 for size in sizes)
+
+
+def _enough(warps: int, problem: Problem) -> int:
+    """So many warps, or as many more as leave a thread of a backward pass its values in registers: pre-activations of
+    the gates, and what it carries from step to step of the gradients of states and parameters."""
+    program, (width, _) = problem.program, widths(problem)
+    values = ROWS * width * (problem.G + len(program.states) + len(program.params)) // WARP_THREADS
+    while problem.direction == "backward" and warps < MOST_WARPS and values > warps * MOST_VALUES:
+        warps *= 2
+    return warps
 
 
 def usual_warps(problem: Problem) -> int:

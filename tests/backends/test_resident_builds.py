@@ -3,8 +3,8 @@
 
 What is built is the launcher's own launch with tensors that have no memory. Triton's compiler accepts what does not
 fit, so the budgets are asserted here: shared memory within a block's limit and within what the launcher predicts, and
-no access to local memory in the time loop. (ptxas now and then keeps a few bytes aside before the loop and takes them
-back after it, with registers left: that costs nothing.)
+no access to local memory in the time loop. (ptxas now and then keeps an integer or two aside before the loop and takes
+them back after it, to stay at 128 registers, of which two blocks have room: two accesses a sequence.)
 
 `test_budgets.py` writes what the builds take into kernels/budgets.md.
 """
@@ -45,7 +45,8 @@ LARGE = ("slstm", "peephole_lstm")
 ODD_SPILLS = (
     160  # what an odd H is granted, where each value has its own address; and a mask for each gate in full fp32
 )
-STACK = 64  # bytes; the largest of `test_builds_everywhere` is 16
+STACK = 16  # bytes around a loop that does not touch them: integers kept from before it to after it
+ODD_STACK = 160  # likewise where H is odd: 152 is the most
 GATES = -1  # stands for a cell's number of gates
 PROJECTED = ("lstm", "peephole_lstm", "coupled_lstm", "slstm")
 HALF, MOST = "half", "most"  # of the units: to how many h is projected
@@ -200,7 +201,7 @@ def check(case: Case, folder: Path, projected: str = "") -> None:
     if projected and (cell in LARGE or kind == "fp32"):
         most = max(most, PROJECTED_SPILLS)
     assert found.spills <= most
-    assert found.stack <= STACK or most > SPILLS
+    assert found.spills or found.stack <= (ODD_STACK if missing == 1 else STACK)
     tile = resident.tile(given)
     assert found.shared <= resident.shared_memory(given, tile.stages, tile.held) <= SHARED_MEMORY[architecture]
 

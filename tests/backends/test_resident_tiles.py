@@ -97,6 +97,21 @@ def test_what_is_like_a_build_takes_its_row_but_for_its_registers(
     assert tile(problem(**other)) == Tile(16, 64, 8, 3)
 
 
+@pytest.mark.parametrize(
+    ("recurrence", "warps"), [(cells.lstm(), 4), (cells.lstm(peephole=True), 8), (cells.slstm(), 8)]
+)
+def test_more_states_and_parameters_than_a_row_is_for_take_more_warps(
+    table: dict[Build, Schedule], recurrence: Any, warps: int
+) -> None:
+    """Backward, where their gradients stay in registers: on 4 warps they spill."""
+    for hidden, direction in ((64, "backward"), (64, "training"), (32, "backward")):
+        table[build_of(problem(hidden, direction=direction))] = Schedule(4, 3, 0, 0, 1, "")
+    resident_tiles._nearest.cache_clear()
+    assert tile(problem(recurrence=recurrence, direction="backward")).warps == warps
+    assert tile(problem(recurrence=recurrence, direction="training")).warps == 4
+    assert tile(problem(32, recurrence=recurrence, direction="backward")).warps == 4
+
+
 def test_the_row_most_like_a_build(table: dict[Build, Schedule]) -> None:
     """Of its dtype first, then of its cell, then of its architecture."""
     ours = build_of(problem())
