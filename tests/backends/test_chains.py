@@ -18,6 +18,7 @@ from gpu_rnn import cells, devices
 from gpu_rnn.backends import SOURCES, chains, resident
 from gpu_rnn.backends.chains import Chain
 from gpu_rnn.backends.group import choice as group
+from gpu_rnn.backends.group import projecting
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.backends.step import launch as step
 from tests.backends import test_simulated_steps as page
@@ -108,6 +109,15 @@ def test_a_normalised_cell_without_rows_is_in_proportion_to_a_normalised_one() -
     share = group.modelled(other) / group.modelled(known)
     assert chains.step(other, "group", group.modelled) == pytest.approx(share * seconds(NORM, 256, 16))
     assert SOURCES["group"](other) == "modelled"
+
+
+@pytest.mark.parametrize("build", [LSTM, NORM], ids=lambda build: build.option or "plain")
+def test_a_projected_layer_has_the_rows_of_the_kernel_that_runs(build: Chain) -> None:
+    """Whose products with W_hr and W_hh are one, normalised or not; `group` has no rows of projections."""
+    alone = simulating.problem(build, 256, 16)
+    projected = replace(alone, proj_size=128)
+    assert SOURCES["group"](projected) == SOURCES["group"](alone) == "simulated"
+    assert group.cost(projected) - projecting.around(projected) == pytest.approx(group.cost(alone))
 
 
 def test_no_table_leaves_the_model(monkeypatch: pytest.MonkeyPatch) -> None:

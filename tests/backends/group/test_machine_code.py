@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
+from benchmarks.simulating import builds, paths
 from benchmarks.simulating.instructions import Instruction, disassemble, loops
 from benchmarks.simulating.tools import tool
 from gpu_rnn.backends.group import launch as group
@@ -81,3 +82,10 @@ def test_the_first_look_at_words_is_unconditional() -> None:
     polls = [k for k, each in enumerate(code) if each.op.startswith("LDG.E.STRONG")][:words]
     assert len(polls) == words and not any(code[k].predicate for k in polls)
     assert not any(each.base in BRANCHES for each in code[polls[0] : polls[-1]])
+
+
+def test_what_is_loaded_before_the_loop_is_not_waited_for_in_it() -> None:
+    """A row's length: later loads count on its scoreboard too, so a wait for it is one for them (GRU, 1,024 units)."""
+    problem = replace(Case("sm_90a", "training", "fp16", "gru", 1024).problem, B=16)
+    (kernel,) = builds.kernels(problem, "group")
+    assert not list(paths.early_waits(kernel.code, kernel.paths[0]))
