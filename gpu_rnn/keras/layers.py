@@ -54,7 +54,7 @@ class TimeLoop(Advising):
 
     def call(self, sequences: Tensor, initial_state: Any = None, mask: Any = None, training: bool = False) -> Any:
         try:
-            return super().call(  # type: ignore[misc]
+            return super().call(
                 sequences, initial_state=initial_state, mask=mask_of(sequences, mask), training=training
             )
         finally:  # after an error, too: the next call may have another shape
