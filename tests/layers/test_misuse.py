@@ -68,7 +68,8 @@ CONSTRUCTORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "one of torch's of two": (
         lambda: gpu_rnn.LSTM(I, H, activation=torch.softmax),
         ValueError,
-        "^lstm: activation softmax: `softmax`: .* missing 1 required",
+        # Of Python's own signature, and of torch 2.11's.
+        "^lstm: activation softmax: `softmax`: .* (missing 1 required|invalid combination of arguments)",
     ),
     "one of NumPy's": (
         lambda: gpu_rnn.LSTM(I, H, activation=np.tanh),
