@@ -19,7 +19,7 @@ test:  ## the tests, at most 15 minutes on 2 cores
 	@.ci/venv demo test keras docs
 	@$(PY) tests -m "not slow" $(ARGS)
 
-test-all:  ## all tests, for hours (CONTRIBUTING.md says how many): broken off, it goes on where it was
+test-all:  ## the slow tests too, and test-clients (CONTRIBUTING.md: how long); broken off, it goes on where it was
 	@.ci/venv demo test keras docs
 	@status=0; export RESUME=1; \
 	$(PY) tests --ignore=tests/clients $(ARGS) || status=$$?; \
