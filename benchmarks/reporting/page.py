@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
+from types import MappingProxyType
 
 from benchmarks.cases.names import PEERS, TORCH
 from benchmarks.reporting import cpu
@@ -20,7 +21,7 @@ from benchmarks.reporting.results import (
     timed,
 )
 from benchmarks.reporting.summary import SIZES, Measured, figure, ratios, size
-from benchmarks.reporting.tables import number, ratio, table, time
+from benchmarks.reporting.tables import number, paragraph, ratio, table, time
 
 COUNTED = ("ratio to torch.nn: geometric mean (lowest to highest)", "cases without a ratio:")
 CERTIFIED = "The [certificate]({}/certificate.md) says what was checked on this GPU, and how that ended."
@@ -29,11 +30,19 @@ ON_A_CPU = (
     "These are times on a CPU. They say nothing of a GPU. The backend of a case is the one that a layer took in that\n"
     "run; cost models fitted later may take another."
 )
+OF_A_CPU = ("Time of a step and its multiplications", "Streams")  # a GPU's page does without
 VERSIONS = ("driver", "cuda", "cudnn", "torch", "triton", "cupy", "onnxruntime", "compiler")
 
 
-def markdown(gpu: Measured, pictures: Mapping[str, tuple[str, list[str]]], certified: bool) -> str:
-    """The page. `pictures`: by title, what to say about them and their paths."""
+def markdown(
+    gpu: Measured,
+    pictures: Mapping[str, tuple[str, list[str]]],
+    certified: bool,
+    more: Mapping[str, list[str]] = MappingProxyType({}),
+    after: Sequence[str] = (),
+) -> str:
+    """The page. `pictures`: by title, what to say about them and their paths; `more`: by title, what comes below them;
+    `after`: what is simulated of the device."""
     cases = gpu.cases
     lines = [
         f"# {gpu.device}",
@@ -46,17 +55,19 @@ def markdown(gpu: Measured, pictures: Mapping[str, tuple[str, list[str]]], certi
         "",
         *(_summary(cases) if gpu.is_gpu else cpu.summary(cases)),
     ]
-    lines += ["", "## Where it is slower", "", *_slower(gpu)]
     for title, (caption, paths) in pictures.items():
-        if not (paths or gpu.is_gpu):  # a CPU has no floor, and its memory is not counted
+        if not (paths or (gpu.is_gpu and title not in OF_A_CPU)):  # a CPU has no floor, and its memory is not counted
             continue
-        lines += ["", f"## {title}", "", caption]
+        lines += ["", f"## {title}", "", *paragraph(caption)]
         for path in paths:
             lines += ["", f"![{title}: {path.rpartition('/')[2]}]({path})"]
         lines += [] if paths else ["", "Not measured."]
+        lines += more.get(title, [])
+    lines += ["", "## Where it is slower", "", *_slower(gpu)]
     rows = [[f"[{name}]({gpu.name}/{name}.md)", *_counted(own)] for name, own in by_set(gpu).items()]
     lines += ["", "## Every case", "", *table(["set", *COUNTED], rows)]
-    return "\n".join([*lines, "", "## Not timed", "", *_refused([*cases, *gpu.streams])]) + "\n"
+    lines += ["", "## Not timed", "", *_refused([*cases, *gpu.streams]), *after]
+    return "\n".join(lines) + "\n"
 
 
 def _standing(gpu: Measured, certified: bool) -> str:

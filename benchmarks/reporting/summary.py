@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import geometric_mean
+from types import MappingProxyType
 
 from benchmarks.reporting import cpu
 from benchmarks.reporting.results import DIRECTIONS, DTYPES, NOISE, Case
-from benchmarks.reporting.tables import ratio, table
+from benchmarks.reporting.tables import paragraph, ratio, table
 
 LARGE = 1024  # units; larger layers are summarised apart, because their weights do not fit on a GPU's chip
 SIZES = (f"H ≤ {LARGE}", f"H > {LARGE}")
@@ -88,8 +89,8 @@ def by_dtype(cases: Iterable[Case]) -> list[str]:
 
 
 def block(gpus: Sequence[Measured], docs: str) -> list[str]:
-    """What README.md says: the GPU with the most cases in a table, the others in a line each, then every CPU. `docs` is
-    the folder's name."""
+    """README's tables: the GPU with the most cases in one, the others in a line each, then every CPU. `docs` is the
+    folder's name."""
     on_a_cpu = [line for each in gpus if not each.is_gpu for line in _of_a_cpu(each, docs)]
     return [*_of_gpus([each for each in gpus if each.is_gpu], docs), *on_a_cpu]
 
@@ -97,10 +98,11 @@ def block(gpus: Sequence[Measured], docs: str) -> list[str]:
 def _of_a_cpu(measured: Measured, docs: str) -> list[str]:
     return [
         "",
-        f"On a CPU, **{measured.device}** ({measured.date}), one thread, fp32, how many times as fast as torch.nn: "
-        "geometric mean (lowest to",
-        f"highest) of [small layers]({docs}/performance/{measured.name}.md), each on the backend that it "
-        "took in that run.",
+        *paragraph(
+            f"**{measured.device}**, one thread, fp32, times as fast as torch.nn: geometric mean (lowest to "
+            f"highest), each on the backend that it took in that run ([pictures, and every case]("
+            f"{docs}/performance/{measured.name}.md))."
+        ),
         "",
         *cpu.summary(measured.cases),
     ]
@@ -108,24 +110,10 @@ def _of_a_cpu(measured: Measured, docs: str) -> list[str]:
 
 def _of_gpus(gpus: Sequence[Measured], docs: str) -> list[str]:
     if not gpus:
-        return [
-            "**Nothing has been measured on a GPU yet.** Where the library is faster than torch.nn, by how much, and "
-            "where it is not, is",
-            f"still to be measured, by {HOW}. [Performance]({docs}/performance.md)",
-            "says how. Until then there are only predictions, called so: in [kernels/README.md](kernels/README.md), "
-            "and from `explain`.",
-        ]
-    first, *others = sorted(gpus, key=lambda gpu: -len(gpu.ratios))
-    page = f"{docs}/performance/{first.name}.md"
-    lines = [
-        f"On **{first.device}** ({first.date}), this many times as fast as torch.nn: geometric mean (lowest to "
-        "highest) of "
-        f"[{len(first.ratios)} cases]({page}).",
-        "",
-        *by_dtype(first.cases),
-        "",
-        _slower(first, page),
-    ]
+        return []
+    most, *others = sorted(gpus, key=lambda gpu: -len(gpu.ratios))
+    page = f"{docs}/performance/{most.name}.md"
+    lines = ["", *by_dtype(most.cases), "", _slower(most, page)]
     for gpu in others:
         lines.append(f"On [{gpu.device}]({docs}/performance/{gpu.name}.md): {figure(gpu.ratios)}.")
     return lines
@@ -154,21 +142,24 @@ def inserted(text: str, lines: Sequence[str], path: Path) -> str:
     return before + "\n".join([BEGIN, *lines, END]) + rest.partition(END)[2]
 
 
-def index(gpus: Sequence[Measured]) -> str:
-    """docs/performance.md."""
+def index(gpus: Sequence[Measured], simulated: Mapping[str, str] = MappingProxyType({})) -> str:
+    """docs/performance.md. `simulated`: the pages of devices on which nothing was measured, by their names."""
     lines = ["# Performance", ""]
     if not any(gpu.is_gpu for gpu in gpus):
         lines += [f"**Nothing has been measured on a GPU yet.** That is still to be done, by {HOW}.", ""]
     if gpus:
         lines += ["How many times as fast as torch.nn: geometric mean (lowest to highest) of all cases.", ""]
-        rows = [[f"[{gpu.device}](performance/{gpu.name}.md)", gpu.date, figure(gpu.ratios)] for gpu in gpus]
+    rows = [[f"[{gpu.device}](performance/{gpu.name}.md)", f"measured {gpu.date}", figure(gpu.ratios)] for gpu in gpus]
+    rows += [[f"[{device}](performance/{name}.md)", *SIMULATED] for device, name in simulated.items()]
+    if rows:
         lines += [
-            *table(["GPU" if all(gpu.is_gpu for gpu in gpus) else "device", "measured", "times as fast"], rows),
+            *table(["GPU" if all(gpu.is_gpu for gpu in gpus) else "device", "figures", "times as fast"], rows),
             "",
         ]
     return "\n".join([*lines, ABOUT])
 
 
+SIMULATED = ("simulated from machine code", "not measured")
 ABOUT = f"""## What is measured
 
 `benchmarks/run.py` times torch.nn and every backend on the same weights and input, in turns, in one run; other
@@ -179,13 +170,20 @@ loss, and set in bold. All losses of a GPU are listed in one place on its page. 
 forward and backward; `fp32` multiplies in tf32, which is torch's default for recurrent layers, `ieee` in full
 precision. `benchmarks/README.md` in the source has the details.
 
-`make report` rebuilds these pages, their pictures and README's figures from `benchmarks/results`, and nothing else
-goes into them.
+`make report` rebuilds these pages, their pictures and README's figures from `benchmarks/results` and from what is
+simulated, and nothing else goes into them.
+
+## What is simulated
+
+The time loop of a step, from the machine code that each kernel is compiled to, on a model of a multiprocessor. No GPU
+runs it, and no ratio to another library is made of it: what others published stands beside it with its source. A page
+of a device says how near the simulation comes to kernels that others timed. Once a device is measured, its page has
+both, side by side.
 
 ## What is predicted
 
-A layer takes the backend that is predicted cheapest. The cost models' figures for H100 stand in `kernels/README.md` in
-the source; for a layer of yours, on a GPU that need not be there:
+A layer takes the backend that is predicted cheapest: by simulated steps, published ones of cuDNN, and models of what
+surrounds them. For a layer of yours, on a GPU that need not be there:
 
 ```python
 import torch, gpu_rnn

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 
 from benchmarks.reporting.results import NOISE, Row, per_step, timed
+
+WIDTH = 118
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
@@ -16,6 +19,11 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
         return []
     lines = [[heads[k].removesuffix(":") for k in kept], ["--:" if heads[k].endswith(":") else "---" for k in kept]]
     return [f"| {' | '.join(line)} |" for line in lines + [[row[k] for k in kept] for row in cells]]
+
+
+def paragraph(text: str) -> list[str]:
+    """A text in lines of a document's width."""
+    return textwrap.wrap(" ".join(text.split()), WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
 def ratio(value: float | None) -> str:

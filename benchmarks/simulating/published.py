@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How near simulated steps come to published ones: another library's kernels, from its released package.
 
-    python benchmarks/simulate.py --validate
+    python benchmarks/simulate.py --validate         # prints the table
+    python -m benchmarks.simulating.published        # writes the simulated figures of validation.csv too
 
 pip fetches the package into a folder that is deleted at the end; nothing of it is kept. Its Triton kernel is compiled
 for the H100 on which its authors timed it, and simulated like ours, with the same figures.
@@ -13,34 +14,26 @@ import importlib
 import subprocess
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from benchmarks.cases.names import FLASHRNN
-from benchmarks.simulating import machines, paths, report
+from benchmarks.simulating import machines, paths, report, validation
 from benchmarks.simulating.builds import Kernel, compiled
+from benchmarks.simulating.validation import SOURCE
 from gpu_rnn import devices
 from gpu_rnn.backends.building import TritonLaunch
 
 PACKAGES = (f"{FLASHRNN}==1.0.8", "einops")
-SOURCE = "Pöppel, Beck, Hochreiter: FlashRNN, arXiv:2412.07752, on an H100: forward pass, bf16, batch 16, 1,024 steps"
 BATCH, STEPS, WARPS = 16, 1024, 4  # as its authors launch it
 GATES, STATES = 4, 2
 
 
-class Published(NamedTuple):
-    """Head dimension, heads, and µs a step."""
-
-    hidden: int
-    heads: int
-    us: float
-
-
-PUBLISHED = (Published(32, 24, 1.41), Published(64, 12, 1.94), Published(128, 6, 3.15))
+PUBLISHED = tuple(row for row in validation.read() if row.library == validation.TRITON)
 
 
 def fetch(folder: Path) -> types.ModuleType:
@@ -101,19 +94,31 @@ def table() -> Iterator[str]:
     yield "|--:|--:|--:|--:|--:|"
     with TemporaryDirectory() as folder:
         module = fetch(Path(folder))
-        for hidden, heads, us in PUBLISHED:
-            found = simulated(module, hidden, heads)
+        for row in PUBLISHED:
+            found = simulated(module, row.hidden, row.heads)
             said = f"{found.us:.2f}" + (f" ({found.spills} spills: not predicted)" if found.spills else "")
-            yield f"| {hidden} | {heads} | {said} | {us:.2f} | {found.us / us:.2f} |"
+            yield f"| {row.hidden} | {row.heads} | {said} | {row.us:.2f} | {found.us / row.us:.2f} |"
+
+
+def renew() -> None:
+    """Simulates them again, and writes that into validation.csv. A kernel that spills gets no figure."""
+    with TemporaryDirectory() as folder:
+        module = fetch(Path(folder))
+        found = {row: simulated(module, row.hidden, row.heads) for row in PUBLISHED}
+    times = {row: None if each.spills else each.us for row, each in found.items()}
+    validation.write([row._replace(simulated=times.get(row, row.simulated)) for row in validation.read()])
 
 
 def main() -> None:
+    _or_exit(lambda: [print(line) for line in table()])
+
+
+def _or_exit(do: Callable[[], object]) -> None:
     try:
-        for line in table():
-            print(line)
+        do()
     except subprocess.CalledProcessError:
         sys.exit(f"pip does not install {' and '.join(PACKAGES)} here, which this needs")
 
 
 if __name__ == "__main__":
-    main()
+    _or_exit(renew)

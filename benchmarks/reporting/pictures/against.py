@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.cases.names import ON_A_CPU, ON_A_GPU
 from benchmarks.reporting.results import DIRECTIONS, Case, per_step, timed
+from benchmarks.reporting.simulated import Beside
 
 from . import style
 
@@ -60,6 +61,15 @@ def peers(cases: Iterable[Case]) -> Figure | None:
     ]
     lines = {0.25: "¼×", 0.5: "½×", 1.0: "1×", 2.0: "2×"}
     return _draw(dots, "the other library, µs a step", "ours, µs a step", lines)
+
+
+def simulated(found: Iterable[Beside]) -> Figure | None:
+    """The measured time of a step against the simulated one of its loop; the lines are multiples of the latter."""
+    dots = [
+        Dot(each.case["direction"], each.simulated, each.measured, _name(each.case), _look(each.case)) for each in found
+    ]
+    lines = {1.0: "1×", 1.5: "1½×", 2.0: "2×", 4.0: "4×"}
+    return _draw(dots, "simulated time loop, µs a step", "measured, µs a step", lines)
 
 
 def _name(case: Case) -> str:

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from benchmarks.reporting.results import DIRECTIONS, DTYPES, NOISE, Case
+from benchmarks.reporting.results import DIRECTIONS, DTYPES, NOISE, STEP_BY_STEP, Case
 
 from . import style
 
@@ -24,17 +24,20 @@ Grid = dict[tuple[int, int], float]  # ratio by H and B
 
 def draw(cases: Sequence[Case], cell: str, few: bool) -> Figure | None:
     """One layer, one direction, no heads, T up to FEW or above. Where shapes share H and B, the lowest of their
-    ratios."""
+    ratios. Numbers of threads have panels of their own, and cells that are called for each step none."""
     grids: dict[tuple[str, str], Grid] = {}
     for case in cases:
         single = (case["layers"], case["bidirectional"], case["heads"]) == ("1", "False", "1")
+        single = single and case["stepwise"] not in STEP_BY_STEP
         if case.ratio is not None and case["cell"] == cell and single and (int(case["T"]) <= FEW) == few:
-            grid, place = grids.setdefault((case["dtype"], case["direction"]), {}), (int(case["H"]), int(case["B"]))
+            grid, place = grids.setdefault((case["dtype"], _panel_of(case)), {}), (int(case["H"]), int(case["B"]))
             grid[place] = min(case.ratio, grid.get(place, case.ratio))
     if not grids:
         return None
     dtypes = [name for name in DTYPES if any(key[0] == name for key in grids)]
-    kinds = [name for name in DIRECTIONS if any(key[1] == name for key in grids)]
+    kinds = sorted(
+        {kind for _, kind in grids}, key=lambda kind: ([*map(kind.startswith, DIRECTIONS)].index(True), kind)
+    )
     heights = {d: sorted({H for key, grid in grids.items() if key[0] == d for H, _ in grid}) for d in dtypes}
     widths = {k: sorted({B for key, grid in grids.items() if key[1] == k for _, B in grid}) for k in kinds}
     across, down = [max(len(widths[k]), NARROWEST) for k in kinds], [len(heights[d]) for d in dtypes]
@@ -46,10 +49,15 @@ def draw(cases: Sequence[Case], cell: str, few: bool) -> Figure | None:
         for axes, kind in zip(row, kinds, strict=True):
             if (dtype, kind) in grids:
                 _panel(axes, grids[dtype, kind], heights[dtype], widths[kind])
-                axes.set(title=f"{dtype}, {kind}", xlabel="B", ylabel="H")
+                axes.set(title=f"{dtype}, {kind}", xlabel="B, rows", ylabel="H, units")
             else:
                 axes.set_axis_off()
     return figure
+
+
+def _panel_of(case: Case) -> str:
+    threads = case["threads"]
+    return case["direction"] + (f", {threads} thread{'s' * (threads != '1')}" if threads else "")
 
 
 def _panel(axes: Axes, grid: Grid, heights: list[int], widths: list[int]) -> None:
