@@ -15,7 +15,7 @@ from typing import NamedTuple
 from benchmarks.cases.variants import DTYPES
 from benchmarks.reporting.results import Case, per_step, timed
 from benchmarks.simulating import chains as builds
-from benchmarks.simulating import validation
+from benchmarks.simulating import machines, validation
 from benchmarks.simulating.validation import Published
 from gpu_rnn import cells, devices
 from gpu_rnn.backends import BACKENDS, chains
@@ -44,7 +44,7 @@ class Step(NamedTuple):
     batch: int
     cycles: int
     us: float
-    bound: float | None  # what no loop with W_hh on chip stays below; None where it does not fit
+    bound: float | None  # that of loops with W_hh on chip; None where it does not fit, or its rates are not published
 
     @property
     def size(self) -> tuple[int, int]:
@@ -109,6 +109,8 @@ def steps(device: str) -> tuple[Step, ...]:
 
 
 def _bound(build: Chain, row: chains.Simulated) -> float | None:
+    if machines.of(build.device).predicted:  # the bound's rates are published of an H100 only
+        return None
     found = floor(builds.problem(build, row.hidden, row.batch))
     return None if found is None else 1e6 * found
 

@@ -23,10 +23,12 @@ CHECKED_BY = """Published in {source}, 1,024 steps; a backward pass is both pass
 instruction fetch, bank conflicts, and that multiprocessors share L2. Of the others no machine code is to be had without
 a GPU. cuDNN's was timed as torch.nn.LSTM, the input's product included; the others, and ours here, are time loops
 alone."""
-EVERY = """Of the report on [{device}](../{page}.md). Simulated from machine code by `python -m
-benchmarks.simulating.chains`; no GPU ran any of it. Cycles and microseconds of a step of the time loop. The bound is
-what multiplying and moving takes at least with W_hh on chip; "bound by it" is the bound by the simulated time. `16-bit`
-is one build for fp16 and bf16; `tf32` and `fp32` are layers in fp32 whose products are taken in tf32 and in full."""
+EVERY = """Of the report on [{device}](../{page}.md). Simulated from machine code by
+`python -m benchmarks.simulating.chains`; no GPU ran any of it. Cycles and microseconds of a step of the time loop.
+`16-bit` is one build for fp16 and bf16; `tf32` and `fp32` are layers in fp32 whose products are taken in tf32 and in
+full. {bound}"""
+BOUNDED = """The bound is what multiplying and moving takes at least with W_hh on chip; "bound by it" is the bound by
+the simulated time. Its rates are not the simulation's, so that a step may come out a percent below it."""
 UNMEASURED = """Nothing yet. On a machine with such a GPU: {how}. What was measured then stands here, beside what is
 simulated. [What is measured](../performance.md#what-is-measured), and how."""
 COMPARED = "library, kernel|dtype|pass|units:|heads:|B:|published, µs:|the same, simulated, µs:|ours, simulated, µs:"
@@ -83,7 +85,7 @@ def every_step(device: str, page: str) -> str:
         for step in sorted(steps, key=lambda step: step.size):
             bound = ["", ""] if step.bound is None else [number(step.bound), f"{100 * step.bound / step.us:.0f} %"]
             rows.append([*what, *step.size, step.cycles, number(step.us), *bound])
-    text = paragraph(EVERY.format(device=device, page=page))
+    text = paragraph(EVERY.format(device=device, page=page, bound="" if machines.of(device).predicted else BOUNDED))
     return "\n".join([f"# Simulated steps of {device}", "", *text, "", *table(STEPS.split("|"), rows)]) + "\n"
 
 

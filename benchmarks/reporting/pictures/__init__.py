@@ -82,9 +82,10 @@ SIMULATED: Pictures = {
         {"validation": lambda device: validation.draw(simulated.compared(device))},
     ),
     "Time of a step": (
-        """Simulated microseconds of a step of the time loop, a colour for each number of rows B. Dashed: the bound of
-        each, which is what multiplying and moving takes at least with W_hh on chip, latencies left out. Black: what
-        others measured and published, of 16 rows. Products over all steps and launches come on top.""",
+        """Simulated microseconds of a step of the time loop, a colour for each number of rows B. Dashed, on an H100,
+        whose rates are published: the bound, which is what multiplying and moving takes at least with W_hh on chip,
+        latencies left out. Black: what others measured and published, of 16 rows. Products over all steps and launches
+        come on top.""",
         {f"steps-{cell}": partial(steps.draw, cell=cell) for cell in ("lstm", "gru")},
     ),
     "Cost of options": (

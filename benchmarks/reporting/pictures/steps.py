@@ -46,7 +46,9 @@ def draw(device: str, cell: str) -> Figure | None:
     for axes in panels[-1]:
         axes.set_xlabel("H, units")
     _finish(panels)
-    style.legend(figure, _keys(sorted(used), marks))
+    style.legend(
+        figure, _keys(sorted(used), marks, any(step.bound for step in of_dtype(device, cell, dtypes[0], "inference")))
+    )
     return figure
 
 
@@ -88,11 +90,12 @@ def _finish(panels: Sequence[Sequence[Axes]]) -> None:
         style.decimal_ticks(row[0].yaxis)
 
 
-def _keys(batches: Sequence[int], marks: Sequence[Published]) -> dict[str, Line2D]:
+def _keys(batches: Sequence[int], marks: Sequence[Published], bounded: bool) -> dict[str, Line2D]:
     keys = {f"group, B {batch}": Line2D([], [], color=OF_BATCH[batch], marker="o", ms=3.5) for batch in batches}
     if 16 in batches:
         keys["resident, up to 16 rows"] = Line2D([], [], color=OF_BATCH[16], marker="^", ms=3.5, ls=":")
-    keys["bound of each B"] = Line2D([], [], color="0.4", ls="--", lw=0.7)
+    if bounded:
+        keys["bound of each B"] = Line2D([], [], color="0.4", ls="--", lw=0.7)
     for library, marker in zip(dict.fromkeys(each.library for each in marks), MARKS, strict=False):
         keys[f"{library}, published"] = Line2D([], [], color="k", ls="", marker=marker)
     return keys
