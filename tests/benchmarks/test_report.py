@@ -116,7 +116,7 @@ def test_results_of_a_cpu_speak_of_no_gpu(tmp_path: Path) -> None:
     pages = [page, *(path.read_text() for path in (tmp_path / "docs" / "performance" / "synthetic-cpu").glob("*.md"))]
     assert not list((tmp_path / "docs").rglob("certificate.md"))
     assert not [text for text in pages if re.search("(this|the) GPU|floor", text)]
-    assert "| device | measured |" in (tmp_path / "docs" / "performance.md").read_text()
+    assert "| device | figures |" in (tmp_path / "docs" / "performance.md").read_text()
 
 
 @pytest.mark.parametrize(("threads", "said"), [("1", "| layer |"), ("2", "Not measured on one thread.")])
