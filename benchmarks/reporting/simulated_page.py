@@ -18,11 +18,11 @@ alone."""
 PREDICTED_HOP = """Of this device nobody has published how long a word takes from block to block, and no kernel that
 others timed on it was simulated: the simulation was {} only."""
 SHARED = {"H100": "An H200 has the same chip: these are its figures too."}
-CHECKED_BY = """Published in {source}, 1,024 steps; a backward pass is both passes less the forward one. Simulated, the
-{count} that are compiled without a GPU take {low:.2f} to {high:.2f} of what was published: the model leaves out
-instruction fetch, bank conflicts, and that multiprocessors share L2. Of the others no machine code is to be had without
-a GPU. cuDNN's was timed as torch.nn.LSTM, the input's product included; the others, and ours here, are time loops
-alone."""
+CHECKED_BY = """Published in {source}, 16 rows, 1,024 steps; a backward pass is both passes less the forward one.
+Simulated, the {count} that are compiled without a GPU take {low:.2f} to {high:.2f} of what was published: the model
+leaves out instruction fetch, bank conflicts, and that multiprocessors share L2. Of the others no machine code is to be
+had without a GPU. cuDNN's was timed as torch.nn.LSTM, the input's product included; the others, and ours here, are time
+loops alone."""
 EVERY = """Of the report on [{device}](../{page}.md). Simulated from machine code by
 `python -m benchmarks.simulating.chains`; no GPU ran any of it. Cycles and microseconds of a step of the time loop.
 `16-bit` is one build for fp16 and bf16; `tf32` and `fp32` are layers in fp32 whose products are taken in tf32 and in
@@ -31,7 +31,7 @@ BOUNDED = """The bound is what multiplying and moving takes at least with W_hh o
 the simulated time. Its rates are not the simulation's, so that a step may come out a percent below it."""
 UNMEASURED = """Nothing yet. On a machine with such a GPU: {how}. What was measured then stands here, beside what is
 simulated. [What is measured](../performance.md#what-is-measured), and how."""
-COMPARED = "library, kernel|dtype|pass|units:|heads:|B:|published, µs:|the same, simulated, µs:|ours, simulated, µs:"
+COMPARED = "library, kernel|dtype|pass|units:|published, µs:|the same, simulated, µs:|ours, simulated, µs:"
 STEPS = "backend|cell|option|dtype|pass|H:|B:|cycles, simulated:|µs, simulated:|bound, µs:|bound by it:"
 BESIDE = (
     "case|backend|measured, µs:|loop, simulated, µs:|predicted with launches, µs:|bound, µs:|torch.nn, measured, µs:"
@@ -69,8 +69,8 @@ def _compared(device: str) -> list[str]:
     rows = []
     for published, ours in compared(device):
         times = (f"{us:.2f}" if us is not None else "" for us in (published.us, published.simulated, ours))
-        sizes = published.hidden, published.heads, published.batch
-        rows.append([published.library, published.dtype, PASSES[published.direction], *sizes, *times])
+        units = f"{published.heads} × {published.hidden}" if published.heads > 1 else published.hidden
+        rows.append([published.library, published.dtype, PASSES[published.direction], units, *times])
     (low, high), count = validation.shares(), len(validation.checked())
     source = validation.SOURCE.partition(", on")[0]
     text = CHECKED_BY.format(source=source, count=count, low=low, high=high)
