@@ -14,7 +14,7 @@ from benchmarks.simulating.multiprocessor import LANES
 from benchmarks.simulating.no_device import NoDevice
 from benchmarks.simulating.paths import Lost, Turn
 from benchmarks.simulating.tools import needed, registers_of, written
-from gpu_rnn.backends import resident
+from gpu_rnn.backends import resident_launch
 from gpu_rnn.backends.building import TritonLaunch
 from gpu_rnn.backends.group import launch as group
 from gpu_rnn.backends.group import nvrtc
@@ -76,7 +76,7 @@ def code_of(cubin: bytes) -> list[Instruction]:
 def _resident(problem: Problem) -> list[Kernel]:
     """As many blocks on a multiprocessor as it holds; what is then left comes after them, and is taken to last as long
     as they do."""
-    (launch,) = resident._launches(problem)
+    (launch,) = resident_launch.launches(problem)
     binary = built(launch, problem.device)
     code, warps = code_of(binary.asm["cubin"]), binary.metadata.num_warps
     path = paths.straight(code, paths.time_loop(code))

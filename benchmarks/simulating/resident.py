@@ -29,7 +29,7 @@ import torch
 from benchmarks.simulating import builds, machines, paths
 from benchmarks.simulating.multiprocessor import Multiprocessor
 from gpu_rnn import cells, devices
-from gpu_rnn.backends import resident, resident_tiles
+from gpu_rnn.backends import resident, resident_launch, resident_tiles
 from gpu_rnn.backends.problem import DIRECTIONS, Problem
 from gpu_rnn.backends.resident_tiles import Build, Schedule
 
@@ -87,7 +87,7 @@ def problem(cell: str, kind: str, direction: str, width: int, device: str = "H10
 
 def simulate(given: Problem, choice: Choice) -> Simulated:
     """What the launcher would launch, with other warps, stages and registers."""
-    (launch,) = resident._launches(given)
+    (launch,) = resident_launch.launches(given)
     changed = {"num_warps": choice.warps, "STAGES": choice.stages, "HELD": choice.held}
     changed |= {"maxnreg": choice.registers or None}
     code, _ = builds.compiled(launch._replace(arguments=launch.arguments | changed), given.device)

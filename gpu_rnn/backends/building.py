@@ -42,37 +42,41 @@ class TritonLaunch(NamedTuple):
 
 
 class Relaunch:
-    """A launch that is made again and again with other tensors in some places, each as large and as well aligned: what
-    the kernel was compiled for is looked up at the first."""
+    """A launch that is made again and again with other tensors, each as large and as well aligned: what the kernel was
+    compiled for is looked up at the first."""
 
     def __init__(self, launch: TritonLaunch) -> None:
-        self.launch, self.compiled = launch, None
-        self.values: list[Any] = []
-        self.places: dict[str, int] = {}
+        """`launch` has all arguments but those."""
+        self.launch, self.nothing = launch, 0 in launch.grid
+        self.ready: tuple[Any, Any, list[Any], dict[str, int]] | None = None  # in one, as other threads may be here
 
-    def __call__(self, like: Tensor, **changed: Any) -> None:
-        """Runs it on the current stream of the device of `like`; each call changes the same."""
+    def __call__(self, like: Tensor, tensors: dict[str, Any]) -> None:
+        """Runs it on the current stream of the device of `like`; each call gives tensors to the same arguments."""
+        if self.nothing:
+            return None
         if like.is_cuda and torch.cuda.current_device() != like.device.index:
             with torch.cuda.device_of(like):
-                return self(like, **changed)
-        if self.compiled is None:
-            return self._first(changed)
-        values = self.values.copy()  # other threads may be here
-        for name, value in changed.items():
-            values[self.places[name]] = value
-        self.compiled[(*self.launch.grid, 1)](*values)
+                return self(like, tensors)
+        if self.ready is None:
+            return self._first(tensors)
+        run, stream, others, places = self.ready
+        values = others.copy()
+        for name, value in tensors.items():
+            values[places[name]] = value
+        run(*values, stream=stream(like.device.index))
         return None
 
-    def _first(self, changed: dict[str, Any]) -> None:
+    def _first(self, tensors: dict[str, Any]) -> None:
         kernel, grid, arguments = self.launch
         with triton_interpreter.arithmetic():
-            compiled = kernel[grid](**arguments | changed)
+            compiled = kernel[grid](**arguments | tensors)
         if compiled is not None:  # by the interpreter it is
-            names = [name for name in kernel.arg_names if name in arguments]
-            self.places = {name: place for place, name in enumerate(names)}
-            self.values = [None if name in changed else arguments[name] for name in names]
-            self.launch = self.launch._replace(arguments={})  # whose tensors would stay
-            self.compiled = compiled
+            from triton.runtime.driver import driver
+
+            names = [name for name in kernel.arg_names if name in arguments or name in tensors]
+            places = {name: place for place, name in enumerate(names)}
+            others = [arguments.get(name) for name in names]
+            self.ready = compiled[(*grid, 1)], driver.active.get_current_stream, others, places
 
 
 class Example(NamedTuple):

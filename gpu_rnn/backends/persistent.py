@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from gpu_rnn.memo import memoize
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # The first architecture with bfloat16 products, asynchronous copies, and a maximum that passes NaN on.
 OLDEST = (8, 0)
+ALIGNMENT = 16  # bytes: kernels are compiled for tensors that begin at a multiple
 
 
 def unsupported(problem: Problem, *more: str) -> list[str]:
@@ -77,12 +80,18 @@ def rows(tensor: Tensor) -> Tensor:
 def whole(tensor: Tensor) -> Tensor:
     """The tensor contiguous and at a multiple of 16 bytes, which an allocation is and a part of one need not be."""
     tensor = tensor.contiguous()
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
+
+
+def all_whole(tensors: Sequence[Tensor | None]) -> Sequence[Any]:
+    """`whole` of each; where all are so already they are asked at once, as a frame for each is part of a short call."""
+    lie_well = [t is None or (t.is_contiguous() and t.data_ptr() % ALIGNMENT == 0) for t in tensors]
+    return tensors if False not in lie_well else [t if t is None else whole(t) for t in tensors]
 
 
 def even_rows(tensor: Tensor) -> Tensor:
     """As `rows`, with rows that all lie at the multiples at which those of a contiguous tensor lie, up to 16
     elements."""
     apart, (*strides, last) = math.gcd(16, tensor.shape[-1]), tensor.stride()
-    even = last == 1 and tensor.data_ptr() % 16 == 0 and all(stride % apart == 0 for stride in strides)
+    even = last == 1 and tensor.data_ptr() % ALIGNMENT == 0 and True not in [stride % apart != 0 for stride in strides]
     return tensor if even else tensor.clone(memory_format=torch.contiguous_format)

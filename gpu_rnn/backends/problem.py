@@ -85,7 +85,19 @@ class Problem:
             raise TypeError(f"a problem has no {', '.join(changed.keys() - self.__dict__.keys())}")
         new = object.__new__(Problem)
         new.__dict__.update(self.__dict__, **changed)
+        new.__dict__.pop("_hash", None)
         return new
+
+    def __hash__(self) -> int:
+        """Kept: a call looks up some answers by one problem, and a dataclass asks all of its fields each time."""
+        kept = self.__dict__
+        if "_hash" not in kept:
+            kept["_hash"] = hash(tuple(kept.values()))
+        return kept["_hash"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Another process has other hashes."""
+        return {name: value for name, value in self.__dict__.items() if name != "_hash"}
 
     @property
     def program(self) -> Program:

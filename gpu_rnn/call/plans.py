@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gpu_rnn import environment, memo
 from gpu_rnn.backends import ADDS_B_HH, AGAIN, LOOPS, linear, onednn, precision
-from gpu_rnn.backends.persistent import whole
+from gpu_rnn.backends.persistent import ALIGNMENT, whole
 from gpu_rnn.backends.tensors import Weights
 from gpu_rnn.call import autograd, heads, loops, onlookers, passes, transforms
 from gpu_rnn.call.passes import Options
@@ -24,7 +24,6 @@ from gpu_rnn.call.stack import Stack, States
 from gpu_rnn.dispatch import choice
 
 MOST_SHAPES = 8  # shapes of the input that a stack keeps plans for
-ALIGNMENT = 16  # bytes: kernels were compiled for tensors that begin at a multiple
 
 
 class _PlannedLayer:

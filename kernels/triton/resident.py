@@ -6,7 +6,7 @@ the input part), S states, P per-unit parameters, H hidden units, W units of h: 
 a second product at the end of a step. Names: p_ pointers, b_ blocks, i_ ids, o_ offsets, m_ masks; gates, states and
 parameters are tuples of blocks. `STEP` is generated from the recurrence, so nothing in here knows any cell. A
 recurrence of two products a step has `FIRST` between them, which takes the first `EARLY` gates.
-gpu_rnn/backends/resident.py launches with the grid (tiles of the batch, N).
+gpu_rnn/backends/resident_launch.py launches with the grid (tiles of the batch, N).
 """
 
 import triton

@@ -56,6 +56,7 @@ def no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "device_of", lambda device: devices.describe("H100"))
     for kernel in (building.TritonLaunch, group.Launch):
         monkeypatch.setattr(kernel, "__call__", lambda launch, like: None)
+    monkeypatch.setattr(building.Relaunch, "__call__", lambda launch, like, tensors: None)
     for steps in (gpu_buffers.ForwardSteps, gpu_buffers.BackwardSteps):
         monkeypatch.setattr(steps, "run", lambda loop, steps: None)
     monkeypatch.setattr(group, "prepare", lambda problem: None)

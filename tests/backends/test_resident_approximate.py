@@ -14,7 +14,7 @@ import torch
 
 import gpu_rnn
 from gpu_rnn import cells, devices
-from gpu_rnn.backends import resident
+from gpu_rnn.backends import resident_launch
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.recurrence import Recurrence
 from tests.support import loops as support
@@ -44,26 +44,26 @@ def test_which_dtypes_take_it(said: str | None, dtype: torch.dtype, monkeypatch:
     if said is not None:
         monkeypatch.setenv("GPU_RNN_APPROXIMATE", said)
     expected = {"none": (), "16-bit": HALVES}.get(said or "", HALVES[:1])
-    assert (resident.functions(problem(dtype=dtype)) == resident.FAST_FUNCTIONS) == (dtype in expected)
+    assert (resident_launch.functions(problem(dtype=dtype)) == resident_launch.FAST_FUNCTIONS) == (dtype in expected)
 
 
 @pytest.mark.parametrize("name", support.RECURRENCES)
 def test_which_cells_take_it(name: str) -> None:
     """Those in which it makes no small error large."""
     recurrence = support.RECURRENCES[name]
-    risky = {op.name for stage in recurrence.program.stages for op in stage.ops} - resident.STEADY
-    assert (resident.functions(problem(recurrence)) == resident.FAST_FUNCTIONS) == (not risky)
+    risky = {op.name for stage in recurrence.program.stages for op in stage.ops} - resident_launch.STEADY
+    assert (resident_launch.functions(problem(recurrence)) == resident_launch.FAST_FUNCTIONS) == (not risky)
     assert name not in FAST or not risky
 
 
 def test_a_logarithm_of_a_gate_keeps_the_exact_one() -> None:
     recurrence = gpu_rnn.Recurrence(gate_of_a_logarithm, gates=("a",), states=("h",))
-    assert resident.functions(problem(recurrence)) == resident.EXACT_FUNCTIONS
+    assert resident_launch.functions(problem(recurrence)) == resident_launch.EXACT_FUNCTIONS
 
 
 @pytest.mark.interpreter
 def test_the_interpreter_keeps_the_exact_one() -> None:
-    assert resident.functions(problem()) == resident.EXACT_FUNCTIONS
+    assert resident_launch.functions(problem()) == resident_launch.EXACT_FUNCTIONS
 
 
 @pytest.mark.interpreter
@@ -78,7 +78,7 @@ def test_results_at_the_largest_error(
     from tests.support import worst_math
 
     monkeypatch.setattr(worst_math, "ERROR", tl.constexpr(sign * worst_math.LARGEST))
-    monkeypatch.setattr(resident, "functions", lambda problem: worst_math.__name__)
+    monkeypatch.setattr(resident_launch, "functions", lambda problem: worst_math.__name__)
     recurrence = support.RECURRENCES[name]
     inputs = support.make(recurrence, T=9, B=2, H=16, reverse="0", bias=True, lengths=None, scale=0.3)
     compare(recurrence, inputs.to(dtype), "cpu")
@@ -107,7 +107,7 @@ def test_the_error_of_the_instruction_on_a_gpu() -> None:
     size = 4096
     given = torch.linspace(-12.0, 12.0, size, device="cuda")
     for name, largest in (("tanh", LARGEST), ("sigmoid", LARGEST / 2)):
-        step = triton_module.triton_module(as_program(name), resident.FAST_FUNCTIONS).step_0
+        step = triton_module.triton_module(as_program(name), resident_launch.FAST_FUNCTIONS).step_0
         found, exact = torch.empty_like(given), getattr(torch, name)(given.double())
         apply[(1,)](torch.stack([given, given]), found, step, 1, 0, 1, 0, 0, 0, size)
         scale = exact.abs() if name == "tanh" else torch.ones_like(exact)

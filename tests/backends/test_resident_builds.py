@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.simulating.no_device import NoDevice
 from gpu_rnn import devices
-from gpu_rnn.backends import building, resident
+from gpu_rnn.backends import building, resident, resident_launch
 from gpu_rnn.backends.problem import DIRECTIONS, Problem
 from gpu_rnn.backends.tensors import Call, LayerControls, Result, Weights
 from tests.support import loops as support
@@ -131,10 +131,10 @@ def launch(given: Problem) -> building.TritonLaunch:
     joined = not resident.adds_b_hh(given)
     call = Call(program, weights, states, controls, values, given.reverse, given, joined)
     if given.direction != "backward":
-        return resident.prepare_forward(call, gates, given.direction == "training", given.all_states)[0]
+        return resident_launch.prepare_forward(call, gates, given.direction == "training", given.all_states)[0]
     inner = empty(len(states) - 1, T, B, N, H, dtype=torch.float32)
     saved = Result(y, states, gates, empty(T, B, N, R, H), inner)
-    return resident.prepare_backward(call, saved, y, states, inner if given.all_states else None)[0]
+    return resident_launch.prepare_backward(call, saved, y, states, inner if given.all_states else None)[0]
 
 
 def time_loop(assembly: str) -> list[str]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gpu_rnn import cells, devices
-from gpu_rnn.backends import chains, resident, resident_tiles
+from gpu_rnn.backends import chains, resident, resident_launch, resident_tiles
 from gpu_rnn.backends.problem import DIRECTIONS, Problem
 from gpu_rnn.backends.resident_tiles import Build, Schedule, Tile, available, build_of, shared_memory, tile
 from tests.support import loops as support
@@ -167,7 +167,8 @@ def test_loads_under_way_fit_the_device(table: dict[Build, Schedule], device: st
 @pytest.mark.interpreter
 @pytest.mark.parametrize(("width", "proj"), [(16, 0), (32, 8)])
 def test_what_registers_hold_are_the_weights(monkeypatch: pytest.MonkeyPatch, width: int, proj: int) -> None:
-    monkeypatch.setattr(resident, "tile", lambda problem: Tile(16, width, 4, 2, held=problem.G))
+    monkeypatch.setattr(resident_launch, "tile", lambda problem: Tile(16, width, 4, 2, held=problem.G))
+    monkeypatch.setattr(resident_launch, "_fixed", resident_launch._fixed.__wrapped__)  # nothing of it is kept
     inputs = support.make(cells.lstm(), T=5, B=2, H=12, reverse="01", bias=True, lengths=None, scale=0.3, proj=proj)
     compare(cells.lstm(), inputs.to(torch.bfloat16), "cpu")
 
@@ -186,7 +187,7 @@ def test_weights_in_registers_are_not_read_again(held: int) -> None:
     from benchmarks.simulating import builds, paths
 
     given = problem(128)
-    (launch,) = resident._launches(given)
+    (launch,) = resident_launch.launches(given)
     launch = launch._replace(arguments=launch.arguments | {"HELD": held, "num_warps": 8, "STAGES": 3, "maxnreg": None})
     binary = builds.built(launch, given.device)
     code = builds.code_of(binary.asm["cubin"])
@@ -208,7 +209,7 @@ def test_a_projection_computes_no_activation_twice(direction: str) -> None:
         written_here(
             problem(64, direction=direction)
         )  # with 3.6 a backward pass computes some of them twice in any case
-        (launch,) = resident._launches(given)
+        (launch,) = resident_launch.launches(given)
         launch = launch._replace(arguments=launch.arguments | {"HELD": 0, "num_warps": 4, "STAGES": 3, "maxnreg": None})
         code = builds.code_of(builds.built(launch, given.device).asm["cubin"])
         counts.append([code[index].base for index in paths.straight(code, paths.time_loop(code))].count("MUFU"))

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -223,14 +225,14 @@ def test_few_shapes_are_kept(planned: list[plans.Plan]) -> None:
     assert len(layer._stack().plans) <= plans.MOST_SHAPES and not planned
 
 
-def test_threads_share_a_launch() -> None:
+def test_threads_share_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each with its own tensors; Triton's interpreter itself takes one thread at a time."""
     seen: list[tuple[Any, ...]] = []
 
     class Compiled:
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
             assert grid == (2, 3, 1)
-            return lambda *values: seen.append(values)
+            return lambda *values, stream: seen.append((*values, stream))
 
     class Kernel:
         arg_names = ("p_x", "scale", "p_y")
@@ -238,10 +240,20 @@ def test_threads_share_a_launch() -> None:
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Compiled]:
             return lambda **arguments: Compiled()
 
+    active = SimpleNamespace(get_current_stream=lambda device: 7)
+    monkeypatch.setitem(sys.modules, "triton.runtime.driver", SimpleNamespace(driver=SimpleNamespace(active=active)))
     like, start = torch.zeros(1), torch.ones(4)
-    again = Relaunch(TritonLaunch(Kernel(), (2, 3), {"p_x": start, "scale": 2, "p_y": start, "num_warps": 4}))
-    again(like, p_x=0, p_y=0)
+    again = Relaunch(TritonLaunch(Kernel(), (2, 3), {"scale": 2, "num_warps": 4}))
+    again(like, {"p_x": start, "p_y": start})
+    assert again.ready is not None and not any(value is start for value in again.ready[2])
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda k: again(like, p_x=k, p_y=-k), range(1, 200)))
-    assert sorted(seen) == [(k, 2, -k) for k in range(1, 200)]
-    assert not any(value is start for value in (*again.values, *again.launch.arguments.values()))
+        list(pool.map(lambda k: again(like, {"p_x": k, "p_y": -k}), range(1, 200)))
+    assert sorted(seen) == [(k, 2, -k, 7) for k in range(1, 200)]
+
+
+def test_no_rows_launch_nothing() -> None:
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> None:
+            raise AssertionError("launched")
+
+    Relaunch(TritonLaunch(Kernel(), (0, 1), {}))(torch.zeros(1), {})
