@@ -111,6 +111,6 @@ triton_driver.set_active(_Triton())
 H200 = replace(devices.describe("H200"), name="NVIDIA H200")  # as one that is here: what is not installed is missed
 choice.device_of = lambda device: H200
 torch.backends.cudnn.rnn.fp32_precision = "ieee"  # tensors on the CPU are never taken for tf32's
-run._on_a_cpu = lambda *_: None  # whose short ways no tensor on a GPU takes
+run._on_a_cpu = run._on_a_gpu  # whose short ways alone a tensor on a GPU takes
 devices.at_hand = lambda described: [torch.device("cpu")]
 gpu.triton_interpreter = SimpleNamespace(INTERPRETING=True)  # its kernels take tensors of the CPU, here as there

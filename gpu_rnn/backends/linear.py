@@ -35,7 +35,7 @@ def project(
         return _normalised(x, weights, bias, program, kept, normaliser)
     if x.dim() == 3:  # one product for all N
         flat = onednn.linear(x, weights.w_ih.flatten(0, 2), None if bias is None else bias.flatten())
-        return flat.unflatten(-1, weights.w_ih.shape[:3])
+        return flat.view(*x.shape[:2], *weights.w_ih.shape[:3])
     gates = torch.einsum("tbni,nghi->tbngh", x, weights.w_ih)
     return gates if bias is None else gates + bias
 

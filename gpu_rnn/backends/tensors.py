@@ -247,11 +247,19 @@ def in_memory(tensor: Tensor) -> Tensor:
     return tensor.clone() if elsewhere(tensor) else tensor
 
 
-def readable_in_c(tensors: Iterable[Tensor], dtype: torch.dtype) -> bool:
-    """Whether a loop on a CPU reads all by their addresses, once they have no gaps."""
+def all_in_memory(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """`in_memory` of each; where all are so already they are asked at once, as `all_dense` does."""
+    lie_well = [not (t.is_neg() or t._is_zerotensor()) for t in tensors]
+    return tensors if False not in lie_well else [in_memory(t) for t in tensors]
+
+
+def readable(tensors: Iterable[Tensor], dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a loop on a device reads all by their addresses, once they have no gaps."""
     # A short call is all overhead, and a generator or `elsewhere` calls for each; torch._is_zerotensor takes twice as
     # long as the method.
-    return False not in [t.dtype == dtype and t.is_cpu and not (t.is_neg() or t._is_zerotensor()) for t in tensors]
+    return False not in [
+        t.dtype == dtype and t.device == device and not (t.is_neg() or t._is_zerotensor()) for t in tensors
+    ]
 
 
 def dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:

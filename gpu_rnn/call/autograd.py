@@ -118,7 +118,7 @@ def _states(text: str) -> int:
     return len(Program.parse(text).states)
 
 
-def _completed(
+def completed(
     d_outputs: Sequence[Tensor | None], likes: Sequence[Tensor], known: Sequence[Tensor] = ()
 ) -> list[Tensor]:
     """Zeros where an output has no gradient: one tensor for all that are alike, as nothing writes to them, or one of
@@ -131,6 +131,33 @@ def _completed(
             d = zeros[alike] = zeros[alike] if alike in zeros else torch.zeros_like(like)
         completed.append(d)
     return completed
+
+
+def pulled_back(
+    text: str,
+    options: Options,
+    tensors: Sequence[Tensor | None],
+    y: Tensor,
+    saved: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    of_x: bool,
+) -> list[Tensor | None]:
+    """The gradients of `Inputs.row`, which `tensors` are, laid out like it; `saved` is `Result.saved`, and `grads` are
+    those of y, the final states and, where all states are wanted, `Result.inner`. They have derivatives and rules for
+    transforms where that is asked for."""
+    states = Inputs.flat(tensors, _states(text)).states
+    likes = [y, *states, *([saved[-1]] if options.all_states else [])]
+    d_outputs = completed(grads, likes, states if options.zeros else ())
+    if True in map(torch._C._functorch.is_legacy_batchedtensor, d_outputs):  # is_grads_batched: no rule is asked
+        return like_row(passes.vjp(text, options, Inputs.flat(tensors, len(states)), d_outputs))
+    # A rule of a transform has the gradients of all primals.
+    transformed = transforms.active()
+    options = options._replace(of_x=of_x or transformed)
+    if not (transformed or torch.is_grad_enabled() or outlived((*tensors, *d_outputs))):  # nobody asks for more
+        inputs = Inputs.flat(tensors, len(states))
+        return like_row(_backward(text, options, d_outputs, inputs, Result.of_saved(y, *saved)))
+    d_primals = iter(Backward.apply(text, options, *tensors, y, *saved, *d_outputs))
+    return like_row(_of_those(d_primals, primals(tensors), options))
 
 
 class Forward(torch.autograd.Function):
@@ -156,21 +183,8 @@ class Forward(torch.autograd.Function):
         every = ctx.saved_tensors  # each access unpacks once more, which checkpoints refuse
         *tensors, y = every[:-SAVED]
         saved = every[-SAVED:]
-        states = Inputs.flat(tensors, _states(ctx.text)).states
-        likes = [y, *states, *([saved[-1]] if ctx.options.all_states else [])]
         incoming = [*grads[:-SAVED], *([grads[-1]] if ctx.options.all_states else [])]
-        d_outputs = _completed(incoming, likes, states if ctx.options.zeros else ())
-        if True in map(torch._C._functorch.is_legacy_batchedtensor, d_outputs):  # is_grads_batched: no rule is asked
-            d = passes.vjp(ctx.text, ctx.options, Inputs.flat(tensors, _states(ctx.text)), d_outputs)
-            return None, None, *like_row(d)
-        # A rule of a transform has the gradients of all primals.
-        transformed = transforms.active()
-        options = ctx.options._replace(of_x=ctx.needs_input_grad[2] or transformed)
-        if not (transformed or torch.is_grad_enabled() or outlived((*tensors, *d_outputs))):  # nobody asks for more
-            inputs = Inputs.flat(tensors, len(states))
-            return None, None, *like_row(_backward(ctx.text, options, d_outputs, inputs, Result.of_saved(y, *saved)))
-        d_primals = iter(Backward.apply(ctx.text, options, *tensors, y, *saved, *d_outputs))
-        return None, None, *like_row(_of_those(d_primals, primals(tensors), options))
+        return None, None, *pulled_back(ctx.text, ctx.options, tensors, y, saved, incoming, ctx.needs_input_grad[2])
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:

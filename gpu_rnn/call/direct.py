@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The short way of layers on a CPU that run as the time loop in C: one function for each pass of a layer.
+"""The short way of layers that run as the time loop in C, and of all loops in training: one function for each pass of a
+layer.
 
-What a call goes by is asked once for all calls that are alike. Whoever looks on, transforms, profiles or records takes
-the way of `gpu_rnn.call.autograd`, which computes the same; so do second derivatives.
+What a call goes by is asked once for all calls that are alike. Whoever looks on, transforms or records takes the way of
+`gpu_rnn.call.autograd`, which computes the same; so do second derivatives.
 """
 
 from __future__ import annotations
@@ -16,17 +17,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpu_rnn import environment, memo
+from gpu_rnn.backends import precision
 from gpu_rnn.backends.native import building, limits
 from gpu_rnn.backends.native import direct as native
-from gpu_rnn.backends.tensors import PLAIN, Inputs, LayerControls, all_dense, counted, dense, readable_in_c, state_dtype
-from gpu_rnn.call import onlookers, second_order, transforms
+from gpu_rnn.backends.problem import Problem
+from gpu_rnn.backends.tensors import PLAIN, Inputs, LayerControls, all_dense, counted, dense, readable, state_dtype
+from gpu_rnn.call import loop_plan, onlookers, second_order, transforms
 from gpu_rnn.call.controls import NONE, StackControls
+from gpu_rnn.call.loop_plan import LoopPlan
 from gpu_rnn.call.stack import Stack, States
 from gpu_rnn.dispatch import choice
 
 MOST_LAYER_PLANS = 1024  # of calls whose plan is kept
 
-_plans: dict[tuple[Any, ...], native.LayerPlan | None] = memo.hold(f"{__name__}: plans", {}, MOST_LAYER_PLANS)
+ShortPlan = native.LayerPlan | LoopPlan
+ShortPlans = tuple[ShortPlan, ShortPlan]  # of the lowest layer, and of those above it
+
+_plans: dict[tuple[Any, ...], ShortPlans | None] = memo.hold(f"{__name__}: plans", {}, MOST_LAYER_PLANS)
 
 
 def run(
@@ -39,25 +46,27 @@ def run(
     """
     tensors = (x, *(hx or ()), *weights, *(controls.reset_state or ()))
     steering = () if controls is NONE else controls.of_steps
-    if onlookers.watched((*tensors, *steering)) or transforms.active() or torch.autograd._profiler_enabled():
+    if onlookers.watched((*tensors, *steering)) or transforms.active():
         return None
     grad = torch.is_grad_enabled() and True in [t.requires_grad for t in tensors]
-    plan = _plan(stack, x, hx, weights, controls, grad)
-    if plan is None or not readable_in_c(tensors, x.dtype):
+    plans = _found(stack, x, hx, weights, controls, grad)
+    if plans is None or not readable(tensors, x.dtype, x.device):
         return None
-    dtype = x.dtype
-    if dtype != plan.dtype:
-        x, *weights = [t.to(plan.dtype) for t in (x, *weights)]
-        hx = hx and tuple(state.to(plan.dtype) for state in hx)
+    wide, dtype = plans[0].dtype, x.dtype
+    if type(plans[0]) is not LoopPlan and torch.autograd._profiler_enabled():  # a loop in C has no name to be seen
+        return None
+    if dtype != wide:
+        x, *weights = [t.to(wide) for t in (x, *weights)]
+        hx = hx and tuple(state.to(wide) for state in hx)
     states = hx or stack.initial(x, weights, x.shape[0 if stack.batch_first else 1])
-    y, final, every = _layers(plan, stack, x, states, weights, controls, grad)
-    if dtype == plan.dtype:
+    y, final, every = _layers(plans, stack, x, states, weights, controls, grad)
+    if dtype == wide:
         return y, final, every
     return y.to(dtype), tuple([state.to(dtype) for state in final]), tuple([state.to(dtype) for state in every])
 
 
 def _layers(
-    plan: native.LayerPlan,
+    plans: ShortPlans,
     stack: Stack,
     x: Tensor,
     states: States,
@@ -67,10 +76,11 @@ def _layers(
 ) -> tuple[Tensor, States, States]:
     y, valid, flags, directions = x.transpose(0, 1) if stack.batch_first else x, None, None, stack.directions
     if controls is not NONE:
-        controls, steps = controls.to(plan.dtype), y.shape[0]
+        controls, steps, in_c = controls.to(plans[0].dtype), y.shape[0], type(plans[0]) is not LoopPlan
         flags = controls.flags(stack.reverse, steps, stack.all_states)
-        if stack.all_states:  # else the loop's y is 0 at steps that do not count
+        if stack.all_states or not in_c:  # else the loop's y is 0 at steps that do not count
             valid = controls.valid(steps)
+        y = y if in_c else counted(y, valid)  # what stands in the padding, NaN too, must not reach a gradient
     final, every = [], []
     for number in range(stack.num_layers):
         if number and stack.dropout:
@@ -81,55 +91,67 @@ def _layers(
         of_layer = stack.of_layer(weights, number)
         if directions == 2:
             entering = [state.transpose(0, 1) for state in entering]
-        y, *leaving = _layer(plan, stack, steering, grad, y, *entering, *of_layer, *resets)
+        y, *leaving = _layer(plans[number > 0], stack, steering, grad, y, *entering, *of_layer, *resets)
         inner = leaving.pop() if stack.all_states else None
         final.append([state.transpose(0, 1) for state in leaving] if directions == 2 else leaving)
         if inner is not None:
             of_h = y.unflatten(2, (directions, -1))
-            every.append([state.transpose(1, 2) for state in (of_h, *inner.unbind(0))])
+            every.append([state.transpose(1, 2) for state in (of_h, *inner.to(y.dtype).unbind(0))])
     joined = final[0] if stack.is_one_layer else map(torch.cat, zip(*final, strict=True))
     y = y if valid is None else controls.silenced(y, valid, stack.all_states)
     of_all = tuple(torch.cat(parts, 1) for parts in zip(*every, strict=True))
     return y.transpose(0, 1) if stack.batch_first else y, tuple(joined), of_all
 
 
-def _plan(
+def _found(
     stack: Stack, x: Tensor, hx: States | None, weights: Sequence[Tensor], controls: StackControls, grad: bool
-) -> native.LayerPlan | None:
-    """What the calls of a kind need in C; None where that is not what dispatch chooses."""
-    if environment.names_a_backend() or not choice.only_predicted_on_cpu():
+) -> ShortPlans | None:
+    """What the calls of a kind need; None where there is no short way of what dispatch chooses."""
+    if choice.on_trial():
         return _chosen(stack, x, hx, weights, controls, grad)
     shapes = [t.shape for t in (x, *(hx or ()), *weights)]
     steering = () if controls is NONE else tuple(controls.described(False, stack.all_states).values())
-    kind = stack.as_key, x.dtype, grad, torch.get_num_threads(), steering, *shapes
-    plan = _plans.get(kind, memo.ABSENT)
-    if plan is memo.ABSENT:
-        plan = memo.put(_plans, kind, _chosen(stack, x, hx, weights, controls, grad), MOST_LAYER_PLANS)
-    return plan
+    settings = environment.of_calls(), precision.of_rnn(), torch.get_num_threads(), memo.Age.now
+    kind = stack.as_key, x.dtype, x.device, grad, settings, steering, *shapes
+    plans = _plans.get(kind, memo.ABSENT)
+    if plans is memo.ABSENT:
+        plans = memo.put(_plans, kind, _chosen(stack, x, hx, weights, controls, grad), MOST_LAYER_PLANS)
+    return plans
 
 
 def _chosen(
     stack: Stack, x: Tensor, hx: States | None, weights: Sequence[Tensor], controls: StackControls, grad: bool
-) -> native.LayerPlan | None:
+) -> ShortPlans | None:
     problem = stack.problem(x, hx, weights, None, controls)
-    if not limits.plain_layer(problem) or choice.select(problem, stack.backend) != "native":
+    if problem.reverse not in ("0", "01") or problem.transforms or problem.B == 0:
         return None
+    chosen = choice.select(problem, stack.backend)
     shapes = [*(stack.state_shapes(weights, problem.B) if hx else ()), *stack.weight_shapes(problem.I, problem.H)]
     if [t.shape for t in (*(hx or ()), *weights)] != shapes:
         return None  # the long way has the words
+    if chosen == "native":
+        return _in_c(stack, problem, grad)
+    if not grad or chosen == "aten" or choice.on_trial() or choice.staggers(problem, stack.backend):
+        return None
+    return loop_plan.made(stack, problem, weights, hx is None and stack.starts_at_zero)
+
+
+def _in_c(stack: Stack, problem: Problem, grad: bool) -> ShortPlans | None:
+    if not limits.plain_layer(problem):
+        return None
+    dtype, of_stack = state_dtype(problem.dtype), (stack.weight_names, stack.reverse, stack.rms)
     try:
-        return native.plan(
-            problem.program.text, state_dtype(problem.dtype), grad, stack.weight_names, stack.reverse, stack.rms
-        )
+        plan = native.plan(problem.program.text, dtype, grad, *of_stack)
     except building.CompilerError:
         return None  # of the backward loop: dispatch knows what else there is
+    return plan, plan
 
 
-def _layer(
-    plan: native.LayerPlan, stack: Stack, controls: LayerControls, grad: bool, *tensors: Tensor
-) -> tuple[Tensor, ...]:
+def _layer(plan: ShortPlan, stack: Stack, controls: LayerControls, grad: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
     """y (T, B, N·P), the final states and, where all states are wanted, the others of all steps of one layer, of x, its
     states, its weights and the values of resets."""
+    if isinstance(plan, LoopPlan):
+        return loop_plan.run(plan, controls, tensors)
     if grad:
         return _Layer.apply(plan, stack, controls, *tensors)
     return _outputs(_forward(plan, stack, controls.dense(plan.dtype), tensors, False))

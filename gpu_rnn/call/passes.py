@@ -105,7 +105,7 @@ def named(words: str) -> AbstractContextManager[Any]:
     return record_function(words) if torch.autograd._profiler_enabled() else NOTHING
 
 
-def _arithmetic(fp32: str, like: Tensor) -> AbstractContextManager[Any]:
+def arithmetic(fp32: str, like: Tensor) -> AbstractContextManager[Any]:
     """Products in the call's own dtype and precision. Autocast has had its say above (`call.run`); in here it
     would cast once more, and a captured graph would keep that for calls without it."""
     return _changed(fp32, like) if autocast.on(like) or precision.differs(fp32, like) else NOTHING
@@ -131,21 +131,24 @@ def run(text: str, options: Options, inputs: Inputs, keep: bool = False) -> Resu
     name, chunk = _chosen(problem, options.backend)
     call = call_of(text, options, inputs, problem, joined=not ADDS_B_HH[name](problem))
     if chunk:
-        with _arithmetic(problem.precision, inputs.x), named(f"gpu_rnn::{name}_forward"):
+        with arithmetic(problem.precision, inputs.x), named(f"gpu_rnn::{name}_forward"):
             return wavefront.forward(call, inputs.x, chunk, KERNELS[name], options.save, options.all_states)
     if name == "reference":
         with autocast.off(inputs.x), named("gpu_rnn::reference_forward"):
             result = reference.forward(call, inputs.x, options.save, options.all_states)
             # Of their own, as every loop's are: a recurrence may hand on the states that it was given.
             return result._replace(final=[state.clone() for state in result.final])
-    with _arithmetic(problem.precision, inputs.x):
+    return forward_on(name, call, inputs.x, options.save, options.all_states, keep)
+
+
+def forward_on(name: str, call: Call, x: Tensor, save: bool, all_states: bool, keep: bool = False) -> Result:
+    """The input products of x, and a backend's loop."""
+    with arithmetic(call.problem.precision, x):
         if keep and call.weights.norm is not None:
-            call = replace(call, kept=room_for(inputs.x, call.weights.w_hh.shape[:3]))
-        gates = linear.project(
-            inputs.x, inputs.weights, call.program, call.kept, call.joined, call.normaliser
-        ).contiguous()
+            call = replace(call, kept=room_for(x, call.weights.w_hh.shape[:3]))
+        gates = linear.project(x, call.weights, call.program, call.kept, call.joined, call.normaliser)
         with named(f"gpu_rnn::{name}_forward"):
-            return KERNELS[name].forward(call, gates, options.save, options.all_states)
+            return KERNELS[name].forward(call, gates.contiguous(), save, all_states)
 
 
 def _in_chunks(problem: Problem, options: Options, x: Tensor) -> TimePlan | None:
@@ -159,7 +162,7 @@ def _in_chunks(problem: Problem, options: Options, x: Tensor) -> TimePlan | None
 def _run_in_chunks(text: str, options: Options, inputs: Inputs, problem: Problem, plan: TimePlan) -> Result | None:
     """The forward pass parallel in time; None where it does not settle."""
     call = call_of(text, options, inputs, problem)
-    with _arithmetic(problem.precision, inputs.x), named("gpu_rnn::chunks_forward"):
+    with arithmetic(problem.precision, inputs.x), named("gpu_rnn::chunks_forward"):
         gates = linear.project(inputs.x, inputs.weights, call.program, normaliser=call.normaliser)
         loops = partial(_loop, options.backend)
         return relaxation.forward(call, gates, plan, options.time_parallel, loops, options.save, options.all_states)
@@ -205,7 +208,7 @@ def run_backward(
     d_y, *d_final = d_outputs
     d_inner = d_final.pop() if options.all_states else None
     plan = _in_chunks(problem, options, inputs.x) if options.time_parallel else None
-    with _arithmetic(problem.precision, inputs.x):
+    with arithmetic(problem.precision, inputs.x):
         with named(f"gpu_rnn::{name}_backward"):
             of_loop = None
             if chunk:

@@ -63,9 +63,9 @@ def sequence(
                 name = _predictions.get(kind) or _predicted(kind, stack.problem(x, hx, weights, batch_sizes), stack)
                 if name == "aten":
                     return *_aten(stack, x, hx or stack.initial(x, weights, batch), weights, batch_sizes), ()
-            found = _on_a_cpu(stack, x, hx, weights, batch_sizes, controls, steps, batch)
-            if found is not None:
-                return found
+        short = _on_a_cpu if x.is_cpu else _on_a_gpu
+        if (found := short(stack, x, hx, weights, batch_sizes, controls, steps, batch)) is not None:
+            return found
         plain = batch_sizes is None and controls is NONE and not autocasts
         if plain and stack.plans and (planned := plans.run(stack, x, hx, weights)) is not None:
             return planned
@@ -121,6 +121,21 @@ def _on_a_cpu(
         found = _on_a_cpu(stack, x, hx, weights, None, controls, steps, batch)
         return None if found is None else (found[0].flatten(0, 1), *found[1:])
     return None
+
+
+def _on_a_gpu(
+    stack: Stack,
+    x: Tensor,
+    hx: States | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    controls: StackControls,
+    steps: int,
+    batch: int,
+) -> tuple[Tensor, States, States] | None:
+    """Likewise in training of other devices; those in inference have plans (`plans`)."""
+    asks = batch_sizes is None and torch.is_grad_enabled()
+    return direct.run(stack, x, hx, weights, controls) if asks else None
 
 
 def _one_step_of_a_layer(

@@ -17,7 +17,7 @@ from torch import Tensor
 from gpu_rnn import environment, memo
 from gpu_rnn.backends.native import limits
 from gpu_rnn.backends.native import one_step as native
-from gpu_rnn.backends.tensors import Inputs, dense, readable_in_c
+from gpu_rnn.backends.tensors import Inputs, dense, readable
 from gpu_rnn.call import onlookers, second_order
 from gpu_rnn.call.stack import Stack, States
 from gpu_rnn.dispatch import choice
@@ -33,7 +33,7 @@ def run(stack: Stack, x: Tensor, states: States, weights: Sequence[Tensor]) -> S
     It is not recorded, nor under a transform or autocast.
     """
     tensors = (x, *states, *weights)
-    if onlookers.watched(tensors) or not readable_in_c(tensors, x.dtype):
+    if onlookers.watched(tensors) or not readable(tensors, x.dtype, x.device):
         return None
     grad = torch.is_grad_enabled() and True in [t.requires_grad for t in tensors]
     plan = _plan(stack, x, states, weights, grad)
