@@ -49,6 +49,7 @@ def test_gradients_of_more_steps_than_are_taken_at_once(
 
     own = found()
     monkeypatch.setattr(sizes, "OWN_GRADIENTS", 0)
+    monkeypatch.setattr(sizes, "OWN_BESIDE_THREADS", 0)
     gpu_rnn.clear_caches()
     for each, other in zip(own, found(), strict=True):
         torch.testing.assert_close(each, other, rtol=1e-12, atol=1e-12)

@@ -16,9 +16,10 @@ from gpu_rnn.compiler.program import Program
 # Multiplications of the input products of all steps, below which they are the loop's own even if it has fewer threads
 # than torch.
 ALONE = 1 << 22
-# Multiplications of the gradients of the weights and of x, below which they are the loop's own: of more, a library's
-# products gain more than its calls cost.
-OWN_GRADIENTS = 1 << 23
+# Multiplications of the gradients of the weights and of x, up to which they are the loop's own. On one thread of a Xeon
+# both passes took 0.59 to 0.87 of the time with a library's products, from 2^20 to 2^26, and as long at 2^26.5.
+# The loop's own are one thread's: where torch has more, fewer are; how many was not measured.
+OWN_GRADIENTS, OWN_BESIDE_THREADS = 1 << 26, 1 << 23
 OF_A_LINE = 64  # bytes of the caches
 
 
@@ -95,6 +96,7 @@ def of(
     threads = min(kind.threads, launch.worth(products, batch * n))
     of_inputs = steps * batch * features * of_gates * n
     takes_inputs = count <= launch.side_by_side(program) and (threads == kind.threads or of_inputs <= ALONE)
+    most = OWN_GRADIENTS if kind.threads == 1 else OWN_BESIDE_THREADS
     normal: dict[str, tuple[int, ...]]
     normal = {"normal_x": gates, "normal": gates, "rstd_x": (*gates[:-1], 1), "rstd": (*gates[:-1], 1)}
     saved: dict[str, tuple[int, ...]]
@@ -110,7 +112,7 @@ def of(
         packing.numbered(numbers),
         threads,
         takes_inputs,
-        len(program.stages) == 1 and 2 * of_inputs + products <= OWN_GRADIENTS,
+        len(program.stages) == 1 and 2 * of_inputs + products <= most,
         (steps, batch, n * width),
         gates,
         inner if kind.save or kind.all_states else (0, *inner[1:]),

@@ -350,9 +350,9 @@ def test_a_full_disk(compiler: Path, cache_folder: Path) -> None:
 
 
 def test_the_doctor_names_compiler_and_instruction_sets() -> None:
-    path = needed()
+    needed()
     (line,) = [line for line in doctor._compilers(torch.device("cpu")) if line.startswith("C        ")]
-    assert path in line and building.version() in line
+    assert building.compiler()[0] in line and building.version() in line
     assert line.endswith(", ".join(each.name for each in building.instruction_sets()))
 
 
