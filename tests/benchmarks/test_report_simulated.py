@@ -49,7 +49,7 @@ def test_measured_and_simulated_stand_in_one_table(pages: Path) -> None:
         case = re.match(r"\w+/(\w+)-H(\d+)-B(\d+)-T\d+ (\w+) (\w+)$", line["case"])
         if not case or (case[4], line["backend"]) != ("bf16", "group"):
             continue
-        passes = simulated.OF_CALL[case[5]]
+        passes = {"forward": ("inference",), "training": ("training", "backward")}[case[5]]
         builds = [chains.Chain("H100", "group", case[1].lower(), "", "16-bit", each) for each in passes]
         exact = [rows.get((int(case[2]), int(case[3]), build)) for build in builds]
         if None not in exact:
