@@ -43,6 +43,7 @@ def rnn(
     all_states: bool = False,
     heads: int = 1,
     time_parallel: float | None = None,
+    save: str = "gates",
     **unknown: Never,
 ) -> tuple[Tensor, States] | tuple[Tensor, States, States]:
     """Runs a stack of recurrent layers.
@@ -78,6 +79,8 @@ def rnn(
         time_parallel: a tolerance: chunks of steps run side by side, where that is predicted to be faster, until no
             state differs by more between the end of a chunk and the beginning of the next. None: one step after the
             other.
+        save: what each layer saves for its backward pass: the "gates" of every step, or the "states" alone, from which
+            it computes the gates again.
         unknown: nothing.
 
     Returns:
@@ -115,6 +118,7 @@ def rnn(
         all_states=all_states,
         heads=heads,
         time_parallel=0.0 if time_parallel is None else arguments.tolerance("time_parallel", time_parallel),
+        rebuilds=arguments.rebuilds(save),
     )
     arguments.check(stack, x, hx, weights, batch_sizes)
     arguments.flag("training", training)

@@ -37,6 +37,7 @@ OPTIONS = (
     "batch_first",
     "clip",
     "heads",
+    "save_states",
 )
 HEADS = 2
 CLIP = 0.3  # about half of what enters the activations is cut
@@ -231,6 +232,7 @@ def call(made: Given, recurrence: Recurrence, options: Collection[str], backend:
         rms=made.rms,
         all_states="all_states" in options,
         heads=made.heads,
+        save="states" if "save_states" in options else "gates",
     )
     return [laid(y), *(state for parts in states for state in parts)]  # type: ignore[list-item]
 

@@ -142,7 +142,7 @@ def group_kernel(problem: Problem, choice: Choice) -> Kernel:
     """
     if choice.layout.members == 1:
         _alone(choice.groups * problem.N, problem)
-    layout = replace(choice.layout, save=problem.direction == "training", paired=problem.H % 2 == 0)
+    layout = replace(choice.layout, save=problem.saves_gates, paired=problem.H % 2 == 0)
     code, ways = followed(layout, nvrtc.architecture(problem.device.capability))
     rounds = -(-problem.B // (layout.rows * choice.groups)) * -(-problem.N // choice.at_once)
     rounds, hops = (1, 0) if layout.members == 1 else (rounds, layout.hops)

@@ -15,7 +15,7 @@ from gpu_rnn.recurrence import Recurrence
 # The fields of `Problem` that a call's controls set.
 CONTROL_FIELDS = ("lengths", "flags", "reset_values", "drop", "zone")
 # Options that every time loop takes. A new one is not among them: each loop that takes it names it besides.
-OF_ALL_LOOPS = ("lengths", "flags", "reset_values", "drop", "zone", "all_states")
+OF_ALL_LOOPS = ("lengths", "flags", "reset_values", "drop", "zone", "all_states", "rebuilds")
 DIRECTIONS = ("inference", "training", "backward")
 
 
@@ -45,6 +45,7 @@ class Problem:
         all_states: every state of every step is wanted.
         norm: the products are normalised, gate by gate and recurrence by recurrence.
         rms: that is by the root mean square alone.
+        rebuilds: the forward pass saves states alone, and the backward pass computes the gates again.
         bias: there are biases.
         transforms: the call is under a functorch transform or forward-mode differentiation.
     """
@@ -73,6 +74,7 @@ class Problem:
     all_states: bool = False
     norm: bool = False
     rms: bool = False
+    rebuilds: bool = False
     bias: bool = True
 
     def but(self, **changed: Any) -> Problem:
@@ -136,6 +138,7 @@ class Problem:
             "all_states": "the states of all steps" if self.all_states else "",
             "norm": "layer normalisation" if self.norm and not self.rms else "",
             "rms": "RMS normalisation" if self.norm and self.rms else "",
+            "rebuilds": "saving states alone" if self.rebuilds and self.direction != "backward" else "",
         }
         return {name: words for name, words in named.items() if words}
 
@@ -156,3 +159,8 @@ class Problem:
     @property
     def training(self) -> bool:
         return self.direction != "inference"
+
+    @property
+    def saves_gates(self) -> bool:
+        """Whether it is a forward pass that keeps the pre-activations for the backward pass."""
+        return self.direction == "training" and not self.rebuilds

@@ -280,7 +280,7 @@ def launches(problem: Problem) -> list[TritonLaunch]:
         inner = saved.inner if problem.all_states else None
         return [prepare_backward(call, saved, saved.y, saved.final, inner)[0]]
     call = replace(call, joined=not adds_b_hh(problem))
-    return [prepare_forward(call, gates, problem.direction == "training", problem.all_states)[0]]
+    return [prepare_forward(call, gates, problem.saves_gates, problem.all_states or problem.training)[0]]
 
 
 def forward(call: Call, gates: Tensor, save: bool, all_states: bool) -> Result:

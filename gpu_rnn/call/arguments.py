@@ -176,6 +176,17 @@ def tolerance(name: str, value: Any) -> float:
     return float(value)
 
 
+def rebuilds(save: Any) -> bool:
+    """Whether the backward pass computes the gates again.
+
+    Raises:
+        ValueError: neither "gates" nor "states".
+    """
+    if save not in ("gates", "states"):
+        raise ValueError(f"save is 'gates' or 'states', what a layer saves for its backward pass, got: {save!r}")
+    return bool(save == "states")
+
+
 def tensor(name: str, value: Any, number: int | None = None) -> None:
     """Raises TypeError for what is no strided tensor; `number`: its place in a sequence of that name."""
     if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_nested:

@@ -34,7 +34,8 @@ def layer(text: str, options: Options, inputs: Inputs) -> tuple[Tensor, list[Ten
         return y, _turned(rest[:count]), rest[-1]
     exact = transformed and (transforms.forward_levels() > 1 or transforms.functionalizes())
     exact = exact or inputs.x.is_complex()
-    if exact or (options.backend == "reference" and not onlookers.without_values(inputs.x)):
+    by_torch = options.backend == "reference" and not options.rebuilds  # autograd saves what it will
+    if exact or (by_torch and not onlookers.without_values(inputs.x)):
         y, *rest = passes.pure(text, options, inputs)(*(p for p in inputs.primals if p is not None))
         return y, _turned(rest[:count]), rest[-1]  # the last is `inner` where all states are wanted
     watched = onlookers.watched(inputs.row)  # a mode or a class of tensors may keep what it saw

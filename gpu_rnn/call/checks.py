@@ -208,6 +208,7 @@ def _stack(check: _Check, given: Inputs, options: Options) -> None:
     check.require(several, f"the layers of a stack, two at least, run forwards, got {options.reverse}")
     check.require(weights.w_hr is weights.norm is None, "a stack takes neither w_hr nor norm")
     check.require(len(given.x.shape) == 3, "the x of a stack has three dimensions")
+    check.require(not options.rebuilds, "a stack saves its gates")
 
 
 def gradients(
@@ -243,8 +244,9 @@ def _gradients(
         check.tensor("d_outputs[-1]", d_final.pop(), SAVED_AXES["inner"], stacked)
     check.tensor("d_outputs[0]", d_y, SAVED_AXES["y"], stacked)
     check.each("d_outputs[1:]", d_final, FINAL)
+    states = ("y", "inner") if options.save and options.rebuilds else ("y",)
     missing = not math.prod(saved[1].shape)  # what was not saved is computed again
     for (name, axes), tensor in zip(SAVED_AXES.items(), saved, strict=True):
         nothing = math.prod(tensor.shape) == math.prod(_shapes(axes.axes, sizes, stacked)[0]) == 0
-        if name == "y" or not (missing or nothing):
+        if name == "y" or not (nothing or (missing and name not in states)):
             check.tensor(name, tensor, axes, stacked)

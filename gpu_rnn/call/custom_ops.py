@@ -80,9 +80,9 @@ def rnn(*arguments: Any) -> list[Tensor]:
     inputs = checks.inputs("gpu_rnn::rnn", program, decoded, Inputs.of(*tensors))
     result = passes.run(program, decoded, inputs)
     nothing = result.y.new_empty(0)
-    if not decoded.save:
+    if not decoded.save or decoded.rebuilds:
         result = result._replace(gates=nothing, recurrent=nothing)
-        if not decoded.all_states:
+        if not (decoded.save or decoded.all_states):
             result = result._replace(inner=result.inner.new_empty(0))
     return owned([result.y, *result.final, result.gates, result.recurrent, result.inner], inputs.row)
 
@@ -104,7 +104,7 @@ def _(*arguments: Any) -> list[Tensor]:
     if options.save or options.all_states:
         inner = inner.new_empty(len(states) - 1, *over_time, hidden)
     outputs = [x.new_empty(*over_time, width), *final]
-    if not options.save:
+    if not options.save or options.rebuilds:
         return [*outputs, x.new_empty(0), x.new_empty(0), inner]
     split = len(Program.parse(program).split)
     return [*outputs, x.new_empty(*over_time, gates, hidden), x.new_empty(*over_time, split, hidden), inner]

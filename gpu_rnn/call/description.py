@@ -28,6 +28,7 @@ def describe(
     bias: bool,
     norm: bool,
     rms: bool,
+    rebuilds: bool,
     controls: Mapping[str, Any],
     all_states: bool,
     packed: bool = False,
@@ -61,5 +62,6 @@ def describe(
         all_states=all_states,
         norm=norm,
         rms=rms,
+        rebuilds=rebuilds,
         bias=bias,
     )

@@ -65,6 +65,7 @@ def _layers(
         zeros=zeros,
         rms=stack.rms,
         time_parallel=stack.time_parallel,
+        rebuilds=stack.rebuilds,
     )
     flags = controls.flags(stack.reverse, x.shape[0], stack.all_states)
     final: list[list[Tensor]] = []
@@ -101,7 +102,7 @@ def joined(parts: tuple[Tensor, ...]) -> Tensor:
 
 def _staggered(stack: Stack, x: Tensor, states: States, weights: Sequence[Tensor], controls: StackControls) -> bool:
     """Whether the layers run as a wavefront. What is recorded decides as it runs: its T may be any."""
-    others = stack.norm or stack.proj_size or stack.heads > 1 or stack.time_parallel
+    others = stack.norm or stack.proj_size or stack.heads > 1 or stack.time_parallel or stack.rebuilds
     if stack.num_layers == 1 or stack.bidirectional or others:
         return False
     lowest, wanting = weights[: len(weights) // stack.num_layers], (x, *states, *weights)

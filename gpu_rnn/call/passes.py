@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from gpu_rnn import cells
-from gpu_rnn.backends import ADDS_B_HH, KERNELS, LOOPS, Loop, linear, precision, reference
+from gpu_rnn.backends import ADDS_B_HH, KERNELS, LOOPS, Loop, linear, precision, rebuilding, reference
 from gpu_rnn.backends.normalisation import room_for
 from gpu_rnn.backends.problem import Problem
 from gpu_rnn.backends.tensors import Call, Inputs, Result, in_memory
@@ -27,7 +27,7 @@ from gpu_rnn.dispatch.relaxation_plan import TimePlan
 from gpu_rnn.memo import memoize
 
 NOTHING = nullcontext()
-ENCODED = re.compile(r"(\w+) ([01]+) (save|drop) (all|y)( rms)?(?: within (\d\.?\d*e[+-]\d+))?")
+ENCODED = re.compile(r"(\w+) ([01]+) (save|states|drop) (all|y)( rms)?(?: within (\d\.?\d*e[+-]\d+))?")
 
 
 class Options(NamedTuple):
@@ -40,10 +40,12 @@ class Options(NamedTuple):
     of_x: bool = True  # the gradient of x is wanted; what records takes it always
     zeros: bool = False  # the states before the first step are zeros, which no user gave
     rms: bool = False  # products are normalised by their root mean square
+    rebuilds: bool = False  # what is saved are states alone
     time_parallel: float = 0.0  # what states may move by between chunks of steps that run side by side; 0: none do
 
     def encode(self) -> str:
-        words = self.backend, self.reverse, "save" if self.save else "drop", "all" if self.all_states else "y"
+        saves = ("states" if self.rebuilds else "save") if self.save else "drop"
+        words = self.backend, self.reverse, saves, "all" if self.all_states else "y"
         within = ("within", f"{self.time_parallel:.16e}") if self.time_parallel else ()
         return " ".join((*words, *["rms"] * self.rms, *within))
 
@@ -58,7 +60,8 @@ class Options(NamedTuple):
         backend, reverse, save, states, rms, within = words.groups()
         choice.check_name(backend)
         tolerance = 0.0 if within is None else arguments.tolerance("time_parallel", float(within))
-        return Options(backend, reverse, save == "save", states == "all", rms=rms is not None, time_parallel=tolerance)
+        flags = {"save": save != "drop", "rebuilds": save == "states", "all_states": states == "all"}
+        return Options(backend, reverse, **flags, rms=rms is not None, time_parallel=tolerance)
 
 
 def problem_of(text: str, options: Options, inputs: Inputs, direction: str) -> Problem:
@@ -79,6 +82,7 @@ def problem_of(text: str, options: Options, inputs: Inputs, direction: str) -> P
         bias=weights.b_ih is not None,
         norm=weights.norm is not None,
         rms=options.rms,
+        rebuilds=options.rebuilds,
         controls={**controls.described, "reset_values": bool(reset_values)},
         all_states=options.all_states,
     )
@@ -124,6 +128,8 @@ def run(text: str, options: Options, inputs: Inputs, keep: bool = False) -> Resu
     """
     inputs = _readable(inputs)
     problem = problem_of(text, options, inputs, "training" if options.save else "inference")
+    if options.save and options.rebuilds:  # what is left of what is saved is what all states are
+        options, keep = options._replace(save=False, all_states=True), False
     if options.time_parallel and (plan := _in_chunks(problem, options, inputs.x)) is not None:
         result = _run_in_chunks(text, options, inputs, problem, plan)
         if result is not None:
@@ -202,9 +208,9 @@ def run_backward(
         with autocast.off(inputs.x), named("gpu_rnn::reference_backward"):
             return vjp(text, options, inputs, d_outputs)
     inputs, d_outputs = _readable(inputs), [in_memory(d) for d in d_outputs]
-    if not saved.gates.numel():
-        saved = run(text, options._replace(save=True), inputs, keep=True)
     call = call_of(text, options, inputs, problem)
+    if not saved.gates.numel():
+        saved = _again(text, options, call, inputs, saved)
     d_y, *d_final = d_outputs
     d_inner = d_final.pop() if options.all_states else None
     plan = _in_chunks(problem, options, inputs.x) if options.time_parallel else None
@@ -225,6 +231,14 @@ def run_backward(
         None if primal is None or d is None else d.to(primal.dtype)
         for primal, d in zip(inputs.primals, grads, strict=True)
     ]
+
+
+def _again(text: str, options: Options, call: Call, inputs: Inputs, saved: Result) -> Result:
+    """With the gates that were not saved: of states that were, or of another forward pass."""
+    if not (options.save and options.rebuilds):
+        return run(text, options._replace(save=True, rebuilds=False), inputs, keep=True)
+    with _arithmetic(call.problem.precision, inputs.x), named("gpu_rnn::gates_again"):
+        return rebuilding.rebuilt(call, inputs.x, saved)
 
 
 def vjp(text: str, options: Options, inputs: Inputs, d_outputs: Sequence[Tensor]) -> list[Tensor | None]:

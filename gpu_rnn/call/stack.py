@@ -18,7 +18,7 @@ from gpu_rnn.once import once
 from gpu_rnn.recurrence import Recurrence
 
 States = tuple[Tensor, ...]
-RECORDED_FLAGS = ("bias", "bidirectional", "norm", "rms")  # in the order in which `Stack.words` writes them
+RECORDED_FLAGS = ("bias", "bidirectional", "norm", "rms", "rebuilds")  # in the order in which `Stack.words` writes them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,8 @@ class Stack:
     normalised recurrent products, (G·H) each; with `rms` it is by the root mean square. With `heads`, k of them, W_hh
     is block-diagonal: each direction is k recurrences of H/k units side by side (`gpu_rnn.call.heads`), and each of its
     weights has k in front. With `time_parallel`, the tolerance of borders, a layer's steps run in chunks side by side
-    (`gpu_rnn.call.relaxation`); 0: one after the other.
+    (`gpu_rnn.call.relaxation`); 0: one after the other. What `rebuilds` saves states alone for the backward pass, which
+    computes the gates again (`gpu_rnn.backends.rebuilding`).
     """
 
     recurrence: Recurrence
@@ -45,6 +46,7 @@ class Stack:
     all_states: bool = False
     heads: int = 1
     time_parallel: float = 0.0
+    rebuilds: bool = False
 
     @once
     def as_key(self) -> tuple[object, ...]:
@@ -176,6 +178,7 @@ class Stack:
             bias=self.bias,
             norm=self.norm,
             rms=self.rms,
+            rebuilds=self.rebuilds and wants_grad,
             controls=controls.described(packed, self.all_states),
             all_states=self.all_states,
             packed=packed,

@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from gpu_rnn import devices, environment
-from gpu_rnn.backends import rates, triton_interpreter
+from gpu_rnn.backends import rates, rebuilding, triton_interpreter
 from gpu_rnn.backends.group import clusters, nvrtc
 from gpu_rnn.backends.group.choice import floor
 from gpu_rnn.backends.problem import Problem
+from gpu_rnn.backends.rebuilding import SavedBytes
 from gpu_rnn.call import arguments, autocast
 from gpu_rnn.call.controls import StackControls
 from gpu_rnn.diagnostics import refusals
@@ -70,6 +71,13 @@ class Explanation:
         return tuple(choice.wavefront(replace(problem, direction=d), self.backend)[1] for d in _passes(problem))
 
     @property
+    def saved(self) -> SavedBytes | None:
+        """Bytes of the states and of the gates, of all layers, that training saves for its backward pass, or with
+        ``save="states"`` makes again; None where that is ATen's own matter, autograd's, or nothing."""
+        known = self.chosen in choice.KERNELS or (self.chosen is not None and self.problem.rebuilds)
+        return SavedBytes.of(self.problem) if known and self.problem.training else None
+
+    @property
     def floor_us(self) -> float | None:
         """The least microseconds per time step of one layer's loop with W_hh on chip: a bound, by what multiplying and
         moving it takes, below which no kernel gets and which none may reach. None where W_hh does not fit."""
@@ -88,7 +96,7 @@ class Explanation:
             each = [str(steps) if steps < self.problem.T else "all" for steps in self.chunks]
             chunks = ", ".join(f"{steps} {way}" for steps, way in zip(each, ("forward", "backward"), strict=False))
             lines.append(f"layers run as a wavefront, steps at a time: {chunks}")
-        lines += self._parallel
+        lines += [*self._parallel, *self._saved]
         if self.floor_us is not None and self.floor_us >= SHOWN:
             lines.append(f"{'bound':10} {'':8} {self.floor_us:8.2f}  {BOUND}")
         refusal = clusters.refusal(self.problem.device)
@@ -108,6 +116,18 @@ class Explanation:
         first, *further = [line for reason in (*notes, *row.reasons) for line in _short(reason)] or [""]
         start = f"{row.backend:10} {verdict:8} {known[0]:>8}  {known[1]:10} {first}"
         return [start.rstrip(), *(f"{'':41}{line}" for line in further)]
+
+    @property
+    def _saved(self) -> list[str]:
+        if self.saved is None:
+            return []
+        states, gates = (f"{size / 1e6:.1f} MB" for size in self.saved)
+        words, problem = f"saved for the backward pass: states {states}", self.problem
+        if not problem.rebuilds:
+            return [f"{words}, gates {gates}"]
+        of_a_layer = f"{self.saved.gates / problem.layers / 1e6:.1f} MB"
+        time = f", {1e6 * rebuilding.seconds(problem) / problem.T:.2f} µs/step more, modelled" * problem.device.is_gpu
+        return [f"{words}; gates, {of_a_layer} a layer, are made again{time}"]
 
     @property
     def time_plans(self) -> tuple[TimePlan, ...]:

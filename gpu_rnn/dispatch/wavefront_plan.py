@@ -18,7 +18,8 @@ HOST = 1e-4
 
 def possible(problem: Problem) -> bool:
     """Whether a stack can run so, and its device may gain by it."""
-    plain = not (problem.proj_size or problem.norm or problem.transforms or problem.dtype.is_complex)
+    others = problem.proj_size or problem.norm or problem.rebuilds
+    plain = not (others or problem.transforms or problem.dtype.is_complex)
     return problem.layers > 1 and problem.N == 1 and plain and idles(problem.device)
 
 

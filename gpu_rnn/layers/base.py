@@ -28,11 +28,12 @@ class LayerBase(Regularized, nn.RNNBase):
     """The whole of a layer but for its constructor's signature."""
 
     return_sequences: bool
+    save: str
     kernel_initializer: str | initializers.Initializer | None
     recurrent_initializer: str | initializers.Initializer | None
     bias_initializer: str | initializers.Initializer | None
     unit_forget_bias: bool
-    _heads, _rms_norm = 1, False  # of a layer that was pickled before there were any
+    _heads, _rms_norm, save = 1, False, "gates"  # of a layer that was pickled before there were any
 
     # RNNBase keeps a second list of its weights for cuDNN's one flat buffer. Here they are read at each call,
     # so that whatever stands in for one (a parametrization, functional_call, pruning) is seen.
@@ -349,6 +350,7 @@ class LayerBase(Regularized, nn.RNNBase):
             rms=self._rms_norm,
             all_states=all_states,
             heads=self._heads,
+            rebuilds=self.save == "states",
         )
 
     def check_forward_args(self, input: Tensor, hidden: Any, batch_sizes: Tensor | None) -> None:

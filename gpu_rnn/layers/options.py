@@ -34,6 +34,8 @@ class LayerOptions(TypedDict, total=False):
         heads: blocks on the diagonal of W_hh, k of (H/k, H/k) a gate, and 0 elsewhere: each head of H/k units reads the
             whole input, and of h its own part. Every weight has k in front, as if the heads were layers side by
             side. Default: 1
+        save: what a layer saves for its backward pass: "gates" of every step, or the "states" alone, from which it
+            computes the gates again. Default: "gates"
         return_sequences: False: the output is that of each direction's last step, (B, D*H). Default: True
         kernel_initializer: initial values of weight_ih, a name or function as in `gpu_rnn.initializers`. Default:
             None, uniform in ±1/sqrt(H)
@@ -49,6 +51,7 @@ class LayerOptions(TypedDict, total=False):
     layer_norm: bool
     rms_norm: bool
     heads: int
+    save: str
     return_sequences: bool
     kernel_initializer: str | Initializer | None
     recurrent_initializer: str | Initializer | None
@@ -64,6 +67,7 @@ DEFAULTS: dict[str, Any] = {
     "layer_norm": False,
     "rms_norm": False,
     "heads": 1,
+    "save": "gates",
     "return_sequences": True,
     "kernel_initializer": None,
     "recurrent_initializer": None,
@@ -121,6 +125,8 @@ def value(name: str, given: Any) -> Any:
         return probability(name, given)
     elif name == "backend":
         choice.check_name(given)
+    elif name == "save":
+        arguments.rebuilds(given)
     return given
 
 

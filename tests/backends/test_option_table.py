@@ -44,6 +44,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "`layer_norm`": ("LSTM", {"layer_norm": True}, ()),
     "`rms_norm`": ("LSTM", {"rms_norm": True}, ()),
     "`heads`": ("LSTM", {"heads": 4}, ()),
+    '`save="states"`': ("LSTM", {"save": "states"}, ()),
     "`return_all_states`": ("LSTM", {}, ("return_all_states",)),
     "`bidirectional`, `num_layers`": ("LSTM", {"bidirectional": True, "num_layers": 2}, ()),
     "a `Recurrence` of one's own": ("Recurrent", {}, ()),

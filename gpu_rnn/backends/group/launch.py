@@ -342,7 +342,7 @@ def _wanted(problem: Problem) -> tuple[Choice, str]:
     """What a problem is compiled for, as far as it is known before its tensors are."""
     choice = choose(problem)
     assert choice is not None
-    layout = replace(choice.layout, save=problem.direction == "training", paired=problem.H % 2 == 0)
+    layout = replace(choice.layout, save=problem.saves_gates, paired=problem.H % 2 == 0)
     return replace(choice, layout=layout), nvrtc.architecture(problem.device.capability)
 
 

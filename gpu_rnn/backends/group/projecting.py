@@ -29,7 +29,7 @@ from gpu_rnn.once import once
 Index = int | tuple[Tensor, ...]
 
 # Options that do not act on h between two steps.
-BESIDE = ("lengths", "flags", "reset_values", "all_states", "norm", "rms")
+BESIDE = ("lengths", "flags", "reset_values", "all_states", "norm", "rms", "rebuilds")
 LAUNCH = 2e-6  # seconds, as in `rates.Rates.group` those of what clears an exchange
 LAUNCHES = {"inference": 6, "training": 6, "backward": 16}  # torch's, counted in a call without options
 REMADE = 30  # bytes read and written to make a unit's m of a step again, in three operations and a cast

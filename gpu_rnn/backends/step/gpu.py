@@ -43,8 +43,8 @@ def launches(problem: Problem) -> Iterator[TritonLaunch]:
     if not _fits(problem.dtype, bool(problem.proj_size), problem.program):
         return
     call, gates, _ = building.example(problem)
-    save = problem.direction == "training"
-    kind = Kind.of(call, save, inner=problem.all_states or save)
+    inner = problem.all_states or problem.direction == "training"
+    kind = Kind.of(call, problem.saves_gates, inner)
     if problem.direction == "backward":
         backward = BackwardSteps(problem.program, gates, len(gates), kind)
         for steps in filter(None, (backward, backward.projection)):

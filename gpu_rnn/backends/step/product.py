@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gpu_rnn.backends import linear, onednn
 from gpu_rnn.backends.normalisation import Normalised
-from gpu_rnn.backends.tensors import Call, Result, state_dtype
+from gpu_rnn.backends.tensors import Call, Result, chunks, state_dtype
 from gpu_rnn.once import once
 
 
@@ -85,6 +85,11 @@ class Product(ABC):
     def over_time(self, entering: Tensor) -> Tensor:
         """(T, B, N, P) -> (T, B, N, gates, H)."""
 
+    def add_over_time(self, target: Tensor, entering: Tensor) -> None:
+        """Adds the products of what entered, (T, B, N, P), to (T, B, N, gates, H) in place."""
+        for part in chunks(target):
+            target[part] += self.over_time(entering[part])
+
 
 class OneMask(Product):
     """All gates in one product of what enters, times one mask or none."""
@@ -151,6 +156,16 @@ class OneMask(Product):
         else:
             product = onednn.bmm(left.transpose(0, 1), self.transposed).transpose(0, 1)
         return product.unflatten(0, entering.shape[:2]).unflatten(3, (self.gates, self.hidden))
+
+    def add_over_time(self, target: Tensor, entering: Tensor) -> None:
+        steps, rows, n = entering.shape[:3]
+        if onednn.takes(self.transposed, steps * rows):
+            return super().add_over_time(target, entering)
+        left = self.dropped(entering.to(self.dtype)).flatten(0, 1)
+        target.view(steps * rows, n, self.gates * self.hidden).transpose(0, 1).baddbmm_(
+            left.transpose(0, 1), self.transposed
+        )
+        return None
 
 
 class MaskByGate(Product):
