@@ -14,8 +14,8 @@ from gpu_rnn.recurrence import Recurrence
 
 # The fields of `Problem` that a call's controls set.
 CONTROL_FIELDS = ("lengths", "flags", "reset_values", "drop", "zone")
-# Options that every time loop takes; `rebuilds` is done around them. A new one is not among them: each loop that takes it
-# names it besides.
+# Options that every time loop takes; `rebuilds` is done around them. A new one is not among them: each loop that takes
+# it names it besides.
 OF_ALL_LOOPS = ("lengths", "flags", "reset_values", "drop", "zone", "all_states", "rebuilds")
 DIRECTIONS = ("inference", "training", "backward")
 

@@ -237,7 +237,7 @@ def _again(text: str, options: Options, call: Call, inputs: Inputs, saved: Resul
     """With the gates that were not saved: of states that were, or of another forward pass."""
     if not (options.save and options.rebuilds):
         return run(text, options._replace(save=True, rebuilds=False), inputs, keep=True)
-    with _arithmetic(call.problem.precision, inputs.x), named("gpu_rnn::gates_again"):
+    with arithmetic(call.problem.precision, inputs.x), named("gpu_rnn::gates_again"):
         return rebuilding.rebuilt(call, inputs.x, saved)
 
 
