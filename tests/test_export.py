@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,12 +13,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils import cpp_extension
 from torch.utils._pytree import tree_leaves
 
 import gpu_rnn
 from gpu_rnn import cells, export
 
-pytestmark = pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")  # torch's own
+pytestmark = pytest.mark.filterwarnings(  # torch's own
+    "ignore:.isinstance.treespec, LeafSpec:FutureWarning", "ignore:.torch.jit.script:DeprecationWarning"
+)
 
 I, H = 3, 6  # noqa: E741
 Call = Callable[[Tensor], dict[str, Any]]
@@ -97,3 +101,34 @@ def test_a_file_runs_without_this_package(tmp_path: Path) -> None:
     command = [sys.executable, "-c", SCRIPT, str(tmp_path / "model.pt2"), str(tmp_path / "call.pt")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "same", done.stderr
+
+
+SOURCE = """
+#include <torch/csrc/inductor/aoti_package/model_package_loader.h>
+#include <torch/torch.h>
+#include <cstdio>
+
+int main(int, char** arguments) {
+  torch::NoGradGuard no_grad;
+  torch::inductor::AOTIModelPackageLoader run(arguments[1]);
+  auto y = run.run({torch::linspace(-1, 1, 5 * 2 * 3).view({5, 2, 3})})[0].contiguous();
+  for (int i = 0; i < y.numel(); ++i) std::printf("%.9g ", y.data_ptr<float>()[i]);
+}
+"""
+
+
+@pytest.mark.slow
+def test_a_package_runs_in_cpp_and_without_this_package(tmp_path: Path) -> None:
+    """One that AOTInductor makes of torch's operations alone."""
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not installed, which AOTInductor and the program in C++ need")
+    model, x = MODELS["mask"](), torch.linspace(-1, 1, 5 * 2 * I).view(5, 2, I)
+    package = torch._inductor.aoti_compile_and_package(decomposed(model), package_path=str(tmp_path / "model.pt2"))
+    (tmp_path / "main.cpp").write_text(SOURCE)
+    libraries = str(Path(torch.__file__).parent / "lib")
+    includes = [f"-I{path}" for path in cpp_extension.include_paths()]
+    linked = [f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    subprocess.run(["g++", "-std=c++20", "main.cpp", "-o", "main", *includes, *linked], cwd=tmp_path, check=True)
+    done = subprocess.run([tmp_path / "main", package], capture_output=True, text=True, check=True)
+    y = torch.tensor([float(word) for word in done.stdout.split()]).view(5, 2, H)
+    torch.testing.assert_close(y, model(x)[0].detach(), rtol=1e-5, atol=1e-5)
