@@ -214,6 +214,26 @@ def test_hooks_of_saved_tensors_and_checkpoints(ran: list[Any]) -> None:
     assert len(ran) == 4
 
 
+@pytest.mark.parametrize("make", [gpu_rnn.LSTM, gpu_rnn.GRU, before], ids=["LSTM", "GRU", "two products"])
+@pytest.mark.parametrize("options", [{}, {"layer_norm": True}], ids=["plain", "normalised"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_was_saved_may_lie_otherwise(backend: str, options: dict[str, Any], make: Callable[..., Any]) -> None:
+    """As a hook of saved tensors gives it back."""
+    if backend == "resident" and options:
+        pytest.skip("resident has no layer normalisation")
+    layer, x = made(backend, make, **options)
+    expected = torch.autograd.grad(layer(x)[0].sin().sum(), [x, *layer.parameters()])
+    with torch.autograd.graph.saved_tensors_hooks(otherwise, lambda t: t):
+        y = layer(x)[0]
+    agree(torch.autograd.grad(y.sin().sum(), [x, *layer.parameters()]), expected, backend)
+
+
+def otherwise(t: Tensor) -> Tensor:
+    """With the first axis the last in memory."""
+    axes = tuple(reversed(range(t.dim())))
+    return t.permute(axes).contiguous().permute(axes)
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch's own, in forward mode
 def test_who_goes_the_long_way(ran: list[Any]) -> None:
     layer, x = made("step", gpu_rnn.GRU)

@@ -43,10 +43,11 @@ class _BackwardLoop:
         self.d_inner = [] if d_inner is None else [d.unbind(0) for d in reorder_each(d_inner, order)]
         self.params = parameters(program, weights, self.dtype)
         scales, like = weights.norm, self.gates[0, :, :, 0]
+        # Without gaps, however the saved ones lie: the loop reads what it has written by flat views.
         self.d = WrittenGradients(
-            torch.empty_like(self.gates),
-            torch.empty_like(self.recurrent),
-            None if scales is None else torch.empty_like(self.gates),
+            self.gates.new_empty(self.gates.shape),
+            self.recurrent.new_empty(self.recurrent.shape),
+            None if scales is None else self.gates.new_empty(self.gates.shape),
             [torch.zeros_like(like, dtype=self.dtype) for _ in program.params],
             self.dtype,
         )
