@@ -24,6 +24,7 @@ from gpu_rnn.backends.tensors import CONTROL_AXES, Call, LayerControls, Result, 
 from gpu_rnn.memo import memoize
 
 EMPTY = ".version 8.0\n.target sm_80\n.address_size 64\n"  # a text in PTX, of which ptxas makes code for any device
+PTXAS_SECONDS = 120.0  # to say whether it makes code of that: a fraction of one, but for a machine that is busy
 
 
 class TritonLaunch(NamedTuple):
@@ -186,7 +187,7 @@ def ptxas_refusal(arch: int) -> str:
         "-o",
         os.devnull,
     ]
-    done = subprocess.run(command, input=EMPTY, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, input=EMPTY, capture_output=True, text=True, timeout=PTXAS_SECONDS, check=False)
     return done.stderr.strip() if done.returncode else ""
 
 

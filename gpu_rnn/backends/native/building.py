@@ -27,8 +27,10 @@ log = logging.getLogger("gpu_rnn")
 COMPILERS = ("cc", "gcc", "clang")
 # Vectors wider than the target's are passed in memory (psabi); generated functions take what they do not need.
 COMPILER_FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread", "-w")
-SECONDS = 60.0  # for a build; the largest program that there may be takes a third
-TO_ANSWER = 10.0  # seconds for a compiler to say what it is
+# Seconds after which a compiler hangs: far more than it takes where many processes share a core or it is stopped for
+# a while, as whoever hung is not asked again.
+SECONDS = 900.0  # for a build; the largest program that there may be takes 20 s of a processor
+TO_ANSWER = 120.0  # to say what it is
 SHARED_LIBRARY = ".so"
 
 
