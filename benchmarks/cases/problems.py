@@ -224,6 +224,16 @@ def _cpu() -> list[Problem]:
     return [*plain, *(replace(p, threads=(1,)) for p in [*optional, *_decoders()] if p.option or p.stepwise)]
 
 
+def _cpu_scaling() -> list[Problem]:
+    note = "how the time grows with the steps, and with layers on top of each other, on a CPU"
+    sizes = [(T, 1) for T in (16, 64, 256, 1024)] + [(64, layers) for layers in (2, 4)]
+    return [
+        named(cell, T=T, B=8, H=64, **({"layers": layers} if layers > 1 else {}), dtypes=("fp32",), note=note)
+        for cell in ("LSTM", "GRU")
+        for T, layers in sizes
+    ]
+
+
 def _decoders() -> list[Problem]:
     """Cells: one step, and a decoder's loop of 20."""
     note = "a decoder, which calls a cell for each step; its length is ours"
@@ -257,12 +267,13 @@ SETS: dict[str, tuple[Problem, ...]] = {
         "scaling": _scaling(),
         "demo": _demo(),
         "cpu": _cpu(),
+        "cpu-scaling": _cpu_scaling(),
         "tiny": _tiny(),
         "tiny-options": _options([{"T": 6, "B": 3, "I": 5, "H": 16}], ("fp32",), "the set options, for a CPU"),
     }.items()
 }
 
-FOR_A_CPU = ("cpu",)  # what results of a CPU are about
+FOR_A_CPU = ("cpu", "cpu-scaling")  # what results of a CPU are about
 
 # What `--all` measures, most valuable first, because a run may be cut short: the real networks, then FlashRNN's
 # figures, options and scaling, then the large grids. Before them comes `quick`, in bf16 alone.

@@ -13,7 +13,7 @@ from benchmarks.reporting.results import DIRECTIONS, Case, per_step
 
 from . import style
 
-SET = "scaling"  # the set that is made for it; others have such shapes by chance
+SETS = ("scaling", "cpu-scaling")  # those that are made for it; others have such shapes by chance
 AXES = {"T": "T, steps", "layers": "layers"}
 FEWEST = 3  # points that make a line
 ACROSS = 3  # panels
@@ -54,7 +54,7 @@ def _lines(cases: Iterable[Case], axis: str) -> list[tuple[str, str, Line]]:
     """Title of the panel, direction and points of every line over T or layers."""
     found: dict[tuple[str, ...], dict[int, Case]] = {}
     for case in cases:
-        if case.ratio is not None and case["set"] == SET:
+        if case.ratio is not None and case["set"] in SETS:
             found.setdefault(case.shape(axis), {})[int(case[axis])] = case
     lines = []
     for points in found.values():
