@@ -126,8 +126,10 @@ class Explanation:
         if not problem.rebuilds:
             return [f"{words}, gates {gates}"]
         of_a_layer = f"{self.saved.gates / problem.layers / 1e6:.1f} MB"
-        time = f", {1e6 * rebuilding.seconds(problem) / problem.T:.2f} µs/step more, modelled" * problem.device.is_gpu
-        return [f"{words}; gates, {of_a_layer} a layer, are made again{time}"]
+        words += f"; gates, {of_a_layer} a layer, are made again"
+        if not problem.device.is_gpu:
+            return [words]
+        return [f"{words}, {1e6 * rebuilding.seconds(problem) / problem.T:.2f} µs/step more, modelled"]
 
     @property
     def time_plans(self) -> tuple[TimePlan, ...]:

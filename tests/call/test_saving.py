@@ -97,6 +97,14 @@ def test_explain_says_what_is_saved() -> None:
     assert "saved" not in str(gpu_rnn.explain(layer.requires_grad_(False), x, device="H100")).replace("saving", "")
 
 
+def test_explain_of_a_cpu_says_what_is_saved_and_no_time() -> None:
+    """Nobody described a CPU's memory: what making the gates again takes there is not modelled."""
+    layer = gpu_rnn.LSTM(F, H, 4, save="states")
+    for device in (None, "CPU"):
+        lines = str(gpu_rnn.explain(layer, device=device)).splitlines()
+        assert [line[-24:] for line in lines if line.startswith("saved")] == [" a layer, are made again"]
+
+
 def test_memory_falls() -> None:
     """Most of what a stack holds at once, at its peak in the backward pass too."""
     peaks = []
