@@ -64,6 +64,7 @@ class LayerBase(Regularized, nn.RNNBase):
         # made on "meta", where they cost nothing, and replaced.
         flags = bias, batch_first, dropout, bidirectional
         super().__init__("RNN_TANH", input_size, hidden_size, num_layers, *flags, proj_size, "meta", dtype)
+        arguments.flag("bidirectional", bidirectional)  # torch.nn's refuse it when they are called
         self.mode = mode
         self._hold(recurrence, backend, options)
         others = (*options, "backend")

@@ -260,6 +260,7 @@ def test_masks_given_to_functional_are_checked(shape: tuple[int, ...]) -> None:
         ({"zoneout": (0.1, 0.2, 0.3)}, ValueError, r"one for each state \(h, c\)"),
         ({"zoneout": 0.1, "proj_size": 2}, ValueError, "zoneout of h is not defined with proj_size"),
         ({"layer_norm": 1}, TypeError, "layer_norm should be True or False"),
+        ({"bidirectional": -1}, TypeError, "bidirectional should be True or False"),
         ({"layer_norm": True, "rms_norm": True}, ValueError, "two ways to normalise .*: give one"),
         ({"kernel_initializer": "glorot"}, ValueError, "glorot_uniform"),
     ],
