@@ -123,7 +123,7 @@ def _chosen(
     stack: Stack, x: Tensor, hx: States | None, weights: Sequence[Tensor], controls: StackControls, grad: bool
 ) -> ShortPlans | None:
     problem = stack.problem(x, hx, weights, None, controls)
-    if problem.reverse not in ("0", "01") or problem.transforms or problem.B == 0:
+    if problem.reverse not in ("0", "01") or problem.transforms or problem.rebuilds or problem.B == 0:
         return None
     chosen = choice.select(problem, stack.backend)
     shapes = [*(stack.state_shapes(weights, problem.B) if hx else ()), *stack.weight_shapes(problem.I, problem.H)]

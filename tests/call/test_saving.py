@@ -77,6 +77,7 @@ def test_states_alone_are_saved(backend: str, name: str, options: dict[str, Any]
     assert saved[1] < saved[0]
     said = gpu_rnn.explain(states, x).saved
     assert said is not None and said.states <= saved[1]
+    assert "are made again" in str(gpu_rnn.explain(states, x))
     if not {"dropout", "recurrent_dropout", "zoneout", "bidirectional", "heads", "num_layers"} & options.keys():
         initial = 8 * B * H * len(states.recurrence.states)
         assert saved[1] <= said.states + initial

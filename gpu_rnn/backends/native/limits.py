@@ -36,5 +36,5 @@ def plain_layer(problem: Problem) -> bool:
     multiplies such numbers faster. (float16 takes oneDNN five times as long as float32, on an AMD EPYC.)"""
     few = problem.T * problem.B * problem.N * problem.G * problem.H * problem.I <= MOST_IN_16_BITS
     in_float32 = few or (state_dtype(problem.dtype) in text.C_TYPES and problem.dtype != torch.bfloat16)
-    of_a_layer = problem.reverse in ("0", "01") and not (problem.transforms or problem.rebuilds)
+    of_a_layer = problem.reverse in ("0", "01") and not problem.transforms
     return of_a_layer and problem.B > 0 and in_float32
