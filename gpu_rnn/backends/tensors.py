@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor as wrapped
+from torch._C._functorch import unwrap_if_dead
 
 from gpu_rnn.backends.axes import Axes, axes_of
 from gpu_rnn.backends.normalisation import Normalised, Normaliser
@@ -238,18 +240,22 @@ class LoopGradients(NamedTuple):
 
 def elsewhere(tensor: Tensor) -> bool:
     """Whether its values are not where its address says: torch keeps a negation, as of a conjugate's imaginary part,
-    and zeros that nobody wrote as a flag."""
-    return tensor.is_neg() or torch._is_zerotensor(tensor)
+    and zeros that nobody wrote as a flag; what a transform of torch.func wraps, though it has ended, has no address."""
+    return tensor.is_neg() or torch._is_zerotensor(tensor) or wrapped(tensor)
 
 
 def in_memory(tensor: Tensor) -> Tensor:
-    """With its values where its address says."""
-    return tensor.clone() if elsewhere(tensor) else tensor
+    """With its values where its address says.
+
+    Raises:
+        RuntimeError: it holds many, of a `vmap` that has ended.
+    """
+    return unwrap_if_dead(tensor).clone() if elsewhere(tensor) else tensor
 
 
 def all_in_memory(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     """`in_memory` of each; where all are so already they are asked at once, as `all_dense` does."""
-    lie_well = [not (t.is_neg() or t._is_zerotensor()) for t in tensors]
+    lie_well = [not (t.is_neg() or t._is_zerotensor() or wrapped(t)) for t in tensors]
     return tensors if False not in lie_well else [in_memory(t) for t in tensors]
 
 
@@ -258,7 +264,8 @@ def readable(tensors: Iterable[Tensor], dtype: torch.dtype, device: torch.device
     # A short call is all overhead, and a generator or `elsewhere` calls for each; torch._is_zerotensor takes twice as
     # long as the method.
     return False not in [
-        t.dtype == dtype and t.device == device and not (t.is_neg() or t._is_zerotensor()) for t in tensors
+        t.dtype == dtype and t.device == device and not (t.is_neg() or t._is_zerotensor() or wrapped(t))
+        for t in tensors
     ]
 
 
@@ -271,7 +278,9 @@ def dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def all_dense(tensors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
     """`dense` of each; where all are so already they are asked at once, as a frame for each is part of a short call."""
-    lie_well = [t.dtype == dtype and t.is_contiguous() and not (t.is_neg() or t._is_zerotensor()) for t in tensors]
+    lie_well = [
+        t.dtype == dtype and t.is_contiguous() and not (t.is_neg() or t._is_zerotensor() or wrapped(t)) for t in tensors
+    ]
     return tensors if False not in lie_well else [dense(t, dtype) for t in tensors]
 
 

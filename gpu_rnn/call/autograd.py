@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._C._functorch import is_functorch_wrapped_tensor as wrapped
 
 from gpu_rnn.backends.tensors import SAVED, Inputs, Result, like_row, primals
 from gpu_rnn.call import custom_ops, onlookers, passes, transforms
@@ -51,7 +51,7 @@ def layer(text: str, options: Options, inputs: Inputs) -> tuple[Tensor, list[Ten
 
 def outlived(tensors: Sequence[Tensor | None]) -> bool:
     """Whether a transform of torch.func that has ended still wraps one of them, which `Function.apply` undoes."""
-    return True in [t is not None and is_functorch_wrapped_tensor(t) for t in tensors]
+    return True in [t is not None and wrapped(t) for t in tensors]
 
 
 def _turned(states: Sequence[Tensor]) -> list[Tensor]:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor as wrapped
 from torch.profiler import record_function
 
 from gpu_rnn import cells
@@ -182,7 +183,7 @@ def _readable(inputs: Inputs) -> Inputs:
     """The same call, its tensors as a loop reads them by their addresses."""
     primals = inputs.primals
     zero = torch._is_zerotensor  # a generator or `elsewhere` calls for each
-    if True not in [primal.is_neg() or zero(primal) for primal in primals if primal is not None]:
+    if True not in [p.is_neg() or zero(p) or wrapped(p) for p in primals if p is not None]:
         return inputs
     return inputs.with_primals([None if primal is None else in_memory(primal) for primal in primals])
 

@@ -13,6 +13,7 @@ from operator import is_
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor as wrapped
 
 from gpu_rnn import environment, memo
 from gpu_rnn.backends import ADDS_B_HH, AGAIN, LOOPS, linear, onednn, precision
@@ -97,7 +98,7 @@ class Plan:
 
     def _lies_well(self, tensor: Tensor) -> bool:
         alike = tensor.dtype == self.dtype and tensor.device == self.device
-        address = tensor.data_ptr()  # 0 of zeros that lie nowhere, and of nothing
+        address = 0 if wrapped(tensor) else tensor.data_ptr()  # 0 of zeros that lie nowhere, and of nothing
         return alike and tensor.is_contiguous() and address % ALIGNMENT == 0 < address and not tensor.is_neg()
 
     def __call__(self, x: Tensor, hx: States | None) -> tuple[Tensor, States]:

@@ -4,7 +4,8 @@ loops."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -107,3 +108,53 @@ def test_a_tensor_that_outlived_its_transform_is_one_as_any(backend: str) -> Non
     weights = list(layer.parameters())
     found, right = (torch.autograd.grad(layer(x, state)[0].sum(), weights) for state in (kept[0], h))
     assert all(map(torch.equal, found, right))
+    with torch.no_grad():
+        right = layer(x, h)
+        for _ in range(3):  # of which the last would be by a plan
+            assert all(map(torch.equal, layer(x, kept[0]), right))
+
+
+Dead = Callable[[torch.Tensor], torch.Tensor]
+
+
+def of_grad(value: torch.Tensor) -> torch.Tensor:
+    kept: list[torch.Tensor] = []
+    torch.func.grad(lambda inside: (kept.append(inside * 1), inside.sum())[1])(value)  # type: ignore[func-returns-value]
+    return kept[0]
+
+
+def of_vmap(value: torch.Tensor) -> torch.Tensor:
+    kept: list[torch.Tensor] = []
+    torch.func.vmap(lambda inside: (kept.append(inside * 1), inside)[1])(value[None])  # type: ignore[func-returns-value]
+    return kept[0]
+
+
+def layers_calls(backend: str) -> dict[str, Callable[[Dead], Any]]:
+    """Calls with a tensor in each place, of layers and cells whose ways are different ones."""
+    x, h, weight = torch.randn(5, 2, 3), torch.randn(1, 2, 4), torch.randn(12, 3)
+    layer, cell = gpu_rnn.GRU(3, 4, activation="gelu", backend=backend), gpu_rnn.GRUCell(3, 4, clip=3.0)
+    cell.backend = backend
+    return {
+        "x": lambda of: layer(of(x)),
+        "one step": lambda of: layer(of(x[:1])),
+        "a state": lambda of: layer(x, of(h)),
+        "a weight": lambda of: torch.func.functional_call(layer, {"weight_ih_l0": of(weight)}, (x,)),
+        "a mask": lambda of: layer(x, mask=of(x)[..., 0] > 0),
+        "lengths": lambda of: layer(x, lengths=(of(x)[..., 0] > 0).sum(0)),
+        "what resets set": lambda of: layer(x, resets=x[..., 0] > 0, reset_state=of(h)),
+        "a cell's x": lambda of: cell(of(x[0])),
+        "a cell's state": lambda of: cell(x[0], of(h[0])),
+    }
+
+
+@pytest.mark.usefixtures("native_by_itself")
+@pytest.mark.parametrize("recording", [False, True])
+@pytest.mark.parametrize("backend", ["auto", "native", "step", "reference"])
+def test_what_outlived_its_transform_on_a_cpu(backend: str, recording: bool) -> None:
+    """Of grad it is a tensor as any, as for torch.nn's layers; of vmap, which held many, an error that says so."""
+    with torch.set_grad_enabled(recording):
+        for name, call in layers_calls(backend).items():
+            found, right = call(of_grad), call(lambda value: value)
+            torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-6, msg=name)
+            with pytest.raises(RuntimeError, match="may have escaped from inside a function being vmapped"):
+                call(of_vmap)
