@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -95,7 +96,7 @@ class Problem:
         """Kept: a call looks up some answers by one problem, and a dataclass asks all of its fields each time."""
         kept = self.__dict__
         if "_hash" not in kept:
-            kept["_hash"] = hash(tuple(kept.values()))
+            kept["_hash"] = hash(_every_field(self))  # not of `kept`: another thread may just have put its hash there
         return kept["_hash"]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -165,3 +166,6 @@ class Problem:
     def saves_gates(self) -> bool:
         """Whether it is a forward pass that keeps the pre-activations for the backward pass."""
         return self.direction == "training" and not self.rebuilds
+
+
+_every_field = attrgetter(*(field.name for field in fields(Problem)))
