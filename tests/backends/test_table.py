@@ -11,13 +11,13 @@ import torch
 import gpu_rnn
 from gpu_rnn import backends
 from gpu_rnn.backends.problem import Problem
-from gpu_rnn.call import passes
+from gpu_rnn.call import loop_plan, passes
 from gpu_rnn.diagnostics import debugging, tuning
 from gpu_rnn.dispatch import choice, lines
 from tests.support import toy_backend
 from tests.support.profiling import operations
 
-READERS = (backends, choice, lines, passes, debugging, tuning)
+READERS = (backends, choice, lines, loop_plan, passes, debugging, tuning)
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ TOGETHER: list[Case] = [
     ("gru_reset_before", {"mask", "lengths", "recurrent_dropout_per_gate", "layer_norm", "zoneout"}),
     ("peephole_lstm", {"lengths", "proj_size", "no_bias", "clip"}),
     ("coupled_lstm", {"lengths", "resets", "all_states", "num_layers"}),
-    ("slstm", {"lengths", "zoneout"}),
+    ("slstm", {"lengths", "zoneout", "save_states"}),
 ]
 TOGETHER += [(name, {"lengths"}) for name in cells.CELLS if name not in dict(TOGETHER)]
 

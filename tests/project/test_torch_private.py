@@ -39,6 +39,7 @@ PRIVATE: dict[str, str] = {
     "torch._C._functorch.TransformType": RUNS,
     "torch._C._functorch.get_interpreter_stack": RUNS,
     "torch._C._functorch.is_functorch_wrapped_tensor": "whether a transform that has ended still wraps a tensor",
+    "torch._C._functorch.unwrap_if_dead": "the tensor below a transform that has ended, as Function.apply takes it",
     "torch._C._are_functorch_transforms_active": RUNS,
     "torch.autograd.forward_ad._current_level": RUNS,
     "torch.compiler._is_exporting_flag": RUNS,
