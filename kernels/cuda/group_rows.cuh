@@ -70,11 +70,15 @@ DEVICE void begin(Row (&rows)[OWNED], const Common &common, const Seat &seat,
     const bool inside = batch < common.B;
     rows[k].batch = inside ? batch : 0;
     rows[k].count = inside ? spots[k].count : 0;
-    rows[k].length = !inside            ? 0
-                     : common.p_lengths ? common.p_lengths[batch]
-                                        : common.T;
-    if (LENGTH_FIRST && rows[k].length > common.T)
-      rows[k].length = common.T;
+    if (LENGTH_FIRST) { // compared before `inside`: after it one build spills
+      const long long length =
+          inside && common.p_lengths ? common.p_lengths[batch] : common.T;
+      rows[k].length = !inside ? 0 : length > common.T ? common.T : length;
+    } else {
+      rows[k].length = !inside            ? 0
+                       : common.p_lengths ? common.p_lengths[batch]
+                                          : common.T;
+    }
     const Scalar *p = common.p_begin +
                       place_of(common, seat, rows[k], 0) * common.H +
                       spots[k].unit;
