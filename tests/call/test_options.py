@@ -143,7 +143,7 @@ BUILDS = (
     ("peephole_lstm", {"mask", "recurrent_dropout_per_gate", "bidirectional", "num_layers"}),
     ("rnn", {"resets", "reset_state_per_step", "mask", "all_states"}),
     ("lstm", {"clip", "lengths", "all_states"}),
-    ("gru_reset_before", {"mask", "all_states"}),
+    ("gru_reset_before", {"mask", "all_states", "save_states"}),
     ("lstm", {"layer_norm", "lengths"}),
     ("lstm", {"proj_size", "mask", "resets", "reset_state", "bidirectional"}),
     ("lstm", {"proj_size", "rms_norm", "lengths", "all_states", "heads"}),
