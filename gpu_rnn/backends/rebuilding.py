@@ -38,12 +38,12 @@ def _add_products(call: Call, entering: Tensor, gates: slice, target: Tensor) ->
     """Those of some gates, of all steps."""
     w_hh, drop, norm = call.weights.w_hh[:, gates], masks(call.controls.drop, gates), call.weights.norm
     if norm is None:
-        return Product.of(w_hh, drop).add_over_time(target, entering)
+        Product.of(w_hh, drop).add_over_time(target, entering)
+        return
     product = Product.of(w_hh.to(state_dtype(target.dtype)), drop)
     for part in chunks(target):
         normal = call.normaliser.normalise(product.over_time(entering[part]))
         target[part] += normal.values * norm[:, gates]
-    return None
 
 
 class SavedBytes(NamedTuple):
