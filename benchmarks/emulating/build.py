@@ -40,7 +40,7 @@ Argument = int | float | torch.Tensor
 WORDS = ("__device__=", "__global__=", "__forceinline__=inline", "__launch_bounds__(...)=", "__cluster_dims__(...)=")
 COMMON = ("-std=c++17", "-g1", "-Wno-unknown-pragmas", "-ffp-contract=off")
 FLAGS = {
-    None: ("-O2",),
+    None: ("-O1",),
     "thread": ("-O1", "-fsanitize=thread"),
     "address": ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
 }

@@ -268,8 +268,9 @@ SETS: list[tuple[str, ...]] = [*((name,) for name in OPTIONS), ("mask", "resets"
 STEERED = ("lstm", "gru", "rnn", "minimal", "slstm", "gru_reset_before")
 
 
-def cases() -> list[Case]:
-    """Every group size with every cell and precision; the other options take turns so that pairs of them meet."""
+def cases() -> tuple[list[Case], list[Case]]:
+    """Every group size with every cell and precision; the other options take turns so that pairs of them meet. First
+    those in which every two of size, cell and precision meet, then the rest."""
     options: list[dict[str, Any]] = [
         {},
         {"lengths": True},
@@ -280,13 +281,14 @@ def cases() -> list[Case]:
         {"T": 1},
         {"T": 3 * PERIOD + 3, "period": PERIOD},  # as it ships: more steps than slots
     ]
-    found = []
+    found, rest = [], []
     for m, members in enumerate((1, 2, 3, 8)):
         for c, cell in enumerate(("lstm", "gru", "rnn", "minimal")):
             for p, precision in enumerate(PRECISIONS):
                 geometry = GEOMETRIES[(m + 2 * c + 3 * p) % len(GEOMETRIES)]
-                option = options[(3 * m + c + 2 * p) % len(options)]
-                found.append(Case(cell, precision, members, **{**geometry, **option}))
+                chosen = found if m ^ c == p else rest  # a Latin square
+                option = options[(len(chosen) + m) % len(options)]
+                chosen.append(Case(cell, precision, members, **{**geometry, **option}))
     found += [replace(found[0], cell=cell, precision="bf16", members=2) for cell in ("peephole_lstm", "coupled_lstm")]
     found += [  # two products a step
         Case("gru_reset_before", "bf16", 3, **(GEOMETRIES[4] | {"T": 2 * PERIOD, "period": PERIOD})),
@@ -302,21 +304,23 @@ def cases() -> list[Case]:
         Case("twofold", "tf32", 2, counter=True, options=("norm", "drop_per_gate", "mask", "resets")),
         Case("lstm", "bf16", 2, along=2, lengths=True, reverse="01", options=("rms",)),
     ]
-    return found
+    return found, rest
 
 
-def steered_cases() -> list[Case]:
-    """Every option alone and all together, twice; cells, precisions, group sizes and geometries take turns."""
+def steered_cases() -> tuple[list[Case], list[Case]]:
+    """Every option alone and all together, twice, the second time apart; cells, precisions, group sizes and geometries
+    take turns."""
     found = []
     for k, options in enumerate([*SETS, *SETS]):
         cell, precision = STEERED[k % len(STEERED)], list(PRECISIONS)[(k + k // len(SETS)) % 4]
         more = GEOMETRIES[k % len(GEOMETRIES)] | {"reverse": ("0", "01", "10")[k % 3], "counter": k % 7 == 0}
         found.append(Case(cell, precision, 1 + k % 3, options=options, **more))
-    return [
-        *found,
+    once = [
+        *found[: len(SETS)],
         Case("gru", "fp32", 3, lengths=True, reverse="01", options=("drop_per_gate", "zone", "all_states")),
         Case("slstm", "fp32", 2, options=("mask", "resets")),  # to initial values, of which one is infinite
     ]
+    return once, found[len(SETS) :]
 
 
 def pairs_of_options() -> list[Case]:

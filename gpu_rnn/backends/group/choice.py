@@ -274,13 +274,19 @@ def _ways(device: Device, members: int) -> Iterator[tuple[float, float]]:
 
 def largest(problem: Problem) -> int:
     """The largest H that fits on the problem's device, whatever T and B are."""
-    return _largest(replace(problem, T=1, B=1, I=1, layers=1))
+    return _largest(replace(plain(problem), T=1, B=1, I=1, layers=1))
 
 
 @memoize(256)
 def _largest(problem: Problem) -> int:
-    fitting = [h for h in range(UNITS, 4096 + 1, UNITS) if choose(replace(problem, H=h)) is not None]
-    return max(fitting, default=0)
+    """From above, and the first layout answers: a size that fits may have smaller ones below that do not."""
+    on_chip = problem.device.sms * (WEIGHT_REGISTERS + problem.device.shared_memory)
+    for hidden in range(4096, 0, -UNITS):
+        if problem.G * hidden**2 * problem.dtype.itemsize > on_chip:
+            continue
+        if next(fitting(replace(problem, H=hidden)), None) is not None:
+            return hidden
+    return 0
 
 
 def cost(problem: Problem, constants: rates.Rates | None = None) -> float:

@@ -56,11 +56,12 @@ CLUSTERS = [
     Case("slstm", "fp16", 3, T=1, cluster=True),
     Case("lstm", "bf16", 2, T=5, cluster=True, options=("mask", "reset_values", "drop_per_gate", "zone", "all_states")),
 ]
+(PLAIN, MORE), (STEERED, AGAIN) = cases(), steered_cases()
 CASES = [
-    *cases(),
-    *steered_cases(),
+    *PLAIN,
+    *STEERED,
     *CLUSTERS,
-    *(pytest.param(case, marks=pytest.mark.slow) for case in pairs_of_options()),
+    *(pytest.param(case, marks=pytest.mark.slow) for case in [*MORE, *AGAIN, *pairs_of_options()]),
 ]
 WATCHED = [  # under ThreadSanitizer
     Case("lstm", "bf16", 1, across=2, blocks=2, along=2, T=4),
