@@ -27,7 +27,7 @@ from gpu_rnn.backends.problem import DIRECTIONS, Problem
 from gpu_rnn.backends.tensors import Call, LayerControls, Result, Weights
 from tests.support import loops as support
 from tests.support.cuda.tools import opened
-from tests.support.pairwise import pairwise
+from tests.support.pairwise import pairwise, spread
 
 ARCHITECTURES = {80: "A100", 86: "RTX 3090", 89: "RTX 4090", 90: "H100", 100: "B200", 120: "RTX 5090"}
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}  # CUDA C++ programming guide
@@ -181,11 +181,6 @@ PROJECTIONS = pairwise(
 EVERY = list(product(ARCHITECTURES, DIRECTIONS, KINDS, ("lstm", "gru", "minimal"), ["plain", "everything"], [0]))
 
 
-def some_slow(cases: list[Any], default: int = 2) -> list[Any]:
-    """A default run builds every so many of them: each takes a second or two."""
-    return [pytest.param(case, marks=[pytest.mark.slow] * bool(number % default)) for number, case in enumerate(cases)]
-
-
 def spills(kind: str, cell: str, options: str, missing: int) -> int:
     """The most accesses to local memory in a step."""
     if missing == 1 or (kind == "fp32" and options in ("gates", "everything")):
@@ -207,13 +202,13 @@ def check(case: Case, folder: Path, projected: str = "") -> None:
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("case", some_slow(PAIRS), ids=lambda case: "-".join(map(str, case)))
+@pytest.mark.parametrize("case", spread(PAIRS), ids=lambda case: "-".join(map(str, case)))
 def test_builds_at_the_limit(case: Case, tmp_path: Path) -> None:
     check(case, tmp_path)
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("case", some_slow(PROJECTIONS, 5), ids=lambda case: "-".join(map(str, case)))
+@pytest.mark.parametrize("case", spread(PROJECTIONS, 8), ids=lambda case: "-".join(map(str, case)))
 def test_builds_with_a_projection(case: tuple[Any, ...], tmp_path: Path) -> None:
     *rest, projected = case
     check(tuple(rest), tmp_path, projected)

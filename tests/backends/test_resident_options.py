@@ -19,7 +19,7 @@ from gpu_rnn.backends.tensors import RESET, SKIP, Call, Result
 from gpu_rnn.recurrence import Recurrence
 from tests.support import loops as support
 from tests.support.layer_options import OPTIONS, STEERING, Case, inputs_of
-from tests.support.pairwise import pairwise
+from tests.support.pairwise import pairwise, spread
 from tests.support.resident import CELLS, DTYPES, SHAPES, TIGHT, compare, errors, settings  # noqa: F401
 
 DROPS = ["", "drop", "drop_per_gate"]
@@ -54,13 +54,13 @@ def test_each_option(cell: str, option: str) -> None:
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("case", PAIRS, ids=lambda case: "-".join(map(str, case)))
+@pytest.mark.parametrize("case", spread(PAIRS, 2), ids=lambda case: "-".join(map(str, case)))
 def test_options_together(case: Case) -> None:
     compare(*inputs_of(case), "cpu")
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("case", PROJECTIONS, ids=lambda case: "-".join(map(str, case)))
+@pytest.mark.parametrize("case", spread(PROJECTIONS, 2), ids=lambda case: "-".join(map(str, case)))
 def test_a_projection_with_options(case: Case) -> None:
     compare(*inputs_of(case), "cpu")
 

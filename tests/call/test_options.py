@@ -93,7 +93,7 @@ def combinations(count: int) -> Any:
     return settings(max_examples=count, derandomize=True, deadline=None, database=None, suppress_health_check=checks)
 
 
-@combinations(1000)
+@combinations(500)
 @given(calls())
 def test_reference(call: dict[str, Any]) -> None:
     compare(call, "reference", torch.float64, TIGHT)
@@ -106,14 +106,14 @@ def test_step(call: dict[str, Any]) -> None:
 
 
 @pytest.mark.interpreter
-@combinations(120)
+@combinations(70)
 @given(calls())
 def test_step_in_the_interpreter(call: dict[str, Any]) -> None:
     compare(call, "step", torch.float32, SINGLE)
 
 
 @pytest.mark.interpreter
-@combinations(120)
+@combinations(70)
 @given(calls(without=frozenset({"layer_norm", "rms_norm"})))
 def test_resident_in_the_interpreter(call: dict[str, Any]) -> None:
     compare(call, "resident", torch.float32, SINGLE)
@@ -161,7 +161,7 @@ def test_the_builds_have_every_option() -> None:
 @pytest.mark.cuda_cpu
 @NEEDS_COMPILER
 @pytest.mark.parametrize(("cell", "options"), BUILDS, ids=lambda part: part if isinstance(part, str) else "")
-@combinations(14)
+@combinations(6)
 @given(call=calls())
 def test_group_on_the_cpu(cell: str, options: set[str], call: dict[str, Any]) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:

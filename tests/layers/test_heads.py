@@ -7,6 +7,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 import gpu_rnn
 from gpu_rnn import cells, functional, initializers, interop
 from tests.support import layers as support
+from tests.support.pairwise import spread
 
 HEADS, FEATURES, HIDDEN = 3, 4, 12
 MADE: dict[str, tuple[str, dict[str, Any]]] = {
@@ -29,6 +31,7 @@ MADE: dict[str, tuple[str, dict[str, Any]]] = {
     "no bias": ("LSTM", {"bias": False, "clip": 0.4, "bidirectional": True}),
     "slstm": ("slstm", {"num_layers": 2}),
 }
+KINDS = ("plain", "lengths", "mask", "resets")
 BACKENDS = ("auto", "reference", "step", "native")
 
 
@@ -77,8 +80,7 @@ def controls(layer: nn.Module, kind: str) -> dict[str, Any]:
     return every[kind]
 
 
-@pytest.mark.parametrize("kind", ["plain", "lengths", "mask", "resets"])
-@pytest.mark.parametrize("name", MADE)
+@pytest.mark.parametrize(("name", "kind"), spread([*product(MADE, KINDS)], 2, apart=True))
 def test_a_layer_with_heads_is_the_plain_layer_with_zeros(name: str, kind: str) -> None:
     """Outputs, states and every gradient, on each backend."""
     layer = make(name)

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 
 import gpu_rnn
 from gpu_rnn.backends.group import nvrtc
@@ -53,6 +54,11 @@ def program(page: Path) -> str:
     return "".join(parts)
 
 
+def page_or_slow(page: Path) -> Path | ParameterSet:
+    """AOTInductor compiles C++ for half a minute."""
+    return pytest.param(page, marks=pytest.mark.slow) if "aoti_compile" in program(page) else page
+
+
 # What torch's exporter to ONNX and AOTInductor warn of, whatever they are given.
 of_torch = pytest.mark.filterwarnings(
     "ignore:.isinstance.treespec, LeafSpec:FutureWarning",
@@ -62,7 +68,7 @@ of_torch = pytest.mark.filterwarnings(
 
 
 @of_torch
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@pytest.mark.parametrize("page", [page_or_slow(page) for page in PAGES], ids=name_of)
 def test_the_examples_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = program(page)
     if "gpu_rnn.onnx" in code:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A choice of cases in which every two values of two axes meet."""
+"""Choices of cases: those in which every two values of two axes meet, and those that a quick run keeps."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import random
 from collections.abc import Sequence
 from itertools import product
 from typing import Any
+
+import pytest
 
 
 def pairwise(*axes: Sequence[Any], candidates: int = 200) -> list[tuple[Any, ...]]:
@@ -28,3 +30,18 @@ def pairwise(*axes: Sequence[Any], candidates: int = 200) -> list[tuple[Any, ...
         missing -= pairs(best)
         chosen.append(tuple(axis[k] for axis, k in zip(axes, best, strict=True)))
     return chosen
+
+
+def spread(cases: Sequence[tuple[Any, ...]], every: int = 3, apart: bool = False) -> list[Any]:
+    """One case in `every`, drawn once and for all, and the first with each value they lack; the others are slow.
+
+    `apart`: each part of a case is an argument of its own.
+    """
+    kept = set(random.Random(0).sample(range(len(cases)), len(cases) // every))
+    seen = {part for number in kept for part in enumerate(cases[number])}
+    marked = []
+    for number, case in enumerate(cases):
+        marks = [] if number in kept or set(enumerate(case)) - seen else [pytest.mark.slow]
+        seen.update(enumerate(case) if not marks else ())
+        marked.append(pytest.param(*(case if apart else [case]), marks=marks))
+    return marked

@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from _pytest.mark import ParameterSet
 
 from gpu_rnn import devices
 from gpu_rnn.backends.group import cubin, nvrtc
@@ -25,7 +24,7 @@ from gpu_rnn.backends.group.layout import source
 from gpu_rnn.backends.problem import DIRECTIONS, Problem
 from tests.support import loops as support
 from tests.support.cuda.tools import opened
-from tests.support.pairwise import pairwise
+from tests.support.pairwise import pairwise, spread
 
 DEVICES = {
     "sm_80": "A100",
@@ -134,18 +133,9 @@ def check(case: Case, folder: Path, disassemble: bool = False) -> None:
         assert f".text.{layout.kernel}" in opened(file, "nvdisasm", "-c")
 
 
-def spread(cases: list[Case]) -> list[Case | ParameterSet]:
-    """Every third of them, and the first with a value that none of those has, stay in the quick tests."""
-    quick = cases[::3]
-    for case in cases:
-        if any(value not in {other[axis] for other in quick} for axis, value in enumerate(case)):
-            quick.append(case)
-    return [case if case in quick else pytest.param(case, marks=pytest.mark.slow) for case in cases]
-
-
 @pytest.mark.compile("nvrtc")
 @pytest.mark.parametrize(
-    "case", [*spread(PAIRS), *STEERED, *spread(NORMALISED)], ids=lambda case: "-".join(map(str, case))
+    "case", [*spread(PAIRS, 4), *STEERED, *spread(NORMALISED, 4)], ids=lambda case: "-".join(map(str, case))
 )
 def test_builds(case: Case, tmp_path: Path) -> None:
     check(case, tmp_path, disassemble=case in STEERED[::2])  # once an architecture: it takes more than a second

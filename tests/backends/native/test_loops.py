@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -22,7 +21,7 @@ from tests.support import loops as support
 from tests.support import native, resident
 from tests.support.cells import of_three_products, two_products
 from tests.support.layer_options import FURTHER, OPTIONS, STEERING, Case, inputs_of, with_options
-from tests.support.pairwise import pairwise
+from tests.support.pairwise import pairwise, spread
 from tests.support.resident import CELLS, errors, settings  # noqa: F401
 
 PROJECTED = ("lstm", "peephole_lstm", "coupled_lstm", "slstm")
@@ -57,15 +56,14 @@ def compare(recurrence: Recurrence, inputs: support.Inputs) -> None:
     assert max(wrong.values()) < 1e-12, wrong
 
 
-def that_there_is(case: Case) -> Any:
-    """Of some cells alone h can be projected. Each cell and dtype is two builds."""
+def that_there_is(case: Case) -> Case:
+    """Of some cells alone h can be projected."""
     cell, *words, dtype, shape, reverse, bias = case
-    case = (cell, *(word for word in words if word != "proj" or cell in PROJECTED), dtype, shape, reverse, bias)
-    slow = dtype == torch.float64 and cell not in ("lstm", "gru")
-    return pytest.param(case, marks=pytest.mark.slow) if slow else case
+    words = ["" if word == "proj" and cell not in PROJECTED else word for word in words]
+    return (cell, *words, dtype, shape, reverse, bias)
 
 
-@pytest.mark.parametrize("case", [*map(that_there_is, PAIRS)], ids=lambda case: "-".join(map(str, case)))
+@pytest.mark.parametrize("case", spread([*map(that_there_is, PAIRS)]), ids=lambda case: "-".join(map(str, case)))
 def test_options_together(case: Case) -> None:
     compare(*inputs_of(case))
 

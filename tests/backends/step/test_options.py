@@ -17,6 +17,7 @@ from gpu_rnn.backends.tensors import SKIP, bit
 from gpu_rnn.call import passes
 from tests.support import layer_options
 from tests.support import loops as support
+from tests.support.pairwise import spread
 
 EXACT, TIGHT = 1e-10, 1e-5  # float64, and float32 against float64 over a few steps
 ALL = (*layer_options.OPTIONS, "lengths", *layer_options.FURTHER)
@@ -31,6 +32,7 @@ PAIRS = [pair for pair in combinations(ALL, 2) if set(pair) not in EXCLUDED]
 EVERYTHING = ("mask", "resets", "reset_values_per_step", "drop_per_gate", "zone", "all_states", "norm")
 LEAKING = [(), *SINGLE[1 : len(layer_options.OPTIONS)], ("norm",), ("rms",), EVERYTHING[1:]]
 CELLS = tuple(support.RECURRENCES)
+ALONE = list(product(CELLS, [*SINGLE, EVERYTHING]))
 PROJECTED = ("lstm", "peephole_lstm", "coupled_lstm", "slstm")
 Options = tuple[str, ...]
 
@@ -48,6 +50,10 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
     if cuda_graphs.triton_interpreter.INTERPRETING:
         monkeypatch.setattr(chunks, "get", get)
+
+
+def said(part: object) -> str:
+    return "-".join(part) if isinstance(part, tuple) else str(part)
 
 
 def make(name: str, options: Options, reverse: str = "01", **sizes: int) -> support.Inputs:
@@ -103,8 +109,7 @@ def test_sizes(name: str, options: Options, sizes: dict) -> None:  # type: ignor
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("options", [*SINGLE, EVERYTHING], ids="-".join)
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize(("name", "options"), spread(ALONE, apart=True), ids=said)
 def test_interpreted(name: str, options: Options) -> None:
     in_triton(name, options)
 
@@ -194,7 +199,7 @@ def test_sixteen_bits(name: str, options: Options, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize(("name", "options", "dtype"), LOW, ids=str)
+@pytest.mark.parametrize(("name", "options", "dtype"), spread(LOW, apart=True), ids=said)
 def test_sixteen_bits_interpreted(name: str, options: Options, dtype: torch.dtype) -> None:
     sixteen_bits(name, options, dtype)
 
