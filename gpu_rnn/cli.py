@@ -163,6 +163,8 @@ def _described_layer(options: argparse.Namespace) -> LayerBase:
         "proj_size": options.proj,
         "clip": options.clip,
         "zoneout": options.zoneout,
+        "recurrent_dropout": options.recurrent_dropout,
+        "save": options.save,
         "heads": options.heads,
         "layer_norm": options.layer_norm or None,
         "rms_norm": options.rms_norm or None,
@@ -320,6 +322,10 @@ def _add_description(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--zoneout", type=float, metavar="P", help="probability that a unit keeps its state for a step"
     )
+    command.add_argument(
+        "--recurrent-dropout", type=float, metavar="P", help="probability of dropping a unit of h before its product"
+    )
+    command.add_argument("--save", choices=("gates", "states"), help="for the backward pass (default: gates)")
     command.add_argument("--layer-norm", action="store_true", help="products normalised over the units of a gate")
     command.add_argument("--rms-norm", action="store_true", help="likewise, by their root mean square")
     passes = command.add_mutually_exclusive_group()

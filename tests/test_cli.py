@@ -210,6 +210,13 @@ def test_options_of_the_layers_reach_them(capsys: pytest.CaptureFixture[str]) ->
     assert ", zoneout, " in said and "without clip only, not this lstm" in said and "hidden 8 in 2 heads" in said
 
 
+def test_what_training_saves_and_drops_reaches_the_layers(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["explain", "--hidden", "64", "--save", "states", "--recurrent-dropout", ".2", "--device", "H100"]
+    assert cli.main(asked) == 0
+    said = capsys.readouterr().out
+    assert "recurrent dropout" in said and "a layer, are made again" in said
+
+
 def test_normalisations_reach_the_layers(capsys: pytest.CaptureFixture[str]) -> None:
     for flag, words in (("--layer-norm", "layer normalisation"), ("--rms-norm", "RMS normalisation")):
         assert cli.main(["explain", "--cell", "gru", "--hidden", "8", flag, "--device", "H100"]) == 0

@@ -66,6 +66,15 @@ class Bidirectional(Advising, keras.layers.Bidirectional):
             return output
         return (*output, *states) if self.merge_mode is None else (output, *states)
 
+    @property
+    def save(self) -> str:
+        """What the forward layer saves for its backward pass; what is set is both layers'."""
+        return self.forward_layer.save
+
+    @save.setter
+    def save(self, save: str) -> None:
+        self.forward_layer.save = self.backward_layer.save = save
+
     def _halves(self, initial_state: Any) -> tuple[Any, Any]:
         """The states of each direction."""
         if initial_state is None:
@@ -82,7 +91,7 @@ class Bidirectional(Advising, keras.layers.Bidirectional):
     def _one_loop(self) -> bool:
         """Whether the layers are so alike that one loop can run both."""
         forward, backward = self.forward_layer, self.backward_layer
-        same = ("kind", "units", "use_bias", "cudnn", "compute_dtype", "recurrence")
+        same = ("kind", "units", "use_bias", "cudnn", "compute_dtype", "recurrence", "save")
         return (
             all(getattr(forward, name) == getattr(backward, name) for name in same)
             and bool(forward.cell.recurrent_dropout) == bool(backward.cell.recurrent_dropout)

@@ -15,6 +15,7 @@ from keras.src.backend import AutocastScope  # in which a layer's variables have
 from torch import Tensor
 
 from gpu_rnn import functional, interop
+from gpu_rnn.call import arguments
 from gpu_rnn.keras import recurrences
 from gpu_rnn.keras.misspelt import Advising
 from gpu_rnn.once import once
@@ -23,6 +24,8 @@ from gpu_rnn.recurrence import Recurrence
 
 class TimeLoop(Advising):
     """What makes a Keras layer run here, and, being a mixin, everything else stay Keras's."""
+
+    _save = "gates"
 
     # Keras's layer, of which this is a part, has the following.
     cell: Any
@@ -36,6 +39,17 @@ class TimeLoop(Advising):
         super().__init__(*args, **options)
         self.recurrence: Recurrence = recurrences.of(self.cell)
         self.check_cudnn(masked=False)
+
+    @property
+    def save(self) -> str:
+        """What is saved for the backward pass: "gates" of every step, or the "states" alone, from which the gates are
+        made again. May be set; no value depends on it, so neither configurations nor files have it."""
+        return self._save
+
+    @save.setter
+    def save(self, save: str) -> None:
+        arguments.rebuilds(save)
+        self._save = save
 
     @once
     def loops_only(self) -> Recurrence:
@@ -243,6 +257,7 @@ def run(
         backend=backend,
         mask=mask,
         recurrent_mask=drop,
+        save=first.save,
     )
     return y, final
 

@@ -13,6 +13,7 @@ import torch
 
 if importlib.util.find_spec("keras") is None:
     pytest.skip("Keras is not installed: pip install gpu-rnn[keras]", allow_module_level=True)
+from benchmarks.measuring import saving
 from gpu_rnn.backends import aten
 from tests.support import keras_layers as support
 from tests.support.keras_layers import exact, gpu_rnn, keras  # noqa: F401  (a fixture)
@@ -129,7 +130,7 @@ ADDED = {  # what these have beside Keras's, in get_config and as an attribute t
     "SimpleRNN": {"seed"},
     "Bidirectional": set(),
 }
-HELPERS = {"recurrence", "loops_only", "kind", "cudnn", "check_cudnn"}
+HELPERS = {"recurrence", "loops_only", "kind", "cudnn", "check_cudnn", "save"}
 
 
 def layer_named(module: Any, name: str, **options: Any) -> Any:
@@ -343,3 +344,21 @@ def test_a_misspelt_argument_of_a_call_is_answered(name: str) -> None:
             layer(x, **{misspelt: None})
     with pytest.raises(TypeError, match=r"'something'$"):
         layer(x, something=None)
+
+
+@pytest.mark.parametrize("name", ADDED)
+def test_states_alone_may_be_saved(name: str) -> None:
+    """Less, for the same gradients; the configuration is the same."""
+    x, layer = torch.randn(2, 40, 3), layer_named(gpu_rnn.keras, name)
+    layer.build(x.shape)
+    parameters, config = [weight.value for weight in layer.trainable_weights], layer.get_config()
+    gradients, saved = [], []
+    for save in ("gates", "states"):
+        layer.save = save
+        saved.append(saving.saved(lambda: layer(x), [x, *parameters]))
+        gradients.append(torch.autograd.grad(layer(x).sum(), parameters))
+    assert saved[1] < saved[0]
+    torch.testing.assert_close(*gradients)
+    assert layer.save == "states" and layer.get_config() == config
+    with pytest.raises(ValueError, match="save is 'gates' or 'states'"):
+        layer.save = "all"
