@@ -168,7 +168,7 @@ class Forward(torch.autograd.Function):
     def forward(text: str, options: Options, *tensors: Any) -> tuple[Tensor, ...]:
         inputs = Inputs.flat(tensors, _states(text))
         result = _forward(text, options, inputs, onlookers.watched(inputs.row), keep=options.save)
-        return (result.y, *result.final, *result.saved)
+        return transforms.without_views([result.y, *result.final, *result.saved])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -214,7 +214,7 @@ class Backward(torch.autograd.Function):
         row, saved, d_outputs = batching.split(text, options, tensors)
         inputs = Inputs.flat(row, _states(text))
         grads = _backward(text, options, d_outputs, inputs, Result.of_saved(*saved))
-        return tuple(d for d in grads if d is not None)
+        return transforms.without_views(d for d in grads if d is not None)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

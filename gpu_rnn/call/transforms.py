@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
+from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack
 
 
@@ -28,3 +31,11 @@ def only_functionalizes() -> bool:
     """Whether it is the only one: no autograd.Function passes it, but the registered operations do."""
     levels = get_interpreter_stack() or ()
     return bool(levels) and all(level.key() == TransformType.Functionalize for level in levels)
+
+
+def without_views(outputs: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """What a Function returns while forward-mode differentiation goes on: to a view torch gives no tangent that is laid
+    out in memory in another way than it, as one that `jvp` computes may be."""
+    if torch.autograd.forward_ad._current_level < 0:
+        return tuple(outputs)
+    return tuple(out.clone() if out._is_view() else out for out in outputs)

@@ -15,8 +15,8 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stac
 import gpu_rnn
 from gpu_rnn.backends import linear
 from gpu_rnn.backends.tensors import Weights
+from tests.support import layers, native
 from tests.support import loops as support
-from tests.support import native
 
 SIZES = {"T": 3, "B": 2, "I": 2, "H": 2}
 CLOSE = {"rtol": 1e-8, "atol": 1e-9}
@@ -102,6 +102,31 @@ def test_dual_numbers(name: str, backend: str) -> None:
     ):
         torch.testing.assert_close(primal, value.detach(), **CLOSE)
         torch.testing.assert_close(tangent, truth, rtol=1e-6, atol=1e-7)
+
+
+LAYERS: list[tuple[str, dict[str, Any]]] = [
+    ("LSTM", {}),
+    ("LSTM", {"proj_size": 2}),
+    ("GRU", {"num_layers": 2, "bidirectional": True}),
+    ("GRU", {"reset_after": False, "heads": 2, "layer_norm": True}),
+]
+
+
+@every_loop
+@pytest.mark.parametrize(("kind", "options"), LAYERS, ids=lambda part: part if isinstance(part, str) else "-".join(part))
+def test_a_tangent_of_the_gradient_that_comes_in(kind: str, options: dict[str, Any], backend: str) -> None:
+    """The gradients are linear in it."""
+    layer = getattr(gpu_rnn, kind)(3, 4, dtype=torch.float64, backend=backend, **options)
+    x = support.draw(5, 2, 3, seed=1).requires_grad_()
+    y, final = layer(x)
+    outputs = [y, *layers.leaves(final)]
+    wanted, incoming = [x, *layer.parameters()], directions(outputs)
+    along = [support.draw(*out.shape, seed=90 + k) for k, out in enumerate(outputs)]
+    expected = [torch.autograd.grad(outputs, wanted, d, retain_graph=True) for d in (incoming, along)]
+    with fwad.dual_level():
+        duals = [fwad.make_dual(*pair) for pair in zip(incoming, along, strict=True)]
+        found = [fwad.unpack_dual(d) for d in torch.autograd.grad(outputs, wanted, duals)]
+    torch.testing.assert_close([[d.primal for d in found], [d.tangent for d in found]], [*map(list, expected)], **CLOSE)
 
 
 @every_loop
