@@ -15,7 +15,10 @@ from typing import Any
 
 os.environ["KERAS_BACKEND"] = "torch"  # before keras is imported
 
-import keras
+try:
+    import keras
+except ModuleNotFoundError:
+    raise SystemExit("this example needs Keras: pip install 'gpu-rnn[keras]'") from None
 import numpy as np
 
 import gpu_rnn.keras

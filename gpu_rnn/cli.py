@@ -35,11 +35,17 @@ class Parser(argparse.ArgumentParser):
         """Leaves with what arguments nobody knows, and with what is spelt alike."""
         self.error(f"unrecognized arguments: {' '.join(unknown)}{self._advice(unknown)}")
 
-    def _advice(self, words: Sequence[str]) -> str:
-        known = [option for action in self._actions for option in action.option_strings]
+    @property
+    def _known(self) -> list[str]:
+        return [option for action in self._actions for option in action.option_strings]
+
+    def _strange(self, words: Sequence[str]) -> list[str]:
         options = (word.partition("=")[0] for word in words if word.startswith("--"))
-        strange = (option for option in options if not any(each.startswith(option) for each in known))
-        meant = [near for option in strange for near in difflib.get_close_matches(option, known, 1)]
+        return [option for option in options if not any(each.startswith(option) for each in self._known)]
+
+    def _advice(self, words: Sequence[str]) -> str:
+        strange = self._strange(words)
+        meant = [near for option in strange for near in difflib.get_close_matches(option, self._known, 1)]
         return f"; did you mean {', '.join(meant)}?" if meant else ""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -47,8 +53,10 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        """One that is misspelt is missed before it is not known."""
-        super().error(message + (self._advice(self._asked) if "are required: " in message else ""))
+        """One that is misspelt is missed before it is not known: what it is called is said, not what is missing."""
+        if "are required: " in message and (advice := self._advice(self._asked)):
+            message = f"unrecognized arguments: {' '.join(self._strange(self._asked))}{advice}"
+        super().error(message)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         parsed, unknown = self.parse_known_args(args, namespace)

@@ -124,7 +124,7 @@ def test_mistakes_get_one_line(arguments: list[str], message: str, capsys: pytes
     [
         (["doctor", "--x"], "gpu-rnn doctor: error: unrecognized arguments: --x"),
         (["explain", "--hidden", "4", "--zonout=0.1"], "arguments: --zonout=0.1; did you mean --zoneout?"),
-        (["explain", "--hiden", "4"], "arguments are required: --hidden; did you mean --hidden?"),
+        (["explain", "--hiden", "4"], "arguments: --hiden; did you mean --hidden?"),
         (["tune", "--hidden", "4", "--bidirektional"], "arguments: --bidirektional; did you mean --bidirectional?"),
         (["explain", "--hidden", "abc"], "must be a whole number, not 'abc'"),
         (["explain", "--hidden", "-3"], "must be more than 0, not -3"),

@@ -345,9 +345,15 @@ def verdicts(problem: Problem, backend: str = "auto") -> list[Row]:
     return rows
 
 
+def _is_fitted(problem: Problem, name: str) -> bool:
+    """Whether a backend's model has constants of the device that are fitted to results."""
+    known, cost = rates.of(problem.device), BACKENDS[name].cost
+    return known.fitted and cost(problem, known) != cost(problem, rates.PREDICTED)
+
+
 def _source(problem: Problem, name: str) -> str:
     """Where `total_cost` comes from: of two passes, or layers side by side, what is true of all."""
-    if rates.of(problem.device).fitted:
+    if _is_fitted(problem, name):
         return "fitted"
     if name in WAVEFRONTS and problem.layers > 1 and wavefront_plan.possible(problem):
         return "modelled"

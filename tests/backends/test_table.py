@@ -52,6 +52,7 @@ def test_an_option_that_a_backend_was_not_taught_is_refused(name: str, monkeypat
 def test_a_module_and_an_entry_make_a_backend() -> None:
     layer = gpu_rnn.LSTM(3, 4, 2, bidirectional=True, backend="toy")
     explanation = gpu_rnn.explain(layer, torch.empty(5, 2, 3))
+    assert {row.backend: row.source for row in explanation.rows}["toy"] == "modelled"  # no fit has its constants
     assert explanation.chosen == "toy" and re.search(r"^toy +chosen", str(explanation), re.M)
     assert gpu_rnn.explain(gpu_rnn.LSTM(3, 4), torch.empty(5, 2, 3)).chosen == "aten"  # which is said to be faster
 

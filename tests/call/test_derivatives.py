@@ -113,7 +113,9 @@ LAYERS: list[tuple[str, dict[str, Any]]] = [
 
 
 @every_loop
-@pytest.mark.parametrize(("kind", "options"), LAYERS, ids=lambda part: part if isinstance(part, str) else "-".join(part))
+@pytest.mark.parametrize(
+    ("kind", "options"), LAYERS, ids=lambda part: part if isinstance(part, str) else "-".join(part)
+)
 def test_a_tangent_of_the_gradient_that_comes_in(kind: str, options: dict[str, Any], backend: str) -> None:
     """The gradients are linear in it."""
     layer = getattr(gpu_rnn, kind)(3, 4, dtype=torch.float64, backend=backend, **options)
