@@ -10,20 +10,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpu_rnn.backends import scanned
 from gpu_rnn.backends.tensors import Inputs
 from gpu_rnn.call import loops, passes, stack_ops
 from gpu_rnn.call.passes import Options
 
 
-def decompositions() -> dict[Any, Callable[..., Any]]:
+def decompositions(loop: str = "unrolled") -> dict[Any, Callable[..., Any]]:
     """torch's own decompositions, and what layers are made of, for ``ExportedProgram.run_decompositions``.
 
-    The program then holds operations of ATen alone, and whatever runs those runs it, such as a process without gpu_rnn.
-    It has all options and every cell. Its steps stand one after the other, so that it grows with
-    their number, which is the one it was exported with; the batch may be of any size.
+    The program then holds torch's operations alone, and whatever runs those runs it, such as a process without gpu_rnn.
+    It has all options and every cell; the batch may be of any size.
+
+    Args:
+        loop: "unrolled": steps stand one after the other, operations of ATen alone, so that the program grows with
+            their number, which is the one it was exported with. "scan": one step in torch's `scan`, whose number may
+            be open; torch marks it as a prototype.
 
     Returns:
         A table of torch's default decompositions with those of gpu_rnn's operations.
+
+    Raises:
+        ValueError: another loop.
 
     Example::
 
@@ -33,13 +41,15 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         >>> program = program.run_decompositions(gpu_rnn.export.decompositions())
         >>> torch.export.save(program, folder / "layer.pt2")
     """
+    if loop not in ("unrolled", "scan"):
+        raise ValueError(f"loop is 'unrolled' or 'scan', how the steps of a layer stand in a program, got: {loop!r}")
     operations = torch.ops.gpu_rnn
     table: dict[Any, Callable[..., Any]] = {**torch.export.default_decompositions()}
     of_stacks = dict.fromkeys((operations.stack.default, operations.stack_forward.default), _stack)
-    return table | of_stacks | {operations.rnn.default: _layer}
+    return table | of_stacks | {operations.rnn.default: _unrolled if loop == "unrolled" else _scanned}
 
 
-def _layer(*arguments: Any) -> list[Tensor]:
+def _unrolled(*arguments: Any) -> list[Tensor]:
     """`gpu_rnn::rnn` of a pass that keeps nothing, by the reference."""
     *tensors, program, words = arguments
     inputs, options = Inputs.of(*tensors), Options.decode(words)
@@ -48,6 +58,14 @@ def _layer(*arguments: Any) -> list[Tensor]:
     nothing = inputs.x.new_empty(0)
     inner = results.pop() if options.all_states else nothing
     return [*results, nothing, nothing, inner]
+
+
+def _scanned(*arguments: Any) -> list[Tensor]:
+    """Likewise, by one step of the reference in torch's `scan`."""
+    *tensors, program, words = arguments
+    inputs, options = Inputs.of(*tensors), Options.decode(words)
+    result = scanned.forward(passes.call_of(program, options, inputs), inputs.x, options.all_states)
+    return [result.y, *result.final, result.gates, result.recurrent, result.inner]
 
 
 def _stack(

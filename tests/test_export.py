@@ -64,21 +64,24 @@ MODELS: dict[str, Callable[[], Model]] = {
 QUICK = ("aten", "mask")
 
 
-def decomposed(model: Model) -> torch.export.ExportedProgram:
-    program = torch.export.export(model, (torch.randn(5, 4, I),), dynamic_shapes=({1: torch.export.Dim("batch")},))
-    return program.run_decompositions(export.decompositions())
+def decomposed(model: Model, loop: str = "unrolled") -> torch.export.ExportedProgram:
+    """Of any batch, and with a scan of any number of steps."""
+    sizes = {1: torch.export.Dim("batch")} | ({0: torch.export.Dim("steps")} if loop == "scan" else {})
+    program = torch.export.export(model, (torch.randn(5, 4, I),), dynamic_shapes=(sizes,))
+    return program.run_decompositions(export.decompositions(loop))
 
 
+@pytest.mark.parametrize("loop", ["unrolled", "scan"])
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in MODELS]
 )
-def test_torchs_operations_alone(name: str) -> None:
+def test_torchs_operations_alone(name: str, loop: str) -> None:
     model = MODELS[name]()
-    program = decomposed(model)
+    program = decomposed(model, loop)
     targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert not any("gpu_rnn" in target for target in targets)
-    for batch in (4, 7):
-        x = torch.randn(5, batch, I)
+    for steps, batch in ((5, 4), (5, 7), *([(2, 3), (11, 5)] if loop == "scan" else [])):
+        x = torch.randn(steps, batch, I)
         torch.testing.assert_close(program.module()(x), model(x), rtol=1e-6, atol=1e-6)
 
 
@@ -101,6 +104,39 @@ def test_a_file_runs_without_this_package(tmp_path: Path) -> None:
     command = [sys.executable, "-c", SCRIPT, str(tmp_path / "model.pt2"), str(tmp_path / "call.pt")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "same", done.stderr
+
+
+PACKAGED = """
+import sys
+sys.modules["gpu_rnn"] = None  # as where it is not installed
+import torch
+run, calls = torch._inductor.aoti_load_package(sys.argv[1]), torch.load(sys.argv[2])
+for x, outputs in calls:
+    torch.testing.assert_close(run(x), outputs, rtol=1e-5, atol=1e-5)
+print("same")
+"""
+
+
+@pytest.mark.slow
+def test_a_package_of_any_number_of_steps_runs_without_this_package(tmp_path: Path) -> None:
+    """For one size of the batch; of any Inductor fails, as it does at a mask."""
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not installed, which AOTInductor needs")
+    model = MODELS["lengths"]()
+    program = torch.export.export(model, (torch.randn(5, 4, I),), dynamic_shapes=({0: torch.export.Dim("steps")},))
+    package = torch._inductor.aoti_compile_and_package(
+        program.run_decompositions(export.decompositions("scan")), package_path=str(tmp_path / "model.pt2")
+    )
+    inputs = [torch.randn(steps, 4, I) for steps in (5, 20)]
+    torch.save([(x, [out.detach() for out in model(x)]) for x in inputs], tmp_path / "calls.pt")
+    command = [sys.executable, "-c", PACKAGED, package, str(tmp_path / "calls.pt")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "same", done.stderr
+
+
+def test_another_loop_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"loop is 'unrolled' or 'scan'.* got: 'while'"):
+        export.decompositions("while")
 
 
 SOURCE = """

@@ -8,8 +8,8 @@ and tensors are named as in `gpu_rnn.backends.tensors`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,6 @@ from gpu_rnn.backends.tensors import (
     bit,
     processing_order,
     reorder,
-    reorder_each,
     state_dtype,
 )
 from gpu_rnn.backends.throughput import product_rate
@@ -86,19 +85,24 @@ def project(
     return gates if bias is None else gates + bias
 
 
+def processed(call: Call, x: Tensor) -> tuple[Tensor | None, Tensor]:
+    """The order in which steps are processed, and the input products (T, B, N, G, H) in it."""
+    order = processing_order(x.shape[0], call.controls.lengths, call.reverse, x.device)
+    return order, reorder(project(x, call.weights, call.program, rms=call.rms), order)
+
+
 def forward(call: Call, x: Tensor, save: bool = False, all_states: bool = False) -> Result:
     """Runs a recurrence over x, (T, B, I) or (T, B, N, I). See `Result` and `LayerControls`."""
-    program, controls = call.program, call.controls
-    order = processing_order(x.shape[0], controls.lengths, call.reverse, x.device)
-    gates = reorder(project(x, call.weights, program, rms=call.rms), order)
-    step, steer = _Step(call), _StepControls(call, order)
+    order, gates = processed(call, x)
+    step, steering = OneStep(call), Steering(call, len(gates), order)
     states: list[Tensor] = list(call.states)
     outputs, saved_gates, saved_recurrent, saved_inner = [], [], [], []
     for t, inputs in enumerate(gates.unbind(0)):  # the derivative of gates[t] would be as large as gates, for each step
-        entered = steer.enter(t, states)
+        controls = steering.at(each[t] for each in steering.steered)
+        entered = controls.enter(states)
         new, pre, recurrent = step(inputs, entered)
-        states = steer.leave(t, new, entered)
-        outputs.append(states[0] if controls.lengths is None else torch.where(steer.runs(t), states[0], 0))
+        states = controls.leave(new, entered)
+        outputs.append(controls.output(states[0]))
         if all_states or save:
             saved_inner.append(torch.stack(states[1:], 2) if states[1:] else pre[:, :, :0])
         if save:
@@ -133,49 +137,70 @@ def _over_time(steps: list[Tensor]) -> Tensor:
     return parts[0]
 
 
-class _StepControls:
-    """Which rows are reset before a step and which units keep their states after it; steps in processing order.
+class Steering:
+    """What steers the steps of a call; `steered` has a part for each step, in processing order.
 
     The loops have the like (`step/controls.py`): what judges them shares no such code with them.
     """
 
-    def __init__(self, call: Call, order: Tensor | None) -> None:
-        controls, self.lengths = call.controls, call.controls.lengths
-        self.flags = None if controls.flags is None else reorder(controls.flags, order)
-        self.zone = None if controls.zone is None else reorder_each(controls.zone, order)
-        self.values: list[Any] = [(call.reset_value(k),) for k in range(len(call.states))]  # of all steps, or of each
-        if call.reset_values:
-            self.values = [
-                (value if len(value) == 1 else reorder(value, order)).unbind(0) for value in call.reset_values
-            ]
+    def __init__(self, call: Call, steps: int, order: Tensor | None) -> None:
+        controls, self.values = call.controls, [call.reset_value(k) for k in range(len(call.states))]
+        zones = () if controls.zone is None else controls.zone.unbind(0)
+        self.ragged, self.flagged, self.zones = controls.lengths is not None, controls.flags is not None, len(zones)
+        self.steered = [reorder(zone, order) for zone in zones]
+        if controls.flags is not None:
+            flags = reorder(controls.flags, order)
+            self.steered += [bit(flags, RESET), bit(flags, SKIP)]
+        for value in (value for value in self.values if isinstance(value, Tensor)):
+            every = value.expand(steps, -1, -1, -1)
+            self.steered.append(every if len(value) == 1 else reorder(every, order))
+        if controls.lengths is not None:
+            number = torch.arange(steps, device=controls.lengths.device)
+            self.steered.append((number[:, None] < controls.lengths)[..., None, None])
 
-    def enter(self, t: int, states: list[Tensor]) -> list[Tensor]:
-        """The states that a step starts from."""
-        if self.flags is None:
+    def at(self, steered: Iterable[Tensor]) -> SteeredStep:
+        """Of a step, whose part of each of `steered` these are."""
+        parts = iter(steered)
+        zone = [next(parts) for _ in range(self.zones)]
+        reset, skip = (next(parts) if self.flagged else None for _ in range(2))
+        values = [next(parts) if isinstance(value, Tensor) else value for value in self.values]
+        return SteeredStep(zone, reset, skip, values, next(parts) if self.ragged else None)
+
+
+class SteeredStep(NamedTuple):
+    """Which rows are reset before a step, and which units keep their states after it."""
+
+    zone: list[Tensor]
+    reset: Tensor | None
+    skip: Tensor | None
+    values: list[Any]
+    """What each state is reset to."""
+    runs: Tensor | None
+    """(B, 1, 1): the rows that have this step; with lengths."""
+
+    def enter(self, states: list[Tensor]) -> list[Tensor]:
+        """The states that the step starts from."""
+        if self.reset is None:
             return states
-        reset = bit(self.flags[t], RESET)
-        values = [each[t if len(each) > 1 else 0] for each in self.values]
-        return [torch.where(reset, value, state) for value, state in zip(values, states, strict=True)]
+        return [torch.where(self.reset, value, state) for value, state in zip(self.values, states, strict=True)]
 
-    def runs(self, t: int) -> Tensor:
-        """(B, 1, 1): the rows that have a step t; with lengths."""
-        assert self.lengths is not None
-        return (t < self.lengths)[:, None, None]
-
-    def leave(self, t: int, new: list[Tensor], entered: list[Tensor]) -> list[Tensor]:
-        """The states after a step."""
-        if self.zone is not None:
-            masks = [zone[t, :, :, : state.shape[-1]] for zone, state in zip(self.zone, entered, strict=True)]
+    def leave(self, new: list[Tensor], entered: list[Tensor]) -> list[Tensor]:
+        """The states after it."""
+        if self.zone:
+            masks = [zone[:, :, : state.shape[-1]] for zone, state in zip(self.zone, entered, strict=True)]
             new = [torch.where(keep, before, after) for keep, before, after in zip(masks, entered, new, strict=True)]
-        if self.lengths is not None:
-            return [torch.where(self.runs(t), after, before) for after, before in zip(new, entered, strict=True)]
-        if self.flags is None:
+        if self.runs is not None:
+            return [torch.where(self.runs, after, before) for after, before in zip(new, entered, strict=True)]
+        if self.skip is None:
             return new
-        skip = bit(self.flags[t], SKIP)
-        return [torch.where(skip, before, after) for before, after in zip(entered, new, strict=True)]
+        return [torch.where(self.skip, before, after) for before, after in zip(entered, new, strict=True)]
+
+    def output(self, h: Tensor) -> Tensor:
+        """h, and 0 in rows that have no such step."""
+        return h if self.runs is None else torch.where(self.runs, h, 0)
 
 
-class _Step:
+class OneStep:
     """One step: the products, stage after stage, and the pointwise program between them.
 
     The program computes in float32 where storage has 16 bits, as in every other backend: in float16 the exp of 11.1 is

@@ -62,7 +62,7 @@ def parameters(program: Program, weights: Weights, dtype: torch.dtype) -> dict[s
 
 
 class _ForwardLoop:
-    """One step after the other, in processing order; see `reference._Step` and `reference._StepControls`."""
+    """One step after the other, in processing order; see `reference.OneStep` and `reference.SteeredStep`."""
 
     def __init__(self, call: Call, gates: Tensor, recurrent: Tensor, controls: StepControls) -> None:
         program, weights = call.program, call.weights
