@@ -225,8 +225,8 @@ typedef struct {
   int failed;
 } worker;
 
-static void *work(void *given) {
-  worker *self = given;
+static void work(void *workers, long which) {
+  worker *self = (worker *)workers + which;
   const arguments *a = self->of;
   for (long k = self->number; k < a->across * a->tiles; k += a->threads) {
     const long n = k / a->tiles, first = k % a->tiles;
@@ -235,7 +235,6 @@ static void *work(void *given) {
                         a->tiles, divided_up(a->batch - first, a->tiles)};
     self->failed |= self->run(&mine);
   }
-  return 0;
 }
 
 // How the weights of some gates lie, or of no gates the projection's.
@@ -272,35 +271,47 @@ static long lay_out(const arguments *a, a_layout *of_gates, layout *products) {
   return size;
 }
 
-// Workers that the threads of a team take one by one, however many come.
+// Pieces of work that threads take one by one, however many come.
 typedef struct {
-  worker *workers;
+  void (*run)(void *context, long number);
+  void *context;
   long next, count;
-} team_work;
+} pieces;
 
 typedef void start_team(void (*run)(void *), void *, unsigned threads,
                         unsigned flags); // GOMP_parallel
 
-static void work_in_team(void *given) {
-  team_work *all = given;
+static void take_pieces(void *given) {
+  pieces *all = given;
   for (;;) {
     const long k = __atomic_fetch_add(&all->next, 1, __ATOMIC_RELAXED);
     if (k >= all->count)
       return;
-    work(&all->workers[k]);
+    all->run(all->context, k);
   }
 }
 
-// A thread that cannot be started leaves its own to this one.
-static void work_in_threads(worker *workers, pthread_t *threads, long count) {
-  for (long k = count - 1; k >= 0; k--)
-    if (k == 0 || pthread_create(&threads[k], 0, work, &workers[k])) {
-      work(&workers[k]);
-      workers[k].number = -1;
-    }
+static void *take_pieces_too(void *given) {
+  take_pieces(given);
+  return 0;
+}
+
+// So many threads, this one among them, or those that can be started.
+static void in_threads(const arguments *a, long threads, pieces all) {
+  threads = threads < all.count ? threads : all.count;
+  if (a->team && threads > 1) {
+    ((start_team *)a->team)(take_pieces, &all, threads, 0);
+    return;
+  }
+  pthread_t *others = calloc(threads, sizeof(pthread_t));
+  long count = 0;
+  while (others && count < threads - 1 &&
+         !pthread_create(&others[count], 0, take_pieces_too, &all))
+    count++;
+  take_pieces(&all);
   for (long k = 0; k < count; k++)
-    if (workers[k].number >= 0)
-      pthread_join(threads[k], 0);
+    pthread_join(others[k], 0);
+  free(others);
 }
 
 // All shares of a call. Returns 1 where memory is short.
@@ -309,25 +320,19 @@ static int run_shares(const arguments *a, a_layout *of_gates,
   layout products[PRODUCTS];
   const long size = lay_out(a, of_gates, products);
   scalar *packed = take(OF_WEIGHTS, size * a->across);
-  pthread_t *threads = calloc(a->threads, sizeof(pthread_t));
   worker *workers = calloc(a->threads, sizeof(worker));
-  int failed = !packed || !threads || !workers;
+  int failed = !packed || !workers;
   if (!failed) {
     for (long n = 0; n < a->across; n++)
       for (int k = 0; k < PRODUCTS; k++)
         pack(&products[k], n, packed + n * size + products[k].to);
     for (long k = 0; k < a->threads; k++)
       workers[k] = (worker){a, packed, size, run, k, 0};
-    team_work all = {workers, 0, a->threads};
-    if (a->team && a->threads > 1)
-      ((start_team *)a->team)(work_in_team, &all, a->threads, 0);
-    else
-      work_in_threads(workers, threads, a->threads);
+    in_threads(a, a->threads, (pieces){work, workers, 0, a->threads});
     for (long k = 0; k < a->threads; k++)
       failed |= workers[k].failed;
   }
   free(workers);
-  free(threads);
   give(OF_WEIGHTS, packed);
   return failed;
 }

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 import gpu_rnn
-from gpu_rnn.backends.native import sizes
+from gpu_rnn.backends.native import launch, sizes
 from tests.call.test_direct import BOTH, LAYERS, a_compiler  # noqa: F401
 
 SEVENTH = torch.arange(150).view(50, 3) % 7 == 0
@@ -49,10 +50,61 @@ def test_gradients_of_more_steps_than_are_taken_at_once(
 
     own = found()
     monkeypatch.setattr(sizes, "OWN_GRADIENTS", 0)
-    monkeypatch.setattr(sizes, "OWN_BESIDE_THREADS", 0)
     gpu_rnn.clear_caches()
     for each, other in zip(own, found(), strict=True):
         torch.testing.assert_close(each, other, rtol=1e-12, atol=1e-12)
+    gpu_rnn.clear_caches()
+
+
+EXTENTS = [(100, 1, 37, 41), (30, 4, 64, 48), (9, 33, 65, 97)]  # T, B, I, H
+
+
+@pytest.mark.parametrize("extent", EXTENTS, ids=str)
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("LSTM", BOTH),
+        ("GRU", {"layer_norm": True}),
+        ("GRU", {"recurrent_dropout": 0.4, "recurrent_dropout_per_gate": True}),
+        ("RNN", {"rms_norm": True}),
+        ("LSTM", {"proj_size": 23}),
+    ],
+    ids=lambda each: each if isinstance(each, str) else "-".join(each),
+)
+def test_no_result_depends_on_the_number_of_threads(
+    name: str, options: dict[str, Any], extent: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does which products are the loop's own."""
+    steps, batch, features, hidden = extent
+    layer = LAYERS[name](features, hidden, backend="native", **options)
+    x = torch.randn(steps, batch, features, requires_grad=True)
+    lengths = [max(1, (7 * row + 3) % (steps + 1)) for row in range(batch)]
+    monkeypatch.setattr(launch, "OF_A_THREAD", 1.0)
+
+    def found(threads: int) -> list[Tensor]:
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        torch.manual_seed(1)
+        y, _ = layer(x, lengths=lengths)
+        return [y, *torch.autograd.grad(y.sin().sum(), [x, *layer.parameters()])]
+
+    alone = found(1)
+    for threads in (2, 3, 16):
+        assert all(torch.equal(*pair) for pair in zip(found(threads), alone, strict=True)), threads
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_normalised_input_products_of_a_library(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are kept apart from the rest of what is saved, of which a plain RNN has nothing."""
+    monkeypatch.setattr(sizes, "ALONE", 0)
+    gpu_rnn.clear_caches()
+    layer = LAYERS[name](5, 6, backend="native", dtype=torch.float64, layer_norm=True)
+    other = copy.deepcopy(layer)
+    other.backend = "reference"
+    x = torch.randn(4, 3, 5, dtype=torch.float64)
+    for each, truth in zip(
+        *(torch.autograd.grad(one(x)[0].sin().sum(), [*one.parameters()]) for one in (layer, other)), strict=True
+    ):
+        torch.testing.assert_close(each, truth, rtol=1e-12, atol=1e-12)
     gpu_rnn.clear_caches()
 
 

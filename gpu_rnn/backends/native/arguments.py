@@ -79,6 +79,7 @@ LOOP = Structure(
     (
         *("steps", "batch", "across", "units", "width", "features"),  # `width` of h, which may be projected
         *("threads", "team", "tiles", "save", "silent", "masks", "flags_across", "reset_steps", "rms"),
+        "gradient_threads",  # of the products that give the gradients of weights and x
     ),
     {
         "const uint8_t": ("reverse", "flags", "zone"),

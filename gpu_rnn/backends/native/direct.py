@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gpu_rnn import memo
 from gpu_rnn.backends import linear
-from gpu_rnn.backends.native import arguments, launch
+from gpu_rnn.backends.native import arguments, launch, team
 from gpu_rnn.backends.native.sizes import Extent, LayerSizes, Room
 from gpu_rnn.backends.native.sizes import of as sizes_of
 from gpu_rnn.backends.normalisation import Normalised, Normaliser, room_for
@@ -119,7 +119,7 @@ def forward(
     if sizes.takes_inputs:
         tensors["x"] = x
     else:
-        saved += _project(plan, sizes, x, weights, tensors)
+        saved += _project(plan, sizes, x, weights, tensors, save)
     inner = None
     if all_states:
         inner = tensors["inner"] = x.new_empty(sizes.inner)
@@ -134,10 +134,14 @@ def forward(
 
 
 def _project(
-    plan: LayerPlan, sizes: LayerSizes, x: Tensor, weights: Sequence[Tensor], tensors: dict[str, Tensor | None]
+    plan: LayerPlan,
+    sizes: LayerSizes,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    tensors: dict[str, Tensor | None],
+    save: bool,
 ) -> list[Tensor]:
     """A library's input products and, if they are normalised, their normal values; enters them."""
-    save = sizes.saved.size > 0
     normal = room_for(x, sizes.gates[2:]) if save and "norm" in plan.names else None
     gates = linear.project(x, plan.weights(weights), plan.program, normal, normaliser=Normaliser.of(plan.rms))
     tensors["gates"] = gates
@@ -199,6 +203,9 @@ def backward(
     if controls is not PLAIN:
         tensors |= controls.of_loops
     lists = {"initial": states, "d_final": d_final, "d_initial": d_states, "resets": resets, "d_resets": d_resets}
+    if sizes.gradient_threads > 1:
+        fields[plan.packing.places["gradient_threads"]] = sizes.gradient_threads
+        fields[plan.packing.places["team"]] = team.address()
     launch.start(plan.back, plan.packing, fields, sizes.threads, sizes.gates, tensors, lists)
     return [d_x, *d_states, *d_weights, *d_resets]
 

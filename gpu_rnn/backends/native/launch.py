@@ -248,6 +248,7 @@ def of_a_call(
     """The numbers among the arguments, of gates (T, B, N, G, H); for one thread."""
     steps, batch, n, _, hidden = gates
     numbers = {"steps": steps, "batch": batch, "across": n, "units": hidden, "width": width, "threads": 1, "tiles": 1}
+    numbers["gradient_threads"] = 1
     of_all = {"save": int(save), "rms": int(rms), "reverse": ctypes.addressof(directions(reverse))}
     return numbers | dict(steering) | of_all
 

@@ -13,13 +13,14 @@ from torch import Tensor
 from gpu_rnn.backends.native import arguments, launch
 from gpu_rnn.compiler.program import Program
 
-# Multiplications of the input products of all steps, below which they are the loop's own even if it has fewer threads
-# than torch.
-ALONE = 1 << 22
-# Multiplications of the gradients of the weights and of x, up to which they are the loop's own. On one thread of a Xeon
-# both passes took 0.59 to 0.87 of the time with a library's products, from 2^20 to 2^26, and as long at 2^26.5.
-# The loop's own are one thread's: where torch has more, fewer are; how many was not measured.
-OWN_GRADIENTS, OWN_BESIDE_THREADS = 1 << 26, 1 << 23
+# Which products are the loop's own does not go by the number of threads, so that no result does.
+#
+# The input products, up to so many multiplications of all steps, or from so many rows on, of which each is one
+# thread's: a library's took 0.09 ms longer on one thread of an EPYC, and all threads take part in it.
+ALONE, ROWS = 1 << 25, 8
+# The gradients of the weights and of x, up to so many multiplications, and steps of all rows for each gate. On one and
+# two threads of an EPYC both passes took 0.60 to 1.02 of the time with a library's products, and beyond up to 1.55.
+OWN_GRADIENTS, OWN_STEPS = 1 << 26, 214
 OF_A_LINE = 64  # bytes of the caches
 
 
@@ -70,6 +71,7 @@ class LayerSizes(NamedTuple):
     threads: int
     takes_inputs: bool  # whether the input products are the loop's own
     own_gradients: bool  # whether those of the weights and of x are
+    gradient_threads: int
     y: tuple[int, ...]
     gates: tuple[int, ...]
     inner: tuple[int, ...]
@@ -95,8 +97,8 @@ def of(
     products = launch.multiplications(gates, width)
     threads = min(kind.threads, launch.worth(products, batch * n))
     of_inputs = steps * batch * features * of_gates * n
-    takes_inputs = count <= launch.side_by_side(program) and (threads == kind.threads or of_inputs <= ALONE)
-    most = OWN_GRADIENTS if kind.threads == 1 else OWN_BESIDE_THREADS
+    takes_inputs = count <= launch.side_by_side(program) and (of_inputs <= ALONE or batch * n >= ROWS)
+    of_gradients = 2 * of_inputs + products
     normal: dict[str, tuple[int, ...]]
     normal = {"normal_x": gates, "normal": gates, "rstd_x": (*gates[:-1], 1), "rstd": (*gates[:-1], 1)}
     saved: dict[str, tuple[int, ...]]
@@ -112,7 +114,8 @@ def of(
         packing.numbered(numbers),
         threads,
         takes_inputs,
-        len(program.stages) == 1 and 2 * of_inputs + products <= most,
+        len(program.stages) == 1 and of_gradients <= OWN_GRADIENTS and steps * batch <= OWN_STEPS * count,
+        min(kind.threads, launch.worth(of_gradients, of_gates)),
         (steps, batch, n * width),
         gates,
         inner if kind.save or kind.all_states else (0, *inner[1:]),
