@@ -145,7 +145,7 @@ def describe(name: str, threads: str = "") -> Device:
         ValueError: there is none.
     """
     if threads:
-        return replace(devices.CPU, sms=int(threads))
+        return replace(devices.CPU, name=name, sms=int(threads))
     key = devices.known_as(name)
     if key is None:
         listed = ", ".join(devices.DEVICES)
@@ -294,7 +294,7 @@ def entry(rows: Sequence[Timed], files: Sequence[Path], constants: dict[str, dic
 def write(found: dict[str, Any]) -> None:
     """Puts an entry into rates.json, in the place of an older one of the same GPU."""
     path = rates.FILE
-    known = json.loads(path.read_text()) | {devices.known_as(found["device"]) or devices.CPU.name: found}
+    known = json.loads(path.read_text()) | {devices.known_as(found["device"]) or found["device"]: found}
     path.write_text(json.dumps(dict(sorted(known.items())), indent=2) + "\n")
 
 

@@ -168,9 +168,15 @@ def cpu_name() -> str:
     return f"{cpu_model()}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
 
 
+@memoize(1)
 def cpu_model() -> str:
-    """The CPU at hand by a name that a person would use."""
+    """The CPU at hand by a name that a person would use, with its family and model, as virtual machines leave the
+    number out of the name."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if sys.platform == "linux" and cpuinfo.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or f"{platform.machine()} CPU with {os.cpu_count()} cores"
+    found: dict[str, str] = {}
+    for key, _, value in (line.partition(":") for line in lines):
+        found.setdefault(key.strip(), value.strip())
+    name = found.get("model name") or platform.processor() or f"{platform.machine()} CPU with {os.cpu_count()} cores"
+    known = "cpu family" in found and "model" in found
+    return f"{name}, family {found['cpu family']} model {found['model']}" if known else name

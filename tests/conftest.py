@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from gpu_rnn import cache, memo
+from gpu_rnn.backends import rates
 from gpu_rnn.backends.group import clusters, cubin, nvrtc
 from gpu_rnn.backends.group import launch as group
 from gpu_rnn.backends.native import launch as native
@@ -59,6 +60,7 @@ def pytest_configure() -> None:
     os.environ.setdefault("GPU_RNN_FUZZ_SEED", str(secrets.randbelow(2**31)))  # one for all workers, which inherit it
     tuning.forget()
     native.cost = cost_where_wanted  # type: ignore[assignment]
+    rates.cpu_model = lambda: "a processor that nobody measured"  # so that tests choose alike on each
     if INTERPRETING and importlib.util.find_spec("triton"):
         remember_builtins()
 

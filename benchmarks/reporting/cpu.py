@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import product
 from statistics import geometric_mean
 
 from benchmarks.cases.names import BY_HAND, COMPILED, ONNXRUNTIME, TORCH
 from benchmarks.reporting.results import DIRECTIONS, STEP_BY_STEP, Case, Row, against_default, per_step, timed
-from benchmarks.reporting.tables import table
+from benchmarks.reporting.tables import paragraph, table
 
 BATCHES = {"B 1": lambda batch: batch == 1, "B > 1": lambda batch: batch > 1}
+CELLS = "a cell called for each step"
+OF_HANDS, OF_ONNX = "a loop by hand of torch operations, with an option", "ONNX Runtime, inference"
 WORDS = {"forward": "forward", "training": "forward and backward"}
 
 
@@ -27,11 +30,66 @@ def summary(cases: Sequence[Case]) -> list[str]:
     return [*lines, *[""] * bool(lines and others), *others] or ["Not measured on one thread."]
 
 
+def goals(cases: Sequence[Case]) -> list[str]:
+    """A section: what `native` was written to reach, and what is reached, for each number of threads."""
+    threads = sorted({case["threads"] for case in cases if case["threads"]}, key=int)
+    columns = [_reached([case for case in cases if case["threads"] == count]) for count in threads]
+    heads = [f"{count} thread{'s' * (count != '1')}:" for count in threads]
+    rows = [[label, wanted, *(column[label] for column in columns)] for label, wanted in GOALS.items()]
+    if not any(any(row[2:]) for row in rows):
+        return []
+    return ["", "## Goals", "", *paragraph(AIM), "", *table(["beside", "wanted:", *heads], rows)]
+
+
+AIM = """Times as fast as others, and the time of our own layer with an option by that without, of layers over several
+steps, both passes' and inference: what the loop in C was written to reach, and geometric means, lowest to highest, of
+what is. [What bounds it](../backends.md#on-a-cpu) says why some are missed."""
+
+
+GOALS = {
+    "torch.nn.LSTM, its lowest": "≥ 1.0×",
+    "torch.nn.LSTM, B 1": "≥ 2×",
+    "torch.nn.GRU, B 32": "≥ 2.5×",
+    "torch.nn.GRU, B 1": "≥ 8×",
+    "torch.nn.RNN": "≥ 1.5×",
+    "ONNX Runtime": "≥ 1.0×",
+    "a loop by hand, with an option": "≥ 3×",
+    "torch.nn's cells": "≥ 0.8×",
+    "our own default, with an option": "≤ 1.15×",
+    "with a normalisation": "≤ 1.5×",
+}
+
+
+def _reached(cases: Sequence[Case]) -> dict[str, str]:
+    """Geometric means, lowest to highest, but for the lowest; layers take several steps."""
+    kinds, others = _kinds(cases), {name: found for name, found in _others_of(cases).items() if found}
+    layers = {name: [case for case in kinds[name] if int(case["T"]) > 1] for name in ("LSTM", "GRU", "RNN")}
+    of_batch = {
+        (name, batch): _ratios(case for case in layers[name] if case["B"] == batch)
+        for name, batch in product(layers, ("1", "32"))
+    }
+    costs = [(case["option"], cost) for case, cost in against_default(cases) if case["stepwise"] not in STEP_BY_STEP]
+    normed = ("layer_norm", "rms_norm")
+    lowest = min(_ratios(layers["LSTM"]), default=None)
+    return {
+        "torch.nn.LSTM, its lowest": "" if lowest is None else f"{lowest:.2f}×",
+        "torch.nn.LSTM, B 1": _figure(of_batch["LSTM", "1"]),
+        "torch.nn.GRU, B 32": _figure(of_batch["GRU", "32"]),
+        "torch.nn.GRU, B 1": _figure(of_batch["GRU", "1"]),
+        "torch.nn.RNN": _figure(_ratios(layers["RNN"])),
+        "ONNX Runtime": _figure(others.get(OF_ONNX, [])),
+        "a loop by hand, with an option": _figure(others.get(OF_HANDS, [])),
+        "torch.nn's cells": _figure(_ratios(kinds[CELLS])),
+        "our own default, with an option": _figure([cost for option, cost in costs if option not in normed]),
+        "with a normalisation": _figure([cost for option, cost in costs if option in normed]),
+    }
+
+
 def _kinds(cases: Sequence[Case]) -> dict[str, list[Case]]:
     """By what is measured: layers as torch.nn has them, and single cells with and without options."""
     plain = [case for case in cases if not case["option"] and case["stepwise"] not in STEP_BY_STEP]
     layers = {name: [case for case in plain if case["cell"] == name] for name in ("LSTM", "GRU", "RNN")}
-    return layers | {"a cell called for each step": [case for case in cases if case["stepwise"] == "True"]}
+    return layers | {CELLS: [case for case in cases if case["stepwise"] == "True"]}
 
 
 def _within(cases: Iterable[Case], direction: str, batch: str) -> list[Case]:
@@ -54,12 +112,15 @@ def _figure(found: Sequence[float]) -> str:
 
 
 def _others(cases: Sequence[Case]) -> list[list[object]]:
+    return [[name, _figure(found), len(found)] for name, found in _others_of(cases).items() if found]
+
+
+def _others_of(cases: Sequence[Case]) -> dict[str, list[float]]:
     whole = [case for case in cases if case["stepwise"] not in STEP_BY_STEP]
     optional = [case for case in whole if case["option"]]
-    kinds = {
-        "a loop by hand of torch operations, with an option": [f for case in optional for f in _beside(case, BY_HAND)],
+    return {
+        OF_HANDS: [f for case in optional for f in _beside(case, BY_HAND)],
         "the same with its step compiled by Inductor": [f for case in optional for f in _beside(case, COMPILED)],
-        "ONNX Runtime, inference": [f for case in whole for f in _beside(case, ONNXRUNTIME)],
+        OF_ONNX: [f for case in whole for f in _beside(case, ONNXRUNTIME)],
         "our own layer without the option": [1 / cost for _, cost in against_default(whole)],
     }
-    return [[name, _figure(found), len(found)] for name, found in kinds.items() if found]

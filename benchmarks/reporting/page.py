@@ -54,6 +54,7 @@ def markdown(
         "## Summary",
         "",
         *(_summary(cases) if gpu.is_gpu else cpu.summary(cases)),
+        *([] if gpu.is_gpu else cpu.goals(cases)),
     ]
     for title, (caption, paths) in pictures.items():
         if not (paths or (gpu.is_gpu and title not in OF_A_CPU)):  # a CPU has no floor, and its memory is not counted

@@ -21,9 +21,12 @@ def seconds(problem: Problem, known: CpuRates, of_a_step: int = 1, most: int = 1
     operations = problem.B * problem.N * problem.H * sum(len(stage.ops) for stage in problem.program.stages)
     work = weight * weights + product * products + element * operations
     threads = min(problem.device.sms, most)
-    shared = known.together * (1 - 1 / max(1, threads))  # what other threads take off this one
     backward = problem.direction == "backward"
-    joining = 0.0 if threads < 2 else known.back_join if backward else known.join
+    join, together = (known.back_join, known.back_together) if backward else (known.join, known.together)
+    shared = together * (1 - 1 / max(1, threads))  # what other threads take off this one
+    joining = join if threads > 1 else 0.0
+    pack = known.back_pack if backward else known.pack
+    start += pack * problem.N * problem.G * problem.H * (problem.I + width)
     return problem.layers * (start + problem.T * ((step * of_a_step + work) * (1 - shared) + joining))
 
 

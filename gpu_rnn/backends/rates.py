@@ -3,8 +3,8 @@
 
 Steps are simulated (`chains.py`). What a fit may change stands here as predicted or published. `benchmarks/fit.py
 --write` puts constants fitted to a results file into `rates.json` beside this file, under the name in `gpu_rnn.devices`
-of the GPU that was measured. A GPU that is not in there has those of one with the same compute capability or, where
-none was measured, the predicted ones.
+of the GPU that was measured, or that of a CPU. A GPU that is not in there has those of one with the same compute
+capability or, where none was measured, the predicted ones; a CPU those of the first one that was measured.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gpu_rnn.devices import CPU, DEVICES, Device, known_as
+from gpu_rnn.devices import CPU, DEVICES, Device, cpu_model, known_as
 from gpu_rnn.memo import memoize
 
 
@@ -73,6 +73,9 @@ class CpuRates:
     together: float = 0.5  # the share of what is no start that a second thread takes half of
     join: float = 5e-6  # of a step that threads share: to wake them, and to wait for the last
     back_join: float = 1e-5
+    back_together: float = 0.5
+    pack: float = 1e-11  # of a weight, once a call: to lay it out as the products read it
+    back_pack: float = 1e-11
 
 
 @dataclass(frozen=True)
@@ -147,8 +150,9 @@ FILE = Path(__file__).with_name("rates.json")
 def of(device: Device) -> Rates:
     """The constants on a device: those fitted on it, else on one of its capability, or the predicted ones."""
     fitted = _fitted()
-    if not device.is_gpu:  # no other is described: all CPUs count as the one that was measured
-        return fitted.get(CPU.name, PREDICTED)
+    if not device.is_gpu:  # one that nobody measured counts as the first that somebody did
+        processors = [fitted[key] for key in fitted if key not in DEVICES]
+        return fitted.get(cpu_model() if device.name == CPU.name else device.name, *processors[:1] or [PREDICTED])
     alike = [key for key, each in DEVICES.items() if each.capability == device.capability]
     return next((fitted[key] for key in (known_as(device.name), *alike) if key in fitted), PREDICTED)
 

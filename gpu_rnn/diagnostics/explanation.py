@@ -189,7 +189,8 @@ class Explanation:
         sources = {row.source for row in self.rows if row.runs}
         words = [f"{source} {IN_WORDS[source]}" for source in IN_WORDS if source in sources]
         if not self.problem.device.is_gpu:
-            models = f"{known}, on one processor" if "fitted" in known else "models of a CPU only rank the backends"
+            where = "such a" if f"({devices.cpu_model()}, " in known else "another"
+            models = f"{known}, on {where} processor" if "fitted" in known else "models of a CPU only rank the backends"
             measured = [f"measured {IN_WORDS['measured']}"] if "measured" in sources else []
             return "; ".join([*measured, f"{models}; gpu_rnn.tune measures this one"])
         return "; ".join([*words, known if "fitted" in known else "products and launches beside a loop are modelled"])

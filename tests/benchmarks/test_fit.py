@@ -72,14 +72,19 @@ def test_what_says_fitted_names_results_that_are_here() -> None:
     """And what is predicted says so: all of it, as long as there are no results."""
     known = json.loads(rates.FILE.read_text())
     for key, entry in known.items():
-        assert (devices.known_as(entry["device"]) or devices.CPU.name) == key
+        assert (devices.known_as(entry["device"]) or entry["device"]) == key
         assert entry["results"] and all((ROOT / path).parent in FOLDERS for path in entry["results"])
-    measured = {devices.DEVICES[key].capability for key in known if key != devices.CPU.name}
+    measured = {devices.DEVICES[key].capability for key in known if key in devices.DEVICES}
     for key, device in devices.DEVICES.items():
         assert rates.of(device).fitted == (device.capability in measured)
         if key in known:
             assert rates.of(device).source == rates.source_of(known[key])
-    assert rates.of(devices.CPU).fitted == (devices.CPU.name in known)
+    processors = [key for key in known if key not in devices.DEVICES]
+    assert rates.of(devices.CPU).fitted == bool(processors)
+    for key in processors:
+        assert rates.of(replace(devices.CPU, name=key)).source == rates.source_of(known[key])
+    unknown = rates.of(replace(devices.CPU, name="a processor that nobody measured"))
+    assert unknown.source == rates.source_of(known[processors[0]])
     assert rates.of(replace(devices.CPU, sms=2)) is rates.of(devices.CPU)
 
 
@@ -123,7 +128,8 @@ def test_a_cpus_constants_are_found_and_written_under_its_name(tmp_path: Path, m
     fit.write({"device": "Synthetic CPU", "results": [], "commits": [], "constants": constants})
     rates._fitted.cache_clear()
     try:
-        assert rates.of(replace(devices.CPU, sms=2)).cpu_plain.step == constants["cpu_plain"]["step"]
+        for name in ("Synthetic CPU", devices.CPU.name):
+            assert rates.of(replace(devices.CPU, name=name, sms=2)).cpu_plain.step == constants["cpu_plain"]["step"]
     finally:
         monkeypatch.undo()
         rates._fitted.cache_clear()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import gpu_rnn
-from gpu_rnn.backends.native import launch, sizes
+from gpu_rnn.backends.native import launch, limits, sizes
 from tests.call.test_direct import BOTH, LAYERS, a_compiler  # noqa: F401
 
 SEVENTH = torch.arange(150).view(50, 3) % 7 == 0
@@ -49,7 +49,7 @@ def test_gradients_of_more_steps_than_are_taken_at_once(
         return torch.autograd.grad([out.sin().sum() for out in outputs], [x, *layer.parameters()])
 
     own = found()
-    monkeypatch.setattr(sizes, "OWN_GRADIENTS", 0)
+    monkeypatch.setattr(limits, "OWN_GRADIENTS", 0)
     gpu_rnn.clear_caches()
     for each, other in zip(own, found(), strict=True):
         torch.testing.assert_close(each, other, rtol=1e-12, atol=1e-12)

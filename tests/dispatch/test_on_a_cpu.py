@@ -61,6 +61,15 @@ def test_it_is_the_least_by_the_models_and_threads_are_asked_for(monkeypatch: py
     assert choice.select(replace(asked, device=devices.of(torch.device("cpu")))) == "step"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_in_16_bits_are_converted_at_each_call(dtype: torch.dtype) -> None:
+    """One step does not pay for it, many do."""
+    layer = gpu_rnn.LSTM(1024, 1024, dtype=dtype, activation="softsign").eval().requires_grad_(False)
+    x = torch.empty(1, 1, 1024, dtype=dtype)
+    assert gpu_rnn.explain(layer, x).chosen != "native"
+    assert gpu_rnn.explain(layer, x.expand(5000, -1, -1)).chosen == "native"
+
+
 def test_calls_that_are_alike_ask_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     described = Stack.problem

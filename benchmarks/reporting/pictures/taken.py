@@ -21,20 +21,22 @@ COLOURS = {
     "reference": style.PURPLE,
 }
 CALLS = {"inference": "inference", "training": "forward and backward"}
-SHOWN = (("lstm", "bf16"), ("lstm", "fp32"))
+CELLS, DTYPES = ("lstm", "gru"), ("bf16", "fp32")
 
 
 def draw(device: str) -> Figure:
-    """A panel for each dtype and kind of call."""
-    figure = style.new(2.4 * len(SHOWN) * len(CALLS), 2.9)
+    """A row of panels for each cell, and in it one for each dtype and kind of call."""
+    kinds = [(dtype, call) for dtype in DTYPES for call in CALLS]
+    figure = style.new(2.4 * len(kinds), 2.7 * len(CELLS) + 0.2)
     figure.suptitle(f"What a layer is predicted to take on {device}: simulated and modelled", weight="bold")
-    panels = figure.subplots(1, len(SHOWN) * len(CALLS))
-    kinds = [(cell, dtype, call) for cell, dtype in SHOWN for call in CALLS]
-    for axes, (cell, dtype, call) in zip(panels, kinds, strict=True):
-        _panel(axes, taken(device, cell, call, dtype))
-        axes.set_title(f"{NAMES[cell]} {dtype}, {CALLS[call]}", fontsize=8)
+    panels = figure.subplots(len(CELLS), len(kinds))
+    for row, cell in zip(panels, CELLS, strict=True):
+        for axes, (dtype, call) in zip(row, kinds, strict=True):
+            _panel(axes, taken(device, cell, call, dtype))
+            axes.set_title(f"{NAMES[cell]} {dtype}, {CALLS[call]}", fontsize=8)
+        row[0].set_ylabel("H")
+    for axes in panels[-1]:
         axes.set_xlabel("B")
-    panels[0].set_ylabel("H")
     return figure
 
 

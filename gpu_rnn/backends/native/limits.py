@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 
 from gpu_rnn.backends.native import text
@@ -15,6 +18,10 @@ MOST_PRODUCTS = 1 << 23
 # Of the input products: up to here the loop's own take less, by a fifth to a half, on an Intel Xeon that has bfloat16
 # among its instructions.
 MOST_IN_16_BITS = 1 << 24
+# Gradients of the weights and of x are the loop's own up to so many multiplications, and steps of all rows for each
+# gate. On one and two threads of an EPYC both passes took 0.60 to 1.02 of the time with a library's products, and
+# beyond up to 1.55.
+OWN_GRADIENTS, OWN_STEPS = 1 << 26, 214
 
 
 def single_step(problem: Problem) -> bool:
@@ -38,3 +45,14 @@ def plain_layer(problem: Problem) -> bool:
     in_float32 = few or (state_dtype(problem.dtype) in text.C_TYPES and problem.dtype != torch.bfloat16)
     of_a_layer = problem.reverse in ("0", "01") and not problem.transforms
     return of_a_layer and problem.B > 0 and in_float32
+
+
+def owns_gradients(gates: Sequence[int], features: int, width: int) -> bool:
+    """Whether a layer's weights, whose gates are (T, B, N, G, H), have their gradients from the loop."""
+    steps, batch, _, count, _ = gates
+    return of_gradients(gates, features, width) <= OWN_GRADIENTS and steps * batch <= OWN_STEPS * count
+
+
+def of_gradients(gates: Sequence[int], features: int, width: int) -> int:
+    """The multiplications of the gradients of the weights and of x; `width` is that of h."""
+    return math.prod(gates) * (2 * features + width)

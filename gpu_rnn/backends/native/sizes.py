@@ -10,17 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gpu_rnn.backends.native import arguments, launch
+from gpu_rnn.backends.native import arguments, launch, limits
 from gpu_rnn.compiler.program import Program
 
-# Which products are the loop's own does not go by the number of threads, so that no result does.
-#
-# The input products, up to so many multiplications of all steps, or from so many rows on, of which each is one
-# thread's: a library's took 0.09 ms longer on one thread of an EPYC, and all threads take part in it.
+# The input products are the loop's own up to so many multiplications of all steps, or from so many rows on, of which
+# each is one thread's: a library's took 0.09 ms longer on one thread of an EPYC, and all threads take part in it. As
+# with gradients (`limits.owns_gradients`) that does not go by the number of threads, so that no result does.
 ALONE, ROWS = 1 << 25, 8
-# The gradients of the weights and of x, up to so many multiplications, and steps of all rows for each gate. On one and
-# two threads of an EPYC both passes took 0.60 to 1.02 of the time with a library's products, and beyond up to 1.55.
-OWN_GRADIENTS, OWN_STEPS = 1 << 26, 214
 OF_A_LINE = 64  # bytes of the caches
 
 
@@ -98,7 +94,6 @@ def of(
     threads = min(kind.threads, launch.worth(products, batch * n))
     of_inputs = steps * batch * features * of_gates * n
     takes_inputs = count <= launch.side_by_side(program) and (of_inputs <= ALONE or batch * n >= ROWS)
-    of_gradients = 2 * of_inputs + products
     normal: dict[str, tuple[int, ...]]
     normal = {"normal_x": gates, "normal": gates, "rstd_x": (*gates[:-1], 1), "rstd": (*gates[:-1], 1)}
     saved: dict[str, tuple[int, ...]]
@@ -114,8 +109,8 @@ def of(
         packing.numbered(numbers),
         threads,
         takes_inputs,
-        len(program.stages) == 1 and of_gradients <= OWN_GRADIENTS and steps * batch <= OWN_STEPS * count,
-        min(kind.threads, launch.worth(of_gradients, of_gates)),
+        len(program.stages) == 1 and limits.owns_gradients(gates, features, width),
+        min(kind.threads, launch.worth(limits.of_gradients(gates, features, width), of_gates)),
         (steps, batch, n * width),
         gates,
         inner if kind.save or kind.all_states else (0, *inner[1:]),
