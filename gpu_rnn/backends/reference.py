@@ -97,8 +97,9 @@ def forward(call: Call, x: Tensor, save: bool = False, all_states: bool = False)
     step, steering = OneStep(call), Steering(call, len(gates), order)
     states: list[Tensor] = list(call.states)
     outputs, saved_gates, saved_recurrent, saved_inner = [], [], [], []
-    for t, inputs in enumerate(gates.unbind(0)):  # the derivative of gates[t] would be as large as gates, for each step
-        controls = steering.at(each[t] for each in steering.steered)
+    # Unbound: the derivative of gates[t] would be as large as gates, for each step.
+    for inputs, *steered in zip(gates.unbind(0), *(each.unbind(0) for each in steering.steered), strict=True):
+        controls = steering.at(steered)
         entered = controls.enter(states)
         new, pre, recurrent = step(inputs, entered)
         states = controls.leave(new, entered)
