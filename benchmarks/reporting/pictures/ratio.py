@@ -49,7 +49,8 @@ def draw(cases: Sequence[Case], cell: str, few: bool) -> Figure | None:
         for axes, kind in zip(row, kinds, strict=True):
             if (dtype, kind) in grids:
                 _panel(axes, grids[dtype, kind], heights[dtype], widths[kind])
-                axes.set(title=f"{dtype}, {kind}", xlabel="B, rows", ylabel="H, units")
+                axes.set(xlabel="B, rows", ylabel="H, units")
+                axes.set_title(f"{dtype}, {kind}", fontsize=8)
             else:
                 axes.set_axis_off()
     return figure

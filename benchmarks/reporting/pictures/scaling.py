@@ -30,8 +30,8 @@ def draw(cases: Sequence[Case]) -> Figure | None:
             panels.setdefault((axis, title), {})[direction] = line
     if not panels:
         return None
-    across = min(ACROSS, len(panels))
-    down = -(-len(panels) // across)
+    down = -(-len(panels) // ACROSS)
+    across = -(-len(panels) // down)  # rows of about the same length
     figure = style.new(3 * across, 2.4 * down + 0.4)
     places = list(figure.subplots(down, across, squeeze=False).flat)
     for axes, ((axis, title), lines) in zip(places, panels.items(), strict=False):
