@@ -25,9 +25,7 @@ from gpu_rnn.memo import memoize
 
 log = logging.getLogger("gpu_rnn")
 LoopInC = Callable[[bytes], int]  # a loop in C, of its arguments; 1 where memory is short
-OF_A_CONVERSION = (
-    1.5e-9  # seconds of a weight in 16 bits, once a call: 0.5 to 3.3 ns on an EPYC, 6 to 8 million weights
-)
+OF_A_CONVERSION = 1.5e-9  # seconds of a weight in 16 bits, once a call: 0.5 to 3.3 ns of 7 million on an EPYC
 OF_A_THREAD = 5e6  # floating-point operations that are worth starting a thread for: some 0.1 ms; predicted
 
 _stays = "`unsupported` is asked after `prepare`, in whatever thread"
