@@ -127,7 +127,10 @@ def source(problem: Problem) -> str:
 
 
 def cpu_model(problem: Problem) -> str:
-    """The constants of a CPU's model: ATen's kernels differ as much as backends do, oneDNN has the LSTM's."""
+    """The constants of a CPU's model: ATen's kernels differ as much as backends do. oneDNN has the LSTM's, but not that
+    of a PackedSequence, which is a loop of torch operations as the GRU's is."""
+    if problem.packed and problem.recurrence.aten == "LSTM":
+        return "cpu_gru"
     return f"cpu_{(problem.recurrence.aten or '').partition('_')[0].lower()}"
 
 
