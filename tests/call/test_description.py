@@ -103,6 +103,7 @@ def test_one_question_of_packed_input_but_that_its_layer_is_padded() -> None:
     assert stack.packed and layer == replace(stack, packed=False)
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_explain_asks_what_the_call_asks() -> None:
     """Where `tune` kept an answer, `explain` finds it."""
     layer, x = gpu_rnn.GRU(F, H, bias=False), torch.randn(T, B, F)
