@@ -42,6 +42,13 @@ class Bidirectional(Advising, keras.layers.Bidirectional):
 
     __signature__ = inspect.signature(keras.layers.Bidirectional)
 
+    def __init__(self, layer: Any, *args: Any, **options: Any) -> None:
+        super().__init__(layer, *args, **options)
+        other = self.__signature__.bind(layer, *args, **options).arguments.get("backward_layer") or layer
+        for own, given in ((self.forward_layer, layer), (self.backward_layer, other)):
+            if isinstance(given, TimeLoop):
+                own.save = given.save  # which the configuration that Keras copies lacks
+
     def call(
         self,
         sequences: Tensor,

@@ -360,5 +360,7 @@ def test_states_alone_may_be_saved(name: str) -> None:
     assert saved[1] < saved[0]
     torch.testing.assert_close(*gradients)
     assert layer.save == "states" and layer.get_config() == config
+    if name != "Bidirectional":
+        assert gpu_rnn.keras.Bidirectional(layer).backward_layer.save == "states"
     with pytest.raises(ValueError, match="save is 'gates' or 'states'"):
         layer.save = "all"
