@@ -54,8 +54,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """One that is misspelt is missed before it is not known: what it is called is said, not what is missing."""
-        if "are required: " in message and (advice := self._advice(self._asked)):
-            message = f"unrecognized arguments: {' '.join(self._strange(self._asked))}{advice}"
+        if "are required: " in message and self._advice(self._asked):
+            self.refuse(self._strange(self._asked))
         super().error(message)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import product
 from statistics import geometric_mean
 
 from benchmarks.cases.names import BY_HAND, COMPILED, ONNXRUNTIME, TORCH
@@ -35,7 +34,7 @@ def goals(cases: Sequence[Case]) -> list[str]:
     threads = sorted({case["threads"] for case in cases if case["threads"]}, key=int)
     columns = [_reached([case for case in cases if case["threads"] == count]) for count in threads]
     heads = [f"{count} thread{'s' * (count != '1')}:" for count in threads]
-    rows = [[label, wanted, *(column[label] for column in columns)] for label, wanted in GOALS.items()]
+    rows = [[*same[0][:2], *(figure for *_, figure in same)] for same in zip(*columns, strict=True)]
     if not any(any(row[2:]) for row in rows):
         return []
     return ["", "## Goals", "", *paragraph(AIM), "", *table(["beside", "wanted:", *heads], rows)]
@@ -46,43 +45,34 @@ steps, both passes' and inference: what the loop in C was written to reach, and 
 what is. [What bounds it](../backends.md#on-a-cpu) says why some are missed."""
 
 
-GOALS = {
-    "torch.nn.LSTM, its lowest": "≥ 1.0×",
-    "torch.nn.LSTM, B 1": "≥ 2×",
-    "torch.nn.GRU, B 32": "≥ 2.5×",
-    "torch.nn.GRU, B 1": "≥ 8×",
-    "torch.nn.RNN": "≥ 1.5×",
-    "ONNX Runtime": "≥ 1.0×",
-    "a loop by hand, with an option": "≥ 3×",
-    "torch.nn's cells": "≥ 0.8×",
-    "our own default, with an option": "≤ 1.15×",
-    "with a normalisation": "≤ 1.5×",
-}
-
-
-def _reached(cases: Sequence[Case]) -> dict[str, str]:
-    """Geometric means, lowest to highest, but for the lowest; layers take several steps."""
-    kinds, others = _kinds(cases), {name: found for name, found in _others_of(cases).items() if found}
+def _reached(cases: Sequence[Case]) -> list[tuple[str, str, str]]:
+    """Beside what, what is wanted, and geometric means, lowest to highest, but for the lowest; layers take several
+    steps."""
+    kinds, others = _kinds(cases), _others_of(cases)
     layers = {name: [case for case in kinds[name] if int(case["T"]) > 1] for name in ("LSTM", "GRU", "RNN")}
-    of_batch = {
-        (name, batch): _ratios(case for case in layers[name] if case["B"] == batch)
-        for name, batch in product(layers, ("1", "32"))
-    }
     costs = [(case["option"], cost) for case, cost in against_default(cases) if case["stepwise"] not in STEP_BY_STEP]
     normed = ("layer_norm", "rms_norm")
     lowest = min(_ratios(layers["LSTM"]), default=None)
-    return {
-        "torch.nn.LSTM, its lowest": "" if lowest is None else f"{lowest:.2f}×",
-        "torch.nn.LSTM, B 1": _figure(of_batch["LSTM", "1"]),
-        "torch.nn.GRU, B 32": _figure(of_batch["GRU", "32"]),
-        "torch.nn.GRU, B 1": _figure(of_batch["GRU", "1"]),
-        "torch.nn.RNN": _figure(_ratios(layers["RNN"])),
-        "ONNX Runtime": _figure(others.get(OF_ONNX, [])),
-        "a loop by hand, with an option": _figure(others.get(OF_HANDS, [])),
-        "torch.nn's cells": _figure(_ratios(kinds[CELLS])),
-        "our own default, with an option": _figure([cost for option, cost in costs if option not in normed]),
-        "with a normalisation": _figure([cost for option, cost in costs if option in normed]),
-    }
+
+    def of_batch(name: str, batch: str) -> str:
+        return _figure(_ratios(case for case in layers[name] if case["B"] == batch))
+
+    return [
+        ("torch.nn.LSTM, its lowest", "≥ 1.0×", "" if lowest is None else f"{lowest:.2f}×"),
+        ("torch.nn.LSTM, B 1", "≥ 2×", of_batch("LSTM", "1")),
+        ("torch.nn.GRU, B 32", "≥ 2.5×", of_batch("GRU", "32")),
+        ("torch.nn.GRU, B 1", "≥ 8×", of_batch("GRU", "1")),
+        ("torch.nn.RNN", "≥ 1.5×", _figure(_ratios(layers["RNN"]))),
+        ("ONNX Runtime", "≥ 1.0×", _figure(others[OF_ONNX])),
+        ("a loop by hand, with an option", "≥ 3×", _figure(others[OF_HANDS])),
+        ("torch.nn's cells", "≥ 0.8×", _figure(_ratios(kinds[CELLS]))),
+        (
+            "our own default, with an option",
+            "≤ 1.15×",
+            _figure([cost for option, cost in costs if option not in normed]),
+        ),
+        ("with a normalisation", "≤ 1.5×", _figure([cost for option, cost in costs if option in normed])),
+    ]
 
 
 def _kinds(cases: Sequence[Case]) -> dict[str, list[Case]]:

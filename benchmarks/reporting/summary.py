@@ -91,13 +91,9 @@ def by_dtype(cases: Iterable[Case]) -> list[str]:
 def block(gpus: Sequence[Measured], docs: str) -> list[str]:
     """README's tables: the GPU with the most cases in one, the others in a line each, then the CPU that was measured
     last. `docs` is the folder's name."""
-    newest = max((each for each in gpus if not each.is_gpu), key=_date, default=None)
+    newest = max((each for each in gpus if not each.is_gpu), key=lambda each: each.date, default=None)
     on_a_cpu = _of_a_cpu(newest, docs) if newest else []
     return [*_of_gpus([each for each in gpus if each.is_gpu], docs), *on_a_cpu]
-
-
-def _date(measured: Measured) -> str:
-    return max(row["date"] for case in measured.cases for row in case.rows)
 
 
 def _of_a_cpu(measured: Measured, docs: str) -> list[str]:

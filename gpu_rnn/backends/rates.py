@@ -151,8 +151,8 @@ def of(device: Device) -> Rates:
     """The constants on a device: those fitted on it, else on one of its capability, or the predicted ones."""
     fitted = _fitted()
     if not device.is_gpu:  # one that nobody measured counts as the first that somebody did
-        processors = [fitted[key] for key in fitted if key not in DEVICES]
-        return fitted.get(cpu_model() if device.name == CPU.name else device.name, *processors[:1] or [PREDICTED])
+        first = next((known for key, known in fitted.items() if key not in DEVICES), PREDICTED)
+        return fitted.get(cpu_model() if device.name == CPU.name else device.name, first)
     alike = [key for key, each in DEVICES.items() if each.capability == device.capability]
     return next((fitted[key] for key in (known_as(device.name), *alike) if key in fitted), PREDICTED)
 

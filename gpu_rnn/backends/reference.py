@@ -46,7 +46,7 @@ def cost(problem: Problem, constants: rates.Rates | None = None) -> float:
     operations = sum(len(stage.ops) + 4 * len(stage.gates) for stage in problem.program.stages)
     steps = problem.T * problem.layers * (3 if problem.training else 1)
     every = constants or rates.of(problem.device)
-    start = 0.0 if problem.device.is_gpu else problem.layers * cpu_cost.of_pass(problem, every.cpu_step)[0]
+    start = 0.0 if problem.device.is_gpu else problem.layers * cpu_cost.of_pass(problem, every.cpu_step).start
     return start + steps * operations * every.reference.operation + problem.flops / product_rate(problem)
 
 

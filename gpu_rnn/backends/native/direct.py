@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gpu_rnn import memo
 from gpu_rnn.backends import linear
-from gpu_rnn.backends.native import arguments, launch, team
+from gpu_rnn.backends.native import arguments, launch
 from gpu_rnn.backends.native.sizes import Extent, LayerSizes, Room
 from gpu_rnn.backends.native.sizes import of as sizes_of
 from gpu_rnn.backends.normalisation import Normalised, Normaliser, room_for
@@ -203,10 +203,7 @@ def backward(
     if controls is not PLAIN:
         tensors |= controls.of_loops
     lists = {"initial": states, "d_final": d_final, "d_initial": d_states, "resets": resets, "d_resets": d_resets}
-    if sizes.gradient_threads > 1:
-        fields[plan.packing.places["gradient_threads"]] = sizes.gradient_threads
-        fields[plan.packing.places["team"]] = team.address()
-    launch.start(plan.back, plan.packing, fields, sizes.threads, sizes.gates, tensors, lists)
+    launch.start(plan.back, plan.packing, fields, sizes.threads, sizes.gates, tensors, lists, sizes.gradient_threads)
     return [d_x, *d_states, *d_weights, *d_resets]
 
 

@@ -67,11 +67,10 @@ def cost(problem: Problem, constants: rates.Rates | None = None) -> float:
     every = constants or rates.of(problem.device)
     rows, width = problem.B * problem.N, problem.proj_size or problem.H
     most = worth(multiplications((problem.T, rows, problem.G, problem.H), width), rows)
-    seconds = cpu_cost.seconds(problem, getattr(every, cpu_model(problem)), most=most)
-    if state_dtype(problem.dtype) == problem.dtype:
-        return seconds
-    weights = problem.N * problem.G * problem.H * (problem.I + width)
-    return seconds + problem.layers * OF_A_CONVERSION * weights
+    known = getattr(every, cpu_model(problem))
+    if state_dtype(problem.dtype) != problem.dtype:
+        known = replace(known, pack=known.pack + OF_A_CONVERSION, back_pack=known.back_pack + OF_A_CONVERSION)
+    return cpu_cost.seconds(problem, known, most=most)
 
 
 def cpu_model(problem: Problem) -> str:
@@ -205,14 +204,15 @@ def start(
     gates: Sequence[int],
     tensors: Mapping[str, Tensor | None],
     lists: Mapping[str, Sequence[Tensor | None]],
+    gradient_threads: int = 1,
 ) -> None:
     """Runs one direction, of gates (T, B, N, G, H), with `fields` as all its arguments but for threads and addresses.
 
     Raises:
         MemoryError: the loop's own memory is not to be had.
     """
-    if threads > 1:
-        for name, number in of_threads(threads, *gates[1:3]).items():
+    if max(threads, gradient_threads) > 1:
+        for name, number in of_threads(threads, gradient_threads, *gates[1:3]).items():
             fields[packing.places[name]] = number
     packing.put(fields, tensors, lists)
     if run(packing.packed(*fields)):
@@ -253,14 +253,19 @@ def of_a_call(
     """The numbers among the arguments, of gates (T, B, N, G, H); for one thread."""
     steps, batch, n, _, hidden = gates
     numbers = {"steps": steps, "batch": batch, "across": n, "units": hidden, "width": width, "threads": 1, "tiles": 1}
-    numbers["gradient_threads"] = 1
-    of_all = {"save": int(save), "rms": int(rms), "reverse": ctypes.addressof(directions(reverse))}
+    of_all = {
+        "gradient_threads": 1,
+        "save": int(save),
+        "rms": int(rms),
+        "reverse": ctypes.addressof(directions(reverse)),
+    }
     return numbers | dict(steering) | of_all
 
 
-def of_threads(threads: int, batch: int, n: int) -> dict[str, int]:
+def of_threads(threads: int, gradient_threads: int, batch: int, n: int) -> dict[str, int]:
     """What more than one needs."""
-    return {"threads": threads, "team": team.address(), "tiles": max(1, min(batch, -(-threads // max(1, n))))}
+    tiles = max(1, min(batch, -(-threads // max(1, n))))
+    return {"threads": threads, "gradient_threads": gradient_threads, "team": team.address(), "tiles": tiles}
 
 
 def steering(controls: LayerControls) -> dict[str, Tensor | None]:
