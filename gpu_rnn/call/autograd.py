@@ -181,6 +181,8 @@ class Forward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        if transforms.leaves_graph():
+            return transforms.outside_of_graphs(Forward.backward, ctx, *grads)
         every = ctx.saved_tensors  # each access unpacks once more, which checkpoints refuse
         *tensors, y = every[:-SAVED]
         saved = every[-SAVED:]
@@ -224,6 +226,8 @@ class Backward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        if transforms.leaves_graph():
+            return transforms.outside_of_graphs(Backward.backward, ctx, *grads)
         row, saved, d_outputs = batching.split(ctx.text, ctx.options, ctx.saved_tensors)
         inputs = Inputs.flat(row, _states(ctx.text))
         incoming = iter(grads)

@@ -103,8 +103,7 @@ def refuse_tangents() -> None:
     """Raises RuntimeError where forward-mode derivatives are taken: a custom op's tangent would be 0 without a word."""
     if torch.autograd.forward_ad._current_level >= 0:
         raise RuntimeError(
-            "torch.compile and torch.jit.trace cannot take a layer's forward-mode derivative: take it of the "
-            "layer itself"
+            "torch.export and torch.jit.trace take no forward-mode derivative of a layer: take it of the layer itself"
         )
 
 

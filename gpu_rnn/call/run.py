@@ -34,6 +34,8 @@ def sequence(
 
     The controls are checked already; `alike`: so it is that all tensors are on one device and of one dtype.
     """
+    if transforms.active() and transforms.leaves_graph():
+        return transforms.outside_of_graphs(sequence, stack, x, hx, weights, batch_sizes, controls, alike)
     autocasts = torch._C._is_any_autocast_enabled()
     if autocasts:
         (x,), hx, weights = autocast.cast((x,)), hx and autocast.cast(hx), autocast.cast(weights)

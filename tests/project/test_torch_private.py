@@ -42,6 +42,7 @@ PRIVATE: dict[str, str] = {
     "torch._C._functorch.unwrap_if_dead": "the tensor below a transform that has ended, as Function.apply takes it",
     "torch._C._are_functorch_transforms_active": RUNS,
     "torch.autograd.forward_ad._current_level": RUNS,
+    "torch._C._dynamo.eval_frame.get_eval_frame_callback": "whether Dynamo will look into the frames of a call",
     "torch.compiler._is_exporting_flag": RUNS,
     "torch.autograd._profiler_enabled": "whether a profiler wants to be told of passes by name",
     "torch._C._functorch.is_legacy_batchedtensor": "whether gradients are batched, as is_grads_batched makes them",
