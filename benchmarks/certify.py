@@ -36,8 +36,8 @@ from benchmarks.certifying.certificate import FAILED, INTERRUPTED, NOT_RUN, PASS
 from benchmarks.certifying.record import Record
 from benchmarks.emulating import h100
 from benchmarks.measuring import machine
+from gpu_rnn import devices
 from gpu_rnn.cli import positive
-from gpu_rnn.diagnostics import doctor
 
 ROOT = Path(__file__).resolve().parent.parent
 # Processes that share the gpu matrix: it mostly compiles, on one core each, and each has a CUDA context and its
@@ -147,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the steps. Returns 1 if one that ran did not pass, 130 after Ctrl-C, else 0."""
     options = _parser().parse_args(arguments)
     try:
-        device = doctor.pick_device(options.device)
+        device = devices.pick(options.device)
         steps = _chosen(
             steps_on_gpu(options.soak) if device.type == "cuda" else steps_on_cpu(options.soak), options.only
         )

@@ -34,7 +34,7 @@ from benchmarks.emulating import h100
 from benchmarks.measuring import arguments, checking, machine, timing
 from benchmarks.measuring import rows as table
 from benchmarks.measuring.rows import Row
-from gpu_rnn.diagnostics import doctor
+from gpu_rnn import devices
 
 CASE_SECONDS = {"quick": 1.0, "full": 4.0}  # of samples, for all variants of a case
 SIGNS = "* is the backend that a layer takes by itself; (2.00x) is twice as fast as torch.nn"
@@ -65,7 +65,7 @@ def main(given: Sequence[str] | None = None) -> int:
         return h100.again(__file__, sys.argv[1:] if given is None else given)
     machine.keep_caches()
     try:
-        device = doctor.pick_device("cpu" if options.emulate else options.device)
+        device = devices.pick("cpu" if options.emulate else options.device)
         machine.check_nothing_chooses(device)
         facts = machine.columns(device, options.commit, options.emulate)
         cases = arguments.cases(options, device)

@@ -36,6 +36,7 @@ from benchmarks.certifying.soak_cases import Case, Run
 from benchmarks.emulating import h100
 from benchmarks.measuring import checking, machine
 from benchmarks.measuring.checking import ELEMENT, OUTPUT, Errors
+from gpu_rnn import devices
 from gpu_rnn.cli import positive
 from gpu_rnn.diagnostics import doctor
 from gpu_rnn.dispatch import choice
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     machine.keep_caches()
     try:
-        device = doctor.pick_device(options.device)
+        device = devices.pick(options.device)
     except ValueError as error:
         print(f"soak.py: {error}", file=sys.stderr)
         return 2

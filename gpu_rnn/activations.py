@@ -5,6 +5,7 @@ A layer's ``activation`` and ``recurrent_activation`` take one of these names or
 module
 without weights such as ``torch.nn.Mish()``::
 
+    >>> import gpu_rnn, torch
     >>> gpu_rnn.GRU(4, 8, activation="softsign", recurrent_activation=lambda x: torch.sigmoid(2 * x))
     GRU(4, 8, activation=softsign, recurrent_activation=<lambda>)
 """
@@ -102,20 +103,21 @@ def get(activation: str | Activation, clip: float | None = None) -> Activation:
     name = type(activation).__name__
     if activation is None:
         raise TypeError("an activation is a name or a plain torch function, not None; Keras's None is 'linear' here")
-    if (
-        isinstance(activation, torch.nn.Module)
-        and next(chain(activation.parameters(), activation.buffers()), None) is not None
-    ):
+    if has_weights(activation):
         raise TypeError(
             f"an activation is a plain torch function, and a {name} has weights: write a gpu_rnn.Recurrence with "
-            "params=, "
-            "which are the layer's own"
+            "params=, which are the layer's own"
         )
     if isinstance(activation, type) or not callable(activation):
         raise TypeError(
             f"an activation is a name or a plain torch function such as torch.tanh or torch.nn.Tanh(), not {name}"
         )
     return activation
+
+
+def has_weights(value: Any) -> bool:
+    """Whether it is a module with parameters or buffers."""
+    return isinstance(value, torch.nn.Module) and any(True for _ in chain(value.parameters(), value.buffers()))
 
 
 def name_of(activation: str | Activation) -> str:

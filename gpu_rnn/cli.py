@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import inspect
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 __all__ = ["Parser", "main", "positive"]
 
 INTERRUPTED = 130  # 128 + SIGINT, what a shell reports for Ctrl-C
+INT64_MAX = 2**63 - 1  # size of a tensor
+UNREAD = 141  # likewise 128 + SIGPIPE
 DEVICE_HELP = "cpu, cuda or cuda:1 (default: the GPU if there is one)"
 FLAGS = {"reset_after": "--reset-before", "proj_size": "--proj"}  # those that are not named as the layers' arguments
 DTYPE_NAMES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64"}
@@ -71,29 +74,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown:  # argparse itself would show the usage of gpu-rnn, which does not list a command's options
         parsed.parser.refuse(unknown)
     try:
-        return parsed.command(parsed)
+        status = parsed.command(parsed)
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         print("gpu-rnn: stopped.", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # whoever read has seen enough, and there is nobody to tell when Python flushes at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return UNREAD
     except (ModuleNotFoundError, ValueError) as error:
         print(f"gpu-rnn: {error}", file=sys.stderr)
         return 1
 
 
 def _doctor(options: argparse.Namespace) -> int:
+    from gpu_rnn import devices
     from gpu_rnn.diagnostics import doctor
 
-    print(doctor.report(doctor.pick_device(options.device)))
+    print(doctor.report(devices.pick(options.device)))
     return 0
 
 
 def _demo(options: argparse.Namespace) -> int:
+    from gpu_rnn import devices
     from gpu_rnn.demo import command
-    from gpu_rnn.diagnostics import doctor
 
     command.run(
         command.Settings(
-            device=doctor.pick_device(options.device),
+            device=devices.pick(options.device),
             seeds=options.seeds,
             epochs=options.epochs,
             long=options.long,
@@ -105,34 +114,33 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
+    from gpu_rnn import devices
     from gpu_rnn.demo import command
     from gpu_rnn.demo.datasets import japanese_vowels, plaid
-    from gpu_rnn.diagnostics import doctor
 
     data = plaid() if options.long else japanese_vowels()
-    command.bench(data.to(doctor.pick_device(options.device)), options.seconds)
+    command.bench(data.to(devices.pick(options.device)), options.seconds)
     return 0
 
 
 def _explain(options: argparse.Namespace) -> int:
     import gpu_rnn
-    from gpu_rnn.diagnostics import doctor
+    from gpu_rnn import devices
 
-    # A described device needs no memory.
-    device = "meta" if options.device else doctor.pick_device(None)
-    layer, x = _described_call(options, device)
-    print(gpu_rnn.explain(layer, x, device=options.device))
+    layer, x = _described_call(options, "meta")  # which takes no memory
+    print(gpu_rnn.explain(layer, x, device=options.device or devices.pick(None)))
     return 0
 
 
 def _tune(options: argparse.Namespace) -> int:
     import gpu_rnn
-    from gpu_rnn.diagnostics import doctor
+    from gpu_rnn import devices
 
-    layer, x = _described_call(options, doctor.pick_device(options.device))
-    able = sum(row.runs for row in gpu_rnn.explain(layer, x).rows)
+    device = devices.pick(options.device)
+    able = sum(row.runs for row in gpu_rnn.explain(*_described_call(options, "meta"), device=device).rows)
+    layer, x = _described_call(options, device)
     passes = ["forward", "then forward and backward"] if options.training else ["forward"]
-    about = f"about {len(passes) * options.seconds:g} s"
+    about = f"about {len(passes) * options.seconds:g} s, longer where three calls of each take longer"
     print(f"measuring {able} backends, {', '.join(passes)}, {about}", file=sys.stderr, flush=True)
     try:
         tuned = gpu_rnn.tune(layer, x, seconds=options.seconds)
@@ -155,9 +163,12 @@ def _described_call(options: argparse.Namespace, device: torch.device | str) -> 
     import torch
 
     dtype = getattr(torch, DTYPE_NAMES[options.dtype])
-    with torch.device(device):
-        layer = _described_layer(options).to(dtype).train(options.training).requires_grad_(options.training)
-        return layer, torch.randn(options.steps, options.batch, options.input or options.hidden, dtype=dtype)
+    try:
+        with torch.device(device):
+            layer = _described_layer(options).to(dtype).train(options.training).requires_grad_(options.training)
+            return layer, torch.randn(options.steps, options.batch, options.input or options.hidden, dtype=dtype)
+    except (OverflowError, RuntimeError) as error:
+        raise ValueError(f"no tensors of such sizes can be made on {device}: {str(error).splitlines()[0]}") from error
 
 
 def _described_layer(options: argparse.Namespace) -> LayerBase:
@@ -312,13 +323,13 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
 
 def _add_description(command: argparse.ArgumentParser) -> None:
     """The options that describe a layer and its input."""
-    command.add_argument("--cell", choices=("lstm", "gru", "rnn"), default="lstm")
+    command.add_argument("--cell", choices=("lstm", "gru", "rnn"), default="lstm", help="(default: %(default)s)")
     command.add_argument("--hidden", type=positive(int), required=True, metavar="H", help="units")
     command.add_argument("--input", type=positive(int), metavar="I", help="input features (default: as hidden)")
     command.add_argument("--batch", type=positive(int), default=32, metavar="B", help="(default: %(default)s)")
     command.add_argument("--steps", type=positive(int), default=100, metavar="T", help="(default: %(default)s)")
     command.add_argument("--layers", type=positive(int), default=1, metavar="L", help="(default: %(default)s)")
-    command.add_argument("--bidirectional", action="store_true")
+    command.add_argument("--bidirectional", action="store_true", help="both directions of time")
     command.add_argument("--proj", type=positive(int), metavar="P", help="proj_size, LSTM only")
     command.add_argument("--heads", type=positive(int), metavar="K", help="blocks on the diagonal of W_hh")
     command.add_argument("--dtype", choices=tuple(DTYPE_NAMES), default="fp32", help="(default: %(default)s)")
@@ -352,6 +363,8 @@ def positive(kind: type[int] | type[float]) -> Callable[[str], float]:
             raise argparse.ArgumentTypeError(f"must be {what}, not {text!r}") from None
         if not value > 0:
             raise argparse.ArgumentTypeError(f"must be more than 0, not {text}")
+        if value > INT64_MAX:
+            raise argparse.ArgumentTypeError(f"must be less than 2^63, not {text}")
         return value
 
     return number

@@ -70,7 +70,7 @@ def describe(name: str) -> Device:
         ValueError: a name that is not in `DEVICES`; the known ones are listed.
     """
     if not isinstance(name, str):
-        raise TypeError(f"a described device is a name, such as 'H100', not {type(name).__name__}")
+        raise TypeError(f"a described device is a name, such as 'H100', not of type {type(name).__name__}")
     wanted = _bare(name)
     for known, device in DEVICES.items():
         if wanted in (_bare(known), _bare(device.name)):
@@ -161,6 +161,34 @@ def _memory_rate(properties: Any) -> float:
     if "MIG" in properties.name:  # the whole device's memory
         return 0.0
     return 2 * _measured(properties, "memory_clock_rate") * 1e3 * _measured(properties, "memory_bus_width") / 8 / 1e9
+
+
+def pick(name: str | None) -> torch.device:
+    """The named device or, by default, the GPU if there is one.
+
+    Raises:
+        ValueError: the device is not here.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"{name!r} is no device of torch: try cpu, cuda or cuda:1") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"only cpu and cuda devices can be timed here, not {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"{name!r} is not here: torch sees {torch.cuda.device_count()} CUDA devices; leave --device out"
+        )
+    return device
+
+
+def main_memory() -> int:
+    """Bytes of this machine's memory; 0 where the system does not say."""
+    if not {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= set(getattr(os, "sysconf_names", {})):
+        return 0
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def cpu_name() -> str:

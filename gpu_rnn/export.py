@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -24,8 +25,8 @@ def decompositions(loop: str = "unrolled") -> dict[Any, Callable[..., Any]]:
 
     Args:
         loop: "unrolled": steps stand one after the other, operations of ATen alone, so that the program grows with
-            their number, which is the one it was exported with. "scan": one step in torch's `scan`, whose number may
-            be open; torch marks it as a prototype.
+            their number. It is the one it was exported with: a warning says so where T was left open. "scan": one step
+            in torch's `scan`, whose number may be open; torch marks it as a prototype.
 
     Returns:
         A table of torch's default decompositions with those of gpu_rnn's operations.
@@ -35,6 +36,7 @@ def decompositions(loop: str = "unrolled") -> dict[Any, Callable[..., Any]]:
 
     Example::
 
+        >>> import gpu_rnn, torch
         >>> layer = gpu_rnn.LSTM(3, 8, layer_norm=True).eval()
         >>> x = torch.randn(5, 2, 3)
         >>> program = torch.export.export(layer, (x,), dynamic_shapes=({1: torch.export.Dim("batch")},))
@@ -53,6 +55,12 @@ def _unrolled(*arguments: Any) -> list[Tensor]:
     """`gpu_rnn::rnn` of a pass that keeps nothing, by the reference."""
     *tensors, program, words = arguments
     inputs, options = Inputs.of(*tensors), Options.decode(words)
+    if isinstance(steps := inputs.x.shape[0], torch.SymInt):
+        warnings.warn(
+            f"unrolled, a program takes the {int(steps)} steps that it was exported with and no others: "
+            'decompositions(loop="scan") leaves their number open',
+            stacklevel=2,
+        )
     primals = [primal for primal in inputs.primals if primal is not None]
     results = [*passes.pure(program, options, inputs)(*primals)]
     nothing = inputs.x.new_empty(0)

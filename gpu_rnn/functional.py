@@ -97,6 +97,8 @@ def rnn(
 
     Example::
 
+        >>> import torch
+        >>> from gpu_rnn import cells, functional
         >>> weights = [torch.randn(32, 3), torch.randn(32, 8), torch.zeros(32), torch.zeros(32)]
         >>> y, (h, c) = functional.rnn(torch.randn(5, 2, 3), None, weights, cells.lstm())
         >>> y.shape, c.shape
@@ -147,7 +149,30 @@ def cell(
     heads: int = 1,
     **unknown: Never,
 ) -> States:
-    """One step: x (B, I) and states (B, H) -> new states (B, H). Arguments and errors as `rnn`'s."""
+    """One step.
+
+    Args:
+        x: (B, I), fp32, fp64, fp16, bf16 or complex.
+        hx: for each state (B, H); None: the recurrence's initial values, zeros for those of `gpu_rnn.cells`.
+        weights: W_ih (G·H, I), W_hh (G·H, H), with bias b_ih and b_hh (G·H), and the recurrence's parameters (P, H).
+        recurrence, bias, backend, heads: as for `rnn`.
+        unknown: nothing.
+
+    Returns:
+        The new states, (B, H) each.
+
+    Raises:
+        Exception: as `rnn`.
+
+    Example::
+
+        >>> import torch
+        >>> from gpu_rnn import cells, functional
+        >>> weights = [torch.randn(24, 3), torch.randn(24, 8), torch.zeros(24), torch.zeros(24)]
+        >>> (h,) = functional.cell(torch.randn(2, 3), None, weights, cells.gru())
+        >>> h.shape
+        torch.Size([2, 8])
+    """
     if unknown:
         raise unexpected("cell()", unknown, signature(cell).parameters)
     stack = Stack(recurrence=recurrence, bias=bias, backend=backend, heads=heads)

@@ -4,6 +4,7 @@
 A layer's ``kernel_initializer``, ``recurrent_initializer`` and ``bias_initializer`` take a name of `INITIALIZERS` or a
 function that fills the tensor it is given, as those of torch.nn.init do::
 
+    >>> import gpu_rnn, torch
     >>> weight = torch.empty(4 * 8, 8)  # (G * H, H), of an LSTM
     >>> gpu_rnn.initializers.fill_(weight, "orthogonal")
     >>> torch.allclose(weight.T @ weight, torch.eye(8), atol=1e-5)

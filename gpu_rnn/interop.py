@@ -106,7 +106,8 @@ def from_keras(*layers: Sequence[Weight], cell: str) -> State:
 
     Example::
 
-        >>> import numpy as np
+        >>> import gpu_rnn, numpy as np, torch
+        >>> from gpu_rnn import interop
         >>> weights = [np.ones((3, 32)), np.ones((8, 32)), np.zeros(32)]  # keras.layers.LSTM(8).get_weights()
         >>> layer = gpu_rnn.LSTM(3, 8, dtype=torch.float64)
         >>> layer.load_state_dict(interop.from_keras(weights, cell="lstm"))
@@ -127,6 +128,8 @@ def to_keras(state: Mapping[str, Weight], cell: str) -> list[list[np.ndarray]]:
 
     Example::
 
+        >>> import gpu_rnn
+        >>> from gpu_rnn import interop
         >>> state = gpu_rnn.GRU(3, 8, num_layers=2).state_dict()
         >>> first, second = interop.to_keras(state, cell="gru")
         >>> [array.shape for array in second]
@@ -152,6 +155,8 @@ def from_onnx(*nodes: Mapping[str, Weight], cell: str) -> State:
 
     Example::
 
+        >>> import gpu_rnn, torch
+        >>> from gpu_rnn import interop
         >>> node = {"W": torch.randn(2, 32, 3), "R": torch.randn(2, 32, 8)}
         >>> layer = gpu_rnn.LSTM(3, 8, bias=False, bidirectional=True)
         >>> layer.load_state_dict(interop.from_onnx(node, cell="lstm"))
@@ -172,6 +177,8 @@ def to_onnx(state: Mapping[str, Weight], cell: str) -> list[dict[str, np.ndarray
 
     Example::
 
+        >>> import gpu_rnn
+        >>> from gpu_rnn import interop
         >>> (node,) = interop.to_onnx(gpu_rnn.RNN(3, 8).state_dict(), cell="rnn")
         >>> {name: array.shape for name, array in node.items()}
         {'W': (1, 8, 3), 'R': (1, 8, 8), 'B': (1, 16)}
@@ -191,6 +198,8 @@ def from_haste(*layers: Mapping[str, Weight]) -> State:
 
     Example::
 
+        >>> import gpu_rnn, torch
+        >>> from gpu_rnn import interop
         >>> theirs = {"kernel": torch.randn(3, 32), "recurrent_kernel": torch.randn(8, 32), "bias": torch.randn(32)}
         >>> gpu_rnn.LSTM(3, 8).load_state_dict(interop.from_haste(theirs))
         <All keys matched successfully>
@@ -206,6 +215,8 @@ def to_haste(state: Mapping[str, Weight]) -> list[State]:
 
     Example::
 
+        >>> import gpu_rnn, torch
+        >>> from gpu_rnn import interop
         >>> (theirs,) = interop.to_haste(gpu_rnn.LSTM(3, 8).state_dict())
         >>> theirs["recurrent_kernel"].shape
         torch.Size([8, 32])

@@ -104,6 +104,7 @@ def clear_caches() -> None:
 
     Example::
 
+        >>> import gpu_rnn
         >>> gpu_rnn.clear_caches()
     """
     clear()

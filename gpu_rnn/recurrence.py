@@ -46,6 +46,7 @@ class Recurrence:
 
     Example: a minimal gated unit (Zhou et al., arXiv:1603.09420), usable in ``gpu_rnn.Recurrent``::
 
+        >>> import gpu_rnn, torch
         >>> def mgu(x, r, s):
         ...     f = torch.sigmoid(x.f + r.f)
         ...     n = torch.tanh(x.n + f * r.n)

@@ -21,6 +21,11 @@ def meant(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
+def among(name: str, known: Iterable[str]) -> str:
+    """Likewise, and all that are known where none is spelt alike."""
+    return meant(name, known := [*known]) or f"; it takes {', '.join(known)}"
+
+
 def unexpected(who: str, unknown: Iterable[str], known: Iterable[str]) -> TypeError:
     """The error for keyword arguments that `who` does not take, as Python words it. For what is called often, and so
     takes `**unknown` itself instead of being decorated."""
@@ -43,6 +48,6 @@ def names_meant(function: F) -> F:
             unknown = UNKNOWN.search(str(error))
             if unknown is None or error.__traceback__ is None or error.__traceback__.tb_next is not None:
                 raise  # from inside
-            raise TypeError(f"{error}{meant(unknown[1], known)}") from None
+            raise TypeError(f"{error}{among(unknown[1], known)}") from None
 
     return call  # type: ignore[return-value]

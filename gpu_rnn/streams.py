@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -162,8 +162,9 @@ class Streams:
 
         Raises:
             TypeError: samples are no dict, or one of them is no tensor.
-            ValueError: there is no stream of a name; the layer is in training; samples of both kinds.
-            RuntimeError: another number of features, or samples of several dtypes. No stream has moved then.
+            ValueError: there is no stream of a name; the layer is in training; samples of both kinds, or of another
+                dtype than the layer's.
+            RuntimeError: another number of features. No stream has moved then.
         """
         if not isinstance(samples, Mapping):
             what = f"got {type(samples).__name__}"
@@ -176,7 +177,9 @@ class Streams:
             raise TypeError(f"samples are tensors, {what}: torch.as_tensor makes one")
         ranks = {value.dim() for value in values}
         if len(ranks) > 1 or not ranks <= {1, 2}:
-            raise ValueError(f"samples are (input_size) of all streams or (T, input_size) of all, got {ranks} axes")
+            raise ValueError(f"samples are (input_size) of all streams or (T, input_size) of all: {_shapes(samples)}")
+        if {value.shape[-1] for value in values} != {self.layer.input_size}:
+            raise RuntimeError(f"a step of a sample has {self.layer.input_size} features: {_shapes(samples)}")
         lengths = [len(value) for value in values] if ranks == {2} else []
         if len(set(lengths)) < 2 and 0 not in lengths:
             return dict(zip(names, self.step_batch(names, torch.stack(values)).unbind(), strict=True))
@@ -204,8 +207,9 @@ class Streams:
             TypeError: names are one string, or x is no tensor.
             ValueError, RuntimeError: as `step`.
         """
-        if isinstance(names, str) or not isinstance(x, Tensor):
-            what = f", got {names!r}" if isinstance(names, str) else f" and a tensor, got {type(x).__name__}"
+        listable = isinstance(names, Iterable) and not isinstance(names, str)
+        if not listable or not isinstance(x, Tensor):
+            what = f" and a tensor, got {type(x).__name__}" if listable else f", got {names!r}"
             raise TypeError(f"step_batch takes a list of names{what}")
         if self.layer.training:
             raise ValueError("streams run in evaluation: call layer.eval()")
@@ -351,3 +355,11 @@ def _capture(run: Callable[[], object]) -> Callable[[], None]:
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         run()
     return graph.replay
+
+
+def _shapes(samples: Mapping[Any, Tensor]) -> str:
+    """Of each shape the first stream that has it, in words."""
+    first: dict[tuple[int, ...], Any] = {}
+    for name, value in samples.items():
+        first.setdefault(tuple(value.shape), name)
+    return ", ".join(f"that of {name!r} is {shape}" for shape, name in first.items())

@@ -109,6 +109,10 @@ def test_explain_prints_a_row_for_every_backend(options: list[str], capsys: pyte
         (["explain", "--hidden", "8", "--cell", "lstm", "--reset-before"], "an LSTM has no --reset-before"),
         (["explain", "--hidden", "8", "--cell", "rnn", "--peephole"], "an RNN has no --peephole"),
         (["explain", "--hidden", "8", "--proj", "8"], "proj_size has to be smaller than hidden_size"),
+        (["explain", "--hidden", "1000000"], "CPU has"),
+        (["explain", "--hidden", "9999999999"], "no tensors of such sizes can be made on meta: Storage size"),
+        (["explain", "--hidden", "64", "--steps", "100000000000"], "GiB: those grow with T and B"),
+        (["tune", "--hidden", "1000000", "--layers", "10"], "GiB: W_hh grows with the square of the hidden units"),
     ],
     ids=" ".join,
 )
@@ -127,6 +131,7 @@ def test_mistakes_get_one_line(arguments: list[str], message: str, capsys: pytes
         (["explain", "--hiden", "4"], "arguments: --hiden; did you mean --hidden?"),
         (["tune", "--hidden", "4", "--bidirektional"], "arguments: --bidirektional; did you mean --bidirectional?"),
         (["explain", "--hidden", "abc"], "must be a whole number, not 'abc'"),
+        (["explain", "--hidden", "9" * 20], "must be less than 2^63, not 99999999999999999999"),
         (["explain", "--hidden", "-3"], "must be more than 0, not -3"),
         (["tune", "--hidden", "4", "--seconds", "0"], "must be more than 0, not 0"),
         (["bench", "--seconds", "soon"], "must be a number, not 'soon'"),
@@ -185,7 +190,24 @@ def test_convert_loads_a_whole_model_only_if_told_to_trust_it(
         text.write_bytes(content)
         for trust in ([], ["--trust"]):
             assert cli.main(["convert", "--dry-run", *trust, str(text)]) == 1
-            assert "is nothing that torch.save wrote: " in capsys.readouterr().err
+            assert "is nothing that torch.save wrote" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_convert_knows_programs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A model and its program are both zip files; torch's errors for them are about its own loaders."""
+    model, x = torch.nn.Linear(4, 8), torch.randn(2, 4)
+    torch.jit.save(torch.jit.trace(model, x), tmp_path / "script.pt")
+    torch.export.save(torch.export.export(model, (x,)), tmp_path / "exported.pt2")
+    for file, kind in (("script.pt", "a TorchScript program"), ("exported.pt2", "an exported program")):
+        assert cli.main(["convert", "--dry-run", str(tmp_path / file)]) == 1
+        assert f"is {kind}, whose layers are operations: convert the model" in capsys.readouterr().err
+
+
+def test_whoever_stops_reading_is_no_error(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m gpu_rnn explain --hidden 8 | head -1"
+    shown = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True)
+    assert shown.stdout.startswith("lstm: T 100") and not shown.stderr
 
 
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:

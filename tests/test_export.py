@@ -85,6 +85,13 @@ def test_torchs_operations_alone(name: str, loop: str) -> None:
         torch.testing.assert_close(program.module()(x), model(x), rtol=1e-6, atol=1e-6)
 
 
+def test_unrolled_the_number_of_steps_is_said_to_be_fixed() -> None:
+    x, sizes = torch.randn(5, 4, I), {0: torch.export.Dim("steps"), 1: torch.export.Dim("batch")}
+    program = torch.export.export(MODELS["aten"](), (x,), dynamic_shapes=(sizes,))
+    with pytest.warns(UserWarning, match="takes the 5 steps that it was exported with and no others"):
+        program.run_decompositions(export.decompositions())
+
+
 SCRIPT = """
 import sys
 sys.modules["gpu_rnn"] = None  # as where it is not installed

@@ -166,4 +166,6 @@ def _fitted() -> dict[str, Rates]:
 def source_of(entry: Mapping[str, Any]) -> str:
     """Where an entry of the file comes from, in words."""
     commits = ", ".join(commit[:7] for commit in entry["commits"])
-    return f"fitted to {', '.join(entry['results'])} ({entry['device']}, measured of {commits})"
+    files = entry["results"]
+    places = files if len(files) == 1 else sorted({str(Path(file).parent) for file in files})
+    return f"fitted to {', '.join(places)} ({entry['device']}, measured of {commits})"

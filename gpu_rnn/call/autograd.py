@@ -181,7 +181,7 @@ class Forward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        if transforms.leaves_graph():
+        if transforms.looked_into():
             return transforms.outside_of_graphs(Forward.backward, ctx, *grads)
         every = ctx.saved_tensors  # each access unpacks once more, which checkpoints refuse
         *tensors, y = every[:-SAVED]
@@ -226,7 +226,7 @@ class Backward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        if transforms.leaves_graph():
+        if transforms.looked_into():
             return transforms.outside_of_graphs(Backward.backward, ctx, *grads)
         row, saved, d_outputs = batching.split(ctx.text, ctx.options, ctx.saved_tensors)
         inputs = Inputs.flat(row, _states(ctx.text))

@@ -154,6 +154,23 @@ class StackControls(NamedTuple):
         within = within_lengths(self.lengths, steps)
         return within if self.mask is None else within & self.mask
 
+    def last(self, output: Tensor, h: Tensor, directions: int) -> Tensor:
+        """(B, D·P): the output (T, B, D·P) of the last step that counts, as each direction meets them; 0 where there is
+        none.
+
+        Without a mask that is the last layer's final h. With one, a reset may come later.
+        """
+        if self.mask is None:
+            last = h[-directions:].transpose(0, 1).flatten(1)
+            return last if self.lengths is None else torch.where(self.lengths.unsqueeze(1) > 0, last, 0)
+        valid = self.valid(output.shape[0])
+        assert valid is not None
+        steps = torch.arange(output.shape[0], device=output.device).unsqueeze(1)
+        ends = [(steps * valid).amax(0), output.shape[0] - 1 - ((output.shape[0] - 1 - steps) * valid).amax(0)]
+        rows = torch.arange(output.shape[1], device=output.device)
+        parts = zip(ends[:directions], output.chunk(directions, 2), strict=True)
+        return torch.cat([part[end, rows] for end, part in parts], 1)  # the output of a step that does not count is 0
+
     def flagged(self, all_states: bool) -> bool:
         """Whether the loops get flags: lengths by themselves stay lengths, unless the states beyond them are wanted."""
         return self.mask is not None or self.resets is not None or (self.lengths is not None and all_states)

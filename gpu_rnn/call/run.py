@@ -34,8 +34,6 @@ def sequence(
 
     The controls are checked already; `alike`: so it is that all tensors are on one device and of one dtype.
     """
-    if transforms.active() and transforms.leaves_graph():
-        return transforms.outside_of_graphs(sequence, stack, x, hx, weights, batch_sizes, controls, alike)
     autocasts = torch._C._is_any_autocast_enabled()
     if autocasts:
         (x,), hx, weights = autocast.cast((x,)), hx and autocast.cast(hx), autocast.cast(weights)
@@ -44,6 +42,8 @@ def sequence(
         with autocast.off(x):
             return sequence(stack, x, hx, weights, batch_sizes, controls, alike)
     recorded = onlookers.recorded(x)
+    if (recorded or torch._C._are_functorch_transforms_active()) and transforms.leaves_graph():
+        return transforms.outside_of_graphs(sequence, stack, x, hx, weights, batch_sizes, controls, alike)
     if stack.time_parallel and recorded and stack.backend == "aten":  # whose kernels take all steps
         stack = replace(stack, time_parallel=0.0)
     if recorded and stack.backend == "aten" and onlookers.writes_onnx():

@@ -21,9 +21,12 @@ def active() -> bool:
 def leaves_graph() -> bool:
     """Whether a transform that is going on keeps this call out of what torch.compile records: only vmap has a rule
     there. A frame that Dynamo has given up calls others, which it would look into, kernels' launches too."""
-    if torch.compiler.is_dynamo_compiling():
-        return _derives()
-    return eval_frame.get_eval_frame_callback() is not None
+    return _derives() if torch.compiler.is_dynamo_compiling() else active() and looked_into()
+
+
+def looked_into() -> bool:
+    """Whether Dynamo looks into what is called from here on."""
+    return torch.compiler.is_dynamo_compiling() or eval_frame.get_eval_frame_callback() is not None
 
 
 def _derives() -> bool:

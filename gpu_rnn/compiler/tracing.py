@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from gpu_rnn.activations import ACTIVATIONS, name_of
+from gpu_rnn.activations import ACTIVATIONS, has_weights, name_of
 from gpu_rnn.compiler.builder import Builder, Value
 from gpu_rnn.compiler.lowering import LOWERING, TAKES_BOOL, Unsupported, copy
 from gpu_rnn.compiler.operations import Argument, Op, live
@@ -145,7 +145,7 @@ class _StageTrace:
         step: Step,
     ) -> None:
         self.builder, self.step = builder, step
-        activations = _activations(step)
+        self.activations = activations = _activations(step)
         options = " or ".join(f"{role} {name_of(phi)}" for role, phi in activations.items())
         self.cell = f"{cell}: {options}" if options else cell
         self.place = " or ".join(_where(phi) for phi in activations.values()) or _where(step)
@@ -204,6 +204,8 @@ class _StageTrace:
         ) as error:
             names = _held(self.step)
             more = _has(error, groups) or (f"; it {_closes_over(names)}" if names else "")
+            if self.activations and isinstance(error, TypeError):
+                more = "; an activation takes one argument, a value of one unit"
             more = OWN_DERIVATIVE if "custom_function_call" in str(error) or "setup_context" in str(error) else more
             raise TraceError(f"{self.cell}: {self._frame(error)}: {_first_line(error)}{more}") from error
 
@@ -268,10 +270,10 @@ def _is_random(overload: Any) -> bool:
 
 
 def _held(step: Step) -> str:
-    """The names of the tensors and modules that a closure holds."""
+    """The names of the tensors, and of the modules with some, that a closure holds."""
     held = inspect.getclosurevars(step) if inspect.isfunction(step) else None
     variables = {**held.nonlocals, **held.globals} if held else {}
-    return ", ".join(name for name, value in variables.items() if isinstance(value, (torch.Tensor, torch.nn.Module)))
+    return ", ".join(name for name, value in variables.items() if isinstance(value, torch.Tensor) or has_weights(value))
 
 
 def _closes_over(names: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import pickle
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,6 +46,8 @@ def _loaded(path: Path, trust: bool) -> object:
     with path.open("rb") as file:
         if not file.read(2).startswith(BEGINNINGS):  # a pickle machine fails at any text in a way of its own
             raise ValueError(f"{path} is nothing that torch.save wrote: it is no zip file, and no pickle")
+    if kind := _program_kind(path):
+        raise ValueError(f"{path} is {kind}, whose layers are operations: convert the model that it was made from")
     try:
         return torch.load(path, map_location="meta", weights_only=not trust)
     except pickle.UnpicklingError as error:
@@ -54,7 +57,19 @@ def _loaded(path: Path, trust: bool) -> object:
             f"{path} holds more than weights, and loading it runs the code that it names: if you trust it, add --trust"
         ) from error
     except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is nothing that torch.save wrote: {error}") from error
+        reason, *_ = str(error).split(". ")  # what follows is about torch's own state
+        raise ValueError(f"{path} is nothing that torch.save wrote, or was cut off: {reason}") from error
+
+
+def _program_kind(path: Path) -> str:
+    """What else torch writes into a zip file, "" where it is none."""
+    if not zipfile.is_zipfile(path):
+        return ""
+    with zipfile.ZipFile(path) as archive:
+        parts = {part for name in archive.namelist() for part in Path(name).parts}
+    if "archive_format" in parts:
+        return "an exported program"
+    return "a TorchScript program" if "code" in parts else ""
 
 
 def _of_source(path: Path) -> Iterator[str]:

@@ -60,6 +60,7 @@ def debug(layer: LayerBase, x: Tensor, *, backend: str | None = None) -> list[Di
 
     Example::
 
+        >>> import gpu_rnn, torch
         >>> layer = gpu_rnn.GRU(4, 8, activation="softsign")
         >>> for found in gpu_rnn.debug(layer, torch.randn(10, 2, 4), backend="step"):
         ...     print(found)
@@ -68,9 +69,12 @@ def debug(layer: LayerBase, x: Tensor, *, backend: str | None = None) -> list[Di
     from gpu_rnn.layers.base import LayerBase
 
     if not isinstance(layer, LayerBase) or not isinstance(x, Tensor) or x.dim() not in (2, 3) or not x.numel():
+        given = f"a {type(x).__name__}" if not isinstance(x, Tensor) else f"one of shape {tuple(x.shape)}"
         raise TypeError(
-            "debug takes a layer of this package, such as gpu_rnn.LSTM, and an input with steps and samples"
+            "debug takes a layer of this package, such as gpu_rnn.LSTM, and an input with steps and samples, not a "
+            f"{type(layer).__name__} and {given}"
         )
+    layer.check_input(x, None)
     if x.dtype not in TOLERANCE:
         raise TypeError(f"debug compares with float64, so it takes real input, not {x.dtype}")
     place = layer._flat_weights[0].device

@@ -23,30 +23,9 @@ from gpu_rnn.diagnostics.explanation import explain
 from gpu_rnn.dispatch import measured
 from gpu_rnn.layers import LSTM
 
-__all__ = ["device_name", "pick_device", "report"]
+__all__ = ["device_name", "report"]
 
 PACKAGES = ("torch", "triton", "cupy-cuda12x", "cupy-cuda13x", "keras", "numpy")
-
-
-def pick_device(name: str | None) -> torch.device:
-    """The named device or, by default, the GPU if there is one.
-
-    Raises:
-        ValueError: the device is not here.
-    """
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"{name!r} is no device of torch: try cpu, cuda or cuda:1") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"only cpu and cuda devices can be timed here, not {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"{name!r} is not here: torch sees {torch.cuda.device_count()} CUDA devices; leave --device out"
-        )
-    return device
 
 
 def device_name(device: torch.device) -> str:

@@ -107,7 +107,7 @@ class Explanation:
         """A backend's lines of the table."""
         verdict = "chosen" if row.chosen else "can run" if row.runs else "no"
         figure = row.predicted_us if row.measured_us is None else row.measured_us
-        notes = ("measured by tune on this device",) if row.measured_us is not None else ()
+        notes: tuple[str, ...] = ()
         if figure == math.inf:
             figure, notes = None, ("not predicted: runs where it is named, or where tune finds it the fastest",)
         elif not self.problem.device.is_gpu and row.source not in ("measured", "fitted"):
@@ -159,7 +159,7 @@ class Explanation:
         words = f"parallel in time: {plan.chunks} chunks of {plan.steps} steps, {us:.2f} µs/step of a layer predicted"
         last = relaxation_plan.outcome(relaxation_plan.of_one_layer(self.problem, direction), self.time_parallel)
         if last is None:
-            return f"{words}; after {plan.passes} passes that do not settle one step after the other"
+            return f"{words}; after {plan.passes} passes that do not settle, one step after the other"
         if last.settled:
             return f"{words}; settled in {last.passes} passes when it last ran"
         return f"{words}; not settled after {last.passes} passes when it last ran, which was one step after the other"
@@ -191,8 +191,10 @@ class Explanation:
         if not self.problem.device.is_gpu:
             where = "such a" if f"({devices.cpu_model()}, " in known else "another"
             models = f"{known}, on {where} processor" if "fitted" in known else "models of a CPU only rank the backends"
-            measured = [f"measured {IN_WORDS['measured']}"] if "measured" in sources else []
-            return "; ".join([*measured, f"{models}; gpu_rnn.tune measures this one"])
+            measured = f"measured {IN_WORDS['measured']}"
+            if sources == {"measured"}:
+                return measured
+            return "; ".join([*[measured] * ("measured" in sources), f"{models}; gpu_rnn.tune measures this one"])
         return "; ".join([*words, known if "fitted" in known else "products and launches beside a loop are modelled"])
 
 
@@ -223,7 +225,11 @@ NO_INPUT = "{} takes a tensor or a PackedSequence as x, not {}"
 
 
 def explain(
-    layer: LayerBase, x: Tensor | PackedSequence | None = None, *, device: str | None = None, **call: Any
+    layer: LayerBase,
+    x: Tensor | PackedSequence | None = None,
+    *,
+    device: str | torch.device | None = None,
+    **call: Any,
 ) -> Explanation:
     """Which backend ``layer(x)`` runs on, with the reasons against the others and the predicted time of each.
 
@@ -233,26 +239,31 @@ def explain(
             batch_first (B, T, input_size), unbatched (T, input_size), a PackedSequence, or a jagged nested tensor
             (B, j, input_size). None: 100 steps of one sample.
         device: a described device to answer for, such as "H100" (`gpu_rnn.devices.DEVICES`), with Triton and CuPy
-            whether they are installed here or not; None: x's own.
+            whether they are installed here or not; or one that is here, such as torch.device("cpu"), for a layer on
+            "meta", which takes no memory; None: x's own.
         call: the layer's other arguments that would come with x: hx, mask, lengths, resets, reset_state,
             return_all_states, time_parallel. True stands for any of them; a tensor's shape and dtype are
             checked, its values do not matter.
 
     Raises:
         TypeError: not a layer of this package, x is no tensor, or the device no name; an unknown argument of the call.
-        ValueError: no description of that device; x is neither 2D nor 3D; the call exceeds the device's memory.
+        ValueError: no description of that device, or it is not here; x is neither 2D nor 3D; the call exceeds the
+            device's memory.
         Exception: what the layer itself raises of such an x, states and controls: there is no plan for such a call.
 
     Example::
 
+        >>> import gpu_rnn, torch
         >>> layer = gpu_rnn.LSTM(64, 64, dtype=torch.bfloat16)
         >>> x = torch.empty(100, 32, 64, dtype=torch.bfloat16, device="meta")
         >>> print(gpu_rnn.explain(layer, x, device="H100"))
     """
     problem = problem_of(layer, x, call, "explain")
     if device is not None:
-        problem = choice.described(problem, device)
-    refusals.check_memory(problem)
+        place = devices.pick(str(device)) if isinstance(device, torch.device) else device
+        problem = choice.described(problem, place)
+    is_this_cpu = isinstance(device, torch.device) and not problem.device.is_gpu
+    refusals.check_memory(problem, devices.main_memory() if is_this_cpu else problem.device.memory)
     within = arguments.tolerance("time_parallel", call.get("time_parallel"))
     return Explanation(problem, tuple(choice.verdicts(problem, layer.backend)), layer.backend, within)
 
@@ -266,6 +277,8 @@ def problem_of(layer: LayerBase, x: Tensor | PackedSequence | None, call: dict[s
         kind = type(layer)
         place = kind.__module__.partition(".modules.")[0]  # torch.nn.modules.rnn: as users write it
         advice = ""
+        if place == "gpu_rnn.keras.layers":
+            place, advice = "gpu_rnn.keras", ": give it gpu_rnn's own with the same sizes and options"
         if isinstance(layer, CellBase):
             place, advice = "gpu_rnn", ": a cell runs as its layer does with one step, so give it that layer"
         raise TypeError(

@@ -66,15 +66,16 @@ def _without_values(value: Any) -> Any:
     return value.to("meta") if isinstance(value, Tensor) else value
 
 
-def check_memory(problem: Problem) -> None:
-    """Raises ValueError where a call's own tensors, without what is computed on the way, exceed the device's memory."""
+def check_memory(problem: Problem, memory: int) -> None:
+    """Raises ValueError where a call's own tensors, without what is computed on the way, exceed so many bytes, a
+    device's memory; 0 where that is not known."""
     width = problem.proj_size or problem.H
     weights = problem.N * problem.G * problem.H * (problem.I + problem.layers * width)
     sequences = problem.T * problem.B * (problem.I + problem.N * width)
     least = (weights + sequences) * problem.dtype.itemsize
-    memory = problem.device.memory
     if memory and least > memory:
         raise ValueError(
             f"{problem.device.name} has {memory / GIB:,.0f} GiB of memory, and the weights, the input and the output "
-            f"alone take {least / GIB:,.0f} GiB: W_hh grows with the square of the hidden units"
+            f"alone take {least / GIB:,.0f} GiB: "
+            + ("W_hh grows with the square of the hidden units" if weights > sequences else "those grow with T and B")
         )

@@ -53,25 +53,27 @@ def interleave(
     seconds: float,
     deadline: float = math.inf,
     progress: Callable[[range], Iterable[int]] = iter,
+    fewest: int = FEWEST,
 ) -> dict[str, Timing]:
     """Times every call in turn, who is first changing from round to round.
 
     Args:
         calls: at least one.
-        trials: rounds at most. A call whose samples exceed its share of `seconds` gets fewer, but `FEWEST`.
+        trials: rounds at most. A call whose samples exceed its share of `seconds` gets fewer, but `fewest`.
         seconds: for all the calls together, about.
         deadline: of time.monotonic(); after it no round begins but the first.
-        progress: goes through the rounds, such as a bar.
+        progress: goes through the first calls, and then through the rounds, such as a bar.
+        fewest: rounds of a call that is too slow for more.
     """
-    counts = {name: _count(call, device) for name, call in calls.items()}
+    names, share = list(calls), seconds / len(calls)
+    counts = {names[place]: _count(calls[names[place]], device, share) for place in progress(range(len(names)))}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     spent = dict.fromkeys(calls, 0.0)
-    names, share = list(calls), seconds / len(calls)
     for trial in progress(range(trials)):
         if trial and time.monotonic() > deadline:
             break
         turn = trial % len(names)
-        going_on = [name for name in names[turn:] + names[:turn] if trial < FEWEST or spent[name] <= share]
+        going_on = [name for name in names[turn:] + names[:turn] if trial < fewest or spent[name] <= share]
         for name in going_on:
             took = sample(calls[name], counts[name], device)
             spent[name] += took
@@ -98,8 +100,8 @@ def sample(call: Timed, count: int, device: torch.device) -> float:
     return before.elapsed_time(after) / 1e3
 
 
-def _count(call: Timed, device: torch.device) -> int:
-    """How many calls make a sample; warms up."""
-    sample(call, 1, device)
-    took = sample(call, WARM_UP - 1, device) / (WARM_UP - 1)
+def _count(call: Timed, device: torch.device, share: float) -> int:
+    """How many calls make a sample; warms up, unless the first call took all of the share."""
+    if (took := sample(call, 1, device)) <= share:
+        took = sample(call, WARM_UP - 1, device) / (WARM_UP - 1)
     return max(1, round(SAMPLE_SECONDS[device.type] / took))

@@ -111,8 +111,8 @@ def tune(layer: LayerBase, x: Tensor | PackedSequence, *, seconds: float = 2.0, 
         layer: a layer of this package.
         x: an input such as the layer will get, on the device it will get it on; only its shape, dtype and lengths
             matter.
-        seconds: for the samples of each kind of call, about, more than 0; every backend is run a few times whatever
-            that takes.
+        seconds: for the samples of each kind of call, about, more than 0; every backend is run three times and more,
+            whatever that takes.
         call: the layer's other arguments that come with x: hx, mask, lengths, resets, reset_state, return_all_states.
 
     Raises:
@@ -124,6 +124,7 @@ def tune(layer: LayerBase, x: Tensor | PackedSequence, *, seconds: float = 2.0, 
 
     Example::
 
+        >>> import gpu_rnn, torch
         >>> layer = gpu_rnn.GRU(8, 16, activation="softsign")
         >>> tuned = gpu_rnn.tune(layer, torch.randn(10, 4, 8), seconds=0.1)
         >>> print(tuned)
@@ -233,7 +234,9 @@ def _measure(run: _Run, device: torch.device, seconds: float) -> _Measured:
     """Times a call on every backend that can run it."""
     answers: dict[str, dict[Question, str]] = {}
     left_out = {row.backend: row.reasons[0] for row in choice.verdicts(run.problem) if not row.runs}
-    for name in [name for name in choice.BACKENDS if name not in left_out]:
+    bar, able = _bar(TITLES[run.problem.direction]), [name for name in choice.BACKENDS if name not in left_out]
+    for place in bar(range(len(able))):
+        name = able[place]
         try:
             asked = run.answers_on(name)
         except torch.OutOfMemoryError:
@@ -245,10 +248,8 @@ def _measure(run: _Run, device: torch.device, seconds: float) -> _Measured:
         else:  # a kernel that does not build is a reason from now on
             left_out[name] = choice.BACKENDS[name].unsupported(run.problem)[0]
     calls = {name: _on(name, run.call) for name in answers}
-    bar = _bar(TITLES[run.problem.direction])
-    return _Measured(
-        run.problem, interleave(calls, device, trials=TRIALS, seconds=seconds, progress=bar), answers, left_out
-    )
+    timings = interleave(calls, device, trials=TRIALS, seconds=seconds, progress=bar, fewest=1)
+    return _Measured(run.problem, timings, answers, left_out)
 
 
 def _on(name: str, call: Callable[[], object]) -> Callable[[], object]:

@@ -369,8 +369,8 @@ def _source(problem: Problem, name: str) -> str:
     return both.pop() if len(both) == 1 else "modelled"
 
 
-def described(problem: Problem, name: str) -> Problem:
-    """The same problem on a device described by name, such as "H100"."""
-    device = devices.describe(name)
+def described(problem: Problem, place: str | torch.device) -> Problem:
+    """The same problem on a device described by name, such as "H100", or on one that is here."""
+    device = devices.of(place) if isinstance(place, torch.device) else devices.describe(place)
     kind = "cuda" if device.is_gpu else "cpu"
     return problem.but(device=device, device_type=kind, precision=precision.of_rnn())

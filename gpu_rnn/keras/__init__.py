@@ -7,9 +7,8 @@ constructor, weights, regularizers, constraints, dropout masks, states, shapes a
 
     import gpu_rnn.keras
 
-    model = keras.Sequential([keras.Input((None, 8)), gpu_rnn.keras.LSTM(64, recurrent_dropout=0.2),
-    keras.layers.Dense(1)]) model = gpu_rnn.keras.load_model("model.keras")  # its RNN layers, whosever they are, become
-    these
+    model = keras.Sequential([keras.Input((None, 8)), gpu_rnn.keras.LSTM(64, recurrent_dropout=0.2)])
+    model = gpu_rnn.keras.load_model("model.keras")  # its RNN layers, whosever they are, become these
 
 This module needs Keras 3 and its PyTorch backend: ``pip install gpu-rnn[keras]`` and ``KERAS_BACKEND=torch``.
 """

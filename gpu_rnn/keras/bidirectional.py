@@ -10,7 +10,7 @@ from typing import Any
 import keras
 from torch import Tensor
 
-from gpu_rnn.keras.layers import TimeLoop, forget_masks, last_valid, mask_of, run, step_mask
+from gpu_rnn.keras.layers import TimeLoop, check_steps, forget_masks, last_valid, mask_of, run, step_mask
 from gpu_rnn.keras.misspelt import Advising
 
 MERGES = {
@@ -35,6 +35,7 @@ class Bidirectional(Advising, keras.layers.Bidirectional):
 
     Example::
 
+        >>> import gpu_rnn.keras, keras, numpy as np
         >>> layer = gpu_rnn.keras.Bidirectional(gpu_rnn.keras.GRU(4, return_sequences=True), merge_mode="sum")
         >>> tuple(layer(np.ones((2, 5, 3), "float32")).shape)
         (2, 5, 4)
@@ -112,6 +113,7 @@ class Bidirectional(Advising, keras.layers.Bidirectional):
         self, sequences: Tensor, initial: Sequence[Any], mask: Any, training: bool
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         layers = self.forward_layer, self.backward_layer
+        check_steps(sequences)
         mask = step_mask(mask, sequences)
         states = [
             [keras.ops.convert_to_tensor(state, self.compute_dtype) for state in layer_states]

@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,11 @@ def load_weights(model: Any, filepath: str | Path, **options: Any) -> None:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: Keras's, if the weights are not those of the model.
+        ValueError: a file that is none of weights, or Keras's, if the weights are not those of the model.
 
     Example::
 
+        >>> import gpu_rnn.keras, keras
         >>> model = keras.Sequential([keras.Input((5, 3)), gpu_rnn.keras.LSTM(4)])
         >>> model.save_weights(folder / "some.weights.h5")
         >>> gpu_rnn.keras.load_weights(model, folder / "some.weights.h5")
@@ -47,6 +49,8 @@ def load_weights(model: Any, filepath: str | Path, **options: Any) -> None:
     filepath = Path(filepath)
     if not filepath.exists():
         raise FileNotFoundError(f"there is no file {filepath}")
+    if filepath.is_file() and not (h5py.is_hdf5(filepath) or zipfile.is_zipfile(filepath)):
+        raise ValueError(f"{filepath} is no file of weights, as model.save_weights writes them")
     if filepath.name.endswith(".weights.h5") or not h5py.is_hdf5(filepath):
         model.load_weights(filepath, **options)  # Keras 3's
         return

@@ -67,6 +67,7 @@ class TimeLoop(Advising):
         return getattr(self, "use_cudnn", "auto")
 
     def call(self, sequences: Tensor, initial_state: Any = None, mask: Any = None, training: bool = False) -> Any:
+        check_steps(sequences)
         try:
             return super().call(
                 sequences, initial_state=initial_state, mask=mask_of(sequences, mask), training=training
@@ -150,6 +151,7 @@ class LSTM(TimeLoop, keras.layers.LSTM):
 
     Example::
 
+        >>> import gpu_rnn.keras, keras, numpy as np
         >>> layer = gpu_rnn.keras.LSTM(4, recurrent_dropout=0.5, return_sequences=True)
         >>> tuple(layer(np.ones((2, 5, 3), "float32")).shape)
         (2, 5, 4)
@@ -172,6 +174,7 @@ class GRU(TimeLoop, keras.layers.GRU):
 
     Example::
 
+        >>> import gpu_rnn.keras, keras, numpy as np
         >>> layer = gpu_rnn.keras.GRU(4, reset_after=False, return_state=True)
         >>> [tuple(part.shape) for part in layer(np.ones((2, 5, 3), "float32"))]
         [(2, 4), (2, 4)]
@@ -192,6 +195,7 @@ class SimpleRNN(TimeLoop, keras.layers.SimpleRNN):
 
     Example::
 
+        >>> import gpu_rnn.keras, keras, numpy as np
         >>> tuple(gpu_rnn.keras.SimpleRNN(4, activation="relu")(np.ones((2, 5, 3), "float32")).shape)
         (2, 4)
     """
@@ -317,6 +321,12 @@ def drop_inputs(x: Tensor, w_ih: Tensor, masks: list[Tensor]) -> tuple[Tensor, T
     """x and w_ih whose product is that of the dropped inputs, each gate with its own mask if there are several."""
     dropped = torch.cat([x * mask[:, None].to(x.dtype) for mask in masks], -1)
     return dropped, w_ih if len(masks) == 1 else torch.block_diag(*w_ih.chunk(len(masks)))
+
+
+def check_steps(sequences: Any) -> None:
+    """Raises ValueError where there is nothing to run; Keras would look for a first step."""
+    if len(sequences.shape) > 1 and sequences.shape[1] == 0:
+        raise ValueError(f"sequences have at least one step, got shape {tuple(sequences.shape)}")
 
 
 def check_features(layer: Any, x: Tensor) -> None:

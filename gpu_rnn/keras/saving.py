@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import tempfile
+import warnings
 import zipfile
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import h5py
 import keras
 
 from gpu_rnn.keras import hdf5
-from gpu_rnn.keras.naming import MODULES, rename
+from gpu_rnn.keras.naming import MODULES, NAMES, rename
 
 CONFIG = "config.json"
 
@@ -38,6 +40,7 @@ def load_model(filepath: str | Path, *, layers: str = "gpu_rnn", **options: Any)
 
     Example::
 
+        >>> import gpu_rnn.keras, keras
         >>> model = keras.Sequential([keras.Input((5, 3)), keras.layers.LSTM(4)])
         >>> model.save(folder / "model.keras")
         >>> [type(layer).__module__ for layer in gpu_rnn.keras.load_model(folder / "model.keras").layers]
@@ -47,10 +50,8 @@ def load_model(filepath: str | Path, *, layers: str = "gpu_rnn", **options: Any)
         raise ValueError(f"layers must be one of {', '.join(MODULES)}, got {layers!r}")
     if not Path(filepath).exists():
         raise FileNotFoundError(f"there is no file {filepath}")
-    if not zipfile.is_zipfile(filepath) and not h5py.is_hdf5(filepath):
-        raise ValueError(
-            f"{filepath} is no .keras or HDF5 file: load it with keras.models.load_model and exchange() the model"
-        )
+    if not h5py.is_hdf5(filepath) and not _is_archive(filepath):
+        raise ValueError(f"{filepath} is no .keras or HDF5 file, as model.save writes them")
     with tempfile.TemporaryDirectory() as folder:
         if h5py.is_hdf5(filepath):
             copy = Path(folder) / "model.h5"
@@ -59,6 +60,13 @@ def load_model(filepath: str | Path, *, layers: str = "gpu_rnn", **options: Any)
         copy = Path(folder) / "model.keras"
         _convert(filepath, copy, layers)
         return keras.models.load_model(copy, **options)
+
+
+def _is_archive(path: str | Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return CONFIG in archive.namelist()
 
 
 def _convert(source: str | Path, target: Path, layers: str) -> None:
@@ -83,6 +91,7 @@ def exchange(model: Any, *, layers: str = "gpu_rnn", **options: Any) -> Any:
 
     Example::
 
+        >>> import gpu_rnn.keras, keras
         >>> model = keras.Sequential([keras.Input((5, 3)), keras.layers.GRU(4)])
         >>> type(gpu_rnn.keras.exchange(model).layers[0]) is gpu_rnn.keras.GRU
         True
@@ -97,10 +106,32 @@ def exchange(model: Any, *, layers: str = "gpu_rnn", **options: Any) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.keras"
         model.save(path)
-        copy = load_model(path, layers=layers, **options)
+        known = {**_classes(model), **(options.pop("custom_objects", None) or {})}
+        copy = load_model(path, layers=layers, custom_objects=known, **options)
+    _check_exchanged(copy, layers)
     for new, old in zip(_seeds(copy), _seeds(model), strict=True):  # files hold none of these
         new.assign(old)
     return copy
+
+
+def _classes(model: Any) -> dict[str, type]:
+    """The user's own classes of layers and models, which `keras.models.load_model` would ask for."""
+    kinds = {type(layer) for layer in model._flatten_layers()}
+    return {kind.__name__: kind for kind in kinds if kind.__module__.split(".")[0] not in ("keras", "gpu_rnn")}
+
+
+def _check_exchanged(model: Any, layers: str) -> None:
+    """Warns of layers that the code of a model makes, where no configuration names them."""
+    others = [
+        getattr(import_module(module), name) for key, module in MODULES.items() if key != layers for name in NAMES
+    ]
+    left = [layer.name for layer in model._flatten_layers() if type(layer) in others]
+    if left:
+        warnings.warn(
+            f"{', '.join(left)} is as it was: the code of a model's class makes it, which has to name the other "
+            "library's",
+            stacklevel=3,
+        )
 
 
 def _seeds(model: Any) -> list[Any]:

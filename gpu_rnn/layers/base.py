@@ -214,6 +214,14 @@ class LayerBase(Regularized, nn.RNNBase):
             RuntimeError: another feature size, or states of another rank, shape or dtype; no time steps.
             TypeError: hx is a tuple where a tensor belongs, or the reverse, or with something else in it; a mask or
                 return_all_states that is not bool; a mask that is not given by name; a nested input of another layout.
+
+        Example::
+
+            >>> import gpu_rnn, torch
+            >>> layer = gpu_rnn.GRU(3, 8)
+            >>> y, h = layer(torch.randn(5, 2, 3), lengths=torch.tensor([5, 3]))
+            >>> y.shape, h.shape
+            (torch.Size([5, 2, 8]), torch.Size([1, 2, 8]))
         """
         if isinstance(input, Proxy):
             steering = {"mask": mask, "lengths": lengths, "resets": resets, "reset_state": reset_state}
@@ -332,9 +340,8 @@ class LayerBase(Regularized, nn.RNNBase):
             weights = self._with_dropped(self._flat_weights_names, weights)
         output, states, every = run.sequence(stack, input, states, weights, batch_sizes, controls)
         if not self.return_sequences:
-            output = _last(
-                output.transpose(0, 1) if stack.batch_first else output, states[0], stack.directions, controls
-            )
+            of_steps = output.transpose(0, 1) if stack.batch_first else output
+            output = controls.last(of_steps, states[0], stack.directions)
         return output, states, every
 
     def _new_stack(self, packed: bool, all_states: bool) -> Stack:
@@ -367,9 +374,7 @@ class LayerBase(Regularized, nn.RNNBase):
         return states[0] if self._one_state else states
 
     def _check_states(self, input: Tensor, states: States, batch_sizes: Tensor | None) -> None:
-        if (
-            batch_sizes is not None and torch.compiler.is_compiling()
-        ):  # B is no size then: the call checks it as it runs
+        if batch_sizes is not None and torch.compiler.is_compiling():  # B is no size then: the call checks it
             (rows, batch, width), *_ = self._stack().state_shapes(self._weights(), states[0].shape[1])
             expected = rows, batch, width
         else:
@@ -380,20 +385,3 @@ class LayerBase(Regularized, nn.RNNBase):
             if state.dtype != input.dtype:
                 arguments.check_alike(input, (), states)
             expected = (*expected[:2], self.hidden_size)  # a projection narrows the first state only
-
-
-def _last(output: Tensor, h: Tensor, directions: int, controls: StackControls) -> Tensor:
-    """(B, D·P): the output (T, B, D·P) of the last step that counts, as each direction meets them; 0 where none does.
-
-    Without a mask that is the last layer's final h. With one, a reset may come later.
-    """
-    if controls.mask is None:
-        last = h[-directions:].transpose(0, 1).flatten(1)
-        return last if controls.lengths is None else torch.where(controls.lengths.unsqueeze(1) > 0, last, 0)
-    valid = controls.valid(output.shape[0])
-    assert valid is not None
-    steps = torch.arange(output.shape[0], device=output.device).unsqueeze(1)
-    ends = [(steps * valid).amax(0), output.shape[0] - 1 - ((output.shape[0] - 1 - steps) * valid).amax(0)]
-    rows = torch.arange(output.shape[1], device=output.device)
-    parts = zip(ends[:directions], output.chunk(directions, 2), strict=True)
-    return torch.cat([part[end, rows] for end, part in parts], 1)  # the output of a step that does not count is 0

@@ -65,6 +65,20 @@ class LayerCall(Protocol[S]):
         time_parallel: float | None = None,
     ) -> tuple[PackedSequence, S, S]: ...
 
+    @overload
+    def __call__(
+        self,
+        input: Tensor,
+        hx: S | None = None,
+        *,
+        mask: Array | None = None,
+        lengths: Array | Sequence[int] | None = None,
+        resets: Array | None = None,
+        reset_state: S | None = None,
+        return_all_states: bool,
+        time_parallel: float | None = None,
+    ) -> tuple[Tensor, S] | tuple[Tensor, S, S]: ...
+
 
 class CellCall(Protocol[S]):
     """One step."""

@@ -87,6 +87,7 @@ def in_full(shared: type | None = None) -> Callable[[C], C]:
         if doc := inspect.cleandoc(cls.__doc__ or ""):  # none under python -OO
             cls.__doc__ = _written_out(cls, shared or cls, doc)
         cls.__init__.__signature__ = _spelt_out(cls)  # type: ignore[misc]
+        cls.__init__.__doc__ = f"Its arguments are in the docstring of {cls.__name__}."  # type: ignore[misc]
         return cls
 
     return decorate

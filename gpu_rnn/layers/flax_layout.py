@@ -52,7 +52,7 @@ def from_flax(*layers: Parameters | Sequence[Parameters], cell: str) -> State:
 
     Example::
 
-        >>> import gpu_rnn, numpy as np
+        >>> import gpu_rnn, numpy as np, torch
         >>> from gpu_rnn import interop
         >>> gates = {f"i{gate}": {"kernel": np.ones((3, 8))} for gate in "ifgo"}
         >>> gates |= {f"h{gate}": {"kernel": np.ones((8, 8)), "bias": np.zeros(8)} for gate in "ifgo"}

@@ -102,6 +102,7 @@ class RNN(LayerBase):
             function. Default: None
         clip: cut what enters φ to [-clip, clip], as ONNX's attribute of that name; a positive number, or None.
             Default: None
+        proj_size: None or 0; another is refused as torch.nn refuses it: only an LSTM has a projection. Default: None
         backend, options and the arguments not named here: as for `Recurrent`.
 
     Inputs, outputs and Raises: as for `Recurrent`; hx is one tensor. Weights: those of torch.nn.RNN.
@@ -232,6 +233,7 @@ class GRU(LayerBase):
         reset_after: apply r after the product with W_hn (torch, cuDNN), not before it. Default: True
         clip: cut what enters φ and σ to [-clip, clip], as ONNX's attribute of that name; a positive number, or None.
             Default: None
+        proj_size: None or 0; another is refused as torch.nn refuses it: only an LSTM has a projection. Default: None
         backend, options and the arguments not named here: as for `Recurrent`.
 
     Inputs, outputs and Raises: as for `Recurrent`; hx is one tensor. Weights: those of torch.nn.GRU.

@@ -46,6 +46,7 @@ Layer = list[Direction]  # one direction, or two
 def reorder(weights: Tensor, source: str, target: str, dim: int = 0) -> Tensor:
     """The gates' blocks along `dim` in another order, each gate a letter; as they are where the orders are equal.
 
+    >>> import torch
     >>> reorder(torch.tensor([0, 0, 1, 1, 2, 2]), "zrn", "rzn")
     tensor([1, 1, 0, 0, 2, 2])
     """
@@ -153,6 +154,8 @@ def split(state: Mapping[str, Weight], cell: str) -> list[Layer]:
     """The layers in a state_dict, with `join` its inverse."""
     if not isinstance(state, Mapping):
         raise TypeError(f"a layer's weights are given as its state_dict(), got {type(state).__name__}")
+    if any(str(name).startswith("norm_") for name in state):
+        raise ValueError("layer and RMS normalisation (norm_ih, norm_hh) exist in this library's layout only")
     unknown = [str(name) for name in state if not isinstance(name, str) or KEY.fullmatch(name) is None]
     if unknown or "weight_ih_l0" not in state:
         raise ValueError(

@@ -7,7 +7,7 @@ may be dynamic. Needs onnx and onnxscript: ``pip install 'gpu-rnn[onnx]'``. Opse
 
 Example::
 
-    >>> import gpu_rnn.onnx
+    >>> import gpu_rnn.onnx, torch
     >>> layer = gpu_rnn.LSTM(3, 8, layer_norm=True).eval()
     >>> sizes = {0: torch.export.Dim("steps"), 1: torch.export.Dim("batch")}
     >>> program = torch.onnx.export(layer, (torch.randn(5, 2, 3),), dynamic_shapes=(sizes,), verbose=False)

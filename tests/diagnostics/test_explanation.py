@@ -97,8 +97,10 @@ def test_a_jagged_input_is_explained_as_its_padded_call(batch_first: bool) -> No
 
 
 def test_explain_refuses() -> None:
-    with pytest.raises(TypeError, match="a described device is a name, such as 'H100', not device"):
-        gpu_rnn.explain(gpu_rnn.LSTM(2, 3), device=torch.device("cuda"))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="a described device is a name, such as 'H100', not of type int"):
+        gpu_rnn.explain(gpu_rnn.LSTM(2, 3), device=0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="'cuda:99' is not here"):
+        gpu_rnn.explain(gpu_rnn.LSTM(2, 3), device=torch.device("cuda:99"))
     with pytest.raises(TypeError, match=r"x should be a strided tensor, got a torch.sparse_coo one"):
         gpu_rnn.explain(gpu_rnn.LSTM(2, 3), torch.zeros(4, 2).to_sparse())
     with pytest.raises(ValueError, match=r"no description of a device 'H1000'; described are A100, .*H100.* and CPU"):
@@ -156,6 +158,14 @@ def test_a_call_beyond_the_memory_of_a_device_has_no_plan() -> None:
     with pytest.raises(ValueError, match=r"H100 SXM 80GB has 80 GiB of memory, and the weights, .* take 149,0.* GiB"):
         gpu_rnn.explain(wide, torch.empty(100, 1, 8, device="meta"), device="H100")
     assert gpu_rnn.explain(wide, torch.empty(100, 1, 8, device="meta"), device="CPU").chosen
+
+
+def test_a_layer_without_memory_is_explained_for_a_device_that_is_here() -> None:
+    layer, x = gpu_rnn.LSTM(4, 5), torch.empty(6, 3, 4)
+    without = gpu_rnn.explain(gpu_rnn.LSTM(4, 5, device="meta"), x.to("meta"), device=torch.device("cpu"))
+    assert without == gpu_rnn.explain(layer, x) != gpu_rnn.explain(layer, x.to("meta"))  # where native cannot run
+    with pytest.raises(ValueError, match=r"CPU has .* those grow with T and B"):
+        gpu_rnn.explain(layer, torch.empty(10**9, 10**3, 4, device="meta"), device=torch.device("cpu"))
 
 
 def test_explain_takes_packed_input() -> None:

@@ -112,6 +112,39 @@ def test_an_exchanged_model_draws_what_the_model_would(written_by: str) -> None:
     np.testing.assert_allclose(train(exchanged), train(model), rtol=1e-4, atol=1e-5)
 
 
+class Own(keras.layers.LSTM):
+    """A user's, which nobody registered."""
+
+
+class MadeByCode(keras.Model):
+    """Its layer stands in no configuration."""
+
+    def __init__(self, **options: object) -> None:
+        super().__init__(**options)
+        self.rnn = keras.layers.LSTM(3, name="inner")
+
+    def call(self, x: torch.Tensor) -> torch.Tensor:
+        return self.rnn(x)
+
+
+def test_classes_of_ones_own_are_left() -> None:
+    model = keras.Sequential([keras.Input((5, 3)), Own(4, return_sequences=True), keras.layers.LSTM(2)])
+    exchanged = gpu_rnn.keras.exchange(model)
+    assert [type(layer) for layer in exchanged.layers] == [Own, gpu_rnn.keras.LSTM]
+    x = np.random.default_rng(0).random((2, 5, 3), np.float32)
+    np.testing.assert_allclose(exchanged(x).detach().numpy(), model(x).detach().numpy(), atol=1e-6)
+    by_code = MadeByCode()
+    by_code(x)
+    with pytest.warns(UserWarning, match="^inner is as it was: the code of a model's class makes it"):
+        gpu_rnn.keras.exchange(by_code)
+
+
+def test_no_steps_are_refused() -> None:
+    for layer in (gpu_rnn.keras.LSTM(4), gpu_rnn.keras.Bidirectional(gpu_rnn.keras.GRU(4))):
+        with pytest.raises(ValueError, match=r"sequences have at least one step, got shape \(2, 0, 3\)"):
+            layer(np.zeros((2, 0, 3), np.float32))
+
+
 def test_what_is_no_model_is_not_exchanged() -> None:
     for given in (keras.layers.LSTM(2), torch.nn.LSTM(2, 3), "model.keras", None):
         with pytest.raises(TypeError, match=f"exchange takes a keras.Model, got {type(given).__name__}"):
@@ -181,6 +214,11 @@ def test_load_model_says_what_it_takes(tmp_path: Path) -> None:
     (tmp_path / "old.h5").write_bytes(b"no archive")
     with pytest.raises(ValueError, match=r"old\.h5 is no \.keras or HDF5 file"):
         gpu_rnn.keras.load_model(tmp_path / "old.h5")
+    with pytest.raises(ValueError, match=r"old\.h5 is no file of weights"):
+        gpu_rnn.keras.load_weights(reader(keras.layers), tmp_path / "old.h5")
+    torch.save({}, tmp_path / "torch.pt")  # a zip file, too
+    with pytest.raises(ValueError, match=r"torch\.pt is no \.keras or HDF5 file"):
+        gpu_rnn.keras.load_model(tmp_path / "torch.pt")
 
 
 def test_training_is_keras_own() -> None:

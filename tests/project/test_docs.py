@@ -15,7 +15,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from _pytest.mark import ParameterSet
@@ -108,18 +107,18 @@ def module_of(path: Path) -> str:
 @pytest.mark.parametrize("path", [path for path in SOURCES if ">>> " in path.read_text()], ids=module_of)
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras's own
 def test_the_examples_of_the_docstrings_of_a_module_run(path: Path, tmp_path: Path) -> None:
-    known = {"gpu_rnn": gpu_rnn, "torch": torch, "np": np, "cells": gpu_rnn.cells, "folder": tmp_path}
+    """As they are pasted: with what they import, and a folder."""
     if "keras" in path.parts:
         needs("keras")
-        known |= {"keras": importlib.import_module("tests.support.keras_layers").keras}
+        importlib.import_module("tests.support.keras_layers")  # on which of its backends
     if path.parent.name == "onnx":
         needs("onnxscript")
     if path.stem == "nvrtc" and nvrtc.unavailable():
         pytest.skip(nvrtc.unavailable())
-    module = importlib.import_module(module_of(path))
-    known |= {path.stem: module}
+    module, known = importlib.import_module(module_of(path)), {"folder": tmp_path}
+    known |= {name: it for name, it in vars(module).items() if getattr(it, "__module__", "") == module.__name__}
     runner, report = doctest.DocTestRunner(Shown(), optionflags=doctest.ELLIPSIS), []
-    for example in doctest.DocTestFinder().find(module, extraglobs=known):
+    for example in doctest.DocTestFinder().find(module, globs=known):
         runner.run(example, out=report.append)
     assert runner.tries and not report, "".join(report)
 

@@ -65,6 +65,7 @@ def check() -> None:
 
     Example::
 
+        >>> import gpu_rnn
         >>> gpu_rnn.check()
     """
     for device, word in _errors.items():
