@@ -26,10 +26,10 @@ test-all:  ## the slow tests too, and test-clients (CONTRIBUTING.md: how long); 
 	$(MAKE) --no-print-directory test-clients || status=$$?; \
 	exit $$status
 
-CLIENTS := tests/clients tests/test_interop_flax.py $(addprefix tests/project/test_,distributed.py examples.py site.py)
+CLIENTS := tests/clients tests/test_interop_flax.py tests/layers/test_types.py $(addprefix tests/project/test_,distributed.py examples.py site.py)
 test-clients:  ## the slow tests with other libraries, installed into build/clients; test-all runs them too
 	@.ci/venv demo test keras docs
-	@.ci/clients clients pretrained streaming distributed flax site
+	@.ci/clients clients pretrained streaming distributed flax site types
 	@build/clients/bin/python tests $(CLIENTS) -m slow -n0 $(ARGS)
 
 SECONDS ?= 60

@@ -17,12 +17,13 @@ import gpu_rnn
 Pair = tuple[Tensor, Tensor]
 
 
-def layers(x: Tensor, packed: PackedSequence) -> None:
+def layers(x: Tensor, packed: PackedSequence, wanted: bool) -> None:
     lstm, gru = gpu_rnn.LSTM(3, 4, recurrent_dropout=0.1), gpu_rnn.GRU(3, 4, activation=nn.Tanh())
     own = gpu_rnn.Recurrent(gpu_rnn.cells.lstm(), 3, 4)
     assert_type(lstm(x), tuple[Tensor, Pair])
     assert_type(lstm(x, mask=np.ones((5, 2), bool), lengths=[3, 2], resets=x > 0), tuple[Tensor, Pair])
     assert_type(lstm(x, (x, x), return_all_states=True), tuple[Tensor, Pair, Pair])
+    assert_type(lstm(x, return_all_states=wanted), tuple[Tensor, Pair] | tuple[Tensor, Pair, Pair])
     assert_type(lstm(packed), tuple[PackedSequence, Pair])
     assert_type(gru(x, x), tuple[Tensor, Tensor])
     assert_type(gru(x, return_all_states=True), tuple[Tensor, Tensor, Tensor])
