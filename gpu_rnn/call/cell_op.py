@@ -26,3 +26,4 @@ def _step(x: Tensor, states: list[Tensor], weights: list[Tensor], program: str, 
 
 STACK_LIBRARY.define("cell(Tensor x, Tensor[] states, Tensor[] weights, str program, str options) -> Tensor[]", tags=())
 STACK_LIBRARY.impl("cell", _step, "CompositeImplicitAutograd")
+STACK_LIBRARY.impl("cell", _step, "FuncTorchBatchedDecomposition")  # which torch has for its own composite ones alone

@@ -3,7 +3,7 @@
 whatever else records operations (`gpu_rnn.call.onlookers`).
 
 Both take the cell as its program's text and the options as one short string. The eager way in, with derivatives of
-every order, jvp and vmap, is `gpu_rnn.call.autograd`.
+every order and forward mode, is `gpu_rnn.call.autograd`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gpu_rnn.backends.tensors import FIRST_CONTROL, FIRST_STATE, Inputs, LayerControls, Result, Weights, state_dtype
 from gpu_rnn.call import checks, onlookers, passes
+from gpu_rnn.call import vmap as batching
 from gpu_rnn.call.passes import Options
 from gpu_rnn.compiler.program import Program
 
@@ -202,3 +203,21 @@ def _second(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
 
 rnn.register_autograd(_backward, setup_context=_setup)
 rnn_backward.register_autograd(_second, setup_context=_setup_second)
+
+
+class _Operation:
+    """`gpu_rnn::rnn` as the rules of vmap call a Function, which also gives what a normalisation keeps."""
+
+    @staticmethod
+    def apply(program: str, options: Options, *row: Tensor | None) -> list[Tensor]:
+        tensors = _grouped(row, len(Program.parse(program).states), None)
+        *outputs, inner = torch.ops.gpu_rnn.rnn(*tensors, program, options.encode())
+        return [*outputs, inner.new_empty(0), inner.new_empty(0), inner]
+
+
+@rnn.register_vmap
+def _(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[list[Tensor], list[int | None]]:
+    *tensors, program, options = arguments
+    row, dims = ([*each[:FIRST_STATE], *each[FIRST_STATE], *(each[-1] or ())] for each in (tensors, in_dims[:-2]))
+    outputs, places = batching.forward(_Operation, info.batch_size, dims, program, Options.decode(options), row)
+    return [*outputs[:-3], outputs[-1]], [*places[:-3], places[-1]]

@@ -106,6 +106,7 @@ def test_explain_of_a_cpu_says_what_is_saved_and_no_time() -> None:
         assert [line[-24:] for line in lines if line.startswith("saved")] == [" a layer, are made again"]
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events:UserWarning")  # torch 2.11's own
 def test_memory_falls() -> None:
     """Most of what a stack holds at once, at its peak in the backward pass too."""
     peaks = []
