@@ -74,7 +74,7 @@ EXTENTS = [(100, 1, 37, 41), (30, 4, 64, 48), (9, 33, 65, 97)]  # T, B, I, H
 def test_no_result_depends_on_the_number_of_threads(
     name: str, options: dict[str, Any], extent: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor does which products are the loop's own."""
+    """Of what is computed in C, nor does which products are: those of a library have one thread here."""
     steps, batch, features, hidden = extent
     layer = LAYERS[name](features, hidden, backend="native", **options)
     x = torch.randn(steps, batch, features, requires_grad=True)
