@@ -36,7 +36,7 @@ def decompositions(loop: str = "unrolled") -> dict[Any, Callable[..., Any]]:
 
     Example::
 
-        >>> import gpu_rnn, torch
+        >>> import gpu_rnn.export, torch
         >>> layer = gpu_rnn.LSTM(3, 8, layer_norm=True).eval()
         >>> x = torch.randn(5, 2, 3)
         >>> program = torch.export.export(layer, (x,), dynamic_shapes=({1: torch.export.Dim("batch")},))

@@ -123,6 +123,16 @@ def test_the_examples_of_the_docstrings_of_a_module_run(path: Path, tmp_path: Pa
     assert runner.tries and not report, "".join(report)
 
 
+def test_examples_import_what_the_package_does_not() -> None:
+    """A submodule that `import gpu_rnn` leaves out is there in a test all the same, once another has imported it."""
+    ask = "import gpu_rnn, types; print(*[n for n, m in vars(gpu_rnn).items() if isinstance(m, types.ModuleType)])"
+    there = subprocess.run([sys.executable, "-c", ask], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    left_out = {path.stem for path in (ROOT / "gpu_rnn").iterdir()} - set(there.split())
+    for path in SOURCES:
+        for name in set(re.findall(r"^ +>>> .*\bgpu_rnn\.([a-z]+)\.", path.read_text(), re.M)) & left_out:
+            assert re.search(rf">>> (import .*|from )gpu_rnn\.{name}", path.read_text()), f"{path}: gpu_rnn.{name}"
+
+
 def anchors(page: Path) -> set[str]:
     """What a link may name in a page: its headings as Markdown's toc spells them, and the objects of the reference."""
     text = EXAMPLE.sub("", page.read_text())
